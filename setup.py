@@ -1,0 +1,57 @@
+"""Packaging: `pip install .` gives the package and the `tokenbridge` command."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="tokenbridge_jax",
+    version="0.1.0",
+    description="TokenBridge (arXiv 2503.16430) in JAX/Flax for TPU and GPU meshes",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    # The experiment files stand at the top of the repository and travel inside the package.
+    packages=[
+        *find_packages(include=["tokenbridge_jax", "tokenbridge_jax.*"]),
+        "tokenbridge_jax.configs",
+    ],
+    package_dir={"tokenbridge_jax.configs": "configs"},
+    install_requires=[
+        "absl-py",
+        "array-record>=0.8",
+        "clu>=0.0.12",
+        "etils[epath]",
+        "flax>=0.12.8",
+        "grain>=0.2.13",
+        "jax>=0.10.2",
+        "jaxtyping",
+        "ml-collections",
+        "numpy",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12.3",
+        "pillow",
+        "safetensors",
+        "scikit-learn",
+        "scipy",
+        "tensorboardX",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "tfds": ["tensorflow-datasets>=4.9.9"],
+        "torch": ["torch"],
+        "test": [
+            "beartype",
+            "chex",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "tensorflow-datasets>=4.9.9",
+        ],
+    },
+    entry_points={"console_scripts": ["tokenbridge = tokenbridge_jax.commands.runner:main"]},
+)

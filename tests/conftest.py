@@ -1,0 +1,11 @@
+"""Test set-up: eight fake CPU devices, exact float32 products, implicit rank promotion forbidden."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")

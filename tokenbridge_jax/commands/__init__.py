@@ -1,0 +1,1 @@
+"""The sub-commands of `tokenbridge`, one module each; `runner.py` starts them."""

@@ -1,0 +1,147 @@
+"""Starts a sub-command: flags, processes, and a user's mistakes as one clear line.
+
+A command module has a docstring (its help), `define_flags(flag_values)` for flags of its own and
+`main(args)`, where `args` is an `absl.flags.FlagValues` with at least `config` (an
+`ml_collections.ConfigDict`), `workdir` and `distributed`.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from tokenbridge_jax import io, parallel
+from tokenbridge_jax.errors import UserError
+
+# Name -> (module, what it does). Modules are imported only when run: `tokenbridge` alone is quick.
+COMMANDS = {
+    "train-vae": ("train_vae", "images -> an autoencoder trained on them"),
+    "tokenize": ("tokenize", "images + autoencoder -> index shards"),
+    "train": ("train", "index shards -> a trained model"),
+    "sample": ("sample", "trained model + autoencoder -> images"),
+}
+
+EXIT_USER_ERROR = 2
+
+# The config of the last train-vae, tokenize or train in a workdir.
+CONFIG_FILE = "config.json"
+
+
+def main() -> int:
+    """Entry point of the console script `tokenbridge COMMAND [flags]`."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        wants_help = sys.argv[1:2] in ([], ["-h"], ["--help"], ["--helpfull"], ["help"])
+        if not wants_help:
+            print(f"tokenbridge: there is no command '{sys.argv[1]}'", file=sys.stderr)
+        print(
+            "usage: tokenbridge COMMAND --workdir DIR [--config FILE.py[:arg]] [--config.key=value]"
+        )
+        for name, (_, summary) in COMMANDS.items():
+            print(f"  {name:14} {summary}")
+        print("`tokenbridge COMMAND --help` shows a command's flags.")
+        return 0 if wants_help else EXIT_USER_ERROR
+    return run(sys.argv[1], sys.argv[2:])
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Runs sub-command `name` with the flags `argv`; returns the process's exit status.
+
+    0: done. 2: a mistake of the user's, told in one line on stderr. 130: interrupted.
+    """
+    command = importlib.import_module(f"tokenbridge_jax.commands.{COMMANDS[name][0]}")
+    args = flags.FlagValues()
+    try:
+        _define_flags(args, argv)
+        command.define_flags(args)
+        if {"-h", "--help", "-help", "--helpfull"} & set(argv):
+            print(f"{command.__doc__.strip()}\n\nflags:\n{args.get_help()}")
+            return 0
+        _parse(args, name, argv)
+        parallel.initialize(args.distributed)
+        return command.main(args) or 0
+    except UserError as error:
+        print(f"tokenbridge {name}: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"tokenbridge {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def remember_config(args: flags.FlagValues) -> None:
+    """Makes this command's config the default of later commands in the same workdir."""
+    io.write_json(epath.Path(args.workdir) / CONFIG_FILE, args.config.to_dict())
+
+
+def default_config_file() -> Path:
+    """`configs/digits.py`: beside the package in a checkout, inside it once installed."""
+    package = Path(__file__).resolve().parent.parent
+    in_checkout = package.parent / "configs" / "digits.py"
+    return in_checkout if in_checkout.exists() else package / "configs" / "digits.py"
+
+
+def _define_flags(args: flags.FlagValues, argv: list[str]) -> None:
+    flags.DEFINE_string(
+        "workdir", None, "Folder everything is read from and written to.", flag_values=args
+    )
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Join the other processes of the job (jax.distributed).",
+        flag_values=args,
+    )
+    help_text = (
+        "Experiment file and its argument, FILE.py[:arg]; single values are set with "
+        "--config.section.key=value. Without it: the config this workdir was made with, or the "
+        "digits."
+    )
+    full_argv = ["tokenbridge", *argv]  # What config_flags scans for overrides.
+    remembered = _remembered_config(argv)
+    if remembered is not None:
+        config_flags.DEFINE_config_dict(
+            "config", remembered, help_text, flag_values=args, sys_argv=full_argv
+        )
+    else:
+        config_flags.DEFINE_config_file(
+            "config", str(default_config_file()), help_text, flag_values=args, sys_argv=full_argv
+        )
+
+
+def _remembered_config(argv: list[str]) -> ConfigDict | None:
+    """The workdir's config, if there is one and no --config FILE takes its place."""
+    given = {"workdir": None, "config": None}
+    for name in given:
+        for i, argument in enumerate(argv):
+            key, equals, value = argument.lstrip("-").partition("=")
+            if argument.startswith("-") and key == name:
+                given[name] = value if equals else next(iter(argv[i + 1 : i + 2]), None)
+    if given["config"] or not given["workdir"]:
+        return None
+    path = epath.Path(given["workdir"]) / CONFIG_FILE
+    return ConfigDict(_with_tuples(io.read_json(path))) if path.exists() else None
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON knows lists only; configs hold tuples."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _parse(args: flags.FlagValues, name: str, argv: list[str]) -> None:
+    try:
+        rest = args([f"tokenbridge {name}", *argv])
+        args.config.lock()  # A config file that cannot be loaded raises here, at first access.
+    except UserError:
+        raise
+    except Exception as error:
+        # A user's config file or flag can raise anything; the last line of it says what.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(lines[-1].strip("'\"") if lines else repr(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument '{rest[1]}'; flags look like --name=value")
+    if not args.workdir:
+        raise UserError("--workdir is not set; name the folder to work in: --workdir DIR")

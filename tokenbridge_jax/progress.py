@@ -1,0 +1,96 @@
+"""One line that says how far long work is, how fast, and when it ends."""
+
+import sys
+import time
+from typing import Any, TextIO
+
+
+def format_seconds(seconds: float) -> str:
+    """Formats a duration: `42s`, `3m05s`, `2h07m`, `4d03h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    for unit, small_name, big, small in (("m", "s", 60, 1), ("h", "m", 3600, 60)):
+        if whole < big * (60 if unit == "m" else 24):
+            return f"{whole // big}{unit}{whole % big // small:02d}{small_name}"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+class Progress:
+    """Prints `desc done/total rate eta` and the fields given, at most every `every_seconds`.
+
+    On a terminal the line is rewritten in place; in a log file each report is a line of its own.
+    The rate is that of the whole run since construction, without the `done` it started from.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        unit: str = "img",
+        desc: str = "",
+        *,
+        done: int = 0,
+        scale: int = 1,
+        every_seconds: float | None = None,
+        stream: TextIO | None = None,
+        visible: bool = True,
+    ):
+        """`scale` converts a count to units for the rate: images in a step, say."""
+        self._total, self._unit, self._desc = total, unit, desc
+        self._start_count = self._done = done
+        self._scale = scale
+        self._visible = visible
+        self._stream = stream if stream is not None else sys.stderr
+        self._live = self._stream.isatty()
+        self._every = every_seconds if every_seconds is not None else (0.2 if self._live else 10.0)
+        self._start = self._last_print = time.monotonic()
+        self._fields: dict[str, Any] = {}
+
+    @property
+    def rate(self) -> float:
+        """Units a second since construction."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        return (self._done - self._start_count) * self._scale / elapsed
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since construction."""
+        return time.monotonic() - self._start
+
+    def update(self, count: int = 1, **fields: Any) -> None:
+        """Adds `count` to what is done; `fields` stand at the end of the line until replaced."""
+        self._done += count
+        self._fields.update(fields)
+        if time.monotonic() - self._last_print >= self._every:
+            self._print()
+
+    def close(self) -> None:
+        """Prints the final state."""
+        self._print(end="\n")
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _print(self, end: str = "") -> None:
+        self._last_print = time.monotonic()
+        if not self._visible:
+            return
+        remaining = (self._total - self._done) * self._scale
+        eta = format_seconds(remaining / self.rate) if self.rate else "?"
+        share = f" ({self._done / self._total:.0%})" if self._total else ""
+        parts = [
+            f"{self._desc} {self._done}/{self._total}{share}",
+            f"{self.rate:.1f} {self._unit}/s",
+        ]
+        parts.append(f"took {format_seconds(self.elapsed)}" if remaining <= 0 else f"eta {eta}")
+        parts += [f"{name} {_format(value)}" for name, value in self._fields.items()]
+        line = "  ".join(parts)
+        self._stream.write(f"\r\033[K{line}{end}" if self._live else f"{line}\n")
+        self._stream.flush()
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
