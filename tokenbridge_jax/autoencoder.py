@@ -1,0 +1,432 @@
+"""KL autoencoder: images to continuous latents and back (KL-16 of LDM/MAR, and its family).
+
+The encoder halves the image once a level and ends in the mean and log-variance of a diagonal
+normal; the decoder mirrors it with one residual block more a level. Arrays are NHWC. A latent, in
+the vocabulary of this package, is `posterior sample x config.scale`; nothing in `Autoencoder`
+itself applies the scale.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from flax import traverse_util
+from jaxtyping import Array, Float, Key, Shaped, UInt8
+
+from tokenbridge_jax import io
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.parallel import constrain
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+# No initialisation is published; `init_params` draws the same.
+_KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of an autoencoder; the defaults are KL-16.
+
+    Attributes:
+      image_size: side of the training images in pixels. The network is convolutional and takes any
+        multiple of `downsampling`, but this nominal size decides where `attention_resolutions` lie.
+      image_channels: 3, or 1 for grey images.
+      channels: width of the first level.
+      multipliers: width of every level as a multiple of `channels`; one halving between two levels.
+      blocks: residual blocks an encoder level; the decoder has one more.
+      attention_resolutions: encoder levels of these nominal sizes get attention after each block.
+      latent_channels: C.
+      scale: factor from a posterior sample to a latent; 0.2325 brings KL-16's to unit variance.
+    """
+
+    image_size: int = 256
+    image_channels: int = 3
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    latent_channels: int = 16
+    scale: float = 0.2325
+
+    def __post_init__(self):
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UserError(f"autoencoder multipliers {self.multipliers} must be positive numbers")
+        for name in ("image_size", "image_channels", "channels", "blocks", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise UserError(f"autoencoder {name} is {getattr(self, name)}, must be at least 1")
+        if not self.scale > 0:
+            raise UserError(f"autoencoder scale is {self.scale}, must be positive")
+        self.check_image_size(self.image_size, self.image_size)
+        for width in sorted({self.channels * multiplier for multiplier in self.multipliers}):
+            if width % min(32, width):
+                raise UserError(
+                    f"autoencoder width {width} (channels x multiplier) must be below 32 or a "
+                    "multiple of 32, for its 32 normalisation groups"
+                )
+
+    @classmethod
+    def kl16(cls) -> "AutoencoderConfig":
+        """The 66,456,019-parameter autoencoder that TokenBridge and MAR build on."""
+        return cls()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "AutoencoderConfig":
+        """From the fields by name, as `to_json` or a config file gives them.
+
+        Raises:
+          UserError: a field is unknown or its value makes no sense.
+        """
+        unknown = sorted(set(value) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"unknown autoencoder setting {', '.join(unknown)}")
+        fields = dict(value)
+        for name in {"multipliers", "attention_resolutions"} & set(fields):
+            fields[name] = tuple(fields[name])  # JSON has lists only
+        return cls(**fields)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict of numbers and lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side of one position."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Positions a side of an image of the nominal size."""
+        return self.image_size // self.downsampling
+
+    @property
+    def positions(self) -> int:
+        """L, the number of positions of an image of the nominal size."""
+        return self.grid**2
+
+    def has_attention(self, level: int) -> bool:
+        """Whether encoder level `level` has attention after each of its blocks."""
+        return self.image_size // 2**level in self.attention_resolutions
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raises `UserError` unless both sides are multiples of `downsampling`."""
+        if height % self.downsampling or width % self.downsampling:
+            raise UserError(
+                f"image size {height}x{width} is not divisible by the autoencoder's downsampling, "
+                f"{self.downsampling}; use a multiple of it or fewer autoencoder multipliers"
+            )
+
+
+class Posterior(NamedTuple):
+    """Diagonal normal over unscaled latents, float32; `logvar` is clipped to [-30, 20]."""
+
+    mean: Float[Array, "B h w C"]
+    logvar: Float[Array, "B h w C"]
+
+    @classmethod
+    def from_moments(cls, moments: Float[Array, "B h w CC"]) -> "Posterior":
+        """Splits the encoder's output, mean then log-variance along the last axis."""
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return cls(mean, jnp.clip(logvar, *LOGVAR_RANGE))
+
+    def mode(self) -> Float[Array, "B h w C"]:
+        """The mean."""
+        return self.mean
+
+    def sample(self, key: Key[Array, ""]) -> Float[Array, "B h w C"]:
+        """One draw for the whole batch from one key."""
+        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape)
+
+    def kl(self) -> Float[Array, " B"]:
+        """Divergence in nats from the standard normal, summed over an image's latents."""
+        terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
+        return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
+
+
+def _conv(channels: int, kernel: int, dtype: Any, name: str, **kwargs: Any) -> nn.Conv:
+    """Convolution whose kernel carries logical axis names."""
+    axes = ("kernel_h", "kernel_w", "conv_in", "conv_out")
+    init = nn.with_logical_partitioning(_KERNEL_INIT, axes)
+    return nn.Conv(channels, (kernel, kernel), dtype=dtype, kernel_init=init, name=name, **kwargs)
+
+
+def _norm(x: Array, dtype: Any, name: str) -> Array:
+    """Group normalisation with float32 two-pass statistics, whatever the compute dtype."""
+    groups = min(32, x.shape[-1])
+    norm = nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+    return norm(x)
+
+
+class ResidualBlock(nn.Module):
+    """Twice (norm, swish, 3x3 convolution), plus the input, through a 1x1 where widths differ."""
+
+    channels: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w E"]:
+        residual = x
+        for i in (1, 2):
+            x = nn.swish(_norm(x, self.dtype, f"norm{i}"))
+            x = _conv(self.channels, 3, self.dtype, f"conv{i}")(x)
+        if residual.shape[-1] != self.channels:
+            residual = _conv(self.channels, 1, self.dtype, "shortcut")(residual)
+        return residual + x
+
+
+class AttentionBlock(nn.Module):
+    """Single-headed attention over all places of the feature map, with a residual connection."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        batch, height, width, channels = x.shape
+        normed = _norm(x, self.dtype, "norm")
+        # [B, places, one head, D]
+        q, k, v = (
+            _conv(channels, 1, self.dtype, name)(normed).reshape(batch, -1, 1, channels)
+            for name in ("query", "key", "value")
+        )
+        attended = jax.nn.dot_product_attention(q, k, v)  # softmax in float32, scale 1/sqrt(D)
+        attended = attended.reshape(batch, height, width, channels)
+        return x + _conv(channels, 1, self.dtype, "out")(attended)
+
+
+class _Middle(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution of either half."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        x = ResidualBlock(x.shape[-1], self.dtype, name="block_1")(x)
+        x = AttentionBlock(self.dtype, name="attention")(x)
+        return ResidualBlock(x.shape[-1], self.dtype, name="block_2")(x)
+
+
+class Encoder(nn.Module):
+    """Images to moments [B, h, w, 2C]: levels of residual blocks from fine to coarse."""
+
+    config: AutoencoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w CC"]:
+        config, dtype = self.config, self.dtype
+        x = _conv(config.channels, 3, dtype, "conv_in")(x)
+        for level, multiplier in enumerate(config.multipliers):
+            x = constrain(x, "batch", None, None, None)
+            for i in range(config.blocks):
+                width = config.channels * multiplier
+                x = ResidualBlock(width, dtype, name=f"level_{level}_block_{i}")(x)
+                if config.has_attention(level):
+                    x = AttentionBlock(dtype, name=f"level_{level}_attention_{i}")(x)
+            if level < len(config.multipliers) - 1:
+                # One pixel right and bottom only, as PyTorch's asymmetric padding.
+                down = _conv(
+                    x.shape[-1],
+                    3,
+                    dtype,
+                    f"level_{level}_downsample",
+                    strides=(2, 2),
+                    padding=((0, 1), (0, 1)),
+                )
+                x = down(x)
+        x = _Middle(dtype, name="middle")(x)
+        x = nn.swish(_norm(x, dtype, "norm_out"))
+        return _conv(2 * config.latent_channels, 3, dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Unscaled latents to images: levels of residual blocks from coarse to fine."""
+
+    config: AutoencoderConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W I"]:
+        config, dtype = self.config, self.dtype
+        x = _conv(config.channels * config.multipliers[-1], 3, dtype, "conv_in")(x)
+        x = _Middle(dtype, name="middle")(x)
+        for level, multiplier in reversed(list(enumerate(config.multipliers))):
+            x = constrain(x, "batch", None, None, None)
+            for i in range(config.blocks + 1):
+                width = config.channels * multiplier
+                x = ResidualBlock(width, dtype, name=f"level_{level}_block_{i}")(x)
+            if level > 0:
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+                x = _conv(x.shape[-1], 3, dtype, f"level_{level}_upsample")(x)
+        x = nn.swish(_norm(x, dtype, "norm_out"))
+        return _conv(config.image_channels, 3, dtype, "conv_out")(x)
+
+
+class Autoencoder(nn.Module):
+    """The two halves and the 1x1 convolutions between them.
+
+    Attributes:
+      config: sizes.
+      dtype: compute dtype, bfloat16 or float32; parameters, normalisation statistics, moments and
+        decoded images are float32 always.
+    """
+
+    config: AutoencoderConfig
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+        channels = self.config.latent_channels
+        self.quant_conv = _conv(2 * channels, 1, self.dtype, "quant_conv")
+        self.post_quant_conv = _conv(channels, 1, self.dtype, "post_quant_conv")
+
+    def moments(self, images: Float[Array, "B H W I"]) -> Float[Array, "B h w CC"]:
+        """Mean and unclipped log-variance, float32, of images in [-1, 1]."""
+        self.config.check_image_size(*images.shape[1:3])
+        hidden = self.encoder(images.astype(self.dtype))
+        return self.quant_conv(hidden).astype(jnp.float32)
+
+    def encode(self, images: Float[Array, "B H W I"]) -> Posterior:
+        """Images in [-1, 1] -> distribution of their unscaled latents.
+
+        Raises:
+          UserError: height or width is not a multiple of the downsampling.
+        """
+        return Posterior.from_moments(self.moments(images))
+
+    def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W I"]:
+        """Unscaled latents -> float32 images, about [-1, 1] and not clipped."""
+        hidden = self.post_quant_conv(latents.astype(self.dtype))
+        return self.decoder(hidden).astype(jnp.float32)
+
+    def __call__(
+        self, images: Float[Array, "B H W I"], key: Key[Array, ""]
+    ) -> tuple[Float[Array, "B H W I"], Posterior]:
+        """Reconstruction through a posterior sample, and the posterior: what training needs."""
+        posterior = self.encode(images)
+        return self.decode(posterior.sample(key)), posterior
+
+
+def abstract_params(config: AutoencoderConfig) -> dict[str, Any]:
+    """Parameter tree as `jax.ShapeDtypeStruct`s, boxed with logical axis names; costs no memory."""
+    side = config.downsampling
+    images = jax.ShapeDtypeStruct((1, side, side, config.image_channels), jnp.float32)
+    key = jax.random.key(0)
+    return jax.eval_shape(Autoencoder(config).init, key, images, key)["params"]
+
+
+def init_params(config: AutoencoderConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    """Random unboxed float32 parameters, distributed as those of `Autoencoder.init`.
+
+    All kernels are slices of one draw. A draw for each, as Flax makes them, is compiled one by one:
+    minutes for KL-16 on a CPU, before the first step.
+    """
+    shapes: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(
+        nn.unbox(abstract_params(config))
+    )
+    kernels = {path: leaf for path, leaf in shapes.items() if path[-1] == "kernel"}
+    draws = jax.random.normal(key, (sum(leaf.size for leaf in kernels.values()),))
+    params = {
+        path: jnp.full(leaf.shape, path[-1] == "scale", leaf.dtype) for path, leaf in shapes.items()
+    }
+    start = 0
+    for path, leaf in kernels.items():
+        fan_in = math.prod(leaf.shape[:-1])
+        draw = jax.lax.slice(draws, (start,), (start + leaf.size,))
+        params[path] = draw.reshape(leaf.shape) / math.sqrt(fan_in)
+        start += leaf.size
+    return traverse_util.unflatten_dict(params)
+
+
+def images_to_float(images: UInt8[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+    """uint8 -> float32 in [-1, 1], `x / 127.5 - 1`."""
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+
+def images_to_uint8(images: Float[Array | np.ndarray, "..."]) -> UInt8[Array, "..."]:
+    """[-1, 1] -> uint8: clipped, then rounded to the nearest level (half to even)."""
+    scaled = (jnp.clip(jnp.asarray(images, jnp.float32), -1.0, 1.0) + 1.0) * 127.5
+    return jnp.round(scaled).astype(jnp.uint8)
+
+
+def flatten_positions(latents: Shaped[Array, "B h w C"]) -> Shaped[Array, "B L C"]:
+    """Feature map -> positions, row-major."""
+    return latents.reshape(latents.shape[0], -1, latents.shape[-1])
+
+
+def unflatten_positions(latents: Shaped[Array, "B L C"], height: int) -> Shaped[Array, "B h w C"]:
+    """Inverse of `flatten_positions`, for maps of `height` rows."""
+    return latents.reshape(latents.shape[0], height, -1, latents.shape[-1])
+
+
+def autoencoder_hash(config: AutoencoderConfig, params: Mapping[str, Any]) -> str:
+    """sha256 over the config and every parameter's name, shape, dtype and bytes, in name order.
+
+    It names an autoencoder in token shards and checkpoints whatever file it came from.
+    """
+    digest = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode())
+    for name, leaf in sorted(traverse_util.flatten_dict(dict(params), sep="/").items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def save_autoencoder(
+    directory: epath.PathLike,
+    config: AutoencoderConfig,
+    params: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+) -> str:
+    """Writes `params.safetensors`, then `config.json`, each whole or not at all.
+
+    Args:
+      directory: made if missing.
+      config: sizes.
+      params: unboxed parameter tree.
+      extra: anything JSON holds, kept beside the config for people (how it was trained, say).
+
+    Returns:
+      The content hash, which `config.json` records too.
+    """
+    directory = epath.Path(directory)
+    content_hash = autoencoder_hash(config, params)
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+    io.write_bytes(directory / "params.safetensors", safetensors.numpy.save(tensors))
+    described = {"config": config.to_json(), "hash": content_hash, "extra": dict(extra or {})}
+    io.write_json(directory / "config.json", described)
+    return content_hash
+
+
+def load_autoencoder(directory: epath.PathLike) -> tuple[AutoencoderConfig, dict[str, Any]]:
+    """Reads what `save_autoencoder` wrote.
+
+    Returns:
+      The config and the parameters as numpy arrays.
+
+    Raises:
+      UserError: a file is missing or damaged, or the two do not belong together.
+    """
+    directory = epath.Path(directory)
+    described = io.read_json(directory / "config.json")
+    config = AutoencoderConfig.from_json(described["config"])
+    path = directory / "params.safetensors"
+    try:
+        flat = safetensors.numpy.load(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    if autoencoder_hash(config, params) != described["hash"]:
+        raise UserError(f"{path} is not the file that {directory / 'config.json'} describes")
+    return config, params

@@ -1,0 +1,186 @@
+"""Images <-> indices in batches on a mesh: autoencoder and quantizer, jitted for inference."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt8
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    flatten_positions,
+    images_to_float,
+    images_to_uint8,
+    unflatten_positions,
+)
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.quantizer import Quantizer
+
+
+class Encoded(NamedTuple):
+    """Latents of a batch and what the quantizer makes of them; on the device until `np.asarray`.
+
+    Attributes:
+      latents: scaled, float32.
+      indices: of the quantizer's `index_dtype`, channels in the autoencoder's order.
+      clipped: which latents were out of the quantizer's range, counted over an image's positions.
+      broken: images with a NaN among their latents; their indices mean nothing.
+    """
+
+    latents: Float[Array | np.ndarray, "B h w C"]
+    indices: Integer[Array | np.ndarray, "B L C"]
+    clipped: Integer[Array | np.ndarray, "B C"]
+    broken: Bool[Array | np.ndarray, " B"]
+
+
+class Codec:
+    """Encodes and decodes batches of any size, split over the data and fsdp axes of a mesh.
+
+    A batch is padded to the next of a few fixed sizes, so a last, partial batch compiles at most
+    once more. Every image's result is its own: neither the rest of the batch nor the padding nor
+    the number of devices enters it.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        params: Mapping[str, Any],
+        quantizer: Quantizer,
+        mesh: Mesh,
+        dtype: Any = jnp.float32,
+    ):
+        """`mesh` holds this process's devices only: processes encode different images.
+
+        Args:
+          config: of the autoencoder.
+          params: of the autoencoder, unboxed; copied to every device of the mesh.
+          quantizer: indices are its.
+          mesh: as `parallel.make_mesh(devices=jax.local_devices())` gives it.
+          dtype: compute dtype of the autoencoder.
+        """
+        self.config, self.quantizer, self.mesh = config, quantizer, mesh
+        self._params = jax.device_put(dict(params), parallel.replicated(mesh))
+        module = Autoencoder(config, dtype)
+        self._encode = self._on_mesh(functools.partial(_encode, module, quantizer))
+        self._decode = self._on_mesh(functools.partial(_decode, module))
+        self._dequantize = jax.jit(quantizer.dequantize)
+
+    def encode(
+        self,
+        images: UInt8[np.ndarray, "B H W I"],
+        noise_ids: Integer[np.ndarray, " B"] | None = None,
+        seed: int = 0,
+    ) -> Encoded:
+        """Encodes images without waiting for the device: read the fields when they are needed.
+
+        Args:
+          images: uint8, height and width multiples of the autoencoder's downsampling.
+          noise_ids: names the draw from each image's posterior: the same `(seed, id)` draws the
+            same noise in any batch. None takes the posterior's mean.
+          seed: of the noise.
+
+        Raises:
+          UserError: the images do not have the autoencoder's channels or a divisible size.
+        """
+        self._check_images(images)
+        keys = None
+        if noise_ids is not None:
+            fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+            keys = fold(jax.random.key(seed), jnp.asarray(noise_ids, jnp.uint32))
+        return self._run(self._encode, images, keys)
+
+    def decode(self, indices: Integer[np.ndarray | Array, "B L C"]) -> UInt8[Array, "B H W I"]:
+        """Indices in the autoencoder's channel order, of square images -> uint8 images."""
+        grid = round(indices.shape[1] ** 0.5)
+        if grid * grid != indices.shape[1] or indices.shape[2] != self.config.latent_channels:
+            raise UserError(
+                f"indices of {indices.shape[1]} positions, {indices.shape[2]} channels do not fit "
+                f"this autoencoder: a square number and {self.config.latent_channels} are needed"
+            )
+        latents = self._dequantize(indices)
+        return self.decode_latents(unflatten_positions(latents, grid))
+
+    def decode_latents(
+        self, latents: Float[np.ndarray | Array, "B h w C"]
+    ) -> UInt8[Array, "B H W I"]:
+        """Scaled latents -> uint8 images."""
+        return self._run(self._decode, latents)
+
+    def _check_images(self, images: np.ndarray) -> None:
+        if images.shape[-1] != self.config.image_channels:
+            raise UserError(
+                f"images have {images.shape[-1]} channels, the autoencoder takes "
+                f"{self.config.image_channels}; set --config.data.image_channels"
+            )
+        self.config.check_image_size(*images.shape[1:3])
+
+    def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Jits `function(params, *batched)` with batches split and parameters copied."""
+        batch = parallel.batch_sharding(self.mesh)
+        jitted = jax.jit(function, out_shardings=batch)
+
+        def run(*batched: Any) -> Any:
+            with parallel.use_mesh(self.mesh):
+                return jitted(self._params, *jax.device_put(batched, batch))
+
+        return run
+
+    def _run(self, function: Callable[..., Any], *batched: Any) -> Any:
+        size = len(batched[0])
+        padded = _padded_size(size, parallel.batch_shards(self.mesh))
+        result = function(*jax.tree.map(lambda x: _pad(x, padded), batched))
+        return jax.tree.map(lambda x: x[:size], result) if padded > size else result
+
+
+def _encode(
+    module: Autoencoder,
+    quantizer: Quantizer,
+    params: Mapping[str, Any],
+    images: UInt8[Array, "B H W I"],
+    keys: Shaped[Array, " B"] | None,
+) -> Encoded:
+    variables = {"params": params}
+    posterior: Any = module.apply(variables, images_to_float(images), method="encode")
+    latents = posterior.mean
+    if keys is not None:
+        noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
+        latents += jnp.exp(0.5 * posterior.logvar) * noise
+    latents *= module.config.scale
+    return Encoded(
+        latents,
+        flatten_positions(quantizer.quantize(latents)),
+        jnp.sum(quantizer.clipped(latents), axis=(1, 2)),
+        jnp.isnan(latents).any(axis=(1, 2, 3)),
+    )
+
+
+def _decode(
+    module: Autoencoder, params: Mapping[str, Any], latents: Float[Array, "B h w C"]
+) -> UInt8[Array, "B H W I"]:
+    variables = {"params": params}
+    images: Any = module.apply(variables, latents / module.config.scale, method="decode")
+    return images_to_uint8(images)
+
+
+def _padded_size(size: int, shards: int) -> int:
+    """The next of the sizes 1, 2, 3, 4, 6, 8, 12, 16, 24, ... a shard.
+
+    At most a third of a batch is then padding, and few programs are compiled.
+    """
+    share = max(1, -(-size // shards))
+    step = 1 << max(0, (share - 1).bit_length() - 2)
+    return -(-share // step) * step * shards
+
+
+def _pad(x: Any, size: int) -> Any:
+    """Repeats the first entry behind the batch until it has `size`."""
+    if len(x) == size:
+        return x
+    numpy = np if isinstance(x, np.ndarray) else jnp
+    return numpy.concatenate([x, numpy.repeat(x[:1], size - len(x), axis=0)])

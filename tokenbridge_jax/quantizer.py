@@ -1,0 +1,361 @@
+"""Post-training quantizer: every latent channel to one of V levels, without training anything.
+
+Levels are the means of V equally likely bins of a standard normal clipped to +-3 (paper, section
+3.2). A latent x in [minimum, maximum] is mapped to that scale,
+`(x - minimum) / (maximum - minimum) * 6 - 3`, clipped, and takes the nearest level value, the
+lowest index on a tie; an index comes back as `(v + 3) / 6 * (maximum - minimum) + minimum`. Both
+in float32, in that order of operations.
+
+Only numpy does that arithmetic, once, on the host. The map from x to its index never decreases,
+so it is V - 1 thresholds: the smallest float32 x of every index, found by bisection over float32
+bit patterns. On a device quantizing is then a search among the thresholds and dequantizing a table
+lookup: no compiler or accelerator can round them differently, and no `[..., V]` array exists.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer
+from scipy import special
+
+from tokenbridge_jax.errors import UserError
+
+# Levels and boundaries live on this scale: standard normal, clipped.
+SCALE_LIMIT = 3.0
+MAX_LEVELS = 4096
+
+# Two different levels closer than this could tie after rounding, as seen from the far end of the
+# scale, and a tie with a lower index would break the order that thresholds rest on.
+_MIN_GAP = 2e-6
+# Bins narrower than this (only V > 740 has any, cut off by the clipping) hold no probability.
+_MIN_BIN = 1e-4
+
+# Published order of KL-16's channels: falling share of low-frequency energy.
+KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
+
+# Frequencies up to this share of Nyquist's count as low: 2 of 8 cycles an image on a 16x16 grid.
+LOW_FREQUENCY = 0.25
+
+
+def gaussian_boundaries(levels: int) -> np.ndarray:
+    """Edges of V equally likely bins of a standard normal, clipped to +-3: float32 `[V + 1]`."""
+    quantiles = special.ndtri(np.linspace(0.0, 1.0, levels + 1))
+    return np.clip(quantiles, -SCALE_LIMIT, SCALE_LIMIT).astype(np.float32)
+
+
+def gaussian_levels(levels: int) -> np.ndarray:
+    """Mean of the standard normal within every bin, in float32 arithmetic: `[V]` on the +-3 scale.
+
+    For V > 740 the outermost bins lie wholly beyond +-3. They take +-3 as their value; of equal
+    levels the lowest index is the one ever used.
+    """
+    edges = gaussian_boundaries(levels)
+    # Each operation is rounded to float32. exp and erf go through float64, so that they are rounded
+    # correctly on every machine rather than by whichever float32 routine it has.
+    exponential = np.exp(-(edges * edges / np.float32(2)).astype(np.float64)).astype(np.float32)
+    density = exponential / np.float32(math.sqrt(2 * math.pi))
+    erf = special.erf((edges / np.float32(math.sqrt(2))).astype(np.float64)).astype(np.float32)
+    cumulative = (np.float32(1) + erf) * np.float32(0.5)
+
+    low, high = edges[:-1], edges[1:]
+    empty = high - low < _MIN_BIN
+    mass = np.where(empty, np.float32(1), np.diff(cumulative))
+    outermost = np.where(low < 0, np.float32(-SCALE_LIMIT), np.float32(SCALE_LIMIT))
+    # Where clipping cuts a bin thin, its mass is so small that rounding could carry the mean out.
+    return np.where(empty, outermost, np.clip(-np.diff(density) / mass, low, high))
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """Latents <-> indices, the same for all channels. Immutable, hashable, usable inside jit.
+
+    Attributes:
+      level_values: the V level values on the +-3 scale, exact float32 numbers, never decreasing. An
+        imported model brings its own.
+      minimum: latent that maps to -3; anything below is clipped.
+      maximum: latent that maps to +3; anything above is clipped.
+
+    Raises:
+      UserError: on construction, if any of them makes no sense.
+    """
+
+    level_values: tuple[float, ...]
+    minimum: float = -5.0
+    maximum: float = 5.0
+
+    def __post_init__(self):
+        values = np.asarray(self.level_values, np.float32)
+        object.__setattr__(self, "level_values", tuple(values.tolist()))
+        if not 2 <= values.size <= MAX_LEVELS:
+            raise UserError(f"quantizer has {values.size} levels, must be 2 to {MAX_LEVELS}")
+        if not (np.abs(values) <= SCALE_LIMIT).all():
+            raise UserError("quantizer level values must lie within -3 and 3")
+        gaps = np.diff(values.astype(np.float64))
+        if ((gaps != 0) & (gaps < _MIN_GAP)).any():
+            raise UserError(
+                "quantizer level values must not decrease, and different ones must be at least "
+                f"{_MIN_GAP} apart"
+            )
+        if not 0 < self.maximum - self.minimum < float(np.finfo(np.float32).max):
+            raise UserError(
+                f"quantizer range {self.minimum} to {self.maximum} must be finite and increasing"
+            )
+
+    @classmethod
+    def gaussian(cls, levels: int = 64, range: float = 5.0) -> "Quantizer":
+        """The paper's quantizer of V = `levels` for latents in [-range, range]."""
+        if not 2 <= levels <= MAX_LEVELS:
+            raise UserError(f"quantizer levels is {levels}, must be 2 to {MAX_LEVELS}")
+        return cls(tuple(gaussian_levels(levels).tolist()), -float(range), float(range))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Quantizer":
+        """Inverse of `to_json`, exact to the bit."""
+        return cls(tuple(value["level_values"]), value["minimum"], value["maximum"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict; float32 numbers survive JSON exactly."""
+        return {
+            "level_values": list(self.level_values),
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+        }
+
+    @property
+    def levels(self) -> int:
+        """V."""
+        return len(self.level_values)
+
+    @property
+    def index_dtype(self) -> np.dtype:
+        """uint8 up to 256 levels, uint16 above."""
+        return np.dtype(np.uint8 if self.levels <= 256 else np.uint16)
+
+    def boundaries(self) -> np.ndarray:
+        """Bin edges of the paper's quantizer of as many levels: float32 `[V + 1]`, +-3 scale."""
+        return gaussian_boundaries(self.levels)
+
+    @functools.cached_property
+    def dequantized_levels(self) -> np.ndarray:
+        """The latent every index stands for: float32 `[V]`."""
+        values = np.asarray(self.level_values, np.float32)
+        low, extent = np.float32(self.minimum), self._extent
+        return (values + np.float32(3)) / np.float32(6) * extent + low
+
+    @functools.cached_property
+    def thresholds(self) -> np.ndarray:
+        """Smallest float32 latent whose index is k or more, k = 1 .. V-1; NaN where none has it."""
+        distinct, first = np.unique(np.asarray(self.level_values, np.float32), return_index=True)
+
+        def takes_upper(x: np.ndarray) -> np.ndarray:
+            """Whether x lies strictly nearer to the upper of each pair of neighbouring levels."""
+            scaled = self._to_scale(x)
+            return np.abs(scaled - distinct[1:]) < np.abs(scaled - distinct[:-1])
+
+        # Bisection over all float32 at once: `no` never takes the upper level, `yes` always does.
+        no = np.full(distinct.size - 1, _ordered_bits(np.float32(-np.inf)))
+        yes = np.full(distinct.size - 1, _ordered_bits(np.float32(np.inf)))
+        while (yes - no > 1).any():
+            middle = (no + yes) // 2
+            upper = takes_upper(_from_ordered_bits(middle))
+            no, yes = np.where(upper, no, middle), np.where(upper, middle, yes)
+        # Of equal levels the first is used: index k is reached with the next distinct level.
+        reached_with = np.searchsorted(first[1:], np.arange(1, self.levels))
+        return np.append(_from_ordered_bits(yes), np.float32(np.nan))[reached_with]
+
+    def quantize(self, latents: Float[Array | np.ndarray, "..."]) -> Integer[Array, "..."]:
+        """Latents (scaled, float32) -> indices of `index_dtype`; +-inf clips.
+
+        Raises:
+          UserError: a latent is NaN. Only outside jit, where values can be seen; inside, NaN takes
+            the last index.
+        """
+        if not isinstance(latents, jax.core.Tracer) and np.isnan(latents).any():
+            raise UserError("latents hold NaN: the autoencoder's weights or input are damaged")
+        latents = jnp.asarray(latents, jnp.float32)
+        found = jnp.searchsorted(
+            jnp.asarray(self.thresholds), latents, side="right", method="scan_unrolled"
+        )
+        return found.astype(self.index_dtype)
+
+    def dequantize(self, indices: Integer[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+        """Indices -> float32 latents; NaN for an index of V or above."""
+        return jnp.take(jnp.asarray(self.dequantized_levels), indices, axis=0, mode="fill")
+
+    def clipped(self, latents: Float[Array | np.ndarray, "..."]) -> Bool[Array | np.ndarray, "..."]:
+        """Which latents lie outside [minimum, maximum]."""
+        return (latents < self.minimum) | (latents > self.maximum)
+
+    @property
+    def _extent(self) -> np.float32:
+        return np.float32(self.maximum - self.minimum)  # rounded once, as PyTorch does with scalars
+
+    def _to_scale(self, x: np.ndarray) -> np.ndarray:
+        """Latents -> clipped +-3 scale, numpy float32: the definition that everything follows."""
+        with np.errstate(over="ignore"):
+            scaled = (x - np.float32(self.minimum)) / self._extent * np.float32(6) - np.float32(3)
+        return np.clip(scaled, np.float32(-3), np.float32(3))
+
+
+def _ordered_bits(x: np.float32) -> np.int64:
+    """Float32 -> integers in the same order, neighbours to neighbours (both zeros to 0)."""
+    bits = np.int64(x.view(np.int32))
+    return np.int64(bits if bits >= 0 else -(bits + 2**31))
+
+
+def _from_ordered_bits(ordered: np.ndarray) -> np.ndarray:
+    """Inverse of `_ordered_bits`."""
+    bits = np.where(ordered >= 0, ordered, -(2**31) - ordered)
+    return bits.astype(np.int32).view(np.float32)
+
+
+class ChannelSpectrum:
+    """Streaming share of low-frequency energy of every channel (paper, appendix).
+
+    Energy is that of the 2D FFT over positions; frequencies whose radius `hypot(f_y, f_x)` is at
+    most `low` times Nyquist's are low. A channel's mean over all the data says nothing about any
+    image, so its energy is left out; how an image's own mean departs from it counts as low.
+    """
+
+    def __init__(self, channels: int, low: float = LOW_FREQUENCY):
+        self._low = low
+        self._images = 0
+        self._low_energy = np.zeros(channels, np.float64)
+        self._energy = np.zeros(channels, np.float64)
+        self._mean = np.zeros(channels, np.float64)  # per channel, of the images so far
+
+    def update(self, latents: Float[np.ndarray, "B h w C"]) -> None:
+        """Adds a batch; every batch must have the same h and w."""
+        batch, height, width, _ = latents.shape
+        # Energies are taken about the running mean and corrected as it moves (Chan et al.).
+        latents = latents.astype(np.float64)
+        mean = latents.mean(axis=(0, 1, 2))
+        energy_BhwC = np.abs(np.fft.fft2(latents - mean, axes=(1, 2), norm="ortho")) ** 2
+        f_y, f_x = np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing="ij")
+        is_low = np.hypot(f_y, f_x) <= self._low * 0.5 + 1e-9
+
+        total = self._images + batch
+        moved = (mean - self._mean) ** 2 * height * width * self._images * batch / total
+        self._low_energy += energy_BhwC[:, is_low].sum(axis=(0, 1)) + moved
+        self._energy += energy_BhwC.sum(axis=(0, 1, 2)) + moved
+        self._mean += (mean - self._mean) * batch / total
+        self._images = total
+
+    def shares(self) -> Float[np.ndarray, " C"]:
+        """Share of low-frequency energy of every channel; 0 for a channel that never changes."""
+        return self._low_energy / np.where(self._energy > 0, self._energy, 1.0)
+
+    def order(self) -> tuple[int, ...]:
+        """Channels from the highest share to the lowest; the lower channel first on a tie."""
+        return tuple(np.argsort(-self.shares(), kind="stable").tolist())
+
+
+def channel_order_by_frequency(latents: Float[np.ndarray, "B h w C"]) -> tuple[int, ...]:
+    """Channel order of one array of latents; `ChannelSpectrum` does the same batch by batch."""
+    spectrum = ChannelSpectrum(latents.shape[-1])
+    spectrum.update(latents)
+    return spectrum.order()
+
+
+class ChannelStatistics:
+    """Streaming counts of how every channel uses its levels, and how many latents were clipped."""
+
+    def __init__(self, channels: int, levels: int):
+        self.counts = np.zeros((channels, levels), np.int64)
+        self.clipped = np.zeros(channels, np.int64)
+
+    def update(
+        self,
+        indices: Integer[np.ndarray, "... C"],
+        clipped: Bool[np.ndarray, "... C"] | Integer[np.ndarray, "... C"],
+    ) -> None:
+        """Adds indices, and which of their latents were clipped (flags, or counts in any shape).
+
+        Raises:
+          ValueError: an index is not a level.
+        """
+        channels, levels = self.counts.shape
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < levels:
+            raise ValueError(f"index {indices.max()} among indices of {levels} levels")
+        cells = indices.reshape(-1, channels).astype(np.int64) + np.arange(channels) * levels
+        counts = np.bincount(cells.ravel(), minlength=channels * levels)
+        self.counts += counts.reshape(channels, levels)
+        self.clipped += clipped.reshape(-1, channels).sum(axis=0, dtype=np.int64)
+
+    def merge(self, other: "ChannelStatistics") -> None:
+        """Adds what another process or an earlier run counted."""
+        if other.counts.shape != self.counts.shape:
+            raise ValueError(f"cannot merge {other.counts.shape} into {self.counts.shape}")
+        self.counts += other.counts
+        self.clipped += other.clipped
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts themselves, to go on from."""
+        return {"counts": self.counts.tolist(), "clipped": self.clipped.tolist()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "ChannelStatistics":
+        """Inverse of `to_json`."""
+        statistics = cls(*np.shape(value["counts"]))
+        statistics.counts += np.asarray(value["counts"], np.int64)
+        statistics.clipped += np.asarray(value["clipped"], np.int64)
+        return statistics
+
+    def summary(self) -> dict[str, Any]:
+        """Report as plain numbers and lists.
+
+        Returns:
+          `latents` counted; `clipped_share` over all; and for every channel
+          `clipped_share_by_channel`, `bits_by_channel` (entropy of its index) and
+          `levels_used_by_channel`; `bits_per_channel` is the mean of the bits.
+        """
+        totals = np.maximum(self.counts.sum(axis=1), 1)
+        p = self.counts / totals[:, None]
+        bits = -np.sum(p * np.log2(np.where(p > 0, p, 1.0)), axis=1) + 0.0
+        return {
+            "latents": int(self.counts.sum()),
+            "clipped_share": float(self.clipped.sum() / totals.sum()),
+            "clipped_share_by_channel": (self.clipped / totals).tolist(),
+            "bits_per_channel": float(bits.mean()),
+            "bits_by_channel": bits.tolist(),
+            "levels_used_by_channel": np.count_nonzero(self.counts, axis=1).tolist(),
+        }
+
+
+def resolve_channel_order(
+    setting: str | Sequence[int], channels: int, spectrum: ChannelSpectrum | None = None
+) -> tuple[int, ...]:
+    """Turns `config.quantizer.channel_order` into a channel order.
+
+    Args:
+      setting: "kl16", "identity", "frequency" (needs `spectrum`), or the order itself.
+      channels: C.
+      spectrum: what was measured on the data.
+
+    Raises:
+      UserError: the setting is unknown, or not an order of these channels.
+    """
+    if setting == "frequency":
+        if spectrum is None:
+            raise UserError('channel_order "frequency" is measured on latents: run tokenize first')
+        order = spectrum.order()
+    elif isinstance(setting, str):
+        named = {"kl16": KL16_CHANNEL_ORDER, "identity": tuple(range(channels))}
+        if setting not in named:
+            raise UserError(
+                f'channel_order "{setting}" must be "kl16", "frequency", "identity" or a list'
+            )
+        order = named[setting]
+    else:
+        order = tuple(setting)
+    if sorted(order) != list(range(channels)):
+        raise UserError(
+            f"channel order {list(order)} does not list channels 0..{channels - 1} once"
+        )
+    return order

@@ -1,0 +1,1 @@
+"""Name tables between the parameters here and PyTorch state dicts."""
