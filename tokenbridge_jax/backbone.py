@@ -1,0 +1,166 @@
+"""Masked encoder-decoder over positions (paper section 3.3; the layout of MAR).
+
+Everything inside lives in *order layout*: slot j of image b is position `order[b, j]`, and an
+order's first `num_hidden` slots are the hidden ones. Attention does not care how positions are
+arranged as long as each carries its own position embedding, so hidden slots are a plain slice at
+the front and visible slots one at the end: nothing is scattered, and every shape is static.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.parallel import named_axes
+from tokenbridge_jax.transformer import (
+    Block,
+    embedding_init,
+    layer_norm,
+    stack_layers,
+    xavier,
+)
+
+
+class Backbone(nn.Module):
+    """Predicts a feature for every position from the visible ones and the class.
+
+    The encoder sees `buffer` copies of the class latent and the visible positions only; the decoder
+    sees all positions, with a learned mask token at the hidden ones.
+    """
+
+    positions: int
+    classes: int
+    buffer: int
+    encoder_width: int
+    encoder_layers: int
+    encoder_heads: int
+    decoder_width: int
+    decoder_layers: int
+    decoder_heads: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def setup(self) -> None:
+        encoder_length = self.buffer + self.positions
+        self.class_embedding = self._embedding("class_embedding", self.classes, self.encoder_width)
+        self.null_latent = self._embedding("null_latent", 1, self.encoder_width)
+        self.z_proj = self._dense(self.encoder_width)
+        self.encoder_position = self._embedding(
+            "encoder_position", encoder_length, self.encoder_width
+        )
+        self.z_proj_norm = layer_norm(self.dtype)
+        self.encoder_blocks = stack_layers(Block, self.encoder_layers, self.remat)(
+            self.encoder_heads, self.dropout, self.dtype
+        )
+        self.encoder_norm = layer_norm(self.dtype)
+
+        self.decoder_embed = self._dense(self.decoder_width)
+        self.mask_token = self._embedding("mask_token", 1, self.decoder_width)
+        self.decoder_position = self._embedding(
+            "decoder_position", encoder_length, self.decoder_width
+        )
+        self.decoder_blocks = stack_layers(Block, self.decoder_layers, self.remat)(
+            self.decoder_heads, self.dropout, self.dtype
+        )
+        self.decoder_norm = layer_norm(self.dtype)
+        self.output_position = self._embedding(
+            "output_position", self.positions, self.decoder_width
+        )
+
+    def _dense(self, width: int) -> nn.Dense:
+        return nn.Dense(width, dtype=self.dtype, kernel_init=named_axes(xavier, None, "embed"))
+
+    def _embedding(self, name: str, count: int, width: int) -> Float[Array, "T D"]:
+        init = named_axes(embedding_init, "positions", "embed")
+        return self.param(name, init, (count, width)).astype(self.dtype)
+
+    def class_latent(
+        self, labels: Int[Array, " B"], drop_class: Bool[Array, " B"]
+    ) -> Float[Array, "B D"]:
+        """What fills the buffer: the class embedding, or the null latent where it is dropped."""
+        return jnp.where(drop_class[:, None], self.null_latent, self.class_embedding[labels])
+
+    def encode(
+        self,
+        values: Float[Array, "B S C"],
+        class_latent: Float[Array, "B D"],
+        order: Int[Array, "B L"],
+        num_hidden: Int[Array, "*b"],
+    ) -> Float[Array, "B buffer+S D"]:
+        """Runs buffer and visible slots through the encoder.
+
+        Args:
+          values: dequantized latents of the last S slots of `order`.
+          class_latent: what fills the buffer.
+          order: a permutation of the positions for each image.
+          num_hidden: how many slots at the front are hidden, one number or one an image. Slots of
+            `values` that are hidden all the same are padding: nothing attends to them.
+        """
+        batch, slots, _ = values.shape
+        position = self.buffer + order[:, self.positions - slots :]
+        x = jnp.concatenate(
+            [
+                jnp.broadcast_to(
+                    class_latent[:, None].astype(self.dtype),
+                    (batch, self.buffer, self.encoder_width),
+                )
+                + self.encoder_position[None, : self.buffer],
+                self.z_proj(values) + self.encoder_position[position],
+            ],
+            axis=1,
+        )
+        x = parallel.constrain(self.z_proj_norm(x), "batch", None, None)
+        visible = self._visible(slots, num_hidden)
+        mask = jnp.pad(visible, ((0, 0), (self.buffer, 0)), constant_values=True)
+        x, _ = self.encoder_blocks(x, mask[:, None], None, None)
+        return self.encoder_norm(x)
+
+    def decode(
+        self,
+        encoded: Float[Array, "B buffer+S D"],
+        order: Int[Array, "B L"],
+        num_hidden: Int[Array, "*b"],
+    ) -> Float[Array, "B L D"]:
+        """Features of all positions, in order layout, from what `encode` returned."""
+        batch, slots = len(encoded), encoded.shape[1] - self.buffer
+        x = self.decoder_embed(encoded)
+        mask_token = self.mask_token[None]
+        visible = self._visible(slots, num_hidden)[..., None]
+        x = jnp.concatenate(
+            [
+                x[:, : self.buffer] + self.decoder_position[None, : self.buffer],
+                jnp.concatenate(
+                    [
+                        jnp.broadcast_to(
+                            mask_token, (batch, self.positions - slots, self.decoder_width)
+                        ),
+                        jnp.where(visible, x[:, self.buffer :], mask_token),
+                    ],
+                    axis=1,
+                )
+                + self.decoder_position[self.buffer + order],
+            ],
+            axis=1,
+        )
+        x = parallel.constrain(x, "batch", None, None)
+        x, _ = self.decoder_blocks(x, None, None, None)
+        x = self.decoder_norm(x)[:, self.buffer :] + self.output_position[order]
+        return parallel.constrain(x, "batch", None, None)
+
+    def __call__(
+        self,
+        values: Float[Array, "B S C"],
+        class_latent: Float[Array, "B D"],
+        order: Int[Array, "B L"],
+        num_hidden: Int[Array, "*b"],
+    ) -> Float[Array, "B L D"]:
+        """Features of all positions in order layout (see `encode` for the arguments)."""
+        return self.decode(self.encode(values, class_latent, order, num_hidden), order, num_hidden)
+
+    def _visible(self, slots: int, num_hidden: Int[Array, "*b"]) -> Array:
+        """Which of the last `slots` slots are visible: bool `[1 or B, S]`."""
+        slot = jnp.arange(self.positions - slots, self.positions)
+        return slot[None] >= jnp.reshape(num_hidden, (-1, 1))

@@ -1,0 +1,186 @@
+"""Autoregressive channel head (paper section 3.3): one position's C indices, one after another.
+
+Works on N positions side by side. Channels come in *channel order*: place c of the sequence holds
+channel `channel_order[c]`. Outside the head, indices are always in autoencoder order.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Integer, Key
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.parallel import named_axes
+from tokenbridge_jax.transformer import (
+    Cache,
+    ConditionedBlock,
+    embedding_init,
+    layer_norm,
+    modulate,
+    stack_layers,
+    xavier,
+)
+
+
+class ChannelAR(nn.Module):
+    """Small causal transformer over channels, conditioned on the backbone's feature.
+
+    `first_token_quirk`: the released weights were evaluated with the first timestep embedding added
+    to the first token when sampling, though not in training. On for imported weights only.
+    """
+
+    channel_order: tuple[int, ...]
+    levels: int
+    width: int
+    layers: int
+    heads: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    first_token_quirk: bool = False
+
+    def setup(self) -> None:
+        channels = len(self.channel_order)
+        self.condition_proj = nn.Dense(
+            self.width, dtype=self.dtype, kernel_init=named_axes(xavier, None, "embed")
+        )
+        # PyTorch's default for embedding tables, kept by the reference: N(0, 1).
+        self.token_embeddings = self.param(
+            "token_embeddings",
+            named_axes(nn.initializers.normal(1.0), "channels", "levels", "embed"),
+            (channels - 1, self.levels, self.width),
+        )
+        embedding = named_axes(embedding_init, "channels", "embed")
+        self.channel_embed = self.param("channel_embed", embedding, (channels, self.width))
+        self.timestep_embed = self.param("timestep_embed", embedding, (channels, self.width))
+        self.blocks = stack_layers(ConditionedBlock, self.layers)(
+            self.heads, self.dropout, self.dtype
+        )
+        self.norm = layer_norm(self.dtype)
+        self.final_norm = layer_norm(self.dtype, affine=False)
+        self.final_modulation = nn.DenseGeneral(
+            (2, self.width),
+            dtype=self.dtype,
+            kernel_init=named_axes(nn.initializers.zeros, "embed", None, None),
+        )
+        self.classifier = ChannelClassifier(channels, self.levels, self.dtype)
+
+    def logits(
+        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"]
+    ) -> Float[Array, "N C V"]:
+        """Teacher-forced float32 logits, channels in channel order.
+
+        Args:
+          feature: what the backbone says of each position.
+          indices: all C indices, in autoencoder order; place c sees those of places before c.
+        """
+        previous = indices[:, np.array(self.channel_order[:-1])]
+        place = np.arange(len(self.channel_order) - 1)
+        condition = self.condition_proj(feature)[:, None]
+        tokens = self.token_embeddings[place, previous].astype(self.dtype)
+        x = jnp.concatenate([condition, tokens], axis=1) + self._places(self.channel_embed)
+        condition = condition + self._places(self.timestep_embed)
+        x = parallel.constrain(x, "batch", None, None)
+        causal = np.tri(len(self.channel_order), dtype=bool)[None]
+        x, _ = self.blocks(x, jnp.asarray(causal), condition, None)
+        return self.classifier(self._modulated_norm(x, condition))
+
+    def nll(
+        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"]
+    ) -> Float[Array, "N C"]:
+        """Negative log-likelihood of every index in nats, in autoencoder order."""
+        order = np.array(self.channel_order)
+        nll = optax.softmax_cross_entropy_with_integer_labels(
+            self.logits(feature, indices), indices[:, order].astype(jnp.int32)
+        )
+        return nll[:, np.argsort(order)]
+
+    def sample(
+        self,
+        feature: Float[Array, "N Z"],
+        keys: Key[Array, " N"],
+        temperature: Float[Array, ""],
+    ) -> Int[Array, "N C"]:
+        """Draws the C indices of every position, with cached keys and values.
+
+        Args:
+          feature: what the backbone says of each position, guidance included.
+          keys: a random key a position; what is drawn depends on nothing else that is random.
+          temperature: divides the logits; 0 takes the most likely level at every channel.
+
+        Returns:
+          Indices in autoencoder order.
+        """
+        channels, count = len(self.channel_order), len(feature)
+        condition = self.condition_proj(feature)
+        token = condition
+        if self.first_token_quirk:
+            token = token + self.timestep_embed[:1].astype(self.dtype)
+        shape = (self.layers, count, channels, self.heads, self.width // self.heads)
+        empty = jnp.zeros(shape, self.dtype)
+
+        def next_channel(
+            head: "ChannelAR", carry: tuple[jax.Array, Cache], place: jax.Array
+        ) -> tuple[tuple[jax.Array, Cache], jax.Array]:
+            token, cache = carry
+            x = (token + head.channel_embed[place].astype(head.dtype)[None])[:, None]
+            here = (condition + head.timestep_embed[place].astype(head.dtype)[None])[:, None]
+            seen = (jnp.arange(channels) <= place)[None, None]
+            cache = cache._replace(place=jnp.full(head.layers, place))
+            x, cache = head.blocks(x, seen, here, cache)
+            logits = head.classifier(head._modulated_norm(x, here), place)[:, 0]
+            # argmax(logits / T + gumbel) = argmax(logits + T * gumbel), and the latter knows T = 0.
+            noise = jax.vmap(
+                lambda key: jax.random.gumbel(jax.random.fold_in(key, place), (head.levels,))
+            )(keys)
+            index = jnp.argmax(logits + temperature * noise, axis=-1)
+            # The last channel's token is never used; it needs no table of its own.
+            table = head.token_embeddings[jnp.minimum(place, channels - 2)]
+            return (table[index].astype(head.dtype), cache), index
+
+        scan = nn.scan(next_channel, variable_broadcast="params", split_rngs={"params": False})
+        start = (token, Cache(empty, empty, jnp.zeros(self.layers, jnp.int32)))
+        _, indices = scan(self, start, jnp.arange(channels))
+        return indices.T[:, np.argsort(self.channel_order)]
+
+    def _places(self, embedding: Float[Array, "C D"]) -> Float[Array, "1 C D"]:
+        return embedding.astype(self.dtype)[None]
+
+    def _modulated_norm(
+        self, x: Float[Array, "N T D"], condition: Float[Array, "N T D"]
+    ) -> Float[Array, "N T D"]:
+        modulation = self.final_modulation(nn.silu(condition))
+        scale, shift = modulation[:, :, 0], modulation[:, :, 1]
+        return modulate(self.final_norm(self.norm(x)), shift, scale)
+
+
+class ChannelClassifier(nn.Module):
+    """One linear classifier a channel, with float32 logits."""
+
+    channels: int
+    levels: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "N T D"], place: Int[Array, ""] | None = None
+    ) -> Float[Array, "N T V"]:
+        """Classifies all C places, or with `place` the one that x holds."""
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)
+        kernel = self.param(
+            "kernel",
+            named_axes(init, "channels", "embed", "levels"),
+            (self.channels, x.shape[-1], self.levels),
+        ).astype(self.dtype)
+        bias = self.param(
+            "bias",
+            named_axes(nn.initializers.zeros, "channels", "levels"),
+            (self.channels, self.levels),
+        )
+        if place is not None:
+            kernel, bias = kernel[place][None], bias[place][None]
+        logits = jnp.einsum("ncd,cdv->ncv", x, kernel, preferred_element_type=jnp.float32)
+        return logits + bias[None]
