@@ -1,0 +1,203 @@
+"""Batches: what is in them on any number of processes, coverage, resumption, damage."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+from token_shards import make_info, random_records, write_tokens
+
+from tokenbridge_jax.data import sources
+from tokenbridge_jax.data.loader import make_image_loader, make_loader, validation_batches
+from tokenbridge_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens")
+    write_tokens(folder, {"train": [10, 10, 3], "validation": [5, 2]}, levels=16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many_views(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("views")
+    write_tokens(folder, {"train": [20]}, levels=300, flips=True, samples=2)
+    return folder
+
+
+def numbered(info, count: int) -> dict[bytes, tuple[int, int]]:
+    """Content of a view -> (image, view)."""
+    records = random_records(info, range(count))
+    return {
+        view.tobytes(): (int(record["image"]), number)
+        for record in records
+        for number, view in enumerate(record["indices"])
+    }
+
+
+def images_of(batch, names) -> list[int]:
+    return [names[indices.tobytes()][0] for indices in batch["indices"]]
+
+
+def test_batches_hold_the_records(folder):
+    names = numbered(make_info(), 23)
+    for batch in itertools.islice(make_loader(folder, 4, seed=0), 6):
+        assert batch["indices"].shape == (4, 16, 3)
+        assert batch["indices"].dtype == np.uint8
+        assert batch["labels"].dtype == np.int32
+        assert [image % 3 for image in images_of(batch, names)] == batch["labels"].tolist()
+
+
+def test_every_epoch_holds_every_image_once(folder):
+    names = numbered(make_info(), 23)
+    loader = make_loader(folder, 5, seed=3)
+    stream = [image for batch in itertools.islice(loader, 23) for image in images_of(batch, names)]
+    epochs = [stream[start : start + 23] for start in range(0, 5 * 23, 23)]
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 5
+    other_seed = make_loader(folder, 5, seed=4)
+    assert [images_of(next(other_seed), names) for _ in range(2)] != [stream[:5], stream[5:10]]
+
+
+def test_global_batches_are_the_same_on_any_number_of_processes(folder):
+    names = numbered(make_info(), 23)
+    batches = {}
+    for count in (1, 2, 4):
+        loaders = [
+            make_loader(folder, 8, 1, process_index=index, process_count=count)
+            for index in range(count)
+        ]
+        batches[count] = []
+        for parts in itertools.islice(zip(*loaders, strict=True), 9):  # Over three epochs.
+            assert all(len(part["labels"]) == 8 // count for part in parts)
+            together = [image for part in parts for image in images_of(part, names)]
+            batches[count].append(sorted(together))
+    assert batches[1] == batches[2] == batches[4]
+
+
+def test_resumed_loader_goes_on_exactly(many_views):
+    whole = list(itertools.islice(make_loader(many_views, 6, seed=2), 12))
+    for step in (0, 1, 7):
+        resumed = make_loader(many_views, 6, seed=2, start_step=step)
+        for expected, batch in zip(whole[step:], resumed, strict=False):
+            assert np.array_equal(expected["indices"], batch["indices"])
+            assert np.array_equal(expected["labels"], batch["labels"])
+
+
+def test_views_are_drawn_evenly(many_views):
+    names = numbered(make_info(levels=300, flips=True, samples=2), 20)
+    seen = collections.Counter()
+    of_image = collections.defaultdict(set)
+    for batch in itertools.islice(make_loader(many_views, 20, seed=0), 60):
+        assert batch["indices"].dtype == np.uint16
+        for indices in batch["indices"]:
+            image, view = names[indices.tobytes()]
+            seen[view] += 1
+            of_image[image].add(view)
+    # 1200 draws over 4 views: 300 +- 15.
+    assert all(240 < seen[view] < 360 for view in range(4))
+    assert all(views == {0, 1, 2, 3} for views in of_image.values())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("batch_size", [2, 4, 8])
+def test_validation_is_one_pass(folder, count, batch_size):
+    names = numbered(make_info(), 7)
+    parts = [
+        list(validation_batches(folder, batch_size, process_index=index, process_count=count))
+        for index in range(count)
+    ]
+    assert {len(part) for part in parts} == {-(-7 // batch_size)}
+    counted = [
+        image
+        for part in parts
+        for batch in part
+        for image, weight in zip(images_of(batch, names), batch["weights"], strict=True)
+        if weight
+    ]
+    assert sorted(counted) == list(range(7))
+    assert all(len(batch["labels"]) == batch_size // count for part in parts for batch in part)
+
+
+def test_validation_takes_the_plain_view(many_views):
+    names = numbered(make_info(levels=300, flips=True, samples=2), 20)
+    (batch,) = validation_batches(many_views, 20, split="train")
+    assert [names[indices.tobytes()] for indices in batch["indices"]] == [
+        (image, 0) for image in range(20)
+    ]
+
+
+def test_mistakes_are_named(folder):
+    with pytest.raises(UserError, match=r"a batch of 24 needs as many images.* has 23"):
+        make_loader(folder, 24, 0)
+    with pytest.raises(UserError, match="does not divide over 3 processes"):
+        make_loader(folder, 8, 0, process_index=0, process_count=3)
+    with pytest.raises(UserError, match="no split 'test'"):
+        make_loader(folder, 8, 0, split="test")
+
+
+def test_damaged_shard_is_named(tmp_path):
+    write_tokens(tmp_path, {"train": [10, 10]})
+    path = tmp_path / "train-00001-of-00002.array_record"
+    content = bytearray(path.read_bytes())
+    content[100:5000] = bytes(4900)  # Of the same length, so only reading it shows.
+    path.write_bytes(bytes(content))
+    loader = make_loader(tmp_path, 10, 0)
+    with pytest.raises(UserError, match=r"train-00001-of-00002\.array_record is damaged"):
+        list(itertools.islice(loader, 2))
+
+
+def test_shard_of_other_records_is_named(tmp_path):
+    write_tokens(tmp_path / "a", {"train": [10]})
+    write_tokens(tmp_path / "b", {"train": [10]}, flips=True)
+    name = "train-00000-of-00001.array_record"
+    (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+    with pytest.raises(UserError, match="another size than"):
+        next(make_loader(tmp_path / "a", 5, 0))
+
+
+def test_empty_shards_are_passed_over(tmp_path):
+    write_tokens(tmp_path, {"train": [0, 4, 0]})
+    names = numbered(make_info(), 4)
+    assert sorted(images_of(next(make_loader(tmp_path, 4, 0)), names)) == [0, 1, 2, 3]
+
+
+def test_image_loader_covers_and_mirrors():
+    source = sources.DigitsSource("validation")
+    subset = np.arange(0, 40)
+    plain = {source.images[i].tobytes(): int(i) for i in subset}
+    mirrored = {source.images[i][:, ::-1].tobytes(): int(i) for i in subset}
+    loader = make_image_loader(source, 8, 1, 10, seed=0, subset=subset)
+    flipped, stream = 0, []
+    for batch in itertools.islice(loader, 40):
+        assert batch["images"].shape == (10, 8, 8, 1)
+        assert batch["images"].dtype == np.uint8
+        for image, label in zip(batch["images"], batch["labels"], strict=True):
+            flipped += image.tobytes() not in plain
+            stream.append({**mirrored, **plain}[image.tobytes()])
+            assert label == source.labels[stream[-1]]
+    assert 130 < flipped < 270
+    for start in range(0, 400, 40):
+        assert sorted(stream[start : start + 40]) == list(range(40))
+    resumed = make_image_loader(source, 8, 1, 10, seed=0, subset=subset, start_step=39)
+    assert np.array_equal(next(resumed)["images"], batch["images"])
+
+
+def test_image_loader_names_and_replaces_broken_pictures(capsys):
+    class Broken(sources.DigitsSource):
+        def load(self, i):
+            if i in (3, 4):
+                raise ValueError("no picture")
+            return super().load(i)
+
+    source = Broken("validation")
+    loader = make_image_loader(source, 8, 1, 6, seed=0, subset=np.arange(6), flip=False)
+    for batch in itertools.islice(loader, 3):
+        found = [bytes(image) for image in batch["images"]]
+        expected = [source.images[i].tobytes() for i in (0, 1, 2, 5, 5, 5)]
+        assert sorted(found) == sorted(expected)
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(lines) == [f"broken image left out: {source.name(i)}: no picture" for i in (3, 4)]
+    with pytest.raises(UserError, match="a batch of 7 needs as many"):
+        make_image_loader(source, 8, 1, 7, seed=0, subset=np.arange(6))

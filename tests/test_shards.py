@@ -1,0 +1,237 @@
+"""The shard format: round trips, plain-Python reading, comparison of settings, failing disks."""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import textwrap
+
+import numpy as np
+import pytest
+from token_shards import make_info, random_records, write_tokens
+
+from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.shards import DatasetInfo, ShardWriter
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
+
+
+def statistics_of(info, records) -> ChannelStatistics:
+    statistics = ChannelStatistics(info.channels, info.quantizer.levels)
+    statistics.update(records["indices"], np.ones((len(records), info.channels), np.int32))
+    return statistics
+
+
+@pytest.mark.parametrize(
+    ("levels", "flips", "samples", "views"),
+    [(2, False, 0, 1), (256, True, 1, 2), (257, True, 3, 6), (4096, False, 2, 2)],
+)
+def test_info_survives_json(levels, flips, samples, views):
+    info = make_info(levels=levels, flips=flips, samples=samples)
+    read = DatasetInfo.from_json(json.loads(json.dumps(info.to_json())))
+    assert read == info
+    assert info.views == views == len(info.to_json()["views"])
+    assert read.record["indices"].shape == (views, 16, 3)
+    assert read.record["indices"].base == ("u1" if levels <= 256 else "<u2")
+    assert read.record.itemsize == 12 + views * 48 * (1 if levels <= 256 else 2)
+
+
+def test_views_are_sample_major_and_plain_first():
+    views = make_info(flips=True, samples=2).to_json()["views"]
+    assert [(view["sample"], view["flipped"]) for view in views] == [
+        (0, False),
+        (0, True),
+        (1, False),
+        (1, True),
+    ]
+
+
+def test_the_five_documented_lines(tmp_path, monkeypatch):
+    info = write_tokens(tmp_path, {"train": [7, 3]}, levels=300, flips=True)
+    code = re.search(r"five lines:\n\n((?:    .*\n)+)", shards.__doc__).group(1)
+    assert len(code.splitlines()) == 5
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    code = textwrap.dedent(code).replace('open("dataset.json")', "file")
+    with open("dataset.json") as file:  # The documented line leaves closing to the interpreter.
+        exec(code, {"file": file}, found)
+    expected = random_records(info, range(7))
+    assert found["records"].dtype == expected.dtype
+    assert np.array_equal(found["records"], expected)
+
+
+def test_documented_formula_dequantizes(tmp_path):
+    # What the module's documentation says an index stands for, in float32.
+    quantizer = Quantizer.gaussian(64)
+    described = make_info(levels=64).to_json()["quantizer"]
+    v = np.array(described["level_values"], np.float32)
+    low, high = np.float32(described["minimum"]), np.float32(described["maximum"])
+    assert np.array_equal((v + 3) / 6 * (high - low) + low, quantizer.dequantize(np.arange(64)))
+
+
+def test_writing_is_deterministic_and_summarised(tmp_path):
+    info = make_info()
+    records = random_records(info, range(20))
+    skipped = [{"split": "train", "image": 20, "reason": "x"}]
+    contents = []
+    for name in ("a", "b"):
+        path = tmp_path / f"{name}.array_record"
+        with ShardWriter(path) as writer:
+            for part in np.split(records, [3, 4, 17]):
+                writer.write(part)
+            assert not path.exists()
+            written = writer.commit(skipped, statistics_of(info, records))
+        contents.append(path.read_bytes())
+        summary = shards.read_summary(path)
+        assert summary.records == written.records == 20
+        assert summary.size == written.size == path.stat().st_size
+        assert summary.skipped == skipped
+        assert np.array_equal(summary.statistics.counts, statistics_of(info, records).counts)
+        assert summary.statistics.clipped.tolist() == [20, 20, 20]
+    assert contents[0] == contents[1]
+    assert not list(tmp_path.glob(".*")) + list(tmp_path.glob("statistics/.*"))
+
+
+def test_incomplete_shards_have_no_summary(tmp_path):
+    info = write_tokens(tmp_path, {"train": [5]})
+    path = tmp_path / info.splits["train"]["shards"][0]["file"]
+    whole = path.read_bytes()
+    assert shards.read_summary(path) is not None
+    path.write_bytes(whole[:-1])
+    assert shards.read_summary(path) is None
+    path.write_bytes(b"\0" * len(whole))
+    assert shards.read_summary(path) is None
+    path.unlink()
+    assert shards.read_summary(path) is None
+    path.write_bytes(whole)
+    assert shards.read_summary(path) is not None
+    (summary,) = (tmp_path / "statistics").iterdir()
+    summary.write_text("{}")
+    assert shards.read_summary(path) is None
+
+
+def test_an_exception_leaves_nothing(tmp_path):
+    info = make_info()
+
+    def write():
+        with ShardWriter(tmp_path / "x.array_record") as writer:
+            writer.write(random_records(info, range(5)))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_while_writing(tmp_path, monkeypatch):
+    info = make_info()
+    records = random_records(info, range(3000))
+    # The temporary file is a link to the device that is always full.
+    create = shards.ArrayRecordWriter
+
+    def on_full_disk(path, options):
+        os.symlink("/dev/full", path)
+        return create(path, options)
+
+    def write():
+        with ShardWriter(tmp_path / "x.array_record") as writer:
+            for _ in range(100):
+                writer.write(records)
+            writer.commit([], statistics_of(info, records))
+
+    monkeypatch.setattr(shards, "ArrayRecordWriter", on_full_disk)
+    with pytest.raises(UserError, match=r"cannot write .*x\.array_record: the disk is full"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_while_writing_the_summary(tmp_path, monkeypatch):
+    info = make_info()
+    records = random_records(info, range(3))
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write():
+        with ShardWriter(tmp_path / "x.array_record") as writer:
+            writer.write(records)
+            monkeypatch.setattr(os, "fsync", full)
+            writer.commit([], statistics_of(info, records))
+
+    with pytest.raises(UserError, match="the disk is full"):
+        write()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        ShardWriter(tmp_path / "file" / "x.array_record")
+
+
+def test_check_names_the_field(tmp_path):
+    info = make_info(levels=16)
+    info.check(levels=16, quantizer=Quantizer.gaussian(16), image_size=16, channel_order=(2, 0, 1))
+    with pytest.raises(UserError, match=r"levels = 16 but this run has 64"):
+        info.check(image_size=16, levels=64)
+    with pytest.raises(UserError, match=r"quantizer\.minimum = -5\.0 but this run has -4\.0"):
+        info.check(quantizer=Quantizer(info.quantizer.level_values, -4.0, 5.0))
+    with pytest.raises(UserError, match=r"autoencoder\.latent_channels = 3 but this run has 4"):
+        info.check(autoencoder=dataclasses.replace(info.autoencoder, latent_channels=4))
+    with pytest.raises(UserError, match=r"autoencoder_hash = \"000.* but this run has \"abc\""):
+        info.check(autoencoder_hash="abc")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("seed", 1), ("flips", True), ("records_per_shard", 7), ("dtype", "bfloat16")],
+        *[("channel_order", (0, 1, 2)), ("class_names", ("a",))],
+        ("sources", {"train": {"kind": "folder", "images": 9}}),
+    ],
+)
+def test_any_difference_in_making_is_refused(name, value):
+    info = make_info()
+    info.check_same_making(dataclasses.replace(info, splits={"train": {}}, skipped=({},)))
+    with pytest.raises(UserError, match=name):
+        info.check_same_making(dataclasses.replace(info, **{name: value}))
+
+
+def test_where_the_pictures_lie_does_not_matter():
+    one = make_info(sources={"train": {"path": "/a", "images": 1}})
+    one.check_same_making(make_info(sources={"train": {"path": "/b", "images": 1}}))
+
+
+def test_missing_and_foreign_folders(tmp_path):
+    with pytest.raises(UserError, match="holds no token shards; run `tokenbridge tokenize` first"):
+        shards.read_info(tmp_path)
+    shards.write_info(tmp_path, make_info(), partial=True)
+    with pytest.raises(UserError, match="is not finished"):
+        shards.read_info(tmp_path)
+    with pytest.raises(UserError, match="mount the bucket"):
+        shards.read_info("gs://bucket/tokens")
+    path = tmp_path / shards.INFO_FILE
+    for content, complaint in [
+        ("{", "not valid JSON"),
+        ('{"format": "other"}', "format 'other'"),
+        (json.dumps(make_info().to_json() | {"format_version": 2}), "version 2"),
+        (json.dumps({k: v for k, v in make_info().to_json().items() if k != "seed"}), "'seed'"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(UserError, match=rf"cannot read .*dataset\.json.*{complaint}"):
+            shards.read_info(tmp_path)
+
+
+def test_missing_and_truncated_shards_are_named(tmp_path):
+    info = write_tokens(tmp_path, {"train": [5, 5]})
+    assert [records for _, records in shards.shard_files(tmp_path, info, "train")] == [5, 5]
+    path = tmp_path / "train-00001-of-00002.array_record"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"train-00001-of-00002\.array_record has \d+ bytes"):
+        shards.shard_files(tmp_path, info, "train")
+    path.unlink()
+    with pytest.raises(UserError, match=r"train-00001-of-00002\.array_record is missing"):
+        shards.shard_files(tmp_path, info, "train")
+    with pytest.raises(UserError, match="no split 'validation'"):
+        shards.shard_files(tmp_path, info, "validation")

@@ -1,0 +1,527 @@
+"""Tokenizing as a whole: content, restarts after kill -9, broken pictures, refusals, processes."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
+from PIL import Image
+from token_shards import make_info
+
+from tokenbridge_jax import io, tokenizing
+from tokenbridge_jax.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    init_params,
+    load_autoencoder,
+    save_autoencoder,
+)
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.data import shards
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.quantizer import channel_order_by_frequency
+from tokenbridge_jax.tokenizing import tokenize
+
+REPOSITORY = Path(__file__).parent.parent
+
+AUTOENCODER = AutoencoderConfig(
+    image_size=16, image_channels=3, channels=32, multipliers=(1, 2), blocks=1,
+    attention_resolutions=(), latent_channels=4, scale=1.5,
+)  # fmt: skip
+SETTINGS = {
+    "seed": 3,
+    "data": {
+        "source": "folder", "path": "", "split": "", "validation_split": "",
+        "image_size": 16, "image_channels": 3, "num_classes": 5, "flip": True,
+    },
+    "quantizer": {"levels": 16, "range": 3.0, "channel_order": "identity"},
+    "tokenize": {
+        "batch_size": 8, "posterior_samples": 1, "records_per_shard": 10,
+        "validation_fraction": 0.0, "decode_workers": 2, "dtype": "float32",
+    },
+}  # fmt: skip
+
+
+def make_config(images: Path, **changes) -> ConfigDict:
+    """The settings above with some replaced, `data__flip=False` say."""
+    config = ConfigDict(SETTINGS)
+    config.data.path = str(images)
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        with config.ignore_type():  # A channel order is a name or a tuple.
+            if key:
+                config[section][key] = value
+            else:
+                config[section] = value
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """All runs here compile the same few programs: keeps them on disk, for subprocesses as well."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """27 smooth pictures in 3 classes."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(27):
+        rng = np.random.default_rng(i)
+        path = root / f"class{i % 3}" / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3)).astype(np.uint8))
+        coarse.resize((30, 24), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """A folder with a random autoencoder whose latents have about unit variance."""
+    folder = tmp_path_factory.mktemp("made") / "autoencoder"
+    params = jax.tree.map(np.array, init_params(AUTOENCODER, jax.random.key(0)))
+    # Posterior noise of about a tenth: large enough to move indices.
+    params["quant_conv"]["bias"][AUTOENCODER.latent_channels :] = -4.0
+    save_autoencoder(folder, AUTOENCODER, params)
+    return folder
+
+
+@pytest.fixture
+def workdir(tmp_path, autoencoder):
+    shutil.copytree(autoencoder, tmp_path / "work" / "autoencoder")
+    return tmp_path / "work"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, autoencoder, images):
+    """A workdir tokenized without disturbance."""
+    workdir = tmp_path_factory.mktemp("finished")
+    shutil.copytree(autoencoder, workdir / "autoencoder")
+    tokenize(make_config(images), workdir)
+    return workdir
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+    files = (path for path in (workdir / "tokens").rglob("*") if path.is_file())
+    return {str(path.relative_to(workdir / "tokens")): path.read_bytes() for path in files}
+
+
+def read_split(workdir: Path, split: str = "train") -> np.ndarray:
+    info = shards.read_info(workdir / "tokens")
+    parts = []
+    for path, _ in shards.shard_files(workdir / "tokens", info, split):
+        reader = shards.ArrayRecordReader(str(path))
+        parts.append(np.frombuffer(b"".join(reader.read_all()), info.record))
+    return np.concatenate(parts)
+
+
+@jax.jit
+def encode(params, pixels):
+    return Autoencoder(AUTOENCODER).apply({"params": params}, pixels / 127.5 - 1, method="encode")
+
+
+def posterior_of(workdir: Path, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation `[L, C]` of one picture, by itself."""
+    _, params = load_autoencoder(workdir / "autoencoder")
+    posterior = encode(params, jnp.asarray(picture[None], jnp.float32))
+    mean, logvar = np.asarray(posterior.mean), np.asarray(posterior.logvar)
+    return mean.reshape(-1, 4), np.exp(logvar / 2).reshape(-1, 4)
+
+
+def nearest(latents: np.ndarray, level_values: list[float], limit: float) -> np.ndarray:
+    scaled = np.clip(latents / limit * 3, -3, 3)
+    return np.abs(scaled[..., None] - np.array(level_values)).argmin(axis=-1)
+
+
+def test_records_are_the_quantized_pictures(workdir, images):
+    config = make_config(images, tokenize__posterior_samples=0)
+    result = tokenize(config, workdir)
+    assert result.images == 27
+    records = read_split(workdir)
+    assert records["image"].tolist() == list(range(27))
+    assert records["label"].tolist() == sorted(i % 3 for i in range(27))
+    names = [f"class{c}/{i:02}.png" for c in range(3) for i in range(c, 27, 3)]
+    for record in records[::6]:
+        picture = Image.open(images / names[record["image"]]).resize((20, 16), Image.BICUBIC)
+        pixels = np.asarray(picture)[:, 2:18]
+        for view, mirrored in enumerate((pixels, pixels[:, ::-1])):
+            latents = posterior_of(workdir, mirrored)[0] * 1.5
+            expected = nearest(latents, result.info.quantizer.level_values, 3.0)
+            # A latent at the very edge between two levels may fall either way.
+            assert np.mean(record["indices"][view] != expected) < 0.02
+    assert result.info.class_names == ("class0", "class1", "class2")
+    assert result.info.statistics["train"]["latents"] == 27 * 2 * 64 * 4
+
+
+def test_posterior_samples_have_the_posteriors_spread(workdir, images):
+    config = make_config(images, tokenize__posterior_samples=12, quantizer__levels=300)
+    info = tokenize(config, workdir).info
+    record = read_split(workdir)[0]
+    assert record["indices"].shape == (24, 64, 4)
+    latents = np.asarray(info.quantizer.dequantize(record["indices"].astype(np.int32)))
+    plain, mirrored = latents[0::2], latents[1::2]
+    picture = Image.open(images / "class0" / "00.png").resize((20, 16), Image.BICUBIC)
+    pixels = np.asarray(picture)[:, 2:18]
+    for samples, shown in ((plain, pixels), (mirrored, pixels[:, ::-1])):
+        mean, deviation = posterior_of(workdir, shown)
+        z = (samples / 1.5 - mean) / deviation
+        assert abs(z.mean()) < 0.1  # 3072 draws: 0.018 is one standard error.
+        assert abs(z.std() - 1) < 0.1
+    assert (
+        np.abs(np.corrcoef(plain.reshape(12, -1) - plain.mean(axis=0).ravel())[0, 1:]).max() < 0.5
+    )
+
+
+def test_noise_depends_on_the_picture_alone(workdir, finished, images):
+    # Other batches, other shards, other threads: the same draws.
+    config = make_config(images, tokenize__batch_size=16, tokenize__records_per_shard=100)
+    config.tokenize.decode_workers = 1
+    tokenize(config, workdir)
+    ours, theirs = read_split(workdir), read_split(finished)
+    assert np.array_equal(ours["image"], theirs["image"])
+    assert np.mean(ours["indices"] != theirs["indices"]) < 0.002
+    config.seed = 4
+    shutil.rmtree(workdir / "tokens")
+    tokenize(config, workdir)
+    assert np.mean(read_split(workdir)["indices"] != ours["indices"]) > 0.1
+
+
+def test_second_run_does_nothing(finished, images, monkeypatch):
+    before = contents(finished)
+    times = {path: path.stat().st_mtime_ns for path in (finished / "tokens").glob("*.array_record")}
+
+    def no_encoding(*_):
+        raise AssertionError("encoded something")
+
+    monkeypatch.setattr(tokenizing.Codec, "encode", no_encoding)
+    assert tokenize(make_config(images), finished).images == 0
+    assert contents(finished) == before
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+def test_lost_and_damaged_shards_are_made_again(finished, workdir, images):
+    shutil.copytree(finished / "tokens", workdir / "tokens")
+    damaged = workdir / "tokens" / "train-00002-of-00003.array_record"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert tokenize(make_config(images), workdir).images == 7
+    assert contents(workdir) == contents(finished)
+
+
+KILLED_RUN = """
+import os, signal, sys
+from test_tokenize import make_config
+from tokenbridge_jax import io, tokenizing
+from tokenbridge_jax.data import shards
+
+images, workdir, moment = sys.argv[1:]
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if moment == "in the middle of a shard":
+    write, calls = shards.ShardWriter.write, []
+    def write_some(self, records):
+        write(self, records)
+        calls.append(1)
+        if len(calls) == 3:
+            die()
+    shards.ShardWriter.write = write_some
+elif moment == "between summary and shard":
+    os.replace = die
+elif moment == "before the description":
+    tokenizing._finish = die
+elif moment == "after the description":
+    write_info = shards.write_info
+    def write_and_die(folder, info, partial=False):
+        write_info(folder, info, partial=partial)
+        if not partial:
+            die()
+    shards.write_info = write_and_die
+elif moment == "first description":
+    shards.write_info = lambda *_, partial: die()
+tokenizing.tokenize(make_config(images), workdir)
+"""
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        ["first description", "in the middle of a shard", "between summary and shard"],
+        ["before the description", "after the description"],
+    ],
+)
+def test_killed_runs_end_as_if_undisturbed(finished, workdir, images, moments):
+    for moment in moments:
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED_RUN, str(images), str(workdir), moment],
+            env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"},
+            check=False,
+        )
+        assert done.returncode == -signal.SIGKILL, moment
+    assert tokenize(make_config(images), workdir).images == (
+        0 if "after the description" in moments else 17
+    )
+    assert contents(workdir) == contents(finished)
+
+
+@pytest.fixture
+def partly_broken(images, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(images, root)
+    whole = (root / "class1" / "01.png").read_bytes()
+    (root / "class1" / "01.png").write_bytes(whole[: len(whole) // 2])
+    (root / "class2" / "26.png").write_bytes(b"")
+    return root
+
+
+def test_broken_pictures_are_named_counted_and_left_out(partly_broken, workdir, finished, capsys):
+    info = tokenize(make_config(partly_broken), workdir).info
+    assert [entry["image"] for entry in info.skipped] == [9, 26]
+    assert info.skipped[0]["reason"].startswith("class1/01.png: image file is truncated")
+    assert "broken image left out: class2/26.png: cannot identify" in capsys.readouterr().err
+    # All others are what they would have been.
+    whole = read_split(finished)
+    assert np.array_equal(read_split(workdir), np.delete(whole, [9, 26]))
+    assert info.splits["train"]["images"] == 25
+    assert info.statistics["train"]["latents"] == 25 * 2 * 64 * 4
+
+
+def test_strict_stops_at_a_broken_picture(partly_broken, workdir):
+    with pytest.raises(UserError, match=r"broken image class1/01\.png: .*--strict"):
+        tokenize(make_config(partly_broken), workdir, strict=True)
+    assert not (workdir / "tokens" / shards.INFO_FILE).exists()
+
+
+def test_nothing_but_broken_pictures(tmp_path, workdir):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "x.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the images could be used.*a/x\.png"):
+        tokenize(make_config(tmp_path / "images"), workdir)
+
+
+def test_validation_is_held_out_by_name(workdir, images):
+    info = tokenize(make_config(images, tokenize__validation_fraction=0.3), workdir).info
+    train, validation = read_split(workdir), read_split(workdir, "validation")
+    assert sorted([*train["image"], *validation["image"]]) == list(range(27))
+    assert 0 < len(validation) == info.splits["validation"]["images"] < 15
+    assert info.sources["validation"]["chosen"] == len(validation)
+
+
+def test_small_splits_have_several_shards(images):
+    source = tokenizing.make_source(make_config(images).data)
+    info = make_info(records_per_shard=1000)
+    for count, size in [(1, 64), (64, 64), (250, 64), (513, 128), (7000, 896), (100_000, 1000)]:
+        subset = tokenizing.Subset(source, np.arange(5, 5 + count))
+        planned = tokenizing.plan_shards(Path("x"), info, {"train": subset})
+        assert np.array_equal(np.concatenate([plan.images for plan in planned]), subset.images)
+        assert len(planned) == -(-count // size)
+        assert all(len(plan.images) == size for plan in planned[:-1])
+
+
+def test_own_validation_split(workdir, images, tmp_path):
+    root = tmp_path / "images"
+    shutil.copytree(images, root / "train")
+    shutil.copytree(images, root / "val")
+    config = make_config(root, data__split="train", data__validation_split="val")
+    (root / "val" / "class3").mkdir()
+    with pytest.raises(UserError, match="validation split 'val' has 4 classes"):
+        tokenize(config, workdir)
+    (root / "val" / "class3").rmdir()
+    (root / "val" / "class0" / "00.png").unlink()
+    info = tokenize(config, workdir).info
+    assert {split: entry["images"] for split, entry in info.splits.items()} == {
+        "train": 27,
+        "validation": 26,
+    }
+
+
+def test_channel_order_is_measured_once(workdir, images, monkeypatch):
+    config = make_config(images, quantizer__channel_order="frequency", data__flip=False)
+    config.quantizer.calibration_images = 1000
+    info = tokenize(config, workdir).info
+    means = []
+    for path in sorted(images.rglob("*.png")):
+        pixels = np.asarray(Image.open(path).resize((20, 16), Image.BICUBIC))[:, 2:18]
+        means.append(posterior_of(workdir, pixels)[0].reshape(8, 8, 4))
+    assert info.channel_order == channel_order_by_frequency(np.stack(means))
+    assert info.channel_order_rule == "frequency, over 27 images"
+    monkeypatch.setattr(tokenizing, "_measure_spectrum", None)  # Calling it would raise.
+    (workdir / "tokens" / "train-00000-of-00003.array_record").unlink()
+    assert tokenize(config, workdir).info == info
+
+
+def test_other_settings_are_refused_by_name(finished, images, tmp_path):
+    before = contents(finished)
+    for changes, field in [
+        ({"quantizer__levels": 32}, r"quantizer\.level_values"),
+        ({"quantizer__range": 4.0}, r"quantizer\.minimum = -3\.0 but this run has -4\.0"),
+        ({"quantizer__channel_order": "frequency"}, "channel_order_rule"),
+        ({"tokenize__posterior_samples": 2}, "posterior_samples = 1 but this run has 2"),
+        ({"tokenize__dtype": "bfloat16"}, "dtype"),
+        ({"tokenize__validation_fraction": 0.3}, r"sources\.train\.chosen"),
+        ({"data__flip": False}, "flips = true but this run has false"),
+        ({"seed": 4}, "seed = 3 but this run has 4"),
+    ]:
+        with pytest.raises(UserError, match=f"{finished}/tokens: .*{field}"):
+            tokenize(make_config(images, **changes), finished)
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "class0" / "00.png").rename(tmp_path / "images" / "class0" / "xx.png")
+    with pytest.raises(UserError, match=r"sources\.train\.names_sha256"):
+        tokenize(make_config(tmp_path / "images"), finished)
+    assert contents(finished) == before
+
+
+def test_another_autoencoder_is_refused(finished, workdir, images):
+    shutil.copytree(finished / "tokens", workdir / "tokens")
+    params = jax.device_get(init_params(AUTOENCODER, jax.random.key(1)))
+    save_autoencoder(workdir / "autoencoder", AUTOENCODER, params)
+    with pytest.raises(UserError, match="autoencoder_hash"):
+        tokenize(make_config(images), workdir)
+
+
+def test_shards_without_a_description_are_refused(finished, workdir, images):
+    shutil.copytree(finished / "tokens", workdir / "tokens")
+    (workdir / "tokens" / shards.INFO_FILE).unlink()
+    with pytest.raises(UserError, match=r"holds shards without a dataset\.json"):
+        tokenize(make_config(images), workdir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"data__image_size": 15}, "not divisible"),
+        ({"data__image_channels": 1}, "image channels"),
+        ({"data__path": "/nowhere"}, "does not exist"),
+        ({"tokenize__validation_fraction": 1.5}, "validation_fraction is 1.5"),
+        ({"tokenize__validation_fraction": 1 - 1e-9}, "leaves none of 27 images"),
+        ({"tokenize__batch_size": 0}, "batch_size is 0"),
+        ({"tokenize__records_per_shard": 0}, "records_per_shard is 0"),
+        ({"tokenize__dtype": "half"}, "must be float32 or bfloat16"),
+        ({"quantizer__levels": 1}, "levels is 1"),
+        ({"quantizer__channel_order": "kl16"}, "channel order"),
+        ({"quantizer__channel_order": (0, 1, 2, 2)}, "channel order"),
+    ],
+)
+def test_impossible_settings_leave_nothing(workdir, images, changes, complaint):
+    with pytest.raises(UserError, match=complaint):
+        tokenize(make_config(images, **changes), workdir)
+    assert not (workdir / "tokens").exists()
+
+
+def test_workdirs_that_cannot_be(tmp_path, images):
+    with pytest.raises(UserError, match=r"there is no autoencoder in .*train-vae"):
+        tokenize(make_config(images), tmp_path)
+    with pytest.raises(UserError, match="mount the bucket"):
+        tokenize(make_config(images), "gs://bucket/work")
+
+
+def test_nan_names_the_picture(workdir, images):
+    params = jax.tree.map(np.array, init_params(AUTOENCODER, jax.random.key(0)))
+    params["quant_conv"]["bias"][0] = np.nan
+    save_autoencoder(workdir / "autoencoder", AUTOENCODER, params)
+    with pytest.raises(UserError, match=r"latents of class0/00\.png hold NaN"):
+        tokenize(make_config(images), workdir)
+    assert not list((workdir / "tokens").glob("*.array_record"))
+
+
+def test_full_disk_leaves_nothing_half_written(workdir, images, finished, monkeypatch):
+    create = shards.ArrayRecordWriter
+
+    def on_full_disk(path, options):
+        if "train-00001" in path:
+            os.symlink("/dev/full", path)
+        return create(path, options)
+
+    monkeypatch.setattr(shards, "ArrayRecordWriter", on_full_disk)
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record: the disk is full"):
+        tokenize(make_config(images), workdir)
+    left = contents(workdir)
+    partial = left.pop(shards.PARTIAL_INFO_FILE)
+    assert set(left) == {
+        "train-00000-of-00003.array_record",
+        "statistics/train-00000-of-00003.json",
+    }
+    assert json.loads(partial)["splits"] == {}
+    monkeypatch.setattr(shards, "ArrayRecordWriter", create)
+    assert tokenize(make_config(images), workdir).images == 17
+    assert contents(workdir) == contents(finished)
+
+
+PROCESS = """
+import sys
+import jax
+images, workdir, port, index = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+from test_tokenize import make_config
+from tokenbridge_jax import tokenizing
+print(tokenizing.tokenize(make_config(images), workdir).images)
+"""
+
+
+def test_two_processes_share_the_work(workdir, images, finished):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(images), str(workdir), port, str(index)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    # Gloo, which connects the processes, prints as well.
+    printed = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    assert printed == ["17", "10"]
+    assert contents(workdir) == contents(finished)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
+def test_command(workdir, images, tmp_path, capsys):
+    config_file = tmp_path / "config.py"
+    config_file.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({make_config(images).to_dict()!r})\n"
+    )
+    arguments = [f"--config={config_file}", f"--workdir={workdir}"]
+    assert runner.run("tokenize", arguments) == 0
+    table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:4:2])
+    assert table["images"] == "27 (train 27)"
+    assert table["rate"].endswith("img/s")
+    assert runner.run("tokenize", [*arguments, "--strict"]) == 0
+    assert capsys.readouterr().out.startswith("all shards are there already: nothing to do")
+    assert runner.run("tokenize", [*arguments, "--config.quantizer.levels=8"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tokenbridge tokenize: error: ")
+    assert error.count("\n") == 1
+
+
+def test_description_is_written_whole(finished):
+    written = io.read_json(finished / "tokens" / shards.INFO_FILE)
+    assert shards.DatasetInfo.from_json(written).to_json() == written
+    assert written["splits"]["train"]["images"] == 27
+    assert len(written["statistics"]["train"]["bits_by_channel"]) == 4

@@ -1,0 +1,64 @@
+"""Turns images into index shards: WORKDIR/autoencoder + config.data -> WORKDIR/tokens.
+
+Killed at any moment and started again, it goes on where it stopped. A broken image is named and
+left out; `dataset.json` lists it.
+"""
+
+import sys
+
+import numpy as np
+from absl import flags
+
+from tokenbridge_jax import tokenizing
+from tokenbridge_jax.commands import runner
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    flags.DEFINE_bool(
+        "strict",
+        False,
+        "Stop at the first broken image instead of leaving it out.",
+        flag_values=flag_values,
+    )
+
+
+def main(args: flags.FlagValues) -> None:
+    """Writes the shards and prints a table of what there is."""
+    result = tokenizing.tokenize(args.config, args.workdir, strict=args.strict)
+    if not result.images:
+        print("all shards are there already: nothing to do")
+    print(format_table(result))
+
+
+def format_table(result: tokenizing.Result) -> str:
+    """What there is now, for people."""
+    info = result.info
+    images = sum(split["images"] for split in info.splits.values())
+    stored = sum(shard["bytes"] for split in info.splits.values() for shard in split["shards"])
+    counts = ", ".join(f"{name} {split['images']}" for name, split in info.splits.items())
+    statistics = info.statistics["train"]
+    bits = statistics["bits_by_channel"]
+    used = statistics["levels_used_by_channel"]
+    rows = [
+        ("folder", str(result.folder)),
+        ("images", f"{images} ({counts})"),
+        ("broken, left out", str(len(info.skipped))),
+        ("rate", f"{result.images / result.seconds:.1f} img/s" if result.images else "-"),
+        (
+            "bytes an image",
+            f"{info.record.itemsize} ({info.views} views), {stored / images:.0f} on disk",
+        ),
+        ("clipped", f"{statistics['clipped_share']:.4%}"),
+        (
+            "bits a channel",
+            f"{statistics['bits_per_channel']:.3f} of {np.log2(info.quantizer.levels):.3f}",
+        ),
+        ("  by channel", " ".join(f"{value:.2f}" for value in bits)),
+        ("levels used", f"{min(used)} to {max(used)} of {info.quantizer.levels}"),
+    ]
+    return "\n".join(f"{name:18}{value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run("tokenize", sys.argv[1:]))

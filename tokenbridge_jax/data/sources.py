@@ -1,0 +1,327 @@
+"""Where pictures come from: random access to (picture, label) by index, in a fixed order.
+
+Every source has `len`, `class_names`, `name(i)` (names a picture in messages), `load(i)` and
+`describe()`. The order is part of the contract: a shard stores the index of its pictures, and a
+resumed `tokenize` relies on index i meaning the same picture as before.
+"""
+
+import hashlib
+import io
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tokenbridge_jax.data import images
+from tokenbridge_jax.data.images import ImageError
+from tokenbridge_jax.errors import UserError
+
+EXTENSIONS = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+# What a picture of its own can be ill with; any other failure to read is the storage's.
+_FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Pictures with labels, by index."""
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """Names picture i for messages; also what decides its place in a held-out split."""
+        ...
+
+    def load(self, i: int) -> tuple[Image.Image, int]:
+        """Picture i, perhaps not decoded yet, and its label."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON that tells two sources apart; `path` is for people and may change."""
+        ...
+
+
+class FolderSource:
+    """A tree with one folder a class: `root/CLASS/**/picture.jpg`.
+
+    Labels follow the sorted folder names. Pictures are recognised by extension, sorted by path;
+    hidden files and folders are ignored. A file `root/classes.txt` with lines `FOLDER human name`
+    gives classes readable names.
+
+    Raises:
+      UserError: the folder is missing or holds no class folders or no pictures.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise UserError(
+                f"image folder {self.root} does not exist; set --config.data.path and "
+                "--config.data.split (a subfolder, or empty)"
+            )
+        folders = sorted(
+            entry.name
+            for entry in self.root.iterdir()
+            if not entry.name.startswith(".") and entry.is_dir()
+        )
+        if not folders:
+            raise UserError(f"{self.root} holds no class folders; pictures go into ROOT/CLASS/")
+        self._files: list[str] = []
+        labels: list[int] = []
+        for label, folder in enumerate(folders):
+            found = sorted(_image_files(self.root, folder))
+            self._files += found
+            labels += [label] * len(found)
+        if not self._files:
+            raise UserError(
+                f"{self.root} holds {len(folders)} class folders but no pictures "
+                f"({', '.join(sorted(EXTENSIONS))})"
+            )
+        self._labels = np.array(labels, np.int32)
+        self.class_names = _readable_names(self.root / "classes.txt", folders)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, i: int) -> str:
+        return self._files[i]
+
+    def load(self, i: int) -> tuple[Image.Image, int]:
+        return Image.open(self.root / self._files[i]), int(self._labels[i])
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name in self._files:
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        return {
+            "kind": "folder",
+            "path": str(self.root),
+            "images": len(self),
+            "names_sha256": digest.hexdigest(),
+        }
+
+
+def _image_files(root: Path, folder: str) -> list[str]:
+    found = []
+    for directory, subfolders, files in os.walk(root / folder, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        relative = Path(directory).relative_to(root)
+        found += [
+            (relative / name).as_posix()
+            for name in files
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+        ]
+    return found
+
+
+def _readable_names(path: Path, folders: list[str]) -> tuple[str, ...]:
+    if not path.is_file():
+        return tuple(folders)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    pairs = (line.split(maxsplit=1) for line in lines)
+    names = {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
+    readable = [names.get(folder, folder) for folder in folders]
+    # Two classes of ImageNet are both a "crane": such names keep their folder as well.
+    counts = Counter(readable)
+    return tuple(
+        name if counts[name] == 1 else f"{name} ({folder})"
+        for name, folder in zip(readable, folders, strict=True)
+    )
+
+
+class TfdsSource:
+    """A split of a dataset that TensorFlow Datasets prepared as ArrayRecord, such as ImageNet.
+
+    Prepare it once, on a machine with TensorFlow: `tfds build imagenet2012
+    --file_format=array_record`. Reading needs no TensorFlow: pictures arrive as the JPEG bytes of
+    the archive and are decoded here.
+
+    Args:
+      path: the data directory (`.../tensorflow_datasets`) or the version folder itself, the one
+        with `dataset_info.json`.
+      split: `train`, `validation`, or any TFDS split expression such as `train[:10%]`.
+      name: the dataset, if `path` is the data directory: `imagenet2012`, `name/config`, ...
+
+    Raises:
+      UserError: no such archive, split or format, or the package is not installed.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], split: str = "train", name: str = "imagenet2012"
+    ):
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise UserError(
+                "reading a TFDS archive needs its package: pip install tensorflow-datasets"
+            ) from error
+        folder = _tfds_version_folder(Path(path).expanduser(), name)
+        try:
+            builder = tfds.builder_from_directory(str(folder))
+            self._records = builder.as_data_source(
+                split, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+            size = len(self._records)
+        except (ValueError, NotImplementedError, RuntimeError, KeyError) as error:
+            reason = str(error).strip("'\"").splitlines()[0]
+            raise UserError(f"cannot read split '{split}' of {folder}: {reason}") from error
+        self._size, self._split, self._folder = size, split, folder
+        self._dataset = builder.info.full_name
+        self.class_names = tuple(builder.info.features["label"].names)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def name(self, i: int) -> str:
+        # The file name inside the record would cost reading the whole archive to list it.
+        return f"{self._dataset}/{self._split}[{i}]"
+
+    def load(self, i: int) -> tuple[Image.Image, int]:
+        record = self._records[i]
+        return Image.open(io.BytesIO(record["image"])), int(record["label"])
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "tfds",
+            "path": str(self._folder),
+            "dataset": self._dataset,
+            "split": self._split,
+            "images": len(self),
+        }
+
+
+def _tfds_version_folder(path: Path, name: str) -> Path:
+    """The folder with `dataset_info.json`: `path` itself or the newest version in `path/name`."""
+    if (path / "dataset_info.json").is_file():
+        return path
+    versions = [found.parent for found in (path / name).glob("*/dataset_info.json")]
+    if not versions:
+        raise UserError(
+            f"no TFDS archive at {path / name}/VERSION/dataset_info.json; set --config.data.path "
+            f"to the TFDS data directory or to the version folder"
+        )
+
+    def by_number(folder: Path) -> tuple[int, ...]:
+        return tuple(int(part) if part.isdigit() else 0 for part in folder.name.split("."))
+
+    return max(versions, key=by_number)
+
+
+class DigitsSource:
+    """The 1,797 handwritten digits that come with scikit-learn: 8x8 pixels, 10 classes.
+
+    Their values 0..16 become 0..255. Of every class the first 80% (rounded down), in the order of
+    the data set, are the split "train", the rest "validation".
+    """
+
+    class_names = tuple("0123456789")
+
+    def __init__(self, split: str = "train"):
+        if split not in ("train", "validation"):
+            raise UserError(f"digits have the splits 'train' and 'validation', not '{split}'")
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        kept = []
+        for label in range(10):
+            of_class = np.flatnonzero(labels == label)
+            cut = len(of_class) * 4 // 5
+            kept.append(of_class[:cut] if split == "train" else of_class[cut:])
+        self._rows = np.sort(np.concatenate(kept))
+        self._split = split
+        scaled = np.round(pixels[self._rows] * (255 / 16)).astype(np.uint8)
+        self.images: UInt8[np.ndarray, "n 8 8 1"] = scaled.reshape(-1, 8, 8, 1)
+        self.labels = labels[self._rows].astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        return f"digit {self._rows[i]}"
+
+    def load(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[i, :, :, 0]), int(self.labels[i])
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "digits", "split": self._split, "images": len(self)}
+
+
+def make_source(data: ConfigDict, split: str | None = None) -> Source:
+    """The source that `config.data` describes, or another `split` of it.
+
+    Keys: `source` ("folder", "tfds", "digits"), `path`, `split`, `name` (of a TFDS dataset). For a
+    folder, `split` names a subfolder of `path`, or is empty for classes directly in `path`; where
+    there is no subfolder `train`, `path` itself is taken for it.
+
+    Raises:
+      UserError: the source is unknown, missing or empty, or has more classes than
+        `data.num_classes`.
+    """
+    split = data.get("split", "") if split is None else split
+    kind = data.source
+    if kind in ("folder", "tfds") and not data.get("path"):
+        raise UserError(f"--config.data.path is not set; data.source '{kind}' is read from there")
+    source: Source
+    if kind == "folder":
+        root = Path(data.path).expanduser()
+        only_train = split == "train" and not (root / split).is_dir()
+        source = FolderSource(root if only_train else root / split)
+    elif kind == "tfds":
+        source = TfdsSource(data.path, split or "train", data.get("name") or "imagenet2012")
+    elif kind == "digits":
+        source = DigitsSource(split or "train")
+    else:
+        raise UserError(f"config.data.source is '{kind}'; it must be folder, tfds or digits")
+    if len(source.class_names) > data.get("num_classes", len(source.class_names)):
+        raise UserError(
+            f"the images have {len(source.class_names)} classes but config.data.num_classes is "
+            f"{data.num_classes}; set --config.data.num_classes={len(source.class_names)}"
+        )
+    return source
+
+
+def load_prepared(
+    source: Source, i: int, size: int, channels: int
+) -> tuple[UInt8[np.ndarray, "size size c"], int]:
+    """Picture i as a square (see `images.prepare`), and its label. Safe to call from threads.
+
+    Raises:
+      ImageError: this one picture cannot be used; the message names it.
+      UserError: the storage failed, not the picture.
+    """
+    try:
+        image, label = source.load(i)
+        with image:
+            return images.prepare(image, size, channels), label
+    except OSError as error:
+        if error.errno is None or isinstance(error, _FILE_ERRORS):
+            raise ImageError(f"{source.name(i)}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {source.name(i)}: {error.strerror}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{source.name(i)}: {error}") from error
+
+
+def hold_out(source: Source, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Splits a source's indices into (train, validation) by a hash of each picture's name.
+
+    A picture stays on its side when others are added or removed. At least one is held out.
+    """
+    scores = np.array(
+        [
+            int.from_bytes(
+                hashlib.sha256(source.name(i).encode("utf-8", "surrogateescape")).digest()[:6]
+            )
+            for i in range(len(source))
+        ]
+    )
+    held_out = scores < max(fraction * 2**48, scores.min() + 1)
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
