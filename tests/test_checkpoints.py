@@ -1,0 +1,172 @@
+"""Checkpoints: what is saved comes back, on other meshes too; damage and misfits are told."""
+
+import os
+import resource
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import ToyTask, toy_batch, toy_training
+
+from tokenbridge_jax import io, parallel
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.training import checkpoints as ckpt
+from tokenbridge_jax.training.checkpoints import Checkpoints
+from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tokenbridge_jax.training.state import TrainState, abstract_state
+
+# Where one file of a part is damaged, Orbax stops waiting for its others.
+unread_futures = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A toy state after one update on a 2 x 2 x 2 mesh, and its abstract counterpart."""
+    mesh = parallel.make_mesh(2, 2, 2)
+    abstract, state, step = toy_training(ToyTask(), mesh)
+    with parallel.use_mesh(mesh):
+        state, _ = step(state, parallel.to_global(toy_batch(0), mesh), None)
+    return abstract, state
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    """Checkpoints 1 and 2 in a folder of their own."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    for step in (1, 2):
+        checkpoints.save(trained[1], step, {"seed": 7, "order": [1, 0]})
+    checkpoints.wait()
+    yield checkpoints
+    checkpoints.close()
+
+
+def on_one_device(abstract):
+    mesh = parallel.make_mesh(1, 1, 1, devices=jax.devices()[3:4])
+    replicated = parallel.replicated(mesh)
+    return jax.tree.map(lambda leaf: leaf.update(sharding=replicated), abstract)
+
+
+def assert_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def truncate(folder):
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        os.truncate(path, 3)
+
+
+def test_state_comes_back_bit_for_bit_on_any_mesh(trained, saved):
+    abstract, state = trained
+    state = state.replace(step=jnp.int32(2))
+    same = saved.restore(abstract, 2)
+    assert_equal(same, state)
+    jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(str(b)), same, abstract)
+    other = saved.restore(on_one_device(abstract), 2)
+    assert_equal(other, state)
+    assert other.params["first"]["kernel"].sharding.device_set == {jax.devices()[3]}
+
+
+def test_ema_loads_alone_in_another_dtype(trained, saved):
+    abstract, state = trained
+    truncate(saved.directory / "2" / "opt_state")
+    loaded = ckpt.load_ema_params(
+        saved.directory, on_one_device(abstract.ema_params), dtype=jnp.bfloat16
+    )
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), state.ema_params)
+    assert_equal(loaded, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_run_record_is_a_json_file(saved):
+    record = {"seed": 7, "order": [1, 0]}
+    assert saved.run_record(1) == ckpt.run_record(saved.directory) == record
+    assert io.read_json(next((saved.directory / "2" / "run").glob("*.json"))) == record
+
+
+def test_only_the_latest_are_kept(trained, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(trained[1], step, {})
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_every_misfitting_leaf_is_named(trained, saved):
+    optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=0.1, total_steps=1))
+    abstract = abstract_state(ToyTask(width=16).init, optimizer, parallel.make_mesh(2, 2, 2))
+    params = dict(abstract.params)
+    params["third"] = params.pop("second")
+    params["first"] = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16), params["first"])
+    with pytest.raises(UserError) as caught:
+        saved.restore(abstract.replace(params=params), 2)
+    first, *lines = str(caught.value).split("\n  ")
+    assert f"{saved.directory}/2" in first
+    assert {
+        "params/first/bias: checkpoint has float32[8], model needs bfloat16[16]",
+        "params/first/kernel: checkpoint has float32[4, 8], model needs bfloat16[4, 16]",
+        "params/second/bias: in the checkpoint, not in the model",
+        "params/third/kernel: not in the checkpoint",
+        "ema_params/first/bias: checkpoint has float32[8], model needs float32[16]",
+        "opt_state/1/mu/second/kernel: checkpoint has float32[8, 3], model needs float32[16, 3]",
+    } <= set(lines)
+    # params: 2 + 2 + 2; ema_params, mu, nu: first/bias, first/kernel, second/kernel each.
+    assert len(lines) == 6 + 9
+
+
+@unread_futures
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_damaged_files_are_named(trained, saved, part):
+    truncate(saved.directory / "2" / part)
+    with pytest.raises(UserError, match=f"{saved.directory}/2 is missing or damaged.*{part}"):
+        saved.restore(trained[0], 2)
+    assert_equal(saved.restore(trained[0], 1).params, trained[1].params)
+
+
+@unread_futures
+def test_damaged_run_record_and_missing_step_are_named(trained, saved):
+    truncate(saved.directory / "2" / "run")
+    with pytest.raises(UserError, match=f"{saved.directory}/2 is missing or damaged"):
+        saved.run_record(2)
+    with pytest.raises(UserError, match=f"{saved.directory}/9 is missing or damaged"):
+        saved.restore(trained[0], 9)
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        ckpt.latest_step(saved.directory.parent / "nowhere")
+
+
+def test_what_a_kill_leaves_behind_is_ignored(trained, saved):
+    directory = saved.directory
+    # A kill while writing leaves a folder with a suffix; a copy cut short lacks parts.
+    (directory / "5.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    (directory / "4" / "params").mkdir(parents=True)
+    again = Checkpoints(directory, keep=3)
+    assert again.latest == ckpt.latest_step(directory) == 2
+    again.save(trained[1], 4, {})
+    again.close()
+    assert not (directory / "5.orbax-checkpoint-tmp").exists()
+    assert ckpt.latest_step(directory) == 4
+    assert_equal(ckpt.load_ema_params(directory, trained[0].ema_params), trained[1].ema_params)
+
+
+def save_and_wait(checkpoints, state):
+    checkpoints.save(state, 3, {})
+    checkpoints.wait()
+
+
+def test_a_failed_write_is_told_and_leaves_the_last_checkpoint(saved):
+    """A limit on file sizes stands in for a full disk: the same path through Orbax."""
+    large = {"x": jnp.asarray(np.random.default_rng(0).normal(size=100_000))}
+    state = TrainState(jnp.int32(3), large, large, large)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"cannot write {saved.directory}: File too large"):
+            save_and_wait(saved, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in saved.directory.iterdir()) == ["1", "2"]
+    assert saved.latest == 2

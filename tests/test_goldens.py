@@ -1,0 +1,37 @@
+"""Parity with arrays the reference produced: every `.npz` in tests/goldens and $TOKENBRIDGE_GOLDENS.
+
+Each kind of file has its check; sizes come from the file. A kind that is not known fails.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from goldens_autoencoder import check_autoencoder_file
+from goldens_model import check_model_file
+from goldens_quantizer import check_quantizer_file
+
+CHECKS = {
+    "tokenbridge_": check_model_file,
+    "quantizer": check_quantizer_file,
+    "kl_vae_": check_autoencoder_file,
+}
+
+
+def golden_files() -> list[Path]:
+    folders = [Path(__file__).parent / "goldens"]
+    if extra := os.environ.get("TOKENBRIDGE_GOLDENS"):
+        folders += map(Path, extra.split(os.pathsep))
+    return [file for folder in folders for file in sorted(folder.glob("*.npz"))]
+
+
+@pytest.mark.parametrize("path", golden_files(), ids=lambda path: path.stem)
+def test_golden(path: Path):
+    checks = [check for prefix, check in CHECKS.items() if path.name.startswith(prefix)]
+    assert checks, f"{path.name} is of no known kind ({', '.join(CHECKS)})"
+    checks[0](path)
+
+
+def test_the_three_kinds_are_there():
+    names = [path.name for path in golden_files()]
+    assert all(any(name.startswith(prefix) for name in names) for prefix in CHECKS)

@@ -1,0 +1,223 @@
+"""The loop: exact resume, interruption, non-finite losses, hooks, and what it says."""
+
+import itertools
+import os
+import signal
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from etils import epath
+from toy import ToyTask, toy_batch, toy_batches
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.training.checkpoints import latest_step
+from tokenbridge_jax.training.loop import Hook, Interrupted, Run, fit, flat_fields
+from tokenbridge_jax.training.metrics import read_metrics
+
+TOTAL = 6
+
+
+def make_run(directory, **changes):
+    """A toy run with everything on: dropout, noise, accumulation, warm-up, cosine, clipping."""
+    section = ml_collections.ConfigDict(
+        dict(
+            batch_size=16,
+            steps=TOTAL,
+            learning_rate=0.05,
+            warmup_steps=2,
+            clip=0.5,
+            ema_decay=0.8,
+            accumulation=2,
+            log_every=1,
+            checkpoint_every=2,
+            keep=3,
+        )
+        | changes.pop("section", {})
+    )
+    settings = dict(
+        name="toy",
+        directory=epath.Path(directory),
+        task=ToyTask(),
+        section=section,
+        seed=3,
+        steps_per_epoch=4,
+        batches=toy_batches,
+        flops_per_image=1e3,
+        fields={"seed": 3, "log_every": section.log_every},
+        fixed={"seed"},
+    )
+    return Run(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return parallel.make_mesh(2, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def straight(mesh, tmp_path_factory):
+    """A run that nothing disturbs: its folder and final state."""
+    directory = tmp_path_factory.mktemp("straight")
+    return directory, fit(make_run(directory), mesh)
+
+
+def losses(directory):
+    """Step, loss and gradient norm of every line, as exact numbers."""
+    rows = read_metrics(directory / "metrics.jsonl")
+    return [(row["step"], row["loss"], row["grad_norm"], row["learning_rate"]) for row in rows]
+
+
+def assert_same_state(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def signal_at(step, number):
+    def run(state, at, writer):
+        if at == step:
+            os.kill(os.getpid(), number)
+        return {}
+
+    return Hook(1, run)
+
+
+def test_told_to_stop_it_saves_and_goes_on_bit_for_bit(straight, mesh, tmp_path, capsys):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        fit(make_run(tmp_path, hooks=[signal_at(3, signal.SIGINT)]), mesh)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert "stopped and saved at step 4" in capsys.readouterr().err
+    assert latest_step(tmp_path / "checkpoints") == 4
+    state = fit(make_run(tmp_path), mesh)
+    assert "goes on from step 4 of 6" in capsys.readouterr().err
+    assert losses(tmp_path) == losses(straight[0])
+    assert [step for step, *_ in losses(tmp_path)] == list(range(1, TOTAL + 1))
+    assert_same_state(state, straight[1])
+
+
+def test_killed_between_checkpoints_it_repeats_the_lost_steps_exactly(straight, mesh, tmp_path):
+    def dying_batches(start):
+        return itertools.islice(toy_batches(start), 5)  # Step 6 finds no batch and raises.
+
+    with pytest.raises(StopIteration):
+        fit(make_run(tmp_path, batches=dying_batches), mesh)
+    assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4]
+    state = fit(make_run(tmp_path), mesh)
+    assert losses(tmp_path) == losses(straight[0])
+    assert_same_state(state, straight[1])
+
+
+def test_a_resumed_run_may_change_its_mesh(straight, mesh, tmp_path):
+    with pytest.raises(Interrupted):
+        fit(make_run(tmp_path, hooks=[signal_at(2, signal.SIGTERM)]), mesh)
+    one = parallel.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    fit(make_run(tmp_path), one)
+    np.testing.assert_allclose(losses(tmp_path), losses(straight[0]), rtol=1e-5)
+
+
+def test_a_finished_run_does_nothing(straight, mesh, capsys):
+    directory, state = straight
+
+    def no_batches(start):
+        raise AssertionError("a finished run asked for data")
+
+    before = (directory / "metrics.jsonl").read_bytes()
+    assert_same_state(fit(make_run(directory, batches=no_batches), mesh), state)
+    assert "all 6 steps are done; nothing left to train" in capsys.readouterr().err
+    assert (directory / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_runs_checkpoints_are_refused_by_field(straight, mesh, capsys):
+    directory, _ = straight
+    other = make_run(directory, fields={"seed": 4, "log_every": 1})
+    with pytest.raises(UserError, match="belongs to another run: seed was 3, is 4"):
+        fit(other, mesh)
+    fit(make_run(directory, fields={"seed": 3, "log_every": 5}), mesh)
+    assert "note: log_every was 1, is 5" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_checkpoint(mesh, tmp_path):
+    def poisoned(start):
+        for step in itertools.count(start):
+            batch = toy_batch(step)
+            if step == 4:  # The fifth update.
+                batch["y"][3] = np.nan
+            yield batch
+
+    with pytest.raises(UserError) as caught:
+        fit(make_run(tmp_path, batches=poisoned), mesh)
+    message = str(caught.value)
+    assert "loss is nan at step 5" in message
+    assert f"the last good checkpoint is that of step 4 in {tmp_path}/checkpoints" in message
+    assert latest_step(tmp_path / "checkpoints") == 4
+    assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4]
+    assert all(np.isfinite(row).all() for row in losses(tmp_path))
+
+
+def test_a_bad_update_is_never_saved(mesh, tmp_path):
+    """The poisoned update is itself due for a checkpoint."""
+
+    def poisoned(start):
+        for step in itertools.count(start):
+            batch = toy_batch(step)
+            batch["y"] = batch["y"] * np.float32(1e30 if step == 1 else 1)
+            yield batch
+
+    with pytest.raises(UserError, match=r"is inf at step 2: stopped; no checkpoint had been"):
+        fit(make_run(tmp_path, batches=poisoned), mesh)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == []
+
+
+def test_hooks_join_their_steps_line_and_lines_come_when_due(mesh, tmp_path, capsys):
+    seen = []
+
+    def count_leaves(state, step, writer):
+        seen.append((step, int(state.step)))
+        return {"val": 10.0 * step}
+
+    never = Hook(0, lambda *_: pytest.fail("every=0 is never"))
+    run = make_run(tmp_path, section={"log_every": 3}, hooks=[Hook(4, count_leaves), never])
+    fit(run, mesh)
+    assert seen == [(4, 4), (6, 6)]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row.get("val")) for row in rows] == [(3, None), (4, 40.0), (6, 60.0)]
+    assert {"loss", "grad_norm", "learning_rate", "param_norm", "largest"} <= rows[0].keys()
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert rows[0]["share_of_peak"] == pytest.approx(
+        rows[0]["images_per_second"] * 1e3 / peak_in(capsys.readouterr().err), rel=0.01
+    )
+
+
+def peak_in(text):
+    """What a run said of its peak; the same text holds the table of parameters."""
+    assert "first/kernel" in text
+    assert "Total: 67" in text  # 4 x 8 + 8 + 8 x 3 + 3.
+    assert "toy 6/6" in text
+    words = text[text.index("peak ") :].split()
+    return float(words[1]) * 1e12
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"batch_size": 12}, "batch_size 12 .* multiple of 8"),
+        ({"steps": None, "epochs": None}, "neither steps nor epochs"),
+        ({"accumulation": 0}, "accumulation is 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+    ],
+)
+def test_impossible_runs_are_refused_before_anything_is_written(mesh, tmp_path, section, message):
+    with pytest.raises(UserError, match=message):
+        fit(make_run(tmp_path / "new", section=section), mesh)
+    assert not (tmp_path / "new").exists()
+
+
+def test_flat_fields_are_json():
+    config = ml_collections.ConfigDict({"seed": 1, "model": {"width": 8, "order": (1, 0)}, "x": 2})
+    assert flat_fields(config, ["seed", "model"]) == {
+        "seed": 1,
+        "model.width": 8,
+        "model.order": [1, 0],
+    }

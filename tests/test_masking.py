@@ -1,0 +1,90 @@
+"""The mask-ratio draw against scipy's truncated normal; slots; orders."""
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.training.masking import MaskSampler, draw_orders
+
+RATIO = stats.truncnorm((0.7 - 1) / 0.25, 0.0, loc=1.0, scale=0.25)
+
+
+@pytest.mark.parametrize("positions", [16, 256])
+def test_counts_follow_the_truncated_normal(positions):
+    probabilities = MaskSampler(positions).probabilities()
+    assert sum(probabilities.values()) == pytest.approx(1)
+    for count, probability in probabilities.items():
+        # ceil(ratio L) == count where ratio lies in ((count - 1) / L, count / L].
+        expected = RATIO.cdf(count / positions) - RATIO.cdf((count - 1) / positions)
+        assert probability == pytest.approx(expected, abs=1e-12)
+
+
+def test_draws_have_that_distribution_and_depend_on_seed_and_step_alone():
+    masks = MaskSampler(16)
+    draws = [int(masks.draw(seed=3, step=step).num_hidden) for step in range(4000)]
+    assert draws[:50] == [int(masks.draw(3, step).num_hidden) for step in range(50)]
+    assert draws[:50] != [int(masks.draw(4, step).num_hidden) for step in range(50)]
+    observed = collections.Counter(draws)
+    probabilities = masks.probabilities()
+    assert set(observed) == set(probabilities)
+    expected = [4000 * p for p in probabilities.values()]
+    assert stats.chisquare([observed[k] for k in probabilities], expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("bucket", [1, 16, 100, 256])
+def test_slots_hold_every_draw_of_their_bucket_and_no_more_than_needed(bucket):
+    masks = MaskSampler(256, bucket=bucket)
+    by_bucket = collections.defaultdict(list)
+    for count in range(masks.fewest_hidden, 257):
+        draw = masks.slots(count)
+        by_bucket[draw.hidden_slots, draw.visible_slots].append(count)
+    for (hidden_slots, visible_slots), counts in by_bucket.items():
+        assert hidden_slots == 256 or hidden_slots % bucket == 0
+        assert max(counts) == hidden_slots
+        assert visible_slots == 256 - min(counts)
+    assert len(by_bucket) == masks.cost(64).programs
+
+
+def test_documented_cost_of_buckets():
+    cost = MaskSampler(256, bucket=16).cost(class_tokens=64)
+    assert cost.programs == 5
+    # The same expectation from draws instead of probabilities.
+    rng = np.random.default_rng(0)
+    counts = np.ceil(RATIO.rvs(20000, random_state=rng) * 256).astype(int)
+    draws = [MaskSampler(256, bucket=16).slots(int(count)) for count in counts]
+    slots = np.array([[draw.hidden_slots, draw.visible_slots] for draw in draws])
+    assert cost.hidden_padding == pytest.approx(1 - counts.sum() / slots[:, 0].sum(), abs=1e-3)
+    used = 64 + 256 - counts
+    assert cost.visible_padding == pytest.approx(
+        1 - used.sum() / (64 + slots[:, 1]).sum(), abs=2e-3
+    )
+
+
+def test_quantiles_are_those_of_the_distribution():
+    expected = np.ceil(RATIO.ppf([0.125, 0.375, 0.625, 0.875]) * 256)
+    assert MaskSampler(256).quantiles(4) == expected.tolist()
+
+
+def test_orders_are_uniform_permutations():
+    orders = np.asarray(draw_orders(jax.random.key(0), 6000, 4))
+    assert (np.sort(orders, axis=1) == np.arange(4)).all()
+    counts = collections.Counter(map(tuple, orders.tolist()))
+    assert len(counts) == 24
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(minimum=0.0), "mask_min"),
+        (dict(std=0.0), "mask_std"),
+        (dict(bucket=0), "hidden_bucket"),
+    ],
+)
+def test_impossible_settings_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        MaskSampler(16, **values)

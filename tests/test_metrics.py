@@ -1,0 +1,54 @@
+"""metrics.jsonl: every step once, whatever happened; TensorBoard beside it."""
+
+import json
+import resource
+
+import numpy as np
+import pytest
+
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.training.metrics import MetricWriter, read_metrics
+
+
+def write(folder, start, steps):
+    writer = MetricWriter(folder, start)
+    for step in steps:
+        writer.write(step, {"loss": 1 / step})
+    writer.close()
+
+
+def test_each_step_stands_once_after_a_resume(tmp_path):
+    write(tmp_path, 0, range(1, 6))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # A kill in the middle of a line.
+    write(tmp_path, 3, range(4, 8))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": step, "loss": 1 / step} for step in range(1, 8)
+    ]
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": 7, "loss": 1 / 7}
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path):
+    writer = MetricWriter(tmp_path, 0)
+    writer.write(1, {"loss": 2.0})
+    writer.image(1, "grid", np.zeros((4, 6, 3), np.uint8))
+    writer.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    data = events.read_bytes()
+    assert b"loss" in data
+    assert b"grid" in data
+    assert b"\x89PNG" in data
+
+
+def test_a_full_disk_is_one_clear_message(tmp_path):
+    write(tmp_path, 0, range(1, 1000))
+    writer = MetricWriter(tmp_path, 999)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: File too large"):
+            writer.write(1000, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.close()

@@ -1,0 +1,179 @@
+"""The step: against arithmetic by hand, against itself on other meshes, and its compilations."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tiny_model import random_batch, tiny
+from toy import ToyTask, toy_batch, toy_training
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.training.masking import MaskSampler
+from tokenbridge_jax.training.model_task import ModelTask, make_validation, training_flops
+
+
+def train(task, mesh, batches, draws=None, **settings):
+    _, state, step = toy_training(task, mesh, **settings)
+    history = []
+    with parallel.use_mesh(mesh):
+        for i, batch in enumerate(batches):
+            draw = draws[i] if draws else None
+            state, metrics = step(state, parallel.to_global(batch, mesh), draw)
+            history.append({name: float(value) for name, value in metrics.items()})
+    return state, history, step
+
+
+def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for name, a, b in zip(
+        jax.tree.flatten_with_path(expected)[0],
+        jax.tree.leaves(actual),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=str(name[0]))
+
+
+@pytest.fixture(scope="module")
+def meshes():
+    one = parallel.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    return {"1x1x1": one, "2x2x2": parallel.make_mesh(2, 2, 2)}
+
+
+def test_first_step_by_hand(meshes):
+    """Loss, gradient norm, update and average of one step, from numpy."""
+    task = ToyTask(dropout=0.0, noise=0.0)
+    mesh = meshes["2x2x2"]
+    abstract, state, step = toy_training(task, mesh, clip=0.05, weight_decay=0.5)
+    before = jax.device_get(state.params)
+    batch = toy_batch(0)
+    with parallel.use_mesh(mesh):
+        state, metrics = step(state, parallel.to_global(batch, mesh), None)
+
+    def loss(params):
+        return task.loss(params, batch, None, None)[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(before)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradients)))
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-6)
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-6)
+    assert norm > 0.05
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01)
+    assert float(metrics["largest"]) == pytest.approx(np.abs(batch["y"]).max())
+
+    def updated(path, p, g):
+        # After one step Adam's two moments are g and g^2, whatever the betas.
+        g = g * 0.05 / (norm + 1e-6)
+        decay = 0.0 if path[-1].key == "bias" else 0.5
+        return p * (1 - 0.01 * decay) - 0.01 * g / (np.abs(g) + 1e-8)
+
+    expected = jax.tree.map_with_path(updated, before, gradients)
+    assert_trees_close(state.params, expected)
+    average = jax.tree.map(lambda p, q: 0.9 * p + 0.1 * q, before, expected)
+    assert_trees_close(state.ema_params, average)
+    assert float(metrics["param_norm"]) == pytest.approx(float(optax.tree.norm(expected)), rel=1e-5)
+    assert int(state.step) == 1
+    assert state.params["first"]["kernel"].sharding == abstract.params["first"]["kernel"].sharding
+
+
+@pytest.fixture(scope="module")
+def whole_batches(meshes):
+    """Three updates with noise in the examples and no dropout, on one device."""
+    task = ToyTask(dropout=0.0, noise=0.5)
+    return train(task, meshes["1x1x1"], [toy_batch(i) for i in range(3)])
+
+
+def test_nothing_depends_on_the_mesh_and_the_state_lies_on_it(meshes, whole_batches):
+    expected_state, expected, _ = whole_batches
+    task = ToyTask(dropout=0.0, noise=0.5)
+    state, history, step = train(task, meshes["2x2x2"], [toy_batch(i) for i in range(3)])
+    for mine, other in zip(history, expected, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    assert_trees_close(state, expected_state)
+    assert step._cache_size() == 1
+    kernel = state.params["first"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 4)  # [4, 8] over fsdp x tensor.
+    moments = [
+        leaf
+        for path, leaf in jax.tree.flatten_with_path(state.opt_state)[0]
+        if path[-2:] == jax.tree.flatten_with_path({"first": {"kernel": 0}})[0][0][0]
+    ]
+    assert [moment.sharding for moment in moments] == [kernel.sharding] * 2
+
+
+def test_accumulation_equals_the_whole_batch(meshes, whole_batches):
+    # Noise belongs to the examples: cutting the batch must not change it.
+    whole_state, whole, _ = whole_batches
+    task = ToyTask(dropout=0.0, noise=0.5)
+    batches = [toy_batch(i) for i in range(3)]
+    cut_state, cut, step = train(task, meshes["2x2x2"], batches, accumulation=4)
+    for mine, other in zip(cut, whole, strict=True):
+        # `largest` becomes a mean over micro-batches of their maxima.
+        assert mine | {"largest": 0} == pytest.approx(other | {"largest": 0}, rel=1e-5)
+    assert_trees_close(cut_state, whole_state)
+    assert step._cache_size() == 1
+
+
+def test_dropout_differs_between_steps_and_micro_batches(meshes):
+    """Every example alike: only dropout can tell steps and micro-batches apart."""
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], 16, axis=0), toy_batch(0))
+    _, history, _ = train(
+        ToyTask(noise=0.0), meshes["1x1x1"], [batch] * 3, learning_rate=0.0, accumulation=2
+    )
+    losses = [metrics["loss"] for metrics in history]
+    assert len(set(losses)) == 3
+
+
+CONFIG = tiny(dropout=0.1)
+MASKS = MaskSampler(CONFIG.positions, bucket=8)
+
+
+def model_batch(size=8):
+    batch = random_batch(CONFIG, size)
+    return {name: batch[name] for name in ("indices", "labels")}
+
+
+@pytest.fixture(scope="module")
+def model_runs(meshes):
+    """Two updates of a tiny TokenBridge with dropout, on one device and on a 2 x 2 x 2 mesh."""
+    task = ModelTask(CONFIG, class_dropout=0.5)
+    draws = [MASKS.draw(seed=0, step=step) for step in range(2)]
+    assert draws[0].num_hidden != draws[1].num_hidden
+    return {
+        name: train(task, meshes[name], [model_batch()] * 2, draws) for name in ("1x1x1", "2x2x2")
+    }
+
+
+def test_the_model_trains_alike_on_any_mesh(model_runs):
+    _, expected, _ = model_runs["1x1x1"]
+    state, history, step = model_runs["2x2x2"]
+    for mine, other in zip(history, expected, strict=True):
+        assert mine == pytest.approx(other, rel=2e-5)
+    # Two numbers of hidden positions, one bucket: one program.
+    assert step._cache_size() == 1
+    # Parameters are split, not copied: an eighth to a quarter of the whole on each device.
+    leaves = jax.tree.leaves(state.params)
+    local = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+    assert local < 0.45 * sum(leaf.size for leaf in leaves)
+
+
+def test_validation_ignores_padding_and_batching_and_repeats(model_runs, meshes):
+    params = jax.device_get(model_runs["1x1x1"][0].ema_params)
+    batch = model_batch(12) | {"weights": np.ones(12, np.float32)}
+    mesh = meshes["2x2x2"]
+    validate = make_validation(CONFIG, MASKS, mesh)
+    with parallel.use_mesh(mesh):
+        whole = validate(params, [batch])
+        assert validate(params, [batch]) == whole
+        first = {name: value[:8] for name, value in batch.items()}
+        rest = {name: np.roll(value, 4, axis=0)[:8] for name, value in batch.items()}
+        rest["weights"] = np.array([1, 1, 1, 1, 0, 0, 0, 0], np.float32)
+        assert validate(params, [first, rest]) == pytest.approx(whole, rel=1e-6)
+    assert 0.5 < whole / np.log(CONFIG.levels) < 2
+
+
+def test_training_flops_are_three_forward_passes_over_the_draws():
+    counts = [int(MASKS.draw(0, step).num_hidden) for step in range(1000)]
+    flops = {count: CONFIG.forward_flops(float(count)) for count in set(counts)}
+    sampled = 3 * np.mean([flops[count] for count in counts])
+    assert training_flops(CONFIG, MASKS) == pytest.approx(sampled, rel=1e-2)

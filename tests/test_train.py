@@ -1,0 +1,222 @@
+"""`train`: from shards to checkpoints, pictures and numbers; exact resume; refusals."""
+
+import io as bytes_io
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from token_shards import make_info, write_tokens
+
+from tokenbridge_jax import io, parallel
+from tokenbridge_jax.autoencoder import init_params, save_autoencoder
+from tokenbridge_jax.commands import runner, train
+from tokenbridge_jax.pipeline import ModelDescription, abstract_sharded_params
+from tokenbridge_jax.training import checkpoints
+from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
+from tokenbridge_jax.training.metrics import read_metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+STEPS = 6
+FLAGS = {
+    "data.num_classes": 3,
+    "quantizer.levels": 16,
+    "quantizer.range": 5.0,
+    "model.encoder_width": 16,
+    "model.encoder_layers": 1,
+    "model.decoder_width": 16,
+    "model.decoder_layers": 1,
+    "model.head_width": 16,
+    "model.head_layers": 1,
+    "training.batch_size": 16,
+    "training.accumulation": 2,
+    "training.steps": STEPS,
+    "training.warmup_steps": 2,
+    "training.log_every": 1,
+    "training.checkpoint_every": 4,
+    "training.eval_every": 3,
+    "training.sample_every": STEPS,
+    "sampling.num_iter": 2,
+    "sampling.guidance": 1.0,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+}
+
+
+def run(workdir, **changes):
+    values = FLAGS | {name.replace("__", "."): value for name, value in changes.items()}
+    flags = [f"--config.{name}={value}" for name, value in values.items()]
+    return runner.run("train", ["--workdir", str(workdir), *flags])
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """Compiled programs on disk: the runs of this module differ in nothing that is compiled."""
+    names = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def write_workdir(workdir):
+    """Random shards of three classes and the autoencoder they claim to come from."""
+    config = make_info().autoencoder
+    autoencoder_hash = save_autoencoder(
+        workdir / "autoencoder", config, init_params(config, jax.random.key(0))
+    )
+    (workdir / "tokens").mkdir(parents=True)
+    counts = {"train": [20, 13], "validation": [11]}
+    write_tokens(
+        workdir / "tokens",
+        counts,
+        autoencoder_hash=autoencoder_hash,
+        channel_order_rule="frequency, over 33 images",
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(programs, tmp_path_factory):
+    """A workdir trained without a stop, on a 2 x 2 x 2 mesh."""
+    workdir = tmp_path_factory.mktemp("straight")
+    write_workdir(workdir)
+    assert run(workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def resumed(programs, tmp_path_factory):
+    """The same, told to stop on the way and started again; and its first exit status."""
+    workdir = tmp_path_factory.mktemp("resumed")
+    write_workdir(workdir)
+    make_loader = train.make_loader
+
+    def stopping_loader(*args, **kwargs):
+        for step, batch in enumerate(make_loader(*args, **kwargs)):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_loader", stopping_loader)
+        status = run(workdir, training__sample_every=0)
+    stopped_at = checkpoints.latest_step(workdir / "checkpoints")
+    assert run(workdir, training__sample_every=0) == 0
+    return workdir, status, stopped_at
+
+
+def rows(workdir):
+    timings = {"images_per_second", "share_of_peak"}
+    return [
+        {name: value for name, value in row.items() if name not in timings}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+def ema_params(workdir):
+    """The EMA parameters as they lie in the last checkpoint."""
+    config = ModelDescription.load(workdir).config
+    mesh = parallel.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    abstract = abstract_sharded_params(config, mesh)
+    return checkpoints.load_ema_params(workdir / "checkpoints", abstract)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(straight, resumed):
+    workdir, status, stopped_at = resumed
+    assert status == EXIT_INTERRUPTED == 75
+    assert stopped_at == 3
+    assert rows(workdir) == rows(straight)
+    jax.tree.map(np.testing.assert_array_equal, ema_params(workdir), ema_params(straight))
+
+
+def test_what_a_run_leaves_behind(straight):
+    lines = rows(straight)
+    assert [row["step"] for row in lines] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in lines if "val_nll_bits_per_index" in row] == [3, 6]
+    # Random indices of 16 levels cannot be told to better than 4 bits.
+    assert 3.9 < lines[-1]["val_nll_bits_per_index"] < 7
+    assert lines[-1]["loss"] > 0.9 * np.log(16)
+    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["4", "6"]
+    description = ModelDescription.load(straight)
+    assert description.class_names == ("cat", "dog", "owl")
+    assert description.config.channel_order == (2, 0, 1)
+    assert description.config.positions == 16
+    assert any((straight / "tensorboard").iterdir())
+    assert io.read_json(straight / "config.json")["training"]["steps"] == STEPS
+    picture = Image.open(
+        bytes_io.BytesIO((straight / "samples" / f"step_{STEPS:07d}.png").read_bytes())
+    )
+    # 40 images of 16x16 pixels, enlarged threefold, ten a row, with gaps of 2.
+    assert picture.size == (10 * 50 - 2, 4 * 50 - 2)
+
+
+def test_a_finished_run_does_nothing(straight, capsys):
+    before = (straight / "metrics.jsonl").read_bytes()
+    assert run(straight) == 0
+    assert "all 6 steps are done" in capsys.readouterr().err
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__batch_size": 32}, "training.batch_size was 16, is 32"),
+        ({"model__head_width": 32}, "model.head_width was 16, is 32"),
+        ({"seed": 5}, "seed was 0, is 5"),
+    ],
+)
+def test_another_run_is_refused_and_changes_nothing(straight, capsys, changes, message):
+    files = [straight / "model.json", straight / "config.json", straight / "metrics.jsonl"]
+    before = [file.read_bytes() for file in files]
+    assert run(straight, **changes) == runner.EXIT_USER_ERROR
+    assert message in capsys.readouterr().err
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantizer__levels": 32}, "the token shards have quantizer.level"),
+        ({"quantizer__range": 4.0}, "the token shards have quantizer.m"),
+        ({"quantizer__channel_order": "identity"}, "channel_order_rule"),
+        ({"data__image_size": 32}, "image_size = 16 but this run has 32"),
+        ({"data__num_classes": 2}, "3 classes but config.data.num_classes is 2"),
+        ({"model__encoder_heads": 3}, "encoder_heads=3"),
+        ({"training__batch_size": 20}, "make it a multiple of 8"),
+        ({"training__batch_size": 64}, "a batch of 64 needs as many images"),
+        ({"model__mask_min": 1.5}, "mask_min is 1.5"),
+    ],
+)
+def test_what_does_not_fit_is_named(straight, tmp_path, capsys, changes, message):
+    for name in ("tokens", "autoencoder"):
+        (tmp_path / name).symlink_to(straight / name)
+    assert run(tmp_path, **changes) == runner.EXIT_USER_ERROR
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert not (tmp_path / "model.json").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_shards_of_another_autoencoder_are_refused(straight, tmp_path, capsys):
+    (tmp_path / "tokens").symlink_to(straight / "tokens")
+    config = make_info().autoencoder
+    save_autoencoder(tmp_path / "autoencoder", config, init_params(config, jax.random.key(1)))
+    assert run(tmp_path) == runner.EXIT_USER_ERROR
+    assert "autoencoder_hash" in capsys.readouterr().err
+
+
+def test_missing_folders_are_named(tmp_path, capsys):
+    assert run(tmp_path / "nowhere") == runner.EXIT_USER_ERROR
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert run(tmp_path) == runner.EXIT_USER_ERROR
+    assert "holds no token shards" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

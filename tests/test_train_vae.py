@@ -1,0 +1,217 @@
+"""`train-vae`: its loss by hand, what it measures and writes, and its refusals."""
+
+import io as bytes_io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.autoencoder import (
+    AutoencoderConfig,
+    init_params,
+    load_autoencoder,
+    save_autoencoder,
+)
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.data.images import prepare
+from tokenbridge_jax.data.sources import DigitsSource
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.training import autoencoder_task
+from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, Pictures
+from tokenbridge_jax.training.metrics import read_metrics
+
+# What ml_collections does to load a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+TINY = AutoencoderConfig(
+    image_size=8,
+    image_channels=1,
+    channels=4,
+    multipliers=(1, 2),
+    blocks=1,
+    attention_resolutions=(),
+    latent_channels=2,
+    scale=1.0,
+)
+FLAGS = [
+    "--config.data.image_size=8",
+    "--config.autoencoder.channels=4",
+    "--config.autoencoder.multipliers=(1, 2)",
+    "--config.autoencoder.latent_channels=2",
+    "--config.vae_training.steps=8",
+    "--config.vae_training.warmup_steps=0",
+    "--config.vae_training.log_every=1",
+    "--config.vae_training.checkpoint_every=5",
+    "--config.mesh.fsdp=2",
+]
+
+
+def run(workdir, *more):
+    return runner.run("train-vae", ["--workdir", str(workdir), *FLAGS, *more])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir with an autoencoder trained for a moment on the digits, over eight devices."""
+    workdir = tmp_path_factory.mktemp("vae")
+    assert run(workdir) == 0
+    return workdir
+
+
+def digits(split):
+    """The prepared digits, one by one."""
+    source = DigitsSource(split)
+    return np.stack([prepare(source.load(i)[0], 8, 1) for i in range(len(source))])
+
+
+def apply(workdir, images):
+    """Posterior and decoded mean of a trained autoencoder."""
+    config, params = load_autoencoder(workdir / "autoencoder")
+    task = AutoencoderTask(config, jnp.float32, 0.0)
+    posterior = jax.jit(lambda x: autoencoder_task.encode(task.module, params, x))(images)
+    decode = jax.jit(lambda x: task.module.apply({"params": params}, x, method="decode"))
+    return posterior, np.asarray(decode(posterior.mean))
+
+
+@pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("l2", 2)])
+def test_loss_by_hand(kind, power):
+    """In float64 numpy, but for the two halves of the network."""
+    task = AutoencoderTask(TINY, jnp.float32, kl_weight=0.3, reconstruction=kind)
+    params = init_params(TINY, jax.random.key(1))
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    key = jax.random.key(2)
+    examples = task.examples({"images": images}, key, None)
+    loss, report = jax.jit(lambda p, e: task.loss(p, e, key, None))(params, examples)
+
+    x = images / 127.5 - 1
+    variables = {"params": params}
+    moments = task.module.apply(variables, jnp.asarray(x, jnp.float32), method="moments")
+    mean, logvar = np.split(np.asarray(moments, np.float64), 2, axis=-1)
+    latents = mean + np.exp(logvar / 2) * np.asarray(examples["noise"])
+    decoded = task.module.apply(variables, jnp.asarray(latents, jnp.float32), method="decode")
+    error = np.sum(np.abs(np.asarray(decoded) - x) ** power, axis=(1, 2, 3)) / 64
+    kl = np.sum(0.5 * (mean**2 + np.exp(logvar) - 1 - logvar), axis=(1, 2, 3))
+    assert float(loss) == pytest.approx(np.mean(error + 0.3 * kl / 64), rel=1e-5)
+    assert float(report["reconstruction"]) == pytest.approx(np.mean(error), rel=1e-5)
+    assert float(report["kl"]) == pytest.approx(np.mean(kl), rel=1e-4)
+    assert abs(np.mean(examples["noise"])) < 0.5
+    assert not np.array_equal(examples["noise"][0], examples["noise"][1])
+
+
+def test_loss_and_gradient_stay_finite_where_the_log_variance_explodes():
+    task = AutoencoderTask(TINY, jnp.float32, kl_weight=1e-6)
+    params = init_params(TINY, jax.random.key(1))
+    params["quant_conv"]["bias"] = jnp.array([0.0, 0.0, 1e4, -1e4])
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    examples = task.examples({"images": images}, jax.random.key(2), None)
+    value, gradients = jax.jit(
+        jax.value_and_grad(lambda p: task.loss(p, examples, jax.random.key(3), None)[0])
+    )(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_scale_brings_the_training_latents_to_unit_variance(trained):
+    config, _ = load_autoencoder(trained / "autoencoder")
+    posterior, _ = apply(trained, digits("train"))
+    noise = np.random.default_rng(0).normal(size=posterior.mean.shape)
+    samples = np.asarray(posterior.mean) + np.exp(np.asarray(posterior.logvar) / 2) * noise
+    assert np.std(samples * config.scale) == pytest.approx(1, abs=0.02)
+    extra = json.loads((trained / "autoencoder" / "config.json").read_text())["extra"]
+    assert extra["latent_std"] == pytest.approx(1 / config.scale)
+    assert extra["step"] == 8
+
+
+def test_it_learns_and_reports_psnr_of_the_validation_images(trained):
+    rows = read_metrics(trained / "autoencoder" / "training" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    images = digits("validation").astype(np.float64)
+    _, decoded = apply(trained, digits("validation"))
+    decoded = np.rint((np.clip(decoded, -1, 1) + 1) * 127.5)
+    error = np.mean(np.square(decoded - images), axis=(1, 2, 3))
+    expected = np.mean(10 * np.log10(255**2 / error))
+    assert rows[-1]["validation_psnr"] == pytest.approx(expected, abs=1e-2)
+    assert [row["step"] for row in rows if "validation_psnr" in row] == [5, 8]
+
+
+def test_pictures_show_originals_beside_reconstructions(trained):
+    folder = trained / "autoencoder" / "training" / "reconstructions"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step_0000005.png",
+        "step_0000008.png",
+    ]
+    picture = np.asarray(Image.open(bytes_io.BytesIO((folder / "step_0000008.png").read_bytes())))
+    # 8x8 pixels are enlarged sixfold, with gaps of 2: the first, third, ... are the originals.
+    originals = digits("validation")
+    for column in (0, 2, 4, 6):
+        shown = picture[0:48:6, column * 50 : column * 50 + 48 : 6]
+        np.testing.assert_array_equal(shown, originals[column // 2, :, :, 0])
+
+
+def test_a_second_run_does_nothing_and_says_so(trained, capsys):
+    written = trained / "autoencoder" / "params.safetensors"
+    before = written.read_bytes(), written.stat().st_mtime_ns
+    assert run(trained) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (written.read_bytes(), written.stat().st_mtime_ns) == before
+
+
+def test_other_settings_are_refused_by_name(trained, capsys):
+    assert run(trained, "--config.autoencoder.blocks=2") == runner.EXIT_USER_ERROR
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "belongs to another run: autoencoder.blocks was 1, is 2" in error
+
+
+def test_an_autoencoder_from_elsewhere_is_not_overwritten(tmp_path, capsys):
+    save_autoencoder(tmp_path / "autoencoder", TINY, init_params(TINY, jax.random.key(0)))
+    assert run(tmp_path) == runner.EXIT_USER_ERROR
+    assert "was not trained here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.data.image_size=9", "image size 9x9 is not divisible"),
+        ("--config.vae_training.reconstruction=l3", "'l3'; choose l1 or l2"),
+        ("--config.vae_training.batch_size=30", "make it a multiple of 8"),
+        ("--config.autoencoder.channels=48", "autoencoder width 48"),
+        ("--config.autoencoder.width=48", "the config has no such key: 'width'"),
+        ("--config.data.source=folder", "--config.data.path is not set"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, capsys, flag, message):
+    assert run(tmp_path / "new", flag) == runner.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_flops_are_counted():
+    task = AutoencoderTask(TINY, jnp.float32, 0.0)
+    abstract = jax.eval_shape(lambda: init_params(TINY, jax.random.key(0)))
+    small = autoencoder_task.training_flops(task, abstract, 8)
+    large = autoencoder_task.training_flops(task, abstract, 16)
+    # The first convolution alone: 8 x 8 outputs of 4 channels from 3 x 3 x 1, thrice.
+    assert small > 3 * 2 * 64 * 4 * 9
+    # Convolutions grow with the pixels, the middle's attention with their square.
+    assert 3.9 < large / small < 6
+
+
+def test_pictures_pad_the_last_batch_with_weight_zero():
+    mesh = parallel.make_mesh(2, 2, 2)
+    pictures = Pictures(DigitsSource("train"), np.arange(6), 8, 1, mesh)
+    first, second = (jax.device_get(batch) for batch in pictures.batches(3))
+    assert first["weights"].tolist() == [1, 1, 1, 1]  # 3 rounded up to the 4 batch shards.
+    assert second["weights"].tolist() == [1, 1, 0, 0]
+    np.testing.assert_array_equal(second["images"][:2], digits("train")[4:6])
+
+
+def test_unknown_error_kind():
+    with pytest.raises(UserError, match="choose l1 or l2"):
+        AutoencoderTask(TINY, jnp.float32, 0.0, "huber")

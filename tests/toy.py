@@ -1,0 +1,89 @@
+"""A small task with every ingredient of the real ones: random examples, dropout, logical axes."""
+
+from collections.abc import Iterator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenbridge_jax.parallel import constrain
+from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tokenbridge_jax.training.state import abstract_state, create_state
+from tokenbridge_jax.training.step import make_train_step
+
+
+class Regressor(nn.Module):
+    """Two layers; sizes that a 2 x 2 x 2 mesh divides, and one (3 outputs) that it does not."""
+
+    width: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x):
+        split = nn.with_logical_partitioning
+        xavier = nn.initializers.xavier_uniform()
+        zeros = nn.initializers.zeros
+        x = nn.Dense(
+            self.width,
+            kernel_init=split(xavier, ("embed", "mlp")),
+            bias_init=split(zeros, ("mlp",)),
+            name="first",
+        )(x)
+        x = constrain(nn.gelu(x), "batch", "mlp")
+        x = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
+        return nn.Dense(3, kernel_init=split(xavier, ("mlp", "embed")), name="second")(x)
+
+
+class ToyTask:
+    """Regression from noisy inputs; the noise belongs to the examples."""
+
+    def __init__(self, dropout: float = 0.1, width: int = 8, noise: float = 0.1):
+        self.model = Regressor(width, dropout)
+        self.noise = noise
+
+    def init(self, key):
+        return self.model.init(key, jnp.zeros((1, 4)))["params"]
+
+    def examples(self, batch, key, draw):
+        noise = self.noise * jax.random.normal(key, batch["x"].shape)
+        return {"x": batch["x"] + noise, "y": batch["y"]}
+
+    def loss(self, params, examples, key, draw):
+        rngs = {"dropout": key} if self.model.dropout else {}
+        y = self.model.apply({"params": params}, examples["x"], rngs=rngs)
+        error = jnp.mean(jnp.square(y - examples["y"]))
+        return error, {"largest": jnp.max(jnp.abs(examples["y"]))}
+
+
+def toy_batch(step: int, size: int = 16) -> dict[str, np.ndarray]:
+    """The batch of a step, a function of the step alone."""
+    rng = np.random.default_rng([1, step])
+    x = rng.normal(size=(size, 4)).astype(np.float32)
+    return {"x": x, "y": np.tanh(x[:, :3])}
+
+
+def toy_batches(start: int) -> Iterator[dict[str, np.ndarray]]:
+    """The batches from `start` on."""
+    while True:
+        yield toy_batch(start)
+        start += 1
+
+
+def toy_training(task, mesh, *, accumulation=1, **recipe):
+    """State and step of a toy task."""
+    config = OptimizerConfig(**({"learning_rate": 0.01, "total_steps": 10} | recipe))
+    optimizer, schedule = make_optimizer(config)
+    abstract = abstract_state(task.init, optimizer, mesh)
+    state = create_state(task.init, optimizer, abstract, seed=0)
+    step = make_train_step(
+        task,
+        optimizer,
+        schedule,
+        abstract,
+        mesh,
+        seed=0,
+        ema_decay=0.9,
+        accumulation=accumulation,
+    )
+    return abstract, state, step

@@ -1,0 +1,235 @@
+"""Trains the model on index shards: WORKDIR/tokens -> WORKDIR/checkpoints.
+
+Also writes model.json, metrics.jsonl, tensorboard/ and, if WORKDIR/autoencoder is there to decode
+them, samples/step_*.png. Started again, it goes on from the latest checkpoint, bit for bit as if it
+had never stopped. Status 75 means: told to stop (SIGTERM, Ctrl-C), and saved.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tokenbridge_jax import io, parallel, pictures
+from tokenbridge_jax.autoencoder import load_autoencoder
+from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.loader import make_loader, validation_batches
+from tokenbridge_jax.data.shards import DatasetInfo
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.pipeline import ModelDescription, sample_indices
+from tokenbridge_jax.sampling import SamplingSettings
+from tokenbridge_jax.tokenizing import make_quantizer
+from tokenbridge_jax.training.loop import (
+    EXIT_INTERRUPTED,
+    Hook,
+    Interrupted,
+    Run,
+    fit,
+    flat_fields,
+)
+from tokenbridge_jax.training.masking import MaskSampler
+from tokenbridge_jax.training.metrics import MetricWriter
+from tokenbridge_jax.training.model_task import (
+    ModelTask,
+    bits,
+    make_validation,
+    training_flops,
+)
+from tokenbridge_jax.training.state import TrainState
+
+# Images of a sample grid: every class in turn, ten a row.
+IN_GRID = 40
+
+# What of `config.model` is about training, not part of the model.
+_NOT_MODEL = {"class_dropout", "mask_mean", "mask_std", "mask_min"}
+# What of it changes how the model is computed, but not what.
+_NOT_FUNCTION = {"dtype", "remat", "head_chunk", "dropout"}
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """This command has no flags of its own."""
+    del flag_values
+
+
+def main(args: flags.FlagValues) -> int:
+    """Trains to the end, from the latest checkpoint if there is one."""
+    config, workdir = args.config, epath.Path(args.workdir)
+    mesh = parallel.make_mesh(**config.mesh)
+    info = read_tokens(config, workdir)
+    model = make_model_config(config, info)
+    run = make_run(config, workdir, info, model, mesh)
+
+    def begin() -> None:
+        if jax.process_index() == 0:
+            ModelDescription(model, info.class_names, info.autoencoder_hash).save(workdir)
+            runner.remember_config(args)
+
+    try:
+        fit(dataclasses.replace(run, begin=begin), mesh)
+    except Interrupted:
+        return EXIT_INTERRUPTED
+    print(f"{workdir} holds the model after {run.total_steps} steps: `tokenbridge sample` uses it")
+    return 0
+
+
+def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
+    """The description of the shards, which must be those that the config asks for.
+
+    Raises:
+      UserError: there are none, or they are others; the message names the field.
+    """
+    if not workdir.exists():
+        raise UserError(f"workdir {workdir} does not exist; check --workdir")
+    info = shards.read_info(workdir / "tokens")
+    info.check(image_size=config.data.image_size, quantizer=make_quantizer(config))
+    if config.quantizer.channel_order not in ("frequency", "kl16", "identity"):
+        info.check(channel_order=config.quantizer.channel_order)
+    elif config.quantizer.channel_order != info.channel_order_rule.split(",")[0]:
+        info.check(channel_order_rule=config.quantizer.channel_order)
+    if len(info.class_names) > config.data.num_classes:
+        raise UserError(
+            f"the token shards have {len(info.class_names)} classes but config.data.num_classes "
+            f"is {config.data.num_classes}"
+        )
+    autoencoder = workdir / "autoencoder" / "config.json"
+    if autoencoder.exists():
+        info.check(autoencoder_hash=io.read_json(autoencoder)["hash"])
+    return info
+
+
+def make_model_config(config: ConfigDict, info: DatasetInfo) -> TokenBridgeConfig:
+    """The model of `config.model` for these shards.
+
+    Raises:
+      UserError: the config has a key that a model does not know.
+    """
+    known = {name: value for name, value in config.model.items() if name not in _NOT_MODEL}
+    try:
+        return TokenBridgeConfig(
+            quantizer=info.quantizer,
+            channel_order=info.channel_order,
+            positions=info.positions,
+            classes=config.data.num_classes,
+            **known,
+        )
+    except TypeError as error:
+        raise UserError(f"config.model: {str(error).split('__init__() ')[-1]}") from error
+
+
+def make_run(
+    config: ConfigDict,
+    workdir: epath.Path,
+    info: DatasetInfo,
+    model: TokenBridgeConfig,
+    mesh: Mesh,
+) -> Run:
+    """The training run: data, masks, hooks, and what identifies it."""
+    section, seed = config.training, config.seed
+    masks = MaskSampler(
+        model.positions,
+        mean=config.model.mask_mean,
+        std=config.model.mask_std,
+        minimum=config.model.mask_min,
+        bucket=section.hidden_bucket,
+    )
+    fields = flat_fields(config, ["seed", "model", "training"])
+    fields["tokens_sha256"] = _tokens_digest(info)
+    function = {f"model.{name}" for name in config.model if name not in _NOT_MODEL | _NOT_FUNCTION}
+    hooks = []
+    if "validation" in info.splits:
+        hooks.append(_validation_hook(config, workdir, info, model, masks, mesh))
+    if (workdir / "autoencoder" / "config.json").exists():
+        hooks.append(_sample_hook(config, workdir, model, mesh))
+    return Run(
+        name="train",
+        directory=workdir,
+        task=ModelTask(model, config.model.class_dropout),
+        section=section,
+        seed=seed,
+        steps_per_epoch=info.splits["train"]["images"] // section.batch_size,
+        batches=lambda start: make_loader(
+            workdir / "tokens", section.batch_size, seed, start_step=start
+        ),
+        draw=lambda step: masks.draw(seed, step),
+        flops_per_image=training_flops(model, masks),
+        fields=fields,
+        fixed={"seed", "training.batch_size", "tokens_sha256"} | function,
+        hooks=hooks,
+    )
+
+
+def _validation_hook(
+    config: ConfigDict,
+    workdir: epath.Path,
+    info: DatasetInfo,
+    model: TokenBridgeConfig,
+    masks: MaskSampler,
+    mesh: Mesh,
+) -> Hook:
+    """Negative log-likelihood of the validation split under the EMA, in bits an index."""
+    validate = make_validation(model, masks, mesh)
+    shards_of_batch = parallel.batch_shards(mesh)
+    images = info.splits["validation"]["images"]
+    whole = -(-images // shards_of_batch) * shards_of_batch
+    batch_size = min(config.training.batch_size, whole)
+
+    def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
+        batches = validation_batches(workdir / "tokens", batch_size)
+        return {"val_nll_bits_per_index": bits(validate(state.ema_params, batches))}
+
+    return Hook(config.training.eval_every, run)
+
+
+def _sample_hook(
+    config: ConfigDict, workdir: epath.Path, model: TokenBridgeConfig, mesh: Mesh
+) -> Hook:
+    """A grid of images sampled with the EMA, always of the same classes and seed."""
+    sampling: Mapping[str, Any] = dict(config.sampling)
+    settings = SamplingSettings(
+        **{name: value for name, value in sampling.items() if name != "batch_size"}
+    )
+    autoencoder, params = load_autoencoder(workdir / "autoencoder")
+    local_mesh = parallel.make_mesh(devices=jax.local_devices())
+    codec = Codec(autoencoder, params, model.quantizer, local_mesh, jnp.dtype(model.dtype))
+    labels = np.resize(np.arange(model.classes), IN_GRID).astype(np.int32)
+
+    def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
+        indices = sample_indices(
+            model,
+            state.ema_params,
+            labels,
+            settings,
+            mesh,
+            seed=config.seed,
+            batch_size=sampling["batch_size"],
+        )
+        if jax.process_index() == 0:
+            picture = pictures.grid(np.asarray(codec.decode(indices)), columns=10)
+            pictures.write_png(workdir / "samples" / f"step_{step:07d}.png", picture)
+            writer.image(step, "samples", picture)
+        return {}
+
+    return Hook(config.training.sample_every, run)
+
+
+def _tokens_digest(info: DatasetInfo) -> str:
+    """Names the content of the shards; where their images came from plays no part."""
+    described = info.to_json() | {"sources": None}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run("train", sys.argv[1:]))

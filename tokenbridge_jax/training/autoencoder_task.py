@@ -1,0 +1,219 @@
+"""The autoencoder as a training task: reconstruction + KL; and what is measured on it.
+
+The loss of an image of P pixel values is
+
+    sum |x - y|^p / P  +  kl_weight * KL / P,        p = 1 or 2,
+
+with x in [-1, 1], y decoded from a posterior sample, and KL in nats from the standard normal,
+summed over the image's latents. Both terms are per pixel value, so `kl_weight` weighs what it does
+in LDM, where both are sums (KL-16: 1e-6), whatever the image size. LDM's perceptual and adversarial
+terms need networks trained elsewhere and are left out.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    Posterior,
+    images_to_float,
+    images_to_uint8,
+)
+from tokenbridge_jax.data.batches import ShardPlan, prepared_batches
+from tokenbridge_jax.data.sources import Source
+from tokenbridge_jax.errors import UserError
+
+Batch = Mapping[str, Any]
+Images = UInt8[Array | np.ndarray, "B H W I"]
+
+# How far off a pixel is. L1 is LDM's choice: it asks for the median of what is plausible, where L2
+# asks for the mean and blurs edges more; L2 is what PSNR measures.
+RECONSTRUCTION_ERRORS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "l1": jnp.abs,
+    "l2": jnp.square,
+}
+
+
+class AutoencoderTask:
+    """Trains an autoencoder (see `step.Task`); the host draws nothing."""
+
+    def __init__(
+        self, config: AutoencoderConfig, dtype: Any, kl_weight: float, reconstruction: str = "l1"
+    ):
+        """Args:
+          config: sizes; its scale plays no part in training.
+          dtype: compute dtype.
+          kl_weight: see the module.
+          reconstruction: "l1" or "l2".
+
+        Raises:
+          UserError: another reconstruction error is asked for.
+        """
+        if reconstruction not in RECONSTRUCTION_ERRORS:
+            raise UserError(
+                f"vae_training.reconstruction is '{reconstruction}'; choose "
+                f"{' or '.join(RECONSTRUCTION_ERRORS)}"
+            )
+        self.module = Autoencoder(config, dtype)
+        self._kl_weight = kl_weight
+        self._error = RECONSTRUCTION_ERRORS[reconstruction]
+
+    def init(self, key: PRNGKeyArray) -> Any:
+        """Boxed float32 parameters."""
+        side = self.module.config.downsampling
+        images = jnp.zeros((1, side, side, self.module.config.image_channels))
+        return self.module.init(key, images, key)["params"]
+
+    def examples(self, batch: Batch, key: PRNGKeyArray, draw: None) -> dict[str, Any]:
+        """The images, and the noise of every image's posterior sample."""
+        images = batch["images"]
+        config = self.module.config
+        grid = [side // config.downsampling for side in images.shape[1:3]]
+        noise = jax.random.normal(key, (len(images), *grid, config.latent_channels))
+        return {"images": images, "noise": noise}
+
+    def loss(
+        self, params: Any, examples: Any, key: PRNGKeyArray, draw: None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """See the module. Also reports both terms: `reconstruction`, and `kl` in nats an image."""
+        images = images_to_float(examples["images"])
+        posterior = encode(self.module, params, examples["images"])
+        # exp(logvar / 2) is finite: the posterior clips its log-variance.
+        latents = posterior.mean + jnp.exp(0.5 * posterior.logvar) * examples["noise"]
+        decoded: Any = self.module.apply({"params": params}, latents, method="decode")
+        error = jnp.mean(self._error(decoded - images))
+        kl = jnp.mean(posterior.kl())
+        pixel_values = images[0].size
+        loss = error + self._kl_weight * kl / pixel_values
+        return loss, {"reconstruction": error, "kl": kl}
+
+
+def encode(module: Autoencoder, params: Any, images: Images) -> Posterior:
+    """The posterior of uint8 images."""
+    posterior: Any = module.apply({"params": params}, images_to_float(images), method="encode")
+    return posterior
+
+
+def training_flops(task: AutoencoderTask, abstract_params: Any, image_size: int) -> float:
+    """FLOPs of training on one image, forward and twice that backward, as XLA counts them."""
+    config = task.module.config
+    shape = (1, image_size, image_size, config.image_channels)
+
+    def forward(params: Any, images: jax.Array) -> jax.Array:
+        return task.module.apply({"params": params}, images, jax.random.key(0))[0]
+
+    shapes = abstract_params, jax.ShapeDtypeStruct(shape, jnp.float32)
+    counted: Any = jax.jit(forward).lower(*shapes).cost_analysis()
+    return 3.0 * counted["flops"]
+
+
+class Pictures:
+    """Some pictures of a source, in order, as batches on a mesh; broken ones have weight 0."""
+
+    def __init__(self, source: Source, numbers: np.ndarray, size: int, channels: int, mesh: Mesh):
+        """Args:
+        source: holds them.
+        numbers: which; a remainder that does not divide over the processes is left out.
+        size: pixels a side after the centre crop.
+        channels: 3 or 1.
+        mesh: the devices.
+        """
+        count = jax.process_count()
+        mine = numbers[: len(numbers) // count * count][jax.process_index() :: count]
+        self._plan = ShardPlan(Path(), "", source, mine)
+        self._size, self._channels, self._mesh = size, channels, mesh
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
+        """One pass: `images` uint8 `[B, H, W, I]` and `weights` float32 `[B]`.
+
+        `batch_size` is rounded up to what divides over the mesh; the last batch is padded.
+        """
+        shards = parallel.batch_shards(self._mesh)
+        local = -(-batch_size // shards) * shards // jax.process_count()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            plans = [self._plan]
+            for batch in prepared_batches(plans, local, self._size, self._channels, pool):
+                weights = np.zeros(local, np.float32)
+                weights[batch.good] = 1
+                arrays = {"images": batch.pixels, "weights": weights}
+                yield parallel.to_global(arrays, self._mesh)
+
+
+def latent_std(module: Autoencoder, params: Any, batches: Iterator[Batch], mesh: Mesh) -> float:
+    """Standard deviation of unscaled posterior samples, over all latents of all images.
+
+    Its inverse is the scale that gives latents unit variance: where KL-16's 0.2325 comes from. The
+    expectation over the sample is taken exactly: E z^2 = mean^2 + variance.
+    """
+
+    def moments(params: Any, batch: Batch) -> Float[Array, "3"]:
+        posterior = encode(module, params, batch["images"])
+        weights = batch["weights"][:, None, None, None]
+        square = jnp.square(posterior.mean) + jnp.exp(posterior.logvar)
+        count = jnp.sum(weights) * posterior.mean[0].size
+        return jnp.stack([jnp.sum(weights * posterior.mean), jnp.sum(weights * square), count])
+
+    jitted = jax.jit(moments, out_shardings=parallel.replicated(mesh))
+    total, square, count = _sum(jitted(params, batch) for batch in batches)
+    return float(np.sqrt(square / count - np.square(total / count)))
+
+
+def make_reconstruction(module: Autoencoder, mesh: Mesh) -> Callable[[Any, Any], Any]:
+    """Makes the jitted `(params, uint8 images) -> uint8 images` through the posterior mean.
+
+    Every process gets all of the result.
+    """
+
+    def reconstruct(params: Any, images: Images) -> UInt8[Array, "B H W I"]:
+        latents = encode(module, params, images).mean
+        decoded: Any = module.apply({"params": params}, latents, method="decode")
+        return images_to_uint8(decoded)
+
+    return jax.jit(reconstruct, out_shardings=parallel.replicated(mesh))
+
+
+def make_psnr(
+    reconstruct: Callable[[Any, Any], Any], mesh: Mesh
+) -> Callable[[Any, Iterator[Batch]], float]:
+    """Makes the pass `(params, batches) -> decibels`: the mean over images of the peak
+    signal-to-noise ratio of their reconstruction."""
+
+    def decibels(params: Any, batch: Batch) -> Float[Array, "2"]:
+        images = batch["images"].astype(jnp.float32)
+        decoded = reconstruct(params, batch["images"]).astype(jnp.float32)
+        # A perfect image would have infinitely many: an error of half a level in one pixel value
+        # is the least that counts.
+        least = 0.25 / images[0].size
+        error = jnp.maximum(jnp.mean(jnp.square(decoded - images), axis=(1, 2, 3)), least)
+        ratio = 10 * jnp.log10(255.0**2 / error)
+        weights = batch["weights"]
+        return jnp.stack([jnp.sum(weights * ratio), jnp.sum(weights)])
+
+    jitted = jax.jit(decibels, out_shardings=parallel.replicated(mesh))
+
+    def psnr(params: Any, batches: Iterator[Batch]) -> float:
+        total, weight = _sum(jitted(params, batch) for batch in batches)
+        return float(total / weight)
+
+    return psnr
+
+
+def _sum(parts: Iterator[jax.Array]) -> np.ndarray:
+    """Adds up what the batches give, in float64, one batch behind the device."""
+    previous = next(parts)
+    total = np.zeros(previous.shape, np.float64)
+    for part in parts:
+        total += np.asarray(previous)
+        previous = part
+    return total + np.asarray(previous)

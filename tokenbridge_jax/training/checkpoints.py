@@ -1,0 +1,302 @@
+"""Checkpoints of a run: `DIRECTORY/STEP/{params, ema_params, opt_state, run}`, written by Orbax.
+
+The parts lie in folders of their own, so that the EMA loads alone, on any mesh, in any dtype. A
+step's folder takes its name only when it is complete: what a kill leaves behind is never read, and
+is removed at the next start. `STEP` is the number of updates done; `run` is JSON that says which
+run it belongs to.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from orbax.checkpoint import v1 as ocp
+
+from tokenbridge_jax import io
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.training.state import TrainState
+
+PARTS = ("params", "ema_params", "opt_state")
+
+
+class Checkpoints:
+    """The checkpoints of one run. Saving copies to the host and writes in the background."""
+
+    def __init__(self, directory: epath.PathLike, keep: int = 2):
+        """Opens `directory` (made by the first save); only the latest `keep` checkpoints stay."""
+        self.directory = epath.Path(directory)
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            context=_context(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(max(keep, 1)),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Updates done at the latest complete checkpoint."""
+        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        return max(
+            (step for step in steps if _is_complete(self.directory / str(step))), default=None
+        )
+
+    def save(self, state: TrainState, step: int, run: dict[str, Any]) -> None:
+        """Starts to save `state` after `step` updates; an earlier save is waited for first.
+
+        When it returns the state may be donated.
+
+        Args:
+          state: on any mesh.
+          step: equal to `state.step`, which the caller knows without waiting for the device.
+          run: JSON that tells the run from others.
+
+        Raises:
+          UserError: this save or an earlier one could not be written.
+        """
+        with self._write_errors():
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {part: _plain(getattr(state, part)) for part in PARTS} | {"run": run},
+                force=True,
+                # A folder of this step that is not `latest` is not complete: something broke it.
+                overwrite=True,
+            )
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with self._write_errors():
+            self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits, and releases the folder."""
+        with self._write_errors():
+            self._checkpointer.close()
+
+    def run_record(self, step: int) -> dict[str, Any]:
+        """The JSON `save` got."""
+        return run_record(self.directory, step)
+
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """Loads a state, laid out by the shardings of `abstract`.
+
+        Args:
+          abstract: from `state.abstract_state`, on any mesh.
+          step: which checkpoint.
+
+        Raises:
+          UserError: leaves differ in name, shape or dtype (all of them named), or the files are
+            damaged.
+        """
+        wanted = {part: getattr(abstract, part) for part in PARTS}
+        loaded = _load(self.directory, step, wanted)
+        number = jax.device_put(np.int32(step), abstract.step.sharding)
+        return TrainState(step=number, **loaded)
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Tells a failed write in one line, and removes what it left behind."""
+        try:
+            yield
+        except Exception as error:
+            reason = _system_error(error)
+            if reason is None:
+                raise
+            self._remove_leftovers()
+            raise io.write_error(self.directory, reason) from error
+
+    def _remove_leftovers(self) -> None:
+        """Frees what a failed write took of the disk, while its other threads may still write."""
+        for _ in range(20):
+            leftovers = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+            if not leftovers:
+                return
+            for leftover in leftovers:
+                with contextlib.suppress(OSError):
+                    leftover.rmtree(missing_ok=True)
+            time.sleep(0.05)
+
+
+def latest_step(directory: epath.PathLike) -> int:
+    """Updates done at the latest complete checkpoint under `directory`.
+
+    Raises:
+      UserError: there is none.
+    """
+    directory = epath.Path(directory)
+    if directory.exists():
+        names = [path.name for path in directory.iterdir() if path.name.isdigit()]
+        steps = [int(name) for name in names if _is_complete(directory / name)]
+        if steps:
+            return max(steps)
+    raise UserError(f"there is no checkpoint in {directory}; train first, or check --workdir")
+
+
+def run_record(directory: epath.PathLike, step: int | None = None) -> dict[str, Any]:
+    """The JSON saved beside a checkpoint (the latest, if no step is named)."""
+    step = latest_step(directory) if step is None else step
+    return _load(epath.Path(directory), step, {"run": None})["run"]
+
+
+def load_ema_params(
+    directory: epath.PathLike,
+    abstract_params: Any,
+    *,
+    dtype: Any = None,
+    step: int | None = None,
+) -> Any:
+    """Loads the EMA parameters alone.
+
+    Args:
+      directory: a run's `checkpoints` folder.
+      abstract_params: tree of `jax.ShapeDtypeStruct` with shardings, on any mesh.
+      dtype: of the floating-point leaves; None is that of `abstract_params`.
+      step: which checkpoint; None is the latest.
+
+    Raises:
+      UserError: no checkpoint, other leaves (all of them named), or damaged files.
+    """
+    step = latest_step(directory) if step is None else step
+
+    def cast(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.update(dtype=dtype) if dtype is not None and floating else leaf
+
+    wanted = jax.tree.map(cast, abstract_params)
+    return _load(epath.Path(directory), step, {"ema_params": wanted}, any_dtype=True)["ema_params"]
+
+
+def _load(
+    directory: epath.Path, step: int, wanted: dict[str, Any], *, any_dtype: bool = False
+) -> dict[str, Any]:
+    """Loads the named parts; array parts come back with the structure they were asked in."""
+    path = directory / str(step)
+    plain = {name: _plain(part) for name, part in wanted.items()}
+    with _context():
+        problems = []
+        for name, part in plain.items():
+            if part is not None:
+                problems += _differences(name, _stored(path, name), part, any_dtype)
+        if problems:
+            raise UserError(
+                f"checkpoint {path} does not fit this model; {len(problems)} leaves differ:\n  "
+                + "\n  ".join(problems)
+            )
+        try:
+            loaded = ocp.load_checkpointables(path, plain)
+        except Exception as error:
+            raise _damaged(path / "+".join(plain), error) from error
+    return {
+        name: loaded[name] if part is None else _with_structure_of(part, loaded[name])
+        for name, part in wanted.items()
+    }
+
+
+def _stored(path: epath.Path, name: str) -> Any:
+    """Shapes and dtypes of a part as it lies on disk; the other parts are not looked at."""
+    try:
+        stored = ocp.metadata(path, name).metadata
+    except Exception as error:  # Whatever a damaged file makes Orbax raise.
+        raise _damaged(path / name, error) from error
+    if stored is None:  # Orbax has logged the reason, and dropped it.
+        raise _damaged(path / name, OSError("its files cannot be read"))
+    return stored
+
+
+def _damaged(part: epath.Path, error: Exception) -> UserError:
+    reason = str(_root_cause(error)).split("\n")[0][:200]
+    return UserError(
+        f"checkpoint {part.parent} is missing or damaged (part {part.name}: {reason}); "
+        "remove that folder to go back to the checkpoint before it"
+    )
+
+
+def _differences(name: str, stored: Any, wanted: Any, any_dtype: bool) -> list[str]:
+    """One line for every leaf that is missing, not wanted, or of another shape or dtype."""
+    have = traverse_util.flatten_dict(stored, sep="/")
+    want = traverse_util.flatten_dict(wanted, sep="/")
+    lines = []
+    for leaf in sorted(have.keys() | want.keys()):
+        if leaf not in have:
+            lines.append(f"{name}/{leaf}: not in the checkpoint")
+        elif leaf not in want:
+            lines.append(f"{name}/{leaf}: in the checkpoint, not in the model")
+        else:
+            found, expected = _describe(have[leaf], any_dtype), _describe(want[leaf], any_dtype)
+            if found != expected:
+                lines.append(f"{name}/{leaf}: checkpoint has {found}, model needs {expected}")
+    return lines
+
+
+def _describe(leaf: Any, any_dtype: bool) -> str:
+    shape = list(leaf.shape)
+    return str(shape) if any_dtype else f"{np.dtype(leaf.dtype).name}{shape}"
+
+
+def _plain(tree: Any) -> Any:
+    """A tree as nested dicts with string keys: what lies on disk knows no optimizer's classes."""
+    if tree is None:
+        return None
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return traverse_util.unflatten_dict({_names(path): leaf for path, leaf in leaves})
+
+
+def _with_structure_of(tree: Any, plain: Any) -> Any:
+    """Inverse of `_plain`."""
+    flat = traverse_util.flatten_dict(plain)
+    return jax.tree.map_with_path(lambda path, _: flat[_names(path)], tree)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _context() -> ocp.Context:
+    """Orbax's options: `run` is a JSON file one can read."""
+    for name in ("absl", "asyncio"):  # Adding the same filter again changes nothing.
+        logging.getLogger(name).addFilter(_says_nothing_new)
+    context = ocp.Context()
+    registry = ocp.handlers.local_registry(include_global_registry=True)
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
+    context.checkpointables.registry = registry
+    # Copies of an array write a slice each, but not of small ones: each shape is a program.
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+    return context
+
+
+def _says_nothing_new(record: logging.LogRecord) -> bool:
+    """Drops the tracebacks that Orbax's threads log of errors it also raises."""
+    text = f"{record.getMessage()} {record.exc_info}"
+    from_orbax = "orbax" in record.pathname or "tensorstore_spec" in text
+    return not from_orbax or record.levelno < logging.WARNING
+
+
+def _is_complete(path: epath.Path) -> bool:
+    return all((path / part).exists() for part in (*PARTS, "run"))
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The system's reason for a failed write; tensorstore passes it on as text alone."""
+    cause = _root_cause(error)
+    if isinstance(cause, OSError):
+        return cause
+    number = re.search(r"os_error_code='(\d+)'", str(cause))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return error

@@ -1,0 +1,58 @@
+"""How fast the devices multiply matrices at best: what a training step is measured against."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+# Peak dense bf16 matmul FLOP/s of one device as JAX sees it, by substring of `device_kind`; the
+# first match counts. (A TPU v4, v5p or 7x device is what JAX lists as one device.)
+PEAK_FLOPS = (
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 459e12),
+    ("TPU v6", 918e12),
+    ("TPU7x", 1153.5e12),
+    ("TPU v7", 1153.5e12),
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("H100", 989e12),
+    ("GH200", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A10", 125e12),
+    ("T4", 65e12),
+    ("V100", 125e12),
+)
+
+
+def peak_flops(device: jax.Device) -> tuple[float, str]:
+    """Peak matmul FLOP/s of one device, and where the number comes from.
+
+    A device that is not listed (a CPU, say) is measured once with a short float32 product; the
+    fake devices of one host share its cores, so the measurement is divided among them.
+    """
+    for name, flops in PEAK_FLOPS:
+        if name.lower() in device.device_kind.lower():
+            return flops, f"{device.device_kind}, bf16, from its data sheet"
+    share = jax.local_device_count() if device.platform == "cpu" else 1
+    return _measured_flops(device) / share, f"{device.device_kind}, measured with a float32 product"
+
+
+def _measured_flops(device: jax.Device, size: int = 1024) -> float:
+    """Best rate of a few [size, size] products on an otherwise idle device."""
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision="default"))
+    best = float("inf")
+    with jax.set_mesh(jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=[device])):
+        x = jax.device_put(np.ones((size, size), np.float32), device)
+        product(x).block_until_ready()
+        for _ in range(5):
+            start = time.perf_counter()
+            product(x).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

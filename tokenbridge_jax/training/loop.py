@@ -1,0 +1,364 @@
+"""The training loop, the same for the autoencoder and for the model.
+
+What holds at every moment: metrics are looked at one update late, so that the device never waits
+for the host; a checkpoint is written only after every loss up to it is known to be finite; and a
+run stopped at any point goes on exactly as if it had not been.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.progress import Progress
+from tokenbridge_jax.training import hardware
+from tokenbridge_jax.training.checkpoints import Checkpoints
+from tokenbridge_jax.training.metrics import MetricWriter
+from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tokenbridge_jax.training.state import TrainState, abstract_state, create_state
+from tokenbridge_jax.training.step import Task, make_train_step
+
+# Exit status of a command that was told to stop and saved its state: start it again to go on.
+# (EX_TEMPFAIL of sysexits.h: "try again later".)
+EXIT_INTERRUPTED = 75
+
+
+class Interrupted(Exception):
+    """The run was told to stop (SIGTERM, SIGINT, a preemption) and has saved its state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """Something done now and then: a validation pass, a sample grid.
+
+    Attributes:
+      every: after every so many updates, and after the last one; 0 is never.
+      run: gets the state, the number of updates done and the writer (for pictures); returns numbers
+        that join that step's line of `metrics.jsonl`.
+    """
+
+    every: int
+    run: Callable[[TrainState, int, MetricWriter], Mapping[str, float]]
+
+    def is_due(self, step: int, total: int) -> bool:
+        """Whether to run after `step` updates of `total`."""
+        return bool(self.every) and (step % self.every == 0 or step == total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run: everything the loop needs to know of it.
+
+    Attributes:
+      name: stands before the progress line.
+      directory: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+      task: what is trained.
+      section: `config.training` or `config.vae_training`: batch_size, learning rate and lengths
+        (see `OptimizerConfig`), ema_decay, accumulation, log_every, checkpoint_every, keep.
+      seed: of parameters, examples' choices and dropout.
+      steps_per_epoch: updates in one pass over the data.
+      batches: number of updates done -> iterator over this process's share of the batches that
+        follow, trees of numpy arrays.
+      draw: number of updates done -> what the host decides for the next one.
+      flops_per_image: matmul FLOPs of training on one image.
+      fields: JSON that describes the run; saved with every checkpoint.
+      fixed: names of those fields that a resumed run must share with the one it continues.
+      begin: called when it is known that the run is possible, before its first update.
+      hooks: see `Hook`.
+    """
+
+    name: str
+    directory: epath.Path
+    task: Task
+    section: Any
+    seed: int
+    steps_per_epoch: int
+    batches: Callable[[int], Iterator[Any]]
+    flops_per_image: float
+    fields: Mapping[str, Any]
+    fixed: Collection[str]
+    draw: Callable[[int], Any] = lambda step: None
+    begin: Callable[[], None] = lambda: None
+    hooks: Sequence[Hook] = ()
+
+    @property
+    def optimizer_config(self) -> OptimizerConfig:
+        """The optimizer's settings, lengths in updates."""
+        return OptimizerConfig.from_section(self.section, self.steps_per_epoch)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in the whole run."""
+        return self.optimizer_config.total_steps
+
+
+def fit(run: Run, mesh: Mesh) -> TrainState:
+    """Trains to the end of `run`, from its latest checkpoint if there is one.
+
+    Returns:
+      The final state, which is also the latest checkpoint. A run that had already reached its end
+      does nothing but load it.
+
+    Raises:
+      Interrupted: told to stop; the state is saved.
+      UserError: a loss was not finite (nothing after the last good checkpoint is kept), the disk is
+        full, or the checkpoints belong to another run.
+    """
+    section, total = run.section, run.total_steps
+    accumulation = section.get("accumulation", 1)
+    _check_section(section, accumulation, mesh)
+    optimizer, schedule = make_optimizer(run.optimizer_config)
+    abstract = abstract_state(run.task.init, optimizer, mesh)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(parallel.use_mesh(mesh))
+        checkpoints = Checkpoints(run.directory / "checkpoints", section.get("keep", 2))
+        stack.callback(checkpoints.close)
+        start = checkpoints.latest or 0
+        if start:
+            _check_same_run(checkpoints.run_record(start), run, checkpoints.directory)
+            state = checkpoints.restore(abstract, start)
+            _say(f"{run.name}: goes on from step {start} of {total} ({checkpoints.directory})")
+        else:
+            state = create_state(run.task.init, optimizer, abstract, run.seed)
+        if start >= total:
+            _say(f"{run.name}: all {total} steps are done; nothing left to train")
+            return state
+        batches = run.batches(start)
+        run.begin()
+        _say(parameter_overview.get_parameter_overview(state.params, include_stats="sharding"))
+
+        writer = MetricWriter(run.directory, start)
+        stack.callback(writer.close)
+        train_step = make_train_step(
+            run.task,
+            optimizer,
+            schedule,
+            abstract,
+            mesh,
+            seed=run.seed,
+            ema_decay=section.ema_decay,
+            accumulation=accumulation,
+        )
+        interrupt = stack.enter_context(_Interrupt())
+        report = _Report(run, writer, checkpoints)
+        stack.callback(report.close)
+
+        for step in range(start + 1, total + 1):
+            batch = parallel.to_global(next(batches), mesh)
+            state, metrics = train_step(state, batch, run.draw(step - 1))
+            # Update `step` runs on the device while the host looks at the one before it.
+            report.settle()
+            report.expect(step, metrics)
+
+            stop = interrupt.requested(step) and step < total
+            hooks = [hook for hook in run.hooks if hook.is_due(step, total)]
+            save = stop or step == total or step % section.checkpoint_every == 0
+            if hooks or save:
+                report.check()
+                for hook in hooks:
+                    report.add(hook.run(state, step, writer))
+                report.settle()
+            if save:
+                checkpoints.save(state, step, dict(run.fields))
+            if stop:
+                checkpoints.wait()
+                _say(f"{run.name}: stopped and saved at step {step}; the same command goes on")
+                raise Interrupted
+        checkpoints.wait()
+        return state
+
+
+class _Report:
+    """Looks at the metrics of one update at a time: are they finite, how fast was it?"""
+
+    def __init__(self, run: Run, writer: MetricWriter, checkpoints: Checkpoints):
+        self._run, self._writer, self._checkpoints = run, writer, checkpoints
+        self._step = 0
+        self._metrics: Mapping[str, jax.Array] | None = None
+        self._values: dict[str, float] = {}
+        self._has_hooks = False
+        self._progress: Progress | None = None
+        # Step and time from which speed is measured, and when the last update was seen to end.
+        self._since: tuple[int, float] | None = None
+        self._seen = 0.0
+        peak, source = hardware.peak_flops(jax.local_devices()[0])
+        self._peak = peak * jax.device_count()
+        _say(f"{run.name}: peak {self._peak / 1e12:.3g} TFLOP/s ({source}) x {jax.device_count()}")
+
+    def expect(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of an update that may still be running."""
+        self._step, self._metrics, self._values = step, metrics, {}
+        self._has_hooks = False
+
+    def check(self) -> None:
+        """Waits for the update and looks at its numbers.
+
+        Raises:
+          UserError: the loss or the gradient is not finite.
+        """
+        if self._metrics is None or self._values:
+            return
+        values = {name: float(value) for name, value in jax.device_get(self._metrics).items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise UserError(self._not_finite(name, values[name]))
+        self._values, self._seen = values, time.perf_counter()
+        self._show_progress()
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Puts a hook's numbers into the line of the update just checked."""
+        self._values |= values
+        self._has_hooks = True
+
+    def settle(self) -> None:
+        """Checks the update if that is not done yet, and writes its line where one is due."""
+        self.check()
+        at_end = self._step == self._run.total_steps
+        is_due = self._step % self._run.section.log_every == 0 or self._has_hooks or at_end
+        if self._metrics is not None and is_due:
+            self._writer.write(self._step, self._values | self._speed())
+            # From now on: what hooks took is no part of the training speed.
+            self._since = (self._step, time.perf_counter())
+        self._metrics, self._values = None, {}
+
+    def close(self) -> None:
+        """Ends the progress line."""
+        if self._progress is not None:
+            self._progress.close()
+
+    def _show_progress(self) -> None:
+        if self._progress is None:  # From the first update on: compiling it is not training.
+            batch_size = self._run.section.batch_size
+            self._progress = Progress(
+                self._run.total_steps,
+                desc=self._run.name,
+                done=self._step,
+                scale=batch_size,
+                visible=jax.process_index() == 0,
+            )
+            self._since = (self._step, self._seen)
+            return
+        share = self._progress.rate * self._run.flops_per_image / self._peak
+        self._progress.update(1, loss=self._values["loss"], peak=f"{share:.1%}")
+
+    def _speed(self) -> dict[str, float]:
+        """Images a second since the last line, and that as a share of the peak."""
+        if self._since is None or self._step == self._since[0]:
+            return {}
+        images = (self._step - self._since[0]) * self._run.section.batch_size
+        rate = images / (self._seen - self._since[1])
+        return {
+            "images_per_second": rate,
+            "share_of_peak": rate * self._run.flops_per_image / self._peak,
+        }
+
+    def _not_finite(self, name: str, value: float) -> str:
+        self._checkpoints.wait()
+        latest = self._checkpoints.latest
+        kept = (
+            f"the last good checkpoint is that of step {latest} in {self._checkpoints.directory}"
+            if latest
+            else "no checkpoint had been written yet"
+        )
+        return (
+            f"{name} is {value} at step {self._step}: stopped; {kept}; "
+            "lower the learning rate or look at the data before going on"
+        )
+
+
+class _Interrupt:
+    """Turns SIGTERM and SIGINT into a question asked after every update; a second one kills.
+
+    With several processes, SIGTERM to any of them reaches all through the coordination service,
+    which agrees on one update to stop at.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self._received = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Interrupt":
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if jax.process_count() == 1 and in_main_thread:
+            self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after update `step`: the same answer on every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
+
+    def _receive(self, number: int, frame: Any) -> None:
+        del number, frame
+        self._received = True
+        self.__exit__()
+
+
+def flat_fields(config: Any, sections: Sequence[str]) -> dict[str, Any]:
+    """Sections of a config as {"section.name": JSON value}; a scalar is a section of its own."""
+    flat: dict[str, Any] = {}
+    for section in sections:
+        value = config[section]
+        if hasattr(value, "items"):
+            flat |= {f"{section}.{name}": entry for name, entry in value.items()}
+        else:
+            flat[section] = value
+    return json.loads(json.dumps(flat))
+
+
+def _check_section(section: Any, accumulation: int, mesh: Mesh) -> None:
+    for name in ("batch_size", "log_every", "checkpoint_every"):
+        if section[name] < 1:
+            raise UserError(f"{name} is {section[name]}; it must be at least 1")
+    if accumulation < 1:
+        raise UserError(f"accumulation is {accumulation}; it must be at least 1")
+    parts = accumulation * parallel.batch_shards(mesh)
+    if section.batch_size % parts:
+        raise UserError(
+            f"batch_size {section.batch_size} does not divide into {accumulation} micro-batches "
+            f"over {parallel.batch_shards(mesh)} batch shards; make it a multiple of {parts}"
+        )
+
+
+def _check_same_run(stored: Mapping[str, Any], run: Run, directory: epath.Path) -> None:
+    """Refuses to go on with another run's state; says what else has changed."""
+    changed = [
+        name
+        for name in sorted(stored.keys() | run.fields.keys())
+        if stored.get(name) != run.fields.get(name)
+    ]
+    told = [f"{name} was {stored.get(name)}, is {run.fields.get(name)}" for name in changed]
+    if refused := [line for name, line in zip(changed, told, strict=True) if name in run.fixed]:
+        raise UserError(
+            f"{directory} belongs to another run: {'; '.join(refused)}; "
+            "set it back or use another --workdir"
+        )
+    for line in told:
+        _say(f"{run.name}: note: {line}")
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)

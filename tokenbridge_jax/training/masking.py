@@ -1,0 +1,152 @@
+"""How many positions a training batch hides, and which (paper section 3.3; MAR's mask ratio).
+
+The ratio is drawn once a batch from a normal (mean 1, standard deviation 0.25) truncated to
+[0.7, 1]; the first `ceil(ratio L)` entries of a random order are hidden, another order per image.
+
+The number is drawn on the host, since it decides shapes: under jit a batch with h hidden positions
+is computed with M >= h *hidden slots* (the head's rows) and S >= L - h *visible slots* (the
+encoder's), where h itself is traced. M is h rounded up to a multiple of `hidden_bucket`, and S is
+what the smallest h of that bucket needs, so every bucket is one compiled program. A small bucket
+compiles more programs, a large one computes more padding. With L = 256, in the expectation over
+the draw (`BucketCost`, exact):
+
+  hidden_bucket   programs   unused hidden slots   unused visible slots, with the 64 class tokens
+        1            77            0.0 %                  0.0 %
+        8            10            1.5 %                  3.4 %
+       16             5            3.1 %                  7.1 %
+       32             3            5.9 %                 13.3 %
+       64             2           10.6 %                 24.1 %
+      256             1           13.1 %                 30.3 %
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray
+from scipy import special
+
+from tokenbridge_jax.errors import UserError
+
+
+@flax.struct.dataclass
+class MaskDraw:
+    """What the host drew for one batch. The slots are part of the type: each pair is a program.
+
+    Attributes:
+      num_hidden: positions hidden in every image of the batch (traced).
+      hidden_slots: M >= num_hidden.
+      visible_slots: S >= L - num_hidden.
+    """
+
+    num_hidden: Any
+    hidden_slots: int = flax.struct.field(pytree_node=False)
+    visible_slots: int = flax.struct.field(pytree_node=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketCost:
+    """What rounding up to buckets costs, in the expectation over the draw.
+
+    Attributes:
+      programs: how often the step is compiled.
+      hidden_padding: share of the hidden slots that hold no hidden position.
+      visible_padding: share of the encoder's slots, class tokens included, that hold nothing.
+    """
+
+    programs: int
+    hidden_padding: float
+    visible_padding: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSampler:
+    """Draws the number of hidden positions of every step.
+
+    Attributes:
+      positions: L.
+      mean: of the normal, before truncation.
+      std: its standard deviation.
+      minimum: smallest ratio; the largest is 1.
+      bucket: hidden slots are a multiple of it, or L.
+    """
+
+    positions: int
+    mean: float = 1.0
+    std: float = 0.25
+    minimum: float = 0.7
+    bucket: int = 16
+
+    def __post_init__(self):
+        if not 0 < self.minimum < 1:
+            raise UserError(f"mask_min is {self.minimum}; it must lie between 0 and 1")
+        if self.std <= 0:
+            raise UserError(f"mask_std is {self.std}; it must be above 0")
+        if self.bucket < 1:
+            raise UserError(f"hidden_bucket is {self.bucket}; it must be at least 1")
+
+    @property
+    def fewest_hidden(self) -> int:
+        """The smallest number of hidden positions that can be drawn."""
+        return math.ceil(self.minimum * self.positions)
+
+    def draw(self, seed: int, step: int) -> MaskDraw:
+        """The draw of the batch after `step` updates: a function of the two numbers alone."""
+        uniform = np.random.Generator(np.random.Philox(key=[seed, step])).random()
+        return self.slots(self._num_hidden(uniform))
+
+    def quantiles(self, count: int) -> list[int]:
+        """Numbers of hidden positions at the middles of `count` equally likely ranges."""
+        return [self._num_hidden((i + 0.5) / count) for i in range(count)]
+
+    def slots(self, num_hidden: int) -> MaskDraw:
+        """`num_hidden` with the slots of its bucket."""
+        hidden_slots = min(self.positions, -(-num_hidden // self.bucket) * self.bucket)
+        fewest = max(self.fewest_hidden, (num_hidden - 1) // self.bucket * self.bucket + 1)
+        return MaskDraw(np.int32(num_hidden), hidden_slots, self.positions - fewest)
+
+    def all_slots(self, num_hidden: int) -> MaskDraw:
+        """`num_hidden` in slots that hold any draw: one program, for validation."""
+        return MaskDraw(np.int32(num_hidden), self.positions, self.positions - self.fewest_hidden)
+
+    def probabilities(self) -> dict[int, float]:
+        """Number of hidden positions -> its exact probability."""
+        counts = np.arange(self.fewest_hidden, self.positions + 1)
+        upper = np.minimum(counts / self.positions, 1.0)
+        lower = np.maximum((counts - 1) / self.positions, self.minimum)
+        low, high = self._cdf(self.minimum), self._cdf(1.0)
+        masses = (self._cdf(upper) - self._cdf(lower)) / (high - low)
+        return {int(count): float(mass) for count, mass in zip(counts, masses, strict=True)}
+
+    def cost(self, class_tokens: int) -> BucketCost:
+        """The exact expected padding; `class_tokens` stand in the encoder beside the visible."""
+        used = slots = used_visible = slots_visible = 0.0
+        programs = set()
+        for num_hidden, probability in self.probabilities().items():
+            draw = self.slots(num_hidden)
+            programs.add((draw.hidden_slots, draw.visible_slots))
+            used += probability * num_hidden
+            slots += probability * draw.hidden_slots
+            used_visible += probability * (class_tokens + self.positions - num_hidden)
+            slots_visible += probability * (class_tokens + draw.visible_slots)
+        return BucketCost(len(programs), 1 - used / slots, 1 - used_visible / slots_visible)
+
+    def _cdf(self, ratio: Any) -> Any:
+        return special.ndtr((ratio - self.mean) / self.std)
+
+    def _num_hidden(self, uniform: float) -> int:
+        low, high = self._cdf(self.minimum), self._cdf(1.0)
+        ratio = self.mean + self.std * special.ndtri(low + uniform * (high - low))
+        return math.ceil(float(np.clip(ratio, self.minimum, 1.0)) * self.positions)
+
+
+def draw_orders(key: PRNGKeyArray, batch: int, positions: int) -> Int[Array, "B L"]:
+    """A random order of the positions for every image.
+
+    Sorting random 32-bit words, rather than shuffling row by row, keeps the batch axis a plain
+    parallel axis on any mesh. Equal words, once in 1e5 rows, only fix the order of two entries.
+    """
+    return jax.numpy.argsort(jax.random.bits(key, (batch, positions)), axis=-1)

@@ -1,0 +1,151 @@
+"""The model as a training task: masks and class dropout of a batch, its loss, its validation."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, init_params
+from tokenbridge_jax.training.masking import MaskDraw, MaskSampler, draw_orders
+
+Batch = Mapping[str, Any]
+
+
+@flax.struct.dataclass
+class Examples:
+    """A batch with every random choice made; while it is cut up, an axis more stands in front.
+
+    Attributes:
+      indices: `[B, L, C]`, positions row-major, channels in autoencoder order.
+      labels: `[B]`, classes.
+      order: `[B, L]`, positions of each image; the first `num_hidden` are hidden.
+      drop_class: `[B]`, true where the null latent takes the place of the class.
+    """
+
+    indices: Any
+    labels: Any
+    order: Any
+    drop_class: Any
+
+
+class ModelTask:
+    """Trains a TokenBridge (see `step.Task`); the host's draw of a step is a `MaskDraw`."""
+
+    def __init__(self, config: TokenBridgeConfig, class_dropout: float):
+        """`class_dropout` is the share of images trained with the null latent for a class."""
+        self.model = TokenBridge(config)
+        self._class_dropout = class_dropout
+
+    def init(self, key: PRNGKeyArray) -> Any:
+        """Boxed float32 parameters."""
+        return init_params(self.model.config, key)
+
+    def examples(self, batch: Batch, key: PRNGKeyArray, draw: MaskDraw) -> Examples:
+        """A random order for every image, and which of them lose their class."""
+        del draw
+        indices, labels = batch["indices"], batch["labels"]
+        order_key, drop_key = jax.random.split(key)
+        return Examples(
+            indices=indices,
+            labels=labels,
+            order=draw_orders(order_key, len(indices), self.model.config.positions),
+            drop_class=jax.random.bernoulli(drop_key, self._class_dropout, labels.shape),
+        )
+
+    def loss(
+        self, params: Any, examples: Examples, key: PRNGKeyArray, draw: MaskDraw
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Mean cross-entropy in nats over hidden positions and channels, with dropout."""
+        loss, _ = self.model.apply(
+            {"params": params},
+            examples.indices,
+            examples.labels,
+            examples.order,
+            draw.num_hidden,
+            examples.drop_class,
+            hidden_slots=draw.hidden_slots,
+            visible_slots=draw.visible_slots,
+            rngs={"dropout": key},
+            method=TokenBridge.loss,
+        )
+        return loss, {}
+
+
+def training_flops(config: TokenBridgeConfig, masks: MaskSampler) -> float:
+    """Expected matmul FLOPs of training on one image: forward, and twice that backward.
+
+    Neither padded slots nor recomputation count: it is the work the mathematics asks for.
+    """
+    forward = sum(
+        probability * config.forward_flops(float(num_hidden))
+        for num_hidden, probability in masks.probabilities().items()
+    )
+    return 3 * forward
+
+
+def make_validation(
+    config: TokenBridgeConfig, masks: MaskSampler, mesh: Mesh, *, ratios: int = 4
+) -> Callable[[Any, Iterable[Batch]], float]:
+    """Makes the validation pass: `(params, batches) -> nats an index`, the same at every call.
+
+    Nothing in it is random: every image keeps its own order, numbered by its place in the split,
+    no class is dropped, and each is measured at `ratios` fixed mask ratios, the middles of equally
+    likely ranges of the training distribution. So the mean, over hidden positions and channels,
+    then images, then ratios, is an estimate of the training loss without dropout.
+
+    Args:
+      config: the model.
+      masks: the training distribution of ratios.
+      mesh: the devices; call the pass in `use_mesh(mesh)`.
+      ratios: how many.
+
+    Returns:
+      The pass. Its batches are this process's shares, as of `loader.validation_batches`.
+    """
+    model = TokenBridge(config)
+    # Slots for any ratio: one program for all.
+    draws = [masks.all_slots(num_hidden) for num_hidden in masks.quantiles(ratios)]
+
+    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
+    def batch_nll(params: Any, batch: Batch, draw: MaskDraw) -> Float[Array, "2"]:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch["numbers"])
+        words = jax.vmap(lambda key: jax.random.bits(key, (config.positions,)))(keys)
+        nll: Any = model.apply(
+            {"params": params},
+            batch["indices"],
+            batch["labels"],
+            jnp.argsort(words, axis=-1),
+            draw.num_hidden,
+            jnp.zeros(batch["labels"].shape, bool),
+            hidden_slots=draw.hidden_slots,
+            visible_slots=draw.visible_slots,
+            method=TokenBridge.image_nll,
+        )
+        weights = batch["weights"]
+        return jnp.stack([jnp.sum(weights * jnp.mean(nll, axis=-1)), jnp.sum(weights)])
+
+    def validate(params: Any, batches: Iterable[Batch]) -> float:
+        sums: list[jax.Array] = []
+        count, first = jax.process_count(), jax.process_index()
+        for local in batches:
+            numbers = first + count * np.arange(len(local["labels"]), dtype=np.int32)
+            batch = parallel.to_global({**local, "numbers": numbers}, mesh)
+            sums += [batch_nll(params, batch, draw) for draw in draws]
+            first += len(batch["labels"])
+        total = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+        return float(total[0] / total[1])
+
+    return validate
+
+
+def bits(nats: float) -> float:
+    """Nats to bits."""
+    return nats / math.log(2)

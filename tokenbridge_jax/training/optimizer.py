@@ -1,0 +1,148 @@
+"""AdamW as the reference trains with it: clip by global norm, decay by leaf name, warm-up + cosine.
+
+Order of operations in one update: gradients are clipped, Adam's moments are updated, decay is
+added, the result is scaled by the learning rate of that update.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tokenbridge_jax.errors import UserError
+
+# Leaves of these names are biases and the scales of norms: one number a feature, which decay would
+# only pull away from 0 and 1. Everything else decays: matrices, embeddings, mask token, null
+# latent. Names decide, not ranks, since layers are stacked: a bias of a scanned layer has rank 2.
+NO_DECAY_NAMES = ("bias", "scale")
+
+ADAM_EPS = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """What the optimizer needs to know.
+
+    Attributes:
+      learning_rate: the peak.
+      total_steps: updates in the whole run; the cosine ends there at 0.
+      warmup_steps: the learning rate rises linearly from 0 over these updates.
+      schedule: "cosine" or "constant", after the warm-up.
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      weight_decay: decoupled, multiplied by the learning rate as in AdamW.
+      clip: largest global norm of the gradient; 0 does not clip.
+    """
+
+    learning_rate: float
+    total_steps: int
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.02
+    clip: float = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in ("cosine", "constant"):
+            raise UserError(f"schedule is '{self.schedule}'; choose 'cosine' or 'constant'")
+        if self.total_steps < 1:
+            raise UserError(f"the run has {self.total_steps} steps; set steps or epochs above 0")
+        if not 0 <= self.warmup_steps <= self.total_steps:
+            raise UserError(
+                f"warm-up of {self.warmup_steps} steps does not fit a run of {self.total_steps}; "
+                "shorten it (warmup_steps, warmup_epochs)"
+            )
+
+    @classmethod
+    def from_section(cls, section: Any, steps_per_epoch: int) -> "OptimizerConfig":
+        """Reads `config.training` or `config.vae_training`; what a section leaves out is default.
+
+        Lengths are given as `steps` or `epochs`, `warmup_steps` or `warmup_epochs`.
+
+        Raises:
+          UserError: a length is given twice or not at all, or a value makes no sense.
+        """
+        given: dict[str, Any] = {
+            # A whole number may stand for a float.
+            field.name: section[field.name] if field.type is str else float(section[field.name])
+            for field in dataclasses.fields(cls)
+            if field.type in (float, str) and section.get(field.name) is not None
+        }
+        return cls(
+            total_steps=_length(section, "steps", "epochs", steps_per_epoch, default=None),
+            warmup_steps=_length(section, "warmup_steps", "warmup_epochs", steps_per_epoch, 0),
+            **given,
+        )
+
+
+def _length(
+    section: Any, steps: str, epochs: str, steps_per_epoch: int, default: int | None
+) -> int:
+    in_steps, in_epochs = section.get(steps), section.get(epochs)
+    if in_steps is not None and in_epochs is not None:
+        raise UserError(f"both {steps} and {epochs} are set; keep one (set the other to None)")
+    if in_steps is not None:
+        return int(in_steps)
+    if in_epochs is not None:
+        return round(in_epochs * steps_per_epoch)
+    if default is None:
+        raise UserError(f"neither {steps} nor {epochs} is set")
+    return default
+
+
+def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Updates done so far -> learning rate of the next update.
+
+    With t updates done, peak p, w warm-up and n total updates: p t / w while t < w, then p, or
+    p (1 + cos(pi (t - w) / (n - w))) / 2.
+    """
+    peak, warmup, total = config.learning_rate, config.warmup_steps, config.total_steps
+
+    def schedule(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rising = peak * step / max(warmup, 1)
+        if config.schedule == "constant":
+            falling = jnp.full_like(step, peak)
+        else:
+            progress = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+            falling = peak * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return jnp.where(step < warmup, rising, falling)
+
+    return schedule
+
+
+def clip_by_global_norm(clip: float) -> optax.GradientTransformation:
+    """Scales gradients by min(1, clip / (norm + 1e-6)), the reference's rule.
+
+    Optax's own divides by the norm alone, and only where it is above the limit.
+    """
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+        del params
+        scale = jnp.minimum(1.0, clip / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda gradient: gradient * scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the leaves that decay: all but those named in `NO_DECAY_NAMES`."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in NO_DECAY_NAMES, params)
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The gradient transformation of one update, and its learning rate schedule."""
+    schedule = learning_rate_schedule(config)
+    transforms = [
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=ADAM_EPS),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    if config.clip:
+        transforms.insert(0, clip_by_global_norm(config.clip))
+    return optax.chain(*transforms), schedule

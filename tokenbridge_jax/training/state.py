@@ -1,0 +1,115 @@
+"""The training state: everything a step reads and replaces, laid out by the mesh from the start."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from tokenbridge_jax import parallel
+
+# Makes the boxed parameters of a model (their logical axis names on them) from a random key.
+InitFunction = Callable[[jax.Array], Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training carries from one step to the next; nothing else is remembered.
+
+    Attributes:
+      step: updates done so far, an int32 scalar.
+      params: float32 parameters, a plain nested dict.
+      ema_params: exponential moving average of `params` over the updates, same structure; it
+        starts at the initial parameters.
+      opt_state: the optimizer's own state.
+    """
+
+    step: Any
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+def abstract_state(
+    init: InitFunction, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of a training state, without making one.
+
+    The EMA and the optimizer's moments lie like the parameters they belong to; counters are
+    replicated. Call it outside `parallel.use_mesh`, where boxed shapes cannot be unboxed.
+
+    Args:
+      init: makes the boxed parameters.
+      optimizer: the transformation whose state is carried.
+      mesh: the devices.
+
+    Returns:
+      A TrainState of `jax.ShapeDtypeStruct`, each with its sharding.
+    """
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    shardings = parallel.logical_shardings(boxed, mesh)
+    shapes = jax.eval_shape(_initial_state(init, optimizer), jax.random.key(0))
+    replicated = parallel.replicated(mesh)
+
+    def place(shape: jax.ShapeDtypeStruct, sharding: Any = replicated) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return TrainState(
+        step=place(shapes.step),
+        params=jax.tree.map(place, shapes.params, shardings),
+        ema_params=jax.tree.map(place, shapes.ema_params, shardings),
+        opt_state=optax.tree_map_params(
+            optimizer, place, shapes.opt_state, shardings, transform_non_params=place
+        ),
+    )
+
+
+def state_shardings(state: TrainState) -> TrainState:
+    """The shardings of a concrete or abstract state, as a TrainState of them."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def create_state(
+    init: InitFunction, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+) -> TrainState:
+    """Makes the initial state directly where it belongs: no device ever holds all of it.
+
+    The numbers depend on `seed` alone, not on the mesh.
+
+    Args:
+      init: makes the boxed parameters.
+      optimizer: the transformation whose state is carried.
+      abstract: what `abstract_state` gave for the same `init` and `optimizer`.
+      seed: of the initial parameters.
+    """
+    make = jax.jit(_initial_state(init, optimizer), out_shardings=state_shardings(abstract))
+    return make(jax.random.key(seed))
+
+
+def _initial_state(
+    init: InitFunction, optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array], TrainState]:
+    def initial_state(key: jax.Array) -> TrainState:
+        params = _unbox(init(key))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            # A copy: the step donates both, and a buffer cannot be given away twice.
+            ema_params=jax.tree.map(jnp.copy, params),
+            opt_state=optimizer.init(params),
+        )
+
+    return initial_state
+
+
+def _unbox(params: Any) -> Any:
+    """Strips the boxes, without `nn.unbox`'s constraint: it fails where a size does not divide."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, nn.Partitioned) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
+    )

@@ -1,0 +1,138 @@
+"""One update: loss and gradients (accumulated over micro-batches), clip, AdamW, EMA."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.training.state import TrainState, state_shardings
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What is trained: parameters, the random choices of a batch, and its loss.
+
+    `draw` is whatever the host decided for this step (a `MaskDraw` for the model, None for the
+    autoencoder); its static fields select the compiled program.
+    """
+
+    def init(self, key: PRNGKeyArray) -> PyTree:
+        """Boxed initial parameters."""
+
+    def examples(self, batch: PyTree, key: PRNGKeyArray, draw: Any) -> PyTree:
+        """Makes every random choice that belongs to one example, for the whole batch at once.
+
+        All leaves keep the batch as their first axis. Micro-batches are cut from the result, so
+        accumulation changes none of these choices.
+        """
+
+    def loss(
+        self, params: PyTree, examples: PyTree, key: PRNGKeyArray, draw: Any
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The mean loss over `examples`, and further scalars to report. `key` is for dropout."""
+
+
+def make_train_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    abstract: TrainState,
+    mesh: Mesh,
+    *,
+    seed: int,
+    ema_decay: float,
+    accumulation: int = 1,
+) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, Metrics]]:
+    """Makes the jitted `step(state, batch, draw) -> (state, metrics)`; call it in `use_mesh(mesh)`.
+
+    The state is donated and comes back laid out as it went in, so one program serves all steps.
+    All randomness comes from `fold_in(key(seed), state.step)` and the batch's global shape: neither
+    the number of devices nor a restart changes it.
+
+    Args:
+      task: gives the loss.
+      optimizer: see `optimizer.make_optimizer`.
+      schedule: its learning rate, for the report.
+      abstract: shardings of the state (`state.abstract_state`).
+      mesh: the devices; batches come split along data x fsdp (`parallel.to_global`).
+      seed: of examples' choices and dropout.
+      ema_decay: d in `ema <- d ema + (1 - d) params`, applied after every update.
+      accumulation: micro-batches a batch is computed in, one after the other.
+
+    Returns:
+      The step. Its metrics are float32 scalars on the device: `loss`, `grad_norm` (before
+      clipping), `learning_rate` (of this update), `param_norm` (after it) and the task's own.
+    """
+    shardings = state_shardings(abstract)
+
+    def step(state: TrainState, batch: PyTree, draw: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        examples_key, loss_key = jax.random.split(key)
+        examples = task.examples(batch, examples_key, draw)
+
+        def micro_step(index: Any, micro_examples: PyTree) -> tuple[PyTree, Metrics]:
+            (loss, aux), gradients = jax.value_and_grad(task.loss, has_aux=True)(
+                state.params, micro_examples, jax.random.fold_in(loss_key, index), draw
+            )
+            return gradients, {"loss": loss, **aux}
+
+        if accumulation == 1:
+            gradients, metrics = micro_step(0, examples)
+        else:
+            gradients, metrics = _accumulate(
+                micro_step, examples, accumulation, mesh, shardings.params
+            )
+
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = jax.tree.map(
+            lambda average, new: ema_decay * average + (1 - ema_decay) * new,
+            state.ema_params,
+            params,
+        )
+        metrics |= {
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": schedule(state.step),
+            "param_norm": optax.tree.norm(params),
+        }
+        metrics = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)
+        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
+
+
+def _accumulate(
+    micro_step: Callable[[Any, PyTree], tuple[PyTree, Metrics]],
+    examples: PyTree,
+    count: int,
+    mesh: Mesh,
+    shardings: PyTree,
+) -> tuple[PyTree, Metrics]:
+    """Mean gradients and metrics over `count` micro-batches: those of the whole batch, since every
+    micro-batch has the same size and the loss is a mean over it."""
+
+    def split(x: jax.Array) -> jax.Array:
+        # Example i goes to micro-batch i % count: every device cuts its own rows and none travel.
+        micro = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        sharding = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+        return jax.lax.with_sharding_constraint(micro, sharding)
+
+    def body(carry: PyTree, inputs: tuple[Any, PyTree]) -> tuple[PyTree, None]:
+        total = jax.tree.map(jnp.add, carry, micro_step(*inputs))
+        return (constrain_gradients(total[0]), total[1]), None
+
+    def constrain_gradients(gradients: PyTree) -> PyTree:
+        return jax.lax.with_sharding_constraint(gradients, shardings)
+
+    micro_batches = (jnp.arange(count), jax.tree.map(split, examples))
+    shapes = jax.eval_shape(lambda xs: micro_step(*jax.tree.map(lambda x: x[0], xs)), micro_batches)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    total, _ = jax.lax.scan(body, (constrain_gradients(zeros[0]), zeros[1]), micro_batches)
+    return jax.tree.map(lambda x: x / count, total)
