@@ -75,21 +75,21 @@ class Backbone(nn.Module):
 
     def _embedding(self, name: str, count: int, width: int) -> Float[Array, "T D"]:
         init = named_axes(embedding_init, "positions", "embed")
-        return self.param(name, init, (count, width)).astype(self.dtype)
+        return jnp.asarray(self.param(name, init, (count, width)), self.dtype)
 
     def class_latent(
         self, labels: Int[Array, " B"], drop_class: Bool[Array, " B"]
-    ) -> Float[Array, "B D"]:
+    ) -> Float[Array, "B E"]:
         """What fills the buffer: the class embedding, or the null latent where it is dropped."""
         return jnp.where(drop_class[:, None], self.null_latent, self.class_embedding[labels])
 
     def encode(
         self,
         values: Float[Array, "B S C"],
-        class_latent: Float[Array, "B D"],
+        class_latent: Float[Array, "B E"],
         order: Int[Array, "B L"],
         num_hidden: Int[Array, "*b"],
-    ) -> Float[Array, "B buffer+S D"]:
+    ) -> Float[Array, "B {self.buffer}+S E"]:
         """Runs buffer and visible slots through the encoder.
 
         Args:
@@ -120,11 +120,11 @@ class Backbone(nn.Module):
 
     def decode(
         self,
-        encoded: Float[Array, "B buffer+S D"],
+        encoded: Float[Array, "B T E"],
         order: Int[Array, "B L"],
         num_hidden: Int[Array, "*b"],
     ) -> Float[Array, "B L D"]:
-        """Features of all positions, in order layout, from what `encode` returned."""
+        """Features of all positions, in order layout, from what `encode` returned (T slots)."""
         batch, slots = len(encoded), encoded.shape[1] - self.buffer
         x = self.decoder_embed(encoded)
         mask_token = self.mask_token[None]
@@ -153,7 +153,7 @@ class Backbone(nn.Module):
     def __call__(
         self,
         values: Float[Array, "B S C"],
-        class_latent: Float[Array, "B D"],
+        class_latent: Float[Array, "B E"],
         order: Int[Array, "B L"],
         num_hidden: Int[Array, "*b"],
     ) -> Float[Array, "B L D"]:

@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import contextlib
 import errno
 import json
 import os
@@ -31,7 +32,8 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
                 os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Where the folder is a file, even this fails.
+            temporary.unlink(missing_ok=True)
         raise write_error(path, error) from error
 
 

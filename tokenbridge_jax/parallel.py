@@ -46,9 +46,15 @@ def initialize(distributed: bool) -> None:
 
     Nothing is guessed: without the flag a process stands alone; with it, a cluster that cannot be
     found is an error instead of a silent single-process run.
+
+    Raises:
+      UserError: there is no cluster to join.
     """
     if distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise UserError(f"--distributed found no cluster to join: {error}") from error
 
 
 def make_mesh(
@@ -96,7 +102,7 @@ class NamedAxes(nn.LogicallyPartitioned):
         return self.value
 
 
-def named_axes(init: Callable[..., Any], *names: str | None) -> Callable[..., NamedAxes]:
+def named_axes(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
     """An initialiser whose parameter carries the logical names of its axes (see `RULES`)."""
 
     def init_named(*arguments: Any) -> NamedAxes:

@@ -14,6 +14,7 @@ revealed together change nothing.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -166,9 +167,9 @@ def _generate(
     if orders is None:
         orders = random_orders(seed, sample_indices, config.positions)
     batch, positions = orders.shape
-    before = np.array([positions, *hidden[:-1]], np.int32)
-    after = np.array(hidden, np.int32)
-    slots = int(np.max(before - after))  # What one step reveals at most; smaller steps are padded.
+    steps = list(zip((positions, *hidden), hidden, strict=False))
+    # What one step reveals at most; smaller steps are padded.
+    slots = max(hidden_now - hidden_next for hidden_now, hidden_next in steps)
 
     # Class and null branches go through the backbone as one batch of 2B.
     copies = 2 if guided else 1
@@ -177,6 +178,9 @@ def _generate(
     index_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
         _sample_keys(seed, sample_indices)[:, 1], orders
     )
+
+    def apply(method: Callable[..., Any], *arguments: Any) -> Any:
+        return model.apply({"params": params}, *arguments, method=method)
 
     def reveal(
         indices: Int[Array, "B L C"], step: tuple[jax.Array, jax.Array, jax.Array]
@@ -187,26 +191,19 @@ def _generate(
         def window(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, start, slots, axis=1)
 
-        feature = model.apply(
-            {"params": params},
+        feature = apply(
+            TokenBridge.features,
             jnp.tile(indices, (copies, 1, 1)),
             labels,
             both_orders,
             hidden_now,
             drop_class,
-            method=TokenBridge.features,
         )
         feature = window(feature)
         if guided:
             conditional, null = jnp.split(feature, 2)
             feature = null + scale.astype(feature.dtype) * (conditional - null)
-        drawn = model.apply(
-            {"params": params},
-            feature,
-            window(index_keys),
-            temperature,
-            method=TokenBridge.sample_positions,
-        )
+        drawn = apply(TokenBridge.sample_positions, feature, window(index_keys), temperature)
         slot = start + jnp.arange(slots)
         revealed = ((slot >= hidden_next) & (slot < hidden_now))[None, :, None]
         updated = jnp.where(revealed, drawn, window(indices))
@@ -214,5 +211,6 @@ def _generate(
 
     # In order layout until the end: revealing is then a slice. Hidden entries are never looked at.
     indices = jnp.zeros((batch, positions, config.channels), jnp.int32)
-    indices, _ = jax.lax.scan(reveal, indices, (before, after, scales))
+    now, next_ = jnp.array(steps, jnp.int32).T
+    indices, _ = jax.lax.scan(reveal, indices, (now, next_, scales))
     return jnp.take_along_axis(indices, jnp.argsort(orders)[:, :, None], axis=1)

@@ -5,8 +5,10 @@ A command module has a docstring (its help), `define_flags(flag_values)` for fla
 `ml_collections.ConfigDict`), `workdir` and `distributed`.
 """
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +52,17 @@ def main() -> int:
 def run(name: str, argv: list[str]) -> int:
     """Runs sub-command `name` with the flags `argv`; returns the process's exit status.
 
-    0: done. 2: a mistake of the user's, told in one line on stderr. 130: interrupted.
+    0: done. 2: a mistake of the user's, told in one line on stderr. 75: training was told to stop
+    and has saved its state. 130: interrupted.
     """
     command = importlib.import_module(f"tokenbridge_jax.commands.{COMMANDS[name][0]}")
     args = flags.FlagValues()
     try:
-        _define_flags(args, argv)
+        with _mistakes_in_config():
+            _define_flags(args, argv)
         command.define_flags(args)
         if {"-h", "--help", "-help", "--helpfull"} & set(argv):
-            print(f"{command.__doc__.strip()}\n\nflags:\n{args.get_help()}")
+            print(f"{(command.__doc__ or '').strip()}\n\nflags:\n{args.get_help()}")
             return 0
         _parse(args, name, argv)
         parallel.initialize(args.distributed)
@@ -112,7 +116,7 @@ def _define_flags(args: flags.FlagValues, argv: list[str]) -> None:
 
 def _remembered_config(argv: list[str]) -> ConfigDict | None:
     """The workdir's config, if there is one and no --config FILE takes its place."""
-    given = {"workdir": None, "config": None}
+    given: dict[str, str | None] = {"workdir": None, "config": None}
     for name in given:
         for i, argument in enumerate(argv):
             key, equals, value = argument.lstrip("-").partition("=")
@@ -131,16 +135,28 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def _parse(args: flags.FlagValues, name: str, argv: list[str]) -> None:
+@contextlib.contextmanager
+def _mistakes_in_config() -> Iterator[None]:
+    """Tells what a user's config file or flag raises, which can be anything, in one line."""
     try:
-        rest = args([f"tokenbridge {name}", *argv])
-        args.config.lock()  # A config file that cannot be loaded raises here, at first access.
+        yield
     except UserError:
         raise
+    except (AttributeError, KeyError) as error:
+        # ml_collections passes a KeyError on as an AttributeError around it.
+        reason: Any = error
+        while isinstance(reason, Exception) and reason.args:
+            reason = reason.args[0]
+        raise UserError(f"the config has no such key: {' '.join(str(reason).split())}") from error
     except Exception as error:
-        # A user's config file or flag can raise anything; the last line of it says what.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(lines[-1].strip("'\"") if lines else repr(error)) from error
+        raise UserError(lines[-1] if lines else repr(error)) from error
+
+
+def _parse(args: flags.FlagValues, name: str, argv: list[str]) -> None:
+    with _mistakes_in_config():
+        rest = args([f"tokenbridge {name}", *argv])
+        args.config.lock()  # A config file that cannot be loaded raises here, at first access.
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}'; flags look like --name=value")
     if not args.workdir:

@@ -4,6 +4,7 @@ Works on N positions side by side. Channels come in *channel order*: place c of 
 channel `channel_order[c]`. Outside the head, indices are always in autoencoder order.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -182,5 +183,8 @@ class ChannelClassifier(nn.Module):
         )
         if place is not None:
             kernel, bias = kernel[place][None], bias[place][None]
-        logits = jnp.einsum("ncd,cdv->ncv", x, kernel, preferred_element_type=jnp.float32)
+        # One product a channel with x on the left: einsum puts the kernel there, transposed, and
+        # XLA's CPU backend cannot run that product from bfloat16 to float32.
+        product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        logits = jax.vmap(product, (1, 0), 1)(x, kernel)
         return logits + bias[None]

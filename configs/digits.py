@@ -1,0 +1,133 @@
+"""Handwritten digits: the whole line in minutes on two CPU cores, with data that needs no download.
+
+The 1,797 8x8 digits of scikit-learn, enlarged to 16x16; an autoencoder of 4x4 positions and 8
+channels, 32 levels a channel. Also what the commands use when no config is named.
+
+  tokenbridge train-vae --config configs/digits.py --workdir runs/digits
+  tokenbridge tokenize --workdir runs/digits
+  tokenbridge train --workdir runs/digits
+  tokenbridge sample --workdir runs/digits
+
+Time and result: see `launch/quickstart.sh` in the README, which runs these commands.
+"""
+
+from ml_collections import ConfigDict
+
+from tokenbridge_jax.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`quick` trains for seconds, to see that everything works."""
+    arguments = parse_arg(arg, quick=False)
+    config = ConfigDict()
+    config.seed = 0
+
+    config.data = ConfigDict(
+        dict(
+            source="digits",
+            path="",
+            split="train",
+            validation_split="validation",
+            image_size=16,
+            image_channels=1,
+            num_classes=10,
+            flip=False,
+        )
+    )
+    config.autoencoder = ConfigDict(
+        dict(
+            channels=16,
+            multipliers=(1, 2, 4),
+            blocks=1,
+            attention_resolutions=(),
+            latent_channels=8,
+        )
+    )
+    config.vae_training = ConfigDict(
+        dict(
+            batch_size=32,
+            steps=800,
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=50,
+            weight_decay=0.0,
+            clip=1.0,
+            kl_weight=1e-3,
+            reconstruction="l2",
+            ema_decay=0.99,
+            dtype="float32",
+            log_every=50,
+            checkpoint_every=400,
+            keep=1,
+        )
+    )
+    config.quantizer = ConfigDict(dict(levels=32, range=4.0, channel_order="frequency"))
+    config.tokenize = ConfigDict(
+        dict(
+            batch_size=64,
+            posterior_samples=8,
+            records_per_shard=512,
+            validation_fraction=0.0,
+            dtype="float32",
+        )
+    )
+    config.model = ConfigDict(
+        dict(
+            encoder_width=96,
+            encoder_layers=2,
+            encoder_heads=4,
+            decoder_width=96,
+            decoder_layers=2,
+            decoder_heads=4,
+            head_width=64,
+            head_layers=2,
+            head_heads=4,
+            buffer=4,
+            dropout=0.0,
+            class_dropout=0.1,
+            mask_mean=1.0,
+            mask_std=0.25,
+            mask_min=0.7,
+            dtype="float32",
+            remat="none",
+            head_chunk=4,
+        )
+    )
+    config.training = ConfigDict(
+        dict(
+            batch_size=64,
+            steps=800,
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=100,
+            beta1=0.9,
+            beta2=0.95,
+            weight_decay=0.02,
+            clip=1.0,
+            ema_decay=0.99,
+            accumulation=1,
+            hidden_bucket=16,
+            log_every=50,
+            eval_every=200,
+            sample_every=400,
+            checkpoint_every=400,
+            keep=2,
+        )
+    )
+    config.sampling = ConfigDict(
+        dict(
+            num_iter=16,
+            guidance=2.0,
+            guidance_schedule="linear",
+            temperature=1.0,
+            batch_size=250,
+        )
+    )
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+
+    if arguments.quick:
+        config.vae_training.update(steps=20, warmup_steps=2)
+        config.training.update(steps=20, warmup_steps=2, eval_every=10, sample_every=20)
+        config.tokenize.posterior_samples = 1
+        config.sampling.update(num_iter=4, batch_size=20)
+    return config

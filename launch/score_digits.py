@@ -1,0 +1,76 @@
+"""Scores the digits a quickstart run has sampled, with a classifier that saw real digits only.
+
+A support vector machine is trained on the real training digits (8x8 pixels). Its accuracy is
+printed for real held-out digits, for those digits as the autoencoder gives them back, and for the
+samples: the share assigned to the class that was asked for. The last line is JSON.
+
+  python launch/score_digits.py --workdir runs/quickstart --seconds 0
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from sklearn.svm import SVC
+
+from tokenbridge_jax import Pipeline, pictures
+from tokenbridge_jax.data.images import prepare
+from tokenbridge_jax.data.sources import DigitsSource
+
+
+def main() -> None:
+    """Prints the table and the JSON line; writes `WORKDIR/samples/reconstruction.png`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True, help="the whole run took")
+    args = parser.parse_args()
+
+    train, held_out = DigitsSource("train"), DigitsSource("validation")
+    classifier = SVC(gamma=0.001).fit(_features(train.images), train.labels)
+
+    pipeline = Pipeline.load(args.workdir)
+    size = pipeline.codec.config.image_size
+    real = np.stack([prepare(held_out.load(i)[0], size, 1) for i in range(len(held_out))])
+    encoded = pipeline.codec.encode(real)
+    continuous = np.asarray(pipeline.codec.decode_latents(encoded.latents))
+    quantized = np.asarray(pipeline.codec.decode(encoded.indices))
+    columns = [real[:10], continuous[:10], quantized[:10]]
+    picture = pictures.grid(np.concatenate(columns), columns=10)
+    pictures.write_png(args.workdir / "samples" / "reconstruction.png", picture)
+
+    samples = np.load(args.workdir / "samples" / "samples.npz")
+    accuracies = {
+        "real, held out": classifier.score(_features(held_out.images), held_out.labels),
+        "reconstructed": classifier.score(_features(continuous), held_out.labels),
+        "reconstructed from indices": classifier.score(_features(quantized), held_out.labels),
+        "sampled": classifier.score(_features(samples["arr_0"]), samples["labels"]),
+    }
+    for name, accuracy in accuracies.items():
+        print(f"  {name:28}{accuracy:.1%} in the right class")
+    print(f"  look at {args.workdir / 'samples'}/grid.png and reconstruction.png")
+    result = {
+        "class_accuracy": round(accuracies["sampled"], 4),
+        "real_accuracy": round(accuracies["real, held out"], 4),
+        "reconstruction_accuracy": round(accuracies["reconstructed"], 4),
+        "quantized_reconstruction_accuracy": round(accuracies["reconstructed from indices"], 4),
+        "val_nll_bits_per_index": round(_last_metric(args.workdir, "val_nll_bits_per_index"), 4),
+        "seconds": args.seconds,
+    }
+    print(json.dumps(result))
+
+
+def _features(images: np.ndarray) -> np.ndarray:
+    """uint8 images of any multiple of 8 pixels -> 64 values in 0..16, as scikit-learn has them."""
+    count, size = len(images), images.shape[1]
+    cells = images[..., 0].reshape(count, 8, size // 8, 8, size // 8).astype(np.float64)
+    return cells.mean(axis=(2, 4)).reshape(count, 64) * (16 / 255)
+
+
+def _last_metric(workdir: Path, name: str) -> float:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return next(value[name] for value in map(json.loads, reversed(lines)) if name in value)
+
+
+if __name__ == "__main__":
+    main()

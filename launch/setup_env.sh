@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Makes a virtual environment and installs the package into it: bash launch/setup_env.sh DIR [EXTRAS]
+#   DIR     where the environment goes; one that is there already is kept and brought up to date
+#   EXTRAS  of setup.py, comma-separated: test, tpu, cuda, tfds, torch
+# PYTHON names the interpreter to use (3.11 or newer).
+set -euo pipefail
+
+directory=${1:?usage: bash launch/setup_env.sh DIR [EXTRAS]}
+extras=${2:+[$2]}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "Python 3.11 or newer is needed; '$python' is $("$python" -V 2>&1). Set PYTHON=/path/to/python3.11" >&2
+  exit 1
+}
+[ -x "$directory/bin/python" ] || "$python" -m venv "$directory"
+"$directory/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root$extras"

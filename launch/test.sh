@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything that is checked: format, lint, types, tests. Makes its own environment in .venv-test.
+#   bash launch/test.sh [PYTEST ARGUMENTS]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup_env.sh .venv-test test
+bin=.venv-test/bin
+
+"$bin/ruff" format --check .
+"$bin/ruff" check .
+"$bin/mypy"
+"$bin/python" -m pytest -n 2 --durations=15 "$@"

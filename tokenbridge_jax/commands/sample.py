@@ -1,0 +1,64 @@
+"""Samples images: WORKDIR/checkpoints + WORKDIR/autoencoder -> WORKDIR/samples.
+
+Writes `samples.npz` (`arr_0`: uint8 NHWC, `labels`: int32) and `grid.png`, the first 100 of them.
+How to sample is `config.sampling`: --config.sampling.num_iter=64, .guidance, .guidance_schedule,
+.temperature, .batch_size.
+"""
+
+import io as bytes_io
+import sys
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from tokenbridge_jax import io, parallel, pictures
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.pipeline import Pipeline
+
+IN_GRID = 100
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    flags.DEFINE_list(
+        "classes",
+        None,
+        "Classes by number or name, gone through in turn; all by default.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_integer("num_images", IN_GRID, "How many images.", flag_values=flag_values)
+    flags.DEFINE_integer("seed", 0, "Fixes all randomness.", flag_values=flag_values)
+    flags.DEFINE_integer(
+        "step", None, "Which checkpoint; the latest by default.", flag_values=flag_values
+    )
+    flags.DEFINE_string(
+        "output", None, "Folder to write to instead of WORKDIR/samples.", flag_values=flag_values
+    )
+
+
+def main(args: flags.FlagValues) -> None:
+    """Samples and writes the files."""
+    if args.num_images < 1:
+        raise UserError(f"--num_images={args.num_images} must be at least 1")
+    pipeline = Pipeline.load(
+        args.workdir, step=args.step, mesh=parallel.make_mesh(**args.config.mesh)
+    )
+    classes = args.classes or range(pipeline.config.classes)
+    labels = np.array([pipeline.class_id(c) for c in classes], np.int32)
+    labels = np.resize(labels, args.num_images)
+    images = pipeline.generate(
+        labels.tolist(), seed=args.seed, progress=True, **args.config.sampling
+    )
+    output = epath.Path(args.output or epath.Path(args.workdir) / "samples")
+    buffer = bytes_io.BytesIO()
+    np.savez(buffer, arr_0=images, labels=labels)
+    io.write_bytes(output / "samples.npz", buffer.getvalue())
+    columns = min(len(classes), 10)
+    pictures.write_png(output / "grid.png", pictures.grid(images[:IN_GRID], columns))
+    print(f"wrote {output / 'samples.npz'} ({len(images)} images) and {output / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run("sample", sys.argv[1:]))
