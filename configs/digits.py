@@ -117,9 +117,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sampling = ConfigDict(
         dict(
             num_iter=16,
-            guidance=2.0,
+            guidance=3.0,
             guidance_schedule="linear",
-            temperature=1.0,
+            temperature=0.9,
             batch_size=250,
         )
     )

@@ -1,4 +1,4 @@
-"""Test set-up: eight fake CPU devices, exact float32 products, implicit rank promotion forbidden."""
+"""Test set-up: eight fake CPU devices, exact float32 products, no implicit rank promotion."""
 
 import os
 

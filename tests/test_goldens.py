@@ -1,4 +1,4 @@
-"""Parity with arrays the reference produced: every `.npz` in tests/goldens and $TOKENBRIDGE_GOLDENS.
+"""Parity with arrays the reference produced: `.npz` in tests/goldens and $TOKENBRIDGE_GOLDENS.
 
 Each kind of file has its check; sizes come from the file. A kind that is not known fails.
 """
