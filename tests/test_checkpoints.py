@@ -152,6 +152,15 @@ def test_what_a_kill_leaves_behind_is_ignored(trained, saved):
     assert_equal(ckpt.load_ema_params(directory, trained[0].ema_params), trained[1].ema_params)
 
 
+def test_a_relative_folder_will_do(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("run/checkpoints")
+    checkpoints.save(trained[1], 2, {})
+    checkpoints.close()
+    loaded = ckpt.load_ema_params("run/checkpoints", trained[0].ema_params)
+    assert_equal(loaded, trained[1].ema_params)
+
+
 def save_and_wait(checkpoints, state):
     checkpoints.save(state, 3, {})
     checkpoints.wait()

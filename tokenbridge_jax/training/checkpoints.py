@@ -33,7 +33,7 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
         """Opens `directory` (made by the first save); only the latest `keep` checkpoints stay."""
-        self.directory = epath.Path(directory)
+        self.directory = _absolute(directory)
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             context=_context(),
@@ -135,7 +135,7 @@ def latest_step(directory: epath.PathLike) -> int:
     Raises:
       UserError: there is none.
     """
-    directory = epath.Path(directory)
+    directory = _absolute(directory)
     if directory.exists():
         names = [path.name for path in directory.iterdir() if path.name.isdigit()]
         steps = [int(name) for name in names if _is_complete(directory / name)]
@@ -147,7 +147,7 @@ def latest_step(directory: epath.PathLike) -> int:
 def run_record(directory: epath.PathLike, step: int | None = None) -> dict[str, Any]:
     """The JSON saved beside a checkpoint (the latest, if no step is named)."""
     step = latest_step(directory) if step is None else step
-    return _load(epath.Path(directory), step, {"run": None})["run"]
+    return _load(directory, step, {"run": None})["run"]
 
 
 def load_ema_params(
@@ -175,14 +175,14 @@ def load_ema_params(
         return leaf.update(dtype=dtype) if dtype is not None and floating else leaf
 
     wanted = jax.tree.map(cast, abstract_params)
-    return _load(epath.Path(directory), step, {"ema_params": wanted}, any_dtype=True)["ema_params"]
+    return _load(directory, step, {"ema_params": wanted}, any_dtype=True)["ema_params"]
 
 
 def _load(
-    directory: epath.Path, step: int, wanted: dict[str, Any], *, any_dtype: bool = False
+    directory: epath.PathLike, step: int, wanted: dict[str, Any], *, any_dtype: bool = False
 ) -> dict[str, Any]:
     """Loads the named parts; array parts come back with the structure they were asked in."""
-    path = directory / str(step)
+    path = _absolute(directory) / str(step)
     plain = {name: _plain(part) for name, part in wanted.items()}
     with _context():
         problems = []
