@@ -178,6 +178,12 @@ def load_ema_params(
     return _load(directory, step, {"ema_params": wanted}, any_dtype=True)["ema_params"]
 
 
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    """Orbax takes absolute paths only."""
+    path = epath.Path(directory)
+    return path if "://" in str(path) else path.absolute()
+
+
 def _load(
     directory: epath.PathLike, step: int, wanted: dict[str, Any], *, any_dtype: bool = False
 ) -> dict[str, Any]:
