@@ -96,7 +96,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.training = ConfigDict(
         dict(
             batch_size=64,
-            steps=800,
+            steps=700,
             learning_rate=2e-3,
             schedule="cosine",
             warmup_steps=100,
@@ -117,9 +117,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.sampling = ConfigDict(
         dict(
             num_iter=16,
-            guidance=3.0,
+            guidance=2.0,
             guidance_schedule="linear",
-            temperature=0.9,
+            temperature=0.7,
             batch_size=250,
         )
     )

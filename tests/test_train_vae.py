@@ -129,7 +129,7 @@ def test_scale_brings_the_training_latents_to_unit_variance(trained):
 def test_it_learns_and_reports_psnr_of_the_validation_images(trained):
     rows = read_metrics(trained / "autoencoder" / "training" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     images = digits("validation").astype(np.float64)
     _, decoded = apply(trained, digits("validation"))
     decoded = np.rint((np.clip(decoded, -1, 1) + 1) * 127.5)

@@ -37,6 +37,9 @@ SIZES = {
     ),
 }  # fmt: skip
 
+# What activations may be computed in; parameters, norms, softmax and logits are always float32.
+DTYPES = ("float32", "bfloat16")
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenBridgeConfig:
@@ -46,6 +49,9 @@ class TokenBridgeConfig:
     slots of every image go through the head at once in `TokenBridge.loss`; the activations of a
     chunk are computed again in the backward pass, so neither they nor the logits ever exist for
     more than one chunk. 0 puts all slots through at once and keeps everything.
+
+    Raises:
+      UserError: on construction, if the sizes make no model.
     """
 
     quantizer: Quantizer
@@ -73,6 +79,12 @@ class TokenBridgeConfig:
             raise UserError(
                 f"channel order {self.channel_order} must list each of 0..C-1 once, with C >= 2"
             )
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "head_chunk" else 1
+            if field.type is int and value < least:
+                raise UserError(f"model.{field.name}={value} must be at least {least}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         for part in ("encoder", "decoder", "head"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % heads:
@@ -81,6 +93,8 @@ class TokenBridgeConfig:
                 )
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"model.remat='{self.remat}' is not one of {', '.join(REMAT_POLICIES)}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"model.dtype='{self.dtype}' is not one of {', '.join(DTYPES)}")
 
     @property
     def channels(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
@@ -27,8 +28,10 @@ from tokenbridge_jax.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
     Posterior,
+    abstract_params,
     images_to_float,
     images_to_uint8,
+    init_params,
 )
 from tokenbridge_jax.data.batches import ShardPlan, prepared_batches
 from tokenbridge_jax.data.sources import Source
@@ -71,9 +74,8 @@ class AutoencoderTask:
 
     def init(self, key: PRNGKeyArray) -> Any:
         """Boxed float32 parameters."""
-        side = self.module.config.downsampling
-        images = jnp.zeros((1, side, side, self.module.config.image_channels))
-        return self.module.init(key, images, key)["params"]
+        config = self.module.config
+        return meta.replace_boxed(abstract_params(config), init_params(config, key))
 
     def examples(self, batch: Batch, key: PRNGKeyArray, draw: None) -> dict[str, Any]:
         """The images, and the noise of every image's posterior sample."""
