@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 
 def format_seconds(seconds: float) -> str:
@@ -32,7 +32,6 @@ class Progress:
         done: int = 0,
         scale: int = 1,
         every_seconds: float | None = None,
-        stream: TextIO | None = None,
         visible: bool = True,
     ):
         """`scale` converts a count to units for the rate: images in a step, say."""
@@ -40,7 +39,7 @@ class Progress:
         self._start_count = self._done = done
         self._scale = scale
         self._visible = visible
-        self._stream = stream if stream is not None else sys.stderr
+        self._stream = sys.stderr
         self._live = self._stream.isatty()
         self._every = every_seconds if every_seconds is not None else (0.2 if self._live else 10.0)
         self._start = self._last_print = time.monotonic()

@@ -201,8 +201,9 @@ def _generate(
         )
         feature = window(feature)
         if guided:
-            conditional, null = jnp.split(feature, 2)
-            feature = null + scale.astype(feature.dtype) * (conditional - null)
+            # In float32: a difference of near equals is about to be magnified.
+            conditional, null = jnp.split(feature.astype(jnp.float32), 2)
+            feature = null + scale * (conditional - null)
         drawn = apply(TokenBridge.sample_positions, feature, window(index_keys), temperature)
         slot = start + jnp.arange(slots)
         revealed = ((slot >= hidden_next) & (slot < hidden_now))[None, :, None]

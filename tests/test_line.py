@@ -1,0 +1,156 @@
+"""The whole line through its commands, on digits with the smallest sizes; then `Pipeline`."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_configs import CONFIGS
+
+from tokenbridge_jax import Pipeline, parallel
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.data.sources import DigitsSource
+from tokenbridge_jax.errors import UserError
+
+# absl's config flags load files with an interface that Python 3.12 drops.
+pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
+
+SMALL = [
+    f"--config={CONFIGS / 'digits.py'}:quick",
+    "--config.data.image_size=8",
+    "--config.autoencoder.channels=8",
+    "--config.autoencoder.multipliers=(1,1)",
+    "--config.autoencoder.latent_channels=4",
+    "--config.vae_training.steps=3",
+    "--config.vae_training.checkpoint_every=3",
+    *(f"--config.model.{part}_width=16" for part in ("encoder", "decoder", "head")),
+    *(f"--config.model.{part}_layers=1" for part in ("encoder", "decoder", "head")),
+    "--config.training.steps=4",
+    "--config.training.checkpoint_every=2",
+    "--config.training.eval_every=4",
+    "--config.training.sample_every=0",
+    "--config.sampling.num_iter=3",
+]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A workdir after train-vae, tokenize and train; only the first command names the config."""
+    workdir = tmp_path_factory.mktemp("line")
+    assert runner.run("train-vae", [f"--workdir={workdir}", *SMALL]) == 0
+    assert runner.run("tokenize", [f"--workdir={workdir}"]) == 0
+    assert runner.run("train", [f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pipeline(workdir):
+    return Pipeline.load(workdir)
+
+
+def test_samples_are_written(workdir, pipeline, capsys):
+    flags = [f"--workdir={workdir}", "--num_images=7", "--classes=3,8", "--seed=5"]
+    assert runner.run("sample", flags) == 0
+    with np.load(workdir / "samples" / "samples.npz") as file:
+        samples = dict(file)
+    assert samples["labels"].tolist() == [3, 8, 3, 8, 3, 8, 3]
+    assert samples["arr_0"].shape == (7, 8, 8, 1)
+    assert samples["arr_0"].dtype == np.uint8
+    settings = dict(num_iter=3, guidance=2.0, temperature=0.7)
+    again = pipeline.generate(samples["labels"].tolist(), seed=5, **settings)
+    np.testing.assert_array_equal(samples["arr_0"], again)
+    # Two columns of cells 48 pixels wide, with a gap of 2 between them.
+    with Image.open(workdir / "samples" / "grid.png") as picture:
+        assert picture.size == (98, 198)
+    assert "7 images" in capsys.readouterr().out
+
+
+def test_metrics_tell_the_likelihood(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4
+    # Untrained, the model is about uniform over 32 levels.
+    assert rows[-1]["val_nll_bits_per_index"] == pytest.approx(5, abs=1)
+
+
+def test_an_image_depends_on_its_number_class_and_seed_alone(pipeline):
+    classes = [4, 1, 9, 1, 0]
+    images = pipeline.generate_indices(classes, seed=2, batch_size=8, num_iter=3)
+    shorter = pipeline.generate_indices(classes[:3], seed=2, batch_size=2, num_iter=3)
+    np.testing.assert_array_equal(images[:3], shorter)
+    other = pipeline.generate_indices(classes, seed=3, num_iter=3)
+    assert (images != other).any(axis=(1, 2)).all()
+    mixed = pipeline.generate_indices([4, 1, 9, 2, 0], seed=2, num_iter=3)
+    same = [0, 1, 2, 4]
+    np.testing.assert_array_equal(images[same], mixed[same])
+
+
+def test_a_mesh_changes_nothing(workdir, pipeline):
+    other = Pipeline.load(workdir, mesh=parallel.make_mesh(data=2, fsdp=2, tensor=2))
+    np.testing.assert_array_equal(
+        pipeline.generate_indices([1, 2, 3], num_iter=3, guidance=2.0),
+        other.generate_indices([1, 2, 3], num_iter=3, guidance=2.0),
+    )
+
+
+def test_encode_decode_are_those_of_the_codec(pipeline):
+    images = DigitsSource("validation").images[:5]
+    indices = pipeline.encode(images)
+    assert indices.shape == (5, 16, 4)
+    assert indices.dtype == np.uint8
+    latents = np.asarray(pipeline.codec.encode(images).latents).reshape(5, 16, 4)
+    levels = pipeline.config.quantizer.dequantized_levels
+    nearest = np.argmin(np.abs(np.clip(latents, -4, 4)[..., None] - levels), axis=-1)
+    np.testing.assert_array_equal(indices, nearest)
+    decoded = pipeline.decode(indices)
+    assert decoded.shape == images.shape
+    assert decoded.dtype == np.uint8
+
+
+def test_classes_by_number_or_name(pipeline):
+    assert pipeline.class_id("7") == pipeline.class_id(7) == 7
+    with pytest.raises(UserError, match=r"class 10 does not exist; classes are 0\.\.9"):
+        pipeline.class_id(10)
+    with pytest.raises(UserError, match="class -1 does not exist"):
+        pipeline.generate([-1])
+    with pytest.raises(UserError, match="there is no class named 'tench' among 10"):
+        pipeline.class_id("tench")
+    with pytest.raises(UserError, match="no classes were asked for"):
+        pipeline.generate([])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_images=0"], "--num_images=0 must be at least 1"),
+        (["--classes=12"], "class 12 does not exist; classes are 0..9"),
+        (["--config.sampling.temperature=-1"], "sampling.temperature=-1.0 must be 0 or more"),
+        (["--config.sampling.num_iter=0"], "sampling.num_iter=0 must be at least 1"),
+        (["--config.mesh.data=3"], "does not fit 8 devices"),
+        (["--step=99"], "checkpoints/99 is missing or damaged"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(workdir, capsys, flags, message):
+    assert runner.run("sample", [f"--workdir={workdir}", *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_workdir_without_a_model_is_told(tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        Pipeline.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no trained model; run `tokenbridge train` first"):
+        Pipeline.load(tmp_path)
+
+
+def test_another_autoencoder_is_refused(workdir):
+    path = workdir / "model.json"
+    content = path.read_text()
+    value = json.loads(content)
+    value["autoencoder_hash"] = "0" * 64
+    try:
+        path.write_text(json.dumps(value))
+        with pytest.raises(UserError, match="is not the autoencoder this model was trained with"):
+            Pipeline.load(workdir)
+    finally:
+        path.write_text(content)

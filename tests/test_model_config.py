@@ -1,0 +1,236 @@
+"""The model's sizes: published counts and names, what is refused, initial values, FLOPs."""
+
+import collections
+import json
+import math
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from scipy import stats
+from tiny_model import equations, leaf_names, tiny
+
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.model import (
+    SIZES,
+    TokenBridge,
+    TokenBridgeConfig,
+    abstract_params,
+    init_params,
+)
+from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
+from tokenbridge_jax.torch_bridge.model import BUFFERS, table
+
+OFFICIAL = json.loads(
+    (Path(__file__).parent / "goldens" / "official_state_dict_shapes.json").read_text()
+)
+
+
+# --- Sizes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "published"),
+    [("B", "base", 218_024_704), ("L", "large", 486_889_472), ("H", "huge", 910_040_576)],
+)
+def test_published_sizes(size: str, name: str, published: int):
+    """Parameter counts are the published ones; the table has every official name and shape."""
+    quantizer = Quantizer.gaussian(64)
+    config = TokenBridgeConfig(quantizer, KL16_CHANNEL_ORDER, **SIZES[size])
+    leaves = traverse_util.flatten_dict(abstract_params(config))
+    assert sum(leaf.size for leaf in leaves.values()) == published
+    assert OFFICIAL[f"tokenbridge_{name}:parameters"] == published
+
+    official = {k: tuple(v) for k, v in OFFICIAL[f"tokenbridge_{name}"].items()}
+    entries = table(config)
+    ours = {e.torch_name: e.expected_shape(leaves[e.path].shape) for e in entries}
+    assert len(ours) == len(entries), "a name twice"
+    assert ours == {k: v for k, v in official.items() if k not in BUFFERS}
+    assert official["boundaries"] == quantizer.boundaries().shape
+    assert official["reconstruction_values"] == (quantizer.levels,)
+
+    # Every number of every leaf has exactly one place in the state dict.
+    covered: collections.Counter = collections.Counter()
+    for entry in entries:
+        covered[entry.path] += math.prod(ours[entry.torch_name])
+    assert covered == {path: leaf.size for path, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("remat", "some", r"model\.remat='some' is not one of none, dots, full"),
+        ("dtype", "bfloat17", r"model\.dtype='bfloat17' is not one of float32, bfloat16"),
+        ("head_width", 18, r"model\.head_width=18 does not divide into head_heads=4"),
+        ("encoder_heads", 3, r"model\.encoder_width=16 does not divide into encoder_heads=3"),
+        ("decoder_heads", 0, r"model\.decoder_heads=0 must be at least 1"),
+        ("head_layers", 0, r"model\.head_layers=0 must be at least 1"),
+        ("buffer", 0, r"model\.buffer=0 must be at least 1"),
+        ("head_chunk", -1, r"model\.head_chunk=-1 must be at least 0"),
+        ("dropout", 1.0, r"model\.dropout=1\.0 must be at least 0 and below 1"),
+        ("dropout", -0.1, r"model\.dropout=-0\.1 must be at least 0 and below 1"),
+    ],
+)
+def test_sizes_that_make_no_model_are_named(field: str, value, message: str):
+    with pytest.raises(UserError, match=message):
+        tiny(**{field: value})
+
+
+def test_config_survives_json():
+    config = tiny(dtype="bfloat16", remat="dots", first_token_quirk=True)
+    assert TokenBridgeConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+# --- Initialisation -------------------------------------------------------------------------------
+
+
+def _uniform(fan_in: int, fan_out: int):
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    return stats.uniform(-bound, 2 * bound)
+
+
+def _block_start(width: int, conditioned: bool) -> dict[str, object]:
+    start = {
+        "norm1/scale": 1,
+        "norm1/bias": 0,
+        "norm2/scale": 1,
+        "norm2/bias": 0,
+        "attn/qkv/kernel": _uniform(width, 3 * width),  # One matrix, not three.
+        "attn/qkv/bias": 0,
+        "attn/proj/kernel": _uniform(width, width),
+        "attn/proj/bias": 0,
+        "mlp/fc1/kernel": _uniform(width, 4 * width),
+        "mlp/fc1/bias": 0,
+        "mlp/fc2/kernel": _uniform(4 * width, width),
+        "mlp/fc2/bias": 0,
+    }
+    if conditioned:
+        start |= {
+            "attn/q_norm/scale": 1,
+            "attn/q_norm/bias": 0,
+            "attn/k_norm/scale": 1,
+            "attn/k_norm/bias": 0,
+            "modulation/kernel": 0,
+            "modulation/bias": 0,
+        }
+    return start
+
+
+def test_every_parameter_starts_from_its_published_distribution():
+    """Kolmogorov-Smirnov for what is random, equality for what is constant; no leaf left out."""
+    config = tiny(
+        encoder_width=64, decoder_width=96, head_width=48, head_layers=2, encoder_layers=2,
+        classes=20, positions=16,
+    )  # fmt: skip
+    encoder, decoder, head = config.encoder_width, config.decoder_width, config.head_width
+    small, table = stats.norm(0, 0.02), stats.norm(0, 1)
+    start = {
+        "backbone/class_embedding": small,
+        "backbone/null_latent": small,
+        "backbone/encoder_position": small,
+        "backbone/mask_token": small,
+        "backbone/decoder_position": small,
+        "backbone/output_position": small,
+        "backbone/z_proj/kernel": _uniform(config.channels, encoder),
+        "backbone/z_proj/bias": 0,
+        "backbone/z_proj_norm/scale": 1,
+        "backbone/z_proj_norm/bias": 0,
+        "backbone/encoder_norm/scale": 1,
+        "backbone/encoder_norm/bias": 0,
+        "backbone/decoder_embed/kernel": _uniform(encoder, decoder),
+        "backbone/decoder_embed/bias": 0,
+        "backbone/decoder_norm/scale": 1,
+        "backbone/decoder_norm/bias": 0,
+        "head/condition_proj/kernel": _uniform(decoder, head),
+        "head/condition_proj/bias": 0,
+        "head/token_embeddings": table,
+        "head/channel_embed": small,
+        "head/timestep_embed": small,
+        "head/norm/scale": 1,
+        "head/norm/bias": 0,
+        "head/final_modulation/kernel": 0,
+        "head/final_modulation/bias": 0,
+        "head/classifier/kernel": _uniform(head, config.levels),
+        "head/classifier/bias": 0,
+    }
+    for stack, width in (("encoder", encoder), ("decoder", decoder)):
+        block = _block_start(width, conditioned=False)
+        start |= {f"backbone/{stack}_blocks/{k}": v for k, v in block.items()}
+    start |= {f"head/blocks/{k}": v for k, v in _block_start(head, conditioned=True).items()}
+
+    params = jax.jit(lambda: nn.unbox(init_params(config, jax.random.key(0))))()
+    leaves = leaf_names(params)
+    assert leaves.keys() == start.keys()
+    firsts = collections.Counter(leaf.flat[0] for leaf in leaves.values())
+    for name, expected in start.items():
+        leaf = leaves[name]
+        assert leaf.dtype == np.float32
+        if isinstance(expected, int):
+            assert (leaf == expected).all(), name
+            continue
+        assert firsts[leaf.flat[0]] == 1, f"{name} has another leaf's numbers"
+        low, high = expected.support()
+        assert low <= leaf.min() <= leaf.max() <= high, name
+        sample = np.random.default_rng(0).permutation(leaf.ravel())[:5000]
+        assert stats.kstest(sample, expected.cdf).pvalue > 1e-3, name
+        # Stacked layers, channels and rows are drawn one by one, each from the whole distribution.
+        if len(leaf) > 1:
+            assert len(np.unique(leaf.reshape(len(leaf), -1)[:, 0])) == len(leaf), name
+        if leaf.ndim > 2 and leaf[0].size > 200:
+            for part in leaf if "blocks" in name or "head" in name else ():
+                assert stats.kstest(part.ravel(), expected.cdf).pvalue > 1e-3, name
+
+
+# --- Cost -----------------------------------------------------------------------------------------
+
+
+def _matmul_flops(config: TokenBridgeConfig, hidden: int) -> tuple[int, jax.stages.Lowered]:
+    """FLOPs of every product in the program of one image's loss, and that program."""
+    shapes = (
+        jax.ShapeDtypeStruct((1, config.positions, config.channels), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jax.ShapeDtypeStruct((1, config.positions), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((1,), bool),
+    )
+
+    def loss(params, *arguments):
+        return TokenBridge(config).apply(
+            {"params": params},
+            *arguments,
+            hidden_slots=hidden,
+            visible_slots=config.positions - hidden,
+            method=TokenBridge.loss,
+        )[0]
+
+    traced = jax.jit(loss).trace(abstract_params(config), *shapes)
+    flops = 0
+    for times, eqn in equations(traced.jaxpr.jaxpr):
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            flops += times * 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    return flops, traced.lower()
+
+
+@pytest.mark.parametrize("hidden", [3, 8])
+def test_forward_flops_are_those_of_the_program(hidden: int):
+    """Equal to the last product, at depths and widths that are all different."""
+    config = tiny(encoder_layers=2, decoder_layers=3, head_layers=4, head_width=32, buffer=5)
+    flops, _ = _matmul_flops(config, hidden)
+    assert config.forward_flops(hidden) == flops
+
+
+def test_forward_flops_are_what_xla_counts():
+    """XLA counts a loop's body once, so: one layer each. It counts elementwise work besides."""
+    config = tiny(
+        quantizer=Quantizer.gaussian(64), channel_order=KL16_CHANNEL_ORDER, positions=64, buffer=16,
+        encoder_width=256, decoder_width=320, head_width=192,
+    )  # fmt: skip
+    flops, lowered = _matmul_flops(config, 48)
+    assert config.forward_flops(48) == flops
+    assert 1.0 < lowered.cost_analysis()["flops"] / flops < 1.05

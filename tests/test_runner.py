@@ -1,0 +1,306 @@
+"""The command runner in-process, with a command of the tests' own: statuses, messages, configs."""
+
+import sys
+import types
+
+import pytest
+from absl import flags
+
+from tokenbridge_jax import io, parallel
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.errors import UserError
+
+# How ml_collections imports a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+CONFIG = """
+from ml_collections import ConfigDict
+from tokenbridge_jax.config import parse_arg
+
+def get_config(arg=None):
+    argument = parse_arg(arg, steps=10)
+    return ConfigDict(dict(
+        name="plain", sizes=(1, 2, 4), nested=((1, 2), (3,)), empty=(),
+        training=dict(steps=argument.steps, rate=0.5, fast=False),
+    ))
+"""
+
+
+class Probe:
+    """A command that keeps what it was given and then does `then(args)`."""
+
+    def __init__(self):
+        self.module = types.ModuleType("tokenbridge_jax.commands.probe", "Probes.\n\nAt length.")
+        self.module.define_flags = self.define_flags
+        self.module.main = self.main
+        self.args = None
+        self.then = lambda args: None
+
+    def define_flags(self, flag_values):
+        flags.DEFINE_integer("count", 1, "How many.", flag_values=flag_values)
+
+    def main(self, args):
+        self.args = args
+        return self.then(args)
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    probe = Probe()
+    monkeypatch.setitem(sys.modules, probe.module.__name__, probe.module)
+    monkeypatch.setitem(runner.COMMANDS, "probe", ("probe", "for the tests"))
+    return probe
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
+def run(probe, tmp_path, capsys):
+    """Runs the probe in a workdir; returns `(status, stdout, stderr)`."""
+
+    def run(*argv, workdir=tmp_path / "work"):
+        given = ["--workdir", str(workdir)] if workdir else []
+        probe.args = None
+        status = runner.run("probe", [*given, *map(str, argv)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+# --- What a command gets --------------------------------------------------------------------------
+
+
+def test_a_command_gets_its_flags_config_and_workdir(probe, run, config_file, tmp_path):
+    overrides = "--config.training.steps=7", "--config.sizes=(8,)", "--config.training.fast=true"
+    status, _, err = run(f"--config={config_file}", "--count=3", *overrides)
+    assert (status, err) == (0, "")
+    assert probe.args.count == 3
+    assert probe.args.workdir == str(tmp_path / "work")
+    assert not probe.args.distributed
+    config = probe.args.config
+    assert (config.training.steps, config.sizes, config.training.fast) == (7, (8,), True)
+    assert config.training.rate == 0.5
+    with pytest.raises(AttributeError, match="steeps"):  # Locked: a typo in code shows too.
+        config.training.steeps = 1
+
+
+def test_the_argument_behind_the_colon(probe, run, config_file):
+    assert run("--config", f"{config_file}:steps=12")[0] == 0
+    assert probe.args.config.training.steps == 12
+    assert run("--config", f"{config_file}:steps=12", "--config.training.steps=5")[0] == 0
+    assert probe.args.config.training.steps == 5
+
+
+def test_without_a_config_it_is_the_digits(probe, run):
+    assert run()[0] == 0
+    assert probe.args.config.data.source == "digits"
+    assert runner.default_config_file().name == "digits.py"
+
+
+def test_a_command_may_choose_its_status(probe, run):
+    for given, status in [(None, 0), (0, 0), (75, 75)]:
+        probe.then = lambda args, given=given: given
+        assert run()[0] == status
+
+
+# --- The remembered config ------------------------------------------------------------------------
+
+
+def test_the_workdir_remembers_its_config(probe, run, config_file, tmp_path):
+    probe.then = runner.remember_config
+    assert run(f"--config={config_file}", "--config.training.steps=7")[0] == 0
+    first = probe.args.config
+    assert io.read_json(tmp_path / "work" / "config.json")["training"]["steps"] == 7
+
+    probe.then = lambda args: None
+    assert run("--config.training.rate=0.25")[0] == 0
+    again = probe.args.config
+    assert again.training.steps == 7
+    assert again.training.rate == 0.25
+    # Tuples survive JSON, nested and empty ones too; so do types.
+    assert again.nested == ((1, 2), (3,))
+    assert again.empty == ()
+    assert again.to_dict() == first.to_dict() | {
+        "training": {"steps": 7, "rate": 0.25, "fast": False}
+    }
+    assert {k: type(v) for k, v in again.items()} == {k: type(v) for k, v in first.items()}
+    assert run("--config.sizes=(3,3)")[0] == 0
+    assert probe.args.config.sizes == (3, 3)
+    # An override alone is not remembered; a config file takes the remembered one's place.
+    assert run()[0] == 0
+    assert (probe.args.config.training.rate, probe.args.config.sizes) == (0.5, (1, 2, 4))
+    assert run("--config", config_file)[0] == 0
+    assert probe.args.config.training.steps == 10
+    # `--workdir=DIR` and `--workdir DIR` are the same.
+    assert run(f"--workdir={tmp_path / 'work'}", workdir=None)[0] == 0
+    assert probe.args.config.training.steps == 7
+
+
+def test_a_damaged_remembered_config_is_named(run, tmp_path):
+    io.write_bytes(tmp_path / "work" / "config.json", b'{"training": ')
+    status, _, err = run()
+    assert status == 2
+    assert "config.json is not valid JSON" in err
+    assert err.count("\n") == 1
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--config.training.stepz=7"], "stepz"),
+        (["--config.trainin.steps=7"], "trainin"),
+        (["--config.training.steps=many"], "--config.training.steps=many"),
+        (["--config.training.steps=1.5"], "--config.training.steps=1.5"),
+        (["--config.training.fast=perhaps"], "--config.training.fast=perhaps"),
+        (["--config.training=3"], "--config.training=3"),
+        (["--count=x"], "--count=x"),
+        (["--count"], "count"),
+        (["--cuont=3"], "cuont"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--", "--count=3"], "unexpected argument '--count=3'"),
+    ],
+)
+@pytest.mark.parametrize("remembered", [False, True])
+def test_a_wrong_flag_is_named_in_one_line(probe, run, config_file, argv, named, remembered):
+    if remembered:
+        probe.then = runner.remember_config
+        assert run("--config", config_file)[0] == 0
+        status, out, err = run(*argv)
+    else:
+        status, out, err = run("--config", config_file, *argv)
+    assert status == 2
+    assert probe.args is None, "the command must not run"
+    assert out == ""
+    assert err.startswith("tokenbridge probe: error: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+@pytest.mark.parametrize(
+    ("text", "argument", "named"),
+    [
+        (None, "", "nowhere.py"),
+        ("def get_config(arg=None):\n    return 1 / 0\n", "", "division by zero"),
+        ("def get_config(arg=None\n", "", "was never closed"),
+        (CONFIG, ":stepz=3", "no argument 'stepz'; it takes steps"),
+        (CONFIG, ":steps=x", "steps=x is not a int"),
+    ],
+)
+def test_a_config_file_that_fails_is_one_line(run, tmp_path, text, argument, named):
+    path = tmp_path / "nowhere.py"
+    if text:
+        path.write_text(text)
+    status, out, err = run(f"--config={path}{argument}")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert named in err
+
+
+def test_workdir_is_required(probe, run):
+    status, _, err = run(workdir=None)
+    assert status == 2
+    assert probe.args is None
+    assert err == (
+        "tokenbridge probe: error: --workdir is not set; name the folder to work in: "
+        "--workdir DIR\n"
+    )
+
+
+def test_a_users_mistake_within_the_command_is_status_2(probe, run):
+    def fail(args):
+        raise UserError("the folder is empty; put images there")
+
+    probe.then = fail
+    expected = "tokenbridge probe: error: the folder is empty; put images there\n"
+    assert run() == (2, "", expected)
+
+
+def test_an_interrupt_is_status_130(probe, run):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    probe.then = interrupt
+    assert run() == (130, "", "tokenbridge probe: interrupted\n")
+
+
+def test_a_defect_keeps_its_traceback(probe, run):
+    def fail(args):
+        raise ZeroDivisionError("a defect of ours")
+
+    probe.then = fail
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+
+def test_distributed_joins_before_the_command_runs(probe, run, monkeypatch):
+    joined = []
+    monkeypatch.setattr(parallel.jax.distributed, "initialize", lambda: joined.append(1))
+    probe.then = lambda args: 10 + len(joined)
+    assert run()[0] == 10
+    assert run("--distributed")[0] == 11
+
+
+def test_no_cluster_to_join_is_a_users_mistake(probe, run, monkeypatch):
+    def fail():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(parallel.jax.distributed, "initialize", fail)
+    status, _, err = run("--distributed")
+    assert status == 2
+    assert "--distributed" in err
+    assert "coordinator_address" in err
+    assert probe.args is None
+
+
+# --- Help and the console script ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
+def test_help_shows_the_docstring_and_the_flags(probe, run, flag):
+    status, out, err = run(flag, workdir=None)
+    assert (status, err) == (0, "")
+    assert out.startswith("Probes.\n\nAt length.\n")
+    for name in ("--count", "--config", "--workdir", "--[no]distributed"):
+        assert name in out
+    assert probe.args is None
+
+
+def main(monkeypatch, *argv) -> int:
+    monkeypatch.setattr(sys, "argv", ["tokenbridge", *argv])
+    return runner.main()
+
+
+def test_the_console_script_runs_the_command(probe, monkeypatch, tmp_path):
+    probe.then = lambda args: args.count
+    assert main(monkeypatch, "probe", "--workdir", str(tmp_path), "--count=4") == 4
+
+
+def test_an_unknown_command_is_status_2_and_lists_those_there_are(monkeypatch, capsys):
+    assert main(monkeypatch, "trian", "--workdir", "x") == 2
+    out, err = capsys.readouterr()
+    assert err == "tokenbridge: there is no command 'trian'\n"
+    for name in runner.COMMANDS:
+        assert f"  {name} " in out
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_usage_is_no_mistake(monkeypatch, capsys, argv):
+    assert main(monkeypatch, *argv) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: tokenbridge COMMAND --workdir DIR")
+    assert err == ""
+
+
+@pytest.mark.parametrize("name", ["train-vae", "tokenize", "train", "sample"])
+def test_every_command_has_help(capsys, name):
+    assert runner.run(name, ["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--workdir" in out
+    assert len(out.splitlines()[0]) > 20

@@ -1,0 +1,244 @@
+"""io, progress and pictures."""
+
+import errno
+import os
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenbridge_jax import io, pictures, progress
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.progress import Progress, format_seconds
+
+# --- io -------------------------------------------------------------------------------------------
+
+
+def test_json_comes_back_and_is_for_people_too(tmp_path):
+    value = {"a": [1, 2.5, None], "b": {"ü": True}, "c": 0.1 + 0.2}
+    path = tmp_path / "deep" / "er" / "x.json"
+    io.write_json(path, value)
+    assert io.read_json(path) == value
+    assert path.read_text().count("\n") > 5
+    assert path.read_text().endswith("}\n")
+
+
+def test_writing_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "x"
+    io.write_bytes(path, b"old, and longer")
+    io.write_bytes(str(path), b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_a_failed_write_changes_nothing_and_says_why(monkeypatch, tmp_path, existed, code, message):
+    path = tmp_path / "x.json"
+    if existed:
+        path.write_text("[1]")
+
+    def fail(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=message) as raised:
+        io.write_json(path, [2])
+    assert str(path) in str(raised.value)
+    assert os.listdir(tmp_path) == (["x.json"] if existed else [])
+    if existed:
+        assert io.read_json(path) == [1]
+
+
+def test_bytes_are_on_disk_before_the_name_is(monkeypatch, tmp_path):
+    """A crash in between must not leave the name on a file whose bytes were never written."""
+    path = tmp_path / "x"
+    at_fsync = []
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: at_fsync.append((path.exists(), os.fstat(fd).st_size))
+    )
+    io.write_bytes(path, b"12345")
+    assert at_fsync == [(False, 5)]
+
+
+def test_a_file_where_a_folder_should_be_is_a_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/x\.json"):
+        io.write_json(tmp_path / "file" / "x.json", {})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*folder"):
+        io.write_json(tmp_path / "folder", {})
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_reader_beside_a_writer_sees_whole_files_only(tmp_path):
+    path = tmp_path / "x.json"
+    io.write_json(path, [0] * 1000)
+    stop = threading.Event()
+
+    def write():
+        number = 0
+        while not stop.is_set():
+            number += 1
+            io.write_json(path, [number] * (1000 + number % 100))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(300):
+            assert len(set(io.read_json(path))) == 1
+    finally:
+        stop.set()
+        writer.join()
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00\x01", '{"a": 1'])
+def test_json_that_cannot_be_read_is_named(tmp_path, text):
+    path = tmp_path / "x.json"
+    with pytest.raises(UserError, match=r"x\.json does not exist"):
+        io.read_json(path)
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"x\.json is not valid JSON") as raised:
+        io.read_json(path)
+    assert "\n" not in str(raised.value)
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"), (42.4, "42s"), (59.4, "59s"), (59.6, "1m00s"), (185, "3m05s"),
+        (3599, "59m59s"), (3599.7, "1h00m"), (7620, "2h07m"), (86399, "23h59m"),
+        (86400, "1d00h"), (4 * 86400 + 3 * 3600 + 59, "4d03h"), (400 * 86400, "400d00h"),
+    ],
+)  # fmt: skip
+def test_durations(seconds: float, text: str):
+    assert format_seconds(float(seconds)) == text
+
+
+class Clock:
+    """A clock that stands until told otherwise."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_a_line_says_how_far_how_fast_and_when_it_ends(clock, capsys):
+    bar = Progress(1000, "img", "tokenize", every_seconds=5.0)
+    clock.now += 4
+    bar.update(100)
+    assert capsys.readouterr() == ("", "")  # Too early.
+    clock.now += 6
+    bar.update(150, loss=1.23456789, file="a.png")
+    line = "tokenize 250/1000 (25%)  25.0 img/s  eta 30s  loss 1.235  file a.png\n"
+    assert capsys.readouterr() == ("", line)
+    clock.now += 30
+    bar.update(750, file="b.png")
+    line = "tokenize 1000/1000 (100%)  25.0 img/s  took 40s  loss 1.235  file b.png\n"
+    assert capsys.readouterr().err == line
+    bar.close()
+    assert capsys.readouterr().err == line
+
+
+def test_the_rate_does_not_count_what_was_there_at_the_start(clock, capsys):
+    bar = Progress(100, "img", "train", done=40, scale=64, every_seconds=0.0)
+    clock.now += 8
+    bar.update(10)  # 10 steps of 64 images in 8 seconds; 50 steps are left.
+    assert bar.rate == 80
+    assert bar.elapsed == 8
+    assert capsys.readouterr().err == "train 50/100 (50%)  80.0 img/s  eta 40s\n"
+
+
+def test_before_anything_is_done_there_is_no_estimate(clock, capsys):
+    bar = Progress(100, every_seconds=0.0)
+    clock.now += 1
+    bar.update(0)
+    assert "0/100 (0%)  0.0 img/s  eta ?" in capsys.readouterr().err
+    Progress(0).close()
+    assert "0/0  0.0 img/s  took 0s" in capsys.readouterr().err
+
+
+def test_on_a_terminal_the_line_is_rewritten_in_place(clock, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress(2, desc="x") as bar:
+        for _ in range(2):
+            clock.now += 1
+            bar.update()
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    assert text.count("\r\033[K") == 3
+
+
+def test_only_one_process_need_speak(clock, capsys):
+    with Progress(2, visible=False, every_seconds=0.0) as bar:
+        clock.now += 1
+        bar.update()
+    assert capsys.readouterr() == ("", "")
+    with Progress(2, every_seconds=0.0):
+        pass
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "shape"),
+    [(1, None, (1, 1)), (4, None, (2, 2)), (5, None, (2, 3)), (7, 2, (4, 2)), (3, 10, (1, 10))],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_lays_images_out_row_by_row(count, columns, shape, channels):
+    size = pictures.SMALLEST_SIDE
+    images = np.random.default_rng(0).integers(256, size=(count, size, size, channels))
+    images = images.astype(np.uint8)
+    grid = pictures.grid(images, columns)
+    step = size + pictures.GAP
+    rows, across = shape
+    assert grid.shape == (rows * step - pictures.GAP, across * step - pictures.GAP, channels)
+    assert grid.dtype == np.uint8
+    seen = np.zeros(grid.shape[:2], bool)
+    for i, image in enumerate(images):
+        at = np.s_[i // across * step :, i % across * step :]
+        np.testing.assert_array_equal(grid[at][:size, :size], image)
+        seen[at][:size, :size] = True
+    assert (grid[~seen] == pictures.GAP_VALUE).all()
+
+
+@pytest.mark.parametrize(("side", "factor"), [(8, 6), (16, 3), (47, 2), (48, 1), (256, 1)])
+def test_small_images_are_enlarged_by_a_whole_factor(side: int, factor: int):
+    image = np.random.default_rng(1).integers(256, size=(1, side, side, 1)).astype(np.uint8)
+    expected = np.kron(image[0, :, :, 0], np.ones((factor, factor), np.uint8))
+    np.testing.assert_array_equal(pictures.grid(image)[:, :, 0], expected)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_png_holds_the_exact_pixels(tmp_path, channels: int, mode: str):
+    image = np.random.default_rng(2).integers(256, size=(5, 9, channels)).astype(np.uint8)
+    pictures.write_png(tmp_path / "new" / "x.png", image)
+    with Image.open(tmp_path / "new" / "x.png") as read:
+        assert (read.format, read.mode) == ("PNG", mode)
+        np.testing.assert_array_equal(np.asarray(read).reshape(image.shape), image)

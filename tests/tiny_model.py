@@ -1,0 +1,137 @@
+"""The smallest model with every part of the real one, and weights that leave no part idle."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.quantizer import Quantizer
+
+# Widths differ from part to part, and the channel order is its own inverse nowhere.
+TINY = TokenBridgeConfig(
+    quantizer=Quantizer.gaussian(levels=5, range=3.0),
+    channel_order=(2, 0, 3, 1),
+    positions=8,
+    classes=3,
+    encoder_width=16,
+    encoder_layers=1,
+    encoder_heads=4,
+    decoder_width=24,
+    decoder_layers=1,
+    decoder_heads=4,
+    head_width=16,
+    head_layers=1,
+    head_heads=4,
+    buffer=2,
+    dropout=0.0,
+    dtype="float32",
+    head_chunk=0,
+)
+# Gradients that are zero in exact arithmetic: softmax ignores a constant added to every key.
+ZERO_GRADIENT = "head/blocks/attn/k_norm/bias"
+
+
+def tiny(**changes: Any) -> TokenBridgeConfig:
+    """TINY with some fields changed."""
+    return dataclasses.replace(TINY, **changes)
+
+
+def random_params(config: TokenBridgeConfig, seed: int = 0, spread: float = 0.3) -> dict[str, Any]:
+    """Random numbers in every leaf: freshly drawn, AdaLN-Zero would shut half of the head off."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = spread * rng.normal(size=leaf.shape) + (path[-1] == "scale")
+        return jnp.asarray(values, leaf.dtype)
+
+    leaves = traverse_util.flatten_dict(abstract_params(config))
+    return traverse_util.unflatten_dict({k: draw(k, leaf) for k, leaf in sorted(leaves.items())})
+
+
+def random_batch(config: TokenBridgeConfig, size: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random indices, labels and orders."""
+    rng = np.random.default_rng(seed)
+    shape = (size, config.positions, config.channels)
+    return dict(
+        indices=rng.integers(config.levels, size=shape).astype(config.quantizer.index_dtype),
+        labels=rng.integers(config.classes, size=size).astype(np.int32),
+        order=np.stack([rng.permutation(config.positions) for _ in range(size)]).astype(np.int32),
+    )
+
+
+def in_order(indices: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Positions row-major -> order layout."""
+    return np.take_along_axis(indices, order[:, :, None], axis=1)
+
+
+def leaf_names(tree: Any) -> dict[str, np.ndarray]:
+    """A tree's leaves by their paths, `head/blocks/attn/qkv/kernel`."""
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return {name: np.asarray(leaf) for name, leaf in flat.items()}
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """Largest difference over the expected array's largest magnitude."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
+
+
+@functools.cache
+def loss_and_gradients(config: TokenBridgeConfig, hidden_slots: int, visible_slots: int):
+    """Jitted `(params, batch, num_hidden, dropout key) -> (loss, per channel), gradients`."""
+
+    def loss(params, batch, num_hidden, key):
+        return TokenBridge(config).apply(
+            {"params": params},
+            *batch.values(),
+            num_hidden,
+            jnp.zeros(len(batch["labels"]), bool),
+            hidden_slots=hidden_slots,
+            visible_slots=visible_slots,
+            rngs=None if key is None else {"dropout": key},
+            method=TokenBridge.loss,
+        )
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@functools.cache
+def jitted(config: TokenBridgeConfig, method: str = "__call__"):
+    """Jitted `(params, *arguments) -> method's output`."""
+    return jax.jit(
+        lambda params, *arguments: TokenBridge(config).apply(
+            {"params": params}, *arguments, method=method
+        )
+    )
+
+
+def tree_error(actual, expected) -> float:
+    """Largest relative error over the leaves whose gradient is not zero in exact arithmetic."""
+    actual, expected = leaf_names(actual), leaf_names(expected)
+    return max(
+        relative_error(without_key_bias(name, leaf), without_key_bias(name, expected[name]))
+        for name, leaf in actual.items()
+        if name != ZERO_GRADIENT and np.any(expected[name])
+    )
+
+
+def without_key_bias(name: str, gradient: np.ndarray) -> np.ndarray:
+    """The backbone's key bias has no gradient either; the head's does, as its keys are normed."""
+    if name.startswith("backbone") and name.endswith("qkv/bias"):
+        gradient = np.delete(gradient, 1, axis=1)
+    return gradient
+
+
+def equations(jaxpr, repeated: int = 1):
+    """Every equation of a program, with how often it runs."""
+    for eqn in jaxpr.eqns:
+        yield repeated, eqn
+        times = repeated * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from equations(inner, times)
