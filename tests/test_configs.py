@@ -3,15 +3,34 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 
+from tokenbridge_jax.commands.runner import SECTIONS
+from tokenbridge_jax.commands.train_vae import make_task
 from tokenbridge_jax.config import parse_arg
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
+from tokenbridge_jax.quantizer import resolve_channel_order
+from tokenbridge_jax.sampling import SamplingSettings
+from tokenbridge_jax.tokenizing import make_quantizer
+from tokenbridge_jax.training.optimizer import OptimizerConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+SIZE = ("width", "layers", "heads")
 ARGUMENTS = {
     "digits": [None, "quick"],
     "imagenet256": [None, "size=B", "size=H,tfds", "size=L,quick"],
+}
+# Keys of `config.model` that describe the network; the others are about training it.
+KEYS = {
+    *(f"{part}_{size}" for part in ("encoder", "decoder", "head") for size in SIZE),
+    *("buffer", "dropout", "dtype", "remat", "head_chunk"),
+}
+PARAMETERS = {
+    ("imagenet256", "size=B"): 218_024_704,
+    ("imagenet256", None): 486_889_472,
+    ("imagenet256", "size=H,tfds"): 910_040_576,
 }
 
 
@@ -24,6 +43,42 @@ def load(name: str):
 
 def test_every_file_is_tested():
     assert {path.stem for path in CONFIGS.glob("*.py")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"), [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
+)
+def test_every_config_makes_everything_it_describes(name, arg):
+    config = load(name).get_config(arg)
+    assert set(config) == set(SECTIONS)
+    autoencoder = make_task(config).module.config
+    quantizer = make_quantizer(config)
+    order = resolve_channel_order(
+        "identity" if config.quantizer.channel_order == "frequency" else "kl16",
+        autoencoder.latent_channels,
+    )
+    model = TokenBridgeConfig(
+        quantizer=quantizer,
+        channel_order=order,
+        positions=autoencoder.positions,
+        classes=config.data.num_classes,
+        **{key: config.model[key] for key in KEYS},
+    )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
+    if (name, arg) in PARAMETERS:
+        assert parameters == PARAMETERS[name, arg]
+    for section in (config.vae_training, config.training):
+        recipe = OptimizerConfig.from_section(section, steps_per_epoch=625)
+        assert recipe.warmup_steps < recipe.total_steps
+    sampling = dict(config.sampling)
+    assert sampling.pop("batch_size") > 0
+    SamplingSettings(**sampling)
+
+
+def test_the_paper_trains_for_800_epochs():
+    section = load("imagenet256").get_config().training
+    recipe = OptimizerConfig.from_section(section, steps_per_epoch=1_281_167 // 2048)
+    assert (recipe.total_steps, recipe.warmup_steps) == (500_000, 125_000)
 
 
 def test_unknown_arguments_are_refused():

@@ -19,10 +19,14 @@ CHECKS = {
 
 
 def golden_files() -> list[Path]:
-    folders = [Path(__file__).parent / "goldens"]
+    """Files named, and all in folders named; a place without any is an error."""
+    places = [Path(__file__).parent / "goldens"]
     if extra := os.environ.get("TOKENBRIDGE_GOLDENS"):
-        folders += map(Path, extra.split(os.pathsep))
-    return [file for folder in folders for file in sorted(folder.glob("*.npz"))]
+        places += map(Path, extra.split(os.pathsep))
+    files = [[p] if p.suffix == ".npz" else sorted(p.rglob("*.npz")) for p in places]
+    empty = [str(place) for place, found in zip(places, files, strict=True) if not found]
+    assert not empty, f"no .npz under {', '.join(empty)} ($TOKENBRIDGE_GOLDENS)"
+    return [path for found in files for path in found]
 
 
 @pytest.mark.parametrize("path", golden_files(), ids=lambda path: path.stem)

@@ -297,7 +297,8 @@ def test_readable_class_names(tmp_path):
 
 
 def config(**data) -> ConfigDict:
-    return ConfigDict({"split": "", "path": "", **data})
+    common = {"split": "", "path": "", "name": "imagenet2012"}
+    return ConfigDict({**common, "num_classes": 1000, "image_channels": 3, **data})
 
 
 def test_bad_sources_are_named(tmp_path):
@@ -314,6 +315,9 @@ def test_bad_sources_are_named(tmp_path):
         sources.make_source(config(source="webdataset"))
     with pytest.raises(UserError, match="num_classes=10"):
         sources.make_source(config(source="digits", num_classes=5))
+    for channels in (0, 2, 4):
+        with pytest.raises(UserError, match=f"image_channels is {channels}; it must be 3"):
+            sources.make_source(config(source="digits", image_channels=channels))
     with pytest.raises(UserError, match="'test'"):
         sources.make_source(config(source="digits"), "test")
     with pytest.raises(UserError, match="TFDS data directory"):

@@ -12,9 +12,6 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.data.sources import DigitsSource
 from tokenbridge_jax.errors import UserError
 
-# absl's config flags load files with an interface that Python 3.12 drops.
-pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
-
 SMALL = [
     f"--config={CONFIGS / 'digits.py'}:quick",
     "--config.data.image_size=8",
@@ -126,7 +123,9 @@ def test_classes_by_number_or_name(pipeline):
         (["--config.sampling.temperature=-1"], "sampling.temperature=-1.0 must be 0 or more"),
         (["--config.sampling.num_iter=0"], "sampling.num_iter=0 must be at least 1"),
         (["--config.mesh.data=3"], "does not fit 8 devices"),
-        (["--step=99"], "checkpoints/99 is missing or damaged"),
+        (["--step=99"], "there is no checkpoint of step 99; there are 2, 4"),
+        (["--seed=-1"], "seed=-1 must be from 0 to 2**32 - 1"),
+        (["--config.sampling.batch_size=0"], "sampling.batch_size=0 must be at least 1"),
     ],
 )
 def test_mistakes_are_told_in_one_line(workdir, capsys, flags, message):

@@ -60,20 +60,30 @@ def test_every_epoch_holds_every_image_once(folder):
     assert [images_of(next(other_seed), names) for _ in range(2)] != [stream[:5], stream[5:10]]
 
 
-def test_global_batches_are_the_same_on_any_number_of_processes(folder):
-    names = numbered(make_info(), 23)
-    batches = {}
-    for count in (1, 2, 4):
-        loaders = [
-            make_loader(folder, 8, 1, process_index=index, process_count=count)
-            for index in range(count)
-        ]
-        batches[count] = []
-        for parts in itertools.islice(zip(*loaders, strict=True), 9):  # Over three epochs.
-            assert all(len(part["labels"]) == 8 // count for part in parts)
-            together = [image for part in parts for image in images_of(part, names)]
-            batches[count].append(sorted(together))
-    assert batches[1] == batches[2] == batches[4]
+@pytest.mark.parametrize("start_step", [0, 5])
+@pytest.mark.parametrize("kind", ["tokens", "views", "images", "validation"])
+def test_shares_of_processes_make_up_the_batches_of_one(folder, many_views, kind, start_step):
+    """Joined in the order of the processes, as `jax.make_array_from_process_local_data` does."""
+
+    def batches(index: int, count: int):
+        process = {"process_index": index, "process_count": count}
+        if kind == "validation":
+            return list(validation_batches(folder, 4, **process))
+        process["start_step"] = start_step
+        if kind == "images":
+            source = sources.DigitsSource("validation")
+            subset = np.arange(30)
+            loader = make_image_loader(source, 8, 1, 8, seed=1, subset=subset, **process)
+        else:
+            loader = make_loader(folder if kind == "tokens" else many_views, 8, 1, **process)
+        return list(itertools.islice(loader, 9))  # Over two epochs.
+
+    expected = batches(0, 1)
+    for count in (2, 4):
+        shares = [batches(index, count) for index in range(count)]
+        for whole, *parts in zip(expected, *shares, strict=True):
+            for name, value in whole.items():
+                assert np.array_equal(np.concatenate([part[name] for part in parts]), value)
 
 
 def test_resumed_loader_goes_on_exactly(many_views):

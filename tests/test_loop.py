@@ -2,7 +2,9 @@
 
 import itertools
 import os
+import shutil
 import signal
+import time
 
 import jax
 import ml_collections
@@ -42,6 +44,7 @@ def make_run(directory, **changes):
         directory=epath.Path(directory),
         task=ToyTask(),
         section=section,
+        section_name="training",
         seed=3,
         steps_per_epoch=4,
         batches=toy_batches,
@@ -199,19 +202,46 @@ def peak_in(text):
     return float(words[1]) * 1e12
 
 
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"batch_size": 12}, "batch_size 12 .* multiple of 8"),
-        ({"steps": None, "epochs": None}, "neither steps nor epochs"),
-        ({"accumulation": 0}, "accumulation is 0"),
-        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
-    ],
-)
-def test_impossible_runs_are_refused_before_anything_is_written(mesh, tmp_path, section, message):
-    with pytest.raises(UserError, match=message):
-        fit(make_run(tmp_path / "new", section=section), mesh)
+def test_an_impossible_run_is_refused_before_anything_is_written(mesh, tmp_path):
+    def no_batches(start):
+        raise UserError("there are no images")
+
+    with pytest.raises(UserError, match="there are no images"):
+        fit(make_run(tmp_path / "new", batches=no_batches), mesh)
+    with pytest.raises(UserError, match=r"neither training.steps nor training.epochs"):
+        fit(make_run(tmp_path / "new", section={"steps": None}), mesh)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_incomplete_checkpoint_is_told_and_the_one_before_it_taken(
+    straight, mesh, tmp_path, capsys
+):
+    shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "6" / "opt_state")
+    state = fit(make_run(tmp_path), mesh)
+    assert "checkpoint 6 is incomplete: going on from 4" in capsys.readouterr().err
+    assert_same_state(state, straight[1])
+
+
+def test_metrics_of_lost_checkpoints_are_not_wiped(straight, mesh, tmp_path):
+    shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"metrics.jsonl goes to step 6 but .* has no complete"):
+        fit(make_run(tmp_path), mesh)
+    assert losses(tmp_path) == losses(straight[0])
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_hooks_take_is_no_part_of_the_speed(mesh, tmp_path):
+    def slow(state, step, writer):
+        time.sleep(1)
+        return {}
+
+    fit(make_run(tmp_path, section={"log_every": 3}, hooks=[Hook(4, slow)]), mesh)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    # Two updates and the one after the hook: a second's sleep would make less than 32 a second.
+    assert rows[-1]["step"] == 6
+    assert rows[-1]["images_per_second"] > 32
 
 
 def test_flat_fields_are_json():

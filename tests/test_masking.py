@@ -46,22 +46,31 @@ def test_slots_hold_every_draw_of_their_bucket_and_no_more_than_needed(bucket):
         assert hidden_slots == 256 or hidden_slots % bucket == 0
         assert max(counts) == hidden_slots
         assert visible_slots == 256 - min(counts)
-    assert len(by_bucket) == masks.cost(64).programs
 
 
-def test_documented_cost_of_buckets():
-    cost = MaskSampler(256, bucket=16).cost(class_tokens=64)
-    assert cost.programs == 5
-    # The same expectation from draws instead of probabilities.
-    rng = np.random.default_rng(0)
-    counts = np.ceil(RATIO.rvs(20000, random_state=rng) * 256).astype(int)
-    draws = [MaskSampler(256, bucket=16).slots(int(count)) for count in counts]
-    slots = np.array([[draw.hidden_slots, draw.visible_slots] for draw in draws])
-    assert cost.hidden_padding == pytest.approx(1 - counts.sum() / slots[:, 0].sum(), abs=1e-3)
-    used = 64 + 256 - counts
-    assert cost.visible_padding == pytest.approx(
-        1 - used.sum() / (64 + slots[:, 1]).sum(), abs=2e-3
-    )
+@pytest.mark.parametrize(
+    ("bucket", "programs", "hidden_percent", "visible_percent"),
+    [
+        (1, 77, 0.0, 0.0),
+        (8, 10, 1.5, 3.4),
+        (16, 5, 3.1, 7.1),
+        (32, 3, 5.9, 13.3),
+        (64, 2, 10.6, 24.1),
+        (256, 1, 13.1, 30.3),
+    ],
+)
+def test_documented_cost_of_buckets(bucket, programs, hidden_percent, visible_percent):
+    masks = MaskSampler(256, bucket=bucket)
+    counts = np.arange(masks.fewest_hidden, 257)
+    chances = RATIO.cdf(counts / 256) - RATIO.cdf((counts - 1) / 256)
+    draws = [masks.slots(int(count)) for count in counts]
+    hidden = np.array([draw.hidden_slots for draw in draws])
+    visible = np.array([draw.visible_slots for draw in draws])
+    assert len(set(zip(hidden.tolist(), visible.tolist(), strict=True))) == programs
+    unused_hidden = 1 - chances @ counts / (chances @ hidden)
+    unused_visible = 1 - chances @ (64 + 256 - counts) / (chances @ (64 + visible))
+    assert 100 * unused_hidden == pytest.approx(hidden_percent, abs=0.051)
+    assert 100 * unused_visible == pytest.approx(visible_percent, abs=0.051)
 
 
 def test_quantiles_are_those_of_the_distribution():
@@ -82,7 +91,6 @@ def test_orders_are_uniform_permutations():
     [
         (dict(minimum=0.0), "mask_min"),
         (dict(std=0.0), "mask_std"),
-        (dict(bucket=0), "hidden_bucket"),
     ],
 )
 def test_impossible_settings_are_named(values, message):

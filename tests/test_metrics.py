@@ -41,6 +41,12 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     assert b"\x89PNG" in data
 
 
+def test_a_workdir_that_is_a_file_is_one_clear_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/run: Not a directory"):
+        MetricWriter(tmp_path / "file" / "run", 0)
+
+
 def test_a_full_disk_is_one_clear_message(tmp_path):
     write(tmp_path, 0, range(1, 1000))
     writer = MetricWriter(tmp_path, 999)

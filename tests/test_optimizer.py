@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -62,6 +63,14 @@ def test_adamw_with_clip_and_decay_equals_numpy(clip):
         np.testing.assert_allclose(mine[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
 
 
+def test_clipping_or_not_the_state_has_one_structure():
+    params = {"kernel": jnp.ones(2)}
+    states = [
+        make_optimizer(OptimizerConfig(0.1, 5, clip=clip))[0].init(params) for clip in (0.0, 1.0)
+    ]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
 def test_clip_is_the_references_formula_and_not_optax():
     gradients = {"a": jnp.array([3e-3, 0.0]), "b": jnp.array([4e-3])}  # Norm 5e-3.
     transform = clip_by_global_norm(5e-3)
@@ -110,22 +119,22 @@ def section(**values):
 
 
 def test_lengths_in_steps_or_epochs():
-    config = OptimizerConfig.from_section(section(epochs=8, warmup_epochs=0.5), 10)
+    config = OptimizerConfig.from_section(section(epochs=8, warmup_epochs=0.5), 10, "training")
     assert (config.total_steps, config.warmup_steps, config.clip) == (80, 5, 3.0)
-    config = OptimizerConfig.from_section(section(steps=7, epochs=None, schedule="constant"), 10)
+    config = OptimizerConfig.from_section(
+        section(steps=7, epochs=8, schedule="constant"), 10, "training"
+    )
     assert (config.total_steps, config.warmup_steps, config.schedule) == (7, 0, "constant")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(steps=3, epochs=2), "both steps and epochs"),
-        (dict(), "neither steps nor epochs"),
-        (dict(steps=0), "has 0 steps"),
+        (dict(), "neither training.steps nor training.epochs"),
+        (dict(steps=0), "has 0 steps; set training.steps"),
         (dict(steps=4, warmup_steps=5), "warm-up of 5 steps"),
-        (dict(steps=4, schedule="linear"), "'cosine' or 'constant'"),
     ],
 )
 def test_impossible_recipes_are_named(values, message):
     with pytest.raises(UserError, match=message):
-        OptimizerConfig.from_section(section(**values), 10)
+        OptimizerConfig.from_section(section(**values), 10, "training")

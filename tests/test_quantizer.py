@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens_quantizer import check_quantizer_file, quantizer_groups
+from goldens_quantizer import quantizer_groups
 from scipy import integrate, stats
 
 from tokenbridge_jax.errors import UserError
@@ -50,10 +50,6 @@ def hard_points(quantizer: Quantizer, rng: np.random.Generator) -> np.ndarray:
         beside.append(np.nextafter(beside[-1], np.float32(direction)))
     spread = rng.uniform(quantizer.minimum - 1, quantizer.maximum + 1, 3000).astype(np.float32)
     return np.concatenate([*beside, spread, np.float32([np.inf, -np.inf])])
-
-
-def test_golden_file():
-    check_quantizer_file(GOLDEN)
 
 
 def test_golden_values_and_boundaries_to_the_bit():
@@ -217,11 +213,13 @@ def test_channel_order_settings():
     assert resolve_channel_order("kl16", 16) == KL16_CHANNEL_ORDER
     assert sorted(KL16_CHANNEL_ORDER) == list(range(16))
     assert resolve_channel_order("identity", 3) == (0, 1, 2)
-    assert resolve_channel_order([2, 0, 1], 3) == (2, 0, 1)
+    for setting in ([2, 0, 1], "(2,0,1)", "[2, 0, 1]"):
+        assert resolve_channel_order(setting, 3) == (2, 0, 1)
     spectrum = ChannelSpectrum(3)
     spectrum.update(_waves([5, 1, 2], np.random.default_rng(2)))
     assert resolve_channel_order("frequency", 3, spectrum) == (1, 2, 0)
-    for setting, channels in (("kl16", 4), ("frequencies", 4), ((0, 0, 1), 3), ("frequency", 3)):
+    wrong = ["frequencies", "frequency", (0, 0, 1), "(0, 0, 1)", "(0.0, 1, 2)", "7", "('a', 1)"]
+    for setting, channels in [("kl16", 4), *((setting, 3) for setting in wrong)]:
         with pytest.raises(UserError):
             resolve_channel_order(setting, channels)
 

@@ -11,16 +11,19 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.errors import UserError
 
 # How ml_collections imports a config file.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 CONFIG = """
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+from tokenbridge_jax.commands.runner import SECTIONS
 from tokenbridge_jax.config import parse_arg
 
 def get_config(arg=None):
     argument = parse_arg(arg, steps=10)
-    return ConfigDict(dict(
-        name="plain", sizes=(1, 2, 4), nested=((1, 2), (3,)), empty=(),
+    sections = {name: {} for name in SECTIONS}
+    return ConfigDict(sections | dict(
+        seed=0, name="plain", sizes=(1, 2, 4), nested=((1, 2), (3,)), empty=(),
+        epochs=placeholder(float),
         training=dict(steps=argument.steps, rate=0.5, fast=False),
     ))
 """
@@ -141,12 +144,33 @@ def test_the_workdir_remembers_its_config(probe, run, config_file, tmp_path):
     assert probe.args.config.training.steps == 7
 
 
-def test_a_damaged_remembered_config_is_named(run, tmp_path):
-    io.write_bytes(tmp_path / "work" / "config.json", b'{"training": ')
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"training": ', "config.json is not valid JSON"), (b"{}", "the config has no seed, data")],
+)
+def test_a_damaged_remembered_config_is_named(run, tmp_path, content, message):
+    io.write_bytes(tmp_path / "work" / "config.json", content)
     status, _, err = run()
     assert status == 2
-    assert "config.json is not valid JSON" in err
+    assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_value_that_is_not_set_can_be_set_later(probe, run, config_file):
+    probe.then = runner.remember_config
+    assert run(f"--config={config_file}")[0] == 0
+    assert probe.args.config.epochs is None
+    probe.then = lambda args: None
+    for value in (3, 0.5):
+        assert run(f"--config.epochs={value}")[0] == 0
+        assert probe.args.config.epochs == value
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_named(run, config_file, seed):
+    status, _, err = run(f"--config={config_file}", f"--config.seed={seed}")
+    assert status == 2
+    assert f"config.seed={seed} must be from 0 to 2**32 - 1" in err
 
 
 # --- Mistakes -------------------------------------------------------------------------------------

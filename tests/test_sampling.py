@@ -388,3 +388,26 @@ def test_devices_change_nothing(params, eight, sizes, batch_size: int):
         TINY, placed, labels[:7], STOCHASTIC, mesh, seed=21, batch_size=batch_size
     )
     np.testing.assert_array_equal(drawn, images[:7])
+
+
+def test_data_parallel_sampling_needs_no_communication(params):
+    """Compiled for eight devices with whole parameters, no device waits for another."""
+    mesh = parallel.make_mesh(data=8)
+    settings = SamplingSettings(num_iter=3, guidance=2.0)
+    images = np.zeros(16, np.int32), np.arange(16, dtype=np.int32)
+    with parallel.use_mesh(mesh):
+        lowered = sampling._generate.lower(
+            jax.device_put(params, parallel.replicated(mesh)),
+            *jax.device_put(images, parallel.batch_sharding(mesh)),
+            None,
+            np.uint32(0),
+            guidance_scales(TINY.positions, settings),
+            np.float32(1),
+            config=TINY,
+            hidden=tuple(hidden_counts(TINY.positions, 3).tolist()),
+            guided=True,
+        )
+    program = lowered.compile().as_text()
+    assert "num_partitions=8" in program
+    collectives = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    assert not [name for name in collectives if f" {name}(" in program]

@@ -164,6 +164,20 @@ def test_full_disk_while_writing_the_summary(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_vanished_temporary_file(tmp_path):
+    info = make_info()
+    records = random_records(info, range(3))
+
+    def write():
+        with ShardWriter(tmp_path / "x.array_record") as writer:
+            writer.write(records)
+            next(tmp_path.glob(".*.tmp")).unlink()
+            writer.commit([], statistics_of(info, records))
+
+    with pytest.raises(UserError, match="temporary file vanished; let only one run"):
+        write()
+
+
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
@@ -173,13 +187,16 @@ def test_unwritable_folder(tmp_path):
 def test_check_names_the_field(tmp_path):
     info = make_info(levels=16)
     info.check(levels=16, quantizer=Quantizer.gaussian(16), image_size=16, channel_order=(2, 0, 1))
-    with pytest.raises(UserError, match=r"levels = 16 but this run has 64"):
+    mend = "tokenize again with another --workdir, or set it back$"
+    with pytest.raises(UserError, match=f"levels = 16 but this run has 64; {mend}"):
         info.check(image_size=16, levels=64)
     with pytest.raises(UserError, match=r"quantizer\.minimum = -5\.0 but this run has -4\.0"):
         info.check(quantizer=Quantizer(info.quantizer.level_values, -4.0, 5.0))
     with pytest.raises(UserError, match=r"autoencoder\.latent_channels = 3 but this run has 4"):
         info.check(autoencoder=dataclasses.replace(info.autoencoder, latent_channels=4))
-    with pytest.raises(UserError, match=r"autoencoder_hash = \"000.* but this run has \"abc\""):
+    with pytest.raises(
+        UserError, match=r"autoencoder_hash = 0{12} but.* put the autoencoder back$"
+    ):
         info.check(autoencoder_hash="abc")
 
 

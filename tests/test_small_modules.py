@@ -158,7 +158,7 @@ def test_a_line_says_how_far_how_fast_and_when_it_ends(clock, capsys):
     line = "tokenize 1000/1000 (100%)  25.0 img/s  took 40s  loss 1.235  file b.png\n"
     assert capsys.readouterr().err == line
     bar.close()
-    assert capsys.readouterr().err == line
+    assert capsys.readouterr().err == ""  # It stands there already.
 
 
 def test_the_rate_does_not_count_what_was_there_at_the_start(clock, capsys):
@@ -188,7 +188,15 @@ def test_on_a_terminal_the_line_is_rewritten_in_place(clock, monkeypatch, capsys
     text = capsys.readouterr().err
     assert text.count("\n") == 1
     assert text.endswith("\n")
-    assert text.count("\r\033[K") == 3
+    assert text.count("\r\033[K") == 2
+
+
+def test_a_note_gets_a_line_of_its_own(clock, monkeypatch, capsys):
+    Progress(2).note("a.png is broken")
+    assert capsys.readouterr().err == "a.png is broken\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    Progress(2).note("a.png is broken")
+    assert capsys.readouterr().err == "\r\033[Ka.png is broken\n"
 
 
 def test_only_one_process_need_speak(clock, capsys):

@@ -10,60 +10,30 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from ml_collections import ConfigDict
 from PIL import Image
-from token_shards import make_info
+from token_shards import (
+    AUTOENCODER,
+    contents,
+    make_config,
+    make_info,
+    nearest,
+    posterior_of,
+    read_split,
+    write_pictures,
+)
 
 from tokenbridge_jax import io, tokenizing
-from tokenbridge_jax.autoencoder import (
-    Autoencoder,
-    AutoencoderConfig,
-    init_params,
-    load_autoencoder,
-    save_autoencoder,
-)
+from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.data import shards
+from tokenbridge_jax.data import shards, sources
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.quantizer import channel_order_by_frequency
 from tokenbridge_jax.tokenizing import tokenize
 
 REPOSITORY = Path(__file__).parent.parent
-
-AUTOENCODER = AutoencoderConfig(
-    image_size=16, image_channels=3, channels=32, multipliers=(1, 2), blocks=1,
-    attention_resolutions=(), latent_channels=4, scale=1.5,
-)  # fmt: skip
-SETTINGS = {
-    "seed": 3,
-    "data": {
-        "source": "folder", "path": "", "split": "", "validation_split": "",
-        "image_size": 16, "image_channels": 3, "num_classes": 5, "flip": True,
-    },
-    "quantizer": {"levels": 16, "range": 3.0, "channel_order": "identity"},
-    "tokenize": {
-        "batch_size": 8, "posterior_samples": 1, "records_per_shard": 10,
-        "validation_fraction": 0.0, "decode_workers": 2, "dtype": "float32",
-    },
-}  # fmt: skip
-
-
-def make_config(images: Path, **changes) -> ConfigDict:
-    """The settings above with some replaced, `data__flip=False` say."""
-    config = ConfigDict(SETTINGS)
-    config.data.path = str(images)
-    for name, value in changes.items():
-        section, _, key = name.partition("__")
-        with config.ignore_type():  # A channel order is a name or a tuple.
-            if key:
-                config[section][key] = value
-            else:
-                config[section] = value
-    return config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,14 +57,7 @@ def compile_once(tmp_path_factory):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """27 smooth pictures in 3 classes."""
-    root = tmp_path_factory.mktemp("images")
-    for i in range(27):
-        rng = np.random.default_rng(i)
-        path = root / f"class{i % 3}" / f"{i:02}.png"
-        path.parent.mkdir(exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3)).astype(np.uint8))
-        coarse.resize((30, 24), Image.Resampling.BICUBIC).save(path)
-    return root
+    return write_pictures(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -121,38 +84,6 @@ def finished(tmp_path_factory, autoencoder, images):
     shutil.copytree(autoencoder, workdir / "autoencoder")
     tokenize(make_config(images), workdir)
     return workdir
-
-
-def contents(workdir: Path) -> dict[str, bytes]:
-    files = (path for path in (workdir / "tokens").rglob("*") if path.is_file())
-    return {str(path.relative_to(workdir / "tokens")): path.read_bytes() for path in files}
-
-
-def read_split(workdir: Path, split: str = "train") -> np.ndarray:
-    info = shards.read_info(workdir / "tokens")
-    parts = []
-    for path, _ in shards.shard_files(workdir / "tokens", info, split):
-        reader = shards.ArrayRecordReader(str(path))
-        parts.append(np.frombuffer(b"".join(reader.read_all()), info.record))
-    return np.concatenate(parts)
-
-
-@jax.jit
-def encode(params, pixels):
-    return Autoencoder(AUTOENCODER).apply({"params": params}, pixels / 127.5 - 1, method="encode")
-
-
-def posterior_of(workdir: Path, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation `[L, C]` of one picture, by itself."""
-    _, params = load_autoencoder(workdir / "autoencoder")
-    posterior = encode(params, jnp.asarray(picture[None], jnp.float32))
-    mean, logvar = np.asarray(posterior.mean), np.asarray(posterior.logvar)
-    return mean.reshape(-1, 4), np.exp(logvar / 2).reshape(-1, 4)
-
-
-def nearest(latents: np.ndarray, level_values: list[float], limit: float) -> np.ndarray:
-    scaled = np.clip(latents / limit * 3, -3, 3)
-    return np.abs(scaled[..., None] - np.array(level_values)).argmin(axis=-1)
 
 
 def test_records_are_the_quantized_pictures(workdir, images):
@@ -231,7 +162,7 @@ def test_lost_and_damaged_shards_are_made_again(finished, workdir, images):
 
 KILLED_RUN = """
 import os, signal, sys
-from test_tokenize import make_config
+from token_shards import make_config
 from tokenbridge_jax import io, tokenizing
 from tokenbridge_jax.data import shards
 
@@ -340,6 +271,15 @@ def test_small_splits_have_several_shards(images):
         assert all(len(plan.images) == size for plan in planned[:-1])
 
 
+def test_spread_covers_a_subset_evenly():
+    source = sources.DigitsSource()
+    subset = tokenizing.Subset(source, np.arange(10, 40))
+    assert subset.spread(4).images.tolist() == [10, 19, 29, 39]
+    assert subset.spread(1).images.tolist() == [10]
+    assert np.array_equal(subset.spread(100).images, subset.images)
+    assert not len(tokenizing.Subset(source, np.arange(0)).spread(3).images)
+
+
 def test_own_validation_split(workdir, images, tmp_path):
     root = tmp_path / "images"
     shutil.copytree(images, root / "train")
@@ -359,7 +299,6 @@ def test_own_validation_split(workdir, images, tmp_path):
 
 def test_channel_order_is_measured_once(workdir, images, monkeypatch):
     config = make_config(images, quantizer__channel_order="frequency", data__flip=False)
-    config.quantizer.calibration_images = 1000
     info = tokenize(config, workdir).info
     means = []
     for path in sorted(images.rglob("*.png")):
@@ -397,7 +336,8 @@ def test_another_autoencoder_is_refused(finished, workdir, images):
     shutil.copytree(finished / "tokens", workdir / "tokens")
     params = jax.device_get(init_params(AUTOENCODER, jax.random.key(1)))
     save_autoencoder(workdir / "autoencoder", AUTOENCODER, params)
-    with pytest.raises(UserError, match="autoencoder_hash"):
+    hashes = "autoencoder_hash = [0-9a-f]{12} but this run has [0-9a-f]{12}; "
+    with pytest.raises(UserError, match=f"{hashes}.*or put the autoencoder back$"):
         tokenize(make_config(images), workdir)
 
 
@@ -419,15 +359,19 @@ def test_shards_without_a_description_are_refused(finished, workdir, images):
         ({"tokenize__batch_size": 0}, "batch_size is 0"),
         ({"tokenize__records_per_shard": 0}, "records_per_shard is 0"),
         ({"tokenize__dtype": "half"}, "must be float32 or bfloat16"),
+        ({"tokenize__decode_workers": -1}, "decode_workers is -1"),
+        ({"quantizer__calibration_images": 0}, "calibration_images is 0"),
         ({"quantizer__levels": 1}, "levels is 1"),
         ({"quantizer__channel_order": "kl16"}, "channel order"),
         ({"quantizer__channel_order": (0, 1, 2, 2)}, "channel order"),
     ],
 )
 def test_impossible_settings_leave_nothing(workdir, images, changes, complaint):
+    begun = []
     with pytest.raises(UserError, match=complaint):
-        tokenize(make_config(images, **changes), workdir)
+        tokenize(make_config(images, **changes), workdir, begin=lambda: begun.append(1))
     assert not (workdir / "tokens").exists()
+    assert not begun
 
 
 def test_workdirs_that_cannot_be(tmp_path, images):
@@ -474,13 +418,18 @@ import sys
 import jax
 images, workdir, port, index = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(index))
-from test_tokenize import make_config
+from token_shards import make_config
 from tokenbridge_jax import tokenizing
-print(tokenizing.tokenize(make_config(images), workdir).images)
+from tokenbridge_jax.errors import UserError
+try:
+    print(tokenizing.tokenize(make_config(images), workdir, begin=lambda: print("begun")).images)
+except UserError as error:
+    print(error)
 """
 
 
-def test_two_processes_share_the_work(workdir, images, finished):
+def run_two(images, workdirs) -> list[list[str]]:
+    """What two processes print that tokenize together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -492,27 +441,44 @@ def test_two_processes_share_the_work(workdir, images, finished):
             stdout=subprocess.PIPE,
             text=True,
         )
-        for index in range(2)
+        for index, workdir in enumerate(workdirs)
     ]
+    return [process.communicate(timeout=120)[0].splitlines() for process in processes]
+
+
+def test_two_processes_share_the_work(workdir, images, finished):
+    printed = run_two(images, [workdir, workdir])
     # Gloo, which connects the processes, prints as well.
-    printed = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
-    assert printed == ["17", "10"]
+    assert [lines[-1] for lines in printed] == ["17", "10"]
+    assert ["begun" in lines for lines in printed] == [True, False]
     assert contents(workdir) == contents(finished)
+
+
+def test_where_one_process_fails_all_stop(workdir, images, tmp_path):
+    printed = run_two(images, [workdir, tmp_path / "nowhere"])
+    assert printed[0][-1].startswith("process 1 of this job failed")
+    assert printed[1][-1].startswith("there is no autoencoder in")
+    assert not (workdir / "tokens").exists()
 
 
 @pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 def test_command(workdir, images, tmp_path, capsys):
+    config = make_config(images)
+    for section in runner.SECTIONS:
+        if section not in config:
+            config[section] = {}
     config_file = tmp_path / "config.py"
     config_file.write_text(
         "from ml_collections import ConfigDict\n\n\n"
-        f"def get_config():\n    return ConfigDict({make_config(images).to_dict()!r})\n"
+        f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n"
     )
     arguments = [f"--config={config_file}", f"--workdir={workdir}"]
     assert runner.run("tokenize", arguments) == 0
     table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:4:2])
     assert table["images"] == "27 (train 27)"
     assert table["rate"].endswith("img/s")
-    assert runner.run("tokenize", [*arguments, "--strict"]) == 0
+    assert io.read_json(workdir / runner.CONFIG_FILE) == json.loads(json.dumps(config.to_dict()))
+    assert runner.run("tokenize", ["--strict", f"--workdir={workdir}"]) == 0
     assert capsys.readouterr().out.startswith("all shards are there already: nothing to do")
     assert runner.run("tokenize", [*arguments, "--config.quantizer.levels=8"]) == 2
     error = capsys.readouterr().err

@@ -7,12 +7,15 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from ml_collections import ConfigDict
 from PIL import Image
 from token_shards import make_info, write_tokens
 
 from tokenbridge_jax import io, parallel
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.commands import runner, train
+from tokenbridge_jax.data import shards
 from tokenbridge_jax.pipeline import ModelDescription, abstract_sharded_params
 from tokenbridge_jax.training import checkpoints
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
@@ -192,6 +195,8 @@ def test_another_run_is_refused_and_changes_nothing(straight, capsys, changes, m
         ({"data__num_classes": 2}, "3 classes but config.data.num_classes is 2"),
         ({"model__encoder_heads": 3}, "encoder_heads=3"),
         ({"training__batch_size": 20}, "make it a multiple of 8"),
+        ({"training__batch_size": 0}, "training.batch_size is 0"),
+        ({"model__class_dropout": 1.0}, "model.class_dropout is 1.0"),
         ({"training__batch_size": 64}, "a batch of 64 needs as many images"),
         ({"model__mask_min": 1.5}, "mask_min is 1.5"),
     ],
@@ -202,8 +207,7 @@ def test_what_does_not_fit_is_named(straight, tmp_path, capsys, changes, message
     assert run(tmp_path, **changes) == runner.EXIT_USER_ERROR
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
-    assert not (tmp_path / "model.json").exists()
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["autoencoder", "tokens"]
 
 
 def test_shards_of_another_autoencoder_are_refused(straight, tmp_path, capsys):
@@ -212,6 +216,18 @@ def test_shards_of_another_autoencoder_are_refused(straight, tmp_path, capsys):
     save_autoencoder(tmp_path / "autoencoder", config, init_params(config, jax.random.key(1)))
     assert run(tmp_path) == runner.EXIT_USER_ERROR
     assert "autoencoder_hash" in capsys.readouterr().err
+
+
+def test_it_says_what_it_leaves_out(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    write_tokens(tmp_path / "tokens", {"train": [20, 13]})
+    info = shards.read_info(tmp_path / "tokens")
+    config = ConfigDict({"training": {"eval_every": 1, "sample_every": 1}})
+    validation, samples = train._left_out(config, epath.Path(tmp_path), info)
+    assert "has no validation split" in validation
+    assert "autoencoder is not there" in samples
+    config.training.update(eval_every=0, sample_every=0)
+    assert list(train._left_out(config, epath.Path(tmp_path), info)) == []
 
 
 def test_missing_folders_are_named(tmp_path, capsys):

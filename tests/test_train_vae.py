@@ -2,12 +2,16 @@
 
 import io as bytes_io
 import json
+import os
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from toy import toy_training
 
 from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import (
@@ -16,12 +20,13 @@ from tokenbridge_jax.autoencoder import (
     load_autoencoder,
     save_autoencoder,
 )
-from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands import runner, train_vae
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.data.sources import DigitsSource
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.training import autoencoder_task
 from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, Pictures
+from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
 from tokenbridge_jax.training.metrics import read_metrics
 
 # What ml_collections does to load a config file.
@@ -148,6 +153,7 @@ def test_pictures_show_originals_beside_reconstructions(trained):
     picture = np.asarray(Image.open(bytes_io.BytesIO((folder / "step_0000008.png").read_bytes())))
     # 8x8 pixels are enlarged sixfold, with gaps of 2: the first, third, ... are the originals.
     originals = digits("validation")
+    originals = originals[np.linspace(0, len(originals) - 1, 16).astype(int)]
     for column in (0, 2, 4, 6):
         shown = picture[0:48:6, column * 50 : column * 50 + 48 : 6]
         np.testing.assert_array_equal(shown, originals[column // 2, :, :, 0])
@@ -167,6 +173,61 @@ def test_other_settings_are_refused_by_name(trained, capsys):
     assert "belongs to another run: autoencoder.blocks was 1, is 2" in error
 
 
+@pytest.mark.parametrize("user", ["tokens/dataset.json.partial", "model.json"])
+def test_an_autoencoder_in_use_is_not_replaced(trained, tmp_path, capsys, user):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    written = tmp_path / "autoencoder" / "config.json"
+    before = written.read_bytes()
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / user).write_text(json.dumps({"autoencoder_hash": json.loads(before)["hash"]}))
+    assert run(tmp_path, "--config.vae_training.steps=9") == runner.EXIT_USER_ERROR
+    assert f"{tmp_path / user} depends on the autoencoder" in capsys.readouterr().err
+    assert written.read_bytes() == before
+    assert run(tmp_path) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(trained, tmp_path):
+    make_loader = train_vae.make_image_loader
+
+    def stopping_loader(*args, **kwargs):
+        for step, batch in enumerate(make_loader(*args, **kwargs)):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_vae, "make_image_loader", stopping_loader)
+        assert run(tmp_path) == EXIT_INTERRUPTED
+    assert not (tmp_path / "autoencoder" / "config.json").exists()
+    assert run(tmp_path) == 0
+
+    def losses(workdir):
+        rows = read_metrics(workdir / "autoencoder" / "training" / "metrics.jsonl")
+        return [(row["step"], row["loss"], row["grad_norm"], row["kl"]) for row in rows]
+
+    assert [step for step, *_ in losses(tmp_path)] == list(range(1, 9))
+    assert losses(tmp_path) == losses(trained)
+    resumed, straight = (
+        load_autoencoder(workdir / "autoencoder")[1] for workdir in (tmp_path, trained)
+    )
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+
+
+def test_bfloat16_computes_the_loss_but_not_the_parameters():
+    losses = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        task = AutoencoderTask(TINY, dtype, kl_weight=1e-3)
+        _, state, step = toy_training(task, mesh := parallel.make_mesh(2, 2, 2))
+        images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+        with parallel.use_mesh(mesh):
+            state, metrics = step(state, parallel.to_global({"images": images}, mesh), None)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
+        losses[dtype] = float(metrics["loss"])
+    assert losses[jnp.bfloat16] == pytest.approx(losses[jnp.float32], rel=0.02)
+    assert losses[jnp.bfloat16] != losses[jnp.float32]
+
+
 def test_an_autoencoder_from_elsewhere_is_not_overwritten(tmp_path, capsys):
     save_autoencoder(tmp_path / "autoencoder", TINY, init_params(TINY, jax.random.key(0)))
     assert run(tmp_path) == runner.EXIT_USER_ERROR
@@ -179,6 +240,8 @@ def test_an_autoencoder_from_elsewhere_is_not_overwritten(tmp_path, capsys):
         ("--config.data.image_size=9", "image size 9x9 is not divisible"),
         ("--config.vae_training.reconstruction=l3", "'l3'; choose l1 or l2"),
         ("--config.vae_training.batch_size=30", "make it a multiple of 8"),
+        ("--config.vae_training.batch_size=0", "vae_training.batch_size is 0"),
+        ("--config.vae_training.dtype=int8", "vae_training.dtype is int8"),
         ("--config.autoencoder.channels=48", "autoencoder width 48"),
         ("--config.autoencoder.width=48", "the config has no such key: 'width'"),
         ("--config.data.source=folder", "--config.data.path is not set"),

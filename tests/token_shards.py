@@ -1,13 +1,37 @@
-"""Token shards of random indices, for tests of what reads them."""
+"""What tests of the token shards share: shards of random indices, and what makes real ones."""
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
 
-from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
+
+AUTOENCODER = AutoencoderConfig(
+    image_size=16, image_channels=3, channels=32, multipliers=(1, 2), blocks=1,
+    attention_resolutions=(), latent_channels=4, scale=1.5,
+)  # fmt: skip
+SETTINGS = {
+    "seed": 3,
+    "data": {
+        "source": "folder", "path": "", "split": "", "validation_split": "",
+        "name": "",
+        "image_size": 16, "image_channels": 3, "num_classes": 5, "flip": True,
+    },
+    "quantizer": {
+        "levels": 16, "range": 3.0, "channel_order": "identity", "calibration_images": 1000,
+    },
+    "tokenize": {
+        "batch_size": 8, "posterior_samples": 1, "records_per_shard": 10,
+        "validation_fraction": 0.0, "decode_workers": 2, "dtype": "float32",
+    },
+}  # fmt: skip
 
 
 def make_info(*, levels: int = 16, flips: bool = False, samples: int = 1, **changes) -> DatasetInfo:
@@ -63,3 +87,60 @@ def write_tokens(folder: Path, counts: dict[str, list[int]], **settings) -> Data
     info = make_info(**settings, splits=splits)
     shards.write_info(folder, info)
     return info
+
+
+def make_config(images: Path, **changes) -> ConfigDict:
+    """The settings above with some replaced, `data__flip=False` say."""
+    config = ConfigDict(SETTINGS)
+    config.data.path = str(images)
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        with config.ignore_type():  # A channel order is a name or a tuple.
+            if key:
+                config[section][key] = value
+            else:
+                config[section] = value
+    return config
+
+
+def write_pictures(root: Path) -> Path:
+    """27 smooth pictures in 3 class folders."""
+    for i in range(27):
+        rng = np.random.default_rng(i)
+        path = root / f"class{i % 3}" / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3)).astype(np.uint8))
+        coarse.resize((30, 24), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+    files = (path for path in (workdir / "tokens").rglob("*") if path.is_file())
+    return {str(path.relative_to(workdir / "tokens")): path.read_bytes() for path in files}
+
+
+def read_split(workdir: Path, split: str = "train") -> np.ndarray:
+    info = shards.read_info(workdir / "tokens")
+    parts = []
+    for path, _ in shards.shard_files(workdir / "tokens", info, split):
+        reader = shards.ArrayRecordReader(str(path))
+        parts.append(np.frombuffer(b"".join(reader.read_all()), info.record))
+    return np.concatenate(parts)
+
+
+@jax.jit
+def encode(params, pixels):
+    return Autoencoder(AUTOENCODER).apply({"params": params}, pixels / 127.5 - 1, method="encode")
+
+
+def posterior_of(workdir: Path, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation `[L, C]` of one picture, by itself."""
+    _, params = load_autoencoder(workdir / "autoencoder")
+    posterior = encode(params, jnp.asarray(picture[None], jnp.float32))
+    mean, logvar = np.asarray(posterior.mean), np.asarray(posterior.logvar)
+    return mean.reshape(-1, 4), np.exp(logvar / 2).reshape(-1, 4)
+
+
+def nearest(latents: np.ndarray, level_values: list[float], limit: float) -> np.ndarray:
+    scaled = np.clip(latents / limit * 3, -3, 3)
+    return np.abs(scaled[..., None] - np.array(level_values)).argmin(axis=-1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenbridge_jax.parallel import constrain
+from tokenbridge_jax.parallel import constrain, named_axes
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import abstract_state, create_state
 from tokenbridge_jax.training.step import make_train_step
@@ -21,18 +21,17 @@ class Regressor(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        split = nn.with_logical_partitioning
         xavier = nn.initializers.xavier_uniform()
         zeros = nn.initializers.zeros
         x = nn.Dense(
             self.width,
-            kernel_init=split(xavier, ("embed", "mlp")),
-            bias_init=split(zeros, ("mlp",)),
+            kernel_init=named_axes(xavier, "embed", "mlp"),
+            bias_init=named_axes(zeros, "mlp"),
             name="first",
         )(x)
         x = constrain(nn.gelu(x), "batch", "mlp")
         x = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
-        return nn.Dense(3, kernel_init=split(xavier, ("mlp", "embed")), name="second")(x)
+        return nn.Dense(3, kernel_init=named_axes(xavier, "mlp", "embed"), name="second")(x)
 
 
 class ToyTask:

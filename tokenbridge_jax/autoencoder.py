@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Key, Shaped, UInt8
 
 from tokenbridge_jax import io
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.parallel import constrain
+from tokenbridge_jax.parallel import constrain, named_axes
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -154,7 +154,7 @@ class Posterior(NamedTuple):
 def _conv(channels: int, kernel: int, dtype: Any, name: str, **kwargs: Any) -> nn.Conv:
     """Convolution whose kernel carries logical axis names."""
     axes = ("kernel_h", "kernel_w", "conv_in", "conv_out")
-    init = nn.with_logical_partitioning(_KERNEL_INIT, axes)
+    init = named_axes(_KERNEL_INIT, *axes)
     return nn.Conv(channels, (kernel, kernel), dtype=dtype, kernel_init=init, name=name, **kwargs)
 
 
@@ -274,8 +274,8 @@ class Autoencoder(nn.Module):
 
     Attributes:
       config: sizes.
-      dtype: compute dtype, bfloat16 or float32; parameters, normalisation statistics, moments and
-        decoded images are float32 always.
+      dtype: compute dtype, bfloat16 or float32, of everything but parameters and normalisation
+        statistics; moments and decoded images come back as float32.
     """
 
     config: AutoencoderConfig
@@ -407,6 +407,19 @@ def save_autoencoder(
     return content_hash
 
 
+def read_description(directory: epath.PathLike) -> dict[str, Any]:
+    """Reads `config.json` of a saved autoencoder: `config`, `hash` and `extra`.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    path = epath.Path(directory) / "config.json"
+    described = io.read_json(path)
+    if not isinstance(described, dict) or not {"config", "hash", "extra"} <= described.keys():
+        raise UserError(f"{path} does not describe an autoencoder; it may be damaged")
+    return described
+
+
 def load_autoencoder(directory: epath.PathLike) -> tuple[AutoencoderConfig, dict[str, Any]]:
     """Reads what `save_autoencoder` wrote.
 
@@ -417,7 +430,7 @@ def load_autoencoder(directory: epath.PathLike) -> tuple[AutoencoderConfig, dict
       UserError: a file is missing or damaged, or the two do not belong together.
     """
     directory = epath.Path(directory)
-    described = io.read_json(directory / "config.json")
+    described = read_description(directory)
     config = AutoencoderConfig.from_json(described["config"])
     path = directory / "params.safetensors"
     try:

@@ -47,7 +47,8 @@ class Backbone(nn.Module):
         encoder_length = self.buffer + self.positions
         self.class_embedding = self._embedding("class_embedding", self.classes, self.encoder_width)
         self.null_latent = self._embedding("null_latent", 1, self.encoder_width)
-        self.z_proj = self._dense(self.encoder_width)
+        # In float32, which costs nothing at this width: bfloat16 tells few of 4096 levels apart.
+        self.z_proj = self._dense(self.encoder_width, jnp.float32)
         self.encoder_position = self._embedding(
             "encoder_position", encoder_length, self.encoder_width
         )
@@ -57,7 +58,7 @@ class Backbone(nn.Module):
         )
         self.encoder_norm = layer_norm(self.dtype)
 
-        self.decoder_embed = self._dense(self.decoder_width)
+        self.decoder_embed = self._dense(self.decoder_width, self.dtype)
         self.mask_token = self._embedding("mask_token", 1, self.decoder_width)
         self.decoder_position = self._embedding(
             "decoder_position", encoder_length, self.decoder_width
@@ -70,8 +71,8 @@ class Backbone(nn.Module):
             "output_position", self.positions, self.decoder_width
         )
 
-    def _dense(self, width: int) -> nn.Dense:
-        return nn.Dense(width, dtype=self.dtype, kernel_init=named_axes(xavier, None, "embed"))
+    def _dense(self, width: int, dtype: Any) -> nn.Dense:
+        return nn.Dense(width, dtype=dtype, kernel_init=named_axes(xavier, None, "embed"))
 
     def _embedding(self, name: str, count: int, width: int) -> Float[Array, "T D"]:
         init = named_axes(embedding_init, "positions", "embed")

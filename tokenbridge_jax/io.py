@@ -28,7 +28,7 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
             file.write(data)
             file.flush()
             # Object stores have no descriptor; there the upload is atomic already.
-            if isinstance(path, os.PathLike) and hasattr(file, "fileno"):
+            if hasattr(file, "fileno"):
                 os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -53,12 +53,14 @@ def read_json(path: epath.PathLike) -> Any:
     """Reads a JSON file.
 
     Raises:
-      UserError: the file is missing or is not JSON.
+      UserError: the file is missing, cannot be read or is not JSON.
     """
     path = epath.Path(path)
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); it may be damaged") from error

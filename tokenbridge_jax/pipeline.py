@@ -6,7 +6,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int, Integer, UInt8
 
 from tokenbridge_jax import io, parallel
-from tokenbridge_jax.autoencoder import load_autoencoder
+from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
@@ -94,7 +93,16 @@ def sample_indices(
       batch_size: images at once, over all devices; rounded up to a multiple of the mesh's batch
         shards, and no more than there are images.
       progress: print rate and ETA to stderr.
+
+    Raises:
+      UserError: batch size, seed or a label is out of range.
     """
+    if batch_size < 1:
+        raise UserError(f"sampling.batch_size={batch_size} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must be from 0 to 2**32 - 1")
+    if labels.min() < 0 or labels.max() >= config.classes:
+        raise UserError(f"labels must be from 0 to {config.classes - 1}, the model's classes")
     shards = parallel.batch_shards(mesh)
     batch_size = -(-min(batch_size, len(labels)) // shards) * shards
     sharding = parallel.batch_sharding(mesh)
@@ -108,8 +116,9 @@ def sample_indices(
             batch_labels = labels[np.minimum(numbers, len(labels) - 1)].astype(np.int32)
             batch_labels, numbers = jax.device_put((batch_labels, numbers), sharding)
             indices = generate(config, params, batch_labels, numbers, settings, seed=seed)
-            indices = multihost_utils.process_allgather(indices, tiled=True)
-            drawn.append(indices[: len(labels) - start])
+            if not indices.is_fully_addressable:
+                indices = multihost_utils.process_allgather(indices, tiled=True)
+            drawn.append(np.asarray(indices)[: len(labels) - start])
             bar.update(len(drawn[-1]))
     return np.concatenate(drawn).astype(config.quantizer.index_dtype)
 
@@ -155,8 +164,8 @@ class Pipeline:
         Args:
           workdir: with `autoencoder/`, `model.json` and `checkpoints/`.
           step: which checkpoint; the latest if not given.
-          dtype: compute dtype of model and autoencoder, "bfloat16" or "float32"; by default the one
-            the model was trained in.
+          dtype: compute dtype of the model, "bfloat16" or "float32"; by default the one it was
+            trained in. The autoencoder computes in float32, as it does for shards.
           mesh: devices to use; all of this process's by default.
 
         Raises:
@@ -173,7 +182,7 @@ class Pipeline:
             description = dataclasses.replace(description, config=config)
         config = description.config
         autoencoder_config, autoencoder_params = load_autoencoder(workdir / "autoencoder")
-        found = io.read_json(workdir / "autoencoder" / "config.json")["hash"]
+        found = read_description(workdir / "autoencoder")["hash"]
         if found != description.autoencoder_hash:
             raise UserError(
                 f"{workdir / 'autoencoder'} is not the autoencoder this model was trained with "
@@ -184,10 +193,15 @@ class Pipeline:
             autoencoder_params,
             config.quantizer,
             parallel.make_mesh(devices=jax.local_devices()),
-            jnp.dtype(config.dtype),
         )
         checkpoints = workdir / "checkpoints"
-        step = latest_step(checkpoints) if step is None else step
+        latest = latest_step(checkpoints)
+        if step is not None and not (checkpoints / str(step)).exists():
+            there = sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+            raise UserError(
+                f"there is no checkpoint of step {step}; there are {', '.join(map(str, there))}"
+            )
+        step = latest if step is None else step
         params = load_ema_params(checkpoints, abstract_sharded_params(config, mesh), step=step)
         return cls(description, params, codec, mesh, step)
 

@@ -44,6 +44,7 @@ class Progress:
         self._every = every_seconds if every_seconds is not None else (0.2 if self._live else 10.0)
         self._start = self._last_print = time.monotonic()
         self._fields: dict[str, Any] = {}
+        self._printed: int | None = None
 
     @property
     def rate(self) -> float:
@@ -63,9 +64,18 @@ class Progress:
         if time.monotonic() - self._last_print >= self._every:
             self._print()
 
+    def note(self, text: str) -> None:
+        """Prints a line of its own, above the progress line on a terminal."""
+        self._stream.write(f"\r\033[K{text}\n" if self._live else f"{text}\n")
+        self._stream.flush()
+
     def close(self) -> None:
-        """Prints the final state."""
-        self._print(end="\n")
+        """Prints the final state, unless it stands there already."""
+        if self._printed != self._done:
+            self._print()
+        if self._live and self._visible:
+            self._stream.write("\n")
+            self._stream.flush()
 
     def __enter__(self) -> "Progress":
         return self
@@ -73,8 +83,8 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _print(self, end: str = "") -> None:
-        self._last_print = time.monotonic()
+    def _print(self) -> None:
+        self._last_print, self._printed = time.monotonic(), self._done
         if not self._visible:
             return
         remaining = (self._total - self._done) * self._scale
@@ -87,7 +97,7 @@ class Progress:
         parts.append(f"took {format_seconds(self.elapsed)}" if remaining <= 0 else f"eta {eta}")
         parts += [f"{name} {_format(value)}" for name, value in self._fields.items()]
         line = "  ".join(parts)
-        self._stream.write(f"\r\033[K{line}{end}" if self._live else f"{line}\n")
+        self._stream.write(f"\r\033[K{line}" if self._live else f"{line}\n")
         self._stream.flush()
 
 

@@ -12,9 +12,11 @@ bit patterns. On a device quantizing is then a search among the thresholds and d
 lookup: no compiler or accelerator can round them differently, and no `[..., V]` array exists.
 """
 
+import ast
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -334,7 +336,8 @@ def resolve_channel_order(
     """Turns `config.quantizer.channel_order` into a channel order.
 
     Args:
-      setting: "kl16", "identity", "frequency" (needs `spectrum`), or the order itself.
+      setting: "kl16", "identity", "frequency" (needs `spectrum`), or the order itself, also as
+        text such as "(2, 0, 1)": a flag's value.
       channels: C.
       spectrum: what was measured on the data.
 
@@ -347,11 +350,12 @@ def resolve_channel_order(
         order = spectrum.order()
     elif isinstance(setting, str):
         named = {"kl16": KL16_CHANNEL_ORDER, "identity": tuple(range(channels))}
-        if setting not in named:
+        try:
+            order = named.get(setting) or tuple(map(operator.index, ast.literal_eval(setting)))
+        except (ValueError, TypeError, SyntaxError) as error:
             raise UserError(
                 f'channel_order "{setting}" must be "kl16", "frequency", "identity" or a list'
-            )
-        order = named[setting]
+            ) from error
     else:
         order = tuple(setting)
     if sorted(order) != list(range(channels)):

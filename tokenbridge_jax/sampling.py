@@ -7,8 +7,9 @@
 3. After the last step nothing is hidden.
 
 All randomness of an image follows from the seed and the image's sample index, and that of one
-index from its position and channel besides: batch size, device count and the number of positions
-revealed together change nothing.
+index from its position and channel besides: neither batch size nor device count nor the number of
+positions revealed together enters it. What they can change is the rounding of products, which
+decides a draw only where two levels are equally good to that rounding.
 """
 
 import dataclasses
@@ -171,10 +172,11 @@ def _generate(
     # What one step reveals at most; smaller steps are padded.
     slots = max(hidden_now - hidden_next for hidden_now, hidden_next in steps)
 
-    # Class and null branches go through the backbone as one batch of 2B.
+    # Class and null branches go through the backbone as one batch of 2B, side by side: an image's
+    # two branches stay on one device.
     copies = 2 if guided else 1
-    drop_class = jnp.arange(copies * batch) >= batch
-    labels, both_orders = jnp.tile(labels, copies), jnp.tile(orders, (copies, 1))
+    drop_class = jnp.arange(copies * batch) % copies == 1
+    labels, both_orders = jnp.repeat(labels, copies), jnp.repeat(orders, copies, axis=0)
     index_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
         _sample_keys(seed, sample_indices)[:, 1], orders
     )
@@ -193,7 +195,7 @@ def _generate(
 
         feature = apply(
             TokenBridge.features,
-            jnp.tile(indices, (copies, 1, 1)),
+            jnp.repeat(indices, copies, axis=0),
             labels,
             both_orders,
             hidden_now,
@@ -202,7 +204,8 @@ def _generate(
         feature = window(feature)
         if guided:
             # In float32: a difference of near equals is about to be magnified.
-            conditional, null = jnp.split(feature.astype(jnp.float32), 2)
+            branches = feature.astype(jnp.float32).reshape(batch, copies, *feature.shape[1:])
+            conditional, null = branches[:, 0], branches[:, 1]
             feature = null + scale * (conditional - null)
         drawn = apply(TokenBridge.sample_positions, feature, window(index_keys), temperature)
         slot = start + jnp.arange(slots)

@@ -7,9 +7,10 @@ finished by running it again: it skips what is there and writes the rest as it w
 
 Host and device overlap: threads decode the pictures of the next batches while the device encodes
 one and the host stores the one before. Several processes share the shards between them and
-otherwise work alone, each on its own devices.
+otherwise work alone, each on its own devices; where one fails, all stop.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -54,6 +55,11 @@ class Subset:
     source: Source
     images: np.ndarray
 
+    def spread(self, count: int) -> "Subset":
+        """At most `count` of the pictures, evenly spaced: sources are sorted by class."""
+        places = np.linspace(0, len(self.images) - 1, min(count, len(self.images)))
+        return Subset(self.source, self.images[places.astype(np.int64)])
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -66,7 +72,11 @@ class Result:
 
 
 def tokenize(
-    config: ConfigDict, workdir: str | os.PathLike[str], *, strict: bool = False
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    strict: bool = False,
+    begin: Callable[[], None] = lambda: None,
 ) -> Result:
     """Writes `WORKDIR/tokens` from the images of `config.data` and `WORKDIR/autoencoder`.
 
@@ -74,46 +84,78 @@ def tokenize(
       config: sections `data`, `quantizer`, `tokenize`, and `seed`.
       workdir: holds `autoencoder/`; gets `tokens/`.
       strict: stop at the first broken picture instead of leaving it out.
+      begin: called on process 0 when all settings are accepted, before the long work.
 
     Raises:
       UserError: something is missing, does not fit together, or differs from what the folder was
-        begun with; or the disk is full.
+        begun with; or the disk is full; or another process failed.
     """
-    folder = shards.local_folder(workdir) / "tokens"
-    _check_settings(config)
-    autoencoder, params = _load_autoencoder(epath.Path(workdir) / "autoencoder", config)
-    subsets = make_subsets(config)
-    info = _describe(config, autoencoder, params, subsets)
-    mesh = parallel.make_mesh(devices=jax.local_devices())
-    codec = Codec(autoencoder, params, info.quantizer, mesh, jnp.dtype(config.tokenize.dtype))
-    pool = ThreadPoolExecutor(config.tokenize.get("decode_workers") or os.cpu_count())
+    first = jax.process_index() == 0
+    with _all_or_none():
+        folder = shards.local_folder(workdir) / "tokens"
+        _check_settings(config)
+        autoencoder, params = _load_autoencoder(epath.Path(workdir) / "autoencoder", config)
+        subsets = make_subsets(config)
+        info = _describe(config, autoencoder, params, subsets)
+        mesh = parallel.make_mesh(devices=jax.local_devices())
+        codec = Codec(autoencoder, params, info.quantizer, mesh, jnp.dtype(config.tokenize.dtype))
+    pool = ThreadPoolExecutor(config.tokenize.decode_workers or os.cpu_count())
 
     def prepare(plans: list[ShardPlan]) -> Iterator[Batch]:
         size, channels = config.data.image_size, config.data.image_channels
         batch_size = config.tokenize.batch_size
         return prepared_batches(plans, batch_size, size, channels, pool, strict=strict)
 
+    def measure() -> ChannelSpectrum:
+        calibration = subsets["train"].spread(config.quantizer.calibration_images)
+        return _measure_spectrum(calibration, codec, prepare)
+
     try:
-        info = _agree_on_making(
-            folder,
-            info,
-            config.quantizer.channel_order,
-            lambda: _measure_spectrum(_calibration_images(config, subsets), codec, prepare),
-        )
-        planned = plan_shards(folder, info, subsets)
-        mine = planned[jax.process_index() :: jax.process_count()]
-        todo = [plan for plan in mine if shards.read_summary(plan.path) is None]
-        start = time.monotonic()
-        _write_shards(todo, sum(len(plan.images) for plan in mine), info, codec, prepare)
-        seconds = time.monotonic() - start
+        # Process 0 goes first; the others find the description it left.
+        for turn in (True, False):
+            with _all_or_none():
+                if turn == first:
+                    info = _agree_on_making(folder, info, config.quantizer.channel_order, measure)
+                    if first:
+                        begin()
+        with _all_or_none():
+            planned = plan_shards(folder, info, subsets)
+            mine = planned[jax.process_index() :: jax.process_count()]
+            todo = [plan for plan in mine if shards.read_summary(plan.path) is None]
+            start = time.monotonic()
+            _write_shards(todo, sum(len(plan.images) for plan in mine), info, codec, prepare)
+            seconds = time.monotonic() - start
     finally:
         pool.shutdown(cancel_futures=True)
-    _barrier("shards")
-    if jax.process_index() == 0:
-        _finish(folder, info, planned)
-    _barrier("dataset")
+    with _all_or_none():
+        if first:
+            _finish(folder, info, planned)
     images = sum(len(plan.images) for plan in todo)
     return Result(shards.read_info(folder), folder, images, seconds)
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[None]:
+    """Ends its body on all processes together: if one fails there, all raise.
+
+    Without this the others would wait for ever for the one that failed.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        print(f"process {jax.process_index()} failed, the others follow: {reason}", file=sys.stderr)
+        multihost_utils.process_allgather(np.int32(False))
+        raise
+    succeeded = multihost_utils.process_allgather(np.int32(True)).ravel()
+    if not succeeded.all():
+        raise UserError(
+            f"process {np.argmin(succeeded)} of this job failed (its own output says why); mend "
+            "that and run again: it goes on where it stopped"
+        )
 
 
 def make_subsets(config: ConfigDict) -> dict[str, Subset]:
@@ -126,8 +168,8 @@ def make_subsets(config: ConfigDict) -> dict[str, Subset]:
       UserError: a source is missing or empty, or the two have different classes.
     """
     source = make_source(config.data)
-    own = config.data.get("validation_split", "")
-    fraction = config.tokenize.get("validation_fraction", 0.0)
+    own = config.data.validation_split
+    fraction = config.tokenize.validation_fraction
     if not 0 <= fraction < 1:
         raise UserError(
             f"config.tokenize.validation_fraction is {fraction}; it must be 0 or more and below 1"
@@ -176,11 +218,16 @@ def make_quantizer(config: ConfigDict) -> Quantizer:
 
 
 def _check_settings(config: ConfigDict) -> None:
-    least = {"batch_size": 1, "records_per_shard": 1, "posterior_samples": 0}
-    for name, minimum in least.items():
-        if config.tokenize[name] < minimum:
+    for section, name, minimum in [
+        ("tokenize", "batch_size", 1),
+        ("tokenize", "records_per_shard", 1),
+        ("tokenize", "posterior_samples", 0),
+        ("tokenize", "decode_workers", 0),
+        ("quantizer", "calibration_images", 1),
+    ]:
+        if config[section][name] < minimum:
             raise UserError(
-                f"config.tokenize.{name} is {config.tokenize[name]}, must be at least {minimum}"
+                f"config.{section}.{name} is {config[section][name]}, must be at least {minimum}"
             )
     if config.tokenize.dtype not in ("float32", "bfloat16"):
         raise UserError(
@@ -191,8 +238,8 @@ def _check_settings(config: ConfigDict) -> None:
 def _load_autoencoder(folder: epath.Path, config: ConfigDict) -> tuple[AutoencoderConfig, Any]:
     if not (folder / "config.json").exists():
         raise UserError(
-            f"there is no autoencoder in {folder}; run `tokenbridge train-vae` or "
-            "`tokenbridge import-torch` with this --workdir first"
+            f"there is no autoencoder in {folder}; run `tokenbridge train-vae` with this --workdir "
+            "first"
         )
     autoencoder, params = load_autoencoder(folder)
     autoencoder.check_image_size(config.data.image_size, config.data.image_size)
@@ -210,8 +257,9 @@ def _describe(
     """How the shards are going to be made; the channel order is still to be found."""
     rule = config.quantizer.channel_order
     if rule == "frequency":
-        rule = f"frequency, over {len(_calibration_images(config, subsets).images)} images"
-    elif not isinstance(rule, str):
+        calibration = subsets["train"].spread(config.quantizer.calibration_images)
+        rule = f"frequency, over {len(calibration.images)} images"
+    elif rule not in ("kl16", "identity"):
         rule = "given"
     return DatasetInfo(
         quantizer=make_quantizer(config),
@@ -233,14 +281,6 @@ def _describe(
     )
 
 
-def _calibration_images(config: ConfigDict, subsets: dict[str, Subset]) -> Subset:
-    """Training pictures at even distances: sources are sorted by class."""
-    train = subsets["train"]
-    count = min(len(train.images), config.quantizer.get("calibration_images", 1000))
-    places = np.linspace(0, len(train.images) - 1, count).astype(np.int64)
-    return Subset(train.source, train.images[places])
-
-
 def _measure_spectrum(subset: Subset, codec: Codec, prepare: Prepare) -> ChannelSpectrum:
     """Low-frequency shares of the channels, over the posterior means of some pictures."""
     spectrum = ChannelSpectrum(codec.config.latent_channels)
@@ -257,12 +297,7 @@ def _measure_spectrum(subset: Subset, codec: Codec, prepare: Prepare) -> Channel
 def _agree_on_making(
     folder: Path, info: DatasetInfo, setting: Any, measure: Callable[[], ChannelSpectrum]
 ) -> DatasetInfo:
-    """Settles the channel order, and checks against what the folder was begun with.
-
-    Process 0 goes first; the others find the description it left.
-    """
-    if jax.process_index() > 0:
-        _barrier("description")
+    """Settles the channel order, and checks against what the folder was begun with."""
     begun = shards.read_begun_info(folder)
     if begun is not None and setting == "frequency":
         order = begun.channel_order
@@ -274,17 +309,13 @@ def _agree_on_making(
         try:
             begun.check_same_making(info)
         except UserError as error:
-            raise UserError(
-                f"{folder}: {error}; use another --workdir, or delete that folder to start over"
-            ) from error
+            raise UserError(f"{folder}: {error}") from error
     elif any(folder.glob("*.array_record")):
         raise UserError(
             f"{folder} holds shards without a {shards.INFO_FILE}; delete that folder to start over"
         )
     else:
         shards.write_info(folder, info, partial=True)
-    if jax.process_index() == 0:
-        _barrier("description")
     return info
 
 
@@ -362,7 +393,7 @@ def _write_shard(
             writer.write(records)
             statistics.update(indices, clipped)
             for place, reason in batch.broken.items():
-                print(f"broken image left out: {reason}", file=sys.stderr)
+                progress.note(f"broken image left out: {reason}")
                 image = int(batch.images[place])
                 skipped.append({"split": plan.split, "image": image, "reason": reason})
             progress.update(len(batch.images))
@@ -404,8 +435,3 @@ def _finish(folder: Path, info: DatasetInfo, planned: list[ShardPlan]) -> None:
     (folder / shards.PARTIAL_INFO_FILE).unlink(missing_ok=True)
     for temporary in [*folder.glob(".*.tmp"), *folder.glob("statistics/.*.tmp")]:
         temporary.unlink(missing_ok=True)  # Of runs that were killed.
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"tokenize {name}")

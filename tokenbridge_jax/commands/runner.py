@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from tokenbridge_jax import io, parallel
 from tokenbridge_jax.errors import UserError
@@ -28,6 +28,20 @@ COMMANDS = {
 }
 
 EXIT_USER_ERROR = 2
+
+# What a config holds; `configs/digits.py` shows all keys.
+SECTIONS = (
+    "seed",
+    "data",
+    "autoencoder",
+    "vae_training",
+    "quantizer",
+    "tokenize",
+    "model",
+    "training",
+    "sampling",
+    "mesh",
+)
 
 # The config of the last train-vae, tokenize or train in a workdir.
 CONFIG_FILE = "config.json"
@@ -125,14 +139,16 @@ def _remembered_config(argv: list[str]) -> ConfigDict | None:
     if given["config"] or not given["workdir"]:
         return None
     path = epath.Path(given["workdir"]) / CONFIG_FILE
-    return ConfigDict(_with_tuples(io.read_json(path))) if path.exists() else None
+    return ConfigDict(_from_json(io.read_json(path))) if path.exists() else None
 
 
-def _with_tuples(value: Any) -> Any:
-    """JSON knows lists only; configs hold tuples."""
+def _from_json(value: Any) -> Any:
+    """JSON knows neither tuples nor the type of what is not set; configs have both."""
+    if value is None:
+        return config_dict.placeholder(object)
     if isinstance(value, dict):
-        return {name: _with_tuples(item) for name, item in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+        return {name: _from_json(item) for name, item in value.items()}
+    return tuple(map(_from_json, value)) if isinstance(value, list) else value
 
 
 @contextlib.contextmanager
@@ -159,5 +175,17 @@ def _parse(args: flags.FlagValues, name: str, argv: list[str]) -> None:
         args.config.lock()  # A config file that cannot be loaded raises here, at first access.
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}'; flags look like --name=value")
+    _check_config(args.config)
     if not args.workdir:
         raise UserError("--workdir is not set; name the folder to work in: --workdir DIR")
+
+
+def _check_config(config: ConfigDict) -> None:
+    missing = [section for section in SECTIONS if section not in config]
+    if missing:
+        raise UserError(
+            f"the config has no {', '.join(missing)}; give a whole one: --config FILE.py "
+            f"(a damaged WORKDIR/{CONFIG_FILE} can be removed)"
+        )
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed={config.seed} must be from 0 to 2**32 - 1")

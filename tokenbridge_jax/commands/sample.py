@@ -8,6 +8,7 @@ How to sample is `config.sampling`: --config.sampling.num_iter=64, .guidance, .g
 import io as bytes_io
 import sys
 
+import jax
 import numpy as np
 from absl import flags
 from etils import epath
@@ -40,17 +41,20 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 def main(args: flags.FlagValues) -> None:
     """Samples and writes the files."""
-    if args.num_images < 1:
-        raise UserError(f"--num_images={args.num_images} must be at least 1")
+    if not 1 <= args.num_images < 2**31:
+        raise UserError(f"--num_images={args.num_images} must be at least 1 and below 2**31")
     pipeline = Pipeline.load(
         args.workdir, step=args.step, mesh=parallel.make_mesh(**args.config.mesh)
     )
-    classes = args.classes or range(pipeline.config.classes)
+    # By default those of the training images; the model may have room for more.
+    classes = args.classes or range(len(pipeline.description.class_names))
     labels = np.array([pipeline.class_id(c) for c in classes], np.int32)
     labels = np.resize(labels, args.num_images)
     images = pipeline.generate(
         labels.tolist(), seed=args.seed, progress=True, **args.config.sampling
     )
+    if jax.process_index() > 0:
+        return  # Every process has all the images; one writes them.
     output = epath.Path(args.output or epath.Path(args.workdir) / "samples")
     buffer = bytes_io.BytesIO()
     np.savez(buffer, arr_0=images, labels=labels)

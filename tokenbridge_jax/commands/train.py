@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,8 +20,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import io, parallel, pictures
-from tokenbridge_jax.autoencoder import load_autoencoder
+from tokenbridge_jax import parallel, pictures
+from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.data import shards
@@ -30,6 +30,7 @@ from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline import ModelDescription, sample_indices
+from tokenbridge_jax.quantizer import resolve_channel_order
 from tokenbridge_jax.sampling import SamplingSettings
 from tokenbridge_jax.tokenizing import make_quantizer
 from tokenbridge_jax.training.loop import (
@@ -39,6 +40,7 @@ from tokenbridge_jax.training.loop import (
     Run,
     fit,
     flat_fields,
+    say,
 )
 from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.metrics import MetricWriter
@@ -48,9 +50,10 @@ from tokenbridge_jax.training.model_task import (
     make_validation,
     training_flops,
 )
+from tokenbridge_jax.training.settings import check_ranges, check_training
 from tokenbridge_jax.training.state import TrainState
 
-# Images of a sample grid: every class in turn, ten a row.
+# Images of a sample grid, ten a row: every class in turn, or of more classes an even choice.
 IN_GRID = 40
 
 # What of `config.model` is about training, not part of the model.
@@ -68,12 +71,16 @@ def main(args: flags.FlagValues) -> int:
     """Trains to the end, from the latest checkpoint if there is one."""
     config, workdir = args.config, epath.Path(args.workdir)
     mesh = parallel.make_mesh(**config.mesh)
+    check_ranges(config, "model")
+    check_training(config, "training", mesh)
     info = read_tokens(config, workdir)
     model = make_model_config(config, info)
     run = make_run(config, workdir, info, model, mesh)
 
     def begin() -> None:
         if jax.process_index() == 0:
+            for note in _left_out(config, workdir, info):
+                say(f"train: {note}")
             ModelDescription(model, info.class_names, info.autoencoder_hash).save(workdir)
             runner.remember_config(args)
 
@@ -95,18 +102,18 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
         raise UserError(f"workdir {workdir} does not exist; check --workdir")
     info = shards.read_info(workdir / "tokens")
     info.check(image_size=config.data.image_size, quantizer=make_quantizer(config))
-    if config.quantizer.channel_order not in ("frequency", "kl16", "identity"):
-        info.check(channel_order=config.quantizer.channel_order)
-    elif config.quantizer.channel_order != info.channel_order_rule.split(",")[0]:
-        info.check(channel_order_rule=config.quantizer.channel_order)
+    rule = config.quantizer.channel_order
+    if rule not in ("frequency", "kl16", "identity"):
+        info.check(channel_order=resolve_channel_order(rule, info.channels))
+    elif rule != info.channel_order_rule.split(",")[0]:
+        info.check(channel_order_rule=rule)
     if len(info.class_names) > config.data.num_classes:
         raise UserError(
             f"the token shards have {len(info.class_names)} classes but config.data.num_classes "
             f"is {config.data.num_classes}"
         )
-    autoencoder = workdir / "autoencoder" / "config.json"
-    if autoencoder.exists():
-        info.check(autoencoder_hash=io.read_json(autoencoder)["hash"])
+    if (workdir / "autoencoder" / "config.json").exists():
+        info.check(autoencoder_hash=read_description(workdir / "autoencoder")["hash"])
     return info
 
 
@@ -152,12 +159,13 @@ def make_run(
     if "validation" in info.splits:
         hooks.append(_validation_hook(config, workdir, info, model, masks, mesh))
     if (workdir / "autoencoder" / "config.json").exists():
-        hooks.append(_sample_hook(config, workdir, model, mesh))
+        hooks.append(_sample_hook(config, workdir, info, model, mesh))
     return Run(
         name="train",
         directory=workdir,
         task=ModelTask(model, config.model.class_dropout),
         section=section,
+        section_name="training",
         seed=seed,
         steps_per_epoch=info.splits["train"]["images"] // section.batch_size,
         batches=lambda start: make_loader(
@@ -194,7 +202,11 @@ def _validation_hook(
 
 
 def _sample_hook(
-    config: ConfigDict, workdir: epath.Path, model: TokenBridgeConfig, mesh: Mesh
+    config: ConfigDict,
+    workdir: epath.Path,
+    info: DatasetInfo,
+    model: TokenBridgeConfig,
+    mesh: Mesh,
 ) -> Hook:
     """A grid of images sampled with the EMA, always of the same classes and seed."""
     sampling: Mapping[str, Any] = dict(config.sampling)
@@ -204,7 +216,9 @@ def _sample_hook(
     autoencoder, params = load_autoencoder(workdir / "autoencoder")
     local_mesh = parallel.make_mesh(devices=jax.local_devices())
     codec = Codec(autoencoder, params, model.quantizer, local_mesh, jnp.dtype(model.dtype))
-    labels = np.resize(np.arange(model.classes), IN_GRID).astype(np.int32)
+    classes = len(info.class_names)
+    spread = np.linspace(0, classes - 1, min(classes, IN_GRID)).astype(np.int32)
+    labels = np.resize(spread, IN_GRID)
 
     def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
         indices = sample_indices(
@@ -223,6 +237,14 @@ def _sample_hook(
         return {}
 
     return Hook(config.training.sample_every, run)
+
+
+def _left_out(config: ConfigDict, workdir: epath.Path, info: DatasetInfo) -> Iterator[str]:
+    """What the config asks for and this workdir does not allow."""
+    if config.training.eval_every and "validation" not in info.splits:
+        yield f"{workdir / 'tokens'} has no validation split: nothing is validated"
+    if config.training.sample_every and not (workdir / "autoencoder" / "config.json").exists():
+        yield f"{workdir / 'autoencoder'} is not there: no sample grids"
 
 
 def _tokens_digest(info: DatasetInfo) -> str:

@@ -18,10 +18,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tokenbridge_jax import io, parallel, pictures
-from tokenbridge_jax.autoencoder import AutoencoderConfig, save_autoencoder
+from tokenbridge_jax.autoencoder import AutoencoderConfig, read_description, save_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.data.loader import make_image_loader
+from tokenbridge_jax.data.shards import INFO_FILE, PARTIAL_INFO_FILE
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.pipeline import MODEL_FILE
 from tokenbridge_jax.tokenizing import Subset, make_subsets
 from tokenbridge_jax.training import autoencoder_task
 from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, Pictures
@@ -34,6 +36,7 @@ from tokenbridge_jax.training.loop import (
     flat_fields,
 )
 from tokenbridge_jax.training.metrics import MetricWriter
+from tokenbridge_jax.training.settings import check_training
 from tokenbridge_jax.training.state import TrainState
 
 # Enough images to measure on; a pass over all of a large data set would tell no more.
@@ -52,9 +55,12 @@ def main(args: flags.FlagValues) -> int:
     config, directory = args.config, epath.Path(args.workdir) / "autoencoder"
     _check_directory(directory)
     mesh = parallel.make_mesh(**config.mesh)
+    check_training(config, "vae_training", mesh)
     subsets = make_subsets(config)
     task = make_task(config)
     run = make_run(config, directory, task, subsets, mesh)
+    if _finished_step(directory) != run.total_steps:
+        _check_unused(epath.Path(args.workdir))
 
     def begin() -> None:
         if jax.process_index() == 0:
@@ -106,6 +112,7 @@ def make_run(
         directory=directory / "training",
         task=task,
         section=section,
+        section_name="vae_training",
         seed=config.seed,
         steps_per_epoch=len(train.images) // section.batch_size,
         batches=lambda start: make_image_loader(
@@ -134,9 +141,7 @@ def write_autoencoder(
     mesh: Mesh,
 ) -> dict[str, Any]:
     """Measures the latents and writes the EMA parameters; returns what it wrote beside them."""
-    train = subsets["train"]
-    places = np.linspace(0, len(train.images) - 1, min(len(train.images), SCALE_IMAGES))
-    measured = _pictures(config, Subset(train.source, train.images[places.astype(int)]), mesh)
+    measured = _pictures(config, subsets["train"].spread(SCALE_IMAGES), mesh)
     with parallel.use_mesh(mesh):
         batches = measured.batches(config.vae_training.batch_size)
         std = autoencoder_task.latent_std(task.module, state.ema_params, batches, mesh)
@@ -158,12 +163,9 @@ def _validation_hook(
 ) -> Hook:
     """PSNR of the EMA's reconstructions, and a picture of some: original beside reconstruction."""
     split = "validation" if "validation" in subsets else "train"
-    subset = subsets[split]
-    chosen = Subset(subset.source, subset.images[:VALIDATION_IMAGES])
-    measured, shown = (
-        _pictures(config, Subset(chosen.source, chosen.images[:count]), mesh)
-        for count in (None, IN_PICTURE)
-    )
+    measured = _pictures(config, subsets[split].spread(VALIDATION_IMAGES), mesh)
+    in_picture = subsets[split].spread(IN_PICTURE)
+    shown = _pictures(config, in_picture, mesh)
     reconstruct = autoencoder_task.make_reconstruction(task.module, mesh)
     psnr = autoencoder_task.make_psnr(reconstruct, mesh)
     copy = jax.jit(lambda images: images, out_shardings=parallel.replicated(mesh))
@@ -173,7 +175,7 @@ def _validation_hook(
         originals = np.asarray(copy(batch["images"]))
         decoded = np.asarray(reconstruct(state.ema_params, batch["images"]))
         pairs = np.stack([originals, decoded], axis=1).reshape(-1, *originals.shape[1:])
-        picture = pictures.grid(pairs[: 2 * min(len(chosen.images), IN_PICTURE)], columns=8)
+        picture = pictures.grid(pairs[: 2 * len(in_picture.images)], columns=8)
         if jax.process_index() == 0:
             folder = directory / "training" / "reconstructions"
             pictures.write_png(folder / f"step_{step:07d}.png", picture)
@@ -198,11 +200,25 @@ def _check_directory(directory: epath.Path) -> None:
         )
 
 
+def _check_unused(workdir: epath.Path) -> None:
+    """Refuses to replace the autoencoder that shards or a model in this workdir depend on."""
+    if not (workdir / "autoencoder" / "config.json").exists():
+        return
+    present = read_description(workdir / "autoencoder")["hash"]
+    tokens = workdir / "tokens"
+    for user in (tokens / INFO_FILE, tokens / PARTIAL_INFO_FILE, workdir / MODEL_FILE):
+        if user.exists() and io.read_json(user).get("autoencoder_hash") == present:
+            raise UserError(
+                f"{user} depends on the autoencoder that is there, and training would replace it; "
+                f"use another --workdir, or remove {tokens} and {workdir / MODEL_FILE}"
+            )
+
+
 def _finished_step(directory: epath.Path) -> int | None:
     """Updates behind the autoencoder in `directory`, if there is one and it was trained here."""
     if not (directory / "config.json").exists() or not (directory / "training").exists():
         return None
-    return io.read_json(directory / "config.json")["extra"].get("step")
+    return read_description(directory)["extra"].get("step")
 
 
 if __name__ == "__main__":

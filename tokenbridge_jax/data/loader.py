@@ -1,10 +1,11 @@
 """Batches from token shards, and batches of pictures for training an autoencoder.
 
-The order of the pipelines is seed, shuffle, repeat, random view, slice by process, batch. Element
-k of the endless shuffled stream is then a function of the seed alone, and global batch s holds
-elements `s B .. (s+1) B - 1` on any number of processes: the step number is the whole state of the
-iterator, and a run resumes exactly, elsewhere too. Every epoch has its own order and holds every
-image once; a batch may begin in one epoch and end in the next.
+The order of the pipelines is seed, shuffle, repeat, random view, batch. Element k of the endless
+shuffled stream is then a function of the seed alone, and global batch s holds elements
+`s B .. (s+1) B - 1`, of which process p of n reads the p-th n-th, a contiguous piece: put together
+in the order of the processes, as JAX does, batches are the same on any number of them. The step
+number is the whole state of the iterator, and a run resumes exactly, elsewhere too. Every epoch has
+its own order and holds every image once; a batch may begin in one epoch and end in the next.
 """
 
 import bisect
@@ -128,11 +129,11 @@ def validation_batches(
     """
     info = shards.read_info(folder)
     records = TokenRecords(folder, info, split)
-    index, count = _process(batch_size, process_index, process_count)
+    share = _share(batch_size, process_index, process_count)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for start in range(0, len(records), batch_size):
-            numbers = range(start + index, start + batch_size, count)
+            numbers = [start + row for row in share]
             chosen = [records[min(i, len(records) - 1)] for i in numbers]
             yield {
                 "indices": np.stack([record["indices"][0] for record in chosen]),
@@ -222,20 +223,25 @@ def _batches(
     process_index: int | None,
     process_count: int | None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    index, count = _process(batch_size, process_index, process_count)
-    batches = stream[index::count].batch(batch_size // count, drop_remainder=True)
+    share = _share(batch_size, process_index, process_count)
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        elements = [stream[step * batch_size + row] for row in share]
+        return {name: np.stack([x[name] for x in elements]) for name in elements[0]}
+
+    batches = grain.MapDataset.range(len(stream) // batch_size).map(read)
     iterator = iter(batches.to_iter_dataset(_READ_OPTIONS))
     iterator.set_state({"next_index": start_step})
     return iterator
 
 
-def _process(
-    batch_size: int, process_index: int | None, process_count: int | None
-) -> tuple[int, int]:
+def _share(batch_size: int, process_index: int | None, process_count: int | None) -> range:
+    """The rows of every global batch that are this process's."""
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
     if batch_size < 1 or batch_size % count:
         raise UserError(
             f"a batch of {batch_size} does not divide over {count} processes; use a multiple"
         )
-    return index, count
+    size = batch_size // count
+    return range(index * size, (index + 1) * size)

@@ -33,6 +33,7 @@ import errno
 import functools
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -195,8 +196,10 @@ class DatasetInfo:
         difference = _first_difference(ours, theirs, name)
         if difference:
             name, ours, theirs = difference
+            other = "put the autoencoder" if name == "autoencoder_hash" else "set it"
             raise UserError(
-                f"the token shards have {name} = {_short(ours)} but this run has {_short(theirs)}"
+                f"the token shards have {name} = {_short(ours)} but this run has {_short(theirs)}; "
+                f"tokenize again with another --workdir, or {other} back"
             )
 
 
@@ -221,6 +224,8 @@ def _first_difference(ours: Any, theirs: Any, name: str) -> tuple[str, Any, Any]
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:12]  # Of a hash that is enough to tell two apart.
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -357,22 +362,27 @@ class ShardWriter:
             finally:
                 os.close(descriptor)
             size = self._temporary.stat().st_size
+            summary = ShardSummary(self._records, size, skipped, statistics)
+            io.write_json(
+                _summary_path(self._path),
+                {
+                    "records": summary.records,
+                    "bytes": summary.size,
+                    "skipped": skipped,
+                    "statistics": statistics.to_json(),
+                },
+            )
+            os.replace(self._temporary, self._path)
         except (RuntimeError, OSError) as error:
             raise self._error(error) from error
-        summary = ShardSummary(self._records, size, skipped, statistics)
-        io.write_json(
-            _summary_path(self._path),
-            {
-                "records": summary.records,
-                "bytes": summary.size,
-                "skipped": skipped,
-                "statistics": statistics.to_json(),
-            },
-        )
-        os.replace(self._temporary, self._path)
         return summary
 
     def _error(self, error: RuntimeError | OSError) -> UserError:
+        if isinstance(error, FileNotFoundError):
+            return UserError(
+                f"cannot write {self._path}: its temporary file vanished; let only one run at a "
+                "time write to this folder"
+            )
         if isinstance(error, OSError):
             return io.write_error(self._path, error)
         # ArrayRecord has no error numbers, only a chain of messages.

@@ -256,17 +256,22 @@ class DigitsSource:
 def make_source(data: ConfigDict, split: str | None = None) -> Source:
     """The source that `config.data` describes, or another `split` of it.
 
-    Keys: `source` ("folder", "tfds", "digits"), `path`, `split`, `name` (of a TFDS dataset). For a
-    folder, `split` names a subfolder of `path`, or is empty for classes directly in `path`; where
-    there is no subfolder `train`, `path` itself is taken for it.
+    Keys: `source` ("folder", "tfds", "digits"), `path`, `split`, `name` (of a TFDS dataset),
+    `num_classes` and `image_channels`. For a folder, `split` names a subfolder of `path`, or is
+    empty for classes directly in `path`; where there is no subfolder `train`, `path` itself is
+    taken for it.
 
     Raises:
       UserError: the source is unknown, missing or empty, or has more classes than
-        `data.num_classes`.
+        `data.num_classes`; or `data.image_channels` is neither 1 nor 3.
     """
-    split = data.get("split", "") if split is None else split
+    if data.image_channels not in (1, 3):
+        raise UserError(
+            f"config.data.image_channels is {data.image_channels}; it must be 3 (RGB) or 1 (grey)"
+        )
+    split = data.split if split is None else split
     kind = data.source
-    if kind in ("folder", "tfds") and not data.get("path"):
+    if kind in ("folder", "tfds") and not data.path:
         raise UserError(f"--config.data.path is not set; data.source '{kind}' is read from there")
     source: Source
     if kind == "folder":
@@ -274,12 +279,12 @@ def make_source(data: ConfigDict, split: str | None = None) -> Source:
         only_train = split == "train" and not (root / split).is_dir()
         source = FolderSource(root if only_train else root / split)
     elif kind == "tfds":
-        source = TfdsSource(data.path, split or "train", data.get("name") or "imagenet2012")
+        source = TfdsSource(data.path, split or "train", data.name)
     elif kind == "digits":
         source = DigitsSource(split or "train")
     else:
         raise UserError(f"config.data.source is '{kind}'; it must be folder, tfds or digits")
-    if len(source.class_names) > data.get("num_classes", len(source.class_names)):
+    if len(source.class_names) > data.num_classes:
         raise UserError(
             f"the images have {len(source.class_names)} classes but config.data.num_classes is "
             f"{data.num_classes}; set --config.data.num_classes={len(source.class_names)}"
@@ -313,7 +318,9 @@ def load_prepared(
 def hold_out(source: Source, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Splits a source's indices into (train, validation) by a hash of each picture's name.
 
-    A picture stays on its side when others are added or removed. At least one is held out.
+    At least one is held out. A picture of a folder stays on its side when others are added or
+    removed. In a TFDS archive and the digits a picture's name is its number: there the split is
+    fixed only as long as the archive is.
     """
     scores = np.array(
         [

@@ -116,18 +116,20 @@ class ChannelAR(nn.Module):
           Indices in autoencoder order.
         """
         channels, count = len(self.channel_order), len(feature)
-        condition = self.condition_proj(feature)
+        # Positions stay where their images are, whatever the parameters' layout suggests.
+        condition = parallel.constrain(self.condition_proj(feature), "batch", None)
         token = condition
         if self.first_token_quirk:
             token = token + self.timestep_embed[:1].astype(self.dtype)
         shape = (self.layers, count, channels, self.heads, self.width // self.heads)
-        empty = jnp.zeros(shape, self.dtype)
+        empty = parallel.constrain(jnp.zeros(shape, self.dtype), None, "batch", None, "heads", None)
 
         def next_channel(
             head: "ChannelAR", carry: tuple[jax.Array, Cache], place: jax.Array
         ) -> tuple[tuple[jax.Array, Cache], jax.Array]:
             token, cache = carry
             x = (token + head.channel_embed[place].astype(head.dtype)[None])[:, None]
+            x = parallel.constrain(x, "batch", None, None)
             here = (condition + head.timestep_embed[place].astype(head.dtype)[None])[:, None]
             seen = (jnp.arange(channels) <= place)[None, None]
             cache = cache._replace(place=jnp.full(head.layers, place))

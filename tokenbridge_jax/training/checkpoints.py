@@ -27,27 +27,48 @@ from tokenbridge_jax.training.state import TrainState
 
 PARTS = ("params", "ema_params", "opt_state")
 
+# Leaves that do not fit are named up to this number: one wrong width concerns hundreds.
+NAMED = 3
+
 
 class Checkpoints:
     """The checkpoints of one run. Saving copies to the host and writes in the background."""
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
-        """Opens `directory` (made by the first save); only the latest `keep` checkpoints stay."""
+        """Only the latest `keep` checkpoints in `directory` stay; `open` makes it."""
         self.directory = _absolute(directory)
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            context=_context(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(max(keep, 1)),
-            cleanup_tmp_directories=True,
-        )
+        self._keep = keep
+        self._checkpointer: Any = None
+        self._quiet = contextlib.ExitStack()
+
+    def open(self) -> None:
+        """Makes the folder and removes what a kill left there; `save` does it if nobody did.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        if self._checkpointer is not None:
+            return
+        with self._write_errors():
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory,
+                context=_context(),
+                preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+                cleanup_tmp_directories=True,
+            )
+        # Its threads log at any time until it is closed.
+        self._quiet.enter_context(_quiet_orbax())
 
     @property
     def latest(self) -> int | None:
         """Updates done at the latest complete checkpoint."""
-        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
-        return max(
-            (step for step in steps if _is_complete(self.directory / str(step))), default=None
-        )
+        return max(_steps(self.directory), default=None)
+
+    @property
+    def incomplete(self) -> list[int]:
+        """Steps after the latest whose folder lacks a part."""
+        latest = self.latest or 0
+        return sorted(s for s in _steps(self.directory, complete=False) if s > latest)
 
     def save(self, state: TrainState, step: int, run: dict[str, Any]) -> None:
         """Starts to save `state` after `step` updates; an earlier save is waited for first.
@@ -62,6 +83,7 @@ class Checkpoints:
         Raises:
           UserError: this save or an earlier one could not be written.
         """
+        self.open()
         with self._write_errors():
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -77,13 +99,16 @@ class Checkpoints:
         Raises:
           UserError: it could not be written.
         """
-        with self._write_errors():
-            self._checkpointer.wait()
+        if self._checkpointer is not None:
+            with self._write_errors():
+                self._checkpointer.wait()
 
     def close(self) -> None:
         """Waits, and releases the folder."""
-        with self._write_errors():
-            self._checkpointer.close()
+        if self._checkpointer is not None:
+            with self._quiet, self._write_errors():
+                self._checkpointer.close()
+            self._checkpointer = None
 
     def run_record(self, step: int) -> dict[str, Any]:
         """The JSON `save` got."""
@@ -97,8 +122,8 @@ class Checkpoints:
           step: which checkpoint.
 
         Raises:
-          UserError: leaves differ in name, shape or dtype (all of them named), or the files are
-            damaged.
+          UserError: leaves differ in name, shape or dtype (the first are named), or the files
+            are damaged.
         """
         wanted = {part: getattr(abstract, part) for part in PARTS}
         loaded = _load(self.directory, step, wanted)
@@ -136,11 +161,8 @@ def latest_step(directory: epath.PathLike) -> int:
       UserError: there is none.
     """
     directory = _absolute(directory)
-    if directory.exists():
-        names = [path.name for path in directory.iterdir() if path.name.isdigit()]
-        steps = [int(name) for name in names if _is_complete(directory / name)]
-        if steps:
-            return max(steps)
+    if steps := _steps(directory):
+        return max(steps)
     raise UserError(f"there is no checkpoint in {directory}; train first, or check --workdir")
 
 
@@ -166,7 +188,7 @@ def load_ema_params(
       step: which checkpoint; None is the latest.
 
     Raises:
-      UserError: no checkpoint, other leaves (all of them named), or damaged files.
+      UserError: no checkpoint, other leaves (the first are named), or damaged files.
     """
     step = latest_step(directory) if step is None else step
 
@@ -190,15 +212,15 @@ def _load(
     """Loads the named parts; array parts come back with the structure they were asked in."""
     path = _absolute(directory) / str(step)
     plain = {name: _plain(part) for name, part in wanted.items()}
-    with _context():
+    with _quiet_orbax(), _context():
         problems = []
         for name, part in plain.items():
             if part is not None:
                 problems += _differences(name, _stored(path, name), part, any_dtype)
         if problems:
             raise UserError(
-                f"checkpoint {path} does not fit this model; {len(problems)} leaves differ:\n  "
-                + "\n  ".join(problems)
+                f"checkpoint {path} does not fit this model: {'; '.join(problems[:NAMED])}"
+                + (f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else "")
             )
         try:
             loaded = ocp.load_checkpointables(path, plain)
@@ -271,8 +293,6 @@ def _names(path: Any) -> tuple[str, ...]:
 
 def _context() -> ocp.Context:
     """Orbax's options: `run` is a JSON file one can read."""
-    for name in ("absl", "asyncio"):  # Adding the same filter again changes nothing.
-        logging.getLogger(name).addFilter(_says_nothing_new)
     context = ocp.Context()
     registry = ocp.handlers.local_registry(include_global_registry=True)
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
@@ -282,11 +302,31 @@ def _context() -> ocp.Context:
     return context
 
 
-def _says_nothing_new(record: logging.LogRecord) -> bool:
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
     """Drops the tracebacks that Orbax's threads log of errors it also raises."""
-    text = f"{record.getMessage()} {record.exc_info}"
-    from_orbax = "orbax" in record.pathname or "tensorstore_spec" in text
-    return not from_orbax or record.levelno < logging.WARNING
+
+    def says_something_new(record: logging.LogRecord) -> bool:
+        text = f"{record.getMessage()} {record.exc_info}"
+        from_orbax = "orbax" in record.pathname or "tensorstore_spec" in text
+        return not from_orbax or record.levelno < logging.WARNING
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(says_something_new)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(says_something_new)
+
+
+def _steps(directory: epath.Path, *, complete: bool = True) -> list[int]:
+    """Numbers of the checkpoints in `directory`, complete or otherwise not, in no order."""
+    if not directory.is_dir():
+        return []
+    names = [path.name for path in directory.iterdir() if path.name.isdigit()]
+    return [int(name) for name in names if _is_complete(directory / name) == complete]
 
 
 def _is_complete(path: epath.Path) -> bool:

@@ -1,5 +1,6 @@
 """How fast the devices multiply matrices at best: what a training step is measured against."""
 
+import re
 import time
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-# Peak dense bf16 matmul FLOP/s of one device as JAX sees it, by substring of `device_kind`; the
-# first match counts. (A TPU v4, v5p or 7x device is what JAX lists as one device.)
+# Peak dense bf16 matmul FLOP/s of one device as JAX sees it, by a name that stands as whole
+# words in `device_kind`; the first match counts. (A TPU v4, v5p or 7x device is what JAX lists as
+# one device.)
 PEAK_FLOPS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
@@ -16,8 +18,8 @@ PEAK_FLOPS = (
     ("TPU v5p", 459e12),
     ("TPU v5", 459e12),
     ("TPU v6", 918e12),
+    ("TPU v6e", 918e12),
     ("TPU7x", 1153.5e12),
-    ("TPU v7", 1153.5e12),
     ("B200", 2250e12),
     ("H200", 989e12),
     ("H100", 989e12),
@@ -31,15 +33,22 @@ PEAK_FLOPS = (
 )
 
 
+def listed_flops(device_kind: str) -> float | None:
+    """What the table says of a device."""
+    for name, flops in PEAK_FLOPS:
+        if re.search(rf"\b{name}\b", device_kind, re.IGNORECASE):
+            return flops
+    return None
+
+
 def peak_flops(device: jax.Device) -> tuple[float, str]:
     """Peak matmul FLOP/s of one device, and where the number comes from.
 
     A device that is not listed (a CPU, say) is measured once with a short float32 product; the
     fake devices of one host share its cores, so the measurement is divided among them.
     """
-    for name, flops in PEAK_FLOPS:
-        if name.lower() in device.device_kind.lower():
-            return flops, f"{device.device_kind}, bf16, from its data sheet"
+    if flops := listed_flops(device.device_kind):
+        return flops, f"{device.device_kind}, bf16, from its data sheet"
     share = jax.local_device_count() if device.platform == "cpu" else 1
     return _measured_flops(device) / share, f"{device.device_kind}, measured with a float32 product"
 

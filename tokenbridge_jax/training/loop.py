@@ -27,7 +27,7 @@ from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.training import hardware
 from tokenbridge_jax.training.checkpoints import Checkpoints
-from tokenbridge_jax.training.metrics import MetricWriter
+from tokenbridge_jax.training.metrics import MetricWriter, read_metrics
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import TrainState, abstract_state, create_state
 from tokenbridge_jax.training.step import Task, make_train_step
@@ -67,8 +67,9 @@ class Run:
       name: stands before the progress line.
       directory: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
       task: what is trained.
-      section: `config.training` or `config.vae_training`: batch_size, learning rate and lengths
-        (see `OptimizerConfig`), ema_decay, accumulation, log_every, checkpoint_every, keep.
+      section: batch_size, learning rate and lengths (see `OptimizerConfig`), ema_decay,
+        accumulation, log_every, checkpoint_every, keep; `settings.check_training` has seen it.
+      section_name: "training" or "vae_training", for messages.
       seed: of parameters, examples' choices and dropout.
       steps_per_epoch: updates in one pass over the data.
       batches: number of updates done -> iterator over this process's share of the batches that
@@ -85,6 +86,7 @@ class Run:
     directory: epath.Path
     task: Task
     section: Any
+    section_name: str
     seed: int
     steps_per_epoch: int
     batches: Callable[[int], Iterator[Any]]
@@ -98,7 +100,7 @@ class Run:
     @property
     def optimizer_config(self) -> OptimizerConfig:
         """The optimizer's settings, lengths in updates."""
-        return OptimizerConfig.from_section(self.section, self.steps_per_epoch)
+        return OptimizerConfig.from_section(self.section, self.steps_per_epoch, self.section_name)
 
     @property
     def total_steps(self) -> int:
@@ -116,11 +118,9 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
     Raises:
       Interrupted: told to stop; the state is saved.
       UserError: a loss was not finite (nothing after the last good checkpoint is kept), the disk is
-        full, or the checkpoints belong to another run.
+        full, the checkpoints belong to another run, or they are gone while their metrics are not.
     """
     section, total = run.section, run.total_steps
-    accumulation = section.get("accumulation", 1)
-    _check_section(section, accumulation, mesh)
     optimizer, schedule = make_optimizer(run.optimizer_config)
     abstract = abstract_state(run.task.init, optimizer, mesh)
 
@@ -129,18 +129,22 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
         checkpoints = Checkpoints(run.directory / "checkpoints", section.get("keep", 2))
         stack.callback(checkpoints.close)
         start = checkpoints.latest or 0
+        for step in checkpoints.incomplete:
+            say(f"{run.name}: checkpoint {step} is incomplete: going on from {start}")
         if start:
             _check_same_run(checkpoints.run_record(start), run, checkpoints.directory)
             state = checkpoints.restore(abstract, start)
-            _say(f"{run.name}: goes on from step {start} of {total} ({checkpoints.directory})")
+            say(f"{run.name}: goes on from step {start} of {total} ({checkpoints.directory})")
         else:
+            _check_nothing_lost(run, checkpoints)
             state = create_state(run.task.init, optimizer, abstract, run.seed)
         if start >= total:
-            _say(f"{run.name}: all {total} steps are done; nothing left to train")
+            say(f"{run.name}: all {total} steps are done; nothing left to train")
             return state
         batches = run.batches(start)
         run.begin()
-        _say(parameter_overview.get_parameter_overview(state.params, include_stats="sharding"))
+        checkpoints.open()
+        say(parameter_overview.get_parameter_overview(state.params, include_stats="sharding"))
 
         writer = MetricWriter(run.directory, start)
         stack.callback(writer.close)
@@ -152,7 +156,7 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
             mesh,
             seed=run.seed,
             ema_decay=section.ema_decay,
-            accumulation=accumulation,
+            accumulation=section.get("accumulation", 1),
         )
         interrupt = stack.enter_context(_Interrupt())
         report = _Report(run, writer, checkpoints)
@@ -170,14 +174,15 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
             save = stop or step == total or step % section.checkpoint_every == 0
             if hooks or save:
                 report.check()
-                for hook in hooks:
-                    report.add(hook.run(state, step, writer))
-                report.settle()
-            if save:
-                checkpoints.save(state, step, dict(run.fields))
+                with report.pause():
+                    for hook in hooks:
+                        report.add(hook.run(state, step, writer))
+                    report.settle()
+                    if save:
+                        checkpoints.save(state, step, dict(run.fields))
             if stop:
                 checkpoints.wait()
-                _say(f"{run.name}: stopped and saved at step {step}; the same command goes on")
+                say(f"{run.name}: stopped and saved at step {step}; the same command goes on")
                 raise Interrupted
         checkpoints.wait()
         return state
@@ -198,7 +203,7 @@ class _Report:
         self._seen = 0.0
         peak, source = hardware.peak_flops(jax.local_devices()[0])
         self._peak = peak * jax.device_count()
-        _say(f"{run.name}: peak {self._peak / 1e12:.3g} TFLOP/s ({source}) x {jax.device_count()}")
+        say(f"{run.name}: peak {self._peak / 1e12:.3g} TFLOP/s ({source}) x {jax.device_count()}")
 
     def expect(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of an update that may still be running."""
@@ -232,9 +237,17 @@ class _Report:
         is_due = self._step % self._run.section.log_every == 0 or self._has_hooks or at_end
         if self._metrics is not None and is_due:
             self._writer.write(self._step, self._values | self._speed())
-            # From now on: what hooks took is no part of the training speed.
-            self._since = (self._step, time.perf_counter())
+            self._since = (self._step, self._seen)
         self._metrics, self._values = None, {}
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens within, after `check`, is no part of the training speed."""
+        start = time.perf_counter()
+        yield
+        if self._since is not None:
+            step, since = self._since
+            self._since = step, since + time.perf_counter() - start
 
     def close(self) -> None:
         """Ends the progress line."""
@@ -253,7 +266,7 @@ class _Report:
             )
             self._since = (self._step, self._seen)
             return
-        share = self._progress.rate * self._run.flops_per_image / self._peak
+        share = self._speed()["share_of_peak"]
         self._progress.update(1, loss=self._values["loss"], peak=f"{share:.1%}")
 
     def _speed(self) -> dict[str, float]:
@@ -328,17 +341,15 @@ def flat_fields(config: Any, sections: Sequence[str]) -> dict[str, Any]:
     return json.loads(json.dumps(flat))
 
 
-def _check_section(section: Any, accumulation: int, mesh: Mesh) -> None:
-    for name in ("batch_size", "log_every", "checkpoint_every"):
-        if section[name] < 1:
-            raise UserError(f"{name} is {section[name]}; it must be at least 1")
-    if accumulation < 1:
-        raise UserError(f"accumulation is {accumulation}; it must be at least 1")
-    parts = accumulation * parallel.batch_shards(mesh)
-    if section.batch_size % parts:
+def _check_nothing_lost(run: Run, checkpoints: Checkpoints) -> None:
+    """Refuses to begin anew, and to wipe its metrics, where a run has been whose checkpoints are
+    gone; what was killed before its first checkpoint may begin anew."""
+    metrics = run.directory / "metrics.jsonl"
+    rows = read_metrics(metrics) if metrics.exists() else []
+    if rows and rows[-1]["step"] > run.section.checkpoint_every:
         raise UserError(
-            f"batch_size {section.batch_size} does not divide into {accumulation} micro-batches "
-            f"over {parallel.batch_shards(mesh)} batch shards; make it a multiple of {parts}"
+            f"{metrics} goes to step {rows[-1]['step']} but {checkpoints.directory} has no "
+            f"complete checkpoint; put it back, use another --workdir, or remove {metrics}"
         )
 
 
@@ -356,9 +367,10 @@ def _check_same_run(stored: Mapping[str, Any], run: Run, directory: epath.Path) 
             "set it back or use another --workdir"
         )
     for line in told:
-        _say(f"{run.name}: note: {line}")
+        say(f"{run.name}: note: {line}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a line for the user, once whatever the number of processes."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)

@@ -7,8 +7,8 @@ The number is drawn on the host, since it decides shapes: under jit a batch with
 is computed with M >= h *hidden slots* (the head's rows) and S >= L - h *visible slots* (the
 encoder's), where h itself is traced. M is h rounded up to a multiple of `hidden_bucket`, and S is
 what the smallest h of that bucket needs, so every bucket is one compiled program. A small bucket
-compiles more programs, a large one computes more padding. With L = 256, in the expectation over
-the draw (`BucketCost`, exact):
+compiles more programs, a large one computes more padding. With L = 256, in the exact expectation
+over the draw:
 
   hidden_bucket   programs   unused hidden slots   unused visible slots, with the 64 class tokens
         1            77            0.0 %                  0.0 %
@@ -48,21 +48,6 @@ class MaskDraw:
 
 
 @dataclasses.dataclass(frozen=True)
-class BucketCost:
-    """What rounding up to buckets costs, in the expectation over the draw.
-
-    Attributes:
-      programs: how often the step is compiled.
-      hidden_padding: share of the hidden slots that hold no hidden position.
-      visible_padding: share of the encoder's slots, class tokens included, that hold nothing.
-    """
-
-    programs: int
-    hidden_padding: float
-    visible_padding: float
-
-
-@dataclasses.dataclass(frozen=True)
 class MaskSampler:
     """Draws the number of hidden positions of every step.
 
@@ -82,11 +67,9 @@ class MaskSampler:
 
     def __post_init__(self):
         if not 0 < self.minimum < 1:
-            raise UserError(f"mask_min is {self.minimum}; it must lie between 0 and 1")
+            raise UserError(f"model.mask_min is {self.minimum}; it must lie between 0 and 1")
         if self.std <= 0:
-            raise UserError(f"mask_std is {self.std}; it must be above 0")
-        if self.bucket < 1:
-            raise UserError(f"hidden_bucket is {self.bucket}; it must be at least 1")
+            raise UserError(f"model.mask_std is {self.std}; it must be above 0")
 
     @property
     def fewest_hidden(self) -> int:
@@ -120,19 +103,6 @@ class MaskSampler:
         low, high = self._cdf(self.minimum), self._cdf(1.0)
         masses = (self._cdf(upper) - self._cdf(lower)) / (high - low)
         return {int(count): float(mass) for count, mass in zip(counts, masses, strict=True)}
-
-    def cost(self, class_tokens: int) -> BucketCost:
-        """The exact expected padding; `class_tokens` stand in the encoder beside the visible."""
-        used = slots = used_visible = slots_visible = 0.0
-        programs = set()
-        for num_hidden, probability in self.probabilities().items():
-            draw = self.slots(num_hidden)
-            programs.add((draw.hidden_slots, draw.visible_slots))
-            used += probability * num_hidden
-            slots += probability * draw.hidden_slots
-            used_visible += probability * (class_tokens + self.positions - num_hidden)
-            slots_visible += probability * (class_tokens + draw.visible_slots)
-        return BucketCost(len(programs), 1 - used / slots, 1 - used_visible / slots_visible)
 
     def _cdf(self, ratio: Any) -> Any:
         return special.ndtr((ratio - self.mean) / self.std)

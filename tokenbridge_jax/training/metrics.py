@@ -30,12 +30,15 @@ class MetricWriter:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_steps_after(self._path, start_step)
-        self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(
-            str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1
-        )
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_steps_after(self._path, start_step)
+            self._file = self._path.open("a")
+            self._tensorboard = SummaryWriter(
+                str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1
+            )
+        except OSError as error:
+            raise io.write_error(self._path.parent, error) from error
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Appends `{"step": step, **values}` and flushes it.

@@ -134,9 +134,11 @@ def make_validation(
 
     def validate(params: Any, batches: Iterable[Batch]) -> float:
         sums: list[jax.Array] = []
-        count, first = jax.process_count(), jax.process_index()
+        first = 0
         for local in batches:
-            numbers = first + count * np.arange(len(local["labels"]), dtype=np.int32)
+            share = len(local["labels"])
+            start = first + jax.process_index() * share
+            numbers = np.arange(start, start + share, dtype=np.int32)
             batch = parallel.to_global({**local, "numbers": numbers}, mesh)
             sums += [batch_nll(params, batch, draw) for draw in draws]
             first += len(batch["labels"])

@@ -45,25 +45,15 @@ class OptimizerConfig:
     weight_decay: float = 0.02
     clip: float = 1.0
 
-    def __post_init__(self):
-        if self.schedule not in ("cosine", "constant"):
-            raise UserError(f"schedule is '{self.schedule}'; choose 'cosine' or 'constant'")
-        if self.total_steps < 1:
-            raise UserError(f"the run has {self.total_steps} steps; set steps or epochs above 0")
-        if not 0 <= self.warmup_steps <= self.total_steps:
-            raise UserError(
-                f"warm-up of {self.warmup_steps} steps does not fit a run of {self.total_steps}; "
-                "shorten it (warmup_steps, warmup_epochs)"
-            )
-
     @classmethod
-    def from_section(cls, section: Any, steps_per_epoch: int) -> "OptimizerConfig":
+    def from_section(cls, section: Any, steps_per_epoch: int, name: str) -> "OptimizerConfig":
         """Reads `config.training` or `config.vae_training`; what a section leaves out is default.
 
-        Lengths are given as `steps` or `epochs`, `warmup_steps` or `warmup_epochs`.
+        Lengths are given as `steps` or `epochs`, `warmup_steps` or `warmup_epochs`; steps win.
+        `name` is the section's, for messages.
 
         Raises:
-          UserError: a length is given twice or not at all, or a value makes no sense.
+          UserError: a length is not given, or makes no sense.
         """
         given: dict[str, Any] = {
             # A whole number may stand for a float.
@@ -71,26 +61,28 @@ class OptimizerConfig:
             for field in dataclasses.fields(cls)
             if field.type in (float, str) and section.get(field.name) is not None
         }
-        return cls(
-            total_steps=_length(section, "steps", "epochs", steps_per_epoch, default=None),
-            warmup_steps=_length(section, "warmup_steps", "warmup_epochs", steps_per_epoch, 0),
-            **given,
-        )
+        total = _length(section, "steps", "epochs", steps_per_epoch)
+        warmup = _length(section, "warmup_steps", "warmup_epochs", steps_per_epoch) or 0
+        if total is None:
+            raise UserError(f"neither {name}.steps nor {name}.epochs is set")
+        if total < 1:
+            raise UserError(
+                f"the run has {total} steps; set {name}.steps or {name}.epochs higher, "
+                f"or {name}.batch_size lower"
+            )
+        if not 0 <= warmup <= total:
+            raise UserError(
+                f"warm-up of {warmup} steps does not fit a run of {total}; "
+                f"change {name}.warmup_steps or {name}.warmup_epochs"
+            )
+        return cls(total_steps=total, warmup_steps=warmup, **given)
 
 
-def _length(
-    section: Any, steps: str, epochs: str, steps_per_epoch: int, default: int | None
-) -> int:
+def _length(section: Any, steps: str, epochs: str, steps_per_epoch: int) -> int | None:
     in_steps, in_epochs = section.get(steps), section.get(epochs)
-    if in_steps is not None and in_epochs is not None:
-        raise UserError(f"both {steps} and {epochs} are set; keep one (set the other to None)")
     if in_steps is not None:
         return int(in_steps)
-    if in_epochs is not None:
-        return round(in_epochs * steps_per_epoch)
-    if default is None:
-        raise UserError(f"neither {steps} nor {epochs} is set")
-    return default
+    return None if in_epochs is None else round(in_epochs * steps_per_epoch)
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -138,11 +130,11 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The gradient transformation of one update, and its learning rate schedule."""
     schedule = learning_rate_schedule(config)
-    transforms = [
+    optimizer = optax.chain(
+        # What does not clip keeps the slot: the state of a run may change its clip.
+        clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=ADAM_EPS),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
-    ]
-    if config.clip:
-        transforms.insert(0, clip_by_global_norm(config.clip))
-    return optax.chain(*transforms), schedule
+    )
+    return optimizer, schedule

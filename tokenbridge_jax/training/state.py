@@ -94,7 +94,7 @@ def _initial_state(
     init: InitFunction, optimizer: optax.GradientTransformation
 ) -> Callable[[jax.Array], TrainState]:
     def initial_state(key: jax.Array) -> TrainState:
-        params = _unbox(init(key))
+        params = nn.unbox(init(key))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -104,12 +104,3 @@ def _initial_state(
         )
 
     return initial_state
-
-
-def _unbox(params: Any) -> Any:
-    """Strips the boxes, without `nn.unbox`'s constraint: it fails where a size does not divide."""
-    return jax.tree.map(
-        lambda leaf: leaf.value if isinstance(leaf, nn.Partitioned) else leaf,
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-    )

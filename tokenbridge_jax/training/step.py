@@ -93,7 +93,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = jax.tree.map(
-            lambda average, new: ema_decay * average + (1 - ema_decay) * new,
+            # Not d * average + (1 - d) * new: in float32 the two factors do not add up to 1.
+            lambda average, new: average + (1 - ema_decay) * (new - average),
             state.ema_params,
             params,
         )
