@@ -8,8 +8,9 @@
 The recipe is the paper's (v3, appendix): batch 2048, 800 epochs of which 200 warm-up, AdamW with
 peak learning rate 4e-4 and cosine decay, bfloat16, EMA 0.9999.
 
-`WORKDIR/autoencoder` must hold an autoencoder: KL-16's own weights, or one trained on your images
-with `tokenbridge train-vae`.
+`WORKDIR/autoencoder` must hold an autoencoder: `tokenbridge train-vae` with the same flags as
+`tokenize` trains one on your images; its channels have an order of their own, so tokenize with
+`--config.quantizer.channel_order=frequency`. (KL-16's published weights cannot be imported yet.)
 
 Published results of these sizes (FID / IS, 256 steps, linear guidance): L 1.76 / 294.8 at guidance
 3.1 and temperature 0.97; H 1.55 / 313.3 at 3.45 and 0.91. Published cost of L: about 6000 A100
@@ -73,7 +74,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             beta2=0.95,
             weight_decay=0.0,
             clip=1.0,
-            kl_weight=1e-3,
+            kl_weight=1e-6,  # as KL-16
             reconstruction="l1",
             ema_decay=0.999,
             accumulation=1,
@@ -88,7 +89,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.tokenize = ConfigDict(
         dict(
-            batch_size=64,
+            batch_size=32,
             posterior_samples=1,
             records_per_shard=4096,
             validation_fraction=0.01,
