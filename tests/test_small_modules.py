@@ -2,8 +2,10 @@
 
 import errno
 import os
+import re
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,3 +252,15 @@ def test_png_holds_the_exact_pixels(tmp_path, channels: int, mode: str):
     with Image.open(tmp_path / "new" / "x.png") as read:
         assert (read.format, read.mode) == ("PNG", mode)
         np.testing.assert_array_equal(np.asarray(read).reshape(image.shape), image)
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+
+def test_the_readme_shows_a_picture_that_is_there():
+    root = Path(__file__).parent.parent
+    text = (root / "README.md").read_text()
+    assert "@@" not in text
+    pictures_shown = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert pictures_shown
+    assert all((root / name).is_file() for name in pictures_shown)
