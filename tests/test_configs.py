@@ -67,8 +67,8 @@ def test_every_config_makes_everything_it_describes(name, arg):
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
     if (name, arg) in PARAMETERS:
         assert parameters == PARAMETERS[name, arg]
-    for section in (config.vae_training, config.training):
-        recipe = OptimizerConfig.from_section(section, steps_per_epoch=625)
+    for section in ("vae_training", "training"):
+        recipe = OptimizerConfig.from_section(config[section], 625, section)
         assert recipe.warmup_steps < recipe.total_steps
     sampling = dict(config.sampling)
     assert sampling.pop("batch_size") > 0
@@ -77,7 +77,7 @@ def test_every_config_makes_everything_it_describes(name, arg):
 
 def test_the_paper_trains_for_800_epochs():
     section = load("imagenet256").get_config().training
-    recipe = OptimizerConfig.from_section(section, steps_per_epoch=1_281_167 // 2048)
+    recipe = OptimizerConfig.from_section(section, 1_281_167 // 2048, "training")
     assert (recipe.total_steps, recipe.warmup_steps) == (500_000, 125_000)
 
 
