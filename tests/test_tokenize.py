@@ -456,12 +456,12 @@ def test_two_processes_share_the_work(workdir, images, finished):
 
 def test_where_one_process_fails_all_stop(workdir, images, tmp_path):
     printed = run_two(images, [workdir, tmp_path / "nowhere"])
-    assert printed[0][-1].startswith("process 1 of this job failed")
-    assert printed[1][-1].startswith("there is no autoencoder in")
+    # The libraries may print lines of their own before or after.
+    assert any(line.startswith("process 1 of this job failed") for line in printed[0])
+    assert any(line.startswith("there is no autoencoder in") for line in printed[1])
     assert not (workdir / "tokens").exists()
 
 
-@pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 def test_command(workdir, images, tmp_path, capsys):
     config = make_config(images)
     for section in runner.SECTIONS:

@@ -21,8 +21,6 @@ from tokenbridge_jax.training import checkpoints
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
 from tokenbridge_jax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-
 STEPS = 6
 FLAGS = {
     "data.num_classes": 3,

@@ -30,7 +30,6 @@ from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
 from tokenbridge_jax.training.metrics import read_metrics
 
 # What ml_collections does to load a config file.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 TINY = AutoencoderConfig(
     image_size=8,
