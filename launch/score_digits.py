@@ -49,6 +49,7 @@ def main() -> None:
         "reconstructed from indices": classifier.score(_features(quantized), held_out.labels),
         "sampled": classifier.score(_features(samples["arr_0"]), samples["labels"]),
     }
+    print(f"  {len(samples['labels'])} samples, {len(real)} real held-out digits:")
     for name, accuracy in accuracies.items():
         print(f"  {name:28}{accuracy:.1%} in the right class")
     print(f"  look at {args.workdir / 'samples'}/grid.png and reconstruction.png")

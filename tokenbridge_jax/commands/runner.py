@@ -166,6 +166,8 @@ def _mistakes_in_config() -> Iterator[None]:
         raise UserError(f"the config has no such key: {' '.join(str(reason).split())}") from error
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if isinstance(error, OSError):
+            raise UserError(f"cannot load the config file ({lines[-1]}); check --config") from error
         raise UserError(lines[-1] if lines else repr(error)) from error
 
 
