@@ -155,6 +155,15 @@ def logical_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(sharding, nn.unbox(boxed), specs)
 
 
+def abstract_arrays(boxed: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of boxed abstract parameters on a mesh, without the boxes."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        logical_shardings(boxed, mesh),
+    )
+
+
 def _axis_size(mesh: Mesh, name: str | tuple[str, ...]) -> int:
     return math.prod(mesh.shape[n] for n in ((name,) if isinstance(name, str) else name))
 

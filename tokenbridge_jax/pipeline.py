@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
@@ -292,8 +291,4 @@ class Pipeline:
 def abstract_sharded_params(config: TokenBridgeConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the model's parameters on a mesh."""
     boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        parallel.logical_shardings(boxed, mesh),
-    )
+    return parallel.abstract_arrays(boxed, mesh)

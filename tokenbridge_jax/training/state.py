@@ -40,7 +40,7 @@ def abstract_state(
     """Shapes, dtypes and shardings of a training state, without making one.
 
     The EMA and the optimizer's moments lie like the parameters they belong to; counters are
-    replicated. Call it outside `parallel.use_mesh`, where boxed shapes cannot be unboxed.
+    replicated.
 
     Args:
       init: makes the boxed parameters.
@@ -50,8 +50,8 @@ def abstract_state(
     Returns:
       A TrainState of `jax.ShapeDtypeStruct`, each with its sharding.
     """
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    shardings = parallel.logical_shardings(boxed, mesh)
+    params = parallel.abstract_arrays(jax.eval_shape(init, jax.random.key(0)), mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     shapes = jax.eval_shape(_initial_state(init, optimizer), jax.random.key(0))
     replicated = parallel.replicated(mesh)
 
@@ -60,8 +60,8 @@ def abstract_state(
 
     return TrainState(
         step=place(shapes.step),
-        params=jax.tree.map(place, shapes.params, shardings),
-        ema_params=jax.tree.map(place, shapes.ema_params, shardings),
+        params=params,
+        ema_params=params,
         opt_state=optax.tree_map_params(
             optimizer, place, shapes.opt_state, shardings, transform_non_params=place
         ),
