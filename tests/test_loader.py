@@ -49,6 +49,21 @@ def test_batches_hold_the_records(folder):
         assert [image % 3 for image in images_of(batch, names)] == batch["labels"].tolist()
 
 
+def test_batches_are_what_their_definition_says(many_views):
+    """Element by element: the order of its epoch, the view of its row, the record of its number."""
+    seed, batch_size, count = 7, 8, 20
+    records = random_records(make_info(levels=300, flips=True, samples=2), range(count))
+    loader = make_loader(many_views, batch_size, seed)
+    for step, batch in enumerate(itertools.islice(loader, 6)):
+        views = np.random.default_rng((seed, 1, step)).integers(4, size=batch_size)
+        for row in range(batch_size):
+            epoch, place = divmod(step * batch_size + row, count)
+            order = np.random.default_rng((seed, 0, epoch)).permutation(count)
+            record = records[order[place]]
+            assert np.array_equal(batch["indices"][row], record["indices"][views[row]])
+            assert batch["labels"][row] == record["label"]
+
+
 def test_every_epoch_holds_every_image_once(folder):
     names = numbered(make_info(), 23)
     loader = make_loader(folder, 5, seed=3)
@@ -87,8 +102,9 @@ def test_shares_of_processes_make_up_the_batches_of_one(folder, many_views, kind
 
 
 def test_resumed_loader_goes_on_exactly(many_views):
-    whole = list(itertools.islice(make_loader(many_views, 6, seed=2), 12))
-    for step in (0, 1, 7):
+    """Step 3 goes over the border of the epoch of 20, step 10 begins with an epoch."""
+    whole = list(itertools.islice(make_loader(many_views, 6, seed=2), 14))
+    for step in (0, 1, 3, 4, 10):
         resumed = make_loader(many_views, 6, seed=2, start_step=step)
         for expected, batch in zip(whole[step:], resumed, strict=False):
             assert np.array_equal(expected["indices"], batch["indices"])
@@ -156,6 +172,24 @@ def test_damaged_shard_is_named(tmp_path):
     loader = make_loader(tmp_path, 10, 0)
     with pytest.raises(UserError, match=r"train-00001-of-00002\.array_record is damaged"):
         list(itertools.islice(loader, 2))
+
+
+@pytest.mark.parametrize("damage", ["footer", "fewer"])
+def test_shard_that_does_not_list_its_records_is_named(tmp_path, damage):
+    """The length of the file is right, but its list of records is broken or another's."""
+    write_tokens(tmp_path, {"train": [10]})
+    path = tmp_path / "train-00000-of-00001.array_record"
+    size = path.stat().st_size
+    if damage == "footer":
+        path.write_bytes(bytes(size))
+    else:
+        write_tokens(tmp_path / "other", {"train": [4]})
+        path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+        assert path.stat().st_size == size  # Small shards are filled up to one block.
+    with pytest.raises(
+        UserError, match=r"train-00000-of-00001\.array_record is damaged \(it lists"
+    ):
+        next(make_loader(tmp_path, 5, 0))
 
 
 def test_shard_of_other_records_is_named(tmp_path):

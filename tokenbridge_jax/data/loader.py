@@ -1,25 +1,25 @@
 """Batches from token shards, and batches of pictures for training an autoencoder.
 
-The order of the pipelines is seed, shuffle, repeat, random view, batch. Element k of the endless
-shuffled stream is then a function of the seed alone, and global batch s holds elements
-`s B .. (s+1) B - 1`, of which process p of n reads the p-th n-th, a contiguous piece: put together
-in the order of the processes, as JAX does, batches are the same on any number of them. The step
-number is the whole state of the iterator, and a run resumes exactly, elsewhere too. Every epoch has
-its own order and holds every image once; a batch may begin in one epoch and end in the next.
+Training reads an endless stream: epoch after epoch, each in its own order and with every image
+once. Global batch s holds elements `s B .. (s+1) B - 1` of it, so a batch may begin in one epoch
+and end in the next, and process p of n reads the p-th n-th of them, a contiguous piece: put
+together in the order of the processes, as JAX does, batches are the same on any number of them.
+The order is a function of the seed and the epoch, the choice among an image's views of the seed and
+the step. The step number is thus the whole state of the iterator, and a run resumes exactly,
+elsewhere too.
 """
 
-import bisect
-import itertools
+import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordReader
+from jaxtyping import Int64, Shaped
 
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.images import ImageError
@@ -29,38 +29,65 @@ from tokenbridge_jax.errors import UserError
 
 # Threads wait for the disk, not for Python; a buffer counts batches.
 _READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
+# What a seed's generators draw.
+_ORDER, _CHOICES = 0, 1
 
 
 class TokenRecords:
-    """The records of a split by number, as numpy structured scalars (see `shards.py`).
+    """The records of a split by number, as a numpy structured array (see `shards.py`).
 
     Raises:
       UserError: the split is unknown, or a shard is missing or damaged; the message names it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], info: DatasetInfo, split: str):
-        files = shards.shard_files(folder, info, split)
-        # Shards without records (all their pictures were broken) have nothing to open.
-        self._files = [(path, records) for path, records in files if records]
-        self._ends = list(itertools.accumulate(records for _, records in self._files))
+        self._files = shards.shard_files(folder, info, split)
+        sizes = np.array([records for _, records in self._files], np.int64)
+        self._ends = np.cumsum(sizes)
+        self._starts = self._ends - sizes
         self._dtype = info.record
-        # With their ranges given, files are opened only when read.
-        paths = [f"{path}[0:{records}]" for path, records in self._files]
-        self._source = ArrayRecordDataSource(paths) if paths else None
+        self._readers: list[ArrayRecordReader | None] = [None] * len(self._files)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, i: int) -> np.void:
+    def read(self, numbers: Int64[np.ndarray, " B"]) -> Shaped[np.ndarray, " B"]:
+        """The records of these numbers, in this order.
+
+        Raises:
+          UserError: a shard is damaged or of another dataset; the message names it.
+        """
+        shard = np.searchsorted(self._ends, numbers, side="right")
+        place = numbers - self._starts[shard]
+        data = map(self._read, shard.tolist(), place.tolist())
+        return np.frombuffer(b"".join(data), self._dtype)
+
+    def _read(self, shard: int, place: int) -> bytes:
+        path, _ = self._files[shard]
         try:
-            data = self._source[i]  # type: ignore[index]
+            reader = self._readers[shard] or self._open(shard)
+            # A range of one: a list of places costs several times as much, for it goes through the
+            # reader's thread pool and a table of all the shard's records.
+            (record,) = reader.read(place, place + 1)
         except RuntimeError as error:
-            path = self._files[bisect.bisect_right(self._ends, i)][0]
             raise shards.damaged(path, f"is damaged ({str(error).split(';')[0]})") from error
-        if len(data) != self._dtype.itemsize:
-            path = self._files[bisect.bisect_right(self._ends, i)][0]
+        if len(record) != self._dtype.itemsize:
             raise shards.damaged(path, "holds records of another size than dataset.json says")
-        return np.frombuffer(data, self._dtype)[0]
+        return record
+
+    def _open(self, shard: int) -> ArrayRecordReader:
+        """Opens a shard when it is first read, for all threads."""
+        path, records = self._files[shard]
+        # With a buffer smaller than a record, no more than the record is read from the file.
+        reader = ArrayRecordReader(
+            str(path), "readahead_buffer_size:0", file_reader_buffer_size=1024
+        )
+        if reader.num_records() != records:
+            raise shards.damaged(
+                path, f"is damaged (it lists {reader.num_records()} records, not {records})"
+            )
+        self._readers[shard] = reader
+        return reader
 
 
 def make_loader(
@@ -100,12 +127,15 @@ def make_loader(
             f"{len(records)}; use a smaller batch or more images"
         )
 
-    def pick_view(record: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        view = rng.integers(info.views) if info.views > 1 else 0
-        return {"indices": record["indices"][view], "labels": record["label"]}
+    def read(numbers: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
+        chosen = records.read(numbers)
+        return {
+            "indices": chosen["indices"][np.arange(len(chosen)), views],
+            "labels": chosen["label"].astype(np.int32),
+        }
 
-    stream = grain.MapDataset.source(records).seed(seed).shuffle().repeat().random_map(pick_view)
-    return _batches(stream, batch_size, start_step, process_index, process_count)
+    rows = _share(batch_size, process_index, process_count)
+    return _shuffled(read, len(records), info.views, batch_size, rows, seed, start_step)
 
 
 def validation_batches(
@@ -129,16 +159,16 @@ def validation_batches(
     """
     info = shards.read_info(folder)
     records = TokenRecords(folder, info, split)
-    share = _share(batch_size, process_index, process_count)
+    rows = _share(batch_size, process_index, process_count)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for start in range(0, len(records), batch_size):
-            numbers = [start + row for row in share]
-            chosen = [records[min(i, len(records) - 1)] for i in numbers]
+            numbers = start + rows
+            chosen = records.read(np.minimum(numbers, len(records) - 1))
             yield {
-                "indices": np.stack([record["indices"][0] for record in chosen]),
-                "labels": np.array([record["label"] for record in chosen], np.int32),
-                "weights": np.array([i < len(records) for i in numbers], np.float32),
+                "indices": chosen["indices"][:, 0].copy(),
+                "labels": chosen["label"].astype(np.int32),
+                "weights": (numbers < len(records)).astype(np.float32),
             }
 
     return batches()
@@ -181,61 +211,71 @@ def make_image_loader(
         )
     pictures = _Pictures(source, chosen, image_size, image_channels)
 
-    def mirror(element: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        if flip and rng.integers(2):
-            element = {**element, "images": element["images"][:, ::-1]}
-        return element
+    def read(numbers: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
+        loaded, labels = zip(*map(pictures.load, numbers.tolist()), strict=True)
+        images = np.stack(loaded)
+        images[mirrored == 1] = images[mirrored == 1, :, ::-1]
+        return {"images": images, "labels": np.array(labels, np.int32)}
 
-    stream = grain.MapDataset.source(pictures).seed(seed).shuffle().repeat().random_map(mirror)
-    return _batches(stream, batch_size, start_step, process_index, process_count)
+    rows = _share(batch_size, process_index, process_count)
+    return _shuffled(read, len(chosen), 2 if flip else 1, batch_size, rows, seed, start_step)
 
 
 class _Pictures:
-    """Prepared pictures by number, broken ones replaced by the next that is not."""
+    """Prepared pictures with labels, by number, broken ones replaced by the next that is not."""
 
     def __init__(self, source: Source, chosen: np.ndarray, size: int, channels: int):
         self._source, self._chosen, self._size, self._channels = source, chosen, size, channels
         self._named: set[int] = set()
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        for step in range(len(self)):
-            picture = int(self._chosen[(i + step) % len(self)])
+    def load(self, i: int) -> tuple[np.ndarray, int]:
+        for step in range(len(self._chosen)):
+            picture = int(self._chosen[(i + step) % len(self._chosen)])
             try:
-                image, label = load_prepared(self._source, picture, self._size, self._channels)
+                return load_prepared(self._source, picture, self._size, self._channels)
             except ImageError as error:
                 with self._lock:
                     if picture not in self._named:
                         print(f"broken image left out: {error}", file=sys.stderr)
                     self._named.add(picture)
-            else:
-                return {"images": image, "labels": np.int32(label)}  # type: ignore[dict-item]
         raise UserError("none of the images can be read")
 
 
-def _batches(
-    stream: grain.MapDataset,
+def _shuffled(
+    read: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
+    elements: int,
+    choices: int,
     batch_size: int,
+    rows: np.ndarray,
+    seed: int,
     start_step: int,
-    process_index: int | None,
-    process_count: int | None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    share = _share(batch_size, process_index, process_count)
+    """The stream that the module describes, over the numbers below `elements`.
 
-    def read(step: int) -> dict[str, np.ndarray]:
-        elements = [stream[step * batch_size + row] for row in share]
-        return {name: np.stack([x[name] for x in elements]) for name in elements[0]}
+    Args:
+      read: makes the batch of these numbers with, for each, one of `choices` variants; both `[B]`.
+      rows: of every global batch that are this process's.
+    """
 
-    batches = grain.MapDataset.range(len(stream) // batch_size).map(read)
+    # The batches in work touch two epochs, more only if epochs are short: then orders are cheap.
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, _ORDER, epoch)).permutation(elements)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        epochs, places = np.divmod(step * batch_size + rows, elements)
+        numbers = [order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+        rng = np.random.default_rng((seed, _CHOICES, step))
+        return read(np.concatenate(numbers), rng.integers(choices, size=batch_size)[rows])
+
+    batches = grain.MapDataset.range(sys.maxsize // batch_size).map(batch)
     iterator = iter(batches.to_iter_dataset(_READ_OPTIONS))
     iterator.set_state({"next_index": start_step})
     return iterator
 
 
-def _share(batch_size: int, process_index: int | None, process_count: int | None) -> range:
+def _share(batch_size: int, process_index: int | None, process_count: int | None) -> np.ndarray:
     """The rows of every global batch that are this process's."""
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
@@ -244,4 +284,4 @@ def _share(batch_size: int, process_index: int | None, process_count: int | None
             f"a batch of {batch_size} does not divide over {count} processes; use a multiple"
         )
     size = batch_size // count
-    return range(index * size, (index + 1) * size)
+    return np.arange(index * size, (index + 1) * size)
