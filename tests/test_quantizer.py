@@ -128,7 +128,7 @@ def test_clipped_flags():
 
 
 def test_no_array_of_distances():
-    quantizer, x = Quantizer.gaussian(4096), jnp.zeros((4, 1024))
+    quantizer, x = Quantizer.gaussian(4096), jnp.zeros((4, 8192))
     lowered = jax.jit(quantizer.quantize).lower(x)
     shapes = re.findall(r"tensor<([\dx]+)x\w+>", lowered.as_text())
     compiled = lowered.compile()
