@@ -15,6 +15,7 @@ from goldens_autoencoder import read_autoencoder_golden
 from tokenbridge_jax.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
+    GroupNorm,
     Posterior,
     abstract_params,
     autoencoder_hash,
@@ -162,6 +163,32 @@ def test_bfloat16_agrees_to_its_accuracy():
     error = np.abs(np.asarray(posterior.mean) - expected)
     assert 1e-5 < error.max() / np.abs(expected).max() < 0.05
     assert np.sqrt(np.mean(error**2)) / np.std(expected) < 0.02
+
+
+def test_group_normalisation():
+    rng = np.random.default_rng(0)
+    # A mean of a thousand standard deviations, and channels that differ within a group.
+    x = rng.normal(size=(2, 9, 16, 64)) + 1000.0 + rng.normal(size=64)
+    x = np.asarray(x, np.float32)
+    params = {name: rng.normal(size=64).astype(np.float32) for name in ("scale", "bias")}
+    grouped = x.astype(np.float64).reshape(2, 9, 16, 32, 2)
+    centred = grouped - grouped.mean(axis=(1, 2, 4), keepdims=True)
+    variance = np.square(centred).mean(axis=(1, 2, 4), keepdims=True)
+    expected = (centred / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    expected = expected * params["scale"] + params["bias"]
+    found = jax.jit(GroupNorm().apply)({"params": params}, x)
+    np.testing.assert_allclose(found, expected, atol=1000 * 2**-20)
+
+    def gradient(module, x):
+        """Of a sum with different weights everywhere."""
+        weights = jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
+        return jax.grad(lambda x: jnp.sum(weights * module.apply({"params": params}, x)))(x)
+
+    x = jnp.asarray(x) - 1000
+    library = nn.GroupNorm(32, epsilon=1e-6, use_fast_variance=False)
+    with jax.numpy_rank_promotion("allow"):
+        theirs = jax.jit(lambda x: gradient(library, x))(x)
+    np.testing.assert_allclose(jax.jit(lambda x: gradient(GroupNorm(), x))(x), theirs, atol=1e-5)
 
 
 def test_posterior():

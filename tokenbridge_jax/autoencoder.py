@@ -158,11 +158,36 @@ def _conv(channels: int, kernel: int, dtype: Any, name: str, **kwargs: Any) -> n
     return nn.Conv(channels, (kernel, kernel), dtype=dtype, kernel_init=init, name=name, **kwargs)
 
 
-def _norm(x: Array, dtype: Any, name: str) -> Array:
-    """Group normalisation with float32 two-pass statistics, whatever the compute dtype."""
-    groups = min(32, x.shape[-1])
-    norm = nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
-    return norm(x)
+class GroupNorm(nn.Module):
+    """Group normalisation, 32 groups or fewer, float32 inside and out whatever comes in.
+
+    The statistics take one pass: every channel's sum and sum of squares, counted from the value of
+    its middle pixel lest a mean far from zero cancel the variance, then those of the groups.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        batch, height, width, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x = x.astype(jnp.float32)
+
+        # The statistics do not depend on where they are counted from, nor do their gradients.
+        origin_BD = jax.lax.stop_gradient(x[:, height // 2, width // 2])
+        shifted = x - origin_BD[:, None, None]
+        mean_BD = jnp.mean(shifted, axis=(1, 2))
+        variance_BD = jnp.mean(jnp.square(shifted), axis=(1, 2)) - jnp.square(mean_BD)
+
+        groups = min(32, channels)
+        means = (origin_BD + mean_BD).reshape(batch, groups, -1)
+        variances = variance_BD.reshape(batch, groups, -1)
+        mean = jnp.mean(means, axis=-1, keepdims=True)
+        variance = jnp.mean(variances + jnp.square(means - mean), axis=-1, keepdims=True)
+
+        factors = jax.lax.rsqrt(variance + 1e-6) * scale.reshape(1, groups, -1)
+        shape = (batch, 1, 1, channels)
+        mean_B11D = jnp.broadcast_to(mean, factors.shape).reshape(shape)
+        return (x - mean_B11D) * factors.reshape(shape) + bias.reshape(1, 1, 1, channels)
 
 
 class ResidualBlock(nn.Module):
@@ -175,7 +200,7 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w E"]:
         residual = x
         for i in (1, 2):
-            x = nn.swish(_norm(x, self.dtype, f"norm{i}"))
+            x = nn.swish(GroupNorm(name=f"norm{i}")(x))
             x = _conv(self.channels, 3, self.dtype, f"conv{i}")(x)
         if residual.shape[-1] != self.channels:
             residual = _conv(self.channels, 1, self.dtype, "shortcut")(residual)
@@ -190,7 +215,7 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         batch, height, width, channels = x.shape
-        normed = _norm(x, self.dtype, "norm")
+        normed = GroupNorm(name="norm")(x)
         # [B, places, one head, D]
         q, k, v = (
             _conv(channels, 1, self.dtype, name)(normed).reshape(batch, -1, 1, channels)
@@ -242,7 +267,7 @@ class Encoder(nn.Module):
                 )
                 x = down(x)
         x = _Middle(dtype, name="middle")(x)
-        x = nn.swish(_norm(x, dtype, "norm_out"))
+        x = nn.swish(GroupNorm(name="norm_out")(x))
         return _conv(2 * config.latent_channels, 3, dtype, "conv_out")(x)
 
 
@@ -265,7 +290,7 @@ class Decoder(nn.Module):
             if level > 0:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = _conv(x.shape[-1], 3, dtype, f"level_{level}_upsample")(x)
-        x = nn.swish(_norm(x, dtype, "norm_out"))
+        x = nn.swish(GroupNorm(name="norm_out")(x))
         return _conv(config.image_channels, 3, dtype, "conv_out")(x)
 
 
