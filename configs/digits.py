@@ -102,7 +102,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             mask_min=0.7,
             dtype="float32",
             remat="none",
-            head_chunk=4,
+            scan_layers=True,
+            head_chunk=4096,
         )
     )
     config.training = ConfigDict(
@@ -120,6 +121,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             clip=1.0,
             ema_decay=0.99,
             accumulation=1,
+            head_fraction=1.0,
             hidden_bucket=16,
             log_every=50,
             eval_every=200,
@@ -133,6 +135,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             num_iter=16,
             guidance=2.0,
             guidance_schedule="linear",
+            guidance_interval=(0.0, 1.0),
             temperature=0.7,
             batch_size=250,
         )

@@ -109,7 +109,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             mask_min=0.7,
             dtype="bfloat16",
             remat="none",
-            head_chunk=16,
+            scan_layers=False,
+            head_chunk=4096,
         )
     )
     config.training = ConfigDict(
@@ -127,6 +128,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             clip=1.0,
             ema_decay=0.9999,
             accumulation=1,
+            head_fraction=1.0,
             hidden_bucket=16,
             log_every=100,
             eval_every=5000,
@@ -141,6 +143,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             num_iter=256,
             guidance=guidance,
             guidance_schedule="linear",
+            guidance_interval=(0.0, 1.0),
             temperature=temperature,
             batch_size=64,
         )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenbridge_jax import parallel
+from tokenbridge_jax.loss import loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
 from tokenbridge_jax.sampling import SamplingSettings, generate
@@ -142,9 +143,7 @@ def _check_forward(golden: dict[str, np.ndarray], config: TokenBridgeConfig, par
 def _loss(config: TokenBridgeConfig, params: dict, golden: dict[str, np.ndarray]) -> jax.Array:
     arguments = _loss_arguments(golden)
     slots = dict(hidden_slots=config.positions, visible_slots=config.positions)
-    return TokenBridge(config).apply(
-        {"params": params}, *arguments, method=TokenBridge.loss, **slots
-    )[0]
+    return loss(config, params, *arguments, **slots)
 
 
 def _is_rounding_noise(name: str, gradient: np.ndarray) -> np.ndarray:

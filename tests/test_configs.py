@@ -25,7 +25,7 @@ ARGUMENTS = {
 # Keys of `config.model` that describe the network; the others are about training it.
 KEYS = {
     *(f"{part}_{size}" for part in ("encoder", "decoder", "head") for size in SIZE),
-    *("buffer", "dropout", "dtype", "remat", "head_chunk"),
+    *("buffer", "dropout", "dtype", "remat", "scan_layers", "head_chunk"),
 }
 PARAMETERS = {
     ("imagenet256", "size=B"): 218_024_704,

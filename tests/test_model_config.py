@@ -1,6 +1,7 @@
 """The model's sizes: published counts and names, what is refused, initial values, FLOPs."""
 
 import collections
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,9 +16,9 @@ from scipy import stats
 from tiny_model import equations, leaf_names, tiny
 
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.loss import loss
 from tokenbridge_jax.model import (
     SIZES,
-    TokenBridge,
     TokenBridgeConfig,
     abstract_params,
     init_params,
@@ -70,7 +71,7 @@ def test_published_sizes(size: str, name: str, published: int):
         ("decoder_heads", 0, r"model\.decoder_heads=0 must be at least 1"),
         ("head_layers", 0, r"model\.head_layers=0 must be at least 1"),
         ("buffer", 0, r"model\.buffer=0 must be at least 1"),
-        ("head_chunk", -1, r"model\.head_chunk=-1 must be at least 0"),
+        ("head_chunk", 0, r"model\.head_chunk=0 must be at least 1"),
         ("dropout", 1.0, r"model\.dropout=1\.0 must be at least 0 and below 1"),
         ("dropout", -0.1, r"model\.dropout=-0\.1 must be at least 0 and below 1"),
     ],
@@ -81,7 +82,7 @@ def test_sizes_that_make_no_model_are_named(field: str, value, message: str):
 
 
 def test_config_survives_json():
-    config = tiny(dtype="bfloat16", remat="dots", first_token_quirk=True)
+    config = tiny(dtype="bfloat16", remat="dots", first_token_quirk=True, scan_layers=False)
     assert TokenBridgeConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
@@ -188,7 +189,9 @@ def test_every_parameter_starts_from_its_published_distribution():
 # --- Cost -----------------------------------------------------------------------------------------
 
 
-def _matmul_flops(config: TokenBridgeConfig, hidden: int) -> tuple[int, jax.stages.Lowered]:
+def _matmul_flops(
+    config: TokenBridgeConfig, hidden: int, head_fraction: float = 1.0
+) -> tuple[int, jax.stages.Lowered]:
     """FLOPs of every product in the program of one image's loss, and that program."""
     shapes = (
         jax.ShapeDtypeStruct((1, config.positions, config.channels), jnp.int32),
@@ -198,16 +201,17 @@ def _matmul_flops(config: TokenBridgeConfig, hidden: int) -> tuple[int, jax.stag
         jax.ShapeDtypeStruct((1,), bool),
     )
 
-    def loss(params, *arguments):
-        return TokenBridge(config).apply(
-            {"params": params},
+    def run(params, *arguments):
+        return loss(
+            config,
+            params,
             *arguments,
             hidden_slots=hidden,
             visible_slots=config.positions - hidden,
-            method=TokenBridge.loss,
-        )[0]
+            head_fraction=head_fraction,
+        )
 
-    traced = jax.jit(loss).trace(abstract_params(config), *shapes)
+    traced = jax.jit(run).trace(abstract_params(config), *shapes)
     flops = 0
     for times, eqn in equations(traced.jaxpr.jaxpr):
         if eqn.primitive.name == "dot_general":
@@ -217,12 +221,16 @@ def _matmul_flops(config: TokenBridgeConfig, hidden: int) -> tuple[int, jax.stag
     return flops, traced.lower()
 
 
-@pytest.mark.parametrize("hidden", [3, 8])
-def test_forward_flops_are_those_of_the_program(hidden: int):
+@pytest.mark.parametrize(("hidden", "scored"), [(3, None), (8, None), (8, 2)])
+def test_forward_flops_are_those_of_the_program(hidden: int, scored: int | None):
     """Equal to the last product, at depths and widths that are all different."""
     config = tiny(encoder_layers=2, decoder_layers=3, head_layers=4, head_width=32, buffer=5)
-    flops, _ = _matmul_flops(config, hidden)
-    assert config.forward_flops(hidden) == flops
+    fraction = 1.0 if scored is None else scored / hidden
+    flops = {
+        _matmul_flops(dataclasses.replace(config, scan_layers=scan_layers), hidden, fraction)[0]
+        for scan_layers in (True, False)
+    }
+    assert flops == {config.forward_flops(hidden, scored)}
 
 
 def test_forward_flops_are_what_xla_counts():

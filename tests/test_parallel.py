@@ -10,9 +10,11 @@ from tiny_model import leaf_names, random_batch, random_params, relative_error, 
 
 from tokenbridge_jax import parallel
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.model import TokenBridge, init_params
+from tokenbridge_jax.loss import image_nll, loss
+from tokenbridge_jax.model import init_params
 
-CONFIG = tiny(head_chunk=3, encoder_layers=2)
+# A chunk is one slot on one device; on the meshes below three, six and one.
+CONFIG = tiny(head_chunk=6, encoder_layers=2)
 BATCH = 8
 HIDDEN = 6
 
@@ -115,28 +117,33 @@ def test_constrain_does_nothing_outside_a_mesh():
 
 
 def _loss(params, batch):
-    loss, per_channel = TokenBridge(CONFIG).apply(
-        {"params": params},
-        *batch.values(),
-        jnp.int32(HIDDEN),
-        jnp.zeros(BATCH, bool).at[0].set(True),
+    return loss(CONFIG, params, **_arguments(batch))
+
+
+def _image_nll(params, batch):
+    return image_nll(CONFIG, params, **_arguments(batch))
+
+
+def _arguments(batch):
+    return batch | dict(
+        num_hidden=jnp.int32(HIDDEN),
+        drop_class=jnp.arange(BATCH) == 0,
         hidden_slots=CONFIG.positions,
         visible_slots=CONFIG.positions,
-        method="loss",
     )
-    return loss, per_channel
 
 
 @pytest.fixture(scope="module")
 def single():
     """Parameters, batch and what one device makes of them."""
     params, batch = random_params(CONFIG), random_batch(CONFIG, BATCH)
-    return params, batch, jax.jit(jax.value_and_grad(_loss, has_aux=True))(params, batch)
+    loss_and_gradients = jax.jit(jax.value_and_grad(_loss))(params, batch)
+    return params, batch, loss_and_gradients, jax.jit(_image_nll)(params, batch)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 2, 4)])
 def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(single, sizes: tuple[int, ...]):
-    params, batch, ((loss, per_channel), gradients) = single
+    params, batch, (expected, gradients), images = single
     mesh = parallel.make_mesh(*sizes)
     boxed = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     shardings = parallel.logical_shardings(boxed, mesh)
@@ -151,12 +158,13 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(single, sizes: tup
 
     with parallel.use_mesh(mesh):
         step = jax.jit(
-            jax.value_and_grad(_loss, has_aux=True),
-            out_shardings=((parallel.replicated(mesh),) * 2, shardings),
+            jax.value_and_grad(_loss), out_shardings=(parallel.replicated(mesh), shardings)
         )
-        (actual, actual_channels), actual_gradients = step(placed, parallel.to_global(batch, mesh))
-    np.testing.assert_allclose(actual, loss, rtol=1e-6)
-    np.testing.assert_allclose(actual_channels, per_channel, rtol=1e-6)
+        batch = parallel.to_global(batch, mesh)
+        actual, actual_gradients = step(placed, batch)
+        nll = jax.jit(_image_nll)(placed, batch)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    np.testing.assert_allclose(nll, images, rtol=2e-6)
     actual_gradients, gradients = leaf_names(actual_gradients), leaf_names(gradients)
     for name, expected in gradients.items():
         if name != "head/blocks/attn/k_norm/bias":  # Zero in exact arithmetic.

@@ -1,6 +1,7 @@
-"""Sampling against brute force: schedules, the reveal loop, cached channels, randomness."""
+"""Sampling against brute force: schedules, stages, the reveal loop, independence of the batch."""
 
 import dataclasses
+import functools
 import math
 from fractions import Fraction
 
@@ -8,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import special, stats
-from tiny_model import TINY, in_order, random_batch, random_params, tiny
+from scipy import stats
+from tiny_model import TINY, equations, random_batch, random_params, tiny
 
 from tokenbridge_jax import parallel, sampling
 from tokenbridge_jax.errors import UserError
@@ -20,8 +21,10 @@ from tokenbridge_jax.sampling import (
     generate,
     guidance_scales,
     hidden_counts,
+    plan_stages,
     random_orders,
 )
+from tokenbridge_jax.transformer import unstack
 
 GREEDY = SamplingSettings(num_iter=4, temperature=0.0)
 GRID = [(p, n) for p in (1, 2, 7, 16, 64, 256) for n in (1, 2, 3, 5, 6, 8, 9, 64, 255, 256, 300)]
@@ -88,11 +91,53 @@ def test_thirds_are_floored_in_float64():
         ("guidance", math.nan, r"sampling\.guidance=nan must be finite"),
         ("guidance", math.inf, r"sampling\.guidance=inf must be finite"),
         ("guidance_schedule", "cosine", r"'cosine' is not one of linear, constant"),
+        (
+            "guidance_interval",
+            (0.5, 0.5),
+            r"sampling\.guidance_interval=\(0\.5, 0\.5\) must be two",
+        ),
+        ("guidance_interval", (-0.1, 1.0), r"must be two shares, 0 <= from < to <= 1"),
+        ("guidance_interval", (0.0, 1.1), r"must be two shares"),
+        ("guidance_interval", (0.0, math.nan), r"must be two shares"),
+        ("guidance_interval", (0.0, 0.5, 1.0), r"must be two shares"),
     ],
 )
 def test_settings_out_of_range_are_named(field: str, value, message: str):
     with pytest.raises(UserError, match=message):
         SamplingSettings(**{field: value})
+
+
+@pytest.mark.parametrize(("positions", "num_iter"), GRID)
+def test_stages_hold_every_step(positions: int, num_iter: int):
+    hidden = hidden_counts(positions, num_iter)
+    reveals = -np.diff([positions, *hidden])
+    visible = positions - (hidden + reveals)
+    guided = np.arange(len(hidden)) % 100 < 50
+    stages = plan_stages(positions, tuple(hidden.tolist()), tuple(guided.tolist()))
+    assert sum(stage.steps for stage in stages) == len(hidden)
+    assert len(stages) <= min(8, -(-positions // 16)) + len(hidden) // 50
+    first = 0
+    for stage in stages:
+        steps = np.s_[first : first + stage.steps]
+        assert visible[steps].max() <= stage.visible_slots <= positions
+        assert stage.visible_slots == positions or stage.visible_slots % 16 == 0
+        assert stage.reveals == reveals[steps].max()
+        assert (guided[steps] == stage.guided).all()
+        first += stage.steps
+
+
+@pytest.mark.parametrize(("num_iter", "expected"), [(256, 3.0), (64, 4.1)])
+def test_stages_pad_little(num_iter: int, expected: float):
+    """Encoder 16 x 12 products of width x width a token and branch, head 16 channels x 4 x 18."""
+    before = np.array([256, *hidden_counts(256, num_iter)])
+    visible, reveals = 256 - before[:-1], -np.diff(before)
+    stages = plan_stages(256, tuple(before[1:].tolist()), (True,) * len(reveals))
+    assert len(stages) == 8
+    encoder, head = 2 * 16 * 12, 16 * 4 * 18
+    work = np.sum(encoder * (64 + visible) + head * reveals + encoder * (64 + 256))
+    padding = encoder * (sum(s.steps * s.visible_slots for s in stages) - visible.sum())
+    padding += head * (sum(s.steps * s.reveals for s in stages) - reveals.sum())
+    assert 100 * padding / work == pytest.approx(expected, abs=0.05)
 
 
 # --- The reveal loop ------------------------------------------------------------------------------
@@ -105,19 +150,21 @@ class Recorder:
     exactly the slots before `num_hidden` had never been drawn.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, unrolled):
         pass
 
     def apply(self, variables, *arguments, method):
         return method(*arguments)
 
     @staticmethod
-    def features(indices, labels, order, num_hidden, drop_class):
+    def features(visible, labels, order, num_hidden, drop_class, window):
+        unseen = order.shape[1] - visible.shape[1]
+        indices = jnp.pad(visible, ((0, 0), (unseen, 0), (0, 0)))
         hidden = jnp.arange(order.shape[1])[None] < num_hidden
         consistent = ((indices[..., 0] == 0) == hidden).all(axis=1, keepdims=True)
         shown = [indices[..., 0] + 1, order, num_hidden, consistent]
         shown = [jnp.broadcast_to(x, order.shape) for x in shown]
-        return jnp.stack(shown, axis=-1).astype(jnp.float32)
+        return window.cut(jnp.stack(shown, axis=-1).astype(jnp.float32))
 
     @staticmethod
     def sample_positions(feature, keys, temperature):
@@ -159,58 +206,87 @@ def test_orders_are_uniform_permutations_of_their_own():
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
-def _features(params, indices, labels, order, num_hidden, drop: bool):
-    return TokenBridge(TINY).apply(
-        {"params": params},
-        indices,
-        labels,
-        order,
-        num_hidden,
-        jnp.full(len(labels), drop),
-        method="features",
-    )
-
-
-_features = jax.jit(_features, static_argnames="drop")
-_head_logits = jax.jit(
-    lambda params, feature, indices: TokenBridge(TINY).apply(
-        {"params": params}, method=lambda model: model.head.logits(feature, indices)
-    )
+_features = jax.jit(
+    lambda config, params, *arguments: TokenBridge(config).apply(
+        {"params": params}, *arguments, method="features"
+    ),
+    static_argnums=0,
 )
+_head_logits = jax.jit(
+    lambda config, params, feature, indices: TokenBridge(config).apply(
+        {"params": params}, method=lambda model: model.head.logits(feature, indices)
+    ),
+    static_argnums=0,
+)
+
+
+def _brute_force(config, params, labels, numbers, settings, seed, scales) -> np.ndarray:
+    """Step by step over all slots, without stages, windows, caches or noise drawn in advance."""
+    positions, count = config.positions, len(labels)
+    keys = [jax.random.split(jax.random.fold_in(jax.random.key(seed), n)) for n in numbers]
+    order = jnp.stack([jax.random.permutation(key[0], positions) for key in keys])
+    slots = np.zeros((count, positions, config.channels), np.int32)
+    hidden = positions
+    revealed, _ = _published_schedule(positions, settings.num_iter)
+    for reveals, scale in zip((r for r in revealed if r), scales, strict=True):
+        arguments = slots, labels, order, np.int32(hidden)
+        feature = _features(config, params, *arguments, np.zeros(count, bool))
+        if scale != 1:
+            null = _features(config, params, *arguments, np.ones(count, bool))
+            feature = null + np.float32(scale) * (feature - null)
+        new = np.s_[:, hidden - reveals : hidden]
+        for place, channel in enumerate(config.channel_order):
+            flat = feature.reshape(-1, config.decoder_width), slots.reshape(-1, config.channels)
+            logits = np.asarray(_head_logits(config, params, *flat))[:, place]
+            logits = logits.reshape(count, positions, config.levels)[new]
+            noise = [
+                [
+                    jax.random.gumbel(
+                        jax.random.fold_in(jax.random.fold_in(key[1], position), place),
+                        config.levels,
+                    )
+                    for position in positions_of_image[new[1]]
+                ]
+                for key, positions_of_image in zip(keys, order, strict=True)
+            ]
+            scores = logits + np.float32(settings.temperature) * np.array(noise)
+            slots[*new, channel] = np.argmax(scores, axis=-1)
+        hidden -= reveals
+    assert hidden == 0
+    return np.take_along_axis(slots, np.argsort(order)[:, :, None], axis=1)
 
 
 @pytest.mark.parametrize(
-    ("guidance", "schedule"), [(1.0, "linear"), (2.5, "linear"), (2.5, "constant")]
+    ("positions", "settings", "scales"),
+    [
+        (8, dict(num_iter=3, guidance=1.0), [1, 1, 1]),
+        (8, dict(num_iter=2, guidance=2.5, guidance_schedule="constant"), [2.5, 2.5]),
+        # 8, 5, 0 hidden after each step, and the last but one counts as 1.
+        (8, dict(num_iter=2, guidance=2.6, temperature=0.0), [1 + 1.6 * 3 / 8, 1 + 1.6 * 7 / 8]),
+        # Three stages of encoder slots: 16, 32, 40. Revealed before each step: 0, 3, 12, 25.
+        (40, dict(num_iter=4, guidance=2.0), [1 + 3 / 40, 1 + 12 / 40, 1 + 25 / 40, 1 + 39 / 40]),
+        (
+            40,
+            dict(
+                num_iter=4,
+                guidance=2.0,
+                guidance_schedule="constant",
+                guidance_interval=(0.05, 0.6),
+            ),
+            [1, 2, 2, 1],
+        ),
+    ],
 )
-def test_greedy_images_are_what_recomputing_every_step_gives(params, guidance, schedule):
-    """No cache, no window, no slices: the whole model again at each step on the final indices."""
-    settings = dataclasses.replace(GREEDY, guidance=guidance, guidance_schedule=schedule)
-    count = 6
-    batch = random_batch(TINY, count, seed=7)
-    labels, order = batch["labels"], jnp.asarray(batch["order"])
-    numbers = np.arange(count, dtype=np.int32)
-    drawn = np.asarray(generate(TINY, params, labels, numbers, settings, orders=order))
-    assert len({image.tobytes() for image in drawn}) == count
-    slots = jnp.asarray(in_order(drawn, batch["order"]))
-
-    revealed, counts = _published_schedule(TINY.positions, settings.num_iter)
-    hidden = TINY.positions
-    checked = 0
-    for reveals, hidden_next in zip(revealed, counts, strict=True):
-        scale = guidance
-        if schedule == "linear":
-            scale = 1 + (guidance - 1) * (TINY.positions - hidden_next) / TINY.positions
-        arguments = slots, jnp.asarray(labels), order, jnp.int32(hidden)
-        conditional = _features(params, *arguments, drop=False)
-        null = _features(params, *arguments, drop=True)
-        feature = null + scale * (conditional - null)
-        logits = _head_logits(params, feature.reshape(-1, TINY.decoder_width), slots.reshape(-1, 4))
-        best = np.argmax(logits, axis=-1).reshape(count, TINY.positions, TINY.channels)
-        now = np.s_[:, hidden - reveals : hidden]
-        np.testing.assert_array_equal(np.asarray(slots)[..., TINY.channel_order][now], best[now])
-        hidden -= reveals
-        checked += reveals
-    assert checked == TINY.positions
+def test_images_are_those_of_brute_force(positions: int, settings: dict, scales: list[float]):
+    config = tiny(positions=positions)
+    params = random_params(config)
+    settings = SamplingSettings(**{"temperature": 0.8} | settings)
+    labels = random_batch(config, 3, seed=7)["labels"]
+    numbers = np.array([4, 0, 9], np.int32)
+    expected = _brute_force(config, params, labels, numbers, settings, 13, scales)
+    assert len({image.tobytes() for image in expected}) == 3
+    drawn = generate(config, params, labels, numbers, settings, seed=13)
+    np.testing.assert_array_equal(drawn, expected)
 
 
 def test_guidance_1_never_looks_at_the_null_latent_and_0_never_at_the_class(params):
@@ -222,119 +298,15 @@ def test_guidance_1_never_looks_at_the_null_latent_and_0_never_at_the_class(para
     plain = np.asarray(generate(TINY, params, labels, numbers, GREEDY, orders=orders))
     with_poison = generate(TINY, poisoned, labels, numbers, GREEDY, orders=orders)
     np.testing.assert_array_equal(with_poison, plain)
+    # 4 steps find 0, 1, 3 and 5 of 8 positions revealed.
+    late = dataclasses.replace(GREEDY, guidance=2.0, guidance_interval=(0.7, 1.0))
+    outside = generate(TINY, poisoned, labels, numbers, late, orders=orders)
+    np.testing.assert_array_equal(outside, plain)
     # The orders are equal and nothing is random: only the class makes images differ.
     assert len({image.tobytes() for image in plain}) == 3
     null = dataclasses.replace(GREEDY, guidance=0.0, guidance_schedule="constant")
     unconditional = np.asarray(generate(TINY, params, labels, numbers, null, orders=orders))
     assert len({image.tobytes() for image in unconditional}) == 1
-
-
-# --- One position through the head ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("quirk", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cached_channels_equal_the_training_logits(params, quirk: bool, dtype: str):
-    """Greedy indices are the best of the logits that teacher forcing gives for them.
-
-    With the quirk, the training logits of a model whose first channel embedding has the first
-    timestep embedding added: that is where the first token gets it.
-    """
-    config = tiny(first_token_quirk=quirk, dtype=dtype)
-    count = 200
-    feature = jnp.asarray(np.random.default_rng(5).normal(size=(count, TINY.decoder_width)), dtype)
-    keys = jax.random.split(jax.random.key(0), count)
-    head = params["head"]
-
-    def apply(head, method, *arguments):
-        variables = {"params": params | {"head": head}}
-        run = lambda model: getattr(model.head, method)(*arguments)  # noqa: E731
-        return TokenBridge(config).apply(variables, method=run)
-
-    drawn = jax.jit(lambda head: apply(head, "sample", feature, keys, jnp.float32(0)))(head)
-    shifted = head | {
-        "channel_embed": head["channel_embed"].at[0].add(head["timestep_embed"][0] * quirk)
-    }
-    logits = np.asarray(jax.jit(lambda head: apply(head, "logits", feature, drawn))(shifted))
-    in_channel_order = np.asarray(drawn)[:, TINY.channel_order]
-    chosen = np.take_along_axis(logits, in_channel_order[..., None], axis=-1)[..., 0]
-    regret = logits.max(axis=-1) - chosen
-    if dtype == "float32":
-        np.testing.assert_array_equal(np.argmax(logits, axis=-1), in_channel_order)
-    else:
-        # Logits of size ~10 in bfloat16 carry errors of ~0.1: the choice is at most that bad.
-        assert regret.max() < 0.02 * np.abs(logits).max()
-    # Far from trivial: every level occurs, and the quirk changes some of them.
-    assert len(np.unique(drawn)) == TINY.levels
-    if quirk:
-        plain = np.asarray(jax.jit(lambda head: apply(head, "logits", feature, drawn))(head))
-        assert (np.argmax(plain, axis=-1) != in_channel_order).any()
-
-
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_draws_have_the_probabilities_of_the_tempered_softmax(temperature: float):
-    """Chi-square over all pairs of the first two channels, and over the last, of one position.
-
-    Through `generate`, so that keys made from seed and sample index are what is tested.
-    """
-    config = tiny(positions=1)
-    params = random_params(config, seed=1, spread=0.15)
-    count = 6000
-    labels = np.zeros(count, np.int32)
-    settings = SamplingSettings(1, temperature=temperature)
-    numbers = np.arange(count, dtype=np.int32)
-    drawn = np.asarray(generate(config, params, labels, numbers, settings, seed=11))[:, 0]
-    drawn = drawn[:, config.channel_order]
-
-    # Exact probabilities of all 5^4 outcomes, from the training logits.
-    levels = config.levels
-    outcomes = np.stack(np.unravel_index(np.arange(levels**4), (levels,) * 4), axis=-1)
-    images = outcomes[:, np.argsort(config.channel_order)][:, None]
-    logits = jax.jit(TokenBridge(config).apply)(
-        {"params": params},
-        jnp.asarray(images),
-        jnp.zeros(len(images), jnp.int32),
-        jnp.zeros((len(images), 1), jnp.int32),
-        jnp.int32(1),
-        jnp.zeros(len(images), bool),
-    )
-    log_probability = special.log_softmax(np.asarray(logits, np.float64)[:, 0] / temperature, -1)
-    chosen = np.take_along_axis(log_probability, outcomes[..., None], axis=-1)[..., 0]
-    joint = np.exp(chosen.sum(axis=-1))
-    assert joint.sum() == pytest.approx(1)
-    joint = joint.reshape((levels,) * 4)
-
-    pairs, _ = np.histogramdd(drawn[:, :2], bins=[np.arange(levels + 1) - 0.5] * 2)
-    expected = joint.sum(axis=(2, 3)) * count
-    assert expected.min() > 5
-    assert stats.chisquare(pairs.ravel(), expected.ravel()).pvalue > 1e-3
-    last = np.bincount(drawn[:, 3], minlength=levels)
-    assert stats.chisquare(last, joint.sum(axis=(0, 1, 2)) * count).pvalue > 1e-3
-    # The test has the power to tell: another temperature is refused.
-    other = np.exp(chosen.sum(axis=-1) * (1.4 if temperature < 1 else 0.7)).reshape((levels,) * 4)
-    other = other.sum(axis=(2, 3)) * count / other.sum()
-    assert stats.chisquare(pairs.ravel(), other.ravel()).pvalue < 1e-4
-
-
-def test_noise_of_positions_channels_and_samples_is_independent(params):
-    """At a huge temperature nothing but noise is left: every pair of draws must be independent."""
-    count = 500
-    settings = SamplingSettings(3, temperature=1e6)
-    labels, numbers = np.zeros(count, np.int32), np.arange(count, dtype=np.int32)
-    drawn = np.asarray(generate(TINY, params, labels, numbers, settings, seed=5))
-    levels, flat = TINY.levels, drawn.reshape(count, -1)
-    assert stats.chisquare(np.bincount(flat.ravel(), minlength=levels)).pvalue > 1e-3
-    values = []
-    for i in range(flat.shape[1]):
-        for other in (flat[:, :i].T, [np.roll(flat[:, i], 1)]):  # Its neighbours, the next sample.
-            values += [stats.chisquare(_pairs(flat[:, i], x, levels)).pvalue for x in other]
-    # Uniform p-values: the smallest of n is above 0.001 / n with probability 0.999.
-    assert min(values) > 1e-3 / len(values)
-    assert 0.4 < np.mean(values) < 0.6
-
-
-def _pairs(a: np.ndarray, b: np.ndarray, levels: int) -> np.ndarray:
-    return np.bincount(a * levels + b, minlength=levels**2)
 
 
 # --- The same image whatever stands beside it -----------------------------------------------------
@@ -390,6 +362,32 @@ def test_devices_change_nothing(params, eight, sizes, batch_size: int):
     np.testing.assert_array_equal(drawn, images[:7])
 
 
+def test_weights_are_cast_before_the_loops_and_nothing_else_changes():
+    config = tiny(dtype="bfloat16")
+    params = random_params(config)
+    batch = random_batch(config, 3)
+    arguments = *batch.values(), np.int32(5), np.zeros(3, bool)
+    model = TokenBridge(config, unrolled=True)
+    logits = jax.jit(lambda params, *arguments: model.apply({"params": params}, *arguments))
+    exact = logits(unstack(params), *arguments)
+    np.testing.assert_array_equal(
+        logits(sampling.prepare_params(params, config), *arguments), exact
+    )
+
+    numbers = np.arange(7, dtype=np.int32)
+    run = functools.partial(generate, config, params, settings=STOCHASTIC)
+    program = jax.make_jaxpr(run)(jnp.zeros(7, jnp.int32), numbers)
+    weights = {leaf.shape[-n:] for leaf in jax.tree.leaves(params) for n in range(1, leaf.ndim + 1)}
+    casts = [
+        (times, eqn.invars[0].aval)
+        for times, eqn in equations(program.jaxpr)
+        if eqn.primitive.name == "convert_element_type"
+    ]
+    of_weights = [times for times, x in casts if x.shape in weights and x.dtype == jnp.float32]
+    assert of_weights
+    assert set(of_weights) == {1}
+
+
 def test_data_parallel_sampling_needs_no_communication(params):
     """Compiled for eight devices with whole parameters, no device waits for another."""
     mesh = parallel.make_mesh(data=8)
@@ -405,7 +403,7 @@ def test_data_parallel_sampling_needs_no_communication(params):
             np.float32(1),
             config=TINY,
             hidden=tuple(hidden_counts(TINY.positions, 3).tolist()),
-            guided=True,
+            guided=(True,) * 3,
         )
     program = lowered.compile().as_text()
     assert "num_partitions=8" in program

@@ -14,6 +14,7 @@ from tokenbridge_jax.training.settings import check_ranges, check_training
         *((key, 0, "at least 1") for key in ("batch_size", "accumulation", "keep", "log_every")),
         ("checkpoint_every", -1, "at least 1"),
         ("hidden_bucket", 0, "at least 1"),
+        *(("head_fraction", value, "above 0 and at most 1") for value in (0.0, 1.01, -0.5)),
         ("eval_every", -1, r"0 \(never\) or more"),
         ("sample_every", -5, r"0 \(never\) or more"),
         *((key, -1.0, "0 or more") for key in ("clip", "weight_decay", "kl_weight", "epochs")),
@@ -35,6 +36,7 @@ def test_values_that_make_no_sense_are_named(key, value, message):
 
 def test_values_at_the_edge_will_do():
     section = dict(batch_size=8, clip=0.0, ema_decay=0.0, eval_every=0, epochs=None, keep=1)
+    section |= dict(head_fraction=1.0)
     check_training(ml_collections.ConfigDict({"x": section}), "x", parallel.make_mesh(2, 2, 2))
 
 

@@ -4,12 +4,17 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny_model import random_batch, tiny
+from tiny_model import loss_and_gradients, random_batch, random_params, tiny
 from toy import ToyTask, toy_batch, toy_training
 
 from tokenbridge_jax import parallel
 from tokenbridge_jax.training.masking import MaskSampler
-from tokenbridge_jax.training.model_task import ModelTask, make_validation, training_flops
+from tokenbridge_jax.training.model_task import (
+    Examples,
+    ModelTask,
+    make_validation,
+    training_flops,
+)
 
 
 def train(task, mesh, batches, draws=None, **settings):
@@ -172,8 +177,21 @@ def test_validation_ignores_padding_and_batching_and_repeats(model_runs, meshes)
     assert 0.5 < whole / np.log(CONFIG.levels) < 2
 
 
-def test_training_flops_are_three_forward_passes_over_the_draws():
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_training_flops_are_three_forward_passes_over_the_draws(fraction: float):
     counts = [int(MASKS.draw(0, step).num_hidden) for step in range(1000)]
-    flops = {count: CONFIG.forward_flops(float(count)) for count in set(counts)}
+    flops = {count: CONFIG.forward_flops(float(count), fraction * count) for count in set(counts)}
     sampled = 3 * np.mean([flops[count] for count in counts])
-    assert training_flops(CONFIG, MASKS) == pytest.approx(sampled, rel=1e-2)
+    assert training_flops(CONFIG, MASKS, fraction) == pytest.approx(sampled, rel=1e-2)
+
+
+def test_the_task_measures_the_loss_of_its_share():
+    fraction = 0.5
+    batch, draw = random_batch(CONFIG, 4), MASKS.draw(seed=0, step=0)
+    params, key = random_params(CONFIG), jax.random.key(0)
+    task = ModelTask(CONFIG, class_dropout=0.0, head_fraction=fraction)
+    examples = Examples(**batch, drop_class=np.arange(4) == 0)
+    value, _ = jax.jit(task.loss)(params, examples, key, draw)
+    function = loss_and_gradients(CONFIG, draw.hidden_slots, draw.visible_slots, fraction)
+    expected, _ = function(params, batch, draw.num_hidden, key)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)

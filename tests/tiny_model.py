@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from tokenbridge_jax.loss import loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.quantizer import Quantizer
 
@@ -31,7 +32,7 @@ TINY = TokenBridgeConfig(
     buffer=2,
     dropout=0.0,
     dtype="float32",
-    head_chunk=0,
+    head_chunk=4096,
 )
 # Gradients that are zero in exact arithmetic: softmax ignores a constant added to every key.
 ZERO_GRADIENT = "head/blocks/attn/k_norm/bias"
@@ -83,22 +84,28 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 @functools.cache
-def loss_and_gradients(config: TokenBridgeConfig, hidden_slots: int, visible_slots: int):
-    """Jitted `(params, batch, num_hidden, dropout key) -> (loss, per channel), gradients`."""
+def loss_and_gradients(
+    config: TokenBridgeConfig, hidden_slots: int, visible_slots: int, head_fraction: float = 1.0
+):
+    """Jitted `(params, batch, num_hidden, dropout key) -> loss, gradients`.
 
-    def loss(params, batch, num_hidden, key):
-        return TokenBridge(config).apply(
-            {"params": params},
-            *batch.values(),
-            num_hidden,
-            jnp.zeros(len(batch["labels"]), bool),
+    The first image's class is dropped.
+    """
+
+    def run(params, batch, num_hidden, key):
+        return loss(
+            config,
+            params,
+            **batch,
+            num_hidden=num_hidden,
+            drop_class=jnp.arange(len(batch["labels"])) == 0,
+            dropout_key=key,
             hidden_slots=hidden_slots,
             visible_slots=visible_slots,
-            rngs=None if key is None else {"dropout": key},
-            method=TokenBridge.loss,
+            head_fraction=head_fraction,
         )
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(run))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from tokenbridge_jax import parallel
 from tokenbridge_jax.parallel import named_axes
 from tokenbridge_jax.transformer import (
     Block,
+    Window,
     embedding_init,
     layer_norm,
     stack_layers,
@@ -42,6 +43,7 @@ class Backbone(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     remat: str = "none"
+    unrolled: bool = False
 
     def setup(self) -> None:
         encoder_length = self.buffer + self.positions
@@ -53,7 +55,7 @@ class Backbone(nn.Module):
             "encoder_position", encoder_length, self.encoder_width
         )
         self.z_proj_norm = layer_norm(self.dtype)
-        self.encoder_blocks = stack_layers(Block, self.encoder_layers, self.remat)(
+        self.encoder_blocks = stack_layers(Block, self.encoder_layers, self.remat, self.unrolled)(
             self.encoder_heads, self.dropout, self.dtype
         )
         self.encoder_norm = layer_norm(self.dtype)
@@ -63,7 +65,7 @@ class Backbone(nn.Module):
         self.decoder_position = self._embedding(
             "decoder_position", encoder_length, self.decoder_width
         )
-        self.decoder_blocks = stack_layers(Block, self.decoder_layers, self.remat)(
+        self.decoder_blocks = stack_layers(Block, self.decoder_layers, self.remat, self.unrolled)(
             self.decoder_heads, self.dropout, self.dtype
         )
         self.decoder_norm = layer_norm(self.dtype)
@@ -116,7 +118,7 @@ class Backbone(nn.Module):
         x = parallel.constrain(self.z_proj_norm(x), "batch", None, None)
         visible = self._visible(slots, num_hidden)
         mask = jnp.pad(visible, ((0, 0), (self.buffer, 0)), constant_values=True)
-        x, _ = self.encoder_blocks(x, mask[:, None], None, None)
+        x, _ = self.encoder_blocks(x, mask)
         return self.encoder_norm(x)
 
     def decode(
@@ -124,8 +126,16 @@ class Backbone(nn.Module):
         encoded: Float[Array, "B T E"],
         order: Int[Array, "B L"],
         num_hidden: Int[Array, "*b"],
-    ) -> Float[Array, "B L D"]:
-        """Features of all positions, in order layout, from what `encode` returned (T slots)."""
+        window: Window | None = None,
+    ) -> Float[Array, "B W D"]:
+        """Features in order layout, from what `encode` returned (T slots).
+
+        Args:
+          encoded: buffer and visible slots.
+          order: as for `encode`.
+          num_hidden: as for `encode`.
+          window: the slots whose features are asked for, of an unrolled model; all by default.
+        """
         batch, slots = len(encoded), encoded.shape[1] - self.buffer
         x = self.decoder_embed(encoded)
         mask_token = self.mask_token[None]
@@ -147,8 +157,14 @@ class Backbone(nn.Module):
             axis=1,
         )
         x = parallel.constrain(x, "batch", None, None)
-        x, _ = self.decoder_blocks(x, None, None, None)
-        x = self.decoder_norm(x)[:, self.buffer :] + self.output_position[order]
+        if window is None:
+            x, _ = self.decoder_blocks(x, None)
+            x = x[:, self.buffer :]
+        else:
+            after_buffer = Window(window.start + self.buffer, window.size)
+            x, _ = self.decoder_blocks(x, None, after_buffer)
+            order = window.cut(order)
+        x = self.decoder_norm(x) + self.output_position[order]
         return parallel.constrain(x, "batch", None, None)
 
     def __call__(
@@ -157,9 +173,11 @@ class Backbone(nn.Module):
         class_latent: Float[Array, "B E"],
         order: Int[Array, "B L"],
         num_hidden: Int[Array, "*b"],
-    ) -> Float[Array, "B L D"]:
-        """Features of all positions in order layout (see `encode` for the arguments)."""
-        return self.decode(self.encode(values, class_latent, order, num_hidden), order, num_hidden)
+        window: Window | None = None,
+    ) -> Float[Array, "B W D"]:
+        """Features in order layout (see `encode` and `decode` for the arguments)."""
+        encoded = self.encode(values, class_latent, order, num_hidden)
+        return self.decode(encoded, order, num_hidden, window)
 
     def _visible(self, slots: int, num_hidden: Int[Array, "*b"]) -> Array:
         """Which of the last `slots` slots are visible: bool `[1 or B, S]`."""

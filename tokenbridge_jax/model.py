@@ -1,9 +1,4 @@
-"""TokenBridge = backbone over positions + channel head, and its loss.
-
-Shapes are static: of the L slots of an order (see `backbone.py`), the last S go to the encoder and
-the first M to the head. A batch hides `num_hidden` positions, a traced number with
-`L - S <= num_hidden <= M`; slots beyond it are padding, which no attention and no loss counts.
-"""
+"""TokenBridge = backbone over positions + channel head; its loss is in `loss.py`."""
 
 import dataclasses
 from typing import Any
@@ -11,13 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
 from tokenbridge_jax.backbone import Backbone
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.heads.channel_ar import ChannelAR
 from tokenbridge_jax.quantizer import Quantizer
-from tokenbridge_jax.transformer import REMAT_POLICIES
+from tokenbridge_jax.transformer import REMAT_POLICIES, Window
 
 SIZES = {
     "B": dict(
@@ -45,10 +40,10 @@ DTYPES = ("float32", "bfloat16")
 class TokenBridgeConfig:
     """Everything that fixes the function a set of parameters computes, and how it is computed.
 
-    `dtype`, `remat` and `head_chunk` change memory and speed only. `head_chunk` is how many hidden
-    slots of every image go through the head at once in `TokenBridge.loss`; the activations of a
-    chunk are computed again in the backward pass, so neither they nor the logits ever exist for
-    more than one chunk. 0 puts all slots through at once and keeps everything.
+    `dtype`, `remat`, `scan_layers` and `head_chunk` change memory and speed only. `scan_layers`
+    makes one small program for all layers, which compiles sooner and runs slower. `head_chunk` is
+    how many positions of a device go through the head at once in `loss.loss`: activations of the
+    head and logits exist for so many only. (At size L a position takes about 5 MB.)
 
     Raises:
       UserError: on construction, if the sizes make no model.
@@ -72,7 +67,8 @@ class TokenBridgeConfig:
     first_token_quirk: bool = False
     dtype: str = "bfloat16"
     remat: str = "none"
-    head_chunk: int = 16
+    scan_layers: bool = True
+    head_chunk: int = 4096
 
     def __post_init__(self) -> None:
         if sorted(self.channel_order) != list(range(self.channels)) or self.channels < 2:
@@ -80,9 +76,9 @@ class TokenBridgeConfig:
                 f"channel order {self.channel_order} must list each of 0..C-1 once, with C >= 2"
             )
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "head_chunk" else 1
-            if field.type is int and value < least:
-                raise UserError(f"model.{field.name}={value} must be at least {least}")
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise UserError(f"model.{field.name}={value} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         for part in ("encoder", "decoder", "head"):
@@ -125,9 +121,10 @@ class TokenBridgeConfig:
             }
         )
 
-    def forward_flops(self, hidden: float | int) -> float | int:
+    def forward_flops(self, hidden: float | int, scored: float | int | None = None) -> float | int:
         """Matmul FLOPs of one image's forward pass with `hidden` positions hidden, no padding.
 
+        Of the hidden positions `scored` go through the head, by default all.
         Counted by hand: a product of [m, k] with [k, n] is 2mkn; embeddings, norms and the softmax
         count nothing. Attention of the head counts all C x C scores, though half are masked.
         """
@@ -147,14 +144,19 @@ class TokenBridgeConfig:
             + self.encoder_layers * block(encoded, encoded, self.encoder_width)
             + 2 * encoded * self.encoder_width * self.decoder_width
             + self.decoder_layers * block(decoded, decoded, self.decoder_width)
-            + hidden * head
+            + (hidden if scored is None else scored) * head
         )
 
 
 class TokenBridge(nn.Module):
-    """The generator: a distribution over the indices of hidden positions given the visible ones."""
+    """The generator: a distribution over the indices of hidden positions given the visible ones.
+
+    `unrolled`: with layers that have parameters of their own (see `transformer.unstack`), as the
+    sampler wants them.
+    """
 
     config: TokenBridgeConfig
+    unrolled: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -172,17 +174,9 @@ class TokenBridge(nn.Module):
             dropout=c.dropout,
             dtype=dtype,
             remat=c.remat,
+            unrolled=self.unrolled,
         )
-        self.head = ChannelAR(
-            channel_order=c.channel_order,
-            levels=c.levels,
-            width=c.head_width,
-            layers=c.head_layers,
-            heads=c.head_heads,
-            dropout=c.dropout,
-            dtype=dtype,
-            first_token_quirk=c.first_token_quirk,
-        )
+        self.head = make_head(c, self.unrolled)
 
     def __call__(
         self,
@@ -198,7 +192,7 @@ class TokenBridge(nn.Module):
         """
         slots = jnp.take_along_axis(indices, order[:, :, None], axis=1)
         feature = self.features(slots, labels, order, num_hidden, drop_class)
-        logits = self.head.logits(_merge(feature), _merge(slots))
+        logits = self.head.logits(merge(feature), merge(slots))
         return logits.reshape(*indices.shape, self.config.levels)
 
     def features(
@@ -208,8 +202,9 @@ class TokenBridge(nn.Module):
         order: Int[Array, "B L"],
         num_hidden: Int[Array, "*b"],
         drop_class: Bool[Array, " B"],
-    ) -> Float[Array, "B L D"]:
-        """The backbone's features of all slots, in order layout.
+        window: Window | None = None,
+    ) -> Float[Array, "B W D"]:
+        """The backbone's features, in order layout.
 
         Args:
           visible_indices: indices at the last S slots of `order`; hidden ones among them count for
@@ -218,92 +213,11 @@ class TokenBridge(nn.Module):
           order: a permutation of the positions for each image.
           num_hidden: how many slots at the front of `order` are hidden, one number or one an image.
           drop_class: where the null latent takes the place of the class.
+          window: the slots whose features are asked for, of an unrolled model; all by default.
         """
         values = self.config.quantizer.dequantize(visible_indices)
         class_latent = self.backbone.class_latent(labels, drop_class)
-        return self.backbone(values, class_latent, order, num_hidden)
-
-    def loss(
-        self,
-        indices: Integer[Array, "B L C"],
-        labels: Int[Array, " B"],
-        order: Int[Array, "B L"],
-        num_hidden: Int[Array, ""],
-        drop_class: Bool[Array, " B"],
-        *,
-        hidden_slots: int,
-        visible_slots: int,
-    ) -> tuple[Float[Array, ""], Float[Array, " C"]]:
-        """Mean cross-entropy in nats over hidden positions and channels (paper eq. 6).
-
-        Args: as for `image_nll`.
-
-        Returns:
-          The loss, and its mean for every channel, in autoencoder order.
-        """
-        nll = self.image_nll(
-            indices,
-            labels,
-            order,
-            num_hidden,
-            drop_class,
-            hidden_slots=hidden_slots,
-            visible_slots=visible_slots,
-        )
-        per_channel = jnp.mean(nll, axis=0)
-        return jnp.mean(per_channel), per_channel
-
-    def image_nll(
-        self,
-        indices: Integer[Array, "B L C"],
-        labels: Int[Array, " B"],
-        order: Int[Array, "B L"],
-        num_hidden: Int[Array, ""],
-        drop_class: Bool[Array, " B"],
-        *,
-        hidden_slots: int,
-        visible_slots: int,
-    ) -> Float[Array, "B C"]:
-        """Every image's cross-entropy in nats: its mean over hidden positions, for each channel.
-
-        Args:
-          hidden_slots: M, at least `num_hidden`.
-          visible_slots: S, at least `L - num_hidden`.
-        """
-        slots = jnp.take_along_axis(indices, order[:, :, None], axis=1)
-        visible = slots[:, self.config.positions - visible_slots :]
-        feature = self.features(visible, labels, order, num_hidden, drop_class)
-        nll = self._chunked_nll(feature[:, :hidden_slots], slots[:, :hidden_slots])
-        hidden = (jnp.arange(hidden_slots) < num_hidden)[None, :, None]
-        return jnp.sum(jnp.where(hidden, nll, 0), axis=1) / num_hidden
-
-    def _chunked_nll(
-        self, feature: Float[Array, "B M D"], indices: Integer[Array, "B M C"]
-    ) -> Float[Array, "B M C"]:
-        batch, slots, channels = indices.shape
-        if not self.config.head_chunk:
-            return self.head.nll(_merge(feature), _merge(indices)).reshape(indices.shape)
-        chunk = min(self.config.head_chunk, slots)
-        count = -(-slots // chunk)
-
-        def split(x: jax.Array) -> jax.Array:
-            x = jnp.pad(x, ((0, 0), (0, count * chunk - slots), (0, 0)))
-            return x.reshape(batch, count, chunk, -1).swapaxes(0, 1)
-
-        def chunk_nll(
-            model: "TokenBridge", carry: None, xs: tuple[jax.Array, jax.Array]
-        ) -> tuple[None, jax.Array]:
-            feature, indices = xs
-            nll = model.head.nll(_merge(feature), _merge(indices))
-            return carry, nll.reshape(indices.shape)
-
-        scan = nn.scan(
-            nn.remat(chunk_nll, prevent_cse=False),
-            variable_broadcast="params",
-            split_rngs={"params": False, "dropout": True},
-        )
-        _, nll = scan(self, None, (split(feature), split(indices)))
-        return nll.swapaxes(0, 1).reshape(batch, count * chunk, channels)[:, :slots]
+        return self.backbone(values, class_latent, order, num_hidden, window)
 
     def sample_positions(
         self,
@@ -312,13 +226,28 @@ class TokenBridge(nn.Module):
         temperature: Float[Array, ""],
     ) -> Int[Array, "B R C"]:
         """Draws the indices of R positions an image from their features."""
-        indices = self.head.sample(_merge(feature), keys.reshape(-1), temperature)
+        indices = self.head.sample(merge(feature), keys.reshape(-1), temperature)
         return indices.reshape(*keys.shape, -1)
 
 
-def _merge(x: jax.Array) -> jax.Array:
+def merge(x: Shaped[Array, "B M ..."]) -> Shaped[Array, "B*M ..."]:
     """Joins the first two axes: images and slots become the head's N positions."""
     return x.reshape(-1, *x.shape[2:])
+
+
+def make_head(config: TokenBridgeConfig, unrolled: bool) -> ChannelAR:
+    """The head of a model; its parameters are `params["head"]` of the model's."""
+    return ChannelAR(
+        channel_order=config.channel_order,
+        levels=config.levels,
+        width=config.head_width,
+        layers=config.head_layers,
+        heads=config.head_heads,
+        dropout=config.dropout,
+        dtype=jnp.dtype(config.dtype),
+        first_token_quirk=config.first_token_quirk,
+        unrolled=unrolled,
+    )
 
 
 def init_params(config: TokenBridgeConfig, key: Key[Array, ""]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tokenbridge_jax.errors import UserError
 
@@ -126,9 +126,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the batch is split: a batch size must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_shards_in_use() -> int:
+    """Into how many parts the batch is split by the mesh of `use_mesh`; 1 outside it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else batch_shards(mesh)
 
 
 def logical_shardings(boxed: Any, mesh: Mesh) -> Any:

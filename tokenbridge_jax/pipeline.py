@@ -234,7 +234,7 @@ class Pipeline:
           batch_size: images at once.
           progress: print rate and ETA to stderr.
           **settings: fields of `SamplingSettings`: num_iter, guidance, guidance_schedule,
-            temperature.
+            temperature, guidance_interval.
 
         Raises:
           UserError: a class does not exist or a setting is out of range.

@@ -1,21 +1,25 @@
-"""Transformer blocks shared by the backbone (over positions) and the head (over channels).
+"""Transformer blocks: of the backbone (over positions) and of the head (over channels).
 
-A block is called as `block(x, mask, condition, cache)` and returns `(x, cache)`, so that
-`stack_layers` can scan any of them over depth. Dropout acts exactly when a "dropout" key is given
-to `apply`: training gives one, nothing else does.
+A block is called as `block(x, shared)` and returns `(x, None)`, so that `stack_layers` can scan
+either over depth. Dropout acts exactly when a "dropout" key is given to `apply`: training gives
+one, nothing else does.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from tokenbridge_jax.dropout import dropout, gelu_dropout, seed_words
+from tokenbridge_jax.kernels.attention import attention, plain_attention, split_heads
+from tokenbridge_jax.kernels.cached_attention import cached_attention
+from tokenbridge_jax.kernels.channel_attention import channel_attention
+from tokenbridge_jax.kernels.common import NORM_EPSILON
 from tokenbridge_jax.parallel import named_axes
-
-NORM_EPSILON = 1e-6
 
 # What the backward pass keeps of a block's forward pass; the rest it computes again. `None` keeps
 # everything.
@@ -49,12 +53,33 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
 
+def unstack_parts(x: Float[Array, "N T P D"]) -> list[Float[Array, "N T D"]]:
+    """Shifts, scales and gates that one product made.
+
+    Cut along a flat axis, since the gradient of that is one concatenation, where that of indexing
+    is a sum of P arrays padded with zeros.
+    """
+    flat = x.reshape(*x.shape[:2], -1)
+    return jnp.split(flat, x.shape[2], axis=-1)
+
+
 class Cache(NamedTuple):
     """Keys and values of the places already seen, and the place being computed."""
 
-    keys: Float[Array, "*layers N T H K"]
-    values: Float[Array, "*layers N T H K"]
-    place: Int[Array, "*layers"]
+    keys: Float[Array, "N H T K"]
+    values: Float[Array, "N H T K"]
+    place: Int[Array, ""]
+
+
+class Window(NamedTuple):
+    """`size` neighbouring places of a sequence from a traced `start` on."""
+
+    start: Int[Array, ""]
+    size: int
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """The places of the window: `[N, T, ...]` -> `[N, size, ...]`."""
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=1)
 
 
 class Dropout(nn.Module):
@@ -64,18 +89,58 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+        return dropout(x, *dropout_seed(self, self.rate))
+
+
+def dropout_seed(module: nn.Module, rate: float) -> tuple[UInt32[Array, "2"], float]:
+    """A fresh seed for one use of dropout and its rate; the rate is 0 without a "dropout" key."""
+    if not rate or not module.has_rng("dropout"):
+        return jnp.zeros(2, jnp.uint32), 0.0
+    return seed_words(module.make_rng("dropout")), rate
+
+
+class QKV(nn.Module):
+    """Queries, keys and values of all heads in one product, and their bias, not yet added."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "N T D"]
+    ) -> tuple[Float[Array, "N T 3 H K"], Float[Array, "3 H K"]]:
+        width = x.shape[-1]
+        shape = (3, self.heads, width // self.heads)
+
+        def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return xavier(key, (width, 3 * width)).reshape(shape)
+
+        axes = ("embed", "qkv", "heads", "head_width")
+        kernel = self.param("kernel", named_axes(init, *axes), (width, *shape))
+        bias = self.param("bias", named_axes(nn.initializers.zeros, *axes[1:]), shape)
+        product = jnp.einsum("ntd,dphk->ntphk", x, kernel.astype(self.dtype))
+        return product, bias.astype(self.dtype)
+
+
+def output_projection(width: int, dtype: Any) -> nn.DenseGeneral:
+    """All heads' results together: `[N, T, H, K]` -> `[N, T, D]`."""
+    return nn.DenseGeneral(
+        width,
+        axis=(-2, -1),
+        dtype=dtype,
+        kernel_init=named_axes(xavier, "heads", "head_width", "embed"),
+        bias_init=named_axes(nn.initializers.zeros, "embed"),
+        name="proj",
+    )
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, scale 1/sqrt(K), softmax in float32.
+    """Multi-head self-attention of the backbone, scale 1/sqrt(K), softmax in float32.
 
-    `qk_norm` normalises queries and keys per head, with affine weights. With a `cache`, x holds one
-    place only, which attends to the places cached so far and itself.
+    With a `window`, only its places ask: keys and values are of all places.
     """
 
     heads: int
-    qk_norm: bool = False
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -83,41 +148,53 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "N T D"],
-        mask: Bool[Array, "#N #T S"] | None = None,
-        cache: Cache | None = None,
+        visible: Bool[Array, "#N T"] | None = None,
+        window: Window | None = None,
+    ) -> Float[Array, "N W D"]:
+        width = x.shape[-1]
+        qkv, bias = QKV(self.heads, self.dtype, name="qkv")(x)
+        if window is None:
+            x = attention(qkv, bias, visible, *dropout_seed(self, self.dropout))
+        else:
+            q, k, v = split_heads(qkv, bias)
+            x = plain_attention(window.cut(q), k, v, None if visible is None else visible[:, None])
+        return Dropout(self.dropout)(output_projection(width, self.dtype)(x))
+
+
+class ChannelAttention(nn.Module):
+    """Causal multi-head self-attention of the head, with LayerNorm on queries and keys.
+
+    With a `cache`, x holds one place only, which attends to the places cached so far and itself.
+    """
+
+    heads: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "N T D"], cache: Cache | None = None
     ) -> tuple[Float[Array, "N T D"], Cache | None]:
         width = x.shape[-1]
-        qkv = nn.DenseGeneral(
-            (3, self.heads, width // self.heads),
-            dtype=self.dtype,
-            kernel_init=named_axes(xavier, "embed", "qkv", "heads", "head_width"),
-            bias_init=named_axes(nn.initializers.zeros, "qkv", "heads", "head_width"),
-            name="qkv",
-        )(x)
-        q, k, v = (qkv[:, :, i] for i in range(3))
-        if self.qk_norm:
-            q = layer_norm(self.dtype, name="q_norm")(q)
-            k = layer_norm(self.dtype, name="k_norm")(k)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, cache.place, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v, cache.place, axis=1)
-            cache = Cache(k, v, cache.place)
-        scores = jnp.einsum("nqhk,nshk->nhqs", q, k, preferred_element_type=jnp.float32)
-        scores *= q.shape[-1] ** -0.5
-        if mask is not None:
-            scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-        weights = nn.softmax(scores).astype(self.dtype)
-        weights = Dropout(self.dropout)(weights)
-        x = jnp.einsum("nhqs,nshk->nqhk", weights, v)
-        x = nn.DenseGeneral(
-            width,
-            axis=(-2, -1),
-            dtype=self.dtype,
-            kernel_init=named_axes(xavier, "heads", "head_width", "embed"),
-            bias_init=named_axes(nn.initializers.zeros, "embed"),
-            name="proj",
-        )(x)
-        return Dropout(self.dropout)(x), cache
+        qkv, bias = QKV(self.heads, self.dtype, name="qkv")(x)
+        q_norm = NormWeights(name="q_norm")(width // self.heads)
+        k_norm = NormWeights(name="k_norm")(width // self.heads)
+        if cache is None:
+            norms = jnp.stack([*q_norm, *k_norm])
+            x = channel_attention(qkv, bias, norms, *dropout_seed(self, self.dropout))
+        else:
+            x, keys, values = cached_attention(qkv, bias, (*q_norm, *k_norm), *cache)
+            cache = Cache(keys, values, cache.place)
+        return Dropout(self.dropout)(output_projection(width, self.dtype)(x)), cache
+
+
+class NormWeights(nn.Module):
+    """Scale and bias of a LayerNorm that is computed together with something else."""
+
+    @nn.compact
+    def __call__(self, width: int) -> tuple[Float[Array, " D"], Float[Array, " D"]]:
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        return scale, self.param("bias", nn.initializers.zeros, (width,))
 
 
 class Mlp(nn.Module):
@@ -136,7 +213,7 @@ class Mlp(nn.Module):
             bias_init=named_axes(nn.initializers.zeros, "mlp"),
             name="fc1",
         )(x)
-        x = Dropout(self.dropout)(nn.gelu(x, approximate=False))
+        x = gelu_dropout(x, *dropout_seed(self, self.dropout))
         x = nn.Dense(
             width,
             dtype=self.dtype,
@@ -158,62 +235,116 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "N T D"],
-        mask: Bool[Array, "#N #T S"] | None = None,
-        condition: None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "N T D"], Cache | None]:
-        attention = Attention(self.heads, dropout=self.dropout, dtype=self.dtype, name="attn")
-        y, cache = attention(layer_norm(self.dtype, name="norm1")(x), mask, cache)
-        x = x + y
+        visible: Bool[Array, "#N T"] | None = None,
+        window: Window | None = None,
+    ) -> tuple[Float[Array, "N W D"], None]:
+        """Runs the block; with a `window`, for its places only, which see all the others."""
+        attention = Attention(self.heads, self.dropout, self.dtype, name="attn")
+        y = attention(layer_norm(self.dtype, name="norm1")(x), visible, window)
+        x = y + (x if window is None else window.cut(x))
         mlp = Mlp(self.dropout, self.dtype, name="mlp")
-        return x + mlp(layer_norm(self.dtype, name="norm2")(x)), cache
+        return x + mlp(layer_norm(self.dtype, name="norm2")(x)), None
 
 
 class ConditionedBlock(nn.Module):
     """Block whose norms are modulated and whose branches are gated by a condition (AdaLN-Zero)."""
 
+    width: int
     heads: int
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "N T D"],
-        mask: Bool[Array, "#N #T S"],
-        condition: Float[Array, "N T D"],
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "N T D"], Cache | None]:
-        modulation = nn.DenseGeneral(
-            (6, x.shape[-1]),
+    def setup(self) -> None:
+        self.modulation = nn.DenseGeneral(
+            (6, self.width),
             dtype=self.dtype,
             kernel_init=named_axes(nn.initializers.zeros, "embed", None, None),
-            name="modulation",
-        )(nn.silu(condition))
-        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[:, :, i] for i in range(6))
-        attention = Attention(self.heads, True, self.dropout, self.dtype, name="attn")
-        y = modulate(layer_norm(self.dtype, name="norm1")(x), shift1, scale1)
-        y, cache = attention(y, mask, cache)
+        )
+        self.norm1 = layer_norm(self.dtype)
+        self.attn = ChannelAttention(self.heads, self.dropout, self.dtype)
+        self.norm2 = layer_norm(self.dtype)
+        self.mlp = Mlp(self.dropout, self.dtype)
+
+    def __call__(
+        self, x: Float[Array, "N T D"], condition: Float[Array, "N T D"]
+    ) -> tuple[Float[Array, "N T D"], None]:
+        """Runs the block; `condition` is after its SiLU."""
+        return self.modulated(x, self.modulation(condition))[0], None
+
+    def modulated(
+        self,
+        x: Float[Array, "N T D"],
+        modulation: Float[Array, "N T 6 D"],
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "N T D"], Cache | None]:
+        """The block, with what `modulation` says of the condition."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = unstack_parts(modulation)
+        y, cache = self.attn(modulate(self.norm1(x), shift1, scale1), cache)
         x = x + gate1 * y
-        y = modulate(layer_norm(self.dtype, name="norm2")(x), shift2, scale2)
-        return x + gate2 * Mlp(self.dropout, self.dtype, name="mlp")(y), cache
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2)), cache
 
 
-def stack_layers(block: type[nn.Module], layers: int, remat: str = "none") -> Callable[..., Any]:
-    """A block's class scanned over depth: `(x, mask, condition, cache) -> (x, cache)`.
+class Unrolled(nn.Module):
+    """Blocks one after another, each with parameters of its own (see `unstack`).
 
-    Parameters and cache get a leading axis of size `layers`; the program is as large as one block
-    whatever the depth.
+    The program is as large as all of them together and takes the longer to compile. It runs faster:
+    nothing is cut from stacked parameters or put into stacked residuals, and blocks can be called
+    one by one.
+    """
+
+    make_block: Callable[[], nn.Module]
+    layers: int
+
+    def setup(self) -> None:
+        self.blocks = [self.make_block() for _ in range(self.layers)]
+
+    def __call__(
+        self, x: Float[Array, "N T D"], shared: Any, window: Window | None = None
+    ) -> tuple[jax.Array, None]:
+        """Runs all blocks; with a `window`, the last one for its places only."""
+        for block in self.blocks[:-1]:
+            x, _ = block(x, shared)
+        last = self.blocks[-1]
+        return last(x, shared) if window is None else last(x, shared, window)
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """Turns the parameters of stacked layers, wherever they are in the tree, into `Unrolled`'s."""
+    return {
+        name: {f"blocks_{i}": layer for i, layer in enumerate(_layers(value))}
+        if name.endswith("blocks")
+        else unstack(value)
+        if isinstance(value, dict)
+        else value
+        for name, value in params.items()
+    }
+
+
+def _layers(stacked: dict[str, Any]) -> list[dict[str, Any]]:
+    leaves, structure = jax.tree.flatten(stacked)
+    layers = zip(*map(jnp.unstack, leaves), strict=True)
+    return [jax.tree.unflatten(structure, layer) for layer in layers]
+
+
+def stack_layers(
+    block: type[nn.Module], layers: int, remat: str = "none", unrolled: bool = False
+) -> Callable[..., Any]:
+    """A block's class over depth: `(x, shared) -> (x, None)`, `shared` the same for all layers.
+
+    As a scan, whose parameters have a leading axis of size `layers` and whose program is as large
+    as one block whatever the depth; or with `unrolled` as `Unrolled`.
     """
     policy = REMAT_POLICIES[remat]
     if policy is not None:
-        block = nn.remat(block, prevent_cse=False, policy=policy)
+        # In a scan nothing could be merged with the forward pass again; a barrier would only cost.
+        block = nn.remat(block, prevent_cse=unrolled, policy=policy)
+    if unrolled:
+        return lambda *arguments: Unrolled(functools.partial(block, *arguments), layers)
     return nn.scan(
         block,
         length=layers,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, nn.broadcast, 0),
-        out_axes=0,
+        in_axes=nn.broadcast,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

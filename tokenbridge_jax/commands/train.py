@@ -59,7 +59,7 @@ IN_GRID = 40
 # What of `config.model` is about training, not part of the model.
 _NOT_MODEL = {"class_dropout", "mask_mean", "mask_std", "mask_min"}
 # What of it changes how the model is computed, but not what.
-_NOT_FUNCTION = {"dtype", "remat", "head_chunk", "dropout"}
+_NOT_FUNCTION = {"dtype", "remat", "scan_layers", "head_chunk", "dropout"}
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -163,7 +163,7 @@ def make_run(
     return Run(
         name="train",
         directory=workdir,
-        task=ModelTask(model, config.model.class_dropout),
+        task=ModelTask(model, config.model.class_dropout, config.training.head_fraction),
         section=section,
         section_name="training",
         seed=seed,
@@ -172,7 +172,7 @@ def make_run(
             workdir / "tokens", section.batch_size, seed, start_step=start
         ),
         draw=lambda step: masks.draw(seed, step),
-        flops_per_image=training_flops(model, masks),
+        flops_per_image=training_flops(model, masks, config.training.head_fraction),
         fields=fields,
         fixed={"seed", "training.batch_size", "tokens_sha256"} | function,
         hooks=hooks,

@@ -23,6 +23,7 @@ from tokenbridge_jax.transformer import (
     layer_norm,
     modulate,
     stack_layers,
+    unstack_parts,
     xavier,
 )
 
@@ -42,6 +43,7 @@ class ChannelAR(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     first_token_quirk: bool = False
+    unrolled: bool = False
 
     def setup(self) -> None:
         channels = len(self.channel_order)
@@ -57,8 +59,8 @@ class ChannelAR(nn.Module):
         embedding = named_axes(embedding_init, "channels", "embed")
         self.channel_embed = self.param("channel_embed", embedding, (channels, self.width))
         self.timestep_embed = self.param("timestep_embed", embedding, (channels, self.width))
-        self.blocks = stack_layers(ConditionedBlock, self.layers)(
-            self.heads, self.dropout, self.dtype
+        self.blocks = stack_layers(ConditionedBlock, self.layers, unrolled=self.unrolled)(
+            self.width, self.heads, self.dropout, self.dtype
         )
         self.norm = layer_norm(self.dtype)
         self.final_norm = layer_norm(self.dtype, affine=False)
@@ -83,11 +85,10 @@ class ChannelAR(nn.Module):
         condition = self.condition_proj(feature)[:, None]
         tokens = self.token_embeddings[place, previous].astype(self.dtype)
         x = jnp.concatenate([condition, tokens], axis=1) + self._places(self.channel_embed)
-        condition = condition + self._places(self.timestep_embed)
+        condition = nn.silu(condition + self._places(self.timestep_embed))
         x = parallel.constrain(x, "batch", None, None)
-        causal = np.tri(len(self.channel_order), dtype=bool)[None]
-        x, _ = self.blocks(x, jnp.asarray(causal), condition, None)
-        return self.classifier(self._modulated_norm(x, condition))
+        x, _ = self.blocks(x, condition)
+        return self.classifier(self._modulated_norm(x, self.final_modulation(condition)))
 
     def nll(
         self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"]
@@ -107,6 +108,8 @@ class ChannelAR(nn.Module):
     ) -> Int[Array, "N C"]:
         """Draws the C indices of every position, with cached keys and values.
 
+        For an unrolled model.
+
         Args:
           feature: what the backbone says of each position, guidance included.
           keys: a random key a position; what is drawn depends on nothing else that is random.
@@ -116,47 +119,72 @@ class ChannelAR(nn.Module):
           Indices in autoencoder order.
         """
         channels, count = len(self.channel_order), len(feature)
+        if count == 1:
+            # XLA makes sums over whole weights of products with a single row.
+            feature, keys = jnp.repeat(feature, 2, axis=0), jnp.repeat(keys, 2)
+            return self.sample(feature, keys, temperature)[:1]
         # Positions stay where their images are, whatever the parameters' layout suggests.
         condition = parallel.constrain(self.condition_proj(feature), "batch", None)
-        token = condition
+        first = condition
         if self.first_token_quirk:
-            token = token + self.timestep_embed[:1].astype(self.dtype)
-        shape = (self.layers, count, channels, self.heads, self.width // self.heads)
-        empty = parallel.constrain(jnp.zeros(shape, self.dtype), None, "batch", None, "heads", None)
+            first = first + self.timestep_embed[:1].astype(self.dtype)
+        empty = jnp.zeros((count, self.heads, channels, self.width // self.heads), self.dtype)
+        empty = parallel.constrain(empty, "batch", "heads", None, None)
+        caches = [Cache(empty, empty, jnp.int32(0))] * self.layers
+
+        # What does not depend on indices is computed for all channels at once. The embedding of a
+        # channel goes with the token before it.
+        embed = self._places(self.channel_embed)[0]
+        first = first + embed[:1]
+        tokens = self.token_embeddings.astype(self.dtype) + embed[1:, None]
+        conditions = condition[None] + self.timestep_embed.astype(self.dtype)[:, None]
+        conditions = nn.silu(parallel.constrain(conditions, None, "batch", None))[:, :, None]
+        modulations = [block.modulation(conditions) for block in self.blocks.blocks]
+        modulations.append(self.final_modulation(conditions))
+        # argmax(logits / T + gumbel) = argmax(logits + T * gumbel), and the latter knows T = 0.
+        noise = temperature * self._gumbel(keys)
 
         def next_channel(
-            head: "ChannelAR", carry: tuple[jax.Array, Cache], place: jax.Array
-        ) -> tuple[tuple[jax.Array, Cache], jax.Array]:
-            token, cache = carry
-            x = (token + head.channel_embed[place].astype(head.dtype)[None])[:, None]
-            x = parallel.constrain(x, "batch", None, None)
-            here = (condition + head.timestep_embed[place].astype(head.dtype)[None])[:, None]
-            seen = (jnp.arange(channels) <= place)[None, None]
-            cache = cache._replace(place=jnp.full(head.layers, place))
-            x, cache = head.blocks(x, seen, here, cache)
-            logits = head.classifier(head._modulated_norm(x, here), place)[:, 0]
-            # argmax(logits / T + gumbel) = argmax(logits + T * gumbel), and the latter knows T = 0.
-            noise = jax.vmap(
-                lambda key: jax.random.gumbel(jax.random.fold_in(key, place), (head.levels,))
-            )(keys)
-            index = jnp.argmax(logits + temperature * noise, axis=-1)
+            head: "ChannelAR", carry: tuple[jax.Array, list[Cache]], xs: tuple[Any, ...]
+        ) -> tuple[tuple[jax.Array, list[Cache]], jax.Array]:
+            token, caches = carry
+            place, modulations, noise = xs
+            # Cut out by themselves once, or XLA cuts in front of every norm and splits the norm.
+            *modulations, final_modulation = jax.lax.optimization_barrier(modulations)
+            x = parallel.constrain(token[:, None], "batch", None, None)
+            for i, (block, modulation) in enumerate(
+                zip(head.blocks.blocks, modulations, strict=True)
+            ):
+                cache = caches[i]._replace(place=place)
+                x, caches[i] = block.modulated(x, modulation, cache)
+            x = head._modulated_norm(x, final_modulation)
+            logits = head.classifier(x, place)[:, 0]
+            index = jnp.argmax(logits + noise, axis=-1)
             # The last channel's token is never used; it needs no table of its own.
-            table = head.token_embeddings[jnp.minimum(place, channels - 2)]
-            return (table[index].astype(head.dtype), cache), index
+            return (tokens[jnp.minimum(place, channels - 2), index], caches), index
 
         scan = nn.scan(next_channel, variable_broadcast="params", split_rngs={"params": False})
-        start = (token, Cache(empty, empty, jnp.zeros(self.layers, jnp.int32)))
-        _, indices = scan(self, start, jnp.arange(channels))
+        places = jnp.arange(channels)
+        xs = (places, modulations, noise)
+        _, indices = scan(self, (first, caches), xs)
         return indices.T[:, np.argsort(self.channel_order)]
+
+    def _gumbel(self, keys: Key[Array, " N"]) -> Float[Array, "C N V"]:
+        """Noise for every channel, from the position's key and the channel's place."""
+
+        def draw(place: jax.Array, key: jax.Array) -> jax.Array:
+            return jax.random.gumbel(jax.random.fold_in(key, place), (self.levels,))
+
+        places = jnp.arange(len(self.channel_order))
+        return jax.vmap(lambda place: jax.vmap(functools.partial(draw, place))(keys))(places)
 
     def _places(self, embedding: Float[Array, "C D"]) -> Float[Array, "1 C D"]:
         return embedding.astype(self.dtype)[None]
 
     def _modulated_norm(
-        self, x: Float[Array, "N T D"], condition: Float[Array, "N T D"]
+        self, x: Float[Array, "N T D"], modulation: Float[Array, "N T 2 D"]
     ) -> Float[Array, "N T D"]:
-        modulation = self.final_modulation(nn.silu(condition))
-        scale, shift = modulation[:, :, 0], modulation[:, :, 1]
+        scale, shift = unstack_parts(modulation)
         return modulate(self.final_norm(self.norm(x)), shift, scale)
 
 

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from tokenbridge_jax import parallel
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, init_params
+from tokenbridge_jax.loss import image_nll, loss
+from tokenbridge_jax.model import TokenBridgeConfig, init_params
 from tokenbridge_jax.training.masking import MaskDraw, MaskSampler, draw_orders
 
 Batch = Mapping[str, Any]
@@ -39,14 +40,19 @@ class Examples:
 class ModelTask:
     """Trains a TokenBridge (see `step.Task`); the host's draw of a step is a `MaskDraw`."""
 
-    def __init__(self, config: TokenBridgeConfig, class_dropout: float):
-        """`class_dropout` is the share of images trained with the null latent for a class."""
-        self.model = TokenBridge(config)
+    def __init__(self, config: TokenBridgeConfig, class_dropout: float, head_fraction: float = 1.0):
+        """Args:
+        config: the model.
+        class_dropout: the share of images trained with the null latent for a class.
+        head_fraction: the share of hidden slots that the loss is measured at; see `loss.loss`.
+        """
+        self._config = config
         self._class_dropout = class_dropout
+        self._head_fraction = head_fraction
 
     def init(self, key: PRNGKeyArray) -> Any:
         """Boxed float32 parameters."""
-        return init_params(self.model.config, key)
+        return init_params(self._config, key)
 
     def examples(self, batch: Batch, key: PRNGKeyArray, draw: MaskDraw) -> Examples:
         """A random order for every image, and which of them lose their class."""
@@ -56,7 +62,7 @@ class ModelTask:
         return Examples(
             indices=indices,
             labels=labels,
-            order=draw_orders(order_key, len(indices), self.model.config.positions),
+            order=draw_orders(order_key, len(indices), self._config.positions),
             drop_class=jax.random.bernoulli(drop_key, self._class_dropout, labels.shape),
         )
 
@@ -64,28 +70,31 @@ class ModelTask:
         self, params: Any, examples: Examples, key: PRNGKeyArray, draw: MaskDraw
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Mean cross-entropy in nats over hidden positions and channels, with dropout."""
-        loss, _ = self.model.apply(
-            {"params": params},
+        value = loss(
+            self._config,
+            params,
             examples.indices,
             examples.labels,
             examples.order,
             draw.num_hidden,
             examples.drop_class,
+            key,
             hidden_slots=draw.hidden_slots,
             visible_slots=draw.visible_slots,
-            rngs={"dropout": key},
-            method=TokenBridge.loss,
+            head_fraction=self._head_fraction,
         )
-        return loss, {}
+        return value, {}
 
 
-def training_flops(config: TokenBridgeConfig, masks: MaskSampler) -> float:
+def training_flops(
+    config: TokenBridgeConfig, masks: MaskSampler, head_fraction: float = 1.0
+) -> float:
     """Expected matmul FLOPs of training on one image: forward, and twice that backward.
 
     Neither padded slots nor recomputation count: it is the work the mathematics asks for.
     """
     forward = sum(
-        probability * config.forward_flops(float(num_hidden))
+        probability * config.forward_flops(float(num_hidden), head_fraction * num_hidden)
         for num_hidden, probability in masks.probabilities().items()
     )
     return 3 * forward
@@ -110,7 +119,6 @@ def make_validation(
     Returns:
       The pass. Its batches are this process's shares, as of `loader.validation_batches`.
     """
-    model = TokenBridge(config)
     # Slots for any ratio: one program for all.
     draws = [masks.all_slots(num_hidden) for num_hidden in masks.quantiles(ratios)]
 
@@ -118,8 +126,9 @@ def make_validation(
     def batch_nll(params: Any, batch: Batch, draw: MaskDraw) -> Float[Array, "2"]:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch["numbers"])
         words = jax.vmap(lambda key: jax.random.bits(key, (config.positions,)))(keys)
-        nll: Any = model.apply(
-            {"params": params},
+        nll = image_nll(
+            config,
+            params,
             batch["indices"],
             batch["labels"],
             jnp.argsort(words, axis=-1),
@@ -127,7 +136,6 @@ def make_validation(
             jnp.zeros(batch["labels"].shape, bool),
             hidden_slots=draw.hidden_slots,
             visible_slots=draw.visible_slots,
-            method=TokenBridge.image_nll,
         )
         weights = batch["weights"]
         return jnp.stack([jnp.sum(weights * jnp.mean(nll, axis=-1)), jnp.sum(weights)])

@@ -24,6 +24,7 @@ RULES: dict[str, _Rule] = {
     "batch_size": _POSITIVE,
     "accumulation": _POSITIVE,
     "hidden_bucket": _POSITIVE,
+    "head_fraction": ("above 0 and at most 1", lambda value: 0 < value <= 1),
     "log_every": _POSITIVE,
     "checkpoint_every": _POSITIVE,
     "keep": _POSITIVE,

@@ -54,7 +54,8 @@ def make_train_step(
 
     The state is donated and comes back laid out as it went in, so one program serves all steps.
     All randomness comes from `fold_in(key(seed), state.step)` and the batch's global shape: neither
-    the number of devices nor a restart changes it.
+    the number of devices nor a restart changes it. (The head's dropout also follows from the
+    number of chunks it goes through, which `model.head_chunk` counts positions of a device for.)
 
     Args:
       task: gives the loss.

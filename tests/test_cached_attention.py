@@ -1,0 +1,129 @@
+"""Attention with cached keys and values: against the attention over whole sequences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny_model import TINY, random_params, relative_error
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.kernels.cached_attention import (
+    cached_attention,
+    kernel_cached_attention,
+    plain_cached_attention,
+)
+from tokenbridge_jax.kernels.channel_attention import plain_channel_attention
+from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.transformer import unstack
+
+STEPS = {
+    "plain": jax.jit(plain_cached_attention),
+    "kernel": jax.jit(functools.partial(kernel_cached_attention, interpret=True)),
+}
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32).astype(dtype)
+
+
+def arguments(count: int, channels: int, heads: int, width: int, dtype=jnp.float32):
+    """Products and bias of whole sequences, weights of the norms, and full caches of noise."""
+    qkv = 2 * normal(0, count, channels, 3, heads, width, dtype=dtype)
+    bias, norms = normal(1, 3, heads, width, dtype=dtype), normal(2, 4, width)
+    noise = 100 * normal(3, 2, count, heads, channels, width, dtype=dtype)
+    return qkv, bias, tuple(norms), *noise
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("count", "channels", "heads", "width"), [(5, 4, 2, 16), (1, 8, 3, 20), (3, 6, 1, 128)]
+)
+def test_place_after_place_it_is_causal_attention(
+    name: str, dtype, count: int, channels: int, heads: int, width: int
+):
+    """Whatever stood in the caches before."""
+    qkv, bias, norms, keys, values = arguments(count, channels, heads, width, dtype)
+    seed = jnp.zeros(2, jnp.uint32)
+    whole = jax.jit(plain_channel_attention, static_argnums=4)
+    expected = whole(qkv, bias, jnp.stack(norms), seed, 0.0)
+    for place in range(channels):
+        step = qkv[:, place : place + 1]
+        out, keys, values = STEPS[name](step, bias, norms, keys, values, jnp.int32(place))
+        assert out.dtype == keys.dtype == values.dtype == dtype
+        limit = 3e-6 if dtype == jnp.float32 else 0.01
+        assert relative_error(out[:, 0], expected[:, place]) < limit
+    np.testing.assert_array_equal(values.swapaxes(1, 2), qkv[:, :, 2] + bias[2][None, None])
+
+
+@pytest.mark.parametrize("place", [0, 2, 5])
+def test_the_kernel_writes_one_row_and_agrees_with_the_plain_version(place: int):
+    qkv, bias, norms, *caches = arguments(7, 6, 3, 16, jnp.bfloat16)
+    of_place = (qkv[:, place, None], bias, norms, *caches, jnp.int32(place))
+    actual, expected = (STEPS[name](*of_place) for name in ("kernel", "plain"))
+    assert relative_error(actual[0], expected[0]) < 4e-3
+    others = np.arange(6) != place
+    for before, mine, other in zip(caches, actual[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(mine[:, :, others], before[:, :, others])
+        assert relative_error(mine[:, :, place], other[:, :, place]) < 4e-3
+        assert not np.array_equal(mine[:, :, place], before[:, :, place])
+
+
+@pytest.mark.parametrize(("count", "heads"), [(8, 4), (4, 3), (3, 2)])
+def test_the_kernel_is_the_same_on_any_mesh(count: int, heads: int):
+    """Also where the mesh does not divide the positions or the heads."""
+    qkv, bias, norms, keys, values = arguments(count, 4, heads, 16)
+    expected = STEPS["kernel"](qkv[:, 2:3], bias, norms, keys, values, jnp.int32(2))
+    batch = ("data", "fsdp") if count % 4 == 0 else None
+    split_heads = "tensor" if heads % 2 == 0 else None
+    mesh = parallel.make_mesh(2, 2, 2)
+
+    def put(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    with parallel.use_mesh(mesh):
+        actual = STEPS["kernel"](
+            put(qkv[:, 2:3], batch, None, None, split_heads),
+            put(bias, None, split_heads),
+            tuple(map(put, norms)),
+            put(keys, batch, split_heads),
+            put(values, batch, split_heads),
+            put(jnp.int32(2)),
+        )
+    for mine, other, axis in zip(actual, expected, (2, 1, 1), strict=True):
+        assert relative_error(mine, other) < 1e-6
+        share = list(mine.shape)
+        share[0] //= 4 if batch else 1
+        share[axis] //= 2 if split_heads else 1
+        assert {shard.data.shape for shard in mine.addressable_shards} == {tuple(share)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "kernels"),
+    [(jnp.bfloat16, 16, 1), (jnp.float32, 16, 0), (jnp.bfloat16, 8, 0)],
+)
+def test_gpus_run_one_kernel_and_other_platforms_none(dtype, width: int, kernels: int):
+    qkv, *rest = arguments(2, 4, 2, width, dtype)
+    traced = jax.jit(cached_attention).trace(qkv[:, :1], *rest, jnp.int32(0))
+    for platform, expected in (("cuda", kernels), ("cpu", 0), ("tpu", 0)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("gpu.triton") == expected, platform
+
+
+def test_a_position_alone_is_drawn_as_among_others():
+    count = 3
+    feature = normal(0, count, TINY.decoder_width)
+    keys = jax.random.split(jax.random.key(0), count)
+    variables = {"params": unstack(random_params(TINY))}
+
+    @jax.jit
+    def draw(feature, keys):
+        return TokenBridge(TINY, unrolled=True).apply(
+            variables, feature[None], keys[None], jnp.float32(1), method="sample_positions"
+        )[0]
+
+    alone = [draw(feature[i : i + 1], keys[i : i + 1])[0] for i in range(count)]
+    np.testing.assert_array_equal(draw(feature, keys), alone)

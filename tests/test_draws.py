@@ -1,0 +1,124 @@
+"""One position's draws: cached channels against the training logits, and their probabilities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+from tiny_model import TINY, random_params, tiny
+
+from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.sampling import SamplingSettings, generate
+from tokenbridge_jax.transformer import unstack
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(TINY)
+
+
+@pytest.mark.parametrize("quirk", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cached_channels_equal_the_training_logits(params, quirk: bool, dtype: str):
+    """Greedy indices are the best of the logits that teacher forcing gives for them.
+
+    With the quirk, the training logits of a model whose first channel embedding has the first
+    timestep embedding added: that is where the first token gets it.
+    """
+    config = tiny(first_token_quirk=quirk, dtype=dtype)
+    count = 200
+    feature = jnp.asarray(np.random.default_rng(5).normal(size=(count, TINY.decoder_width)), dtype)
+    keys = jax.random.split(jax.random.key(0), count)
+    head = params["head"]
+
+    def apply(head, method, *arguments):
+        unrolled = method == "sample"
+        tree = params | {"head": head}
+        run = lambda model: getattr(model.head, method)(*arguments)  # noqa: E731
+        variables = {"params": unstack(tree) if unrolled else tree}
+        return TokenBridge(config, unrolled).apply(variables, method=run)
+
+    drawn = jax.jit(lambda head: apply(head, "sample", feature, keys, jnp.float32(0)))(head)
+    shifted = head | {
+        "channel_embed": head["channel_embed"].at[0].add(head["timestep_embed"][0] * quirk)
+    }
+    logits = np.asarray(jax.jit(lambda head: apply(head, "logits", feature, drawn))(shifted))
+    in_channel_order = np.asarray(drawn)[:, TINY.channel_order]
+    chosen = np.take_along_axis(logits, in_channel_order[..., None], axis=-1)[..., 0]
+    regret = logits.max(axis=-1) - chosen
+    if dtype == "float32":
+        np.testing.assert_array_equal(np.argmax(logits, axis=-1), in_channel_order)
+    else:
+        # Logits of size ~10 in bfloat16 carry errors of ~0.1: the choice is at most that bad.
+        assert regret.max() < 0.02 * np.abs(logits).max()
+    # Far from trivial: every level occurs, and the quirk changes some of them.
+    assert len(np.unique(drawn)) == TINY.levels
+    if quirk:
+        plain = np.asarray(jax.jit(lambda head: apply(head, "logits", feature, drawn))(head))
+        assert (np.argmax(plain, axis=-1) != in_channel_order).any()
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_draws_have_the_probabilities_of_the_tempered_softmax(temperature: float):
+    """Chi-square over all pairs of the first two channels, and over the last, of one position.
+
+    Through `generate`, so that keys made from seed and sample index are what is tested.
+    """
+    config = tiny(positions=1)
+    params = random_params(config, seed=1, spread=0.15)
+    count = 6000
+    labels = np.zeros(count, np.int32)
+    settings = SamplingSettings(1, temperature=temperature)
+    numbers = np.arange(count, dtype=np.int32)
+    drawn = np.asarray(generate(config, params, labels, numbers, settings, seed=11))[:, 0]
+    drawn = drawn[:, config.channel_order]
+
+    # Exact probabilities of all 5^4 outcomes, from the training logits.
+    levels = config.levels
+    outcomes = np.stack(np.unravel_index(np.arange(levels**4), (levels,) * 4), axis=-1)
+    images = outcomes[:, np.argsort(config.channel_order)][:, None]
+    logits = jax.jit(TokenBridge(config).apply)(
+        {"params": params},
+        jnp.asarray(images),
+        jnp.zeros(len(images), jnp.int32),
+        jnp.zeros((len(images), 1), jnp.int32),
+        jnp.int32(1),
+        jnp.zeros(len(images), bool),
+    )
+    log_probability = special.log_softmax(np.asarray(logits, np.float64)[:, 0] / temperature, -1)
+    chosen = np.take_along_axis(log_probability, outcomes[..., None], axis=-1)[..., 0]
+    joint = np.exp(chosen.sum(axis=-1))
+    assert joint.sum() == pytest.approx(1)
+    joint = joint.reshape((levels,) * 4)
+
+    pairs, _ = np.histogramdd(drawn[:, :2], bins=[np.arange(levels + 1) - 0.5] * 2)
+    expected = joint.sum(axis=(2, 3)) * count
+    assert expected.min() > 5
+    assert stats.chisquare(pairs.ravel(), expected.ravel()).pvalue > 1e-3
+    last = np.bincount(drawn[:, 3], minlength=levels)
+    assert stats.chisquare(last, joint.sum(axis=(0, 1, 2)) * count).pvalue > 1e-3
+    # The test has the power to tell: another temperature is refused.
+    other = np.exp(chosen.sum(axis=-1) * (1.4 if temperature < 1 else 0.7)).reshape((levels,) * 4)
+    other = other.sum(axis=(2, 3)) * count / other.sum()
+    assert stats.chisquare(pairs.ravel(), other.ravel()).pvalue < 1e-4
+
+
+def test_noise_of_positions_channels_and_samples_is_independent(params):
+    """At a huge temperature nothing but noise is left: every pair of draws must be independent."""
+    count = 500
+    settings = SamplingSettings(3, temperature=1e6)
+    labels, numbers = np.zeros(count, np.int32), np.arange(count, dtype=np.int32)
+    drawn = np.asarray(generate(TINY, params, labels, numbers, settings, seed=5))
+    levels, flat = TINY.levels, drawn.reshape(count, -1)
+    assert stats.chisquare(np.bincount(flat.ravel(), minlength=levels)).pvalue > 1e-3
+    values = []
+    for i in range(flat.shape[1]):
+        for other in (flat[:, :i].T, [np.roll(flat[:, i], 1)]):  # Its neighbours, the next sample.
+            values += [stats.chisquare(_pairs(flat[:, i], x, levels)).pvalue for x in other]
+    # Uniform p-values: the smallest of n is above 0.001 / n with probability 0.999.
+    assert min(values) > 1e-3 / len(values)
+    assert 0.4 < np.mean(values) < 0.6
+
+
+def _pairs(a: np.ndarray, b: np.ndarray, levels: int) -> np.ndarray:
+    return np.bincount(a * levels + b, minlength=levels**2)

@@ -1,0 +1,197 @@
+"""Dropout's generator as a source of random bits, and what is computed with it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.dropout import dropout, gelu_dropout, keep, keep_elements, seed_words
+
+GROUP = 8
+GROUPS = 2**15
+SEED = seed_words(jax.random.key(7))
+
+_keep = jax.jit(keep, static_argnums=3)
+
+
+def assert_independent(kept: np.ndarray, rate: float) -> None:
+    """Chi-square of the patterns of 2, 4 and 8 neighbours in `[..., 8]`.
+
+    Against independent draws of probability 1 - `rate`; rare patterns count together.
+    """
+    for size in (2, 4, GROUP):
+        groups = np.asarray(kept).reshape(-1, size)
+        seen = np.bincount(groups @ (1 << np.arange(size)), minlength=2**size)
+        ones = np.array([pattern.bit_count() for pattern in range(2**size)])
+        expected = len(groups) * (1 - rate) ** ones * rate ** (size - ones)
+        cell = np.where(expected < 5, 2**size, np.arange(2**size))
+        _, cell = np.unique(cell, return_inverse=True)
+        seen, expected = np.bincount(cell, seen), np.bincount(cell, expected)
+        statistic = np.sum((seen - expected) ** 2 / expected)
+        assert stats.chi2.sf(statistic, len(seen) - 1) > 1e-5, f"patterns of {size}"
+
+
+def counters(stride: int = 1, seed: int = 0) -> jax.Array:
+    """Groups of counters `stride` apart that start anywhere."""
+    start = np.random.default_rng(seed).integers(2**32, size=(GROUPS, 1), dtype=np.uint32)
+    return jnp.asarray(start + np.uint32(stride) * np.arange(GROUP, dtype=np.uint32))
+
+
+# --- The generator --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-4, 0.1, 0.5, 0.9])
+def test_the_share_kept_is_one_minus_the_rate(rate: float):
+    shape = (1024, 1024)
+    for key in jax.random.split(jax.random.key(0), 4):
+        share = np.mean(np.asarray(keep_elements(seed_words(key), shape, rate)))
+        # Five standard deviations of a binomial.
+        assert abs(share - (1 - rate)) <= 5 * np.sqrt(rate * (1 - rate) / (1024 * 1024))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_neighbours_are_independent(rate: float):
+    """Neighbours in an array, along any axis: their counters are a stride apart."""
+    in_a_row = jnp.arange(GROUPS * GROUP, dtype=jnp.uint32).reshape(GROUPS, GROUP)
+    assert_independent(_keep(*SEED, in_a_row, rate), rate)
+    for bit in range(21):
+        assert_independent(_keep(*SEED, counters(2**bit, seed=bit), rate), rate)
+    for stride in (16, 20, 320, 1024 * 3, 320 * 320):
+        assert_independent(_keep(*SEED, counters(stride, seed=stride), rate), rate)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("words", [(0,), (1,), (0, 1)])
+def test_either_word_of_the_seed_gives_another_mask(words: tuple[int, ...], rate: float):
+    """The same elements under seeds that have one word in common, or none."""
+    rng = np.random.default_rng(3)
+    elements = counters()[:, 0]
+    for _ in range(4):
+        seeds = np.tile(rng.integers(2**32, size=2, dtype=np.uint32), (GROUP, 1))
+        for word in words:
+            seeds[:, word] = rng.integers(2**32, size=GROUP, dtype=np.uint32)
+        masks = [_keep(*jnp.asarray(seed), elements, rate) for seed in seeds]
+        assert_independent(np.stack(masks, axis=1), rate)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_every_key_gives_another_mask(rate: float):
+    key = jax.random.key(0)
+    for keys in (
+        jax.random.split(key, GROUP),
+        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(GROUP)),
+        jax.random.split(jax.random.key(1, impl="rbg"), GROUP),
+    ):
+        masks = [keep_elements(seed_words(key), (GROUPS,), rate) for key in keys]
+        assert_independent(np.stack(masks, axis=1), rate)
+
+
+def test_elements_are_numbered_row_by_row():
+    numbers = jnp.arange(60, dtype=jnp.uint32)
+    kept = np.asarray(keep(*SEED, numbers, 0.3))
+    assert 0 < kept.sum() < 60
+    np.testing.assert_array_equal(keep_elements(SEED, (3, 4, 5), 0.3), kept.reshape(3, 4, 5))
+
+
+def test_a_seed_is_two_words_of_the_key():
+    assert seed_words(jax.random.key(5)).tolist() == [0, 5]
+    words = jax.random.key_data(jax.random.key(5, impl="rbg"))
+    assert seed_words(jax.random.key(5, impl="rbg")).tolist() == words[np.array([0, 3])].tolist()
+
+
+# --- Dropout --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_zeroes_or_divides_and_preserves_the_mean(rate: float):
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 1, size=(400, 500)), jnp.float32)
+    y = np.asarray(dropout(x, SEED, rate))
+    kept = np.asarray(keep_elements(SEED, x.shape, rate))
+    np.testing.assert_allclose(y, np.where(kept, np.asarray(x) / (1 - rate), 0), rtol=1e-6)
+    deviation = np.sqrt(rate / (1 - rate) * np.sum(np.square(x))) / x.size
+    assert abs(y.mean() - np.mean(x)) < 5 * deviation
+
+
+def test_dropout_of_rate_0_is_nothing():
+    x = jnp.linspace(-1, 1, 1000)
+    np.testing.assert_array_equal(dropout(x, SEED, 0.0), x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_drops_what_was_dropped(dtype):
+    x, d_y = (
+        jnp.asarray(np.random.default_rng(i).normal(size=(30, 40)), jnp.float32).astype(dtype)
+        for i in range(2)
+    )
+    y, backward = jax.vjp(lambda x: dropout(x, SEED, 0.3), x)
+    (d_x,) = backward(d_y)
+    assert y.dtype == d_x.dtype == dtype
+    np.testing.assert_array_equal(d_x != 0, y != 0)
+    np.testing.assert_array_equal(d_x, dropout(d_y, SEED, 0.3))
+    # Nothing is kept for it but the seed.
+    assert [leaf.shape for leaf in jax.tree.leaves(backward)] == [(2,)]
+
+
+def test_what_is_dropped_does_not_depend_on_the_devices():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 16)), jnp.float32)
+
+    def run(x):
+        y, backward = jax.vjp(lambda x: gelu_dropout(dropout(x, SEED, 0.3), SEED, 0.2), x)
+        return y, backward(y)[0]
+
+    expected = jax.jit(run)(x)
+    mesh = parallel.make_mesh(2, 2, 2)
+    with parallel.use_mesh(mesh):
+        spec = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        actual = jax.jit(run, out_shardings=sharding)(jax.device_put(x, sharding))
+    for mine, other in zip(actual, expected, strict=True):
+        assert {shard.data.shape for shard in mine.addressable_shards} == {(2, 6, 8)}
+        np.testing.assert_allclose(mine, other, rtol=1e-6, atol=1e-7)
+
+
+# --- GELU and dropout -----------------------------------------------------------------------------
+
+
+def test_gelu_and_its_gradient_are_exact():
+    x = jnp.linspace(-12, 12, 10_001)
+    y, backward = jax.vjp(lambda x: gelu_dropout(x, SEED, 0.0), x)
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(y, exact * special.ndtr(exact), rtol=3e-7, atol=1e-6)
+    slope = special.ndtr(exact) + exact * stats.norm.pdf(exact)
+    np.testing.assert_allclose(backward(jnp.ones_like(x))[0], slope, rtol=3e-7, atol=1e-6)
+
+
+def test_gelu_dropout_is_one_after_the_other():
+    x, d_y = (
+        3 * jnp.asarray(np.random.default_rng(i).normal(size=(50, 60)), jnp.float32)
+        for i in range(2)
+    )
+
+    def plain(x):
+        kept = keep_elements(SEED, x.shape, 0.3)
+        return jnp.where(kept, jax.nn.gelu(x, approximate=False) / 0.7, 0)
+
+    y, backward = jax.vjp(lambda x: gelu_dropout(x, SEED, 0.3), x)
+    expected, plain_backward = jax.vjp(plain, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(backward(d_y)[0], plain_backward(d_y)[0], rtol=1e-6, atol=3e-6)
+    # Nothing is kept for it but x and the seed.
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(backward)) == [(2,), x.shape]
+
+
+def test_gelu_dropout_of_bfloat16_rounds_once():
+    x, d_y = (
+        jnp.asarray(np.random.default_rng(i).normal(size=1000), jnp.bfloat16) for i in range(2)
+    )
+
+    def run(x, d_y):
+        y, backward = jax.vjp(lambda x: gelu_dropout(x, SEED, 0.3), x)
+        return y, backward(d_y)[0]
+
+    wide = run(x.astype(jnp.float32), d_y.astype(jnp.float32))
+    for rounded, exact in zip(run(x, d_y), wide, strict=True):
+        assert rounded.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))

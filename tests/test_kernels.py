@@ -1,0 +1,323 @@
+"""The attention kernels, their Python run on CPU, against the plain versions and mathematics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from scipy import special
+from tiny_model import relative_error
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.kernels import attention as over_positions
+from tokenbridge_jax.kernels import channel_attention as over_channels
+from tokenbridge_jax.kernels.attention import attention, plain_attention
+from tokenbridge_jax.kernels.channel_attention import channel_attention, plain_channel_attention
+
+SEED = jnp.array([123, 456], jnp.uint32)
+BLOCK, TILE = over_positions.BLOCK, over_channels.TILE
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32).astype(dtype)
+
+
+def visible_tokens(kind: str, images: int, length: int) -> jax.Array | None:
+    """A mask that leaves every image something to see, from the far end at least."""
+    if kind == "all":
+        return None
+    shape = (1 if kind == "same" else images, length)
+    return jnp.asarray(np.random.default_rng(9).random(shape) < 0.4).at[:, -1].set(True)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def positions_kernel(qkv, bias, visible, seed, d_out, dropout):
+    """Output, normalizer and gradient of the attention over positions, by its kernels."""
+    settings = dict(dropout=dropout, interpret=True)
+    inputs = qkv, bias, visible, seed
+    out, normalizer = over_positions.kernel_forward(*inputs, **settings)
+    return (
+        out,
+        normalizer,
+        over_positions.kernel_backward(*inputs, out, normalizer, d_out, **settings),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def positions_plain(qkv, bias, visible, seed, d_out, dropout):
+    """Output and gradient of the plain attention over positions."""
+    out, backward = jax.vjp(lambda x: attend_plainly(x, bias, visible, seed, dropout), qkv)
+    return out, backward(d_out)[0]
+
+
+def attend_plainly(qkv, bias, visible, seed, dropout):
+    q, k, v = ((qkv + bias[None, None])[:, :, part] for part in range(3))
+    return plain_attention(q, k, v, None if visible is None else visible[:, None], seed, dropout)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def channels_kernel(qkv, bias, norms, seed, d_out, dropout):
+    """Output and gradients of the attention over channels, by its kernels."""
+    settings = dict(dropout=dropout, interpret=True)
+    out = over_channels.kernel_forward(qkv, bias, norms, seed, **settings)
+    return out, *over_channels.kernel_backward(qkv, bias, norms, seed, d_out, **settings)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def channels_plain(qkv, bias, norms, seed, d_out, dropout):
+    """Output and gradients of the plain attention over channels."""
+    out, backward = jax.vjp(
+        lambda qkv, norms: plain_channel_attention(qkv, bias, norms, seed, dropout), qkv, norms
+    )
+    return out, *backward(d_out)
+
+
+# --- The plain versions ---------------------------------------------------------------------------
+
+
+def softmax_by_hand(q, k, v, seen):
+    """Attention of one head of one sequence in float64, row by row."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    rows = [
+        special.softmax(k[seen[t]] @ q[t] / np.sqrt(q.shape[1])) @ v[seen[t]] for t in range(len(q))
+    ]
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("kind", ["all", "same", "each"])
+def test_attention_is_a_softmax_over_what_is_visible(kind: str):
+    qkv, bias = normal(0, 2, 5, 3, 3, 4), normal(1, 3, 3, 4)
+    visible = visible_tokens(kind, 2, 5)
+    out = np.asarray(attention(qkv, bias, visible, SEED, 0.0))
+    seen = np.ones((2, 5), bool) if visible is None else np.broadcast_to(visible, (2, 5))
+    for image in range(2):
+        for head in range(3):
+            q, k, v = np.asarray(qkv + bias[None, None])[image, :, :, head].swapaxes(0, 1)
+            expected = softmax_by_hand(q, k, v, np.tile(seen[image], (5, 1)))
+            np.testing.assert_allclose(out[image, :, head], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_channel_attention_is_causal_and_normalizes_queries_and_keys():
+    qkv, bias, norms = 3 * normal(0, 2, 4, 3, 3, 6) + 1, normal(1, 3, 3, 6), normal(2, 4, 6)
+    out = np.asarray(channel_attention(qkv, bias, norms, SEED, 0.0))
+    q, k, v = np.moveaxis(np.asarray(qkv + bias[None, None], np.float64), 2, 0)
+    scale_q, bias_q, scale_k, bias_k = np.asarray(norms, np.float64)
+
+    def layer_norm(x, scale, bias):
+        x = x - x.mean(axis=-1, keepdims=True)
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale + bias
+
+    q, k = layer_norm(q, scale_q, bias_q), layer_norm(k, scale_k, bias_k)
+    for n in range(2):
+        for head in range(3):
+            parts = (x[n, :, head] for x in (q, k, v))
+            expected = softmax_by_hand(*parts, np.tri(4, dtype=bool))
+            np.testing.assert_allclose(out[n, :, head], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_weights_are_dropped_after_the_softmax():
+    """With values that count keys one by one, the output is the weights."""
+    length = 6
+    qk = normal(0, 3, length, 2, 2, length)
+    v = jnp.broadcast_to(jnp.eye(length)[None, :, None, None], (3, length, 1, 2, length))
+    qkv = jnp.concatenate([qk, v], axis=2)
+    nothing = jnp.zeros((3, 2, length))
+    weights, dropped = (attention(qkv, nothing, None, SEED, rate) for rate in (0.0, 0.25))
+    kept = np.asarray(dropped) != 0
+    assert 0.6 < kept.mean() < 0.9
+    np.testing.assert_allclose(dropped, np.where(kept, np.asarray(weights) / 0.75, 0), rtol=1e-5)
+
+
+# --- The kernels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("images", "length", "heads", "width", "kind"),
+    [
+        (2, 7, 3, 20, "all"),
+        (2, BLOCK, 1, 16, "same"),
+        (2, BLOCK + 6, 2, 16, "each"),
+        (1, 2 * BLOCK + 1, 2, 24, "each"),
+        (3, 3 * BLOCK - 1, 1, 5, "all"),
+    ],
+)
+def test_attention_kernels_agree_with_plain_attention(
+    images: int, length: int, heads: int, width: int, kind: str, dropout: float
+):
+    qkv, bias = 2 * normal(0, images, length, 3, heads, width), normal(2, 3, heads, width)
+    d_out = normal(1, images, length, heads, width)
+    visible = visible_tokens(kind, images, length)
+    out, normalizer, d_qkv = positions_kernel(qkv, bias, visible, SEED, d_out, dropout)
+    expected, expected_d_qkv = positions_plain(qkv, bias, visible, SEED, d_out, dropout)
+    assert relative_error(out, expected) < 3e-6
+    for part in range(3):
+        assert relative_error(d_qkv[:, :, part], expected_d_qkv[:, :, part]) < 2e-5
+
+    q, k, _ = np.moveaxis(np.asarray(qkv + bias[None, None], np.float64), 2, 0)
+    scores = np.einsum("nqhk,nshk->nhqs", q, k) / np.sqrt(width)
+    if visible is not None:
+        scores = np.where(np.asarray(visible)[:, None, None], scores, -np.inf)
+    np.testing.assert_allclose(normalizer, special.logsumexp(scores, axis=-1), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_fill_a_tile_have_no_part_in_gradients():
+    """Whatever their scores: such rows are all bias, here far beyond what exp can hold."""
+    qkv, bias = normal(0, 1, 7, 3, 1, 16), 6 * jnp.ones((3, 1, 16))
+    d_out = normal(1, 1, 7, 1, 16)
+    actual = positions_kernel(qkv, bias, None, SEED, d_out, 0.0)[2]
+    assert relative_error(actual, positions_plain(qkv, bias, None, SEED, d_out, 0.0)[1]) < 1e-4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("count", "channels", "heads", "width"),
+    [
+        (TILE // 4, 4, 2, 16),  # One full tile.
+        (3, 4, 3, 20),  # Less than a tile.
+        (7, 16, 1, 24),  # The last tile is half full.
+        (4, 16, 2, 5),
+        (2, TILE, 1, 16),
+    ],
+)
+def test_channel_attention_kernels_agree_with_plain_channel_attention(
+    count: int, channels: int, heads: int, width: int, dropout: float
+):
+    qkv = 2 * normal(0, count, channels, 3, heads, width) + 0.5
+    bias, norms = normal(1, 3, heads, width), normal(2, 4, width)
+    d_out = normal(3, count, channels, heads, width)
+    actual = channels_kernel(qkv, bias, norms, SEED, d_out, dropout)
+    out, d_qkv, d_norms = channels_plain(qkv, bias, norms, SEED, d_out, dropout)
+    assert relative_error(actual[0], out) < 3e-6
+    for part in range(3):
+        assert relative_error(actual[1][:, :, part], d_qkv[:, :, part]) < 2e-5
+    # But the bias of the keys' norm, whose gradient is zero in exact arithmetic.
+    assert relative_error(actual[2][:3], d_norms[:3]) < 2e-5
+    assert np.max(np.abs(actual[2][3])) < 1e-5 * np.max(np.abs(d_norms))
+
+
+# --- On several devices ---------------------------------------------------------------------------
+
+
+def on_mesh(function, dropout, *arguments):
+    """`function` on a 2 x 2 x 2 mesh, each argument `(array, how it lies there)`."""
+    mesh = parallel.make_mesh(2, 2, 2)
+    with parallel.use_mesh(mesh):
+        placed = [
+            jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+            for array, spec in arguments
+        ]
+        return function(*placed, dropout)
+
+
+BATCH = ("data", "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("images", "heads", "kind"), [(8, 4, "same"), (4, 2, "each"), (4, 3, "all"), (3, 2, "each")]
+)
+def test_attention_kernels_are_the_same_on_any_mesh(images: int, heads: int, kind: str):
+    """With dropout, and for a batch or heads that the mesh does not divide."""
+    qkv, d_out = normal(0, images, 6, 3, heads, 16), normal(1, images, 6, heads, 16)
+    bias, visible = normal(2, 3, heads, 16), visible_tokens(kind, images, 6)
+    batch = BATCH if images % 4 == 0 else None
+    split_heads = "tensor" if heads % 2 == 0 else None
+    visible_spec = (batch if kind == "each" else None,)
+    expected = positions_kernel(qkv, bias, visible, SEED, d_out, 0.2)
+    actual = on_mesh(
+        positions_kernel,
+        0.2,
+        (qkv, (batch, None, None, split_heads)),
+        (bias, (None, split_heads)),
+        (visible, visible_spec if visible is not None else ()),
+        (SEED, ()),
+        (d_out, (batch, None, split_heads)),
+    )
+    for mine, other in zip(actual, expected, strict=True):
+        assert relative_error(mine, other) < 1e-6
+    for mine, axis in zip(actual, (2, 1, 3), strict=True):
+        share = list(mine.shape)
+        share[0] //= 4 if batch else 1
+        share[axis] //= 2 if split_heads else 1
+        assert {shard.data.shape for shard in mine.addressable_shards} == {tuple(share)}
+
+
+@pytest.mark.parametrize(("count", "heads"), [(16, 4), (8, 3), (6, 2)])
+def test_channel_attention_kernels_are_the_same_on_any_mesh(count: int, heads: int):
+    qkv, d_out = normal(0, count, 4, 3, heads, 16), normal(1, count, 4, heads, 16)
+    bias, norms = normal(2, 3, heads, 16), normal(3, 4, 16)
+    batch = BATCH if count % 4 == 0 else None
+    split_heads = "tensor" if heads % 2 == 0 else None
+    expected = channels_kernel(qkv, bias, norms, SEED, d_out, 0.2)
+    actual = on_mesh(
+        channels_kernel,
+        0.2,
+        (qkv, (batch, None, None, split_heads)),
+        (bias, (None, split_heads)),
+        (norms, ()),
+        (SEED, ()),
+        (d_out, (batch, None, split_heads)),
+    )
+    for mine, other in zip(actual, expected, strict=True):
+        assert relative_error(mine, other) < 2e-6
+    share = (count // (4 if batch else 1), 4, heads // (2 if split_heads else 1), 16)
+    assert {shard.data.shape for shard in actual[0].addressable_shards} == {share}
+
+
+# --- Which platform computes how ------------------------------------------------------------------
+
+NORMS, VISIBLE = normal(1, 4, 16), jnp.array([[True, False, True, True]])
+# What the model calls, and its plain version.
+FUNCTIONS = {
+    "positions": (
+        lambda qkv, bias: attention(qkv, bias, VISIBLE, SEED, 0.2),
+        lambda qkv, bias: attend_plainly(qkv, bias, VISIBLE, SEED, 0.2),
+    ),
+    "channels": (
+        lambda qkv, bias: channel_attention(qkv, bias, NORMS, SEED, 0.2),
+        lambda qkv, bias: plain_channel_attention(qkv, bias, NORMS, SEED, 0.2),
+    ),
+}
+
+
+def gradients_and_output(function):
+    """With respect to queries, keys and values, and to their bias."""
+
+    def total(qkv, bias):
+        out = function(qkv, bias)
+        return jnp.sum(jnp.square(out.astype(jnp.float32))), out
+
+    return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+
+
+def inputs(dtype, channels=4, width=16):
+    shape = (3, 2, width)
+    return normal(0, 8, channels, *shape, dtype=dtype), normal(1, *shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 0.01)])
+def test_other_platforms_run_the_plain_versions(name: str, dtype, tolerance: float):
+    actual, expected = (gradients_and_output(f)(*inputs(dtype)) for f in FUNCTIONS[name])
+    for mine, other in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        assert mine.dtype == other.dtype == dtype
+        assert relative_error(mine, other) < tolerance
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(("dtype", "kernels"), [(jnp.bfloat16, 2), (jnp.float32, 0)])
+def test_gpus_run_one_kernel_forward_and_one_backward(name: str, dtype, kernels: int):
+    traced = gradients_and_output(FUNCTIONS[name][0]).trace(*inputs(dtype))
+    for platform, expected in (("cuda", kernels), ("cpu", 0), ("tpu", 0)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("gpu.triton") == expected, platform
+
+
+@pytest.mark.parametrize(("channels", "width"), [(12, 16), (4, 8)])
+def test_what_does_not_fill_a_tile_has_no_kernel(channels: int, width: int):
+    norms = normal(1, 4, width)
+    run = gradients_and_output(lambda *x: channel_attention(*x, norms, SEED, 0.2))
+    traced = run.trace(*inputs(jnp.bfloat16, channels, width))
+    assert "triton" not in traced.lower(lowering_platforms=("cuda",)).as_text()

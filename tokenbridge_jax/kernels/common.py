@@ -1,0 +1,112 @@
+"""What the GPU kernels share."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pl_triton
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, UInt32
+
+from tokenbridge_jax.parallel import RULES
+
+NORM_EPSILON = 1e-6
+
+# Below the log of any weight that counts, and far from float32's own limit.
+MASKED = -1e30
+
+
+def gpu_call(kernel: Callable[..., None], *, warps: int, interpret: bool, **arguments: Any) -> Any:
+    """`pl.pallas_call` through Triton; `interpret` runs the kernel's Python on any platform."""
+    parameters = pl_triton.CompilerParams(num_warps=warps, num_stages=2)
+    return pl.pallas_call(
+        kernel, interpret=interpret, compiler_params=None if interpret else parameters, **arguments
+    )
+
+
+def product(
+    a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False
+) -> jax.Array:
+    """A matrix product with float32 sums, inside a kernel."""
+    contracted = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
+    return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
+
+
+def normalize(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"]
+) -> Float[Array, "... D"]:
+    """LayerNorm over the last axis, in float32 throughout; the result is float32."""
+    x = x.astype(jnp.float32)
+    x -= jnp.mean(x, axis=-1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
+    return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
+
+
+def on_shards(
+    function: Callable[..., Any],
+    inputs: tuple[tuple[str | None, ...], ...],
+    outputs: Any,
+    seed: UInt32[Array, "2"],
+    *arrays: jax.Array,
+) -> Any:
+    """Runs `function(seed, *arrays)` on each device's part of the arrays.
+
+    The compiler cannot divide a kernel as it divides other operations: without this every device
+    would be given whole arrays. To the seed are added the numbers of the first "batch" row and of
+    the first of the "heads" that a device holds, so that random draws can be numbered as if there
+    were one device.
+
+    Args:
+      function: works on any part of the batch and of the heads.
+      inputs: the logical axes (see `parallel.RULES`) of every array. Axes of size 1 are copied.
+      outputs: the logical axes of the result, or of every result.
+      seed: words of a random key.
+      arrays: the inputs.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(jnp.append(seed, jnp.zeros(2, jnp.uint32)), *arrays)
+    sizes = {
+        name: size
+        for names, array in zip(inputs, arrays, strict=True)
+        for name, size in zip(names, array.shape, strict=True)
+        if size > 1
+    }
+    divided = {
+        name: axes
+        for name, axes in RULES
+        if axes and name in sizes and sizes[name] % _size(mesh, axes) == 0
+    }
+
+    def spec(names: tuple[str | None, ...], shape: tuple[int, ...] | None = None) -> PartitionSpec:
+        whole = shape or (2,) * len(names)
+        return PartitionSpec(
+            *(
+                divided.get(name) if name and n > 1 else None
+                for name, n in zip(names, whole, strict=True)
+            )
+        )
+
+    def on_shard(seed: jax.Array, *parts: jax.Array) -> Any:
+        first = [
+            jax.lax.axis_index(divided[name]) * (sizes[name] // _size(mesh, divided[name]))
+            if name in divided
+            else jnp.int32(0)
+            for name in ("batch", "heads")
+        ]
+        return function(jnp.append(seed, jnp.stack(first).astype(jnp.uint32)), *parts)
+
+    several = isinstance(outputs[0], tuple)
+    return jax.shard_map(
+        on_shard,
+        in_specs=(PartitionSpec(), *map(spec, inputs, (array.shape for array in arrays))),
+        out_specs=tuple(map(spec, outputs)) if several else spec(outputs),
+        check_vma=False,
+    )(seed, *arrays)
+
+
+def _size(mesh: Any, axes: str | tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
