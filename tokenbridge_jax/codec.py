@@ -73,7 +73,7 @@ class Codec:
 
     def encode(
         self,
-        images: UInt8[np.ndarray, "B H W I"],
+        images: UInt8[np.ndarray | Array, "B H W I"],
         noise_ids: Integer[np.ndarray, " B"] | None = None,
         seed: int = 0,
     ) -> Encoded:
@@ -112,7 +112,7 @@ class Codec:
         """Scaled latents -> uint8 images."""
         return self._run(self._decode, latents)
 
-    def _check_images(self, images: np.ndarray) -> None:
+    def _check_images(self, images: np.ndarray | Array) -> None:
         if images.shape[-1] != self.config.image_channels:
             raise UserError(
                 f"images have {images.shape[-1]} channels, the autoencoder takes "

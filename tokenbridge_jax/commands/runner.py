@@ -2,7 +2,8 @@
 
 A command module has a docstring (its help), `define_flags(flag_values)` for flags of its own and
 `main(args)`, where `args` is an `absl.flags.FlagValues` with at least `config` (an
-`ml_collections.ConfigDict`), `workdir` and `distributed`.
+`ml_collections.ConfigDict`), `workdir` and `distributed`. One with `WORDS` takes one of these words
+behind its name, gets it as `main(args, word)`, and needs no workdir.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ COMMANDS = {
     "tokenize": ("tokenize", "images + autoencoder -> index shards"),
     "train": ("train", "index shards -> a trained model"),
     "sample": ("sample", "trained model + autoencoder -> images"),
+    "benchmark": ("benchmark", "a config -> speed, share of the device's peak, memory"),
 }
 
 EXIT_USER_ERROR = 2
@@ -70,6 +72,9 @@ def run(name: str, argv: list[str]) -> int:
     and has saved its state. 130: interrupted.
     """
     command = importlib.import_module(f"tokenbridge_jax.commands.{COMMANDS[name][0]}")
+    words = getattr(command, "WORDS", ())
+    given = argv[:1] if words and argv and not argv[0].startswith("-") else []
+    argv = argv[len(given) :]
     args = flags.FlagValues()
     try:
         with _mistakes_in_config():
@@ -78,9 +83,12 @@ def run(name: str, argv: list[str]) -> int:
         if {"-h", "--help", "-help", "--helpfull"} & set(argv):
             print(f"{(command.__doc__ or '').strip()}\n\nflags:\n{args.get_help()}")
             return 0
-        _parse(args, name, argv)
+        if words and (not given or given[0] not in words):
+            unknown = f"there is no '{given[0]}'; " if given else ""
+            raise UserError(f"{unknown}say what: tokenbridge {name} {'|'.join(words)} [flags]")
+        _parse(args, name, argv, needs_workdir=not words)
         parallel.initialize(args.distributed)
-        return command.main(args) or 0
+        return command.main(args, *given) or 0
     except UserError as error:
         print(f"tokenbridge {name}: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -171,14 +179,14 @@ def _mistakes_in_config() -> Iterator[None]:
         raise UserError(lines[-1] if lines else repr(error)) from error
 
 
-def _parse(args: flags.FlagValues, name: str, argv: list[str]) -> None:
+def _parse(args: flags.FlagValues, name: str, argv: list[str], *, needs_workdir: bool) -> None:
     with _mistakes_in_config():
         rest = args([f"tokenbridge {name}", *argv])
         args.config.lock()  # A config file that cannot be loaded raises here, at first access.
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}'; flags look like --name=value")
     _check_config(args.config)
-    if not args.workdir:
+    if needs_workdir and not args.workdir:
         raise UserError("--workdir is not set; name the folder to work in: --workdir DIR")
 
 

@@ -1,0 +1,449 @@
+"""`tokenbridge benchmark`: its lines, the FLOPs counted by hand, profiles, mistakes."""
+
+import json
+import math
+import statistics
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_configs import CONFIGS, load
+from tiny_model import equations, tiny
+from token_shards import write_tokens
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig
+from tokenbridge_jax.autoencoder import abstract_params as abstract_autoencoder
+from tokenbridge_jax.benchmark import profiles, programs, training
+from tokenbridge_jax.benchmark.ceilings import measure_ceilings
+from tokenbridge_jax.benchmark.flops import decode_flops, encode_flops, sampling_flops
+from tokenbridge_jax.benchmark.measure import Case, Reporter
+from tokenbridge_jax.benchmark.timing import time_calls
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.model import SIZES, TokenBridge, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
+from tokenbridge_jax.sampling import SamplingSettings
+from tokenbridge_jax.training import model_task
+
+# The profiler's types lack a module on Python 3.12, and cannot be made where that is an error.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute")
+
+# 16 positions of 4 channels, and two programs of training: 14 hidden slots and 16.
+SMALL = [
+    f"--config={CONFIGS / 'digits.py'}",
+    "--config.data.image_size=8",
+    "--config.autoencoder.channels=8",
+    "--config.autoencoder.multipliers=(1,1)",
+    "--config.autoencoder.latent_channels=4",
+    *(f"--config.model.{part}_width=16" for part in ("encoder", "decoder", "head")),
+    *(f"--config.model.{part}_layers=1" for part in ("encoder", "decoder", "head")),
+    "--config.training.hidden_bucket=14",
+]
+
+
+@pytest.fixture
+def benchmark(capsys):
+    """Runs the command; returns the ceilings and the lines of the cases."""
+
+    def benchmark(*argv):
+        assert runner.run("benchmark", [argv[0], *SMALL, *argv[1:]]) == 0
+        first, *lines = map(json.loads, capsys.readouterr().out.splitlines())
+        assert first["what"] == "ceilings"
+        assert first["device"] == jax.devices()[0].device_kind
+        assert first["jax"] == jax.__version__
+        assert {line["what"] for line in lines} == {argv[0]}
+        return first, lines
+
+    return benchmark
+
+
+def check_numbers(line, ceilings, unit: str, work: float, devices: int):
+    """What every line has, against arithmetic of the test's own."""
+    seconds = line["seconds"]
+    assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
+    assert line[f"{unit}_per_second"] == pytest.approx(work / seconds["median"], rel=1e-4)
+    assert line["cpu_seconds"] > 0
+    if line["flops_by_hand"]:
+        rate = ceilings["matmul"]["flops_per_second"]
+        share = line["flops_by_hand"] / seconds["median"] / rate / devices
+        assert line["share_of_peak"] == pytest.approx(share, rel=1e-4)
+        assert line["flops_by_compiler"] > 0
+        assert line["program_memory_bytes"]["arguments"] > 0
+        assert line["compile_seconds"] > 0
+        assert line["peak_memory_bytes"] is None  # CPUs do not say.
+
+
+def test_a_training_step(benchmark):
+    ceilings, (line,) = benchmark("train", "--batch=8", "--hidden=15", "--repeats=2")
+    check_numbers(line, ceilings, "images", 8, devices=8)
+    settings = line["settings"]
+    assert (settings["hidden"], settings["hidden_slots"], settings["visible_slots"]) == (15, 16, 1)
+    assert settings["model"]["encoder_width"] == 16
+    assert settings["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+def test_training_weights_its_programs_by_their_probabilities():
+    config = load("digits").get_config()
+    config.training.hidden_bucket = 14
+    mesh = parallel.make_mesh()
+    cases = training.cases(config, mesh, [8, 16], all_buckets=True)
+    # The ratio is a normal about 1 with deviation 0.25, cut to [0.7, 1]; h is ceil(16 ratio).
+    normal = statistics.NormalDist(1, 0.25)
+    cuts = [normal.cdf(ratio) for ratio in (0.7, 14 / 16, 1)]
+    chances = np.diff(cuts) / (cuts[-1] - cuts[0])
+    keys = "batch", "hidden_slots", "visible_slots"
+    assert [[case.settings[key] for key in keys] for case in cases] == [
+        [8, 14, 4], [8, 16, 1], [16, 14, 4], [16, 16, 1]
+    ]  # fmt: skip
+    assert [case.settings["probability"] for case in cases] == pytest.approx([*chances, *chances])
+
+    # As measured on a machine of 1 TFLOP/s whose programs take 2, 3, 4 and 5 seconds.
+    lines = [
+        {
+            "settings": {**case.settings, "calls_per_timing": 1},
+            "seconds": {"median": median, "min": median / 2, "max": 9.0, "repeats": 10},
+            "compile_seconds": 1.0,
+            "flops_by_hand": case.flops,
+            "share_of_peak": case.flops / median / 1e12,
+        }
+        for case, median in zip(cases, (2.0, 3.0, 4.0, 5.0), strict=True)
+    ]
+    for batch, first, line in zip((8, 16), (2, 4), training.expectations(lines), strict=True):
+        median = chances @ [first, first + 1]
+        flops = batch * training_flops(config, mesh)
+        assert line["settings"]["batch"] == batch
+        assert line["seconds"] == pytest.approx(
+            {"median": median, "min": median / 2, "max": 9, "repeats": 10}
+        )
+        assert line["images_per_second"] == pytest.approx(batch / median)
+        assert line["flops_by_hand"] == pytest.approx(flops)
+        assert line["share_of_peak"] == pytest.approx(flops / median / 1e12)
+        assert [p["hidden_slots"] for p in line["programs"]] == [14, 16]
+
+    failed = [{"settings": lines[0]["settings"], "error": "no memory"}, *lines[1:]]
+    first, second = training.expectations(failed)
+    assert "seconds" not in first
+    assert "error" in first
+    assert "error" not in second
+
+
+def training_flops(config, mesh) -> float:
+    trainer = training.Trainer(config, mesh)
+    return model_task.training_flops(trainer.model, trainer.masks)
+
+
+def test_samples(benchmark):
+    flags = "--batch=8", "--steps=3", "--guidance=1.5", "--repeats=2"
+    ceilings, (line,) = benchmark("sample", *flags)
+    check_numbers(line, ceilings, "images", 8, devices=8)
+    assert (line["settings"]["num_iter"], line["settings"]["guidance"]) == (3, 1.5)
+
+
+def test_the_head_with_a_profile_and_a_file(benchmark, tmp_path):
+    flags = "--positions=2,3", f"--profile={tmp_path}", f"--out={tmp_path / 'lines'}"
+    ceilings, lines = benchmark("head", *flags, "--repeats=2")
+    for count, line in zip((2, 3), lines, strict=True):
+        check_numbers(line, ceilings, "positions", count, devices=1)
+        places, operations = (tmp_path / f"head_positions{count}.txt").read_text().split("\n\n")[1:]
+        assert "  head.sample" in places
+        assert "jit(draw)" in operations
+    assert lines[1]["flops_by_hand"] == 1.5 * lines[0]["flops_by_hand"]
+    written = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+    assert written == [ceilings, *lines]
+
+
+def test_the_autoencoder(benchmark):
+    ceilings, lines = benchmark("autoencoder", "--batch=8", "--dtype=float32", "--repeats=2")
+    assert [line["settings"]["direction"] for line in lines] == ["encode", "decode"]
+    for line in lines:
+        check_numbers(line, ceilings, "images", 8, devices=8)
+        assert line["settings"]["dtype"] == "float32"
+
+
+def test_the_quantizer(benchmark):
+    ceilings, lines = benchmark("quantize", "--repeats=2")
+    assert [line["settings"]["direction"] for line in lines] == ["quantize", "dequantize"]
+    for line in lines:
+        values = line["settings"]["values"]
+        check_numbers(line, ceilings, "values", values, devices=1)
+        assert line["bytes_per_second"] == pytest.approx(5 * line["values_per_second"], rel=1e-4)
+        share = line["bytes_per_second"] / ceilings["copy"]["bytes_per_second"]
+        assert line["share_of_copy"] == pytest.approx(share, rel=1e-4)
+
+
+def test_the_loader(benchmark):
+    flags = "--batch=16,32", "--records=100", "--repeats=2"
+    ceilings, lines = benchmark("loader", *flags, "--config.tokenize.records_per_shard=30")
+    for batch, line in zip((16, 32), lines, strict=True):
+        work = batch * line["settings"]["batches_per_call"]
+        check_numbers(line, ceilings, "images", work, devices=1)
+        assert (line["settings"]["records"], line["settings"]["views"]) == (100, 2)
+
+
+def test_the_loader_from_given_shards(benchmark, tmp_path):
+    write_tokens(tmp_path, {"train": [20, 13]})
+    _, (line,) = benchmark("loader", f"--data={tmp_path}", "--batch=16", "--repeats=1")
+    settings = line["settings"]
+    assert (settings["records"], settings["channels"]) == (33, 3)
+    assert settings["folder"] == str(tmp_path)
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------
+
+
+def program_flops(function, *arguments) -> int:
+    """FLOPs of every product and convolution in a program."""
+    flops = 0
+    for times, eqn in equations(jax.make_jaxpr(function)(*arguments).jaxpr):
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            _, *summed = eqn.params["dimension_numbers"].rhs_spec
+            inner = math.prod(eqn.invars[1].aval.shape[axis] for axis in summed)
+        else:
+            continue
+        flops += times * 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    return flops
+
+
+@pytest.mark.parametrize(("num_iter", "guided"), [(1, False), (3, True), (20, True)])
+def test_sampling_flops_are_those_of_programs_without_padding(num_iter, guided):
+    """Step by step: the backbone with exactly the visible slots, the head on what is revealed."""
+    config = tiny(encoder_layers=2, decoder_layers=3, head_layers=2, head_width=32, buffer=5)
+    positions, label = config.positions, jnp.zeros(1, jnp.int32)
+
+    def apply(method, *arguments):
+        def function(params):
+            return TokenBridge(config).apply({"params": params}, *arguments, method=method)
+
+        return program_flops(function, abstract_params(config))
+
+    total, hidden = 0, positions
+    for step in range(1, num_iter + 1):
+        cosine = math.floor(positions * math.cos(math.pi / 2 * step / num_iter))
+        left = max(1, min(hidden - 1, cosine)) if step < num_iter else 0
+        if left < hidden:  # With more steps than positions, some have nothing to do.
+            indices = jnp.zeros((1, positions - hidden, config.channels), jnp.int32)
+            arguments = label, jnp.arange(positions)[None], jnp.int32(hidden), label == 1
+            total += apply(TokenBridge.features, indices, *arguments) * (2 if guided else 1)
+        hidden = left
+    feature = jnp.zeros((positions, config.decoder_width))
+    indices = jnp.zeros((positions, config.channels), jnp.int32)
+    total += apply(lambda model, *arguments: model.head.logits(*arguments), feature, indices)
+    settings = SamplingSettings(num_iter, guidance=2.0 if guided else 1.0)
+    assert sampling_flops(config, settings) == total
+
+
+def test_published_counts():
+    """TFLOP an image: sampling with guidance in 256 and 64 steps, encoding, decoding."""
+    sizes = SIZES["L"]
+    config = TokenBridgeConfig(Quantizer.gaussian(64), KL16_CHANNEL_ORDER, **sizes)
+    for steps, tera in ((256, 111), (64, 26)):
+        settings = SamplingSettings(steps, guidance=3.1)
+        assert sampling_flops(config, settings) / 1e12 == pytest.approx(tera, abs=0.5)
+    assert encode_flops(AutoencoderConfig.kl16()) / 1e12 == pytest.approx(0.138, abs=5e-4)
+    assert decode_flops(AutoencoderConfig.kl16()) / 1e12 == pytest.approx(0.250, abs=5e-4)
+
+
+def autoencoder_program(config: AutoencoderConfig, method: str, shape: tuple[int, ...]):
+    params = nn.unbox(abstract_autoencoder(config))
+
+    def function(params, x):
+        return Autoencoder(config).apply({"params": params}, x, method=method)
+
+    return function, params, jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+
+def test_autoencoder_flops_are_those_of_the_programs():
+    config = AutoencoderConfig(
+        image_size=32, image_channels=1, channels=8, multipliers=(1, 3, 2), blocks=3,
+        attention_resolutions=(16, 32), latent_channels=5,
+    )  # fmt: skip
+    assert encode_flops(config) == program_flops(
+        *autoencoder_program(config, "moments", (32, 32, 1))
+    )
+    assert decode_flops(config) == program_flops(*autoencoder_program(config, "decode", (8, 8, 5)))
+
+
+def test_autoencoder_flops_are_about_what_xla_counts():
+    """XLA leaves out what a kernel does beyond the border, and counts elementwise work."""
+    config = AutoencoderConfig(
+        image_size=64, image_channels=3, channels=32, multipliers=(1, 2), blocks=1,
+        attention_resolutions=(), latent_channels=4,
+    )  # fmt: skip
+    function, *shapes = autoencoder_program(config, "moments", (64, 64, 3))
+    counted = jax.jit(function).lower(*shapes).compile().cost_analysis()["flops"]
+    assert counted == pytest.approx(encode_flops(config), rel=0.04)
+
+
+# --- Timing, profiles -----------------------------------------------------------------------------
+
+
+def test_short_calls_are_timed_in_runs():
+    calls = []
+
+    def call(seconds):
+        calls.append(seconds)
+        time.sleep(seconds)
+
+    long = time_calls(lambda: call(0.02), 3)
+    assert (long.calls_per_timing, len(long.repeats), len(calls)) == (1, 3, 4)
+    assert long.median >= 0.02
+    short = time_calls(lambda: call(0.001), 3)
+    assert short.calls_per_timing > 5
+    assert len(short.repeats) == 3
+    assert short.median >= 0.001
+    assert time_calls(lambda: call(0.02), 1).to_json()["repeats"] == 1
+
+
+def test_a_profile_names_modules_and_operations():
+    """Six products in a loop; its own time is not counted again with theirs."""
+    x = jax.random.normal(jax.random.key(0), (400, 400))
+
+    @jax.jit
+    def function(x):
+        with jax.named_scope("mlp"):
+            return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, None, length=6)[0]
+
+    known = programs.loaded_programs()
+    start = time.perf_counter()
+    function(x).block_until_ready()
+    names = programs.source_names(programs.new_programs(known))
+    start = time.perf_counter()
+    text = profiles.record(lambda: function(x), 2, names)
+    elapsed = time.perf_counter() - start
+    head, places, operations = text.split("\n\n")
+    assert "2 calls" in head
+    assert 0 < float(head.split()[0]) * 1e-3 * 2 < elapsed
+    row = next(line.split() for line in operations.splitlines() if line.endswith("/dot_general"))
+    assert row[2] == "6"
+    shares = [float(line.split()[1].rstrip("%")) for line in places.splitlines()[1:]]
+    assert sum(shares) == pytest.approx(100, abs=0.01 * len(shares))
+    assert shares == sorted(shares, reverse=True)
+
+
+def profile_data(plane: str, lines: dict[str, list[tuple]]) -> jax.profiler.ProfileData:
+    """As the profiler records events of `(name, start, duration, instruction)`, in microseconds."""
+    names = sorted({event[0] for events in lines.values() for event in events})
+    text = ""
+    for line, events in lines.items():
+        text += f"lines {{ name: '{line}' "
+        for name, start, duration, instruction in events:
+            stat = f"stats {{ metadata_id: 1 str_value: '{instruction}' }}" if instruction else ""
+            text += (
+                f"events {{ metadata_id: {names.index(name) + 1} offset_ps: {start * 10**6} "
+                f"duration_ps: {duration * 10**6} {stat} }} "
+            )
+        text += "} "
+    for number, name in enumerate(names, 1):
+        text += f"event_metadata {{ key: {number} value {{ id: {number} name: '{name}' }} }} "
+    text += "stat_metadata { key: 1 value { id: 1 name: 'hlo_op' } }"
+    text = f"planes {{ name: '/host:CPU' }} planes {{ name: '{plane}' {text} }}"
+    return jax.profiler.ProfileData.from_text_proto(text)
+
+
+def test_profiles_of_accelerators():
+    names = {
+        "while.1": "jit(step)/jvp(M.loss)/head/while",
+        "gemm.4": "jit(step)/jvp(M.loss)/backbone/dot_general",
+        "gemm.2": "jit(step)/transpose(jvp(M.loss))/head/while/body/mlp/dot_general",
+        "loop_add_fusion_3": "jit(step)/checkpoint/rematted_computation/M.loss/head/mlp/add",
+    }
+    gpu = {
+        "Stream #20(Compute)": [
+            ("sm90_gemm", 0, 6000, "gemm.2"), ("loop_add_fusion_3", 6000, 1000, ""),
+            ("sm90_gemm", 7000, 3000, "gemm.2"), ("sm90_gemm", 9000, 1000, "gemm.4"),
+        ],
+        "Stream #21(Memcpy)": [("MemcpyD2D", 0, 1000, "")],
+        "XLA Modules": [("jit_step", 0, 99_000, "")],
+    }  # fmt: skip
+    assert [line.split() for line in table_lines(profile_data("/device:GPU:0", gpu), names)] == [
+        ["4.500", "75.00%", "1", "4500.0", "backward:", "head/mlp"],
+        ["0.500", "8.33%", "0.5", "1000.0", "again:", "head/mlp"],
+        ["0.500", "8.33%", "0.5", "1000.0", "backbone"],
+        ["0.500", "8.33%", "0.5", "1000.0", "MemcpyD2D"],
+        ["4.500", "75.00%", "1", "4500.0", "sm90_gemm", names["gemm.2"]],
+        ["0.500", "8.33%", "0.5", "1000.0", "loop_add_fusion_3", names["loop_add_fusion_3"]],
+        ["0.500", "8.33%", "0.5", "1000.0", "sm90_gemm", names["gemm.4"]],
+        ["0.500", "8.33%", "0.5", "1000.0", "MemcpyD2D"],
+    ]
+    tpu = {
+        "XLA Modules": [("jit_step", 0, 99_000, "")],
+        "XLA Ops": [
+            ("%while.1 = (s32[]) while(...)", 0, 10_000, ""), ("%gemm.2 = ...", 1000, 4000, ""),
+            ("%gemm.2 = ...", 5000, 5000, ""),
+        ],
+    }  # fmt: skip
+    lines = [line.split() for line in table_lines(profile_data("/device:TPU:0", tpu), names)]
+    assert [line[0] for line in lines] == ["4.500", "0.500", "4.500", "0.500"]
+    assert lines[2][-2:] == ["gemm.2", names["gemm.2"]]
+    assert "no operation" in profiles.tabulate(profile_data("/device:GPU:0", {}), 1, names)
+
+
+def table_lines(data, names) -> list[str]:
+    text = profiles.tabulate(data, 2, names)
+    return [line for line in text.splitlines()[2:] if line and "share" not in line]
+
+
+# --- Failures and mistakes ------------------------------------------------------------------------
+
+
+def test_a_case_without_enough_memory_does_not_end_the_others(capsys):
+    def case(name: str, values: int) -> Case:
+        def prepare(stack):
+            return lambda: jnp.zeros(values)
+
+        return Case(f"try_{name}", {"values": values}, prepare, {"values": values})
+
+    reporter = Reporter(measure_ceilings(1), 1)
+    reporter.measure(case("big", 2**44))
+    reporter.measure(case("small", 8))
+    _, big, small = map(json.loads, capsys.readouterr().out.splitlines())
+    assert big["settings"] == {"values": 2**44}
+    assert big["error"].startswith("RESOURCE_EXHAUSTED: Out of memory")
+    assert "seconds" not in big
+    assert small["values_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "say what: tokenbridge benchmark train|sample|head|autoencoder|quantize|loader"),
+        (["trian"], "there is no 'trian'; say what: tokenbridge benchmark train|"),
+        (["--batch=8"], "say what"),
+        (["train", "sample"], "unexpected argument 'sample'"),
+        (["train", "--batch=12"], "--batch=12 does not divide over 8 batch shards of the mesh"),
+        (["train", "--batch=8,x"], "--batch=8,x must be numbers from 1, such as 1,64"),
+        (["sample", "--steps=0"], "--steps=0 must be numbers from 1"),
+        (["sample", "--batch="], "--batch= must be numbers from 1"),
+        (["sample", "--guidance=nan"], "sampling.guidance=nan must be finite"),
+        (["head", "--positions=-4"], "--positions=-4 must be numbers from 1"),
+        (["head", "--repeats=0"], "--repeats=0 must be at least 1"),
+        (["train", "--hidden=3"], "--hidden=3 never occurs; a batch hides 12 to 16 positions"),
+        (["autoencoder", "--batch=1"], "--batch=1 does not divide over 8 batch shards"),
+        (["autoencoder", "--dtype=float16"], "--dtype"),
+        (["loader", "--batch=64", "--records=63"], "--batch=64 is more than the 63 images"),
+        (["loader", "--data=nowhere"], "nowhere holds no token shards"),
+        (["quantize", "--config.quantizer.levels=1"], "quantizer levels is 1, must be 2 to 4096"),
+        (["quantize", "--out=/nowhere/lines"], "cannot write /nowhere/lines"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(capsys, argv, message):
+    assert runner.run("benchmark", argv) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("tokenbridge benchmark: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_help(capsys):
+    for argv in (["--help"], ["train", "--help"]):
+        assert runner.run("benchmark", argv) == 0
+        out = capsys.readouterr().out
+        for word in ("train ", "loader ", "--all_buckets", "--profile", "--config"):
+            assert word in out

@@ -1,0 +1,136 @@
+"""What the cases share: the config's parts, and random inputs for them.
+
+Nothing timed is zero: devices multiply zeros faster than numbers.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.commands import train
+from tokenbridge_jax.data.shards import DatasetInfo
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.model import SIZES, TokenBridgeConfig
+from tokenbridge_jax.pipeline import abstract_sharded_params
+from tokenbridge_jax.quantizer import resolve_channel_order
+from tokenbridge_jax.tokenizing import make_quantizer
+from tokenbridge_jax.training.settings import check_ranges
+
+VIEWS = 2
+
+
+def make_autoencoder_config(config: ConfigDict) -> AutoencoderConfig:
+    """The autoencoder of `config.autoencoder`, for images of `config.data`."""
+    sizes = {name: config.data[name] for name in ("image_size", "image_channels")}
+    return AutoencoderConfig.from_json({**config.autoencoder, **sizes})
+
+
+def make_info(config: ConfigDict) -> DatasetInfo:
+    """A description of shards as `tokenize` would make them, with VIEWS views of every image."""
+    autoencoder = make_autoencoder_config(config)
+    rule = config.quantizer.channel_order
+    # "frequency" is measured on data; for speed one order is as good as another.
+    known = "identity" if rule == "frequency" else rule
+    return DatasetInfo(
+        quantizer=make_quantizer(config),
+        autoencoder=autoencoder,
+        autoencoder_hash="0" * 64,
+        channel_order=resolve_channel_order(known, autoencoder.latent_channels),
+        channel_order_rule=str(rule),
+        image_size=config.data.image_size,
+        posterior_samples=VIEWS,
+        flips=False,
+        seed=config.seed,
+        dtype=config.tokenize.dtype,
+        class_names=tuple(map(str, range(config.data.num_classes))),
+        records_per_shard=config.tokenize.records_per_shard,
+        sources={},
+    )
+
+
+def make_model(config: ConfigDict) -> TokenBridgeConfig:
+    """The model of `config.model`, for such shards.
+
+    Raises:
+      UserError: a value makes no sense.
+    """
+    check_ranges(config, "model")
+    return train.make_model_config(config, make_info(config))
+
+
+def describe_model(config: ConfigDict) -> dict[str, Any]:
+    """What settings say of the model: its published size, if it has one, and all of it."""
+    sizes = [
+        name
+        for name, fields in SIZES.items()
+        if all(config.model[field] == value for field, value in fields.items())
+    ]
+    return {"size": next(iter(sizes), None), "model": config.model.to_dict()}
+
+
+def check_batches(batches: Sequence[int], mesh: Mesh, accumulation: int = 1) -> None:
+    """Raises `UserError` unless every batch divides over the mesh and into micro-batches."""
+    parts = parallel.batch_shards(mesh) * accumulation
+    for batch in batches:
+        if batch % parts:
+            raise UserError(
+                f"--batch={batch} does not divide over {parallel.batch_shards(mesh)} batch shards "
+                f"of the mesh, {accumulation} micro-batches each; make it a multiple of {parts}"
+            )
+
+
+def random_like(abstract: Any, key: jax.Array) -> Any:
+    """Parameters of these shapes and dtypes: norms' scales about 1, all others about 0.
+
+    All are slices of one draw: a draw for each takes longer to compile than what is measured.
+    """
+    leaves, tree = jax.tree.flatten_with_path(abstract)
+    ends = np.cumsum([leaf.size for _, leaf in leaves])
+    draw = 0.02 * jax.random.normal(key, (ends[-1],))
+    # The barrier keeps the generator from being compiled into every slice.
+    draws = jnp.split(jax.lax.optimization_barrier(draw), ends[:-1])
+    params = [
+        (draw + (path[-1].key == "scale")).reshape(leaf.shape).astype(leaf.dtype)
+        for (path, leaf), draw in zip(leaves, draws, strict=True)
+    ]
+    return jax.tree.unflatten(tree, params)
+
+
+def random_init(init: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """Makes what `init` makes, but no parameter zero, as AdaLN and biases would begin."""
+
+    def make(key: jax.Array) -> Any:
+        boxed = jax.eval_shape(init, key)
+        return meta.replace_boxed(boxed, random_like(nn.unbox(boxed), key))
+
+    return make
+
+
+def random_params(model: TokenBridgeConfig, mesh: Mesh) -> Any:
+    """Parameters of a model on a mesh, laid out and typed as `Pipeline` loads them."""
+    abstract = abstract_sharded_params(model, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    make = jax.jit(functools.partial(random_like, abstract), out_shardings=shardings)
+    return make(jax.random.key(0))
+
+
+def random_batch(model: TokenBridgeConfig, batch: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """Random indices and labels of a global batch, as a loader gives them, on the devices."""
+    rng = np.random.default_rng(jax.process_index())
+    count = batch // jax.process_count()
+    shape = (count, model.positions, model.channels)
+    local = {
+        "indices": rng.integers(model.levels, size=shape).astype(model.quantizer.index_dtype),
+        "labels": rng.integers(model.classes, size=count).astype(np.int32),
+    }
+    return parallel.to_global(local, mesh)

@@ -1,0 +1,98 @@
+"""What the compiler says of the programs that a call runs."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+# A compiled program, as the client keeps it.
+Program = Any
+
+# Lines of a program's text: `%name (arguments) -> result {`, `  %name = f32[8] fusion(...), ...`.
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*{")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = ")
+_CALLED = re.compile(r"calls=%?([\w.\-]+)")
+_SOURCE = re.compile(r'op_name="([^"]+)"')
+
+
+def loaded_programs() -> list[Program]:
+    """The compiled programs that this process holds."""
+    return jax.local_devices()[0].client.live_executables()
+
+
+def new_programs(before: Sequence[Program]) -> list[Program]:
+    """Those held now that were not `before`."""
+    known = {id(program) for program in before}
+    return [program for program in loaded_programs() if id(program) not in known]
+
+
+def count_flops(programs: Sequence[Program], devices: int) -> int | float | None:
+    """XLA's count over all devices, loop bodies once; None where it does not count."""
+    costs = list(_costs(programs))
+    return devices * sum(cost.get("flops", 0.0) for cost in costs) if costs else None
+
+
+def planned_memory(programs: Sequence[Program]) -> dict[str, int] | None:
+    """Bytes on one device of the program that needs most of them.
+
+    `donated` are those of arguments whose place outputs take: they are among both.
+    """
+    plans = []
+    for program in programs:
+        stats = program.get_compiled_memory_stats()
+        plans.append(
+            {
+                "arguments": stats.argument_size_in_bytes,
+                "outputs": stats.output_size_in_bytes,
+                "donated": stats.alias_size_in_bytes,
+                "temporaries": stats.temp_size_in_bytes,
+            }
+        )
+    return max(plans, key=_total, default=None)
+
+
+def peak_memory() -> int | None:
+    """Most bytes that one of this process's devices has held so far; None if they do not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max(entry.get("peak_bytes_in_use", 0) for entry in stats) or None
+
+
+def source_names(programs: Sequence[Program]) -> dict[str, str]:
+    """Instruction of a program -> where in the code it comes from, `jit(step)/head/mlp/dot`.
+
+    Also by the name that a GPU kernel takes from it, `loop_add_fusion_3` for `loop_add_fusion.3`.
+    """
+    names: dict[str, str] = {}
+    for program in programs:
+        for module in program.hlo_modules():
+            for instruction, source in _sources(module.to_string()):
+                names[instruction] = names[re.sub(r"[.\-]", "_", instruction)] = source
+    return names
+
+
+def _sources(text: str) -> Iterator[tuple[str, str]]:
+    """Instructions with their sources; a fusion without one has that of what it computes last."""
+    last: dict[str, str] = {}  # Of every computation; called ones stand before their callers.
+    computation = ""
+    for line in text.splitlines():
+        if instruction := _INSTRUCTION.match(line):
+            called = _CALLED.search(line)
+            found = _SOURCE.search(line)
+            source = found[1] if found else last.get(called[1], "") if called else ""
+            if source:
+                last[computation] = source
+                yield instruction[1], source
+        elif begins := _COMPUTATION.match(line):
+            computation = begins[1]
+
+
+def _costs(programs: Sequence[Program]) -> Iterator[dict[str, float]]:
+    for program in programs:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Not every platform counts.
+            yield program.cost_analysis()
+
+
+def _total(plan: dict[str, int]) -> int:
+    return plan["arguments"] + plan["outputs"] - plan["donated"] + plan["temporaries"]

@@ -1,0 +1,86 @@
+"""Seconds of a call."""
+
+import dataclasses
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+# Calls shorter than this are timed in runs of about RUN_SECONDS: neither the clock nor the host's
+# dispatch then stands in for the device.
+SHORT_SECONDS = 5e-3
+RUN_SECONDS = 50e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What `time_calls` saw.
+
+    Attributes:
+      first: seconds of the first call, compilation included.
+      repeats: seconds of one call, of every timing after it.
+      calls_per_timing: back to back; the seconds are those of a run divided by it.
+      cpu: seconds of one call over all threads of this process.
+    """
+
+    first: float
+    repeats: Sequence[float]
+    calls_per_timing: int
+    cpu: float
+
+    @property
+    def median(self) -> float:
+        """Of the repeats."""
+        return statistics.median(self.repeats)
+
+    def to_json(self) -> dict[str, int | float]:
+        """Median, min and max of the repeats, and how many there were."""
+        low, high = min(self.repeats), max(self.repeats)
+        return {"median": self.median, "min": low, "max": high, "repeats": len(self.repeats)}
+
+
+def time_calls(call: Callable[[], Any], repeats: int, overlapped: bool = False) -> Timing:
+    """Times `call` `repeats` times after a first call, waiting for the arrays it returns.
+
+    `overlapped` starts every call before the one before it is waited for, as a training loop does:
+    the time between two results is then the device's, without the host's part.
+    """
+    first = _run(call, 1)
+    if overlapped:
+        return _time_overlapped(call, repeats, first)
+    cpu_start = time.process_time()
+    seconds = [_run(call, 1) for _ in range(min(2, repeats))]
+    calls = 1
+    if min(seconds) < SHORT_SECONDS:
+        calls = math.ceil(RUN_SECONDS / max(min(seconds), 1e-6))
+        cpu_start, seconds = time.process_time(), []
+    while len(seconds) < repeats:
+        seconds.append(_run(call, calls) / calls)
+    cpu = (time.process_time() - cpu_start) / (calls * repeats)
+    return Timing(first, seconds, calls, cpu)
+
+
+def _time_overlapped(call: Callable[[], Any], repeats: int, first: float) -> Timing:
+    jax.block_until_ready(call())
+    cpu_start = time.process_time()
+    pending, times = call(), []
+    for _ in range(repeats + 1):
+        following = call()
+        jax.block_until_ready(pending)
+        times.append(time.perf_counter())
+        pending = following
+    jax.block_until_ready(pending)
+    seconds = [end - start for start, end in itertools.pairwise(times)]
+    return Timing(first, seconds, 1, (time.process_time() - cpu_start) / (repeats + 2))
+
+
+def _run(call: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    jax.block_until_ready(result)
+    return time.perf_counter() - start

@@ -1,0 +1,120 @@
+"""Measures speed: a config -> JSON lines on stdout, one a case, the device's own rates first.
+
+  tokenbridge benchmark train --config configs/imagenet256.py:size=L --batch 64,256
+  tokenbridge benchmark sample --config configs/imagenet256.py:size=L --batch 256 --steps 64,256
+  tokenbridge benchmark head|autoencoder|quantize|loader --config configs/imagenet256.py
+
+  train        the training step; --hidden or --all_buckets choose its programs
+  sample       indices of whole images
+  head         the channel head drawing single positions
+  autoencoder  images -> indices, latents -> images
+  quantize     latents -> indices and back
+  loader       batches from shards
+
+Weights and data are random. `tokenbridge_jax/benchmark/measure.py` says what the fields mean.
+Status 0 also when a case does not fit the memory: its line then has an `error`.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.benchmark import codec, loader, sampling, training
+from tokenbridge_jax.benchmark.ceilings import measure_ceilings
+from tokenbridge_jax.benchmark.measure import Case, Reporter
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.model import DTYPES
+
+WORDS = ("train", "sample", "head", "autoencoder", "quantize", "loader")
+
+# Sizes without flags: on an accelerator, and on a CPU.
+DEFAULT_BATCH = {
+    "train": ([64, 256], [8]),
+    "sample": ([256, 1], [8]),
+    "autoencoder": ([64], [8]),
+    "loader": ([2048], [2048]),
+}
+DEFAULT_STEPS = ([64], [4])
+DEFAULT_POSITIONS = ([1, 64, 256, 1024], [1, 16])
+QUANTIZED_VALUES = (2**28, 2**20)
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+
+    def define(kind, name, default, help_text, **options):
+        kind(name, default, help=help_text, flag_values=flag_values, **options)
+
+    define(flags.DEFINE_list, "batch", None, "train, sample, autoencoder, loader: batch sizes.")
+    define(flags.DEFINE_integer, "hidden", None, "train: so many hidden positions, not the mean.")
+    define(flags.DEFINE_bool, "all_buckets", False, "train: every program, and the expected step.")
+    define(flags.DEFINE_list, "steps", None, "sample: numbers of reveal steps.")
+    define(flags.DEFINE_float, "guidance", None, "sample: scale; 1 is without. Default: config's.")
+    define(flags.DEFINE_list, "positions", None, "head: numbers of positions.")
+    define(
+        flags.DEFINE_enum, "dtype", "bfloat16", "autoencoder: compute dtype.", enum_values=DTYPES
+    )
+    define(flags.DEFINE_string, "data", None, "loader: folder of shards instead of random ones.")
+    define(flags.DEFINE_integer, "records", 50_000, "loader: images in the random shards.")
+    define(flags.DEFINE_integer, "repeats", 10, "Timings of every case.")
+    define(flags.DEFINE_string, "profile", None, "Folder for tables of device time, one a case.")
+    define(flags.DEFINE_string, "out", None, "File to append the lines to, besides stdout.")
+
+
+def main(args: flags.FlagValues, what: str) -> None:
+    """Measures the cases of benchmark `what`."""
+    for name, value in (("repeats", args.repeats), ("records", args.records)):
+        if value < 1:
+            raise UserError(f"--{name}={value} must be at least 1")
+    cases = make_cases(args, what)
+    reporter = Reporter(
+        measure_ceilings(args.repeats),
+        args.repeats,
+        profile_folder=Path(args.profile) if args.profile else None,
+        out=Path(args.out) if args.out else None,
+    )
+    lines = [reporter.measure(case) for case in cases]
+    if what == "train" and args.all_buckets:
+        for line in training.expectations(lines):
+            reporter.emit(line)
+
+
+def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
+    """The cases of benchmark `what`, nothing of which is made yet.
+
+    Raises:
+      UserError: a flag or the config makes no sense.
+    """
+    config = args.config
+    platform = int(jax.local_devices()[0].platform == "cpu")
+
+    def numbers(name: str, defaults: tuple[list[int], list[int]]) -> list[int]:
+        given = args[name].value
+        if given is None:
+            return defaults[platform]
+        if not given or not all(text.isdecimal() and int(text) > 0 for text in given):
+            raise UserError(f"--{name}={','.join(given)} must be numbers from 1, such as 1,64")
+        return [int(text) for text in given]
+
+    if what == "head":
+        return sampling.head_cases(config, numbers("positions", DEFAULT_POSITIONS))
+    if what == "quantize":
+        return codec.quantize_cases(config, QUANTIZED_VALUES[platform])
+    batches = numbers("batch", DEFAULT_BATCH[what])
+    if what == "autoencoder":
+        return codec.autoencoder_cases(config, batches, args.dtype)
+    if what == "loader":
+        return loader.cases(config, batches, args.records, Path(args.data) if args.data else None)
+    mesh = parallel.make_mesh(**config.mesh)
+    if what == "sample":
+        steps = numbers("steps", DEFAULT_STEPS)
+        return sampling.sample_cases(config, mesh, batches, steps, args.guidance)
+    return training.cases(config, mesh, batches, hidden=args.hidden, all_buckets=args.all_buckets)
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run("benchmark", sys.argv[1:]))
