@@ -165,6 +165,16 @@ def test_bfloat16_agrees_to_its_accuracy():
     assert np.sqrt(np.mean(error**2)) / np.std(expected) < 0.02
 
 
+def test_group_normalisation_around_an_outlier_in_the_middle():
+    """The sums are counted from the middle pixel; rounding must not make a variance negative."""
+    x = np.full((1, 32, 32, 32), 0.1, np.float32)
+    x[:, 16, 16] = 3e4
+    params = {"scale": np.ones(32, np.float32), "bias": np.zeros(32, np.float32)}
+    found = np.asarray(jax.jit(GroupNorm().apply)({"params": params}, x))
+    assert np.isfinite(found).all()
+    assert found[0, 16, 16, 0] == pytest.approx(32, rel=1e-2)
+
+
 def test_group_normalisation():
     rng = np.random.default_rng(0)
     # A mean of a thousand standard deviations, and channels that differ within a group.

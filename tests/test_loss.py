@@ -338,8 +338,8 @@ def test_gradients_with_dropout_in_chunks_are_those_of_the_loss(params, batch):
     assert (loss_at(step) - loss_at(-step)) / (2 * step) == pytest.approx(slope, rel=0.01)
 
 
-def test_dropout_does_not_depend_on_the_devices():
-    """Loss and gradients of the same two chunks on one device and on eight."""
+def test_dropout_of_the_same_chunks_does_not_depend_on_the_devices():
+    """Loss and gradients of two chunks on one device and on eight."""
     images = 8
     params, batch = random_params(TINY, spread=0.1), random_batch(TINY, images)
     rest = np.int32(HIDDEN), DROPOUT_KEY

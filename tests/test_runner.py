@@ -144,6 +144,26 @@ def test_the_workdir_remembers_its_config(probe, run, config_file, tmp_path):
     assert probe.args.config.training.steps == 7
 
 
+def test_a_config_of_an_earlier_version_gets_the_keys_that_have_come_since(probe, run, tmp_path):
+    assert run("--config", runner.default_config_file())[0] == 0
+    now = probe.args.config
+    config = now.to_dict()
+    for section, key in (
+        ("model", "scan_layers"),
+        ("training", "head_fraction"),
+        ("sampling", "guidance_interval"),
+    ):
+        del config[section][key]
+    config["model"]["head_chunk"] = 16  # slots of an image, then
+    io.write_json(tmp_path / "work" / "config.json", config)
+    assert run("--config.training.head_fraction=0.5")[0] == 0
+    found = probe.args.config
+    assert found.model.scan_layers
+    assert found.model.head_chunk == now.model.head_chunk
+    assert found.training.head_fraction == 0.5
+    assert found.sampling.guidance_interval == (0.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b'{"training": ', "config.json is not valid JSON"), (b"{}", "the config has no seed, data")],

@@ -362,6 +362,14 @@ def test_devices_change_nothing(params, eight, sizes, batch_size: int):
     np.testing.assert_array_equal(drawn, images[:7])
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_a_model_trained_with_rematerialisation_samples_the_same(remat: str):
+    params, labels, numbers = random_params(TINY), np.zeros(2, np.int32), np.arange(2)
+    expected = generate(TINY, params, labels, numbers, GREEDY)
+    found = generate(tiny(remat=remat), params, labels, numbers, GREEDY)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_weights_are_cast_before_the_loops_and_nothing_else_changes():
     config = tiny(dtype="bfloat16")
     params = random_params(config)

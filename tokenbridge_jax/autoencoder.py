@@ -173,21 +173,23 @@ class GroupNorm(nn.Module):
         x = x.astype(jnp.float32)
 
         # The statistics do not depend on where they are counted from, nor do their gradients.
-        origin_BD = jax.lax.stop_gradient(x[:, height // 2, width // 2])
-        shifted = x - origin_BD[:, None, None]
-        mean_BD = jnp.mean(shifted, axis=(1, 2))
-        variance_BD = jnp.mean(jnp.square(shifted), axis=(1, 2)) - jnp.square(mean_BD)
+        origin = jax.lax.stop_gradient(x[:, height // 2, width // 2])
+        shifted = x - origin[:, None, None]
+        channel_mean = jnp.mean(shifted, axis=(1, 2))
+        channel_variance = jnp.mean(jnp.square(shifted), axis=(1, 2)) - jnp.square(channel_mean)
+        # Where the middle pixel is far from all others, rounding can carry this below 0.
+        channel_variance = jnp.maximum(channel_variance, 0)
 
         groups = min(32, channels)
-        means = (origin_BD + mean_BD).reshape(batch, groups, -1)
-        variances = variance_BD.reshape(batch, groups, -1)
+        means = (origin + channel_mean).reshape(batch, groups, -1)
+        variances = channel_variance.reshape(batch, groups, -1)
         mean = jnp.mean(means, axis=-1, keepdims=True)
         variance = jnp.mean(variances + jnp.square(means - mean), axis=-1, keepdims=True)
 
         factors = jax.lax.rsqrt(variance + 1e-6) * scale.reshape(1, groups, -1)
         shape = (batch, 1, 1, channels)
-        mean_B11D = jnp.broadcast_to(mean, factors.shape).reshape(shape)
-        return (x - mean_B11D) * factors.reshape(shape) + bias.reshape(1, 1, 1, channels)
+        group_mean = jnp.broadcast_to(mean, factors.shape).reshape(shape)
+        return (x - group_mean) * factors.reshape(shape) + bias.reshape(1, 1, 1, channels)
 
 
 class ResidualBlock(nn.Module):

@@ -58,7 +58,9 @@ def dropout(x: Float[Array, "..."], seed: UInt32[Array, "2"], rate: float) -> Fl
     """Zeroes each element with probability `rate` and divides the others by 1 - `rate`."""
     if not rate:
         return x
-    return jnp.where(keep_elements(seed, x.shape, rate), x / jnp.asarray(1 - rate, x.dtype), 0)
+    # In float32, whatever x is: bfloat16 has no 0.9.
+    scaled = (x.astype(jnp.float32) * np.float32(1 / (1 - rate))).astype(x.dtype)
+    return jnp.where(keep_elements(seed, x.shape, rate), scaled, 0)
 
 
 # Linear in x, so the gradient is the same function of the gradient.

@@ -40,7 +40,8 @@ DTYPES = ("float32", "bfloat16")
 class TokenBridgeConfig:
     """Everything that fixes the function a set of parameters computes, and how it is computed.
 
-    `dtype`, `remat`, `scan_layers` and `head_chunk` change memory and speed only. `scan_layers`
+    `dtype`, `remat`, `scan_layers` and `head_chunk` change memory and speed only (and the last two
+    what dropout draws). `scan_layers`
     makes one small program for all layers, which compiles sooner and runs slower. `head_chunk` is
     how many positions of a device go through the head at once in `loss.loss`: activations of the
     head and logits exist for so many only. (At size L a position takes about 5 MB.)
@@ -113,13 +114,14 @@ class TokenBridgeConfig:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TokenBridgeConfig":
         """Inverse of `to_json`."""
-        return cls(
-            **value
-            | {
-                "quantizer": Quantizer.from_json(value["quantizer"]),
-                "channel_order": tuple(value["channel_order"]),
-            }
-        )
+        fields = value | {
+            "quantizer": Quantizer.from_json(value["quantizer"]),
+            "channel_order": tuple(value["channel_order"]),
+        }
+        if "scan_layers" not in fields:
+            # Of a version whose `head_chunk` counted slots of an image.
+            del fields["head_chunk"]
+        return cls(**fields)
 
     def forward_flops(self, hidden: float | int, scored: float | int | None = None) -> float | int:
         """Matmul FLOPs of one image's forward pass with `hidden` positions hidden, no padding.

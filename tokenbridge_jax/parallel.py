@@ -153,7 +153,7 @@ def logical_shardings(boxed: Any, mesh: Mesh) -> Any:
     def sharding(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
         names = tuple(spec) + (None,) * (len(leaf.shape) - len(spec))
         kept = [
-            name if name and size % _axis_size(mesh, name) == 0 else None
+            name if name and size % axis_size(mesh, name) == 0 else None
             for size, name in zip(leaf.shape, names, strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*kept))
@@ -170,7 +170,8 @@ def abstract_arrays(boxed: Any, mesh: Mesh) -> Any:
     )
 
 
-def _axis_size(mesh: Mesh, name: str | tuple[str, ...]) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, name: str | tuple[str, ...]) -> int:
+    """Into how many parts a mesh axis, or several together, split an array's axis."""
     return math.prod(mesh.shape[n] for n in ((name,) if isinstance(name, str) else name))
 
 

@@ -32,7 +32,9 @@ from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.transformer import Window, unstack
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
-MAX_STAGES = 8
+# Stages of a program at most: each has all layers of its own, and a model that scans its layers
+# wants to compile soon.
+MAX_STAGES, MAX_STAGES_SCANNED = 8, 2
 # Rows of a bfloat16 tile, on TPU and for tensor cores alike.
 TILE = 16
 
@@ -74,10 +76,18 @@ class SamplingSettings:
                 f"{', '.join(GUIDANCE_SCHEDULES)}"
             )
         interval = self.guidance_interval
-        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        if not _is_interval(interval):
             raise UserError(
                 f"sampling.guidance_interval={interval} must be two shares, 0 <= from < to <= 1"
             )
+
+
+def _is_interval(value: Any) -> bool:
+    try:
+        low, high = value
+        return bool(0 <= low < high <= 1)
+    except (TypeError, ValueError):
+        return False
 
 
 def hidden_counts(positions: int, num_iter: int) -> np.ndarray:
@@ -131,20 +141,22 @@ class Stage(NamedTuple):
 
 
 def plan_stages(
-    positions: int, hidden: tuple[int, ...], guided: tuple[bool, ...]
+    positions: int, hidden: tuple[int, ...], guided: tuple[bool, ...], most: int = MAX_STAGES
 ) -> tuple[Stage, ...]:
     """Puts the steps together whose visible positions fill the same number of eighths of all L.
 
     Of the matmul FLOPs of size L with guidance, padding is then 3.0% more at 256 steps and 4.1% at
-    64, where the best of all ways to make eight stages would have 3.0% and 2.9%. Slots come in
+    64, where the best of all ways to make eight stages would have 3.0% and 2.9%; in two stages it
+    is 12.4% and 17.4%. Slots come in
     whole tiles, so a model of at most 16 positions has one stage and compiles the faster.
 
     Args:
       positions: L.
       hidden: how many positions are hidden after each step.
       guided: which steps need the null branch.
+      most: in place of eighths, so many parts.
     """
-    tile = max(TILE, -(-positions // MAX_STAGES))
+    tile = max(TILE, -(-positions // most))
     before = (positions, *hidden[:-1])
 
     def sizes(step: int) -> tuple[int, bool]:
@@ -239,7 +251,8 @@ def _generate(
     )
     # Cast and cut once, not at every step.
     variables = {"params": prepare_params(params, config)}
-    model = TokenBridge(config, unrolled=True)
+    # Nothing is differentiated, so there is nothing to rematerialise.
+    model = TokenBridge(dataclasses.replace(config, remat="none"), unrolled=True)
 
     def apply(method: Callable[..., Any], *arguments: Any) -> Any:
         return model.apply(variables, *arguments, method=method)
@@ -287,7 +300,8 @@ def _generate(
     indices = jnp.zeros((batch, positions, config.channels), jnp.int32)
     hidden_now, hidden_next = jnp.array([(positions, *hidden[:-1]), hidden], jnp.int32)
     first = 0
-    for stage in plan_stages(positions, hidden, guided):
+    most = MAX_STAGES_SCANNED if config.scan_layers else MAX_STAGES
+    for stage in plan_stages(positions, hidden, guided, most):
         of = np.s_[first : first + stage.steps]
         steps = hidden_now[of], hidden_next[of], scales[of]
         indices = run_stage(indices, stage, steps)

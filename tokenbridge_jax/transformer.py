@@ -137,7 +137,8 @@ def output_projection(width: int, dtype: Any) -> nn.DenseGeneral:
 class Attention(nn.Module):
     """Multi-head self-attention of the backbone, scale 1/sqrt(K), softmax in float32.
 
-    With a `window`, only its places ask: keys and values are of all places.
+    With a `window`, only its places ask: keys and values are of all places. That is for sampling:
+    weights are not dropped.
     """
 
     heads: int

@@ -12,16 +12,12 @@ from tokenbridge_jax.sampling import SamplingSettings, guidance_scales, hidden_c
 
 def head_flops(config: TokenBridgeConfig) -> int:
     """The head on one position: C tokens, whether at once (training) or one by one (sampling)."""
-    width, channels = config.head_width, config.channels
-    linear = 2 * channels * width * width * (4 + 8 + 6)  # attention, MLP, AdaLN
-    attention = 4 * channels * channels * width
-    final = channels * 2 * width * (2 * width + config.levels)  # modulation, classifiers
-    return config.head_layers * (linear + attention) + 2 * config.decoder_width * width + final
+    return int(config.forward_flops(1, 1) - config.forward_flops(1, 0))
 
 
 def backbone_flops(config: TokenBridgeConfig, hidden: int) -> int:
     """The backbone on one image: the visible positions through the encoder, all the decoder."""
-    return int(config.forward_flops(hidden)) - hidden * head_flops(config)
+    return int(config.forward_flops(hidden, 0))
 
 
 def sampling_flops(config: TokenBridgeConfig, settings: SamplingSettings) -> int:

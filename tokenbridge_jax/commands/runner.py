@@ -147,7 +147,18 @@ def _remembered_config(argv: list[str]) -> ConfigDict | None:
     if given["config"] or not given["workdir"]:
         return None
     path = epath.Path(given["workdir"]) / CONFIG_FILE
-    return ConfigDict(_from_json(io.read_json(path))) if path.exists() else None
+    return ConfigDict(_complete(_from_json(io.read_json(path)))) if path.exists() else None
+
+
+def _complete(config: Any) -> Any:
+    """A config of an earlier version with the keys that have come since."""
+    model = config.get("model", {}) if isinstance(config, dict) else {}
+    if "head_chunk" in model and "scan_layers" not in model:
+        # `head_chunk` counted slots of an image then.
+        model |= {"scan_layers": True, "head_chunk": 4096}
+        config["training"].setdefault("head_fraction", 1.0)
+        config["sampling"].setdefault("guidance_interval", (0.0, 1.0))
+    return config
 
 
 def _from_json(value: Any) -> Any:

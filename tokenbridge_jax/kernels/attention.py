@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tokenbridge_jax.dropout import dropout as drop
 from tokenbridge_jax.dropout import keep
-from tokenbridge_jax.kernels.common import MASKED, gpu_call, on_shards, product
+from tokenbridge_jax.kernels.common import MASKED, gpu_call, has_kernel, on_shards, product
 
 # Rows of queries, and of keys, that a kernel holds at a time.
 BLOCK = 64
@@ -99,7 +99,7 @@ def _forward(
         return _plain(qkv, bias, visible, seed, dropout), normalizer
 
     branches = {"default": plain}
-    if _has_kernel(qkv):
+    if has_kernel(qkv):
         branches["cuda"] = functools.partial(kernel_forward, dropout=dropout)
     arguments = (qkv, bias, visible, seed)
     out, normalizer = jax.lax.platform_dependent(*arguments, **branches)
@@ -114,7 +114,7 @@ def _backward(dropout: float, residuals: Any, d_out: jax.Array) -> tuple[Any, An
         return jax.vjp(lambda x: _plain(x, bias, visible, seed, dropout), qkv)[1](d_out)[0]
 
     branches = {"default": plain}
-    if _has_kernel(qkv):
+    if has_kernel(qkv):
         branches["cuda"] = functools.partial(kernel_backward, dropout=dropout)
     d_qkv = jax.lax.platform_dependent(*residuals, d_out, **branches)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
@@ -122,11 +122,6 @@ def _backward(dropout: float, residuals: Any, d_out: jax.Array) -> tuple[Any, An
 
 
 attention.defvjp(_forward, _backward)
-
-
-def _has_kernel(qkv: jax.Array) -> bool:
-    """Float32, which only tests and the quickstart use, is left to XLA's exact products."""
-    return qkv.dtype == jnp.bfloat16 and qkv.shape[-1] >= 16
 
 
 def kernel_forward(

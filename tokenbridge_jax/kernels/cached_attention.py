@@ -19,6 +19,7 @@ from tokenbridge_jax.kernels.common import (
     MASKED,
     NORM_EPSILON,
     gpu_call,
+    has_kernel,
     normalize,
     on_shards,
 )
@@ -51,7 +52,7 @@ def cached_attention(
       the compiler can see that the old ones are not needed again.
     """
     branches = {"default": plain_cached_attention}
-    if _has_kernel(qkv):
+    if has_kernel(qkv):
         branches["cuda"] = kernel_cached_attention
     return jax.lax.platform_dependent(qkv, bias, norms, keys, values, place, **branches)
 
@@ -76,11 +77,6 @@ def plain_cached_attention(
     seen = jnp.arange(keys.shape[2]) <= place
     out = plain_attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen[None, None])
     return out, keys, values
-
-
-def _has_kernel(qkv: jax.Array) -> bool:
-    """Float32, which only tests and the quickstart use, is left to XLA's exact products."""
-    return qkv.dtype == jnp.bfloat16 and qkv.shape[-1] >= 16
 
 
 def kernel_cached_attention(

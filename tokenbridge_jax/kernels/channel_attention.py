@@ -23,6 +23,7 @@ from tokenbridge_jax.kernels.common import (
     MASKED,
     NORM_EPSILON,
     gpu_call,
+    has_kernel,
     normalize,
     on_shards,
     product,
@@ -100,8 +101,8 @@ channel_attention.defvjp(_forward, _backward)
 
 
 def _has_kernel(qkv: jax.Array) -> bool:
-    """Whole sequences must fill a tile; float32 is left to XLA's exact products."""
-    return qkv.dtype == jnp.bfloat16 and TILE % qkv.shape[1] == 0 and qkv.shape[-1] >= 16
+    """Whole sequences must fill a tile."""
+    return has_kernel(qkv) and TILE % qkv.shape[1] == 0
 
 
 def kernel_forward(

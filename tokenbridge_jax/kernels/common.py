@@ -1,6 +1,5 @@
 """What the GPU kernels share."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from jax.experimental.pallas import triton as pl_triton
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt32
 
-from tokenbridge_jax.parallel import RULES
+from tokenbridge_jax.parallel import RULES, axis_size
 
 NORM_EPSILON = 1e-6
 
@@ -25,6 +24,11 @@ def gpu_call(kernel: Callable[..., None], *, warps: int, interpret: bool, **argu
     return pl.pallas_call(
         kernel, interpret=interpret, compiler_params=None if interpret else parameters, **arguments
     )
+
+
+def has_kernel(qkv: Float[Array, "N T 3 H K"]) -> bool:
+    """Float32, which only tests and the quickstart use, is left to XLA's exact products."""
+    return qkv.dtype == jnp.bfloat16 and qkv.shape[-1] >= 16
 
 
 def product(
@@ -78,7 +82,7 @@ def on_shards(
     divided = {
         name: axes
         for name, axes in RULES
-        if axes and name in sizes and sizes[name] % _size(mesh, axes) == 0
+        if axes and name in sizes and sizes[name] % axis_size(mesh, axes) == 0
     }
 
     def spec(names: tuple[str | None, ...], shape: tuple[int, ...] | None = None) -> PartitionSpec:
@@ -92,7 +96,7 @@ def on_shards(
 
     def on_shard(seed: jax.Array, *parts: jax.Array) -> Any:
         first = [
-            jax.lax.axis_index(divided[name]) * (sizes[name] // _size(mesh, divided[name]))
+            jax.lax.axis_index(divided[name]) * (sizes[name] // axis_size(mesh, divided[name]))
             if name in divided
             else jnp.int32(0)
             for name in ("batch", "heads")
@@ -106,7 +110,3 @@ def on_shards(
         out_specs=tuple(map(spec, outputs)) if several else spec(outputs),
         check_vma=False,
     )(seed, *arrays)
-
-
-def _size(mesh: Any, axes: str | tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
