@@ -37,11 +37,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from tokenbridge_jax import parallel
+from tokenbridge_jax.benchmark.inputs import make_model
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline import abstract_sharded_params
 from tokenbridge_jax.sampling import SamplingSettings, generate
-from tokenbridge_jax.tokenizing import make_quantizer
 from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import ModelTask
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -59,22 +58,9 @@ COLLECTIVE = re.compile(
 )
 
 
-def model_config(config: ConfigDict) -> TokenBridgeConfig:
-    """The model for shards as `tokenize` would write them, but for their order of channels."""
-    grid = config.data.image_size // 2 ** (len(config.autoencoder.multipliers) - 1)
-    known = TokenBridgeConfig.__dataclass_fields__
-    return TokenBridgeConfig(
-        quantizer=make_quantizer(config),
-        channel_order=tuple(range(config.autoencoder.latent_channels)),
-        positions=grid**2,
-        classes=config.data.num_classes,
-        **{name: value for name, value in config.model.items() if name in known},
-    )
-
-
 def trace_train(config: ConfigDict, batch_size: int, mesh: Mesh) -> jax.stages.Traced:
     """The training step."""
-    model, section = model_config(config), config.training
+    model, section = make_model(config), config.training
     task = ModelTask(model, config.model.class_dropout, config.training.head_fraction)
     # The length of an epoch moves the schedule's constants only.
     optimizer, schedule = make_optimizer(OptimizerConfig.from_section(section, 1000, "training"))
@@ -87,15 +73,14 @@ def trace_train(config: ConfigDict, batch_size: int, mesh: Mesh) -> jax.stages.T
         "indices": jax.ShapeDtypeStruct(shape, model.quantizer.index_dtype, sharding=sharding),
         "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
     }
-    mean, std, minimum = (config.model[f"mask_{name}"] for name in ("mean", "std", "min"))
-    masks = MaskSampler(model.positions, mean, std, minimum, section.hidden_bucket)
+    masks = MaskSampler.from_config(config, model.positions)
     with parallel.use_mesh(mesh):
         return step.trace(state, batch, masks.slots(masks.quantiles(1)[0]))
 
 
 def trace_sample(config: ConfigDict, batch_size: int, mesh: Mesh) -> jax.stages.Traced:
     """The sampler as `config.sampling` sets it."""
-    model = model_config(config)
+    model = make_model(config)
     settings = SamplingSettings(**{k: v for k, v in config.sampling.items() if k != "batch_size"})
 
     @jax.jit

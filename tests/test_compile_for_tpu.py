@@ -125,7 +125,7 @@ def test_training_step_on_a_slice():
     result = json.loads(run("--batch=8").stdout)
     config = imagenet256.get_config("quick")
     config.model.update(encoder_layers=1, decoder_layers=1, head_layers=1)
-    model = script.model_config(config)
+    model = script.make_model(config)
     sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(model))]
     assert (result["chips"], result["batch_a_chip"]) == (4, 2)
     # 14 positions are hidden; forward, and about twice that backward. Attention's weights are

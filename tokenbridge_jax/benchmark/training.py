@@ -33,13 +33,7 @@ class Trainer:
         section = config.training
         check_ranges(config, "training")
         self.model = inputs.make_model(config)
-        self.masks = MaskSampler(
-            self.model.positions,
-            mean=config.model.mask_mean,
-            std=config.model.mask_std,
-            minimum=config.model.mask_min,
-            bucket=section.hidden_bucket,
-        )
+        self.masks = MaskSampler.from_config(config, self.model.positions)
         task = ModelTask(self.model, config.model.class_dropout, section.head_fraction)
         # The length of an epoch moves the learning rate and nothing else.
         recipe = OptimizerConfig.from_section(section, 1000, "training")

@@ -145,13 +145,7 @@ def make_run(
 ) -> Run:
     """The training run: data, masks, hooks, and what identifies it."""
     section, seed = config.training, config.seed
-    masks = MaskSampler(
-        model.positions,
-        mean=config.model.mask_mean,
-        std=config.model.mask_std,
-        minimum=config.model.mask_min,
-        bucket=section.hidden_bucket,
-    )
+    masks = MaskSampler.from_config(config, model.positions)
     fields = flat_fields(config, ["seed", "model", "training"])
     fields["tokens_sha256"] = _tokens_digest(info)
     function = {f"model.{name}" for name in config.model if name not in _NOT_MODEL | _NOT_FUNCTION}

@@ -7,6 +7,7 @@ backward pass runs it again for its gradient.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tokenbridge_jax.dropout import dropout as drop
 from tokenbridge_jax.dropout import keep
-from tokenbridge_jax.kernels.common import MASKED, gpu_call, has_kernel, on_shards, product
+from tokenbridge_jax.kernels.common import (
+    MASKED,
+    by_platform,
+    gpu_call,
+    has_kernel,
+    normalize,
+    on_shards,
+    product,
+)
 
 # Rows of queries, and of keys, that a kernel holds at a time.
 BLOCK = 64
@@ -83,6 +92,18 @@ def split_heads(
     return [qkv[:, :, part] + bias[None, None, part] for part in range(3)]
 
 
+def normed_heads(
+    qkv: Float[Array, "N T 3 H K"],
+    bias: Float[Array, "3 H K"],
+    norms: Sequence[jax.Array] | Float[Array, "4 K"],
+) -> tuple[Float[Array, "N T H K"], ...]:
+    """`split_heads` with LayerNorm on queries and keys, given its scale and bias for each."""
+    q, k, v = split_heads(qkv, bias)
+    q = normalize(q, norms[0], norms[1]).astype(v.dtype)
+    k = normalize(k, norms[2], norms[3]).astype(v.dtype)
+    return q, k, v
+
+
 def _forward(
     qkv: jax.Array,
     bias: jax.Array,
@@ -98,11 +119,9 @@ def _forward(
         normalizer = jnp.zeros((batch, heads, length))
         return _plain(qkv, bias, visible, seed, dropout), normalizer
 
-    branches = {"default": plain}
-    if has_kernel(qkv):
-        branches["cuda"] = functools.partial(kernel_forward, dropout=dropout)
+    kernel = functools.partial(kernel_forward, dropout=dropout)
     arguments = (qkv, bias, visible, seed)
-    out, normalizer = jax.lax.platform_dependent(*arguments, **branches)
+    out, normalizer = by_platform(plain, kernel, has_kernel(qkv), *arguments)
     return out, (*arguments, out, normalizer)
 
 
@@ -113,10 +132,8 @@ def _backward(dropout: float, residuals: Any, d_out: jax.Array) -> tuple[Any, An
         qkv, bias, visible, seed, _, _, d_out = arguments
         return jax.vjp(lambda x: _plain(x, bias, visible, seed, dropout), qkv)[1](d_out)[0]
 
-    branches = {"default": plain}
-    if has_kernel(qkv):
-        branches["cuda"] = functools.partial(kernel_backward, dropout=dropout)
-    d_qkv = jax.lax.platform_dependent(*residuals, d_out, **branches)
+    kernel = functools.partial(kernel_backward, dropout=dropout)
+    d_qkv = by_platform(plain, kernel, has_kernel(qkv), *residuals, d_out)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return d_qkv, d_bias, None, None
 

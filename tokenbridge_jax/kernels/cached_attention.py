@@ -14,13 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pl_triton
 from jaxtyping import Array, Float, Int
 
-from tokenbridge_jax.kernels.attention import plain_attention, split_heads
+from tokenbridge_jax.kernels.attention import normed_heads, plain_attention
 from tokenbridge_jax.kernels.common import (
     MASKED,
     NORM_EPSILON,
+    by_platform,
     gpu_call,
     has_kernel,
-    normalize,
     on_shards,
 )
 
@@ -51,10 +51,8 @@ def cached_attention(
       The attention's result, and keys and values with those of `place` written, in their place if
       the compiler can see that the old ones are not needed again.
     """
-    branches = {"default": plain_cached_attention}
-    if has_kernel(qkv):
-        branches["cuda"] = kernel_cached_attention
-    return jax.lax.platform_dependent(qkv, bias, norms, keys, values, place, **branches)
+    arguments = (qkv, bias, norms, keys, values, place)
+    return by_platform(plain_cached_attention, kernel_cached_attention, has_kernel(qkv), *arguments)
 
 
 def plain_cached_attention(
@@ -66,9 +64,7 @@ def plain_cached_attention(
     place: Int[Array, ""],
 ) -> tuple[Float[Array, "N 1 H K"], Float[Array, "N H T K"], Float[Array, "N H T K"]]:
     """`cached_attention` in plain operations."""
-    q, k, v = split_heads(qkv, bias)
-    q = normalize(q, *norms[:2]).astype(v.dtype)
-    k = normalize(k, *norms[2:]).astype(v.dtype)
+    q, k, v = normed_heads(qkv, bias, norms)
 
     def write(cache: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(cache, x.swapaxes(1, 2), place, axis=2)

@@ -18,13 +18,13 @@ from jax.experimental.pallas import triton as pl_triton
 from jaxtyping import Array, Float, UInt32
 
 from tokenbridge_jax.dropout import keep
-from tokenbridge_jax.kernels.attention import plain_attention, split_heads
+from tokenbridge_jax.kernels.attention import normed_heads, plain_attention
 from tokenbridge_jax.kernels.common import (
     MASKED,
     NORM_EPSILON,
+    by_platform,
     gpu_call,
     has_kernel,
-    normalize,
     on_shards,
     product,
 )
@@ -61,9 +61,7 @@ def plain_channel_attention(
     dropout: float,
 ) -> Float[Array, "N T H K"]:
     """`channel_attention` in plain operations."""
-    q, k, v = split_heads(qkv, bias)
-    q = normalize(q, norms[0], norms[1]).astype(v.dtype)
-    k = normalize(k, norms[2], norms[3]).astype(v.dtype)
+    q, k, v = normed_heads(qkv, bias, norms)
     causal = jnp.asarray(np.tri(q.shape[1], dtype=bool))
     return plain_attention(q, k, v, causal[None], seed, dropout)
 
@@ -71,11 +69,10 @@ def plain_channel_attention(
 def _forward(
     qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, dropout: float
 ) -> tuple[jax.Array, Any]:
-    branches = {"default": functools.partial(plain_channel_attention, dropout=dropout)}
-    if _has_kernel(qkv):
-        branches["cuda"] = functools.partial(kernel_forward, dropout=dropout)
+    plain = functools.partial(plain_channel_attention, dropout=dropout)
+    kernel = functools.partial(kernel_forward, dropout=dropout)
     arguments = (qkv, bias, norms, seed)
-    return jax.lax.platform_dependent(*arguments, **branches), arguments
+    return by_platform(plain, kernel, _has_kernel(qkv), *arguments), arguments
 
 
 def _backward(dropout: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, Any, None]:
@@ -89,10 +86,8 @@ def _backward(dropout: float, residuals: Any, d_out: jax.Array) -> tuple[Any, An
 
         return jax.vjp(function, qkv, norms)[1](d_out)
 
-    branches: dict[str, Any] = {"default": plain}
-    if _has_kernel(qkv):
-        branches["cuda"] = functools.partial(kernel_backward, dropout=dropout)
-    d_qkv, d_norms = jax.lax.platform_dependent(*residuals, d_out, **branches)
+    kernel = functools.partial(kernel_backward, dropout=dropout)
+    d_qkv, d_norms = by_platform(plain, kernel, _has_kernel(qkv), *residuals, d_out)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return d_qkv, d_bias, d_norms, None
 

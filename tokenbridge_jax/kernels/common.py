@@ -31,6 +31,21 @@ def has_kernel(qkv: Float[Array, "N T 3 H K"]) -> bool:
     return qkv.dtype == jnp.bfloat16 and qkv.shape[-1] >= 16
 
 
+def by_platform(
+    plain: Callable[..., Any], kernel: Callable[..., Any], has_kernel: bool, *arguments: Any
+) -> Any:
+    """`kernel(*arguments)` where the program is compiled for an NVIDIA GPU, else `plain`.
+
+    Args:
+      plain: runs anywhere.
+      kernel: the same function for GPUs.
+      has_kernel: whether it takes arguments like these.
+      arguments: arrays.
+    """
+    branches = {"default": plain, "cuda": kernel} if has_kernel else {"default": plain}
+    return jax.lax.platform_dependent(*arguments, **branches)
+
+
 def product(
     a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False
 ) -> jax.Array:

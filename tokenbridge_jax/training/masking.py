@@ -27,6 +27,7 @@ import flax
 import jax
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
+from ml_collections import ConfigDict
 from scipy import special
 
 from tokenbridge_jax.errors import UserError
@@ -70,6 +71,17 @@ class MaskSampler:
             raise UserError(f"model.mask_min is {self.minimum}; it must lie between 0 and 1")
         if self.std <= 0:
             raise UserError(f"model.mask_std is {self.std}; it must be above 0")
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, positions: int) -> "MaskSampler":
+        """The draws of a run, from `config.model.mask_*` and `config.training.hidden_bucket`."""
+        return cls(
+            positions,
+            mean=config.model.mask_mean,
+            std=config.model.mask_std,
+            minimum=config.model.mask_min,
+            bucket=config.training.hidden_bucket,
+        )
 
     @property
     def fewest_hidden(self) -> int:
