@@ -41,6 +41,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
+        "gcs": ["gcsfs"],
+        "s3": ["s3fs"],
         "tfds": ["tensorflow-datasets>=4.9.9"],
         "test": [
             "beartype",

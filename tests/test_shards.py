@@ -227,7 +227,7 @@ def test_missing_and_foreign_folders(tmp_path):
     with pytest.raises(UserError, match="is not finished"):
         shards.read_info(tmp_path)
     with pytest.raises(UserError, match="mount the bucket"):
-        shards.read_info("gs://bucket/tokens")
+        shards.local_folder("gs://bucket")
     path = tmp_path / shards.INFO_FILE
     for content, complaint in [
         ("{", "not valid JSON"),

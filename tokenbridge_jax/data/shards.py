@@ -44,12 +44,12 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from tokenbridge_jax import io
 from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.data.local_copy import INFO_FILE, local_copy
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
 
 FORMAT = "tokenbridge index shards"
 FORMAT_VERSION = 1
-INFO_FILE = "dataset.json"
 # The description of shards still being written; a resumed run must match it.
 PARTIAL_INFO_FILE = "dataset.json.partial"
 
@@ -241,7 +241,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     Raises:
       UserError: there is none, it is unfinished, or it cannot be read.
     """
-    folder = local_folder(folder)
+    folder = local_copy(folder)
     path = folder / INFO_FILE
     if not path.exists():
         state = (
@@ -269,15 +269,15 @@ def _read_info_file(path: Path) -> DatasetInfo:
 
 
 def local_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder as a path that ArrayRecord can open.
+    """The folder as a path that ArrayRecord can write to.
 
     Raises:
-      UserError: it is in an object store, which has to be mounted or copied first.
+      UserError: it is in an object store, which ArrayRecord cannot write to.
     """
     if "://" in str(folder):
         raise UserError(
-            f"token shards need a folder of the file system, not {folder}: mount the bucket "
-            "(gcsfuse) or copy the shards to a local disk"
+            f"token shards are written to a folder of the file system, not to {folder}: mount the "
+            "bucket (gcsfuse), or tokenize into a local --workdir and copy its `tokens` there"
         )
     return Path(folder)
 
@@ -430,9 +430,9 @@ def shard_files(
             f"{', '.join(info.splits)}; set --config.tokenize.validation_fraction or "
             "--config.data.validation_split and tokenize again"
         )
-    files = []
+    files, folder = [], local_copy(folder)
     for shard in info.splits[split]["shards"]:
-        path = Path(folder) / shard["file"]
+        path = folder / shard["file"]
         size = path.stat().st_size if path.exists() else None
         if size != shard["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"

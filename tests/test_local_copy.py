@@ -1,0 +1,119 @@
+"""Shards of an object store: copied once and whole; what is wrong with them is named."""
+
+import errno
+from typing import ClassVar
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from token_shards import write_tokens
+
+from tokenbridge_jax.data.loader import make_loader
+from tokenbridge_jax.data.local_copy import local_copy
+from tokenbridge_jax.errors import UserError
+
+FOLDER = "s3://bucket/run/tokens"
+
+
+class ObjectStore(MemoryFileSystem):
+    """Takes the place of S3; notes which files were read."""
+
+    protocol = "s3"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    read: ClassVar[list[str]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("s3://"))
+
+    def _open(self, path, mode="rb", **options):
+        if mode == "rb":
+            self.read.append(path.rpartition("/")[2])
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    fsspec.register_implementation("s3", ObjectStore, clobber=True)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """Holds what `tmp_path / "tokens"` holds; copies go to `tmp_path / "cache"`."""
+    monkeypatch.setenv("TOKENBRIDGE_CACHE", str(tmp_path / "cache"))
+    write_tokens(tmp_path / "tokens", {"train": [10, 9], "validation": [4]})
+    files = ObjectStore()
+    files.store.clear()
+    for path in (tmp_path / "tokens").glob("*.*"):
+        files.pipe(f"{FOLDER}/{path.name}", path.read_bytes())
+    files.read.clear()
+    return files
+
+
+def test_batches_are_those_of_the_folder_that_was_copied(store, tmp_path):
+    ours, theirs = make_loader(FOLDER, 8, 1), make_loader(tmp_path / "tokens", 8, 1)
+    for _ in range(5):
+        np.testing.assert_equal(next(ours), next(theirs))
+
+
+def test_only_what_is_not_there_is_copied(store, tmp_path):
+    copy = local_copy(FOLDER)
+    assert copy.is_relative_to(tmp_path / "cache")
+    assert sorted(path.name for path in copy.iterdir()) == sorted(
+        path.name for path in (tmp_path / "tokens").glob("*.*")
+    )
+    cut = copy / "train-00001-of-00002.array_record"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    store.read.clear()
+    assert local_copy(FOLDER) == copy
+    assert store.read == ["dataset.json", cut.name]
+    assert cut.read_bytes() == (tmp_path / "tokens" / cut.name).read_bytes()
+
+
+def test_other_shards_under_the_same_name_are_another_copy(store, tmp_path):
+    first = local_copy(FOLDER)
+    described = store.cat(f"{FOLDER}/dataset.json")
+    store.pipe(f"{FOLDER}/dataset.json", described.replace(b'"seed": 0', b'"seed": 1'))
+    assert local_copy(FOLDER) != first
+
+
+def test_a_folder_of_the_file_system_is_not_copied(tmp_path):
+    assert local_copy(tmp_path) == tmp_path
+    assert local_copy(str(tmp_path)) == tmp_path
+
+
+def test_what_cannot_be_copied_is_named(store, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="s3://bucket/other holds no finished token shards"):
+        local_copy("s3://bucket/other")
+
+    shard = f"{FOLDER}/train-00000-of-00002.array_record"
+    content = store.cat(shard)
+    store.pipe(shard, content[:-3])
+    expected = (
+        rf"train-00000-of-00002.array_record has {len(content) - 3} bytes, not {len(content)}"
+    )
+    with pytest.raises(UserError, match=expected):
+        local_copy(FOLDER)
+    store.rm(shard)
+    with pytest.raises(UserError, match=r"train-00000-of-00002\.array_record is missing"):
+        local_copy(FOLDER)
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+    def refuse(*_, **__):
+        raise PermissionError("no credentials")
+
+    monkeypatch.setattr(ObjectStore, "exists", refuse)
+    with pytest.raises(UserError, match="cannot read s3://bucket/run/tokens: no credentials"):
+        local_copy(FOLDER)
+
+
+def test_a_full_disk_is_named(store, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(UserError, match=r"cannot write .*array_record: the disk is full"):
+        local_copy(FOLDER)
+    assert not list((tmp_path / "cache").rglob("*.tmp"))

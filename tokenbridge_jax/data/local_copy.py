@@ -1,0 +1,99 @@
+"""Token shards of an object store, copied to the local disk: ArrayRecord reads files only.
+
+Training reads every shard, in random order, every epoch, so each host needs all of them at hand.
+The copy lies in `$TOKENBRIDGE_CACHE` (default `~/.cache/tokenbridge`), in a folder named after the
+content of `dataset.json`: other shards never take its place, and later runs find it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from etils import epath
+
+from tokenbridge_jax import io
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.progress import Progress
+
+INFO_FILE = "dataset.json"
+# Shards copied at once: one connection does not fill a host's network.
+THREADS = 8
+
+
+def local_copy(folder: str | os.PathLike[str]) -> Path:
+    """A finished folder of token shards on this host's file system.
+
+    Args:
+      folder: of the file system, which is returned as it is, or of an object store
+        (`gs://bucket/...`, `s3://bucket/...`). What an earlier call has copied is not copied again,
+        also if that was killed; several processes may call this at once.
+
+    Raises:
+      UserError: the object store cannot be read or holds no finished shards, a shard has not the
+        length that `dataset.json` says, or the disk is full.
+    """
+    if "://" not in os.fspath(folder):
+        return Path(folder)
+    remote = epath.Path(folder)
+    try:
+        if not (remote / INFO_FILE).exists():
+            raise UserError(
+                f"{remote} holds no finished token shards; run `tokenbridge tokenize` with a "
+                "--workdir of a file system and copy its `tokens` there"
+            )
+        described = (remote / INFO_FILE).read_bytes()
+        splits = json.loads(described)["splits"].values()
+        shards = [shard for split in splits for shard in split["shards"]]
+        copy = _cache() / f"tokens-{hashlib.sha256(described).hexdigest()[:16]}"
+        missing = [shard for shard in shards if _size(copy / shard["file"]) != shard["bytes"]]
+        _copy(remote, copy, missing)
+    except UserError:
+        raise
+    except Exception as error:  # Object stores raise what their libraries raise.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read {remote}: {reason}") from error
+    if _size(copy / INFO_FILE) != len(described):
+        io.write_bytes(copy / INFO_FILE, described)
+    return copy
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("TOKENBRIDGE_CACHE") or Path.home() / ".cache" / "tokenbridge")
+
+
+def _copy(remote: epath.Path, copy: Path, shards: list[dict[str, object]]) -> None:
+    if not shards:
+        return
+    progress = Progress(len(shards), unit="shard", desc=f"{remote} -> {copy}")
+    with progress, ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(lambda shard: _copy_shard(remote, copy, shard), shards):
+            progress.update()
+
+
+def _copy_shard(remote: epath.Path, copy: Path, shard: dict[str, object]) -> None:
+    source, target = remote / str(shard["file"]), copy / str(shard["file"])
+    temporary = copy / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        copy.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as reader, temporary.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 22)
+        if _size(temporary) != shard["bytes"]:
+            raise UserError(
+                f"token shard {source} has {_size(temporary)} bytes, not {shard['bytes']}; copy it "
+                "there again"
+            )
+        temporary.replace(target)
+    except FileNotFoundError as error:
+        raise UserError(f"token shard {source} is missing; copy it there again") from error
+    except OSError as error:
+        raise io.write_error(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
