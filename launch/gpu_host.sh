@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# A run on one host, by one process on all its GPUs (or whatever JAX_PLATFORMS names). In the
+# checkout, after `bash launch/setup_env.sh .venv cuda`:
+#   WORKDIR=runs/imagenet-l bash launch/gpu_host.sh [--dry-run] [COMMAND [FLAG...]]
+# runs `tokenbridge COMMAND` (train), and again after a crash, ten times at most. SIGTERM or Ctrl-C
+# has it save its state and end with status 75. The log goes to the screen and to LOG
+# (tokenbridge.log).
+#
+# Several hosts without a scheduler: the same on each, with JAX_NUM_PROCESSES (how many hosts),
+# JAX_PROCESS_ID (which one, from 0) and JAX_COORDINATOR_ADDRESS=HOST:PORT (a free port of host 0).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
+need WORKDIR runs/imagenet-l
+
+distributed=()
+if [ -n "${JAX_COORDINATOR_ADDRESS:-}" ]; then
+  need JAX_NUM_PROCESSES 2
+  need JAX_PROCESS_ID 0
+  distributed=(--distributed)
+fi
+command=(.venv/bin/tokenbridge "${1:-train}" ${distributed[@]+"${distributed[@]}"}
+  --workdir="$WORKDIR" --config="${CONFIG:-configs/imagenet256.py:size=${SIZE:-L}}"
+  --config.mesh.data=-1 --config.mesh.fsdp=1 "${@:2}")
+if [ "$dry_run" = yes ]; then
+  quoted "${command[@]}"
+  exit
+fi
+exec > >(tee -i -a "${LOG:-tokenbridge.log}") 2>&1
+
+# Told to stop: the process saves and ends, and so does this script. It has a process group of its
+# own (set -m), so that Ctrl-C reaches it once, from here: told twice, it would not save.
+set -m
+stop() {
+  status=0
+  kill -TERM "$child" 2>/dev/null || true
+  wait "$child" || status=$?
+  exit "$status"
+}
+crashes=0
+while true; do
+  "${command[@]}" </dev/null &
+  child=$!
+  trap stop TERM INT
+  status=0
+  wait "$child" || status=$?
+  case $status in
+    0 | 2 | 130) exit "$status" ;;
+    75) ;; # Another host was told to stop; this one goes on with it when it is back.
+    *) crashes=$((crashes + 1)) ;;
+  esac
+  [ "$crashes" -le 10 ] || exit "$status"
+  echo "${0##*/}: status $status at $(date), crashes: $crashes; starting again"
+  sleep 15
+done

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# A run on a slice of Cloud TPUs, asked for as a queued resource. (tpu7x is on Kubernetes only:
+# launch/gke.sh. Several slices: launch/tpu_multislice.sh.)
+#   bash launch/tpu_pod.sh [--dry-run] COMMAND      --dry-run only prints what it would run
+#
+#   create [FLAG...]        asks for the slice; flags of gcloud, such as --spot or --network=NETWORK
+#   setup                   copies the committed files to every host and installs them there
+#   run [COMMAND [FLAG...]] starts `tokenbridge COMMAND` (train) on every host
+#   logs [HOST]             follows the log of a host (0)
+#   status                  of the slice, then of the run on every host
+#   stop                    has the run save its state and end; `run` goes on from there
+#   delete                  gives the slice back
+#
+# Needs gcloud with an account and a project (CLOUDSDK_CORE_PROJECT), and the variables below. On
+# every host systemd starts the run again after a crash or when another host was told to stop, ten
+# times a day at most, and never after a mistake of the user's (status 2).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
+source launch/tpu_types.sh
+
+command=${1:-}
+[ $# -eq 0 ] || shift
+need NAME tokenbridge-l # of the queued resource and its slices
+need ZONE us-east5-a    # where the project has quota for such chips
+tpus=(gcloud compute tpus queued-resources)
+everywhere=("$NAME" --zone="$ZONE" --node=all --worker=all)
+
+case $command in
+  create)
+    need TYPE v6e-64 # as the cloud names it
+    tpu_settings "$TYPE" "${SIZE:-L}"
+    if [ -z "$RUNTIME" ]; then
+      echo "${0##*/}: $TYPE is on Kubernetes only: launch/gke.sh" >&2
+      exit 2
+    fi
+    nodes=(--node-id="$NAME")
+    [ -z "${SLICES:-}" ] || nodes=(--node-count="$SLICES" --node-prefix="$NAME")
+    run "${tpus[@]}" create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" \
+      --runtime-version="$RUNTIME" "${nodes[@]}" "$@"
+    ;;
+  setup)
+    archive=${TMPDIR:-/tmp}/tokenbridge.tar.gz
+    run git archive --format=tar.gz --output="$archive" HEAD
+    run "${tpus[@]}" scp "$archive" "$NAME:tokenbridge.tar.gz" "${everywhere[@]:1}"
+    run "${tpus[@]}" ssh "${everywhere[@]}" --command="mkdir -p tokenbridge &&
+tar -xzf tokenbridge.tar.gz -C tokenbridge && cd tokenbridge && bash launch/setup_host.sh tpu,gcs"
+    ;;
+  run)
+    need TYPE v6e-64
+    need WORKDIR gs://my-bucket/runs/imagenet-l # every host reads and writes it
+    size=${SIZE:-L}
+    tpu_settings "$TYPE" "$size"
+    # A unit of systemd, with the limits of a login; of a stop only tokenbridge itself is told.
+    unit=(--unit=tokenbridge --collect "--uid=\$(id -un)" "--working-directory=\$HOME/tokenbridge"
+      --setenv=PYTHONUNBUFFERED=1 --property=LimitMEMLOCK=infinity
+      --property=KillMode=mixed --property=TimeoutStopSec=600
+      --property=Restart=on-failure --property=RestartSec=15 --property=RestartPreventExitStatus=2
+      --property=StartLimitIntervalSec=86400 --property=StartLimitBurst=10)
+    arguments=$(quoted "${1:-train}" --distributed --workdir="$WORKDIR" \
+      --config="${CONFIG:-configs/imagenet256.py:size=$size}" "${FLAGS[@]}" "${@:2}")
+    run "${tpus[@]}" ssh "${everywhere[@]}" --command="sudo systemd-run ${unit[*]} \
+\$HOME/tokenbridge/.venv/bin/tokenbridge $arguments"
+    ;;
+  logs)
+    run "${tpus[@]}" ssh "$NAME" --zone="$ZONE" --node="${NODE:-0}" --worker="${1:-0}" \
+      --command="sudo journalctl --unit=tokenbridge --lines=100 --follow"
+    ;;
+  status)
+    run "${tpus[@]}" describe "$NAME" --zone="$ZONE" --format='value(state.state)'
+    run "${tpus[@]}" ssh "${everywhere[@]}" \
+      --command="echo \$(hostname) \$(systemctl is-active tokenbridge)"
+    ;;
+  stop)
+    run "${tpus[@]}" ssh "${everywhere[@]}" --command="sudo systemctl stop tokenbridge"
+    ;;
+  delete)
+    run "${tpus[@]}" delete "$NAME" --zone="$ZONE" --force --quiet
+    ;;
+  *)
+    echo "usage: bash launch/${0##*/} [--dry-run] create|setup|run|logs|status|stop|delete" >&2
+    exit 2
+    ;;
+esac
