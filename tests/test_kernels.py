@@ -130,6 +130,28 @@ def test_dropped_weights_are_dropped_after_the_softmax():
     np.testing.assert_allclose(dropped, np.where(kept, np.asarray(weights) / 0.75, 0), rtol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnums=4)
+def image_by_image(qkv, bias, visible, seed, dropout):
+    assert not dropout
+    return over_positions.image_by_image(qkv, bias, visible, seed)
+
+
+@pytest.mark.parametrize(
+    ("images", "heads", "kind"), [(8, 4, "same"), (4, 2, "each"), (4, 3, "all"), (3, 2, "each")]
+)
+def test_one_image_after_the_other_is_all_at_once(images: int, heads: int, kind: str):
+    """On one device and on a mesh, whether or not that divides batch and heads."""
+    qkv, bias = normal(0, images, 6, 3, heads, 8), normal(2, 3, heads, 8)
+    visible = visible_tokens(kind, images, 6)
+    arguments = qkv, bias, visible, SEED
+    expected = attend_plainly(*arguments, 0.0)
+    assert relative_error(image_by_image(*arguments, 0.0), expected) < 1e-6
+    several = on_mesh(image_by_image, 0.0, *((argument, ()) for argument in arguments))
+    assert relative_error(several, expected) < 1e-6
+    share = (images // (4 if images % 4 == 0 else 1), 6, heads // (2 if heads % 2 == 0 else 1), 8)
+    assert {shard.data.shape for shard in several.addressable_shards} == {share}
+
+
 # --- The kernels ----------------------------------------------------------------------------------
 
 

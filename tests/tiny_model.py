@@ -136,9 +136,11 @@ def without_key_bias(name: str, gradient: np.ndarray) -> np.ndarray:
 
 
 def equations(jaxpr, repeated: int = 1):
-    """Every equation of a program, with how often it runs."""
+    """Every equation of a program as this platform runs it, with how often it runs."""
     for eqn in jaxpr.eqns:
         yield repeated, eqn
         times = repeated * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
-        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-            yield from equations(inner, times)
+        inner = list(jax.extend.core.jaxprs_in_params(eqn.params))
+        # The last is for platforms without a branch of their own.
+        for jaxpr_inside in inner[-1:] if eqn.params.get("branches_platforms") else inner:
+            yield from equations(jaxpr_inside, times)

@@ -53,14 +53,24 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
 
-def unstack_parts(x: Float[Array, "N T P D"]) -> list[Float[Array, "N T D"]]:
-    """Shifts, scales and gates that one product made.
+class Modulation(nn.Module):
+    """Shifts, scales and gates of a condition, all from one product.
 
-    Cut along a flat axis, since the gradient of that is one concatenation, where that of indexing
-    is a sum of P arrays padded with zeros.
+    They come side by side, for `jnp.split`, whose gradient is one concatenation. An axis of parts
+    would cost copies on TPUs, whose tiles span an array's last two axes.
     """
-    flat = x.reshape(*x.shape[:2], -1)
-    return jnp.split(flat, x.shape[2], axis=-1)
+
+    parts: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, condition: Float[Array, "*N D"]) -> Float[Array, "*N {self.parts}*D"]:
+        width, zeros = condition.shape[-1], nn.initializers.zeros
+        init = named_axes(zeros, "embed", None, None)
+        kernel = self.param("kernel", init, (width, self.parts, width)).astype(self.dtype)
+        bias = self.param("bias", zeros, (self.parts, width)).astype(self.dtype)
+        product = condition @ kernel.reshape(width, -1)
+        return product + bias.reshape((1,) * (product.ndim - 1) + (-1,))
 
 
 class Cache(NamedTuple):
@@ -256,11 +266,7 @@ class ConditionedBlock(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        self.modulation = nn.DenseGeneral(
-            (6, self.width),
-            dtype=self.dtype,
-            kernel_init=named_axes(nn.initializers.zeros, "embed", None, None),
-        )
+        self.modulation = Modulation(6, self.dtype)
         self.norm1 = layer_norm(self.dtype)
         self.attn = ChannelAttention(self.heads, self.dropout, self.dtype)
         self.norm2 = layer_norm(self.dtype)
@@ -275,11 +281,11 @@ class ConditionedBlock(nn.Module):
     def modulated(
         self,
         x: Float[Array, "N T D"],
-        modulation: Float[Array, "N T 6 D"],
+        modulation: Float[Array, "N T 6*D"],
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "N T D"], Cache | None]:
         """The block, with what `modulation` says of the condition."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = unstack_parts(modulation)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         y, cache = self.attn(modulate(self.norm1(x), shift1, scale1), cache)
         x = x + gate1 * y
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2)), cache

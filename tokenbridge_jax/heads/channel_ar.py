@@ -19,11 +19,11 @@ from tokenbridge_jax.parallel import named_axes
 from tokenbridge_jax.transformer import (
     Cache,
     ConditionedBlock,
+    Modulation,
     embedding_init,
     layer_norm,
     modulate,
     stack_layers,
-    unstack_parts,
     xavier,
 )
 
@@ -64,11 +64,7 @@ class ChannelAR(nn.Module):
         )
         self.norm = layer_norm(self.dtype)
         self.final_norm = layer_norm(self.dtype, affine=False)
-        self.final_modulation = nn.DenseGeneral(
-            (2, self.width),
-            dtype=self.dtype,
-            kernel_init=named_axes(nn.initializers.zeros, "embed", None, None),
-        )
+        self.final_modulation = Modulation(2, self.dtype)
         self.classifier = ChannelClassifier(channels, self.levels, self.dtype)
 
     def logits(
@@ -183,9 +179,9 @@ class ChannelAR(nn.Module):
         return embedding.astype(self.dtype)[None]
 
     def _modulated_norm(
-        self, x: Float[Array, "N T D"], modulation: Float[Array, "N T 2 D"]
+        self, x: Float[Array, "N T D"], modulation: Float[Array, "N T 2*D"]
     ) -> Float[Array, "N T D"]:
-        scale, shift = unstack_parts(modulation)
+        scale, shift = jnp.split(modulation, 2, axis=-1)
         return modulate(self.final_norm(self.norm(x)), shift, scale)
 
 

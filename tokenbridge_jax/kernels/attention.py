@@ -3,7 +3,7 @@
 `attention` is one function with one gradient; how the two are computed is the platform's. GPUs run
 two Pallas kernels that never store a [T, T] array (the online softmax of FlashAttention, Dao et al.
 2022; backward, the weights are computed again). Everything else runs `plain_attention`, and in the
-backward pass runs it again for its gradient.
+backward pass runs it again for its gradient. Without dropout TPUs take one image after the other.
 """
 
 import functools
@@ -85,11 +85,35 @@ def _plain(
     return plain_attention(q, k, v, None if visible is None else visible[:, None], seed, dropout)
 
 
+def image_by_image(
+    qkv: Float[Array, "N T 3 H K"],
+    bias: Float[Array, "3 H K"],
+    visible: Bool[Array, "#N T"] | None,
+    seed: UInt32[Array, "2"],
+) -> Float[Array, "N T H K"]:
+    """`attention` without dropout, on every device one image after the other.
+
+    The scores of one image stay in a TPU's fast memory (VMEM); those of a whole batch do not.
+    """
+
+    def call(seed: jax.Array, visible: jax.Array, bias: jax.Array, qkv: jax.Array) -> jax.Array:
+        def on_image(image: tuple[jax.Array, jax.Array]) -> jax.Array:
+            visible, qkv = image
+            return _plain(qkv[None], bias, visible[None], seed[:2], 0.0)[0]
+
+        return jax.lax.map(on_image, (jnp.broadcast_to(visible, qkv.shape[:2]) != 0, qkv))
+
+    inputs = (_ROWS, _QKV[2:], _QKV)
+    return on_shards(call, inputs, _HEADS, seed, _all_visible(visible, qkv), bias, qkv)
+
+
 def split_heads(
     qkv: Float[Array, "N T 3 H K"], bias: Float[Array, "3 H K"]
 ) -> list[Float[Array, "N T H K"]]:
     """Queries, keys and values with their bias."""
-    return [qkv[:, :, part] + bias[None, None, part] for part in range(3)]
+    # Split, not indexed: the gradient is one concatenation, not a sum of three padded arrays.
+    parts = jnp.split(qkv, 3, axis=2)
+    return [part[:, :, 0] + bias[None, None, i] for i, part in enumerate(parts)]
 
 
 def normed_heads(
@@ -111,17 +135,21 @@ def _forward(
     seed: jax.Array,
     dropout: float,
 ) -> tuple[jax.Array, Any]:
-    def plain(
-        qkv: jax.Array, bias: jax.Array, visible: jax.Array | None, seed: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        batch, length, _, heads, _ = qkv.shape
-        # The kernel's backward pass wants the log of every row's normalizer; this one's does not.
-        normalizer = jnp.zeros((batch, heads, length))
-        return _plain(qkv, bias, visible, seed, dropout), normalizer
+    batch, length, _, heads, _ = qkv.shape
+    # The kernel's backward pass wants the log of every row's normalizer; the others' do not.
+    no_normalizer = jnp.zeros((batch, heads, length))
+
+    def plain(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        qkv, bias, visible, seed = arguments
+        return _plain(qkv, bias, visible, seed, dropout), no_normalizer
+
+    def tpu(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        return image_by_image(*arguments), no_normalizer
 
     kernel = functools.partial(kernel_forward, dropout=dropout)
     arguments = (qkv, bias, visible, seed)
-    out, normalizer = by_platform(plain, kernel, has_kernel(qkv), *arguments)
+    others = {} if dropout else {"tpu": tpu}
+    out, normalizer = by_platform(plain, kernel, has_kernel(qkv), *arguments, **others)
     return out, (*arguments, out, normalizer)
 
 
@@ -166,7 +194,7 @@ def kernel_forward(
         out, normalizer = run(seed, visible, bias.ravel(), qkv.reshape(batch, length, -1))
         return out.reshape(batch, length, heads, width), normalizer
 
-    outputs = ((*_ROWS, "heads", None), _NORMALIZER)
+    outputs = (_HEADS, _NORMALIZER)
     inputs = (_ROWS, _QKV[2:], _QKV)
     return on_shards(call, inputs, outputs, seed, _all_visible(visible, qkv), bias, qkv)
 
@@ -207,7 +235,7 @@ def kernel_backward(
 
     # What softmax's gradient subtracts from every row: the mean of its weights' gradients.
     mean = jnp.einsum("nthk,nthk->nht", out, d_out, preferred_element_type=jnp.float32)
-    inputs = (_ROWS, _QKV[2:], _QKV, _NORMALIZER, _NORMALIZER, (*_ROWS, "heads", None))
+    inputs = (_ROWS, _QKV[2:], _QKV, _NORMALIZER, _NORMALIZER, _HEADS)
     return on_shards(
         call, inputs, _QKV, seed, _all_visible(visible, qkv), bias, qkv, normalizer, mean, d_out
     )
@@ -216,6 +244,7 @@ def kernel_backward(
 _ROWS = ("batch", None)
 _QKV = (*_ROWS, None, "heads", None)
 _NORMALIZER = ("batch", "heads", None)
+_HEADS = (*_ROWS, "heads", None)
 
 
 def _all_visible(visible: jax.Array | None, qkv: jax.Array) -> Int[Array, "#N T"]:

@@ -32,7 +32,11 @@ def has_kernel(qkv: Float[Array, "N T 3 H K"]) -> bool:
 
 
 def by_platform(
-    plain: Callable[..., Any], kernel: Callable[..., Any], has_kernel: bool, *arguments: Any
+    plain: Callable[..., Any],
+    kernel: Callable[..., Any],
+    has_kernel: bool,
+    *arguments: Any,
+    **others: Callable[..., Any],
 ) -> Any:
     """`kernel(*arguments)` where the program is compiled for an NVIDIA GPU, else `plain`.
 
@@ -41,8 +45,9 @@ def by_platform(
       kernel: the same function for GPUs.
       has_kernel: whether it takes arguments like these.
       arguments: arrays.
+      others: the same function for further platforms, by their names.
     """
-    branches = {"default": plain, "cuda": kernel} if has_kernel else {"default": plain}
+    branches = others | {"default": plain} | ({"cuda": kernel} if has_kernel else {})
     return jax.lax.platform_dependent(*arguments, **branches)
 
 
