@@ -140,7 +140,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             batch_size=250,
         )
     )
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, slices=-1))
 
     if arguments.quick:
         config.vae_training.update(steps=20, warmup_steps=2)

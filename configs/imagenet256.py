@@ -148,7 +148,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             batch_size=64,
         )
     )
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, slices=-1))
 
     if arguments.quick:
         _shrink(config)

@@ -36,7 +36,7 @@ def encode_alone(images: np.ndarray) -> Posterior:
 
 @pytest.fixture(scope="module")
 def codec() -> Codec:
-    return Codec(CONFIG, PARAMS, QUANTIZER, make_mesh(data=4, fsdp=2))
+    return Codec(CONFIG, PARAMS, QUANTIZER, make_mesh(data=2, fsdp=2, tensor=2))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""Meshes, the logical rules, and the model on several meshes against the model on one device."""
+"""Meshes, slices, the rows of a process, and the logical rules."""
+
+import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +9,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny_model import leaf_names, random_batch, random_params, relative_error, tiny
+from tiny_model import TINY as CONFIG
+from tiny_model import leaf_names
 
 from tokenbridge_jax import parallel
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.loss import image_nll, loss
 from tokenbridge_jax.model import init_params
-
-# A chunk is one slot on one device; on the meshes below three, six and one.
-CONFIG = tiny(head_chunk=6, encoder_layers=2)
-BATCH = 8
-HIDDEN = 6
 
 
 @pytest.mark.parametrize(
@@ -69,7 +67,7 @@ def test_batches_are_split_and_come_back():
         # Four parts, in order; the two devices of a tensor group hold the same one.
         starts = sorted(shard.index[0].start for shard in array.addressable_shards)
         assert starts == [0, 0, 2, 2, 4, 4, 6, 6]
-    with pytest.raises(UserError, match="batch of 6 does not divide over the 4 batch shards"):
+    with pytest.raises(UserError, match="6 rows of a batch do not divide over the 4 batch shards"):
         parallel.to_global(np.zeros((6, 1)), mesh)
 
 
@@ -116,61 +114,6 @@ def test_constrain_does_nothing_outside_a_mesh():
     np.testing.assert_array_equal(parallel.constrain(x, "batch", "embed"), x)
 
 
-def _loss(params, batch):
-    return loss(CONFIG, params, **_arguments(batch))
-
-
-def _image_nll(params, batch):
-    return image_nll(CONFIG, params, **_arguments(batch))
-
-
-def _arguments(batch):
-    return batch | dict(
-        num_hidden=jnp.int32(HIDDEN),
-        drop_class=jnp.arange(BATCH) == 0,
-        hidden_slots=CONFIG.positions,
-        visible_slots=CONFIG.positions,
-    )
-
-
-@pytest.fixture(scope="module")
-def single():
-    """Parameters, batch and what one device makes of them."""
-    params, batch = random_params(CONFIG), random_batch(CONFIG, BATCH)
-    loss_and_gradients = jax.jit(jax.value_and_grad(_loss))(params, batch)
-    return params, batch, loss_and_gradients, jax.jit(_image_nll)(params, batch)
-
-
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (1, 2, 4)])
-def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(single, sizes: tuple[int, ...]):
-    params, batch, (expected, gradients), images = single
-    mesh = parallel.make_mesh(*sizes)
-    boxed = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-    shardings = parallel.logical_shardings(boxed, mesh)
-    placed = jax.device_put(params, shardings)
-
-    # What a device holds of a large matrix is its share, not a copy.
-    fc1 = placed["backbone"]["encoder_blocks"]["mlp"]["fc1"]["kernel"]
-    share = fc1.addressable_shards[0].data.size
-    assert share * sizes[1] * sizes[2] == fc1.size
-    qkv = placed["head"]["blocks"]["attn"]["qkv"]["kernel"]
-    assert qkv.addressable_shards[0].data.shape[3] == CONFIG.head_heads // sizes[2]
-
-    with parallel.use_mesh(mesh):
-        step = jax.jit(
-            jax.value_and_grad(_loss), out_shardings=(parallel.replicated(mesh), shardings)
-        )
-        batch = parallel.to_global(batch, mesh)
-        actual, actual_gradients = step(placed, batch)
-        nll = jax.jit(_image_nll)(placed, batch)
-    np.testing.assert_allclose(actual, expected, rtol=1e-6)
-    np.testing.assert_allclose(nll, images, rtol=2e-6)
-    actual_gradients, gradients = leaf_names(actual_gradients), leaf_names(gradients)
-    for name, expected in gradients.items():
-        if name != "head/blocks/attn/k_norm/bias":  # Zero in exact arithmetic.
-            assert relative_error(actual_gradients[name], expected) < 3e-5, name
-
-
 def test_parameters_are_made_sharded_and_equal_on_every_mesh():
     draws = []
     for sizes in [(8, 1, 1), (1, 4, 2)]:
@@ -185,3 +128,76 @@ def test_parameters_are_made_sharded_and_equal_on_every_mesh():
     assert draws[0].keys() == draws[1].keys()
     for name, leaf in draws[0].items():
         np.testing.assert_array_equal(leaf, draws[1][name], err_msg=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    process_index: int = 0
+    slice_index: int = 0
+    coords: tuple[int, ...] = ()
+    platform: str = "fake"
+    device_kind: str = "fake"
+    core_on_chip: int = 0
+
+
+def chips(slices, count, a_process, **fields):
+    """`slices` x `count` of them in no order, `a_process` of a slice on every process."""
+    made = [
+        Chip(i, process_index=i // a_process, slice_index=i // count, **fields)
+        for i in range(slices * count)
+    ]
+    return np.random.default_rng(0).permutation(np.array(made)).tolist()
+
+
+@pytest.mark.parametrize("sizes", [(-1, 1, 1), (4, 2, 2), (2, 2, -1), (-1, 8, 1), (8, 1, 2)])
+def test_only_data_goes_from_slice_to_slice(sizes):
+    mesh = parallel.make_mesh(*sizes, devices=chips(2, 8, 4))
+    seen = mesh.devices
+    assert sorted(chip.id for chip in seen.ravel()) == list(range(16))
+    slices = np.vectorize(lambda chip: chip.slice_index)(seen)
+    # Along fsdp and tensor all is of one slice; along data the slices follow one another.
+    assert (slices == slices[:, :1, :1]).all()
+    assert slices[:, 0, 0].tolist() == sorted(slices[:, 0, 0])
+
+
+def test_slices_may_be_told():
+    devices = chips(2, 8, 4)
+    assert parallel.make_mesh(slices=2, devices=devices) == parallel.make_mesh(devices=devices)
+    crossing = parallel.make_mesh(1, 16, 1, slices=1, devices=devices)
+    assert [chip.id for chip in crossing.devices.ravel()] == list(range(16))
+    with pytest.raises(UserError, match="slices=4, but the devices are of 2 slices"):
+        parallel.make_mesh(slices=4, devices=devices)
+    with pytest.raises(UserError, match="slices=2, but the devices are of 1 slice"):
+        parallel.make_mesh(slices=2)
+    with pytest.raises(UserError, match="data=1 does not divide over 2 slices"):
+        parallel.make_mesh(1, 8, 2, devices=devices)
+
+
+def test_a_mesh_need_not_follow_the_axes_of_a_torus():
+    """8 x 8 on 4 x 4 x 4 chips: two axes of 8, which no axes of the torus multiply to."""
+    torus = [
+        Chip(i, coords=coords, platform="tpu", device_kind="TPU v4")
+        for i, coords in enumerate(itertools.product(range(4), repeat=3))
+    ]
+    mesh = parallel.make_mesh(8, 8, 1, devices=torus)
+    assert sorted(chip.id for chip in mesh.devices.ravel()) == list(range(64))
+
+
+@pytest.mark.parametrize("sizes", [(16, 1, 1), (2, 4, 2), (2, 2, 4), (1, 2, 8), (4, 2, 2)])
+@pytest.mark.parametrize("a_process", [2, 4, 8])
+def test_a_process_reads_the_rows_of_its_devices(monkeypatch, sizes, a_process):
+    """Row by row: also where processes share rows, and where the mesh does not follow them."""
+    mesh = parallel.make_mesh(*sizes, devices=chips(1, 16, a_process))
+    batch_size = 2 * sizes[0] * sizes[1]
+    expected = {process: set() for process in range(16 // a_process)}
+    for (data, fsdp, _), chip in np.ndenumerate(mesh.devices):
+        shard = data * sizes[1] + fsdp
+        expected[chip.process_index] |= {2 * shard, 2 * shard + 1}
+    for process, rows in expected.items():
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert parallel.local_rows(mesh, batch_size).tolist() == sorted(rows)
+    with pytest.raises(UserError, match=f"batch of {batch_size + 1} does not divide over"):
+        parallel.local_rows(mesh, batch_size + 1)

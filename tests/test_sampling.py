@@ -349,7 +349,17 @@ def test_batch_size_changes_nothing(params, eight, size: int):
     np.testing.assert_array_equal(alone, images[chosen])
 
 
-@pytest.mark.parametrize(("sizes", "batch_size"), [((8, 1, 1), 8), ((2, 2, 2), 3), ((1, 1, 1), 5)])
+@pytest.mark.parametrize(
+    ("sizes", "batch_size"),
+    [
+        ((8, 1, 1), 8),
+        ((1, 8, 1), 8),
+        ((2, 2, 2), 3),
+        ((1, 2, 4), 7),
+        ((1, 1, 2), 7),
+        ((1, 1, 1), 5),
+    ],
+)
 def test_devices_change_nothing(params, eight, sizes, batch_size: int):
     """Through the pipeline's batches, the last of them padded; parameters split over the mesh."""
     labels, images = eight

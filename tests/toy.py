@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from tokenbridge_jax.parallel import constrain, named_axes
+from tokenbridge_jax.parallel import constrain, make_mesh, named_axes
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import abstract_state, create_state
 from tokenbridge_jax.training.step import make_train_step
@@ -53,6 +54,11 @@ class ToyTask:
         y = self.model.apply({"params": params}, examples["x"], rngs=rngs)
         error = jnp.mean(jnp.square(y - examples["y"]))
         return error, {"largest": jnp.max(jnp.abs(examples["y"]))}
+
+
+def first_devices(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh of as many of the devices as it needs."""
+    return make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
 
 
 def toy_batch(step: int, size: int = 16) -> dict[str, np.ndarray]:

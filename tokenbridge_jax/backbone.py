@@ -78,13 +78,17 @@ class Backbone(nn.Module):
 
     def _embedding(self, name: str, count: int, width: int) -> Float[Array, "T D"]:
         init = named_axes(embedding_init, "positions", "embed")
-        return jnp.asarray(self.param(name, init, (count, width)), self.dtype)
+        table = jnp.asarray(self.param(name, init, (count, width)), self.dtype)
+        # Gathered before it is looked up in: a look-up in a part of the width would give a part of
+        # every image's tokens, which are much larger than the table and would have to travel.
+        return parallel.constrain(table, None, None)
 
     def class_latent(
         self, labels: Int[Array, " B"], drop_class: Bool[Array, " B"]
     ) -> Float[Array, "B E"]:
         """What fills the buffer: the class embedding, or the null latent where it is dropped."""
-        return jnp.where(drop_class[:, None], self.null_latent, self.class_embedding[labels])
+        latent = jnp.where(drop_class[:, None], self.null_latent, self.class_embedding[labels])
+        return parallel.constrain(latent, "batch", None)
 
     def encode(
         self,
@@ -111,7 +115,8 @@ class Backbone(nn.Module):
                     (batch, self.buffer, self.encoder_width),
                 )
                 + self.encoder_position[None, : self.buffer],
-                self.z_proj(values) + self.encoder_position[position],
+                parallel.constrain(self.z_proj(values), "batch", None, None)
+                + self.encoder_position[position],
             ],
             axis=1,
         )
@@ -137,7 +142,7 @@ class Backbone(nn.Module):
           window: the slots whose features are asked for, of an unrolled model; all by default.
         """
         batch, slots = len(encoded), encoded.shape[1] - self.buffer
-        x = self.decoder_embed(encoded)
+        x = parallel.constrain(self.decoder_embed(encoded), "batch", None, None)
         mask_token = self.mask_token[None]
         visible = self._visible(slots, num_hidden)[..., None]
         x = jnp.concatenate(

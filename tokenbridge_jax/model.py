@@ -41,8 +41,9 @@ class TokenBridgeConfig:
     """Everything that fixes the function a set of parameters computes, and how it is computed.
 
     `dtype`, `remat`, `scan_layers` and `head_chunk` change memory and speed only (and the last two
-    what dropout draws). `scan_layers`
-    makes one small program for all layers, which compiles sooner and runs slower. `head_chunk` is
+    what dropout draws). `scan_layers` makes one small program for all layers, which compiles sooner
+    and runs slower. Of parameters that fsdp splits it gathers a layer's at a time; without it (nor
+    remat) what was gathered in the forward pass is held until the backward pass. `head_chunk` is
     how many positions of a device go through the head at once in `loss.loss`: activations of the
     head and logits exist for so many only. (At size L a position takes about 5 MB.)
 

@@ -3,7 +3,7 @@
 Arrays are annotated with logical axis names where they are made; `RULES` alone says which mesh
 axis each name is split over. Mesh axes:
 
-  data    copies of the parameters, each with its share of the batch
+  data    copies of the parameters, each with its share of the batch; slices are joined along it
   fsdp    the batch is split further, and parameters, EMA and optimizer state are split too
   tensor  attention heads and MLP units are split
 """
@@ -16,7 +16,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Int64
 
 from tokenbridge_jax.errors import UserError
 
@@ -58,12 +60,28 @@ def initialize(distributed: bool) -> None:
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    slices: int = -1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Arranges the devices as a (data, fsdp, tensor) mesh; one size may be -1, for what is left.
+    """Arranges the devices as a (data, fsdp, tensor) mesh.
+
+    Devices of one slice (a TPU slice, the GPUs of one NVLink domain) reach each other by a fast
+    network, slices by the data-centre network. Only `data`, which sums gradients once an update,
+    goes from slice to slice: fsdp and tensor stay inside.
+
+    Args:
+      data: size of the axis; one of data, fsdp and tensor may be -1, for what is left.
+      fsdp: likewise.
+      tensor: likewise.
+      slices: how many there are; -1 for as many as the devices say. 1 lays the axes over all
+        devices as if one network joined them.
+      devices: of `jax.devices()`, all of the job's by default, or of a topology.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -77,9 +95,29 @@ def make_mesh(
             f"a mesh of data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} "
             "devices; set --config.mesh.* so that the sizes multiply to that number"
         )
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices not in (-1, 1, found):
+        raise UserError(f"config.mesh.slices={slices}, but the devices are of {found} slices")
+    if slices == -1:
+        slices = found
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} does not divide over {slices} slices; make it a multiple, or "
+            "set --config.mesh.slices=1 to let the other axes cross the data-centre network"
+        )
+    # Physical axes may be split: else many sizes fit no torus.
+    if slices > 1:
+        inside = (sizes[0] // slices, *sizes[1:])
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    elif found > 1:
+        arranged = np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
+    else:
+        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto: the compiler propagates shardings from the annotations, where Explicit axes would turn
     # `with_logical_constraint` into an assertion.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @contextlib.contextmanager
@@ -175,24 +213,59 @@ def axis_size(mesh: Mesh | AbstractMesh, name: str | tuple[str, ...]) -> int:
     return math.prod(mesh.shape[n] for n in ((name,) if isinstance(name, str) else name))
 
 
-def to_global(local: Any, mesh: Mesh) -> Any:
-    """Turns this process's share of a batch into global arrays, split along the first axis.
+def local_rows(mesh: Mesh, batch_size: int) -> Int64[np.ndarray, " b"]:
+    """The rows of a global batch that this process's devices hold, in ascending order.
+
+    Processes that share a tensor group hold the same rows, and the rows of one process need not be
+    neighbours: a mesh follows the network between the devices, not the numbers of their processes.
 
     Args:
-      local: a tree of numpy arrays `[B / processes, ...]`.
-      mesh: the mesh; B must be a multiple of data x fsdp.
+      mesh: the devices.
+      batch_size: B of the whole job.
 
     Raises:
       UserError: the batch does not divide over the mesh.
     """
-    sharding = batch_sharding(mesh)
+    parts = batch_shards(mesh)
+    if batch_size < 1 or batch_size % parts:
+        raise UserError(
+            f"a batch of {batch_size} does not divide over the {parts} batch shards of the mesh; "
+            "change the batch size"
+        )
+    return np.flatnonzero(np.repeat(_local_shards(mesh), batch_size // parts))
+
+
+def to_global(local: Any, mesh: Mesh) -> Any:
+    """Turns this process's rows of a batch into global arrays, split along the first axis.
+
+    Args:
+      local: a tree of numpy arrays `[b, ...]`, whose rows are those of `local_rows`.
+      mesh: the mesh.
+
+    Raises:
+      UserError: the rows do not divide over the batch shards that this process holds.
+    """
+    sharding, held = batch_sharding(mesh), _local_shards(mesh)
+    parts, place_of_shard = int(np.sum(held)), np.cumsum(held) - 1
 
     def place(x: np.ndarray) -> jax.Array:
-        if (len(x) * jax.process_count()) % batch_shards(mesh):
+        size, rest = divmod(len(x), parts)
+        if rest:
             raise UserError(
-                f"a batch of {len(x) * jax.process_count()} does not divide over the "
-                f"{batch_shards(mesh)} batch shards of the mesh; change the batch size"
+                f"{len(x)} rows of a batch do not divide over the {parts} batch shards of this "
+                "process; change the batch size"
             )
-        return jax.make_array_from_process_local_data(sharding, x)
+
+        def rows(index: Any) -> np.ndarray:
+            start = size * int(place_of_shard[(index[0].start or 0) // size])
+            return x[start : start + size]
+
+        return jax.make_array_from_callback((size * len(held), *x.shape[1:]), sharding, rows)
 
     return jax.tree.map(place, local)
+
+
+def _local_shards(mesh: Mesh) -> Bool[np.ndarray, " shards"]:
+    """Which of the batch shards are on devices of this process."""
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return np.any(processes.reshape(batch_shards(mesh), -1) == jax.process_index(), axis=1)

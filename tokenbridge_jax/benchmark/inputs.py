@@ -126,11 +126,11 @@ def random_params(model: TokenBridgeConfig, mesh: Mesh) -> Any:
 
 def random_batch(model: TokenBridgeConfig, batch: int, mesh: Mesh) -> dict[str, jax.Array]:
     """Random indices and labels of a global batch, as a loader gives them, on the devices."""
-    rng = np.random.default_rng(jax.process_index())
-    count = batch // jax.process_count()
-    shape = (count, model.positions, model.channels)
+    rng, rows = np.random.default_rng(0), parallel.local_rows(mesh, batch)
+    indices = rng.integers(model.levels, size=(batch, model.positions, model.channels))
+    labels = rng.integers(model.classes, size=batch)
     local = {
-        "indices": rng.integers(model.levels, size=shape).astype(model.quantizer.index_dtype),
-        "labels": rng.integers(model.classes, size=count).astype(np.int32),
+        "indices": indices[rows].astype(model.quantizer.index_dtype),
+        "labels": labels[rows].astype(np.int32),
     }
     return parallel.to_global(local, mesh)

@@ -46,7 +46,7 @@ def cases(
             if tokens is None:
                 tokens = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 write_random_tokens(tokens, info, records)
-            loader = make_loader(tokens, batch, config.seed, process_index=0, process_count=1)
+            loader = make_loader(tokens, batch, config.seed)
 
             def call() -> None:
                 for _ in range(BATCHES_PER_CALL):

@@ -163,7 +163,11 @@ def make_run(
         seed=seed,
         steps_per_epoch=info.splits["train"]["images"] // section.batch_size,
         batches=lambda start: make_loader(
-            workdir / "tokens", section.batch_size, seed, start_step=start
+            workdir / "tokens",
+            section.batch_size,
+            seed,
+            start_step=start,
+            rows=parallel.local_rows(mesh, section.batch_size),
         ),
         draw=lambda step: masks.draw(seed, step),
         flops_per_image=training_flops(model, masks, config.training.head_fraction),
@@ -189,7 +193,8 @@ def _validation_hook(
     batch_size = min(config.training.batch_size, whole)
 
     def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-        batches = validation_batches(workdir / "tokens", batch_size)
+        rows = parallel.local_rows(mesh, batch_size)
+        batches = validation_batches(workdir / "tokens", batch_size, rows=rows)
         return {"val_nll_bits_per_index": bits(validate(state.ema_params, batches))}
 
     return Hook(config.training.eval_every, run)

@@ -124,6 +124,7 @@ def make_run(
             subset=train.images,
             flip=data.flip,
             start_step=start,
+            rows=parallel.local_rows(mesh, section.batch_size),
         ),
         flops_per_image=autoencoder_task.training_flops(task, abstract, data.image_size),
         fields=fields,

@@ -2,8 +2,8 @@
 
 Training reads an endless stream: epoch after epoch, each in its own order and with every image
 once. Global batch s holds elements `s B .. (s+1) B - 1` of it, so a batch may begin in one epoch
-and end in the next, and process p of n reads the p-th n-th of them, a contiguous piece: put
-together in the order of the processes, as JAX does, batches are the same on any number of them.
+and end in the next, and a process reads the rows of it that its devices hold
+(`parallel.local_rows`): global batches are the same on any mesh and any number of processes.
 The order is a function of the seed and the epoch, the choice among an image's views of the seed and
 the step. The step number is thus the whole state of the iterator, and a run resumes exactly,
 elsewhere too.
@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator
 
 import grain
-import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int64, Shaped
@@ -96,28 +95,25 @@ def make_loader(
     seed: int,
     *,
     start_step: int = 0,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    rows: Int64[np.ndarray, " b"] | None = None,
     split: str = "train",
 ) -> Iterator[dict[str, np.ndarray]]:
     """An endless, shuffled stream of batches for training.
 
     Args:
       folder: of the token shards.
-      batch_size: B of the whole job; each process gets its share of every batch.
+      batch_size: B of the whole job.
       seed: of the order and of the choice of views.
       start_step: batches to leave out at the beginning, at no cost.
-      process_index: this process among `process_count`; both default to JAX's.
-      process_count: number of processes of the job.
+      rows: which of every batch to read; all by default, which only suits a single process.
       split: which shards.
 
     Returns:
-      An iterator of `indices` `[B / processes, L, C]`, uint8 or uint16, of a random view of each
-      image, and `labels` `[B / processes]`, int32.
+      An iterator of `indices` `[b, L, C]`, uint8 or uint16, of a random view of each image, and
+      `labels` `[b]`, int32.
 
     Raises:
-      UserError: shards are missing or damaged or hold less than a batch, or the batch does not
-        divide over the processes.
+      UserError: shards are missing or damaged or hold less than a batch.
     """
     info = shards.read_info(folder)
     records = TokenRecords(folder, info, split)
@@ -134,7 +130,6 @@ def make_loader(
             "labels": chosen["label"].astype(np.int32),
         }
 
-    rows = _share(batch_size, process_index, process_count)
     return _shuffled(read, len(records), info.views, batch_size, rows, seed, start_step)
 
 
@@ -142,8 +137,7 @@ def validation_batches(
     folder: str | os.PathLike[str],
     batch_size: int,
     *,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    rows: Int64[np.ndarray, " b"] | None = None,
     split: str = "validation",
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over a split in order, plain view only, every image once.
@@ -151,19 +145,19 @@ def validation_batches(
     Args: as for `make_loader`.
 
     Returns:
-      An iterator of batches as of `make_loader`, with `weights` float32 `[B / processes]` beside
-      them: the last batch is filled up with images of weight 0. All processes get equally many.
+      An iterator of batches as of `make_loader`, with `weights` float32 `[b]` beside them: the last
+      batch is filled up with images of weight 0. All processes get equally many.
 
     Raises:
       UserError: as `make_loader`, but for the number of images.
     """
     info = shards.read_info(folder)
     records = TokenRecords(folder, info, split)
-    rows = _share(batch_size, process_index, process_count)
+    mine = np.arange(batch_size) if rows is None else rows
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for start in range(0, len(records), batch_size):
-            numbers = start + rows
+            numbers = start + mine
             chosen = records.read(np.minimum(numbers, len(records) - 1))
             yield {
                 "indices": chosen["indices"][:, 0].copy(),
@@ -184,8 +178,7 @@ def make_image_loader(
     subset: np.ndarray | None = None,
     flip: bool = True,
     start_step: int = 0,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    rows: Int64[np.ndarray, " b"] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """An endless, shuffled stream of pictures, for training an autoencoder.
 
@@ -197,11 +190,11 @@ def make_image_loader(
       flip: mirror half of the pictures, at random.
 
     Returns:
-      An iterator of `images` uint8 `[B / processes, image_size, image_size, image_channels]` and
-      `labels` int32. A broken picture is named on stderr, once, and its successor taken instead.
+      An iterator of `images` uint8 `[b, image_size, image_size, image_channels]` and `labels` int32
+      `[b]`. A broken picture is named on stderr, once, and its successor taken instead.
 
     Raises:
-      UserError: fewer pictures than a batch, or the batch does not divide over the processes.
+      UserError: fewer pictures than a batch.
     """
     chosen = np.arange(len(source)) if subset is None else subset
     if len(chosen) < batch_size:
@@ -217,7 +210,6 @@ def make_image_loader(
         images[mirrored == 1] = images[mirrored == 1, :, ::-1]
         return {"images": images, "labels": np.array(labels, np.int32)}
 
-    rows = _share(batch_size, process_index, process_count)
     return _shuffled(read, len(chosen), 2 if flip else 1, batch_size, rows, seed, start_step)
 
 
@@ -247,16 +239,16 @@ def _shuffled(
     elements: int,
     choices: int,
     batch_size: int,
-    rows: np.ndarray,
+    rows: np.ndarray | None,
     seed: int,
     start_step: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The stream that the module describes, over the numbers below `elements`.
 
     Args:
-      read: makes the batch of these numbers with, for each, one of `choices` variants; both `[B]`.
-      rows: of every global batch that are this process's.
+      read: makes the batch of these numbers with, for each, one of `choices` variants; both `[b]`.
     """
+    mine = np.arange(batch_size) if rows is None else rows
 
     # The batches in work touch two epochs, more only if epochs are short: then orders are cheap.
     @functools.lru_cache(maxsize=2)
@@ -264,24 +256,12 @@ def _shuffled(
         return np.random.default_rng((seed, _ORDER, epoch)).permutation(elements)
 
     def batch(step: int) -> dict[str, np.ndarray]:
-        epochs, places = np.divmod(step * batch_size + rows, elements)
+        epochs, places = np.divmod(step * batch_size + mine, elements)
         numbers = [order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
         rng = np.random.default_rng((seed, _CHOICES, step))
-        return read(np.concatenate(numbers), rng.integers(choices, size=batch_size)[rows])
+        return read(np.concatenate(numbers), rng.integers(choices, size=batch_size)[mine])
 
     batches = grain.MapDataset.range(sys.maxsize // batch_size).map(batch)
     iterator = iter(batches.to_iter_dataset(_READ_OPTIONS))
     iterator.set_state({"next_index": start_step})
     return iterator
-
-
-def _share(batch_size: int, process_index: int | None, process_count: int | None) -> np.ndarray:
-    """The rows of every global batch that are this process's."""
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
-    if batch_size < 1 or batch_size % count:
-        raise UserError(
-            f"a batch of {batch_size} does not divide over {count} processes; use a multiple"
-        )
-    size = batch_size // count
-    return np.arange(index * size, (index + 1) * size)

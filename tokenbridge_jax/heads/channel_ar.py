@@ -51,11 +51,13 @@ class ChannelAR(nn.Module):
             self.width, dtype=self.dtype, kernel_init=named_axes(xavier, None, "embed")
         )
         # PyTorch's default for embedding tables, kept by the reference: N(0, 1).
-        self.token_embeddings = self.param(
+        token_embeddings = self.param(
             "token_embeddings",
             named_axes(nn.initializers.normal(1.0), "channels", "levels", "embed"),
             (channels - 1, self.levels, self.width),
         )
+        # Gathered before it is looked up in, like the backbone's tables.
+        self.token_embeddings = parallel.constrain(token_embeddings, None, None, None)
         embedding = named_axes(embedding_init, "channels", "embed")
         self.channel_embed = self.param("channel_embed", embedding, (channels, self.width))
         self.timestep_embed = self.param("timestep_embed", embedding, (channels, self.width))
@@ -78,7 +80,7 @@ class ChannelAR(nn.Module):
         """
         previous = indices[:, np.array(self.channel_order[:-1])]
         place = np.arange(len(self.channel_order) - 1)
-        condition = self.condition_proj(feature)[:, None]
+        condition = parallel.constrain(self.condition_proj(feature), "batch", None)[:, None]
         tokens = self.token_embeddings[place, previous].astype(self.dtype)
         x = jnp.concatenate([condition, tokens], axis=1) + self._places(self.channel_embed)
         condition = nn.silu(condition + self._places(self.timestep_embed))

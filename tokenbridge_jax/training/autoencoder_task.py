@@ -126,14 +126,12 @@ class Pictures:
     def __init__(self, source: Source, numbers: np.ndarray, size: int, channels: int, mesh: Mesh):
         """Args:
         source: holds them.
-        numbers: which; a remainder that does not divide over the processes is left out.
+        numbers: which.
         size: pixels a side after the centre crop.
         channels: 3 or 1.
         mesh: the devices.
         """
-        count = jax.process_count()
-        mine = numbers[: len(numbers) // count * count][jax.process_index() :: count]
-        self._plan = ShardPlan(Path(), "", source, mine)
+        self._source, self._numbers = source, numbers
         self._size, self._channels, self._mesh = size, channels, mesh
 
     def batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
@@ -142,13 +140,18 @@ class Pictures:
         `batch_size` is rounded up to what divides over the mesh; the last batch is padded.
         """
         shards = parallel.batch_shards(self._mesh)
-        local = -(-batch_size // shards) * shards // jax.process_count()
+        batch_size = -(-batch_size // shards) * shards
+        rows = parallel.local_rows(self._mesh, batch_size)
+        last = len(self._numbers) - 1
+        # Of every batch this process's rows, in which the last picture stands for the missing ones.
+        mine = np.arange(0, last + 1, batch_size)[:, None] + rows
+        plan = ShardPlan(Path(), "", self._source, self._numbers[np.minimum(mine, last).ravel()])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            plans = [self._plan]
-            for batch in prepared_batches(plans, local, self._size, self._channels, pool):
-                weights = np.zeros(local, np.float32)
+            prepared = prepared_batches([plan], len(rows), self._size, self._channels, pool)
+            for places, batch in zip(mine, prepared, strict=True):
+                weights = np.zeros(len(rows), np.float32)
                 weights[batch.good] = 1
-                arrays = {"images": batch.pixels, "weights": weights}
+                arrays = {"images": batch.pixels, "weights": weights * (places <= last)}
                 yield parallel.to_global(arrays, self._mesh)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tokenbridge_jax import parallel
 from tokenbridge_jax.loss import image_nll, loss
@@ -117,14 +117,17 @@ def make_validation(
       ratios: how many.
 
     Returns:
-      The pass. Its batches are this process's shares, as of `loader.validation_batches`.
+      The pass. Its batches are this process's rows, as of `loader.validation_batches`.
     """
     # Slots for any ratio: one program for all.
     draws = [masks.all_slots(num_hidden) for num_hidden in masks.quantiles(ratios)]
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
-    def batch_nll(params: Any, batch: Batch, draw: MaskDraw) -> Float[Array, "2"]:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch["numbers"])
+    def batch_nll(
+        params: Any, batch: Batch, first: Int[Array, ""], draw: MaskDraw
+    ) -> Float[Array, "2"]:
+        numbers = first + jnp.arange(len(batch["labels"]), dtype=jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), numbers)
         words = jax.vmap(lambda key: jax.random.bits(key, (config.positions,)))(keys)
         nll = image_nll(
             config,
@@ -144,11 +147,8 @@ def make_validation(
         sums: list[jax.Array] = []
         first = 0
         for local in batches:
-            share = len(local["labels"])
-            start = first + jax.process_index() * share
-            numbers = np.arange(start, start + share, dtype=np.int32)
-            batch = parallel.to_global({**local, "numbers": numbers}, mesh)
-            sums += [batch_nll(params, batch, draw) for draw in draws]
+            batch = parallel.to_global(local, mesh)
+            sums += [batch_nll(params, batch, np.int32(first), draw) for draw in draws]
             first += len(batch["labels"])
         total = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
         return float(total[0] / total[1])

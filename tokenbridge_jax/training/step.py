@@ -54,8 +54,10 @@ def make_train_step(
 
     The state is donated and comes back laid out as it went in, so one program serves all steps.
     All randomness comes from `fold_in(key(seed), state.step)` and the batch's global shape: neither
-    the number of devices nor a restart changes it. (The head's dropout also follows from the
-    number of chunks it goes through, which `model.head_chunk` counts positions of a device for.)
+    the number of devices or processes nor a restart changes it. On another mesh a run therefore has
+    the same losses to float32 rounding and no further: sums over the batch and over split axes are
+    taken in another order. (The head's dropout also follows from the number of chunks it goes
+    through, which `model.head_chunk` counts positions of a device for.)
 
     Args:
       task: gives the loss.
