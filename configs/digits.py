@@ -68,6 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             log_every=50,
             checkpoint_every=400,
             keep=1,
+            keep_every=0,
         )
     )
     config.quantizer = ConfigDict(
@@ -128,6 +129,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             sample_every=400,
             checkpoint_every=400,
             keep=2,
+            keep_every=0,
         )
     )
     config.sampling = ConfigDict(

@@ -82,6 +82,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             log_every=100,
             checkpoint_every=2000,
             keep=2,
+            keep_every=0,
         )
     )
     config.quantizer = ConfigDict(
@@ -135,6 +136,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             sample_every=10_000,
             checkpoint_every=2500,
             keep=3,
+            keep_every=0,
         )
     )
     guidance, temperature = SAMPLING[arguments.size]

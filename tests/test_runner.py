@@ -3,10 +3,11 @@
 import sys
 import types
 
+import jax
 import pytest
 from absl import flags
 
-from tokenbridge_jax import io, parallel
+from tokenbridge_jax import io, processes
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.errors import UserError
 
@@ -152,6 +153,8 @@ def test_a_config_of_an_earlier_version_gets_the_keys_that_have_come_since(probe
         ("model", "scan_layers"),
         ("training", "head_fraction"),
         ("sampling", "guidance_interval"),
+        ("training", "keep_every"),
+        ("vae_training", "keep_every"),
     ):
         del config[section][key]
     config["model"]["head_chunk"] = 16  # slots of an image, then
@@ -162,6 +165,7 @@ def test_a_config_of_an_earlier_version_gets_the_keys_that_have_come_since(probe
     assert found.model.head_chunk == now.model.head_chunk
     assert found.training.head_fraction == 0.5
     assert found.sampling.guidance_interval == (0.0, 1.0)
+    assert found.training.keep_every == found.vae_training.keep_every == 0
 
 
 @pytest.mark.parametrize(
@@ -285,21 +289,24 @@ def test_a_defect_keeps_its_traceback(probe, run):
 
 def test_distributed_joins_before_the_command_runs(probe, run, monkeypatch):
     joined = []
-    monkeypatch.setattr(parallel.jax.distributed, "initialize", lambda: joined.append(1))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: joined.append(1))
+    monkeypatch.setattr(processes, "_tell_when_aborted", lambda: None)
     probe.then = lambda args: 10 + len(joined)
     assert run()[0] == 10
     assert run("--distributed")[0] == 11
 
 
 def test_no_cluster_to_join_is_a_users_mistake(probe, run, monkeypatch):
-    def fail():
+    def fail(**_):
         raise ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr(parallel.jax.distributed, "initialize", fail)
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
     status, _, err = run("--distributed")
     assert status == 2
     assert "--distributed" in err
     assert "coordinator_address" in err
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    assert run("--distributed")[2].endswith("error: JAX_NUM_PROCESSES=two must be a number\n")
     assert probe.args is None
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jobs import start_job
 from PIL import Image
 from token_shards import (
     AUTOENCODER,
@@ -415,35 +415,23 @@ def test_full_disk_leaves_nothing_half_written(workdir, images, finished, monkey
 
 PROCESS = """
 import sys
-import jax
-images, workdir, port, index = sys.argv[1:]
-jax.distributed.initialize(f"localhost:{port}", 2, int(index))
 from token_shards import make_config
-from tokenbridge_jax import tokenizing
+from tokenbridge_jax import processes, tokenizing
 from tokenbridge_jax.errors import UserError
+images, workdir = sys.argv[1:]
+processes.join(True)
 try:
     print(tokenizing.tokenize(make_config(images), workdir, begin=lambda: print("begun")).images)
 except UserError as error:
     print(error)
+processes.leave(0)
 """
 
 
 def run_two(images, workdirs) -> list[list[str]]:
     """What two processes print that tokenize together."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(images), str(workdir), port, str(index)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index, workdir in enumerate(workdirs)
-    ]
-    return [process.communicate(timeout=120)[0].splitlines() for process in processes]
+    started = start_job(["-c", PROCESS, images], [[workdir] for workdir in workdirs])
+    return [process.communicate(timeout=120)[0].splitlines() for process in started]
 
 
 def test_two_processes_share_the_work(workdir, images, finished):

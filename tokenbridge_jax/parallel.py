@@ -1,4 +1,4 @@
-"""Devices and how arrays lie on them: the mesh, one table of logical rules, process start-up.
+"""Devices and how arrays lie on them: the mesh and one table of logical rules.
 
 Arrays are annotated with logical axis names where they are made; `RULES` alone says which mesh
 axis each name is split over. Mesh axes:
@@ -41,22 +41,6 @@ RULES = (
     ("kernel_h", None),
     ("kernel_w", None),
 )
-
-
-def initialize(distributed: bool) -> None:
-    """Joins the other processes of the job, before any device is touched.
-
-    Nothing is guessed: without the flag a process stands alone; with it, a cluster that cannot be
-    found is an error instead of a silent single-process run.
-
-    Raises:
-      UserError: there is no cluster to join.
-    """
-    if distributed:
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise UserError(f"--distributed found no cluster to join: {error}") from error
 
 
 def make_mesh(

@@ -25,10 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import parallel
+from tokenbridge_jax import parallel, processes
 from tokenbridge_jax.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder
 from tokenbridge_jax.codec import Codec, Encoded
 from tokenbridge_jax.data import shards
@@ -140,21 +139,20 @@ def _all_or_none() -> Iterator[None]:
 
     Without this the others would wait for ever for the one that failed.
     """
-    if jax.process_count() == 1:
-        yield
-        return
     try:
         yield
     except Exception as error:
-        reason = str(error) or type(error).__name__
-        print(f"process {jax.process_index()} failed, the others follow: {reason}", file=sys.stderr)
-        multihost_utils.process_allgather(np.int32(False))
+        if jax.process_count() > 1:
+            reason = str(error) or type(error).__name__
+            index = jax.process_index()
+            print(f"process {index} failed, the others follow: {reason}", file=sys.stderr)
+        processes.gather("failed")
         raise
-    succeeded = multihost_utils.process_allgather(np.int32(True)).ravel()
-    if not succeeded.all():
+    outcomes = processes.gather("succeeded")
+    if "failed" in outcomes:
         raise UserError(
-            f"process {np.argmin(succeeded)} of this job failed (its own output says why); mend "
-            "that and run again: it goes on where it stopped"
+            f"process {outcomes.index('failed')} of this job failed (its own output says why); "
+            "mend that and run again: it goes on where it stopped"
         )
 
 

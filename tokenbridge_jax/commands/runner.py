@@ -9,6 +9,7 @@ behind its name, gets it as `main(args, word)`, and needs no workdir.
 import contextlib
 import importlib
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from tokenbridge_jax import io, parallel
+from tokenbridge_jax import io, processes
 from tokenbridge_jax.errors import UserError
 
 # Name -> (module, what it does). Modules are imported only when run: `tokenbridge` alone is quick.
@@ -28,6 +29,9 @@ COMMANDS = {
     "sample": ("sample", "trained model + autoencoder -> images"),
     "benchmark": ("benchmark", "a config -> speed, share of the device's peak, memory"),
 }
+
+# Those that answer SIGTERM by saving.
+TRAINING = ("train-vae", "train")
 
 EXIT_USER_ERROR = 2
 
@@ -69,7 +73,8 @@ def run(name: str, argv: list[str]) -> int:
     """Runs sub-command `name` with the flags `argv`; returns the process's exit status.
 
     0: done. 2: a mistake of the user's, told in one line on stderr. 75: training was told to stop
-    and has saved its state. 130: interrupted.
+    and has saved its state. 76: another process of the job is gone. 130: interrupted. One of
+    several processes does not return but ends.
     """
     command = importlib.import_module(f"tokenbridge_jax.commands.{COMMANDS[name][0]}")
     words = getattr(command, "WORDS", ())
@@ -87,14 +92,20 @@ def run(name: str, argv: list[str]) -> int:
             unknown = f"there is no '{given[0]}'; " if given else ""
             raise UserError(f"{unknown}say what: tokenbridge {name} {'|'.join(words)} [flags]")
         _parse(args, name, argv, needs_workdir=not words)
-        parallel.initialize(args.distributed)
-        return command.main(args, *given) or 0
+        processes.join(args.distributed, asks_for_signals=name in TRAINING)
+        return processes.leave(command.main(args, *given) or 0)
     except UserError as error:
         print(f"tokenbridge {name}: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return processes.leave(EXIT_USER_ERROR, processes.FAILURE_SECONDS)
     except KeyboardInterrupt:
         print(f"tokenbridge {name}: interrupted", file=sys.stderr)
-        return 130
+        return processes.leave(130, processes.FAILURE_SECONDS)
+    except Exception:
+        if processes.alone():
+            raise
+        traceback.print_exc()
+        # Where a neighbour is gone, a program on the devices may be the first to notice.
+        return processes.leave(1, processes.HEARTBEAT_SECONDS + processes.FAILURE_SECONDS)
 
 
 def remember_config(args: flags.FlagValues) -> None:
@@ -116,7 +127,8 @@ def _define_flags(args: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_bool(
         "distributed",
         False,
-        "Join the other processes of the job (jax.distributed).",
+        "Join the other processes of the job: those of the TPU pod, of Slurm, Open MPI or "
+        "Kubernetes, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
         flag_values=args,
     )
     help_text = (
@@ -152,12 +164,17 @@ def _remembered_config(argv: list[str]) -> ConfigDict | None:
 
 def _complete(config: Any) -> Any:
     """A config of an earlier version with the keys that have come since."""
-    model = config.get("model", {}) if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return config
+    model = config.get("model", {})
     if "head_chunk" in model and "scan_layers" not in model:
         # `head_chunk` counted slots of an image then.
         model |= {"scan_layers": True, "head_chunk": 4096}
         config["training"].setdefault("head_fraction", 1.0)
         config["sampling"].setdefault("guidance_interval", (0.0, 1.0))
+    for section in ("training", "vae_training"):
+        if "keep" in (values := config.get(section, {})):
+            values.setdefault("keep_every", 0)
     return config
 
 

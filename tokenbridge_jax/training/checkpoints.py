@@ -1,9 +1,10 @@
 """Checkpoints of a run: `DIRECTORY/STEP/{params, ema_params, opt_state, run}`, written by Orbax.
 
 The parts lie in folders of their own, so that the EMA loads alone, on any mesh, in any dtype. A
-step's folder takes its name only when it is complete: what a kill leaves behind is never read, and
-is removed at the next start. `STEP` is the number of updates done; `run` is JSON that says which
-run it belongs to.
+step's folder takes its name only when it is complete, or in an object store, where nothing can be
+renamed at once, gets a `commit_success.txt` then: what a kill leaves behind is never read, and is
+removed at the next start. `STEP` is the number of updates done; `run` is JSON that says which run
+it belongs to.
 """
 
 import contextlib
@@ -27,17 +28,27 @@ from tokenbridge_jax.training.state import TrainState
 
 PARTS = ("params", "ema_params", "opt_state")
 
-# Leaves that do not fit are named up to this number: one wrong width concerns hundreds.
-NAMED = 3
+# Orbax's sign, in an object store, that a folder is complete.
+COMMIT_FILE = "commit_success.txt"
 
 
 class Checkpoints:
     """The checkpoints of one run. Saving copies to the host and writes in the background."""
 
-    def __init__(self, directory: epath.PathLike, keep: int = 2):
-        """Only the latest `keep` checkpoints in `directory` stay; `open` makes it."""
+    def __init__(self, directory: epath.PathLike, keep: int = 2, keep_every: int = 0):
+        """Prepares to read and write `directory`; `open` makes it.
+
+        Args:
+          directory: local, or in an object store (gs://, s3://).
+          keep: the latest so many checkpoints stay.
+          keep_every: and those of steps that are multiples of this; 0 is none.
+        """
         self.directory = _absolute(directory)
-        self._keep = keep
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        self._kept = policies.AnyPreservationPolicy(kept)
         self._checkpointer: Any = None
         self._quiet = contextlib.ExitStack()
 
@@ -52,8 +63,8 @@ class Checkpoints:
         with self._write_errors():
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
-                context=_context(),
-                preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+                context=_context(self.directory),
+                preservation_policy=self._kept,
                 cleanup_tmp_directories=True,
             )
         # Its threads log at any time until it is closed.
@@ -122,8 +133,8 @@ class Checkpoints:
           step: which checkpoint.
 
         Raises:
-          UserError: leaves differ in name, shape or dtype (the first are named), or the files
-            are damaged.
+          UserError: leaves differ in name, shape or dtype (all are named), or the files are
+            damaged.
         """
         wanted = {part: getattr(abstract, part) for part in PARTS}
         loaded = _load(self.directory, step, wanted)
@@ -188,7 +199,7 @@ def load_ema_params(
       step: which checkpoint; None is the latest.
 
     Raises:
-      UserError: no checkpoint, other leaves (the first are named), or damaged files.
+      UserError: no checkpoint, other leaves (all are named), or damaged files.
     """
     step = latest_step(directory) if step is None else step
 
@@ -203,7 +214,11 @@ def load_ema_params(
 def _absolute(directory: epath.PathLike) -> epath.Path:
     """Orbax takes absolute paths only."""
     path = epath.Path(directory)
-    return path if "://" in str(path) else path.absolute()
+    return path if _in_object_store(path) else path.absolute()
+
+
+def _in_object_store(path: epath.Path) -> bool:
+    return "://" in str(path)
 
 
 def _load(
@@ -212,15 +227,15 @@ def _load(
     """Loads the named parts; array parts come back with the structure they were asked in."""
     path = _absolute(directory) / str(step)
     plain = {name: _plain(part) for name, part in wanted.items()}
-    with _quiet_orbax(), _context():
+    with _quiet_orbax(), _context(path):
         problems = []
         for name, part in plain.items():
             if part is not None:
                 problems += _differences(name, _stored(path, name), part, any_dtype)
         if problems:
             raise UserError(
-                f"checkpoint {path} does not fit this model: {'; '.join(problems[:NAMED])}"
-                + (f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else "")
+                f"checkpoint {path} does not fit this model; arrays that differ: "
+                + "\n  ".join([str(len(problems)), *problems])
             )
         try:
             loaded = ocp.load_checkpointables(path, plain)
@@ -291,9 +306,11 @@ def _names(path: Any) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _context() -> ocp.Context:
+def _context(path: epath.Path) -> ocp.Context:
     """Orbax's options: `run` is a JSON file one can read."""
     context = ocp.Context()
+    if _in_object_store(path):  # Of its own accord only in gs://.
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     registry = ocp.handlers.local_registry(include_global_registry=True)
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
     context.checkpointables.registry = registry
@@ -330,7 +347,8 @@ def _steps(directory: epath.Path, *, complete: bool = True) -> list[int]:
 
 
 def _is_complete(path: epath.Path) -> bool:
-    return all((path / part).exists() for part in (*PARTS, "run"))
+    signs = [COMMIT_FILE] if _in_object_store(path) else []
+    return all((path / name).exists() for name in (*PARTS, "run", *signs))
 
 
 def _system_error(error: BaseException) -> OSError | None:

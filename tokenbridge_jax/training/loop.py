@@ -3,6 +3,13 @@
 What holds at every moment: metrics are looked at one update late, so that the device never waits
 for the host; a checkpoint is written only after every loss up to it is known to be finite; and a
 run stopped at any point goes on exactly as if it had not been.
+
+Parameters, the order of the data, views, masks, noise and dropout are functions of the seed, the
+update and an image's place in the global batch, never of devices or processes. The same job on as
+many devices and processes, in the same mesh, repeats bit for bit, stopped on the way or not. Other
+numbers of them, or another mesh, change nothing but the order in which sums are taken: losses agree
+to the rounding of the compute dtype, a difference that grows as training goes on. Samples are
+likewise the same images but where rounding moves a draw across the border of two levels.
 """
 
 import contextlib
@@ -22,7 +29,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from tokenbridge_jax import parallel
+from tokenbridge_jax import parallel, processes
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.training import hardware
@@ -68,7 +75,8 @@ class Run:
       directory: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
       task: what is trained.
       section: batch_size, learning rate and lengths (see `OptimizerConfig`), ema_decay,
-        accumulation, log_every, checkpoint_every, keep; `settings.check_training` has seen it.
+        accumulation, log_every, checkpoint_every, keep, keep_every; seen by
+        `settings.check_training`.
       section_name: "training" or "vae_training", for messages.
       seed: of parameters, examples' choices and dropout.
       steps_per_epoch: updates in one pass over the data.
@@ -126,9 +134,11 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(parallel.use_mesh(mesh))
-        checkpoints = Checkpoints(run.directory / "checkpoints", section.get("keep", 2))
+        checkpoints = Checkpoints(
+            run.directory / "checkpoints", section.get("keep", 2), section.get("keep_every", 0)
+        )
         stack.callback(checkpoints.close)
-        start = checkpoints.latest or 0
+        start = _agree_on_start(checkpoints)
         for step in checkpoints.incomplete:
             say(f"{run.name}: checkpoint {step} is incomplete: going on from {start}")
         if start:
@@ -339,6 +349,17 @@ def flat_fields(config: Any, sections: Sequence[str]) -> dict[str, Any]:
         else:
             flat[section] = value
     return json.loads(json.dumps(flat))
+
+
+def _agree_on_start(checkpoints: Checkpoints) -> int:
+    """The latest checkpoint, which all processes must see alike."""
+    found = processes.gather(str(checkpoints.latest or 0))
+    if len(set(found)) > 1:
+        raise UserError(
+            f"the processes find different checkpoints in {checkpoints.directory} (0 is none): "
+            f"{', '.join(found)}; give all of them the same shared --workdir"
+        )
+    return int(found[0])
 
 
 def _check_nothing_lost(run: Run, checkpoints: Checkpoints) -> None:

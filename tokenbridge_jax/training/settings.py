@@ -28,6 +28,7 @@ RULES: dict[str, _Rule] = {
     "log_every": _POSITIVE,
     "checkpoint_every": _POSITIVE,
     "keep": _POSITIVE,
+    "keep_every": _COUNT,
     "eval_every": _COUNT,
     "sample_every": _COUNT,
     "epochs": _FINITE,

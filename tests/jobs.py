@@ -1,0 +1,49 @@
+"""Jobs of several real processes on this machine, connected over loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def start_job(
+    command: Sequence[Any],
+    of_process: Sequence[Sequence[Any]],
+    *,
+    devices: int = 8,
+    output: Any = None,
+    **variables: str,
+) -> list[subprocess.Popen]:
+    """Starts Python processes that are to join one another.
+
+    Args:
+      command: arguments of the interpreter, the same for all.
+      of_process: further arguments, for every process.
+      devices: of each process.
+      output: open file for their stdout and stderr; without it stdout is kept for the caller.
+      **variables: of the environment.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    job = {
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(len(of_process)),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command), *map(str, arguments)],
+            env=os.environ | job | {"JAX_PROCESS_ID": str(index)} | variables,
+            stdout=output or subprocess.PIPE,
+            stderr=output,
+            text=True,
+        )
+        for index, arguments in enumerate(of_process)
+    ]

@@ -1,0 +1,238 @@
+"""Trains a tiny model, killed at random again and again, beside one left alone; compares losses.
+
+  python tests/soak.py --kills=30
+
+Every life of the job is ended in one of these ways:
+
+  start     kill -9 of all processes while they start
+  all       kill -9 of all, a random number of steps after those done before
+  writing   kill -9 of all while a checkpoint is being written
+  one       kill -9 of one process; the others must end by themselves, with status 76
+  term      SIGTERM to one process; all must save one step and end with status 75
+
+The last life runs to the end. Status 0: every loss, gradient norm and validation is equal to those
+of the undisturbed run, to the last bit.
+"""
+
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import conftest  # noqa: F401  (The settings of the tests.)
+import jax
+from absl import app, flags
+from jobs import start_job
+from token_shards import make_info, write_tokens
+
+from tokenbridge_jax.autoencoder import init_params, save_autoencoder
+from tokenbridge_jax.processes import EXIT_LOST
+from tokenbridge_jax.training.checkpoints import Checkpoints
+from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
+from tokenbridge_jax.training.metrics import read_metrics
+
+WAYS = ("start", "all", "writing", "one", "term")
+
+# After so many seconds without a lost process's heartbeat the others end.
+HEARTBEAT_SECONDS = 10
+# On a busy machine a life is slow, but none takes so long.
+LIMIT_SECONDS = 300
+WHOLE_RUN_SECONDS = 3600
+
+CONFIG = {
+    "data.num_classes": 3,
+    "quantizer.levels": 16,
+    "quantizer.range": 5.0,
+    "model.encoder_width": 16,
+    "model.encoder_layers": 1,
+    "model.decoder_width": 16,
+    "model.decoder_layers": 1,
+    "model.head_width": 16,
+    "model.head_layers": 1,
+    "model.dropout": 0.1,
+    "training.batch_size": 16,
+    "training.warmup_steps": 2,
+    "training.log_every": 1,
+    "training.eval_every": 7,
+    "training.sample_every": 0,
+    "training.keep": 2,
+    "sampling.num_iter": 2,
+    "sampling.guidance": 1.0,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+}
+
+
+def write_workdir(workdir: Path) -> None:
+    """Random shards of three classes and the autoencoder they claim to come from."""
+    config = make_info().autoencoder
+    params = init_params(config, jax.random.key(0))
+    autoencoder_hash = save_autoencoder(workdir / "autoencoder", config, params)
+    (workdir / "tokens").mkdir()
+    write_tokens(
+        workdir / "tokens",
+        {"train": [20, 13], "validation": [11]},
+        autoencoder_hash=autoencoder_hash,
+        channel_order_rule="frequency, over 33 images",
+    )
+
+
+def start(workdir: Path, processes: int, log: Path, **config: object) -> list[subprocess.Popen]:
+    """Starts a training job on four devices; its output is appended to `log`.
+
+    Programs are compiled anew: on CPUs only process 0 finds those on disk, and where the others
+    compile for more than 30 seconds meanwhile, Gloo gives up.
+    """
+    command = ["-m", "tokenbridge_jax.commands.train", "--distributed", "--workdir", workdir]
+    command += [f"--config.{name}={value}" for name, value in (CONFIG | config).items()]
+    with log.open("a") as stream:
+        return start_job(
+            command,
+            [[]] * processes,
+            devices=4 // processes,
+            output=stream,
+            JAX_ENABLE_COMPILATION_CACHE="false",
+            TOKENBRIDGE_HEARTBEAT_SECONDS=str(HEARTBEAT_SECONDS),
+        )
+
+
+def end(job: Sequence[subprocess.Popen], seconds: int = LIMIT_SECONDS) -> list[int]:
+    """Waits for all processes, each at most so long; their exit statuses."""
+    try:
+        return [process.wait(seconds) for process in job]
+    except subprocess.TimeoutExpired:
+        kill(job)
+        raise
+
+
+def kill(job: Sequence[subprocess.Popen]) -> None:
+    """kill -9 of all processes."""
+    for process in job:
+        process.kill()
+
+
+def steps_done(workdir: Path) -> int:
+    """The last step in `metrics.jsonl`."""
+    path = workdir / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def saved(workdir: Path) -> int:
+    """Updates behind the latest complete checkpoint."""
+    return Checkpoints(workdir / "checkpoints").latest or 0
+
+
+def unfinished(workdir: Path) -> set[Path]:
+    """Folders of checkpoints being written, or left behind by a kill."""
+    return set((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def results(workdir: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl` without what depends on the clock."""
+    timings = {"images_per_second", "share_of_peak"}
+    return [
+        {name: value for name, value in row.items() if name not in timings}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+def wait_until(job: Sequence[subprocess.Popen], happened: Callable[[], bool]) -> bool:
+    """Whether it happened before a process of the job ended."""
+    limit = time.monotonic() + LIMIT_SECONDS
+    while all(process.poll() is None for process in job):
+        if happened():
+            return True
+        if time.monotonic() > limit:
+            kill(job)
+            raise TimeoutError("the job neither goes on nor ends")
+        time.sleep(0.01)
+    return False
+
+
+def one_life(
+    way: str, job: Sequence[subprocess.Popen], workdir: Path, rng: random.Random
+) -> list[int]:
+    """Ends the job in this way; the exit statuses, all 0 if it was done before."""
+    left, goal = unfinished(workdir), steps_done(workdir) + rng.randrange(1, 12)
+    if way == "start":
+        time.sleep(rng.uniform(0, 10))
+    elif way == "writing":
+        wait_until(job, lambda: not unfinished(workdir) <= left)
+        time.sleep(rng.uniform(0, 0.03))
+    else:
+        wait_until(job, lambda: steps_done(workdir) >= goal)
+    chosen = rng.choice(job)
+    if way == "term":
+        chosen.send_signal(signal.SIGTERM)
+    else:
+        kill([chosen] if way == "one" else job)
+    return end(job)
+
+
+def check_life(way: str, statuses: Sequence[int], before: int, workdir: Path) -> str | None:
+    """What is wrong after a life, if anything."""
+    allowed = {
+        "term": [EXIT_INTERRUPTED, 0],
+        "one": [EXIT_LOST, -signal.SIGKILL, 0],
+    }.get(way, [-signal.SIGKILL, 0])
+    if not set(statuses) <= set(allowed) or (way == "term" and len(set(statuses)) > 1):
+        return f"statuses {statuses}"
+    if saved(workdir) < before:
+        return f"checkpoint {before} is gone"
+    return None
+
+
+def lives(ways: Sequence[str], workdir: Path, rng: random.Random, **job: object) -> Iterator[str]:
+    """Lets a run live and die in these ways and then to its end; yields what went wrong."""
+    counts: Counter[str] = Counter()
+    for number, way in enumerate(ways):
+        before = saved(workdir)
+        begun = time.monotonic()
+        statuses = one_life(way, start(workdir, **job), workdir, rng)
+        after = f"{saved(workdir)} saved, {steps_done(workdir)} done"
+        took = time.monotonic() - begun
+        print(f"life {number}: {way} -> {statuses}, {after}, {took:.0f} s", flush=True)
+        counts[way] += 1
+        if wrong := check_life(way, statuses, before, workdir):
+            yield f"life {number} ({way}): {wrong}"
+        if statuses == [0] * len(statuses):
+            break
+    if statuses := [s for s in end(start(workdir, **job), WHOLE_RUN_SECONDS) if s]:
+        yield f"the last life ended with {statuses}"
+    print(f"{sum(counts.values())} deaths: {dict(counts)}", flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs both and compares."""
+    del argv
+    args = flags.FLAGS
+    folder = Path(args.folder or tempfile.mkdtemp(prefix="soak"))
+    rng = random.Random(args.seed)
+    config = {"training.steps": args.steps, "training.checkpoint_every": 5}
+    job = {"processes": args.processes, "log": folder / "log.txt", **config}
+    write_workdir(folder / "killed")
+    shutil.copytree(folder / "killed", folder / "alone")
+    wrong = list(lives(rng.choices(WAYS, k=args.kills), folder / "killed", rng, **job))
+    if statuses := [s for s in end(start(folder / "alone", **job), WHOLE_RUN_SECONDS) if s]:
+        wrong.append(f"the undisturbed run ended with {statuses}")
+    ours, theirs = results(folder / "killed"), results(folder / "alone")
+    if ours != theirs:
+        wrong.append(f"{sum(a != b for a, b in zip(ours, theirs, strict=False))} lines differ")
+    print("\n".join(wrong) or f"all {len(theirs)} lines of metrics are equal", flush=True)
+    print(f"everything lies in {folder}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("kills", 30, "Lives that are ended.", lower_bound=0)
+    flags.DEFINE_integer("processes", 2, "Of the job, on four devices.", lower_bound=1)
+    flags.DEFINE_integer("steps", 300, "Updates of the whole run.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of ways and moments.")
+    flags.DEFINE_string("folder", None, "Where everything is written; a temporary one by default.")
+    app.run(main)

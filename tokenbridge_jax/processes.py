@@ -1,0 +1,140 @@
+"""The processes of a job: how they find each other, agree, and leave together.
+
+Processes agree through the job's coordination service (a key-value store with barriers in process
+0), never by a program on the devices: a host reads such a program's result from one of its devices,
+and a process that then ends while its others still talk leaves its neighbours waiting for ever.
+
+A process that dies is missed after `HEARTBEAT_SECONDS` at most. The others then end with status
+`EXIT_LOST`; the line of the coordination service above their last one says which process it was.
+"""
+
+import ctypes
+import itertools
+import os
+import signal
+import sys
+from typing import Any
+
+import jax
+from jax._src import distributed  # The service's client has no public name.
+
+from tokenbridge_jax.errors import UserError
+
+# Exit status where another process of the job is gone. (EX_PROTOCOL of sysexits.h.)
+EXIT_LOST = 76
+
+HEARTBEAT_SECONDS = int(os.environ.get("TOKENBRIDGE_HEARTBEAT_SECONDS", "60"))
+
+# How long a process that has failed waits for the others to fail likewise.
+FAILURE_SECONDS = 10
+
+# For as long as it takes: whoever is waited for is alive, or missed by the service.
+_FOREVER = 7 * 24 * 3600
+
+_meetings = itertools.count()
+_on_abort: Any = None  # Kept: C holds a bare pointer to it.
+
+
+def join(distributed_flag: bool, *, asks_for_signals: bool = False) -> None:
+    """Joins the other processes of the job, before any device is touched.
+
+    Nothing is guessed: without the flag a process stands alone; with it, a cluster that cannot be
+    found is an error instead of a silent single-process run. The cluster is what
+    `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`
+    say, and otherwise what JAX finds on TPU pods, Slurm, Open MPI and Kubernetes.
+
+    Args:
+      distributed_flag: whether there are others to join.
+      asks_for_signals: the command looks for a SIGTERM to any process by itself, with
+        `multihost_utils.reached_preemption_sync_point`; elsewhere SIGTERM ends a process.
+
+    Raises:
+      UserError: there is no cluster to join, or the other processes do not come.
+    """
+    if not distributed_flag:
+        return
+    jax.config.update("jax_enable_preemption_service", asks_for_signals)
+    try:
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--distributed found no cluster to join ({reason}); on machines without a cluster "
+            "manager set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+    _tell_when_aborted()
+
+
+def alone() -> bool:
+    """Whether this process has joined no others."""
+    return distributed.global_state.client is None
+
+
+def gather(text: str) -> list[str]:
+    """Waits until every process has called this; what each of them said, by process."""
+    job = distributed.global_state
+    if job.client is None:
+        return [text]
+    name = f"tokenbridge/{next(_meetings)}"
+    job.client.key_value_set(f"{name}/{job.process_id}", text)
+    job.client.wait_at_barrier(name, _FOREVER * 1000)
+    said = dict(job.client.key_value_dir_get(f"{name}/"))
+    return [said[f"{name}/{i}"] for i in range(job.num_processes)]
+
+
+def leave(status: int, patience: int = _FOREVER) -> int:
+    """Ends this process with `status` once all are here; alone, it just returns `status`.
+
+    The runtime is not taken down piece by piece: where devices still talk to those of a process
+    that is ahead in this, that would wait for an answer for ever.
+
+    Args:
+      status: of this process; the others may have another.
+      patience: seconds after which it goes without the others, who then miss it.
+    """
+    job = distributed.global_state
+    if job.client is None:
+        return status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        job.client.wait_at_barrier("tokenbridge/leave", patience * 1000)
+        jax.distributed.shutdown()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        print(f"process {job.process_id} leaves alone: {reason}", file=sys.stderr, flush=True)
+        if not reason.startswith("DEADLINE_EXCEEDED"):  # Not late, but gone.
+            _tell_lost(job.process_id)
+    os._exit(status)
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is not None and not text.isdecimal():
+        raise UserError(f"{name}={text} must be a number")
+    return None if text is None else int(text)
+
+
+def _tell_when_aborted() -> None:
+    """Says what it means, and what to do, when the coordination service ends this process.
+
+    It does so with a stack trace and `abort`, and offers no hook.
+    """
+    global _on_abort
+    index = distributed.global_state.process_id
+    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _tell_lost(index))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+
+
+def _tell_lost(index: int) -> None:
+    """The last words of this process."""
+    text = (
+        f"process {index} ends: another process of this job is gone (above: which); start the job "
+        "again, it goes on from where it last saved\n"
+    )
+    os.write(2, text.encode())
+    os._exit(EXIT_LOST)
