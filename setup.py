@@ -47,6 +47,8 @@ setup(
         "test": [
             "beartype",
             "chex",
+            # Compiles for TPUs, wherever there is a libtpu: 0.2 GB to fetch.
+            "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "mypy",
             "pytest",
             "pytest-xdist",

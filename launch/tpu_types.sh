@@ -9,8 +9,8 @@ v4-32         H  16 full 1024 1
 v4-64         L   8 dots 1024 1
 v4-64         H  16 dots 1024 1
 v5litepod-64  L   8 dots  512 1
-v5litepod-64  H  16 full  512 1
-v5litepod-256 L   8 none  512 1
+v5litepod-64  H  16 dots  512 1
+v5litepod-256 L   8 none 1024 1
 v5litepod-256 H  16 none  512 1
 v5p-32        L   4 none 4096 1
 v5p-32        H   8 dots 4096 1

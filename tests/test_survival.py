@@ -35,7 +35,7 @@ def test_where_one_process_dies_the_others_end_and_say_so(tmp_path):
     assert time.monotonic() - begun < 60  # The processes start within the time, too.
     log = (tmp_path / "log.txt").read_text()
     for index in (0, 2):
-        assert f"process {index} ends: another process of this job is gone (above: which)" in log
+        assert f"process {index} ends: another process of this job is gone, or" in log
     assert "unhealthy (stopped sending heartbeats):\n1\n" in log
 
 
@@ -43,7 +43,7 @@ def test_a_run_killed_and_stopped_ends_with_the_losses_of_one_left_alone(tmp_pat
     killed, alone = tmp_path / "killed", tmp_path / "alone"
     soak.write_workdir(killed)
     shutil.copytree(killed, alone)
-    config = {"training.steps": 60, "training.checkpoint_every": 5}
+    config = {"training.steps": 60, "training.checkpoint_every": 5, "training.eval_every": 0}
     undisturbed = soak.start(alone, 2, tmp_path / "alone.txt", **config)
     job = {"processes": 2, "log": tmp_path / "log.txt", **config}
     ways = ("writing", "term")

@@ -202,15 +202,22 @@ def _split(config: TokenBridgeConfig, batch: int, *arrays: jax.Array) -> list[ja
     Slots are cut, not images: every chunk has its share of every device's images.
     """
     slots = arrays[0].shape[1]
-    most = max(1, config.head_chunk * parallel.batch_shards_in_use() // batch)
-    count = -(-slots // most)
-    size = -(-slots // count)
+    count, size = head_chunks(config, slots, batch, parallel.batch_shards_in_use())
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, count * size - slots), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(len(x), count, size, *x.shape[2:]).swapaxes(0, 1)
 
     return [split(x) for x in arrays]
+
+
+def head_chunks(
+    config: TokenBridgeConfig, slots: int, batch: int, batch_shards: int
+) -> tuple[int, int]:
+    """Into how many chunks, of how many slots of an image, the head's work is cut."""
+    most = max(1, config.head_chunk * batch_shards // batch)
+    count = -(-slots // most)
+    return count, -(-slots // count)
 
 
 def _nll(

@@ -49,24 +49,29 @@ def join(distributed_flag: bool, *, asks_for_signals: bool = False) -> None:
         `multihost_utils.reached_preemption_sync_point`; elsewhere SIGTERM ends a process.
 
     Raises:
-      UserError: there is no cluster to join, or the other processes do not come.
+      UserError: there is no cluster to join.
+      SystemExit: with `EXIT_LOST`: the other processes do not come.
     """
     if not distributed_flag:
         return
     jax.config.update("jax_enable_preemption_service", asks_for_signals)
+    _tell_when_aborted()
     try:
         jax.distributed.initialize(
             num_processes=_number("JAX_NUM_PROCESSES"),
             process_id=_number("JAX_PROCESS_ID"),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"--distributed found no cluster to join ({reason}); on machines without a cluster "
             "manager set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
-    _tell_when_aborted()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        print(f"the other processes of the job did not come: {reason}", file=sys.stderr)
+        raise SystemExit(EXIT_LOST) from error
 
 
 def alone() -> bool:
@@ -108,7 +113,7 @@ def leave(status: int, patience: int = _FOREVER) -> int:
         reason = str(error).partition("\n")[0]
         print(f"process {job.process_id} leaves alone: {reason}", file=sys.stderr, flush=True)
         if not reason.startswith("DEADLINE_EXCEEDED"):  # Not late, but gone.
-            _tell_lost(job.process_id)
+            _tell_lost()
     os._exit(status)
 
 
@@ -125,16 +130,15 @@ def _tell_when_aborted() -> None:
     It does so with a stack trace and `abort`, and offers no hook.
     """
     global _on_abort
-    index = distributed.global_state.process_id
-    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _tell_lost(index))
+    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _tell_lost())
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
-def _tell_lost(index: int) -> None:
+def _tell_lost() -> None:
     """The last words of this process."""
     text = (
-        f"process {index} ends: another process of this job is gone (above: which); start the job "
-        "again, it goes on from where it last saved\n"
+        f"process {distributed.global_state.process_id} ends: another process of this job is gone, "
+        "or did not come (above: which); start the job again, it goes on from where it last saved\n"
     )
     os.write(2, text.encode())
     os._exit(EXIT_LOST)

@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -32,6 +34,7 @@ class Trainer:
     def __init__(self, config: ConfigDict, mesh: Mesh):
         section = config.training
         check_ranges(config, "training")
+        self._mesh = mesh
         self.model = inputs.make_model(config)
         self.masks = MaskSampler.from_config(config, self.model.positions)
         task = ModelTask(self.model, config.model.class_dropout, section.head_fraction)
@@ -39,12 +42,12 @@ class Trainer:
         recipe = OptimizerConfig.from_section(section, 1000, "training")
         self._optimizer, schedule = make_optimizer(recipe)
         self._init = inputs.random_init(task.init)
-        self._abstract = abstract_state(self._init, self._optimizer, mesh)
-        self._step = make_train_step(
+        self.abstract = abstract_state(self._init, self._optimizer, mesh)
+        self._step: Any = make_train_step(
             task,
             self._optimizer,
             schedule,
-            self._abstract,
+            self.abstract,
             mesh,
             seed=config.seed,
             ema_decay=section.ema_decay,
@@ -56,7 +59,18 @@ class Trainer:
         """Makes the state, unless an earlier case left one."""
         stack.push(self._on_exit)
         if self._state is None:
-            self._state = create_state(self._init, self._optimizer, self._abstract, seed=0)
+            self._state = create_state(self._init, self._optimizer, self.abstract, seed=0)
+
+    def trace(self, batch: int, draw: MaskDraw) -> jax.stages.Traced:
+        """The step for so many images over all devices, which need not exist."""
+        model, sharding = self.model, parallel.batch_sharding(self._mesh)
+        shape = (batch, model.positions, model.channels)
+        images = {
+            "indices": jax.ShapeDtypeStruct(shape, model.quantizer.index_dtype, sharding=sharding),
+            "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
+        }
+        with parallel.use_mesh(self._mesh):
+            return self._step.trace(self.abstract, images, draw)
 
     def _on_exit(self, error: Any, *_: Any) -> None:
         """A step that fails takes the state with it."""

@@ -3,7 +3,8 @@
 A command module has a docstring (its help), `define_flags(flag_values)` for flags of its own and
 `main(args)`, where `args` is an `absl.flags.FlagValues` with at least `config` (an
 `ml_collections.ConfigDict`), `workdir` and `distributed`. One with `WORDS` takes one of these words
-behind its name, gets it as `main(args, word)`, and needs no workdir.
+behind its name, gets it as `main(args, word)`, and needs no workdir; neither does one that says
+`NEEDS_WORKDIR = False`.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ COMMANDS = {
     "train": ("train", "index shards -> a trained model"),
     "sample": ("sample", "trained model + autoencoder -> images"),
     "benchmark": ("benchmark", "a config -> speed, share of the device's peak, memory"),
+    "preflight": ("preflight", "a config -> does it fit a TPU slice, for how long does it train"),
 }
 
 # Those that answer SIGTERM by saving.
@@ -91,7 +93,7 @@ def run(name: str, argv: list[str]) -> int:
         if words and (not given or given[0] not in words):
             unknown = f"there is no '{given[0]}'; " if given else ""
             raise UserError(f"{unknown}say what: tokenbridge {name} {'|'.join(words)} [flags]")
-        _parse(args, name, argv, needs_workdir=not words)
+        _parse(args, name, argv, needs_workdir=getattr(command, "NEEDS_WORKDIR", not words))
         processes.join(args.distributed, asks_for_signals=name in TRAINING)
         return processes.leave(command.main(args, *given) or 0)
     except UserError as error:
@@ -175,6 +177,8 @@ def _complete(config: Any) -> Any:
     for section in ("training", "vae_training"):
         if "keep" in (values := config.get(section, {})):
             values.setdefault("keep_every", 0)
+    if "mesh" in config:
+        config["mesh"].setdefault("slices", -1)
     return config
 
 

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The table of launch/README.md: sizes L and H on every TPU type of launch/tpu_types.sh, compiled.
+#   bash launch/preflight_table.sh [TYPE/SIZE ...]     e.g. v5litepod-64/L; without any, all
+# Needs `pip install -e '.[tpu]'` and, for each row, some minutes of a core. Finished rows are kept
+# in runs/preflight, by settings: started again, it goes on. PYTHON names the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/tpu_types.sh
+source launch/tpu_types.sh
+
+python=${PYTHON:-python}
+cache=runs/preflight
+mkdir -p "$cache"
+rows=("$@")
+[[ $# -gt 0 ]] || mapfile -t rows < <(awk 'NF { print $1 "/" $2 }' <<<"$TPU_TABLE")
+
+done_rows=()
+for row in "${rows[@]}"; do
+  type=${row%/*} size=${row#*/}
+  tpu_settings "$type" "$size"
+  key=$(sha256sum <<<"$TOPOLOGY $size ${FLAGS[*]}" | cut -c1-12)
+  file=$cache/${type}_${size}_$key.json
+  if [[ ! -s $file ]]; then
+    status=0
+    "$python" -m tokenbridge_jax.commands.preflight --config "configs/imagenet256.py:size=$size" \
+      --topology "$TOPOLOGY" "${FLAGS[@]}" --nosuggest --json >"$file.part" || status=$?
+    # 1: does not fit, which is a row too.
+    [[ $status -le 1 ]] || exit "$status"
+    mv "$file.part" "$file"
+  fi
+  done_rows+=("$file")
+done
+"$python" -m tokenbridge_jax.preflight.text "${done_rows[@]}"

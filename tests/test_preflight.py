@@ -1,0 +1,462 @@
+"""What `tokenbridge preflight` counts, against counts by hand; compiling needs libtpu."""
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import imagenet256
+from tokenbridge_jax import parallel
+from tokenbridge_jax.benchmark.inputs import make_model
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.model import abstract_params
+from tokenbridge_jax.preflight import chips, programs, text
+from tokenbridge_jax.preflight import report as reports
+from tokenbridge_jax.preflight.hlo import Collective, Program, read_program
+from tokenbridge_jax.preflight.roofline import estimate, links
+from tokenbridge_jax.preflight.suggestions import candidates, with_changes
+
+ROOT = Path(__file__).parent.parent
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+# The form of a TPU program's text: a loop of 14 runs with collectives of every form. The gathering
+# starts before the loop, hidden behind other fusions, and goes on in it.
+HLO = """HloModule jit_step, is_scheduled=true
+
+%async_collective_fusion.1 (param.1: f32[2,8]) -> f32[8,8] {
+  %param.1 = f32[2,8]{1,0:T(8,128)} parameter(0)
+  %all-gather.1 = f32[8,8]{1,0:T(8,128)} all-gather(%param.1), channel_id=7, \
+replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]) {'b'}, dimensions={0}
+  ROOT %start = f32[8,8]{1,0} custom-call(%all-gather.1), backend_config={"estimated_cycles":"900"}
+}
+
+%async_collective_fusion.2 (param.2: f32[2,8]) -> f32[8,8] {
+  %param.2 = f32[2,8]{1,0:T(8,128)} parameter(0)
+  ROOT %all-gather.2 = f32[8,8]{1,0:T(8,128)} all-gather(%param.2), channel_id=7, dimensions={0}
+}
+
+%all-reduce-scatter.3 (param.3: f32[8,8]) -> f32[2,8] {
+  %param.3 = f32[8,8]{1,0:T(8,128)} parameter(0)
+  %all-reduce.5 = f32[8,8]{1,0:T(8,128)} all-reduce(%param.3), channel_id=1, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %slice.1 = f32[2,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.5, %i, %j)
+}
+
+%condition (wide.1: (s32[], f32[2,8])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(14)
+  %wide.1 = (s32[]{:T(128)}, f32[2,8]{1,0:T(8,128)}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%wide.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%counter, %constant.5), direction=LT
+}
+
+%body (wide.2: (s32[], f32[2,8])) -> (s32[], f32[2,8]) {
+  %wide.2 = (s32[]{:T(128)}, f32[2,8]{1,0:T(8,128)}) parameter(0)
+  %fusion.2 = f32[8,8]{1,0} fusion(%wide.2), calls=%async_collective_fusion.2, \
+backend_config={"estimated_cycles":"10"}
+  %fusion.3 = f32[2,8]{1,0} fusion(%wide.2), calls=%all-reduce-scatter.3
+  %all-reduce.3 = (bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, f32[3]{0:T(128)}) all-reduce(%a, %b), \
+channel_id=9, replica_groups=[2,4]<=[8], use_global_device_ids=true, to_apply=%add
+  %collective-permute-start.6 = (u8[5]{0:T(512)}, u8[5]{0:T(512)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%c), channel_id=12
+  %collective-permute-done.6 = u8[5]{0:T(512)S(1)} collective-permute-done(\
+%collective-permute-start.6)
+  ROOT %tuple.1 = (s32[]{:T(128)}, f32[2,8]{1,0}) tuple(%counter, %x)
+}
+
+ENTRY %main.9_spmd (param: f32[2,8]) -> f32[2,8] {
+  %param = f32[2,8]{1,0:T(8,128)} parameter(0)
+  %fusion.1 = f32[8,8]{1,0} fusion(%param), calls=%async_collective_fusion.1, \
+backend_config={"estimated_cycles":"5"}
+  %while.1 = (s32[]{:T(128)}, f32[2,8]{1,0}) while(%tuple), condition=%condition, body=%body
+  %all-reduce.4 = pred[16]{0:T(512)} all-reduce(%p), channel_id=11, \
+replica_groups=[1,8]<=[8], to_apply=%or
+  ROOT %copy.1 = f32[2,8]{1,0:T(8,128)} copy(%param), backend_config={"estimated_cycles":"1000"}
+}
+"""
+
+
+def test_cycles_and_collectives_of_a_program():
+    program = read_program(HLO)
+    assert program.cycles == 14 * 10 + 5 + 1000
+    assert set(program.collectives) == {
+        Collective("all-gather", 4, 1, 1, 8 * 8 * 4),
+        Collective("all-reduce", 4, 1, 14, 14 * (4 * 8 * 2 + 3 * 4)),
+        Collective("all-reduce", 8, 1, 1, 16),
+        Collective("collective-permute", 2, 1, 14, 14 * 5),
+        Collective("reduce-scatter", 4, 1, 14, 14 * 8 * 8 * 4),
+    }
+
+
+# A stack of 14 layers of 2 KiB: a step of the loop cuts one out, adds it to 2 KiB in VMEM, writes
+# the sum into another stack in place, and starts fetching 1 KiB.
+TRAFFIC_HLO = """HloModule jit_step, is_scheduled=true
+
+%layer (stack.1: f32[14,512], sums.1: f32[14,512], x.1: f32[512], i.1: s32[]) -> f32[14,512] {
+  %stack.1 = f32[14,512]{1,0:T(8,128)} parameter(0)
+  %sums.1 = f32[14,512]{1,0:T(8,128)} parameter(1)
+  %x.1 = f32[512]{0:T(512)S(1)} parameter(2)
+  %i.1 = s32[]{:T(128)S(6)} parameter(3)
+  %cut = f32[1,512]{1,0:T(1,128)} dynamic-slice(%stack.1, %i.1, %i.1), dynamic_slice_sizes={1,512}
+  %add = f32[1,512]{1,0:T(1,128)} add(%cut, %x.1)
+  ROOT %put = f32[14,512]{1,0:T(8,128)} dynamic-update-slice(%sums.1, %add, %i.1, %i.1)
+}
+
+%condition (state.1: (s32[], f32[14,512])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(14)
+}
+
+%body (state.2: (s32[], f32[14,512])) -> (s32[], f32[14,512]) {
+  %state.2 = (s32[]{:T(128)}, f32[14,512]{1,0:T(8,128)}) parameter(0)
+  %stack.2 = f32[14,512]{1,0:T(8,128)} get-tuple-element(%state.2), index=1
+  %x.2 = f32[512]{0:T(512)S(1)} get-tuple-element(%state.2), index=2
+  %i.2 = s32[]{:T(128)S(6)} get-tuple-element(%state.2), index=0
+  %fusion.2 = f32[14,512]{1,0:T(8,128)} fusion(%stack.2, %stack.2, %x.2, %i.2), calls=%layer
+  %fetch = (f32[256]{0:T(256)S(1)}, f32[256]{0:T(256)}, u32[]{:S(2)}) copy-start(%y)
+  ROOT %tuple.1 = (s32[]{:T(128)}, f32[14,512]{1,0:T(8,128)}) tuple(%i.2, %fusion.2)
+}
+
+ENTRY %main (param: f32[14,512]) -> f32[14,512] {
+  %param = f32[14,512]{1,0:T(8,128)} parameter(0)
+  %while.1 = (s32[]{:T(128)}, f32[14,512]{1,0}) while(%param), condition=%condition, body=%body
+  ROOT %copy.1 = f32[14,512]{1,0:T(8,128)} copy(%param)
+}
+"""
+
+
+def test_memory_traffic_of_a_program():
+    assert read_program(TRAFFIC_HLO).traffic == 14 * (2048 + 2048 + 1024) + 2 * 14 * 2048
+
+
+def test_products_count_as_often_as_they_run():
+    def loss(w, x):
+        @jax.checkpoint
+        def layer(x, _):
+            return jnp.tanh(x @ w), None
+
+        return jnp.sum(jax.lax.scan(layer, x, length=5)[0])
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    jaxpr = gradient.trace(jnp.ones((6, 6)), jnp.ones((2, 6))).jaxpr.jaxpr
+    # Forward, forward again, and two products of the same size backward; five times each.
+    assert programs.matmul_flops(jaxpr) == 5 * 4 * (2 * 2 * 6 * 6)
+
+
+def test_products_in_a_shard_map_count_for_every_device():
+    mesh = parallel.make_mesh(data=4, fsdp=2)
+    spec = PartitionSpec(("data", "fsdp"))
+    product = jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec
+    )
+    jaxpr = jax.jit(product).trace(jnp.ones((16, 6)), jnp.ones((6, 6))).jaxpr.jaxpr
+    assert programs.matmul_flops(jaxpr) == 2 * 16 * 6 * 6
+
+
+def test_of_the_platforms_branches_the_default_counts():
+    def twice_or_once(x):
+        return jax.lax.platform_dependent(x, cuda=lambda x: x @ x @ x, default=lambda x: x @ x)
+
+    jaxpr = jax.jit(twice_or_once).trace(jnp.ones((6, 6))).jaxpr.jaxpr
+    assert programs.matmul_flops(jaxpr) == 2 * 6**3
+
+
+@pytest.mark.parametrize(
+    ("name", "chip_count", "device_count"),
+    [
+        ("v4:2x2x1", 4, 4),
+        ("v4-32", 16, 16),
+        ("v5litepod-1", 1, 1),
+        ("v5e:2x2", 4, 4),
+        ("v5litepod-256", 256, 256),
+        ("v5p-128", 64, 64),
+        ("v5p:8x8x8", 512, 512),
+        ("v6e-64", 64, 64),
+        ("tpu7x-32", 16, 32),
+        ("tpu7x:4x4x4", 64, 128),
+    ],
+)
+def test_slices_by_either_name(name, chip_count, device_count):
+    where = chips.parse_slice(name)
+    assert where.chips == chip_count
+    assert where.chips * where.figures.devices == device_count
+    if importlib.util.find_spec("libtpu"):
+        devices = chips.slice_devices(where)
+        assert len(devices) == device_count
+        assert chips.peak_flops(devices[0]) > 1e14
+
+
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "v5e:2", "v5e-7", "v4-9", "v5p:4x4", "v4", "", "v5e:0x4"]
+)
+def test_unknown_slices_are_told_with_those_there_are(name):
+    with pytest.raises(UserError, match=r"no topology .*: *.*(v5e:2x2|v5e:1x1|v4:2x2x2|v5p:2x2x2)"):
+        chips.parse_slice(name)
+
+
+def test_without_libtpu_one_line_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert runner.run("preflight", ["--topology=v5e:2x2"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "[tpu]" in error
+
+
+def test_estimate_by_hand():
+    # 64 chips of v5e: lines of eight, so half of the 200 GB/s; 8 chips lie along one axis of two.
+    where = chips.parse_slice("v5e:8x8")
+    reduced = Collective("all-reduce", 64, 1, 1, 64 * 10**6)
+    gathered = Collective("all-gather", 8, 1, 1, 8 * 10**6)
+    program = Program(15 * 10**8, 819 * 10**6, [reduced, gathered])
+    spent = estimate(program, 197 * 10**11, 197e12, where)
+    assert spent.products == pytest.approx(0.1)
+    assert spent.memory == pytest.approx(1e-3)
+    assert spent.network == pytest.approx(2 * 63e6 / 100e9 + 7e6 / 50e9)
+    assert spent.instructions == pytest.approx(15e8 / (197e12 / (4 * 2 * 128**2)))
+    assert spent.step == spent.instructions + spent.network
+    assert spent.bound == spent.products
+    # Axes of sixteen are rings; on v5p those of four, if all are; four chips lie along one axis.
+    assert links(Collective("all-reduce", 4, 1, 1, 1), chips.parse_slice("v5p:2x2x4")) == 0.5 / 3
+    assert links(Collective("all-reduce", 256, 1, 1, 1), chips.parse_slice("v5e:16x16")) == 1
+    assert links(Collective("all-reduce", 64, 1, 1, 1), chips.parse_slice("v5p:4x4x4")) == 1
+
+
+def test_what_the_compiler_wanted():
+    long = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.15G of 15.75G hbm."
+    assert programs.wanted_memory(long) == int(23.15 * 2**30)
+    short = "required for HLO temporaries (512.00M) exceeds available HBM (15.75G)."
+    assert programs.wanted_memory(short) == 512 * 2**20
+    assert programs.wanted_memory("INTERNAL: something else") is None
+
+
+def big_config():
+    config = imagenet256.get_config("quick")
+    config.training.batch_size = 256
+    config.model.head_chunk = 1024
+    return config
+
+
+def test_candidates_go_from_cheap_to_dear():
+    found = list(candidates(big_config(), 16, 7, lambda fsdp: float(fsdp)))
+    assert found[0] == {"mesh.data": -1, "mesh.fsdp": 8}
+    kept = found[0]
+    steps = []
+    for changes in found:
+        steps.append({k: v for k, v in changes.items() if kept.get(k) != v})
+        kept = changes
+    assert steps[1:] == [
+        {"model.remat": "dots"},
+        {"model.head_chunk": 512},
+        {"model.head_chunk": 256},
+        {"model.remat": "full"},
+        {"training.accumulation": 2},
+        {"training.accumulation": 4},
+        {"training.accumulation": 8},
+        {"training.accumulation": 16},
+    ]
+
+
+def test_fsdp_is_left_out_where_it_cannot_help():
+    first = next(candidates(big_config(), 16, 100, lambda fsdp: float(fsdp)))
+    assert first == {"mesh.data": -1, "mesh.fsdp": 16}
+    first = next(candidates(big_config(), 16, 200, lambda fsdp: float(fsdp)))
+    assert first == {"model.remat": "dots"}
+
+
+@needs_libtpu
+def test_a_compiled_program_against_counts_by_hand():
+    where = chips.parse_slice("v5e:2x2")
+    mesh = parallel.make_mesh(data=4, devices=chips.slice_devices(where))
+
+    def gradient(w, x):
+        return jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w)
+
+    work = toy_work(mesh, gradient, (256, 512), (1024, 256))
+    compiled = programs.compile_work(work, 4)
+    # Forward and backward, on a quarter of the rows each.
+    assert compiled.flops == 2 * (2 * 1024 * 256 * 512) // 4
+    (reduced,) = compiled.program.collectives
+    assert (reduced.kind, reduced.group, reduced.runs) == ("all-reduce", 4, 1)
+    assert reduced.bytes == 256 * 512 * 4
+    assert compiled.fits
+
+
+def toy_work(mesh, function, *shapes):
+    """A program of float32 arrays, the last of which is split over all devices."""
+    specs = [PartitionSpec()] * (len(shapes) - 1) + [PartitionSpec(("data", "fsdp"))]
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        traced = jax.jit(function).trace(*arrays)
+    state = programs._bytes_on_device(arrays)
+    return programs.Work(
+        traced, 4, {"parameters": state, "EMA": 0, "optimizer": 0}, 1e12, 1.0, "a toy"
+    )
+
+
+@needs_libtpu
+def test_what_fits_and_what_does_not():
+    mesh = parallel.make_mesh(data=4, devices=chips.slice_devices(chips.parse_slice("v5e:2x2")))
+
+    def compile_copy(gib):
+        work = toy_work(mesh, lambda x: x + 1, (4, gib, 2**28))
+        return programs.compile_work(work, 4)
+
+    # A copy holds what it reads and what it writes: 14 and 16 of 15.75 GiB.
+    fitting, too_large = compile_copy(7), compile_copy(8)
+    assert fitting.fits
+    assert fitting.needed == pytest.approx(14 * 2**30, rel=1e-3)
+    assert not too_large.fits
+    assert too_large.needed == pytest.approx(16 * 2**30, rel=1e-3)
+
+
+@needs_libtpu
+def test_what_is_suggested_fits(monkeypatch):
+    where = chips.parse_slice("v5e:2x2")
+    devices = chips.slice_devices(where)
+
+    def work_of(config, mesh):
+        """Holds 10 GiB, an fsdp-th of 4 GiB, and 8 MiB for every position of head_chunk."""
+        rows = 10 * 2**10 + 4 * 2**10 // mesh.shape["fsdp"] + 8 * config.model.head_chunk
+        return toy_work(mesh, lambda x: jnp.sum(x), (4, rows, 2**18))
+
+    monkeypatch.setattr(reports, "training_work", work_of)
+    config = big_config()
+    config.model.head_chunk = 2048
+    report = reports.check(config, where, devices)
+    assert not report["fits"]
+    found = reports.suggest(config, where, devices, report)
+    assert found["flags"][-1] == "--config.model.head_chunk=256"
+    changes = dict(flag.removeprefix("--config.").split("=") for flag in found["flags"])
+    changes = {k: int(v) if v.lstrip("-").isdigit() else v for k, v in changes.items()}
+    assert reports.check(with_changes(config, changes), where, devices)["fits"]
+    assert found["memory"]["needed"] <= where.figures.memory
+
+
+def small_config():
+    """The smallest ImageNet config with one layer a part."""
+    config = imagenet256.get_config("quick")
+    config.model.update(encoder_layers=1, decoder_layers=1, head_layers=1)
+    config.model.update(scan_layers=True, dropout=0.0)
+    config.training.batch_size = config.sampling.batch_size = 8
+    return config
+
+
+def test_training_step_before_it_is_compiled():
+    config = small_config()
+    work = programs.training_work(config, parallel.make_mesh(data=4, fsdp=2))
+    model = make_model(config)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
+    # Every fsdp chip holds half, but for a few small leaves; the optimizer has two moments.
+    assert 4 * numbers / 2 <= work.state["parameters"] <= 4 * numbers / 2 * 1.05
+    assert work.state["EMA"] == work.state["parameters"]
+    assert 0 <= work.state["optimizer"] - 2 * work.state["parameters"] <= 64
+    assert work.state["batch"] == 16 * 16
+    # Forward, and twice that backward; attention's weights are computed once more, and slots are
+    # padded. All 16 positions are hidden in the program that needs the most memory.
+    forward = 8 * model.forward_flops(16)
+    assert 3 <= programs.matmul_flops(work.traced.jaxpr.jaxpr) / forward <= 4.5
+    assert 0.7 * 3 * forward < work.model_flops < 3 * forward
+    assert 0.9 < work.mean <= 1
+
+
+def test_sampler_before_it_is_compiled():
+    config = small_config()
+    config.sampling.num_iter = 2
+    work = programs.sampling_work(config, parallel.make_mesh(data=8))
+    assert list(work.state) == ["parameters"]
+    assert 1 <= programs.matmul_flops(work.traced.jaxpr.jaxpr) / work.model_flops <= 2
+
+
+@needs_libtpu
+def test_report_of_a_training_step(capsys):
+    layers = {k: v for k, v in small_config().model.items() if k.endswith("layers")}
+    flags = ["--config=configs/imagenet256.py:quick", "--topology=v5e:2x2", "--json"]
+    flags += [f"--config.model.{name}={value}" for name, value in layers.items()]
+    flags += ["--config.model.dropout=0.0", "--config.training.batch_size=8"]
+    assert runner.run("preflight", flags) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["chips"], report["settings"]["batch"], report["fits"]) == (4, 8, True)
+    memory = report["memory"]
+    parts = set(memory) - {"available", "needed"}
+    assert sum(memory[part] for part in parts) == memory["needed"] < memory["available"]
+    # Every gradient is summed over the chips, in bfloat16 at least.
+    reduced = [one for one in report["a_device"]["collectives"] if one["kind"] == "all-reduce"]
+    assert sum(one["bytes"] for one in reduced) >= 2 * memory["parameters"] / 4
+    run = report["run"]
+    assert run["steps"] == 200
+    seconds = run["steps"] * report["seconds"]["expected"]
+    assert run["chip_hours"] == pytest.approx(4 * seconds / 3600)
+    assert "does not fit" not in text.as_text(report)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [("--config.training.batch_size=6", "batch_size 6"), ("--topology=v5e:3x3", "v5e:3x3")],
+)
+def test_mistakes_are_one_line(flag, named, capsys):
+    quick = ["--config=configs/imagenet256.py:quick", "--config.model.scan_layers=True"]
+    assert runner.run("preflight", ["--topology=v5e:2x2", *quick, flag]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert named in printed.err
+
+
+def test_every_tpu_type_has_settings_that_can_be():
+    lines = shell(
+        """while read -r type size _; do [[ -z $type ]] && continue; tpu_settings "$type" "$size"
+        echo "$type" "$CHIPS" "$HOSTS" "$TOPOLOGY" "${FLAGS[@]}"; done <<<"$TPU_TABLE" """
+    ).stdout.splitlines()
+    assert len(lines) == 18
+    for line in lines:
+        name, chip_count, hosts, topology, *settings = line.split()
+        where = chips.parse_slice(topology)
+        assert where == chips.parse_slice(name)
+        assert where.chips == int(chip_count) == 4 * int(hosts)
+        values = dict(flag.removeprefix("--config.").split("=") for flag in settings)
+        fsdp, accumulation = int(values["mesh.fsdp"]), int(values["training.accumulation"])
+        devices = where.chips * where.figures.devices
+        assert devices % fsdp == 0
+        assert 2048 % (devices * accumulation) == 0
+        config = imagenet256.get_config("size=H")
+        assert all(name in config.get(section) for section, name in (k.split(".") for k in values))
+
+
+def test_unknown_tpu_types_are_one_line():
+    result = shell("tpu_settings v9-8 L")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "v9-8" in result.stderr
+
+
+def shell(commands):
+    script = f"source launch/tpu_types.sh; {commands}"
+    return subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_table_has_a_row_a_report():
+    report = {
+        "topology": "tpu7x:2x2x4", "chips": 16, "devices": 32, "fits": True,
+        "settings": {"batch": 2048, "mesh": {"fsdp": 4}, "remat": "dots", "head_chunk": 512,
+                     "accumulation": 2},
+        "memory": {"needed": 10 * 2**30, "available": 20 * 2**30},
+        "seconds": {"expected": 1.5}, "share_of_peak": 0.254,
+        "run": {"chip_hours": 12345.6, "days": 3.21},
+    }  # fmt: skip
+    large = report | {"fits": False}
+    *_, first, second = text.table({"tpu7x-32 L": report, "tpu7x-32 H": large}).splitlines()
+    assert first == (
+        "| tpu7x-32 L | tpu7x:2x2x4 | 16 | 128 | fsdp 4, remat dots, head_chunk 512, accumulation 2"
+        " | 20.0 of 40.0 | 1.50 | 25% | 12,346 | 3.2 |"
+    )
+    assert "does not fit" in second

@@ -1,0 +1,67 @@
+"""Checks a config against a TPU slice without a TPU: does it fit, how long does a run take?
+
+  tokenbridge preflight --config configs/imagenet256.py:size=L --topology v5e:16x16 \\
+    --config.model.scan_layers=True --config.model.head_chunk=512
+  tokenbridge preflight --config configs/imagenet256.py --topology v5p-128 --sample --json
+
+Compiles the training step (or the sampler) with libtpu, which takes minutes, and prints the bytes
+it needs of a chip, its FLOPs and collectives, and an estimate of its time. What does not fit is
+compiled again with settings that need less, until one fits.
+
+Topologies are GENERATION:SHAPE of v4, v5e, v5p, v6e and tpu7x, or the cloud's names, v5litepod-256.
+
+Status 0: fits. 1: does not fit. 2: a mistake.
+"""
+
+import json
+import sys
+
+import jax
+from absl import flags
+
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.preflight.chips import parse_slice, slice_devices
+from tokenbridge_jax.preflight.report import check, run_length, suggest
+from tokenbridge_jax.preflight.text import as_text
+from tokenbridge_jax.training.loop import say
+
+NEEDS_WORKDIR = False
+
+EXIT_DOES_NOT_FIT = 1
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+
+    def define(kind, name, default, help_text):
+        kind(name, default, help=help_text, flag_values=flag_values)
+
+    define(flags.DEFINE_string, "topology", None, "The slice, such as v5e:16x16 or v5p-128.")
+    define(flags.DEFINE_bool, "sample", False, "The sampler instead of the training step.")
+    define(flags.DEFINE_bool, "suggest", True, "Look for settings that fit if these do not.")
+    define(flags.DEFINE_bool, "json", False, "Print one line of JSON.")
+
+
+def main(args: flags.FlagValues) -> int:
+    """Prints the report of a config on a slice."""
+    if not args.topology:
+        raise UserError("--topology is not set; name the slice, such as --topology v5e:16x16")
+    where = parse_slice(args.topology)
+    jax.config.update("jax_platforms", "cpu")  # Whatever this machine has is left alone.
+    devices = slice_devices(where)
+    config = args.config
+    if not config.model.scan_layers and not args.sample:
+        say("preflight: unrolled layers compile for very long: --config.model.scan_layers=True")
+    report = check(config, where, devices, sample=args.sample)
+    if not args.sample:
+        report |= run_length(report, config, args.workdir)
+    if not report["fits"] and args.suggest and not args.sample:
+        found = suggest(config, where, devices, report)
+        report["suggestion"] = found and found | run_length(found, config, args.workdir)
+    print(json.dumps(report) if args.json else as_text(report))
+    return 0 if report["fits"] else EXIT_DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run("preflight", sys.argv[1:]))

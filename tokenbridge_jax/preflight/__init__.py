@@ -1,0 +1,1 @@
+"""Compiles for TPUs on a machine without one, and says what a step needs and how long it takes."""

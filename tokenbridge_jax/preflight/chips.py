@@ -1,0 +1,181 @@
+"""The TPU generations: their figures, and the names of their slices.
+
+Compute, memory and bandwidths are those of Google's pages https://cloud.google.com/tpu/docs/v4,
+v5e, v5p, v6e and tpu7x. Three things are from elsewhere:
+
+  memory         what libtpu's compiler calls available: the data sheet's less what it keeps back
+  ici of v4      1.1 PB/s of all-reduce on a pod of 4096 chips, on the page of v4; pages of the
+                 others give a chip's bandwidth in both directions, of which half is one direction
+  cycle_flops    a bfloat16 product's FLOPs in a cycle, from the number and size of the matrix
+                 units (on v6e and tpu7x the fewest that libtpu's cycles allow); peak FLOP/s divided
+                 by it is the clock that turns cycles into seconds. By libtpu's cycles a product of
+                 8192 x 8192 matrices reaches 70 to 93 % of it
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+from jax.experimental import topologies
+
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.training.hardware import listed_flops
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One device of a TPU generation, as JAX counts devices.
+
+    Attributes:
+      memory: bytes that a program may use.
+      hbm: bytes a second, from or to memory.
+      ici: bytes a second that it can send to its neighbours, over all links together.
+      cycle_flops: FLOPs of a bfloat16 product in a clock cycle.
+      devices: in a chip. (A chip of v4 or v5p has two cores that are one device.)
+      cores: in a chip, for the cloud's names: v4-32 is sixteen chips.
+      ring: an axis of so many chips, or a multiple, is closed to a ring; others are lines. (In
+        three dimensions all axes or none: slices are made of cubes of 4 x 4 x 4.)
+      dimensions: of a slice's shape.
+      options: what libtpu must be told beside the name.
+    """
+
+    memory: int
+    hbm: float
+    ici: float
+    cycle_flops: int
+    dimensions: int
+    ring: int
+    devices: int = 1
+    cores: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+GENERATIONS = {
+    "v4": Generation(
+        int(30.75 * GIB), 1200e9, 270e9, 8 * 2 * 128**2, 3, 4, cores=2,
+        options=(("chip_config_name", "megacore"),),
+    ),
+    "v5e": Generation(int(15.75 * GIB), 819e9, 200e9, 4 * 2 * 128**2, 2, 16),
+    "v5p": Generation(int(95.74 * GIB), 2765e9, 600e9, 8 * 2 * 128**2, 3, 4, cores=2),
+    "v6e": Generation(int(31.25 * GIB), 1638e9, 400e9, 4 * 2 * 256**2, 2, 16),
+    "tpu7x": Generation(
+        int(94.75 * GIB), 3690e9, 300e9, 4 * 2 * 256**2, 3, 4, devices=2, cores=2
+    ),
+}  # fmt: skip
+
+# Shapes that can be had, by dimensions and chips.
+SHAPES = {
+    2: {
+        1: "1x1",
+        4: "2x2",
+        8: "2x4",
+        16: "4x4",
+        32: "4x8",
+        64: "8x8",
+        128: "8x16",
+        256: "16x16",
+    },
+    3: {
+        4: "2x2x1",
+        8: "2x2x2",
+        16: "2x2x4",
+        32: "2x4x4",
+        64: "4x4x4",
+        128: "4x4x8",
+        256: "4x8x8",
+        512: "8x8x8",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Chips of one generation that are wired together.
+
+    Attributes:
+      name: `v5e:16x16`, as libtpu calls it.
+      generation: its key in `GENERATIONS`.
+      shape: chips along each axis.
+    """
+
+    name: str
+    generation: str
+    shape: tuple[int, ...]
+
+    @property
+    def figures(self) -> Generation:
+        """Of one device."""
+        return GENERATIONS[self.generation]
+
+    @property
+    def chips(self) -> int:
+        """How many."""
+        return math.prod(self.shape)
+
+    def is_ring(self, size: int) -> bool:
+        """Whether an axis of so many chips is closed to a ring."""
+        ring = self.figures.ring
+        made_of_cubes = all(other % ring == 0 for other in self.shape)
+        return size % ring == 0 and (self.figures.dimensions == 2 or made_of_cubes)
+
+
+def parse_slice(name: str) -> Slice:
+    """Reads `v5e:16x16`, or a name of the cloud's: `v5litepod-256`, `v5p-128`.
+
+    Raises:
+      UserError: there is no such slice; the message lists those there are.
+    """
+    wanted = name.lower().replace("v5litepod", "v5e")
+    shaped = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", wanted)
+    counted = re.fullmatch(r"(\w+)-(\d+)", wanted)
+    generation = (shaped or counted or [""] * 2)[1]
+    if figures := GENERATIONS.get(generation):
+        text = shaped[2] if shaped else ""
+        if counted and int(counted[2]) % figures.cores == 0:
+            text = SHAPES[figures.dimensions].get(int(counted[2]) // figures.cores, "")
+        shape = tuple(map(int, text.split("x"))) if text else ()
+        if len(shape) == figures.dimensions and 0 not in shape:
+            return Slice(f"{generation}:{text}", generation, shape)
+        valid = [f"{generation}:{text}" for text in SHAPES[figures.dimensions].values()]
+        valid += [f"{generation}-{chips * figures.cores}" for chips in SHAPES[figures.dimensions]]
+    else:
+        valid = [
+            f"{key}:{next(iter(SHAPES[g.dimensions].values()))}" for key, g in GENERATIONS.items()
+        ]
+        valid += ["v5litepod-256", "v5p-128"]
+    raise UserError(f"there is no topology '{name}'; there are {', '.join(valid)}")
+
+
+def slice_devices(wanted: Slice) -> list[Any]:
+    """Devices of a slice that nobody has: programs are compiled for them and never run.
+
+    Raises:
+      UserError: libtpu is not installed, or knows no such slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "libtpu, which compiles for TPUs, is not installed: pip install 'tokenbridge_jax[tpu]'"
+        )
+    # Several processes may load libtpu; it is told what it would ask a TPU's host for.
+    os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
+    os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
+    options = dict(wanted.figures.options)
+    if wanted.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return list(topologies.get_topology_desc(wanted.name, "tpu", **options).devices)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"libtpu knows no topology '{wanted.name}': {reason}") from error
+
+
+def peak_flops(device: Any) -> float:
+    """bfloat16 FLOP/s of one device."""
+    flops = listed_flops(device.device_kind)
+    assert flops, device.device_kind
+    return flops

@@ -1,0 +1,240 @@
+"""Reads the text of a program that libtpu compiled: cycles, memory traffic, collectives.
+
+Loops' bodies count as often as they run. (`compiled.cost_analysis()` counts them once.)
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*{\n((?:  .*\n)*)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)")
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]({[^}]*})?")
+
+# Instructions that move nothing, or whose halves have been counted.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "custom-call",
+    "copy-done", "slice-done", "partition-id", "replica-id", "iota",
+}  # fmt: skip
+
+
+class Instruction(NamedTuple):
+    """One line: `%name = result opcode(operands), rest`."""
+
+    name: str
+    result: str
+    opcode: str
+    operands: list[str]
+    text: str
+
+
+# The instructions of a computation by their names; the last is its result.
+Body = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind and group size, together.
+
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      group: devices that take part in each.
+      count: instructions.
+      runs: how often they run.
+      bytes: of the whole arrays (a gathering's result, a scattering's operand), all runs.
+    """
+
+    kind: str
+    group: int
+    count: int
+    runs: int
+    bytes: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends: of an array cut into `group` parts, what a ring moves."""
+        share = (self.group - 1) / self.group
+        return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1}.get(self.kind, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one device does in one run of a program.
+
+    Attributes:
+      cycles: libtpu's estimate for its instructions, one after another, collectives left out.
+      traffic: bytes read from and written to memory.
+      collectives: largest first.
+    """
+
+    cycles: int
+    traffic: int
+    collectives: list[Collective]
+
+
+def read_program(text: str) -> Program:
+    """Reads `compiled.as_text()`."""
+    bodies = {
+        name: {line.name: line for line in map(_parse, body.splitlines()) if line}
+        for name, body in _COMPUTATION.findall(text)
+    }
+    cycles = traffic = 0
+    collectives = dict[str, tuple[str, int, int, int]]()
+    for instruction, body, runs, fusion in _executed(bodies):
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
+        if not fusion:
+            cycles += runs * int(estimate[1]) if estimate else 0
+            traffic += runs * _traffic(instruction, body, bodies)
+        if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+            name, found = _collective(instruction, runs, fusion)
+            collectives.setdefault(name, found)
+    return Program(cycles, traffic, _together(collectives.values()))
+
+
+def _parse(line: str) -> Instruction | None:
+    if not (match := _INSTRUCTION.match(line)):
+        return None
+    _, name, result, opcode, rest = match.groups()
+    return Instruction(name, result, opcode, re.findall(r"%([^\s,)]+)", rest.split(")")[0]), line)
+
+
+def _executed(bodies: dict[str, Body]) -> Iterator[tuple[Instruction, Body, int, str]]:
+    """Every instruction: with those around it, how often it runs, and the fusion it is in."""
+
+    def visit(name: str, runs: int, fusion: str) -> Iterator[tuple[Instruction, Body, int, str]]:
+        for instruction in bodies[name].values():
+            yield instruction, bodies[name], runs, fusion
+            if instruction.opcode == "while":
+                condition, body = re.findall(r"(?:condition|body)=%([^\s,]+)", instruction.text)
+                # A scan's condition compares its counter with a constant.
+                tests = "\n".join(line.text for line in bodies[condition].values())
+                bounds = re.findall(r" constant\((\d+)\)", tests)
+                yield from visit(body, runs * max(map(int, bounds), default=1), fusion)
+            elif called := _called(instruction):
+                yield from visit(called, runs, fusion or called)
+
+    return visit(list(bodies)[-1], 1, "")  # The entry comes last.
+
+
+def _called(instruction: Instruction) -> str:
+    found = re.search(r"calls=%([^\s,]+)", instruction.text)
+    return found[1] if instruction.opcode == "fusion" and found else ""
+
+
+def _sizes(result: str, *, in_memory: bool = False) -> list[int]:
+    """Bytes of the arrays of a result; with `in_memory` 0 for those in a core's own memories."""
+    return [
+        0
+        if in_memory and "S(" in layout
+        else math.prod(map(int, re.findall(r"\d+", shape))) * int(width or 8) // 8
+        for width, shape, layout in _ARRAY.findall(result)
+    ]
+
+
+def _traffic(instruction: Instruction, body: Body, bodies: dict[str, Body]) -> int:
+    """Bytes that one run of an instruction reads from memory and writes to it."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+        return 0
+    if opcode == "slice-start":  # ((operand), result, context)
+        return 2 * _sizes(instruction.result)[1]
+    written = _sizes(instruction.result, in_memory=True)
+    if opcode.endswith("-start"):  # Operand and result both stand in the result.
+        return sum(written)
+    read = [sum(_sizes(body[name].result, in_memory=True)) for name in instruction.operands]
+    if opcode == "dynamic-slice":
+        read = [min(read[0], sum(written))]
+    elif opcode == "dynamic-update-slice":
+        written, read = [], [2 * read[1]]
+    elif called := _called(instruction):
+        return _fusion_traffic(bodies[called], read, written)
+    return sum(read) + sum(written)
+
+
+def _fusion_traffic(body: Body, read: list[int], written: list[int]) -> int:
+    """Of an operand that is only cut from, the cut counts; of one updated in place, the update."""
+    total = 0
+    users = collections.defaultdict[str, list[Instruction]](list)
+    for instruction in body.values():
+        for operand in instruction.operands:
+            users[operand].append(instruction)
+
+    def cut(operand: str) -> int | float:
+        """Bytes that are read of an operand if it is only cut or updated in place, or infinity."""
+        total: int | float = 0
+        for user in users[operand]:
+            if user.opcode == "dynamic-slice":
+                total += sum(_sizes(user.result))
+            elif user.opcode in ("bitcast", "reshape", "copy"):
+                total += cut(user.name)
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != operand:
+                return math.inf
+        return total
+
+    for instruction in body.values():
+        if instruction.opcode == "parameter":
+            number = int(re.findall(r" parameter\((\d+)\)", instruction.text)[0])
+            total += int(min(read[number], cut(instruction.name)))
+    root = list(body.values())[-1]
+    roots = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    for result, size in zip(roots, written, strict=False):
+        while result.opcode in ("bitcast", "reshape", "copy"):
+            result = body[result.operands[0]]
+        if result.opcode == "dynamic-update-slice":
+            size = min(size, sum(_sizes(body[result.operands[1]].result)))
+        total += size
+    return total
+
+
+def _collective(
+    instruction: Instruction, runs: int, fusion: str
+) -> tuple[str, tuple[str, int, int, int]]:
+    """A collective's identity, and its kind, group size, runs and bytes."""
+    kind = instruction.opcode.removesuffix("-start")
+    sizes, group = _sizes(instruction.result), _group_size(instruction.text)
+    # A start's result holds the operand too.
+    size = max(sizes) if instruction.opcode.endswith("-start") else sum(sizes)
+    if kind == "reduce-scatter":
+        size *= group
+    channel = re.search(r"channel_id=(\d+)", instruction.text)
+    name = instruction.name
+    if fusion.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    elif fusion and channel:
+        name = channel[1]  # Spread over several fusions, of which the first starts it.
+    return name, (kind, group, runs, runs * size)
+
+
+def _group_size(text: str) -> int:
+    """Devices that take part: `{{0,1},{2,3}}`, `[2,2]<=[4]`, or axes `mesh['a'=2,...] {'a'}`."""
+    if listed := re.search(r"replica_groups={{([\d,]+)}", text):
+        return listed[1].count(",") + 1
+    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(tiled[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\].*? {([^}]*)}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return 2  # Of a permutation: pairs.
+
+
+def _together(found: Any) -> list[Collective]:
+    totals = collections.defaultdict[tuple[str, int], list[tuple[int, int]]](list)
+    for kind, group, runs, size in found:
+        totals[kind, group].append((runs, size))
+    together = [
+        Collective(kind, group, len(parts), *map(sum, zip(*parts, strict=True)))
+        for (kind, group), parts in totals.items()
+    ]
+    return sorted(together, key=lambda collective: -collective.bytes)

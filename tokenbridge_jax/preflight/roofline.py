@@ -1,0 +1,76 @@
+"""How long a program takes on a slice, from the figures of its generation.
+
+`ASSUMPTIONS` are printed with every estimate.
+"""
+
+import dataclasses
+import math
+
+from tokenbridge_jax.preflight.chips import Slice
+from tokenbridge_jax.preflight.hlo import Collective, Program
+
+ASSUMPTIONS = (
+    "instructions take the cycles that libtpu estimates, at the clock that the peak implies, one "
+    "after another",
+    "collectives send what a ring sends, over all links along the axes that their group spans; an "
+    "axis that is no ring has half; nothing hides them",
+    "input, checkpoints and restarts take no time",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of one run of a program on a device, by what they go to.
+
+    Attributes:
+      products: all products at the peak.
+      memory: all traffic at the memory's bandwidth.
+      network: all collectives.
+      instructions: libtpu's cycles.
+    """
+
+    products: float
+    memory: float
+    network: float
+    instructions: float
+
+    @property
+    def bound(self) -> float:
+        """The roofline: the slowest of the three, which hides the other two."""
+        return max(self.products, self.memory, self.network)
+
+    @property
+    def step(self) -> float:
+        """What to expect: instructions, then collectives."""
+        return max(self.instructions, self.products, self.memory) + self.network
+
+
+def estimate(program: Program, flops: int, peak: float, where: Slice) -> Estimate:
+    """The seconds of a program.
+
+    Args:
+      program: what a device does.
+      flops: of its products.
+      peak: FLOP/s of the device.
+      where: the slice.
+    """
+    figures = where.figures
+    return Estimate(
+        products=flops / peak,
+        memory=program.traffic / figures.hbm,
+        network=sum(
+            collective.sent / (figures.ici * links(collective, where))
+            for collective in program.collectives
+        ),
+        instructions=program.cycles / (peak / figures.cycle_flops),
+    )
+
+
+def links(collective: Collective, where: Slice) -> float:
+    """The share of a chip's links that a collective uses: its group lies along the longest axes."""
+    needed, share = math.ceil(collective.group / where.figures.devices), 0.0
+    for size in sorted(where.shape, reverse=True):
+        if needed > 1 or not share:
+            share += (1.0 if where.is_ring(size) else 0.5) / where.figures.dimensions
+        needed = math.ceil(needed / size)
+    return share

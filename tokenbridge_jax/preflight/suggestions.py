@@ -1,0 +1,69 @@
+"""The nearest settings that fit, found by compiling them.
+
+Settings change one after another, what costs least first, and stay changed:
+
+  mesh.fsdp            parameters, EMA and optimizer over more devices: gathers
+  model.remat=dots     attention and elementwise parts of the backbone computed twice
+  model.head_chunk     down to MIN_CHUNK positions: smaller products, more reductions
+  model.remat=full     the backbone's forward pass computed twice: a twelfth of all FLOPs at size L
+  training.accumulation  everything that is done once a step for the parameters, several times
+"""
+
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+MIN_CHUNK = 256
+MAX_FSDP = 64
+
+# What to change: `section.key` -> value.
+Changes = dict[str, int | str]
+
+
+def candidates(
+    config: ConfigDict, devices: int, excess: int, saved: Callable[[int], float]
+) -> Iterator[Changes]:
+    """Ever smaller settings, each with all the changes before it.
+
+    Args:
+      config: the settings that do not fit.
+      devices: of the mesh.
+      excess: bytes of a device that are too many.
+      saved: `mesh.fsdp` -> bytes of a device that it saves at most. The smallest size that can be
+        enough is tried; if none can, the largest, unless it would hardly help.
+    """
+    model, mesh, batch = config.model, config.mesh, config.training.batch_size
+    tensor = max(mesh.tensor, 1)
+    changes: Changes = {}
+    sizes = [
+        size
+        for size in (2**n for n in range(1, MAX_FSDP.bit_length()))
+        if size > mesh.fsdp > 0 and devices % (size * tensor) == 0
+    ]
+    enough = [size for size in sizes if saved(size) >= excess]
+    if sizes and (enough or saved(sizes[-1]) >= excess / 8):
+        changes = {"mesh.data": -1, "mesh.fsdp": (enough or sizes[::-1])[0]}
+        yield changes
+    if model.remat == "none":
+        changes = changes | {"model.remat": "dots"}
+        yield changes
+    chunk = model.head_chunk
+    while (chunk := chunk // 2) >= MIN_CHUNK:
+        changes = changes | {"model.head_chunk": chunk}
+        yield changes
+    if model.remat != "full":
+        changes = changes | {"model.remat": "full"}
+        yield changes
+    count = config.training.accumulation
+    while (count := 2 * count) and batch % (count * devices // tensor) == 0:
+        changes = changes | {"training.accumulation": count}
+        yield changes
+
+
+def with_changes(config: ConfigDict, changes: Changes) -> ConfigDict:
+    """A copy of a config with some values changed."""
+    changed = config.copy_and_resolve_references()
+    for name, value in changes.items():
+        section, key = name.split(".")
+        changed[section][key] = value
+    return changed

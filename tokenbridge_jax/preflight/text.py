@@ -1,0 +1,126 @@
+"""Reports as text: one for a reader, several as a table in Markdown.
+
+python -m tokenbridge_jax.preflight.text runs/preflight/TYPE_SIZE_*.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokenbridge_jax.preflight.chips import GIB
+
+Report = dict[str, Any]
+
+
+def as_text(report: Report) -> str:
+    """The report for a reader."""
+    memory, settings = report["memory"], report["settings"]
+    device = "chip" if report["chips"] == report["devices"] else "device (half a chip)"
+    lines = [
+        f"{report['what']} on {report['topology']}: {report['chips']} chips, "
+        f"{settings['batch'] / report['chips']:g} images a chip; {listed(settings)}",
+        f"compiled in {report['compile_seconds']} s: {report['program']}",
+        f"{'fits' if report['fits'] else 'DOES NOT FIT'}: {gib(memory['needed'])} of "
+        f"{gib(memory['available'])} a {device}",
+        *(
+            f"  {name:20} {gib(size)}"
+            for name, size in memory.items()
+            if name not in ("available", "needed")
+        ),
+    ]
+    if report["fits"]:
+        lines += _time_lines(report, device)
+    if "run" in report:
+        run = report["run"]
+        line = f"run: {run['steps']} steps for {run['images']} images ({run['whose_images']})"
+        if "days" in run:
+            line += f": {run['days']:.1f} days, {run['chip_hours']:,.0f} chip-hours"
+        lines.append(line)
+    if report.get("suggestion"):
+        lines += ["", f"These fit: {' '.join(report['suggestion']['flags'])}", ""]
+        lines.append(as_text(report["suggestion"]))
+    elif "suggestion" in report:
+        lines.append("No settings were found that fit: more chips, or a smaller batch")
+    return "\n".join(lines)
+
+
+def _time_lines(report: Report, device: str) -> list[str]:
+    done, seconds = report["a_device"], report["seconds"]
+    model, mean = report["model_flops"] / report["devices"] / 1e12, seconds["mean_over_this"]
+    return [
+        f"a {device} does",
+        f"  products             {done['product_flops'] / 1e12:.1f} TFLOP",
+        f"  memory traffic       {done['memory_traffic'] / 1e9:.1f} GB",
+        *(
+            f"  {one['kind']:20} {one['bytes'] / 1e9:.2f} GB in {one['runs']} runs of "
+            f"{one['count']} instructions among {one['group']}: sends {one['sent'] / 1e9:.2f} GB"
+            for one in done["collectives"]
+        ),
+        "seconds",
+        f"  products at peak     {seconds['products_at_peak']:.3f}",
+        f"  memory traffic       {seconds['memory_traffic']:.3f}",
+        f"  collectives          {seconds['collectives']:.3f}",
+        f"  instructions         {seconds['instructions']:.3f}  by libtpu's estimate",
+        f"  expected             {seconds['expected']:.3f}  with x {mean:.3f} for the mean program",
+        f"  at best              {seconds['at_best']:.3f}",
+        f"{report['images_per_second']:,.0f} images/s, {report['share_of_peak']:.1%} of peak "
+        f"(of a step's mathematics: {model:.1f} TFLOP on average)",
+        *(f"assumed: {assumption}" for assumption in report["assumptions"]),
+    ]
+
+
+def listed(settings: Report) -> str:
+    """Settings on one line."""
+    mesh = " ".join(f"{name}={size}" for name, size in settings["mesh"].items())
+    rest = ", ".join(f"{k} {v}" for k, v in settings.items() if k != "mesh")
+    return f"{rest}, mesh {mesh}"
+
+
+def gib(size: int | float) -> str:
+    """Bytes in GiB."""
+    return f"{size / GIB:.2f} GiB"
+
+
+COLUMNS = (
+    "type, size", "topology", "chips", "images a chip", "settings", "GiB of those a chip has",
+    "step, s", "share of peak", "chip-hours", "days",
+)  # fmt: skip
+
+
+def table(reports: dict[str, Report]) -> str:
+    """One row a report; its name stands in front."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(_row(name, r) for name, r in reports.items())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(name: str, report: Report) -> list[str]:
+    settings, memory, run = report["settings"], report["memory"], report["run"]
+    cores = report["devices"] // report["chips"]
+    needed, available = (cores * memory[key] / GIB for key in ("needed", "available"))
+    chosen = f"fsdp {settings['mesh']['fsdp']}, remat {settings['remat']}, "
+    chosen += f"head_chunk {settings['head_chunk']}"
+    if settings["accumulation"] > 1:
+        chosen += f", accumulation {settings['accumulation']}"
+    row = [name, report["topology"], str(report["chips"])]
+    row += [f"{settings['batch'] / report['chips']:g}", chosen, f"{needed:.1f} of {available:.1f}"]
+    if not report["fits"]:
+        return [*row, "does not fit", "", "", ""]
+    return [
+        *row,
+        f"{report['seconds']['expected']:.2f}",
+        f"{report['share_of_peak']:.0%}",
+        f"{run['chip_hours']:,.0f}",
+        f"{run['days']:.1f}",
+    ]
+
+
+if __name__ == "__main__":
+    print(
+        table(
+            {
+                " ".join(Path(path).stem.split("_")[:2]): json.loads(Path(path).read_text())
+                for path in sys.argv[1:]
+            }
+        )
+    )
