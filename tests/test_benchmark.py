@@ -17,7 +17,7 @@ from token_shards import write_tokens
 from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig
 from tokenbridge_jax.autoencoder import abstract_params as abstract_autoencoder
-from tokenbridge_jax.benchmark import profiles, programs, training
+from tokenbridge_jax.benchmark import profiles, programs, timing, training
 from tokenbridge_jax.benchmark.ceilings import measure_ceilings
 from tokenbridge_jax.benchmark.flops import decode_flops, encode_flops, sampling_flops
 from tokenbridge_jax.benchmark.measure import Case, Reporter
@@ -300,6 +300,14 @@ def test_short_calls_are_timed_in_runs():
     assert time_calls(lambda: call(0.02), 1).to_json()["repeats"] == 1
 
 
+@pytest.mark.parametrize(("enough", "expected"), [(0.0, 3), (0.09, 5), (9.0, 7)])
+def test_long_calls_are_timed_less_often_but_training_steps(monkeypatch, enough, expected):
+    monkeypatch.setattr(timing, "ENOUGH_SECONDS", enough)
+    monkeypatch.setattr(timing, "_run", lambda call, calls: 0.02)
+    assert len(time_calls(lambda: None, 7).repeats) == expected
+    assert len(time_calls(lambda: None, 7, overlapped=True).repeats) == 7
+
+
 def test_a_profile_names_modules_and_operations():
     """Six products in a loop; its own time is not counted again with theirs."""
     x = jax.random.normal(jax.random.key(0), (400, 400))
@@ -371,6 +379,9 @@ def test_profiles_of_accelerators():
         ["0.500", "8.33%", "0.5", "1000.0", "sm90_gemm", names["gemm.4"]],
         ["0.500", "8.33%", "0.5", "1000.0", "MemcpyD2D"],
     ]
+    # The copy and 1 ms of two kernels overlap others.
+    head = profiles.tabulate(profile_data("/device:GPU:0", gpu), 2, names).splitlines()[0]
+    assert head.startswith("6.000 ms a call in operations, 5.000 ms in which any of them ran;")
     tpu = {
         "XLA Modules": [("jit_step", 0, 99_000, "")],
         "XLA Ops": [

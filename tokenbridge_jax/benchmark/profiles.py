@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -55,12 +56,15 @@ def tabulate(data: jax.profiler.ProfileData, calls: int, names: Mapping[str, str
       names: instruction -> where in the code it comes from (`programs.source_names`).
 
     Returns:
-      Text. Time in an operation that others run within (a loop) is its own only.
+      Text. Time in an operation that others run within (a loop) is its own only. Where streams
+      (on a CPU: threads) run at once, operations add up to more than the time in which any ran.
     """
     places: dict[str, Row] = collections.defaultdict(Row)
     operations: dict[str, Row] = collections.defaultdict(Row)
-    for events in _device_lines(data):
-        for event, nanoseconds in events:
+    busy = 0.0
+    for lines in _devices(data):
+        busy += _covered([event for line in lines for event, _ in line])
+        for event, nanoseconds in itertools.chain.from_iterable(lines):
             name = event.name.split(" = ")[0].lstrip("%")  # A TPU's are whole lines of HLO.
             instruction = _instruction(event)
             # What runs inside a CUDA graph is known by its kernel's name only.
@@ -70,7 +74,10 @@ def tabulate(data: jax.profiler.ProfileData, calls: int, names: Mapping[str, str
     if not operations:
         return "the profiler saw no operation of a device\n"
     total = sum(row.nanoseconds for row in places.values())
-    head = f"{total / calls / 1e6:.3f} ms a call in operations, over all devices; {calls} calls\n"
+    head = (
+        f"{total / calls / 1e6:.3f} ms a call in operations, {busy / calls / 1e6:.3f} ms in which "
+        f"any of them ran; over all devices; {calls} calls\n"
+    )
     tables = _table("place", places, calls), _table("operation", operations, calls)
     return "\n".join([head, *tables])
 
@@ -95,21 +102,28 @@ def _place(source: str) -> str:
     return which + "/".join(modules) if modules else source
 
 
-def _device_lines(data: Any) -> Iterator[Iterator[tuple[Any, float]]]:
-    """Events with their nanoseconds: of every stream of a device; on a CPU, of every thread that
-    runs operations."""
+def _devices(data: Any) -> Iterator[list[list[tuple[Any, float]]]]:
+    """Of every device, the events of every stream with their nanoseconds; of a CPU, those of every
+    thread that runs operations."""
     planes = [plane for plane in data.planes if plane.name.startswith("/device:")]
     for plane in planes:
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                # Kernels of a GPU do not contain each other, even where their times overlap.
-                yield ((event, event.duration_ns) for event in line.events)
-            elif line.name == "XLA Ops":  # of a TPU
-                yield _own_time(list(line.events))
+        # Kernels of a GPU do not contain each other, even where their times overlap.
+        streams = [line for line in plane.lines if line.name.startswith("Stream")]
+        kernels = [[(event, event.duration_ns) for event in line.events] for line in streams]
+        operations = [line for line in plane.lines if line.name == "XLA Ops"]  # of a TPU
+        yield kernels + [_own_time(list(line.events)) for line in operations]
     if not planes:
-        for plane in data.planes:
-            for line in plane.lines:
-                yield _own_time([event for event in line.events if _instruction(event)])
+        lines = [line for plane in data.planes for line in plane.lines]
+        yield [_own_time([event for event in line.events if _instruction(event)]) for line in lines]
+
+
+def _covered(events: list[Any]) -> float:
+    """Nanoseconds in which at least one of the events goes on."""
+    total = reached = 0.0
+    for event in sorted(events, key=lambda event: event.start_ns):
+        total += max(0.0, _end(event) - max(reached, event.start_ns))
+        reached = max(reached, _end(event))
+    return total
 
 
 def _instruction(event: Any) -> str:
@@ -117,7 +131,7 @@ def _instruction(event: Any) -> str:
     return str(dict(event.stats).get("hlo_op", ""))
 
 
-def _own_time(events: list[Any]) -> Iterator[tuple[Any, float]]:
+def _own_time(events: list[Any]) -> list[tuple[Any, float]]:
     """Events of one line with their nanoseconds, less those of the events within them."""
     events = sorted(events, key=lambda event: (event.start_ns, -event.duration_ns))
     own = [event.duration_ns for event in events]
@@ -128,7 +142,7 @@ def _own_time(events: list[Any]) -> Iterator[tuple[Any, float]]:
         if around:
             own[around[-1]] -= event.duration_ns
         around.append(i)
-    yield from zip(events, own, strict=True)
+    return list(zip(events, own, strict=True))
 
 
 def _end(event: Any) -> float:

@@ -15,6 +15,10 @@ import jax
 SHORT_SECONDS = 5e-3
 RUN_SECONDS = 50e-3
 
+# Once the timings add up to this, FEWEST of them are enough: 256 sampling steps take a minute.
+ENOUGH_SECONDS = 30.0
+FEWEST = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -46,8 +50,10 @@ class Timing:
 def time_calls(call: Callable[[], Any], repeats: int, overlapped: bool = False) -> Timing:
     """Times `call` `repeats` times after a first call, waiting for the arrays it returns.
 
+    Calls of many seconds are timed less often: FEWEST times, or until ENOUGH_SECONDS have passed.
+
     `overlapped` starts every call before the one before it is waited for, as a training loop does:
-    the time between two results is then the device's, without the host's part.
+    the time between two results is then the device's, without the host's part. These are all timed.
     """
     first = _run(call, 1)
     if overlapped:
@@ -58,9 +64,11 @@ def time_calls(call: Callable[[], Any], repeats: int, overlapped: bool = False) 
     if min(seconds) < SHORT_SECONDS:
         calls = math.ceil(RUN_SECONDS / max(min(seconds), 1e-6))
         cpu_start, seconds = time.process_time(), []
-    while len(seconds) < repeats:
+    while len(seconds) < repeats and (
+        len(seconds) < FEWEST or calls * sum(seconds) < ENOUGH_SECONDS
+    ):
         seconds.append(_run(call, calls) / calls)
-    cpu = (time.process_time() - cpu_start) / (calls * repeats)
+    cpu = (time.process_time() - cpu_start) / (calls * len(seconds))
     return Timing(first, seconds, calls, cpu)
 
 

@@ -12,6 +12,8 @@
   loader       batches from shards
 
 Weights and data are random. `tokenbridge_jax/benchmark/measure.py` says what the fields mean.
+With JAX_COMPILATION_CACHE_DIR set to a folder, programs that an earlier call compiled are read from
+there: large ones take minutes to compile.
 Status 0 also when a case does not fit the memory: its line then has an `error`.
 """
 
