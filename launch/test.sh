@@ -11,4 +11,5 @@ bin=.venv-test/bin
 "$bin/ruff" check .
 "$bin/mypy"
 "$bin/shellcheck" launch/*.sh launch/slurm.sbatch .ci/run
-"$bin/python" -m pytest -n 2 --durations=15 "$@"
+# A file's tests share what is slow to make: they stay on one worker.
+"$bin/python" -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --durations=15 "$@"

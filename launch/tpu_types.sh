@@ -4,10 +4,10 @@
 
 # Type and size; fsdp, remat, head_chunk, accumulation.
 TPU_TABLE="
-v4-32         L  16 dots 1024 1
-v4-32         H  16 full 1024 1
+v4-32         L   8 dots 1024 1
+v4-32         H   8 full 1024 1
 v4-64         L   8 dots 1024 1
-v4-64         H  16 dots 1024 1
+v4-64         H   8 dots 1024 1
 v5litepod-64  L   8 dots  512 1
 v5litepod-64  H  16 dots  512 1
 v5litepod-256 L   8 none 1024 1

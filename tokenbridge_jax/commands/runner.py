@@ -177,8 +177,8 @@ def _complete(config: Any) -> Any:
     for section in ("training", "vae_training"):
         if "keep" in (values := config.get(section, {})):
             values.setdefault("keep_every", 0)
-    if "mesh" in config:
-        config["mesh"].setdefault("slices", -1)
+    if "data" in (mesh := config.get("mesh", {})):
+        mesh.setdefault("slices", -1)
     return config
 
 

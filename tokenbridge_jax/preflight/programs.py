@@ -191,7 +191,7 @@ def matmul_flops(jaxpr: Any) -> int:
             total += 2 * equation.outvars[0].aval.size * terms
         inner = list(jaxprs_in_params(params))
         if params.get("branches_platforms"):
-            inner = inner[-1:]  # What platforms run that have no branch of their own, like TPUs.
+            inner = inner[-1:]  # The default one; all do the same products.
         runs = params["length"] if name == "scan" else 1
         if name == "shard_map":  # Inside, shapes are those of one device.
             runs = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
