@@ -32,6 +32,7 @@ exec > >(tee -i -a "${LOG:-tokenbridge.log}") 2>&1
 # own (set -m), so that Ctrl-C reaches it once, from here: told twice, it would not save.
 set -m
 stop() {
+  trap '' TERM INT
   status=0
   kill -TERM "$child" 2>/dev/null || true
   wait "$child" || status=$?
@@ -51,5 +52,7 @@ while true; do
   esac
   [ "$crashes" -le 10 ] || exit "$status"
   echo "${0##*/}: status $status at $(date), crashes: $crashes; starting again"
-  sleep 15
+  sleep 15 &
+  child=$!
+  wait "$child" || true
 done

@@ -2,7 +2,7 @@
 # The table of launch/README.md: sizes L and H on every TPU type of launch/tpu_types.sh, compiled.
 #   bash launch/preflight_table.sh [TYPE/SIZE ...]     e.g. v5litepod-64/L; without any, all
 # Needs `pip install -e '.[tpu]'` and, for each row, some minutes of a core. Finished rows are kept
-# in runs/preflight, by settings: started again, it goes on. PYTHON names the interpreter.
+# in runs/preflight, by settings and committed code: started again, it goes on. PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/tpu_types.sh
@@ -10,6 +10,7 @@ source launch/tpu_types.sh
 
 python=${PYTHON:-python}
 cache=runs/preflight
+code=$(git rev-parse HEAD:tokenbridge_jax)
 mkdir -p "$cache"
 rows=("$@")
 [[ $# -gt 0 ]] || mapfile -t rows < <(awk 'NF { print $1 "/" $2 }' <<<"$TPU_TABLE")
@@ -18,14 +19,14 @@ done_rows=()
 for row in "${rows[@]}"; do
   type=${row%/*} size=${row#*/}
   tpu_settings "$type" "$size"
-  key=$(sha256sum <<<"$TOPOLOGY $size ${FLAGS[*]}" | cut -c1-12)
+  key=$(sha256sum <<<"$code $TOPOLOGY $size ${FLAGS[*]}" | cut -c1-12)
   file=$cache/${type}_${size}_$key.json
   if [[ ! -s $file ]]; then
     status=0
     "$python" -m tokenbridge_jax.commands.preflight --config "configs/imagenet256.py:size=$size" \
       --topology "$TOPOLOGY" "${FLAGS[@]}" --nosuggest --json >"$file.part" || status=$?
-    # 1: does not fit, which is a row too.
-    [[ $status -le 1 ]] || exit "$status"
+    # 3: does not fit, which is a row too.
+    [[ $status -eq 0 || $status -eq 3 ]] || exit "$status"
     mv "$file.part" "$file"
   fi
   done_rows+=("$file")

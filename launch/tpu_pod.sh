@@ -56,7 +56,7 @@ tar -xzf tokenbridge.tar.gz -C tokenbridge && cd tokenbridge && bash launch/setu
       --setenv=PYTHONUNBUFFERED=1 --property=LimitMEMLOCK=infinity
       --property=KillMode=mixed --property=TimeoutStopSec=600
       --property=Restart=on-failure --property=RestartSec=15 --property=RestartPreventExitStatus=2
-      --property=StartLimitIntervalSec=86400 --property=StartLimitBurst=10)
+      --property=StartLimitIntervalSec=86400 --property=StartLimitBurst=11)
     arguments=$(quoted "${1:-train}" --distributed --workdir="$WORKDIR" \
       --config="${CONFIG:-configs/imagenet256.py:size=$size}" "${FLAGS[@]}" "${@:2}")
     run "${tpus[@]}" ssh "${everywhere[@]}" --command="sudo systemd-run ${unit[*]} \

@@ -362,7 +362,7 @@ def test_the_job_set(checkout):
         )
     assert action_after(job_set, 2) == "FailJobSet"
     assert action_after(job_set, 75) == "RestartJobSetAndIgnoreMaxRestarts"
-    assert action_after(job_set, 76) == "RestartJobSetAndIgnoreMaxRestarts"
+    assert action_after(job_set, 76) == "RestartJobSet"
     assert action_after(job_set, None) == "RestartJobSetAndIgnoreMaxRestarts"
     assert action_after(job_set, 134) == "RestartJobSet"
     assert job_set["spec"]["failurePolicy"]["maxRestarts"] == 10
@@ -457,7 +457,7 @@ def test_a_host_told_to_stop_tells_the_process_once_and_ends(checkout, ctrl_c):
         ("gpu_host.sh", {"WORKDIR": "nowhere"}, "workdir nowhere does not exist"),
         ("slurm.sbatch", SLURM | {"WORKDIR": "nowhere"}, "workdir nowhere does not exist"),
         # The mesh of this slice does not fit the eight devices of the tests.
-        ("tpu_pod.sh", TPU | {"TYPE": "v4-32", "SIZE": "H"}, "fsdp=16 tensor=1 does not fit 8"),
+        ("tpu_pod.sh", TPU | {"TYPE": "v6e-64", "SIZE": "H", "WORKDIR": "nowhere"}, "fsdp=16"),
     ],
 )
 def test_tokenbridge_takes_the_flags(checkout, monkeypatch, capsys, script, variables, told):
@@ -473,7 +473,7 @@ def test_tokenbridge_takes_the_flags(checkout, monkeypatch, capsys, script, vari
 def test_skypilot_joins_the_hosts(checkout):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert task["envs"]["WORKDIR"] is None  # SkyPilot refuses to start without.
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 76]
     assert set(task) == {"name", "resources", "num_nodes", "workdir", "envs", "setup", "run"}
     checkout.stand_in(checkout.folder / "launch/run.sh", f"set -e\n{task['run']}")
     node = {"SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6", "SKYPILOT_NUM_NODES": "2"}

@@ -1,6 +1,8 @@
 """Shards of an object store: copied once and whole; what is wrong with them is named."""
 
 import errno
+import os
+import time
 from typing import ClassVar
 
 import fsspec
@@ -72,6 +74,16 @@ def test_only_what_is_not_there_is_copied(store, tmp_path):
     assert cut.read_bytes() == (tmp_path / "tokens" / cut.name).read_bytes()
 
 
+def test_leftovers_of_killed_copies_are_removed(store):
+    copy = local_copy(FOLDER)
+    for name, age in [("old", 7200), ("young", 60)]:
+        left = copy / f".{name}.tmp"
+        left.touch()
+        os.utime(left, (time.time() - age,) * 2)
+    local_copy(FOLDER)
+    assert [path.name for path in copy.glob(".*.tmp")] == [".young.tmp"]
+
+
 def test_other_shards_under_the_same_name_are_another_copy(store, tmp_path):
     first = local_copy(FOLDER)
     described = store.cat(f"{FOLDER}/dataset.json")
@@ -104,8 +116,15 @@ def test_what_cannot_be_copied_is_named(store, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError("no credentials")
 
-    monkeypatch.setattr(ObjectStore, "exists", refuse)
+    def interrupted(*_, **__):
+        raise ConnectionResetError("the network is down")
+
+    monkeypatch.setattr(ObjectStore, "_open", refuse)
     with pytest.raises(UserError, match="cannot read s3://bucket/run/tokens: no credentials"):
+        local_copy(FOLDER)
+    # No mistake of the user's: launch scripts may try again.
+    monkeypatch.setattr(ObjectStore, "_open", interrupted)
+    with pytest.raises(ConnectionResetError):
         local_copy(FOLDER)
 
 

@@ -1,5 +1,6 @@
 """The command runner in-process, with a command of the tests' own: statuses, messages, configs."""
 
+import importlib.util
 import sys
 import types
 
@@ -355,3 +356,15 @@ def test_every_command_has_help(capsys, name):
     out = capsys.readouterr().out
     assert "--workdir" in out
     assert len(out.splitlines()[0]) > 20
+
+
+@pytest.mark.parametrize(
+    ("store", "module", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")]
+)
+def test_an_object_store_that_cannot_be_read_is_named(
+    run, monkeypatch, config_file, store, module, extra
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, _, err = run(f"--config={config_file}", workdir=f"{store}://bucket/run")
+    assert status == 2
+    assert f"needs {module}: pip install 'tokenbridge_jax[{extra}]'" in err

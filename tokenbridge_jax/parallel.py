@@ -8,6 +8,7 @@ axis each name is split over. Mesh axes:
   tensor  attention heads and MLP units are split
 """
 
+import collections
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,13 @@ def make_mesh(
             f"a mesh of data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} "
             "devices; set --config.mesh.* so that the sizes multiply to that number"
         )
-    found = len({getattr(device, "slice_index", 0) for device in devices})
+    of_slice = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    found = len(of_slice)
+    if slices != 1 and len(set(of_slice.values())) > 1:
+        raise UserError(
+            f"the slices have different numbers of devices: {sorted(of_slice.values())}; use equal "
+            "ones, or set --config.mesh.slices=1 to lay the mesh over all devices alike"
+        )
     if slices not in (-1, 1, found):
         raise UserError(f"config.mesh.slices={slices}, but the devices are of {found} slices")
     if slices == -1:

@@ -6,6 +6,7 @@ and a process that then ends while its others still talk leaves its neighbours w
 
 A process that dies is missed after `HEARTBEAT_SECONDS` at most. The others then end with status
 `EXIT_LOST`; the line of the coordination service above their last one says which process it was.
+(A process of a job that aborts for any other reason ends likewise: the two cannot be told apart.)
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 import jax
@@ -50,7 +52,6 @@ def join(distributed_flag: bool, *, asks_for_signals: bool = False) -> None:
 
     Raises:
       UserError: there is no cluster to join.
-      SystemExit: with `EXIT_LOST`: the other processes do not come.
     """
     if not distributed_flag:
         return
@@ -62,16 +63,12 @@ def join(distributed_flag: bool, *, asks_for_signals: bool = False) -> None:
             process_id=_number("JAX_PROCESS_ID"),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"--distributed found no cluster to join ({reason}); on machines without a cluster "
             "manager set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        print(f"the other processes of the job did not come: {reason}", file=sys.stderr)
-        raise SystemExit(EXIT_LOST) from error
 
 
 def alone() -> bool:
@@ -106,14 +103,22 @@ def leave(status: int, patience: int = _FOREVER) -> int:
         return status
     sys.stdout.flush()
     sys.stderr.flush()
+    # The barrier itself has the patience of whoever came first.
+    alarm = threading.Timer(patience, _leave_alone, [job.process_id, status])
+    alarm.daemon = True
+    alarm.start()
     try:
-        job.client.wait_at_barrier("tokenbridge/leave", patience * 1000)
+        job.client.wait_at_barrier("tokenbridge/leave", _FOREVER * 1000)
         jax.distributed.shutdown()
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        print(f"process {job.process_id} leaves alone: {reason}", file=sys.stderr, flush=True)
-        if not reason.startswith("DEADLINE_EXCEEDED"):  # Not late, but gone.
-            _tell_lost()
+        print(str(error).partition("\n")[0], file=sys.stderr, flush=True)
+        _tell_lost()
+    os._exit(status)
+
+
+def _leave_alone(index: int, status: int) -> None:
+    text = f"process {index} ends; the others follow within {HEARTBEAT_SECONDS} s\n"
+    os.write(2, text.encode())
     os._exit(status)
 
 
@@ -137,8 +142,8 @@ def _tell_when_aborted() -> None:
 def _tell_lost() -> None:
     """The last words of this process."""
     text = (
-        f"process {distributed.global_state.process_id} ends: another process of this job is gone, "
-        "or did not come (above: which); start the job again, it goes on from where it last saved\n"
+        f"process {distributed.global_state.process_id} ends: another process of this job is gone "
+        "or did not come, most likely (see above); start the job again\n"
     )
     os.write(2, text.encode())
     os._exit(EXIT_LOST)

@@ -10,7 +10,7 @@ compiled again with settings that need less, until one fits.
 
 Topologies are GENERATION:SHAPE of v4, v5e, v5p, v6e and tpu7x, or the cloud's names, v5litepod-256.
 
-Status 0: fits. 1: does not fit. 2: a mistake.
+Status 0: fits. 3: does not fit. 2: a mistake.
 """
 
 import json
@@ -28,7 +28,7 @@ from tokenbridge_jax.training.loop import say
 
 NEEDS_WORKDIR = False
 
-EXIT_DOES_NOT_FIT = 1
+EXIT_DOES_NOT_FIT = 3
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:

@@ -9,6 +9,7 @@ behind its name, gets it as `main(args, word)`, and needs no workdir; neither do
 
 import contextlib
 import importlib
+import importlib.util
 import sys
 import traceback
 from collections.abc import Iterator
@@ -50,6 +51,9 @@ SECTIONS = (
     "sampling",
     "mesh",
 )
+
+# What reads them: a module and the extra that brings it.
+OBJECT_STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
 # The config of the last train-vae, tokenize or train in a workdir.
 CONFIG_FILE = "config.json"
@@ -151,13 +155,23 @@ def _define_flags(args: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _remembered_config(argv: list[str]) -> ConfigDict | None:
-    """The workdir's config, if there is one and no --config FILE takes its place."""
+    """The workdir's config, if there is one and no --config FILE takes its place.
+
+    Raises:
+      UserError: the workdir is in an object store that no installed package can read.
+    """
     given: dict[str, str | None] = {"workdir": None, "config": None}
     for name in given:
         for i, argument in enumerate(argv):
             key, equals, value = argument.lstrip("-").partition("=")
             if argument.startswith("-") and key == name:
                 given[name] = value if equals else next(iter(argv[i + 1 : i + 2]), None)
+    store, _, _ = (given["workdir"] or "").partition("://")
+    if store in OBJECT_STORES and importlib.util.find_spec(OBJECT_STORES[store][0]) is None:
+        module, extra = OBJECT_STORES[store]
+        raise UserError(
+            f"a --workdir in {store}:// needs {module}: pip install 'tokenbridge_jax[{extra}]'"
+        )
     if given["config"] or not given["workdir"]:
         return None
     path = epath.Path(given["workdir"]) / CONFIG_FILE

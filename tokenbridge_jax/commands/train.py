@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import make_loader, validation_batches
+from tokenbridge_jax.data.local_copy import local_copy
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig
@@ -145,13 +147,14 @@ def make_run(
 ) -> Run:
     """The training run: data, masks, hooks, and what identifies it."""
     section, seed = config.training, config.seed
+    tokens = local_copy(workdir / "tokens")
     masks = MaskSampler.from_config(config, model.positions)
     fields = flat_fields(config, ["seed", "model", "training"])
     fields["tokens_sha256"] = _tokens_digest(info)
     function = {f"model.{name}" for name in config.model if name not in _NOT_MODEL | _NOT_FUNCTION}
     hooks = []
     if "validation" in info.splits:
-        hooks.append(_validation_hook(config, workdir, info, model, masks, mesh))
+        hooks.append(_validation_hook(config, tokens, info, model, masks, mesh))
     if (workdir / "autoencoder" / "config.json").exists():
         hooks.append(_sample_hook(config, workdir, info, model, mesh))
     return Run(
@@ -163,7 +166,7 @@ def make_run(
         seed=seed,
         steps_per_epoch=info.splits["train"]["images"] // section.batch_size,
         batches=lambda start: make_loader(
-            workdir / "tokens",
+            tokens,
             section.batch_size,
             seed,
             start_step=start,
@@ -179,7 +182,7 @@ def make_run(
 
 def _validation_hook(
     config: ConfigDict,
-    workdir: epath.Path,
+    tokens: Path,
     info: DatasetInfo,
     model: TokenBridgeConfig,
     masks: MaskSampler,
@@ -194,7 +197,7 @@ def _validation_hook(
 
     def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
         rows = parallel.local_rows(mesh, batch_size)
-        batches = validation_batches(workdir / "tokens", batch_size, rows=rows)
+        batches = validation_batches(tokens, batch_size, rows=rows)
         return {"val_nll_bits_per_index": bits(validate(state.ema_params, batches))}
 
     return Hook(config.training.eval_every, run)

@@ -5,10 +5,13 @@ The copy lies in `$TOKENBRIDGE_CACHE` (default `~/.cache/tokenbridge`), in a fol
 content of `dataset.json`: other shards never take its place, and later runs find it.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,8 @@ from tokenbridge_jax.progress import Progress
 INFO_FILE = "dataset.json"
 # Shards copied at once: one connection does not fill a host's network.
 THREADS = 8
+# A temporary file that nobody has written to for so long belongs to a copy that was killed.
+LEFTOVER_SECONDS = 3600
 
 
 def local_copy(folder: str | os.PathLike[str]) -> Path:
@@ -33,29 +38,29 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
         also if that was killed; several processes may call this at once.
 
     Raises:
-      UserError: the object store cannot be read or holds no finished shards, a shard has not the
-        length that `dataset.json` says, or the disk is full.
+      UserError: the object store may not be read or holds no finished shards, a shard has not the
+        length that `dataset.json` says, or the disk is full. Whatever else an object store raises,
+        a fault of the network say, is passed on: trying again may help.
     """
     if "://" not in os.fspath(folder):
         return Path(folder)
     remote = epath.Path(folder)
     try:
-        if not (remote / INFO_FILE).exists():
-            raise UserError(
-                f"{remote} holds no finished token shards; run `tokenbridge tokenize` with a "
-                "--workdir of a file system and copy its `tokens` there"
-            )
         described = (remote / INFO_FILE).read_bytes()
-        splits = json.loads(described)["splits"].values()
-        shards = [shard for split in splits for shard in split["shards"]]
-        copy = _cache() / f"tokens-{hashlib.sha256(described).hexdigest()[:16]}"
-        missing = [shard for shard in shards if _size(copy / shard["file"]) != shard["bytes"]]
-        _copy(remote, copy, missing)
-    except UserError:
-        raise
-    except Exception as error:  # Object stores raise what their libraries raise.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read {remote}: {reason}") from error
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{remote} holds no finished token shards; run `tokenbridge tokenize` with a --workdir "
+            "of a file system and copy its `tokens` there"
+        ) from error
+    except (PermissionError, ImportError) as error:
+        raise UserError(f"cannot read {remote}: {error}") from error
+    splits = json.loads(described)["splits"].values()
+    shards = [shard for split in splits for shard in split["shards"]]
+    copy = _cache() / f"tokens-{hashlib.sha256(described).hexdigest()[:16]}"
+    _remove_leftovers(copy)
+    _copy(
+        remote, copy, [shard for shard in shards if _size(copy / shard["file"]) != shard["bytes"]]
+    )
     if _size(copy / INFO_FILE) != len(described):
         io.write_bytes(copy / INFO_FILE, described)
     return copy
@@ -63,6 +68,14 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
 
 def _cache() -> Path:
     return Path(os.environ.get("TOKENBRIDGE_CACHE") or Path.home() / ".cache" / "tokenbridge")
+
+
+def _remove_leftovers(copy: Path) -> None:
+    """Removes what killed copies have left; younger files may be those of another process."""
+    for temporary in copy.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - temporary.stat().st_mtime > LEFTOVER_SECONDS:
+                temporary.unlink()
 
 
 def _copy(remote: epath.Path, copy: Path, shards: list[dict[str, object]]) -> None:
@@ -90,7 +103,9 @@ def _copy_shard(remote: epath.Path, copy: Path, shard: dict[str, object]) -> Non
     except FileNotFoundError as error:
         raise UserError(f"token shard {source} is missing; copy it there again") from error
     except OSError as error:
-        raise io.write_error(target, error) from error
+        if error.errno == errno.ENOSPC:
+            raise io.write_error(target, error) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -41,6 +41,7 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 
 from tokenbridge_jax import io
 from tokenbridge_jax.autoencoder import AutoencoderConfig
@@ -241,12 +242,11 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     Raises:
       UserError: there is none, it is unfinished, or it cannot be read.
     """
-    folder = local_copy(folder)
-    path = folder / INFO_FILE
+    path = epath.Path(folder) / INFO_FILE
     if not path.exists():
         state = (
             "is not finished; run `tokenbridge tokenize` again, it goes on where it stopped"
-            if (folder / PARTIAL_INFO_FILE).exists()
+            if (path.parent / PARTIAL_INFO_FILE).exists()
             else "holds no token shards; run `tokenbridge tokenize` first"
         )
         raise UserError(f"{folder} {state}")
@@ -261,7 +261,7 @@ def read_begun_info(folder: str | os.PathLike[str]) -> DatasetInfo | None:
     return None
 
 
-def _read_info_file(path: Path) -> DatasetInfo:
+def _read_info_file(path: epath.PathLike) -> DatasetInfo:
     try:
         return DatasetInfo.from_json(io.read_json(path))
     except UserError as error:

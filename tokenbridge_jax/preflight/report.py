@@ -131,6 +131,7 @@ def suggest(config: ConfigDict, where: Slice, devices: list[Any], report: Report
         return state * (1 - report["settings"]["mesh"]["fsdp"] / fsdp)
 
     say(f"preflight: {gib(memory['needed'])} of {gib(memory['available'])}: does not fit")
+    config = with_changes(config, {f"mesh.{k}": n for k, n in report["settings"]["mesh"].items()})
     for changes in candidates(config, len(devices), excess, saved):
         try:
             found = check(with_changes(config, changes), where, devices)
