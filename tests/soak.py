@@ -25,12 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import conftest  # noqa: F401  (The settings of the tests.)
-import jax
 from absl import app, flags
 from jobs import start_job
-from token_shards import make_info, write_tokens
+from token_shards import TRAINING, write_workdir
 
-from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.processes import EXIT_LOST
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
@@ -44,42 +42,12 @@ HEARTBEAT_SECONDS = 10
 LIMIT_SECONDS = 300
 WHOLE_RUN_SECONDS = 3600
 
-CONFIG = {
-    "data.num_classes": 3,
-    "quantizer.levels": 16,
-    "quantizer.range": 5.0,
-    "model.encoder_width": 16,
-    "model.encoder_layers": 1,
-    "model.decoder_width": 16,
-    "model.decoder_layers": 1,
-    "model.head_width": 16,
-    "model.head_layers": 1,
+CONFIG = TRAINING | {
     "model.dropout": 0.1,
-    "training.batch_size": 16,
-    "training.warmup_steps": 2,
-    "training.log_every": 1,
     "training.eval_every": 7,
     "training.sample_every": 0,
     "training.keep": 2,
-    "sampling.num_iter": 2,
-    "sampling.guidance": 1.0,
-    "mesh.data": 2,
-    "mesh.fsdp": 2,
 }
-
-
-def write_workdir(workdir: Path) -> None:
-    """Random shards of three classes and the autoencoder they claim to come from."""
-    config = make_info().autoencoder
-    params = init_params(config, jax.random.key(0))
-    autoencoder_hash = save_autoencoder(workdir / "autoencoder", config, params)
-    (workdir / "tokens").mkdir()
-    write_tokens(
-        workdir / "tokens",
-        {"train": [20, 13], "validation": [11]},
-        autoencoder_hash=autoencoder_hash,
-        channel_order_rule="frequency, over 33 images",
-    )
 
 
 def start(workdir: Path, processes: int, log: Path, **config: object) -> list[subprocess.Popen]:

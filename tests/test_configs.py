@@ -70,9 +70,8 @@ def test_every_config_makes_everything_it_describes(name, arg):
     for section in ("vae_training", "training"):
         recipe = OptimizerConfig.from_section(config[section], 625, section)
         assert recipe.warmup_steps < recipe.total_steps
-    sampling = dict(config.sampling)
-    assert sampling.pop("batch_size") > 0
-    SamplingSettings(**sampling)
+    assert config.sampling.batch_size > 0
+    SamplingSettings.from_section(config.sampling)
 
 
 def test_the_paper_trains_for_800_epochs():

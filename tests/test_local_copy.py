@@ -132,7 +132,7 @@ def test_a_full_disk_is_named(store, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfileobj", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*array_record: the disk is full"):
         local_copy(FOLDER)
     assert not list((tmp_path / "cache").rglob("*.tmp"))

@@ -6,17 +6,13 @@ is added up follows from the mesh.
 
 import functools
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import pytest
+from jobs import start_job
 from test_step import assert_trees_close
 from tiny_model import random_batch, random_params, tiny, tree_error
 from toy import ToyTask, first_devices, toy_batch, toy_training
@@ -229,14 +225,12 @@ def test_the_step_after_a_restore_is_not_compiled_again(tmp_path):
 
 
 PROCESS = """
-import os, sys
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tokenbridge_jax import parallel
+from tokenbridge_jax import parallel, processes
 
-port, index = sys.argv[1:]
-jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+processes.join(True)
 whole = np.arange(24).reshape(8, 3)
 devices = jax.devices()
 for sizes, order in [((4, 1, 1), [0, 2, 1, 3]), ((1, 1, 4), range(4)), ((1, 2, 2), [2, 0, 1, 3])]:
@@ -244,29 +238,15 @@ for sizes, order in [((4, 1, 1), [0, 2, 1, 3]), ((1, 1, 4), range(4)), ((1, 2, 2
     rows = parallel.local_rows(mesh, len(whole))
     array = parallel.to_global({"x": whole[rows]}, mesh)["x"]
     assert (multihost_utils.process_allgather(array, tiled=True) == whole).all()
-    print(f"rows {rows.tolist()}", flush=True)
-jax.distributed.shutdown()  # Waits for the other.
-os._exit(0)
+    print(f"rows {rows.tolist()}")
+processes.leave(0)
 """
 
 
 def test_two_processes_put_together_the_batch():
     """Rows that alternate between processes, and rows that both hold: tensor crosses processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    repository = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": str(repository), "JAX_NUM_CPU_DEVICES": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, port, str(index)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    printed = [process.communicate(timeout=120)[0].splitlines() for process in processes]
+    job = start_job(["-c", PROCESS], [[], []], devices=2)
+    printed = [process.communicate(timeout=120)[0].splitlines() for process in job]
     rows = [[line[5:] for line in lines if line.startswith("rows ")] for lines in printed]
     everything = str(list(range(8)))
     assert rows == [

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
-from token_shards import make_info, write_tokens
+from token_shards import TRAINING, make_info, write_tokens, write_workdir
 
 from tokenbridge_jax import io, parallel
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
@@ -22,28 +22,12 @@ from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
 from tokenbridge_jax.training.metrics import read_metrics
 
 STEPS = 6
-FLAGS = {
-    "data.num_classes": 3,
-    "quantizer.levels": 16,
-    "quantizer.range": 5.0,
-    "model.encoder_width": 16,
-    "model.encoder_layers": 1,
-    "model.decoder_width": 16,
-    "model.decoder_layers": 1,
-    "model.head_width": 16,
-    "model.head_layers": 1,
-    "training.batch_size": 16,
+FLAGS = TRAINING | {
     "training.accumulation": 2,
     "training.steps": STEPS,
-    "training.warmup_steps": 2,
-    "training.log_every": 1,
     "training.checkpoint_every": 4,
     "training.eval_every": 3,
     "training.sample_every": STEPS,
-    "sampling.num_iter": 2,
-    "sampling.guidance": 1.0,
-    "mesh.data": 2,
-    "mesh.fsdp": 2,
     "mesh.tensor": 2,
 }
 
@@ -67,22 +51,6 @@ def programs(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
-
-
-def write_workdir(workdir):
-    """Random shards of three classes and the autoencoder they claim to come from."""
-    config = make_info().autoencoder
-    autoencoder_hash = save_autoencoder(
-        workdir / "autoencoder", config, init_params(config, jax.random.key(0))
-    )
-    (workdir / "tokens").mkdir(parents=True)
-    counts = {"train": [20, 13], "validation": [11]}
-    write_tokens(
-        workdir / "tokens",
-        counts,
-        autoencoder_hash=autoencoder_hash,
-        channel_order_rule="frequency, over 33 images",
-    )
 
 
 @pytest.fixture(scope="module")

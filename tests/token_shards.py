@@ -8,7 +8,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
+from tokenbridge_jax.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    init_params,
+    load_autoencoder,
+    save_autoencoder,
+)
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
@@ -32,6 +38,27 @@ SETTINGS = {
         "validation_fraction": 0.0, "decode_workers": 2, "dtype": "float32",
     },
 }  # fmt: skip
+
+
+# Flags of a training run on `write_workdir`.
+TRAINING = {
+    "data.num_classes": 3,
+    "quantizer.levels": 16,
+    "quantizer.range": 5.0,
+    "model.encoder_width": 16,
+    "model.encoder_layers": 1,
+    "model.decoder_width": 16,
+    "model.decoder_layers": 1,
+    "model.head_width": 16,
+    "model.head_layers": 1,
+    "training.batch_size": 16,
+    "training.warmup_steps": 2,
+    "training.log_every": 1,
+    "sampling.num_iter": 2,
+    "sampling.guidance": 1.0,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+}
 
 
 def make_info(*, levels: int = 16, flips: bool = False, samples: int = 1, **changes) -> DatasetInfo:
@@ -87,6 +114,20 @@ def write_tokens(folder: Path, counts: dict[str, list[int]], **settings) -> Data
     info = make_info(**settings, splits=splits)
     shards.write_info(folder, info)
     return info
+
+
+def write_workdir(workdir: Path) -> None:
+    """Random shards of three classes and the autoencoder they claim to come from."""
+    config = make_info().autoencoder
+    params = init_params(config, jax.random.key(0))
+    autoencoder_hash = save_autoencoder(workdir / "autoencoder", config, params)
+    (workdir / "tokens").mkdir(parents=True)
+    write_tokens(
+        workdir / "tokens",
+        {"train": [20, 13], "validation": [11]},
+        autoencoder_hash=autoencoder_hash,
+        channel_order_rule="frequency, over 33 images",
+    )
 
 
 def make_config(images: Path, **changes) -> ConfigDict:

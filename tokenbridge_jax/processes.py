@@ -104,7 +104,7 @@ def leave(status: int, patience: int = _FOREVER) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     # The barrier itself has the patience of whoever came first.
-    alarm = threading.Timer(patience, _leave_alone, [job.process_id, status])
+    alarm = threading.Timer(patience, _leave_alone, [status])
     alarm.daemon = True
     alarm.start()
     try:
@@ -116,10 +116,9 @@ def leave(status: int, patience: int = _FOREVER) -> int:
     os._exit(status)
 
 
-def _leave_alone(index: int, status: int) -> None:
-    text = f"process {index} ends; the others follow within {HEARTBEAT_SECONDS} s\n"
-    os.write(2, text.encode())
-    os._exit(status)
+def _leave_alone(status: int) -> None:
+    """Ends this process without the others."""
+    _end(status, f"ends; the others follow within {HEARTBEAT_SECONDS} s")
 
 
 def _number(name: str) -> int | None:
@@ -140,10 +139,15 @@ def _tell_when_aborted() -> None:
 
 
 def _tell_lost() -> None:
-    """The last words of this process."""
-    text = (
-        f"process {distributed.global_state.process_id} ends: another process of this job is gone "
-        "or did not come, most likely (see above); start the job again\n"
+    """Ends this process where another is gone."""
+    _end(
+        EXIT_LOST,
+        "ends: another process of this job is gone or did not come, most likely (see above); "
+        "start the job again",
     )
-    os.write(2, text.encode())
-    os._exit(EXIT_LOST)
+
+
+def _end(status: int, words: str) -> None:
+    """Ends this process at once, whatever its threads are in the middle of."""
+    os.write(2, f"process {distributed.global_state.process_id} {words}\n".encode())
+    os._exit(status)

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
+from ml_collections import ConfigDict
 
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
@@ -62,6 +63,12 @@ class SamplingSettings:
     guidance_schedule: str = "linear"
     temperature: float = 1.0
     guidance_interval: tuple[float, ...] = (0.0, 1.0)
+
+    @classmethod
+    def from_section(cls, section: ConfigDict, **changes: Any) -> "SamplingSettings":
+        """The settings of `config.sampling`, which also holds a batch size, with some changed."""
+        given = {name: value for name, value in section.items() if name != "batch_size"}
+        return cls(**given | changes)
 
     def __post_init__(self) -> None:
         if self.num_iter < 1:

@@ -41,9 +41,7 @@ def sample_cases(
     """
     inputs.check_batches(batches, mesh)
     model = inputs.make_model(config)
-    given = {name: value for name, value in config.sampling.items() if name != "batch_size"}
-    if guidance is not None:
-        given["guidance"] = guidance
+    changes = {} if guidance is None else {"guidance": guidance}
     make_params = functools.cache(lambda: inputs.random_params(model, mesh))
 
     def case(batch: int, settings: SamplingSettings) -> Case:
@@ -68,7 +66,8 @@ def sample_cases(
             devices=mesh.size,
         )
 
-    chosen = [SamplingSettings(**given | {"num_iter": count}) for count in steps]
+    section = config.sampling
+    chosen = [SamplingSettings.from_section(section, num_iter=n, **changes) for n in steps]
     return [case(batch, settings) for batch, settings in itertools.product(batches, chosen)]
 
 

@@ -9,9 +9,8 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,10 +210,7 @@ def _sample_hook(
     mesh: Mesh,
 ) -> Hook:
     """A grid of images sampled with the EMA, always of the same classes and seed."""
-    sampling: Mapping[str, Any] = dict(config.sampling)
-    settings = SamplingSettings(
-        **{name: value for name, value in sampling.items() if name != "batch_size"}
-    )
+    settings = SamplingSettings.from_section(config.sampling)
     autoencoder, params = load_autoencoder(workdir / "autoencoder")
     local_mesh = parallel.make_mesh(devices=jax.local_devices())
     codec = Codec(autoencoder, params, model.quantizer, local_mesh, jnp.dtype(model.dtype))
@@ -230,7 +226,7 @@ def _sample_hook(
             settings,
             mesh,
             seed=config.seed,
-            batch_size=sampling["batch_size"],
+            batch_size=config.sampling.batch_size,
         )
         if jax.process_index() == 0:
             picture = pictures.grid(np.asarray(codec.decode(indices)), columns=10)

@@ -6,13 +6,10 @@ content of `dataset.json`: other shards never take its place, and later runs fin
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import shutil
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,26 +85,16 @@ def _copy(remote: epath.Path, copy: Path, shards: list[dict[str, object]]) -> No
 
 
 def _copy_shard(remote: epath.Path, copy: Path, shard: dict[str, object]) -> None:
-    source, target = remote / str(shard["file"]), copy / str(shard["file"])
-    temporary = copy / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    source = remote / str(shard["file"])
     try:
-        copy.mkdir(parents=True, exist_ok=True)
-        with source.open("rb") as reader, temporary.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 22)
-        if _size(temporary) != shard["bytes"]:
-            raise UserError(
-                f"token shard {source} has {_size(temporary)} bytes, not {shard['bytes']}; copy it "
-                "there again"
-            )
-        temporary.replace(target)
+        data = source.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"token shard {source} is missing; copy it there again") from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise io.write_error(target, error) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    if len(data) != shard["bytes"]:
+        raise UserError(
+            f"token shard {source} has {len(data)} bytes, not {shard['bytes']}; copy it there again"
+        )
+    io.write_bytes(copy / source.name, data)
 
 
 def _size(path: Path) -> int | None:

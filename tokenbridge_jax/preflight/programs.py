@@ -128,7 +128,7 @@ def sampling_work(config: ConfigDict, mesh: Mesh) -> Work:
       UserError: a value makes no sense, or the batch does not divide over the mesh.
     """
     model, batch = make_model(config), config.sampling.batch_size
-    settings = SamplingSettings(**{k: v for k, v in config.sampling.items() if k != "batch_size"})
+    settings = SamplingSettings.from_section(config.sampling)
     check_batches([batch], mesh)
     params = abstract_sharded_params(model, mesh)
 
