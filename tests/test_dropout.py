@@ -4,16 +4,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import special, stats
+from scipy import stats
 
 from tokenbridge_jax import parallel
-from tokenbridge_jax.dropout import dropout, gelu_dropout, keep, keep_elements, seed_words
+from tokenbridge_jax.dropout import (
+    PAIR_STRIDE,
+    dropout,
+    keep,
+    keep_elements,
+    keep_pair,
+    keep_units,
+    pair_rate,
+    seed_words,
+)
 
 GROUP = 8
 GROUPS = 2**15
 SEED = seed_words(jax.random.key(7))
 
 _keep = jax.jit(keep, static_argnums=3)
+_keep_pair = jax.jit(keep_pair, static_argnums=3)
 
 
 def assert_independent(kept: np.ndarray, rate: float) -> None:
@@ -101,6 +111,63 @@ def test_a_seed_is_two_words_of_the_key():
     assert seed_words(jax.random.key(5, impl="rbg")).tolist() == words[np.array([0, 3])].tolist()
 
 
+# --- Two decisions from one hash ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.1, 0.5, 0.9])
+def test_partners_have_the_same_rate_and_are_independent(rate: float):
+    """Covariance of partners, and all patterns of four neighbours and their partners."""
+    rate, count = pair_rate(rate), 2**20
+    numbers = jnp.arange(count, dtype=jnp.uint32).reshape(-1, 4)
+    for key in jax.random.split(jax.random.key(0), 4):
+        first, second = map(np.asarray, _keep_pair(*seed_words(key), numbers, rate))
+        variance = rate * (1 - rate)
+        for kept in (first, second):
+            assert abs(kept.mean() - (1 - rate)) <= 5 * np.sqrt(variance / count)
+        covariance = np.mean((first - 1 + rate) * (second - 1 + rate))
+        assert abs(covariance) <= 5 * variance / np.sqrt(count)
+        assert_independent(np.concatenate([first, second], axis=1), rate)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_neighbours_of_partners_are_independent(rate: float):
+    """As for whole words, of which the first decision takes the high bits."""
+    rate = pair_rate(rate)
+    for stride in (*(2**bit for bit in range(21)), 1024 * 3, 5120):
+        numbers = counters(stride, seed=stride)
+        first, second = _keep_pair(*SEED, numbers, rate)
+        np.testing.assert_array_equal(first, _keep(*SEED, numbers, rate))
+        assert_independent(second, rate)
+
+
+@pytest.mark.parametrize("words", [(0,), (1,), (0, 1)])
+def test_either_word_of_the_seed_gives_partners_another_mask(words: tuple[int, ...]):
+    rng, rate = np.random.default_rng(3), pair_rate(0.1)
+    seeds = np.tile(rng.integers(2**32, size=2, dtype=np.uint32), (GROUP // 2, 1))
+    for word in words:
+        seeds[:, word] = rng.integers(2**32, size=len(seeds), dtype=np.uint32)
+    masks = [_keep_pair(*jnp.asarray(seed), counters()[:, 0], rate) for seed in seeds]
+    assert_independent(np.concatenate(masks).T, rate)
+
+
+@pytest.mark.parametrize("width", [20, PAIR_STRIDE, 3 * PAIR_STRIDE - 7, 4 * PAIR_STRIDE])
+def test_units_share_the_hash_of_the_unit_a_stride_before(width: int):
+    shape = (2, 3, width)
+    row, column = np.divmod(np.arange(6 * width), width)
+    second = column // PAIR_STRIDE % 2 == 1
+    numbers = row * width + column - np.where(second, PAIR_STRIDE, 0)
+    decisions = np.asarray(keep_pair(*SEED, jnp.asarray(numbers, jnp.uint32), 0.3))
+    expected = np.where(second, decisions[1], decisions[0]).reshape(shape)
+    np.testing.assert_array_equal(keep_units(SEED, shape, 0.3), expected)
+
+
+@pytest.mark.parametrize(
+    ("rate", "exact"), [(0.0, 0), (1e-6, 0), (0.1, 6554), (0.5, 2**15), (1 - 1e-6, 2**16 - 1)]
+)
+def test_rates_of_pairs_are_multiples_of_two_to_the_minus_16(rate: float, exact: int):
+    assert pair_rate(rate) == exact / 2**16 == pair_rate(pair_rate(rate))
+
+
 # --- Dropout --------------------------------------------------------------------------------------
 
 
@@ -146,7 +213,7 @@ def test_what_is_dropped_does_not_depend_on_the_devices():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 16)), jnp.float32)
 
     def run(x):
-        y, backward = jax.vjp(lambda x: gelu_dropout(dropout(x, SEED, 0.3), SEED, 0.2), x)
+        y, backward = jax.vjp(lambda x: dropout(x, SEED, 0.3), x)
         return y, backward(y)[0]
 
     expected = jax.jit(run)(x)
@@ -158,48 +225,3 @@ def test_what_is_dropped_does_not_depend_on_the_devices():
     for mine, other in zip(actual, expected, strict=True):
         assert {shard.data.shape for shard in mine.addressable_shards} == {(2, 6, 8)}
         np.testing.assert_allclose(mine, other, rtol=1e-6, atol=1e-7)
-
-
-# --- GELU and dropout -----------------------------------------------------------------------------
-
-
-def test_gelu_and_its_gradient_are_exact():
-    x = jnp.linspace(-12, 12, 10_001)
-    y, backward = jax.vjp(lambda x: gelu_dropout(x, SEED, 0.0), x)
-    exact = np.asarray(x, np.float64)
-    np.testing.assert_allclose(y, exact * special.ndtr(exact), rtol=3e-7, atol=1e-6)
-    slope = special.ndtr(exact) + exact * stats.norm.pdf(exact)
-    np.testing.assert_allclose(backward(jnp.ones_like(x))[0], slope, rtol=3e-7, atol=1e-6)
-
-
-def test_gelu_dropout_is_one_after_the_other():
-    x, d_y = (
-        3 * jnp.asarray(np.random.default_rng(i).normal(size=(50, 60)), jnp.float32)
-        for i in range(2)
-    )
-
-    def plain(x):
-        kept = keep_elements(SEED, x.shape, 0.3)
-        return jnp.where(kept, jax.nn.gelu(x, approximate=False) / 0.7, 0)
-
-    y, backward = jax.vjp(lambda x: gelu_dropout(x, SEED, 0.3), x)
-    expected, plain_backward = jax.vjp(plain, x)
-    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(backward(d_y)[0], plain_backward(d_y)[0], rtol=1e-6, atol=3e-6)
-    # Nothing is kept for it but x and the seed.
-    assert sorted(leaf.shape for leaf in jax.tree.leaves(backward)) == [(2,), x.shape]
-
-
-def test_gelu_dropout_of_bfloat16_rounds_once():
-    x, d_y = (
-        jnp.asarray(np.random.default_rng(i).normal(size=1000), jnp.bfloat16) for i in range(2)
-    )
-
-    def run(x, d_y):
-        y, backward = jax.vjp(lambda x: gelu_dropout(x, SEED, 0.3), x)
-        return y, backward(d_y)[0]
-
-    wide = run(x.astype(jnp.float32), d_y.astype(jnp.float32))
-    for rounded, exact in zip(run(x, d_y), wide, strict=True):
-        assert rounded.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))

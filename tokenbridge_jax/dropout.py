@@ -3,7 +3,8 @@
 Whether element i is kept is a hash of i and of a random key, computed where it is needed: inside
 the fused kernel that reads the element, in the forward pass and again in the backward pass. No
 random bits and no mask are stored, and since i is the element's place in the whole array, the same
-array is treated the same on any number of devices. Elements 2^32 apart share their draw.
+array is treated the same on any number of devices. Elements 2^32 apart share their draw. In the
+widest arrays, the MLP's units, two elements share a hash and take half of its bits each.
 
 (Threefry, JAX's default generator, takes about ten times the operations, which is more than the
 products it would stand between leave room for.)
@@ -11,12 +12,14 @@ products it would stand between leave room for.)
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, UInt32
+
+# Columns between two units that share a hash: what a kernel holds of a row, twice.
+PAIR_STRIDE = 512
 
 
 def seed_words(key: Key[Array, ""]) -> UInt32[Array, "2"]:
@@ -38,11 +41,52 @@ def keep(
       counter: the elements' numbers.
       rate: the probability of not being kept, to a multiple of 2^-32.
     """
+    return _hash(first, second, counter) >= np.uint32(round(rate * 2**32))
+
+
+def keep_pair(
+    first: UInt32[Array, ""], second: UInt32[Array, ""], counter: UInt32[Array, "..."], rate: float
+) -> tuple[Bool[Array, "..."], Bool[Array, "..."]]:
+    """Two independent decisions of 16 bits from one hash; the first is `keep`'s.
+
+    Args:
+      first: a word of the seed.
+      second: another.
+      counter: the pairs' numbers.
+      rate: the probability of not being kept, made a multiple of 2^-16 by `pair_rate`.
+    """
+    word = _hash(first, second, counter)
+    threshold = np.uint32(pair_rate(rate) * 2**32)
+    # The last product has mixed the low bits least: they decide together with the high ones.
+    return word >= threshold, word ^ (word << 16) >= threshold
+
+
+def pair_rate(rate: float) -> float:
+    """The multiple of 2^-16, below 1, that `keep_pair` takes for `rate`: 6554 / 65536 for 0.1."""
+    return min(round(rate * 2**16), 2**16 - 1) / 2**16
+
+
+def _hash(
+    first: UInt32[Array, ""], second: UInt32[Array, ""], counter: UInt32[Array, "..."]
+) -> UInt32[Array, "..."]:
     x = counter * np.uint32(0x9E3779B1) + first
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D) + second
-    # The comparison looks at the high bits, which the last product has mixed best.
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x >= np.uint32(round(rate * 2**32))
+    # Comparisons look at the high bits, which the last product has mixed best.
+    return (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+
+
+def keep_units(
+    seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float
+) -> Bool[Array, "... F"]:
+    """`keep_pair` for all elements of an array, numbered in row-major order.
+
+    Partners are PAIR_STRIDE columns apart, and the first one's number is the pair's.
+    """
+    counter = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    to_partner = column & np.uint32(PAIR_STRIDE)
+    kept, kept_partner = keep_pair(seed[0], seed[1], counter - to_partner, rate)
+    return jnp.where(to_partner == 0, kept, kept_partner)
 
 
 def keep_elements(
@@ -67,30 +111,4 @@ def dropout(x: Float[Array, "..."], seed: UInt32[Array, "2"], rate: float) -> Fl
 dropout.defvjp(
     lambda x, seed, rate: (dropout(x, seed, rate), seed),
     lambda rate, seed, d_y: (dropout(d_y, seed, rate), None),
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gelu_dropout(
-    x: Float[Array, "..."], seed: UInt32[Array, "2"], rate: float
-) -> Float[Array, "..."]:
-    """Exact GELU, x Phi(x), in float32, then dropout. The backward pass keeps nothing but x."""
-    wide = x.astype(jnp.float32)
-    return dropout(wide * _normal_cdf(wide), seed, rate).astype(x.dtype)
-
-
-def _gelu_dropout_gradient(rate: float, residuals: Any, d_y: jax.Array) -> tuple[jax.Array, None]:
-    x, seed = residuals
-    wide = x.astype(jnp.float32)
-    density = jnp.exp(-0.5 * wide * wide) * np.float32((2 * math.pi) ** -0.5)
-    slope = _normal_cdf(wide) + wide * density
-    return dropout(slope * d_y.astype(jnp.float32), seed, rate).astype(x.dtype), None
-
-
-def _normal_cdf(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return 0.5 * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))
-
-
-gelu_dropout.defvjp(
-    lambda x, seed, rate: (gelu_dropout(x, seed, rate), (x, seed)), _gelu_dropout_gradient
 )

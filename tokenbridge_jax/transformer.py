@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tokenbridge_jax.dropout import dropout, gelu_dropout, seed_words
+from tokenbridge_jax.dropout import dropout, seed_words
 from tokenbridge_jax.kernels.attention import attention, plain_attention, split_heads
 from tokenbridge_jax.kernels.cached_attention import cached_attention
 from tokenbridge_jax.kernels.channel_attention import channel_attention
 from tokenbridge_jax.kernels.common import NORM_EPSILON
+from tokenbridge_jax.kernels.gelu import gelu_dropout
 from tokenbridge_jax.parallel import named_axes
 
 # What the backward pass keeps of a block's forward pass; the rest it computes again. `None` keeps
@@ -208,8 +209,28 @@ class NormWeights(nn.Module):
         return scale, self.param("bias", nn.initializers.zeros, (width,))
 
 
+class Units(nn.Module):
+    """The MLP's first product and its bias, not yet added."""
+
+    units: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "N T D"]
+    ) -> tuple[Float[Array, "N T F"], Float[Array, " F"]]:
+        kernel_init = named_axes(xavier, "embed", "mlp")
+        bias_init = named_axes(nn.initializers.zeros, "mlp")
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.units))
+        bias = self.param("bias", bias_init, (self.units,))
+        return x.astype(self.dtype) @ kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
 class Mlp(nn.Module):
-    """Linear to 4D, exact GELU, linear back."""
+    """Linear to 4D, exact GELU, linear back, with dropout after GELU and at the end.
+
+    GELU's has the multiple of 2^-16 nearest to the rate; see `dropout.pair_rate`.
+    """
 
     dropout: float = 0.0
     dtype: Any = jnp.float32
@@ -217,14 +238,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
         width = x.shape[-1]
-        x = nn.Dense(
-            4 * width,
-            dtype=self.dtype,
-            kernel_init=named_axes(xavier, "embed", "mlp"),
-            bias_init=named_axes(nn.initializers.zeros, "mlp"),
-            name="fc1",
-        )(x)
-        x = gelu_dropout(x, *dropout_seed(self, self.dropout))
+        x, bias = Units(4 * width, self.dtype, name="fc1")(x)
+        x = gelu_dropout(x, bias, *dropout_seed(self, self.dropout))
         x = nn.Dense(
             width,
             dtype=self.dtype,

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, UInt32
 from tokenbridge_jax.dropout import keep
 from tokenbridge_jax.kernels.attention import normed_heads, plain_attention
 from tokenbridge_jax.kernels.common import (
+    LOG2_E,
     MASKED,
     NORM_EPSILON,
     by_platform,
@@ -223,10 +224,10 @@ class _Tile:
         row = jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), 0)
         column = jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), 1)
         seen = (row // length == column // length) & (column <= row)
-        scores = product(self.q, self.k, transpose_b=True) * self.width**-0.5
+        scores = product(self.q, self.k, transpose_b=True) * (self.width**-0.5 * LOG2_E)
         scores = jnp.where(seen, scores, MASKED)
-        weights = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
-        self.weights = weights / jnp.sum(weights, axis=1, keepdims=True)
+        weights = jnp.exp2(scores - jnp.max(scores, axis=1, keepdims=True))
+        self.weights = weights * (1 / jnp.sum(weights, axis=1, keepdims=True))
 
         sequence = (self.tile * TILE + row) // length + seed_ref[2].astype(jnp.int32)
         sequence = sequence * total_heads + self.head + seed_ref[3].astype(jnp.int32)
@@ -239,7 +240,7 @@ class _Tile:
 
     def drop(self, x: jax.Array) -> jax.Array:
         """Dropout of an array over the tile, the same for weights and for their gradients."""
-        return jnp.where(self._kept, x / (1 - self._dropout), 0.0)
+        return jnp.where(self._kept, x * (1 / (1 - self._dropout)), 0.0)
 
     def load(self, ref: Any, part: int = 0) -> jax.Array:
         return pl_triton.load(ref.at[self._place(part)], mask=self._inside, other=0.0)

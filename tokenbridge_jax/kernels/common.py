@@ -1,5 +1,6 @@
 """What the GPU kernels share."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +15,21 @@ from tokenbridge_jax.parallel import RULES, axis_size
 
 NORM_EPSILON = 1e-6
 
+# Kernels compute exp(x) as 2^(x LOG2_E): GPUs have an instruction for powers of two only.
+LOG2_E = math.log2(math.e)
+
 # Below the log of any weight that counts, and far from float32's own limit.
 MASKED = -1e30
 
 
-def gpu_call(kernel: Callable[..., None], *, warps: int, interpret: bool, **arguments: Any) -> Any:
-    """`pl.pallas_call` through Triton; `interpret` runs the kernel's Python on any platform."""
-    parameters = pl_triton.CompilerParams(num_warps=warps, num_stages=2)
+def gpu_call(
+    kernel: Callable[..., None], *, warps: int, stages: int = 2, interpret: bool, **arguments: Any
+) -> Any:
+    """`pl.pallas_call` through Triton; `interpret` runs the kernel's Python on any platform.
+
+    `warps` work on a program, whose loops load `stages` - 1 steps ahead.
+    """
+    parameters = pl_triton.CompilerParams(num_warps=warps, num_stages=stages)
     return pl.pallas_call(
         kernel, interpret=interpret, compiler_params=None if interpret else parameters, **arguments
     )
@@ -75,20 +84,21 @@ def on_shards(
     outputs: Any,
     seed: UInt32[Array, "2"],
     *arrays: jax.Array,
+    numbered: tuple[str, str] = ("batch", "heads"),
 ) -> Any:
     """Runs `function(seed, *arrays)` on each device's part of the arrays.
 
     The compiler cannot divide a kernel as it divides other operations: without this every device
-    would be given whole arrays. To the seed are added the numbers of the first "batch" row and of
-    the first of the "heads" that a device holds, so that random draws can be numbered as if there
-    were one device.
+    would be given whole arrays. To the seed are added where a device's part begins along the two
+    `numbered` axes, so that random draws can be numbered as if there were one device.
 
     Args:
-      function: works on any part of the batch and of the heads.
+      function: works on any part of the axes that are divided.
       inputs: the logical axes (see `parallel.RULES`) of every array. Axes of size 1 are copied.
       outputs: the logical axes of the result, or of every result.
       seed: words of a random key.
       arrays: the inputs.
+      numbered: the logical axes whose places are added to the seed.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -119,7 +129,7 @@ def on_shards(
             jax.lax.axis_index(divided[name]) * (sizes[name] // axis_size(mesh, divided[name]))
             if name in divided
             else jnp.int32(0)
-            for name in ("batch", "heads")
+            for name in numbered
         ]
         return function(jnp.append(seed, jnp.stack(first).astype(jnp.uint32)), *parts)
 
