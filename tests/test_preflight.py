@@ -318,8 +318,11 @@ def test_what_fits_and_what_does_not():
     assert too_large.needed == pytest.approx(16 * 2**30, rel=1e-3)
 
 
+CRASH = {"fits": False, "crashed": "libtpu died of SIGSEGV"}
+
+
 @needs_libtpu
-def test_what_is_suggested_fits(monkeypatch):
+def test_what_is_suggested_fits(monkeypatch, capsys):
     where = chips.parse_slice("v5e:2x2")
     devices = chips.slice_devices(where)
 
@@ -328,12 +331,18 @@ def test_what_is_suggested_fits(monkeypatch):
         rows = 10 * 2**10 + 4 * 2**10 // mesh.shape["fsdp"] + 8 * config.model.head_chunk
         return toy_work(mesh, lambda x: jnp.sum(x), (4, rows, 2**18))
 
+    def check_here(config, where):
+        crashes = config.model.remat == "dots" and config.model.head_chunk == 2048
+        return CRASH if crashes else reports.check(config, where, devices)
+
     monkeypatch.setattr(reports, "training_work", work_of)
+    monkeypatch.setattr(reports, "check_apart", check_here)
     config = big_config()
     config.model.head_chunk = 2048
     report = reports.check(config, where, devices)
     assert not report["fits"]
-    found = reports.suggest(config, where, devices, report)
+    found = reports.suggest(config, where, report)
+    assert capsys.readouterr().err.count(CRASH["crashed"]) == 1
     assert found["flags"][-1] == "--config.model.head_chunk=256"
     changes = dict(flag.removeprefix("--config.").split("=") for flag in found["flags"])
     changes = {k: int(v) if v.lstrip("-").isdigit() else v for k, v in changes.items()}

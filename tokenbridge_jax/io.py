@@ -1,15 +1,24 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and the lock of a workdir."""
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import socket
+import sys
+import time
 import uuid
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
 
 from etils import epath
 
 from tokenbridge_jax.errors import UserError
+
+# A process that is killed may take as long to give back its memory, and then its locks.
+LOCK_SECONDS = 5
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
@@ -64,3 +73,52 @@ def read_json(path: epath.PathLike) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); it may be damaged") from error
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.PathLike) -> Iterator[None]:
+    """Keeps other runs out of a workdir; the kernel frees it when this process ends, however.
+
+    Object stores have no such locks; nor have some network file systems, where a line says so.
+
+    Raises:
+      UserError: another process has it; the message says which.
+    """
+    if "://" in str(workdir):
+        yield
+        return
+    path = Path(workdir) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)
+    except OSError as error:
+        raise write_error(path, error) from error
+    with file:
+        try:
+            if not _acquired(file):
+                file.seek(0)
+                holder = file.read().decode().strip() or "another process"
+                raise UserError(
+                    f"{workdir} is in use by {holder}; stop that one or use another --workdir"
+                )
+        except OSError as error:
+            reason = error.strerror or error
+            print(f"{path} cannot be locked ({reason}): start no other run here", file=sys.stderr)
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        with contextlib.suppress(OSError):  # On a full disk the lock holds, without a name.
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
+        yield
+
+
+def _acquired(file: IO[bytes]) -> bool:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            # A lock of `flock` would live on in children of the process.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)

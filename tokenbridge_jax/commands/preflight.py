@@ -10,7 +10,8 @@ compiled again with settings that need less, until one fits.
 
 Topologies are GENERATION:SHAPE of v4, v5e, v5p, v6e and tpu7x, or the cloud's names, v5litepod-256.
 
-Status 0: fits. 3: does not fit. 2: a mistake.
+Status 0: fits. 3: does not fit. 4: libtpu crashed; the last line says at which settings. 2: a
+mistake.
 """
 
 import json
@@ -21,14 +22,15 @@ from absl import flags
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.preflight.chips import parse_slice, slice_devices
-from tokenbridge_jax.preflight.report import check, run_length, suggest
+from tokenbridge_jax.preflight.chips import check_libtpu, parse_slice
+from tokenbridge_jax.preflight.report import check_apart, run_length, suggest
 from tokenbridge_jax.preflight.text import as_text
 from tokenbridge_jax.training.loop import say
 
 NEEDS_WORKDIR = False
 
 EXIT_DOES_NOT_FIT = 3
+EXIT_CRASHED = 4
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -48,18 +50,23 @@ def main(args: flags.FlagValues) -> int:
     if not args.topology:
         raise UserError("--topology is not set; name the slice, such as --topology v5e:16x16")
     where = parse_slice(args.topology)
+    check_libtpu()
     jax.config.update("jax_platforms", "cpu")  # Whatever this machine has is left alone.
-    devices = slice_devices(where)
     config = args.config
     if not config.model.scan_layers and not args.sample:
         say("preflight: unrolled layers compile for very long: --config.model.scan_layers=True")
-    report = check(config, where, devices, sample=args.sample)
+    report = check_apart(config, where, sample=args.sample)
     if not args.sample:
         report |= run_length(report, config, args.workdir)
-    if not report["fits"] and args.suggest and not args.sample:
-        found = suggest(config, where, devices, report)
+    crashed = report.get("crashed")
+    if not (report["fits"] or crashed) and args.suggest and not args.sample:
+        found = suggest(config, where, report)
         report["suggestion"] = found and found | run_length(found, config, args.workdir)
-    print(json.dumps(report) if args.json else as_text(report))
+    if args.json or not crashed:
+        print(json.dumps(report) if args.json else as_text(report))
+    if crashed:
+        say(f"tokenbridge preflight: error: {crashed}")
+        return EXIT_CRASHED
     return 0 if report["fits"] else EXIT_DOES_NOT_FIT
 
 

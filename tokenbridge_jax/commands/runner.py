@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_dict, config_flags
@@ -117,6 +118,25 @@ def run(name: str, argv: list[str]) -> int:
 def remember_config(args: flags.FlagValues) -> None:
     """Makes this command's config the default of later commands in the same workdir."""
     io.write_json(epath.Path(args.workdir) / CONFIG_FILE, args.config.to_dict())
+
+
+@contextlib.contextmanager
+def locked(workdir: str) -> Iterator[None]:
+    """Keeps other jobs out of a workdir (`io.lock`); process 0 does it for all.
+
+    Raises:
+      UserError: another job is using it.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(io.lock(workdir))
+            except UserError as error:
+                refusal = str(error)
+        if refusal := processes.gather(refusal)[0]:
+            raise UserError(refusal)
+        yield
 
 
 def default_config_file() -> Path:

@@ -25,12 +25,13 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 def main(args: flags.FlagValues) -> None:
     """Writes the shards and prints a table of what there is."""
-    result = tokenizing.tokenize(
-        args.config,
-        args.workdir,
-        strict=args.strict,
-        begin=lambda: runner.remember_config(args),
-    )
+    with runner.locked(args.workdir):
+        result = tokenizing.tokenize(
+            args.config,
+            args.workdir,
+            strict=args.strict,
+            begin=lambda: runner.remember_config(args),
+        )
     if not result.images:
         print("all shards are there already: nothing to do")
     print(format_table(result))

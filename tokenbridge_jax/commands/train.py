@@ -85,10 +85,11 @@ def main(args: flags.FlagValues) -> int:
             ModelDescription(model, info.class_names, info.autoencoder_hash).save(workdir)
             runner.remember_config(args)
 
-    try:
-        fit(dataclasses.replace(run, begin=begin), mesh)
-    except Interrupted:
-        return EXIT_INTERRUPTED
+    with runner.locked(args.workdir):
+        try:
+            fit(dataclasses.replace(run, begin=begin), mesh)
+        except Interrupted:
+            return EXIT_INTERRUPTED
     print(f"{workdir} holds the model after {run.total_steps} steps: `tokenbridge sample` uses it")
     return 0
 

@@ -66,14 +66,15 @@ def main(args: flags.FlagValues) -> int:
         if jax.process_index() == 0:
             runner.remember_config(args)
 
-    try:
-        state = fit(dataclasses.replace(run, begin=begin), mesh)
-    except Interrupted:
-        return EXIT_INTERRUPTED
-    if _finished_step(directory) == run.total_steps:
-        print(f"{directory} holds the finished autoencoder already: nothing to do")
-        return 0
-    extra = write_autoencoder(config, directory, task, state, subsets, mesh)
+    with runner.locked(args.workdir):
+        try:
+            state = fit(dataclasses.replace(run, begin=begin), mesh)
+        except Interrupted:
+            return EXIT_INTERRUPTED
+        if _finished_step(directory) == run.total_steps:
+            print(f"{directory} holds the finished autoencoder already: nothing to do")
+            return 0
+        extra = write_autoencoder(config, directory, task, state, subsets, mesh)
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in extra.items())
     print(f"wrote {directory} ({numbers})")
     return 0

@@ -26,6 +26,9 @@ from tokenbridge_jax.training.hardware import listed_flops
 
 GIB = 2**30
 
+# Bytes of a stack of a thread of libtpu's.
+STACK = 4 * 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -151,19 +154,30 @@ def parse_slice(name: str) -> Slice:
     raise UserError(f"there is no topology '{name}'; there are {', '.join(valid)}")
 
 
-def slice_devices(wanted: Slice) -> list[Any]:
-    """Devices of a slice that nobody has: programs are compiled for them and never run.
+def check_libtpu() -> None:
+    """Looks for libtpu without loading it.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such slice.
+      UserError: libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "libtpu, which compiles for TPUs, is not installed: pip install 'tokenbridge_jax[tpu]'"
         )
+
+
+def slice_devices(wanted: Slice) -> list[Any]:
+    """Devices of a slice that nobody has: programs are compiled for them and never run.
+
+    Raises:
+      UserError: libtpu knows no such slice.
+    """
     # Several processes may load libtpu; it is told what it would ask a TPU's host for.
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
     os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
+    # The stacks it gives its own threads overflow on some programs (0.0.42.1: L on v6e-64).
+    if "stack_size" not in (given := os.environ.get("LIBTPU_INIT_ARGS", "")):
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} --fibers_default_thread_stack_size={STACK}"
     options = dict(wanted.figures.options)
     if wanted.chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)

@@ -1,6 +1,11 @@
 """What `tokenbridge preflight` finds out, as JSON values."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
@@ -10,7 +15,7 @@ from ml_collections import ConfigDict
 from tokenbridge_jax import parallel
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.preflight.chips import Slice, peak_flops
+from tokenbridge_jax.preflight.chips import Slice, peak_flops, slice_devices
 from tokenbridge_jax.preflight.programs import (
     Compiled,
     Work,
@@ -30,6 +35,81 @@ IMAGENET_IMAGES = 1_281_167
 Report = dict[str, Any]
 
 
+def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Report:
+    """`check` in a process of its own, which libtpu may take with it when it crashes.
+
+    The report of a crash has no memory and no time: `fits` is False and `crashed` says what to do.
+
+    Raises:
+      UserError: as `check`.
+    """
+    spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not take.
+    receiver, sender = spawn.Pipe(duplex=False)
+    child = spawn.Process(target=_check_as_child, args=(sender, config, where, sample))
+    child.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        child.join()
+        if not (child.exitcode and child.exitcode < 0):
+            raise UserError(
+                f"the process that compiles ended with status {child.exitcode}; its last words, "
+                "above, say why"
+            ) from None
+        return _crash(config, where, -child.exitcode, sample=sample)
+    finally:
+        child.kill()
+        child.join()
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _check_as_child(sender: Connection, config: ConfigDict, where: Slice, sample: bool) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    jax.config.update("jax_platforms", "cpu")  # Whatever this machine has is left alone.
+    try:
+        sender.send(check(config, where, slice_devices(where), sample=sample))
+    except UserError as error:
+        sender.send(error)
+
+
+def _end_with_parent() -> None:
+    """Nobody waits for minutes of compiling once the parent has been killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _crash(config: ConfigDict, where: Slice, number: int, *, sample: bool) -> Report:
+    mesh = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
+    settings = _settings(config, mesh, sample=sample)
+    return {
+        "what": "sample" if sample else "train",
+        "topology": where.name,
+        "chips": where.chips,
+        "devices": where.chips * where.figures.devices,
+        "settings": settings,
+        "fits": False,
+        "crashed": f"libtpu died of {signal.Signals(number).name} compiling for {where.name}: "
+        f"{listed(settings)}; try another model.remat, model.head_chunk or mesh.fsdp, or another "
+        "version of libtpu",
+    }
+
+
+def _settings(config: ConfigDict, mesh: dict[str, int], *, sample: bool) -> Report:
+    """What a report says of the settings."""
+    settings: Report = {
+        "batch": (config.sampling if sample else config.training).batch_size,
+        "mesh": mesh,
+        "remat": config.model.remat,
+        "head_chunk": config.model.head_chunk,
+    }
+    return settings if sample else settings | {"accumulation": config.training.accumulation}
+
+
 def check(config: ConfigDict, where: Slice, devices: list[Any], *, sample: bool = False) -> Report:
     """Compiles the program of a config and says what it needs.
 
@@ -38,14 +118,7 @@ def check(config: ConfigDict, where: Slice, devices: list[Any], *, sample: bool 
     """
     mesh = parallel.make_mesh(**config.mesh, devices=devices)
     work = (sampling_work if sample else training_work)(config, mesh)
-    settings: Report = {
-        "batch": work.batch,
-        "mesh": dict(mesh.shape),
-        "remat": config.model.remat,
-        "head_chunk": config.model.head_chunk,
-    }
-    if not sample:
-        settings["accumulation"] = config.training.accumulation
+    settings = _settings(config, dict(mesh.shape), sample=sample)
     say(f"preflight: compiling for {where.name}: {listed(settings)}")
     try:
         compiled = compile_work(work, len(devices))
@@ -120,8 +193,11 @@ def run_length(report: Report, config: ConfigDict, workdir: str | None) -> Repor
     return {"run": run}
 
 
-def suggest(config: ConfigDict, where: Slice, devices: list[Any], report: Report) -> Report | None:
-    """The report of the first settings that fit, with what was changed; None if there are none."""
+def suggest(config: ConfigDict, where: Slice, report: Report) -> Report | None:
+    """The report of the first settings that fit, with what was changed; None if there are none.
+
+    Settings that the compiler refuses or crashes at are named and left out.
+    """
     memory = report["memory"]
     excess = memory["needed"] - memory["available"]
     # Gradients are as large as the parameters.
@@ -132,13 +208,14 @@ def suggest(config: ConfigDict, where: Slice, devices: list[Any], report: Report
 
     say(f"preflight: {gib(memory['needed'])} of {gib(memory['available'])}: does not fit")
     config = with_changes(config, {f"mesh.{k}": n for k, n in report["settings"]["mesh"].items()})
-    for changes in candidates(config, len(devices), excess, saved):
+    for changes in candidates(config, report["devices"], excess, saved):
         try:
-            found = check(with_changes(config, changes), where, devices)
+            found = check_apart(with_changes(config, changes), where)
         except UserError as error:
             say(f"preflight: {error}")
             continue
         if found["fits"]:
             return {"flags": [f"--config.{k}={value}" for k, value in changes.items()]} | found
-        say(f"preflight: wants {gib(found['memory']['needed'])}")
+        wants = "crashed" not in found and f"wants {gib(found['memory']['needed'])}"
+        say(f"preflight: {wants or found['crashed']}")
     return None

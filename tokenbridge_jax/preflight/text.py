@@ -95,15 +95,19 @@ def table(reports: dict[str, Report]) -> str:
 
 
 def _row(name: str, report: Report) -> list[str]:
-    settings, memory, run = report["settings"], report["memory"], report["run"]
-    cores = report["devices"] // report["chips"]
-    needed, available = (cores * memory[key] / GIB for key in ("needed", "available"))
+    settings = report["settings"]
     chosen = f"fsdp {settings['mesh']['fsdp']}, remat {settings['remat']}, "
     chosen += f"head_chunk {settings['head_chunk']}"
     if settings["accumulation"] > 1:
         chosen += f", accumulation {settings['accumulation']}"
     row = [name, report["topology"], str(report["chips"])]
-    row += [f"{settings['batch'] / report['chips']:g}", chosen, f"{needed:.1f} of {available:.1f}"]
+    row += [f"{settings['batch'] / report['chips']:g}", chosen]
+    if "crashed" in report:
+        return [*row, "", "libtpu crashed", "", "", ""]
+    memory, run = report["memory"], report["run"]
+    cores = report["devices"] // report["chips"]
+    needed, available = (cores * memory[key] / GIB for key in ("needed", "available"))
+    row.append(f"{needed:.1f} of {available:.1f}")
     if not report["fits"]:
         return [*row, "does not fit", "", "", ""]
     return [

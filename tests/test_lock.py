@@ -1,0 +1,95 @@
+"""One run at a time in a workdir, with real processes; `test_survival.py` restarts killed jobs."""
+
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from jobs import start_job
+from token_shards import TRAINING, write_workdir
+
+from tokenbridge_jax import io
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.errors import UserError
+
+TRAIN = [f"--config.{name}={value}" for name, value in TRAINING.items()]
+TRAIN += ["--config.mesh.data=-1", "--config.mesh.fsdp=1"]
+TRAIN += ["--config.training.sample_every=0", "--config.training.eval_every=0"]
+
+# One of a job's processes.
+MEMBER = """
+import sys
+from tokenbridge_jax import processes
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.errors import UserError
+processes.join(True)
+try:
+    with runner.locked(sys.argv[1]):
+        processes.leave(0)
+except UserError:
+    processes.leave(2)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(io, "LOCK_SECONDS", 1)
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path, capsys):
+    write_workdir(tmp_path)
+    command = [sys.executable, "-m", "tokenbridge_jax.commands.train", f"--workdir={tmp_path}"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    endless = [*command, *TRAIN, "--config.training.steps=1000000"]
+    endless.append("--config.training.checkpoint_every=1000000")
+    with subprocess.Popen(endless, env=environment, stderr=subprocess.DEVNULL) as first:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "config.json").exists():
+            assert time.monotonic() < deadline
+            assert first.poll() is None
+            time.sleep(0.1)
+        config = (tmp_path / "config.json").read_bytes()
+        again = [f"--workdir={tmp_path}", *TRAIN, "--config.training.steps=2"]
+        for name in ("train", "tokenize"):
+            assert runner.run(name, again) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            for named in (tmp_path, f"process {first.pid} ", socket.gethostname(), "since 20"):
+                assert str(named) in line
+        assert (tmp_path / "config.json").read_bytes() == config
+        first.kill()
+    with io.lock(tmp_path):
+        assert (tmp_path / "config.json").read_bytes() == config
+
+
+@pytest.mark.parametrize(("held", "status"), [("this", 2), ("another", 0)])
+def test_a_job_has_one_lock_and_is_refused_as_a_whole(tmp_path, held, status):
+    with io.lock(tmp_path / held), (tmp_path / "log.txt").open("w") as log:
+        job = start_job(["-c", MEMBER], [[tmp_path / "this"]] * 2, devices=1, output=log)
+        assert [process.wait(60) for process in job] == [status] * 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_where_there_are_no_locks_a_line_says_so(tmp_path, monkeypatch, capsys, number):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with io.lock(tmp_path):
+        (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path) in line
+    assert os.strerror(number) in line
+
+
+def test_an_object_store_has_no_lock():
+    with io.lock("gs://bucket/run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"), io.lock(tmp_path / "file" / "work"):
+        pass

@@ -1,0 +1,65 @@
+"""`tokenbridge preflight` where libtpu takes its process with it, or the command is ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.preflight import text
+
+ROOT = Path(__file__).parent.parent
+
+# In libtpu's place; JAX asks every process for the path, and the one that compiles does {}.
+LIBTPU = """
+import multiprocessing, os, time
+def get_library_path():
+    if multiprocessing.parent_process():
+        {}
+"""
+
+COMPILE = ["--config=configs/imagenet256.py:quick", "--topology=v6e-64", "--config.mesh.fsdp=8"]
+
+
+def test_a_crash_of_the_compiler_is_a_line_a_status_and_a_row(tmp_path, monkeypatch, capfd):
+    (tmp_path / "libtpu.py").write_text(LIBTPU.format("os.kill(os.getpid(), 11)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    assert runner.run("preflight", [*COMPILE, "--json"]) == 4
+    out, err = capfd.readouterr()
+    last = err.splitlines()[-1]
+    for named in ("SIGSEGV", "v6e:8x8", "fsdp=8", "remat none", "head_chunk", "another version"):
+        assert named in last
+    report = json.loads(out)
+    assert report["fits"] is False
+    row = text.table({"v6e-64 L": report}).splitlines()[-1]
+    assert "fsdp 8, remat none, head_chunk 4096 |  | libtpu crashed |" in row
+    assert runner.run("preflight", COMPILE) == 4
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_the_compiler_ends_with_the_command(tmp_path, monkeypatch, number, status):
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    told = tmp_path / "pid"
+    work = f"open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
+    (tmp_path / "libtpu.py").write_text(LIBTPU.format(work))
+    command = [sys.executable, "-m", "tokenbridge_jax.commands.preflight", *COMPILE]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as parent:
+        wait_for(lambda: told.exists() and told.read_text())
+        parent.send_signal(number)
+        assert parent.wait(20) == status
+    wait_for(lambda: not Path(f"/proc/{told.read_text()}").exists())
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
