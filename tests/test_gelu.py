@@ -192,22 +192,23 @@ def test_units_are_the_same_on_any_mesh(mesh, function, images: int, width: int)
     reason="jax 0.11 lowers these kernels only where there is a GPU",
 )
 @pytest.mark.parametrize(
-    ("width", "dtype", "tensor", "kernels"),
+    ("rows", "width", "dtype", "tensor", "kernels"),
     [
-        (PAIRS, jnp.bfloat16, 1, 2),
-        (2 * PAIRS, jnp.bfloat16, 2, 2),
-        (PAIRS, jnp.bfloat16, 2, 0),  # A device would hold halves of pairs.
-        (PAIRS + PAIR_STRIDE, jnp.bfloat16, 1, 0),
-        (PAIRS, jnp.float32, 1, 0),
+        (4096, PAIRS, jnp.bfloat16, 1, 2),
+        (4096, 2 * PAIRS, jnp.bfloat16, 2, 2),
+        (4096, PAIRS, jnp.bfloat16, 2, 0),  # A device would hold halves of pairs.
+        (4096, PAIRS + PAIR_STRIDE, jnp.bfloat16, 1, 0),
+        (4096, PAIRS, jnp.float32, 1, 0),
+        (1024, PAIRS, jnp.bfloat16, 1, 0),  # Sampling one image.
     ],
 )
-def test_gpus_run_one_kernel_forward_and_one_backward(width, dtype, tensor, kernels: int):
+def test_gpus_run_one_kernel_forward_and_one_backward(rows, width, dtype, tensor, kernels: int):
     def gradients(x, bias, d_y):
         # Of squares: else the forward pass would be dead code.
         return both_ways(x, bias, both_ways(x, bias, d_y, 0.1)[0], 0.1)[1:]
 
     with parallel.use_mesh(parallel.make_mesh(-1, 1, tensor)):
-        traced = jax.jit(gradients).trace(*inputs(8, 2, width, dtype=dtype))
+        traced = jax.jit(gradients).trace(*inputs(rows // 16, 16, width, dtype=dtype))
         for platform, expected in (("cuda", kernels), ("cpu", 0), ("tpu", 0)):
             text = traced.lower(lowering_platforms=(platform,)).as_text()
             assert text.count("gpu.triton") == expected, platform
