@@ -42,7 +42,6 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "gcs": ["gcsfs"],
-        "s3": ["s3fs"],
         "tfds": ["tensorflow-datasets>=4.9.9"],
         "test": [
             "beartype",

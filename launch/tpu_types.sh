@@ -1,6 +1,6 @@
 # Sourced by the TPU scripts: what a slice is called, and the settings of the published sizes for it
 # at the paper's batch of 2048. `bash launch/preflight_table.sh` compiles every row; launch/README.md
-# has those that have been compiled, the others are scaled from them by hand.
+# has what it says.
 # shellcheck shell=bash disable=SC2034
 
 # Type and size; fsdp, remat, head_chunk, accumulation.

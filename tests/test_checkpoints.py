@@ -110,7 +110,7 @@ def test_in_an_object_store_a_checkpoint_counts_once_it_is_committed(
     trained, tmp_path, monkeypatch
 ):
     """On a local folder, with what an object store is written with."""
-    monkeypatch.setattr(ckpt, "_in_object_store", lambda path: True)
+    monkeypatch.setattr(io, "in_object_store", lambda path: True)
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
         checkpoints.save(trained[1], step, {"seed": 7})

@@ -3,42 +3,22 @@
 import errno
 import os
 import time
-from typing import ClassVar
 
-import fsspec
 import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from object_store import ObjectStore, register
 from token_shards import write_tokens
 
 from tokenbridge_jax.data.loader import make_loader
 from tokenbridge_jax.data.local_copy import local_copy
 from tokenbridge_jax.errors import UserError
 
-FOLDER = "s3://bucket/run/tokens"
-
-
-class ObjectStore(MemoryFileSystem):
-    """Takes the place of S3; notes which files were read."""
-
-    protocol = "s3"
-    store: ClassVar[dict] = {}
-    pseudo_dirs: ClassVar[list[str]] = [""]
-    read: ClassVar[list[str]] = []
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("s3://"))
-
-    def _open(self, path, mode="rb", **options):
-        if mode == "rb":
-            self.read.append(path.rpartition("/")[2])
-        return super()._open(path, mode, **options)
+FOLDER = "gs://bucket/run/tokens"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def registered():
-    fsspec.register_implementation("s3", ObjectStore, clobber=True)
+def _registered():
+    register()
 
 
 @pytest.fixture
@@ -97,8 +77,8 @@ def test_a_folder_of_the_file_system_is_not_copied(tmp_path):
 
 
 def test_what_cannot_be_copied_is_named(store, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="s3://bucket/other holds no finished token shards"):
-        local_copy("s3://bucket/other")
+    with pytest.raises(UserError, match="gs://bucket/other holds no finished token shards"):
+        local_copy("gs://bucket/other")
 
     shard = f"{FOLDER}/train-00000-of-00002.array_record"
     content = store.cat(shard)
@@ -120,7 +100,7 @@ def test_what_cannot_be_copied_is_named(store, tmp_path, monkeypatch):
         raise ConnectionResetError("the network is down")
 
     monkeypatch.setattr(ObjectStore, "_open", refuse)
-    with pytest.raises(UserError, match="cannot read s3://bucket/run/tokens: no credentials"):
+    with pytest.raises(UserError, match="cannot read gs://bucket/run/tokens: no credentials"):
         local_copy(FOLDER)
     # No mistake of the user's: launch scripts may try again.
     monkeypatch.setattr(ObjectStore, "_open", interrupted)

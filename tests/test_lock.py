@@ -23,9 +23,10 @@ TRAIN += ["--config.training.sample_every=0", "--config.training.eval_every=0"]
 # One of a job's processes.
 MEMBER = """
 import sys
-from tokenbridge_jax import processes
+from tokenbridge_jax import io, processes
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.errors import UserError
+io.LOCK_SECONDS = 1
 processes.join(True)
 try:
     with runner.locked(sys.argv[1]):
@@ -47,20 +48,22 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path, capsys):
     endless = [*command, *TRAIN, "--config.training.steps=1000000"]
     endless.append("--config.training.checkpoint_every=1000000")
     with subprocess.Popen(endless, env=environment, stderr=subprocess.DEVNULL) as first:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "config.json").exists():
-            assert time.monotonic() < deadline
-            assert first.poll() is None
-            time.sleep(0.1)
-        config = (tmp_path / "config.json").read_bytes()
-        again = [f"--workdir={tmp_path}", *TRAIN, "--config.training.steps=2"]
-        for name in ("train", "tokenize"):
-            assert runner.run(name, again) == 2
-            (line,) = capsys.readouterr().err.splitlines()
-            for named in (tmp_path, f"process {first.pid} ", socket.gethostname(), "since 20"):
-                assert str(named) in line
-        assert (tmp_path / "config.json").read_bytes() == config
-        first.kill()
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "config.json").exists():
+                assert time.monotonic() < deadline
+                assert first.poll() is None
+                time.sleep(0.1)
+            config = (tmp_path / "config.json").read_bytes()
+            again = [f"--workdir={tmp_path}", *TRAIN, "--config.training.steps=2"]
+            for name in ("train", "tokenize"):
+                assert runner.run(name, again) == 2
+                (line,) = capsys.readouterr().err.splitlines()
+                for named in (tmp_path, f"process {first.pid} ", socket.gethostname(), "since 20"):
+                    assert str(named) in line
+            assert (tmp_path / "config.json").read_bytes() == config
+        finally:
+            first.kill()
     with io.lock(tmp_path):
         assert (tmp_path / "config.json").read_bytes() == config
 

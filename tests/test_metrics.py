@@ -5,8 +5,10 @@ import resource
 
 import numpy as np
 import pytest
+from object_store import ObjectStore, register
 
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.training import metrics
 from tokenbridge_jax.training.metrics import MetricWriter, read_metrics
 
 
@@ -27,6 +29,26 @@ def test_each_step_stands_once_after_a_resume(tmp_path):
         {"step": step, "loss": 1 / step} for step in range(1, 8)
     ]
     assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": 7, "loss": 1 / 7}
+
+
+def test_an_object_store_has_every_line_before_a_checkpoint(monkeypatch):
+    register()
+    files, path = ObjectStore(), "bucket/run/metrics.jsonl"
+    files.store.clear()
+    writer = MetricWriter("gs://bucket/run", 0)
+    writer.write(1, {"loss": 1.0})
+    assert not files.exists(path)  # An upload a line would be many.
+    writer.flush()
+    assert files.cat(path) == b'{"step": 1, "loss": 1.0}\n'
+    writer.write(2, {"loss": 1 / 2})
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0)
+    writer.write(3, {"loss": 1 / 3})
+    # Killed here, after a checkpoint of step 2.
+    write("gs://bucket/run", 2, range(3, 5))
+    assert [row["step"] for row in read_metrics("gs://bucket/run/metrics.jsonl")] == [1, 2, 3, 4]
+    writer.close()
+    events = [files.cat(name) for name in files.find("bucket/run/tensorboard")]
+    assert any(b"loss" in data for data in events)
 
 
 def test_tensorboard_gets_scalars_and_pictures(tmp_path):

@@ -52,9 +52,12 @@ def test_the_compiler_ends_with_the_command(tmp_path, monkeypatch, number, statu
     command = [sys.executable, "-m", "tokenbridge_jax.commands.preflight", *COMPILE]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as parent:
-        wait_for(lambda: told.exists() and told.read_text())
-        parent.send_signal(number)
-        assert parent.wait(20) == status
+        try:
+            wait_for(lambda: told.exists() and told.read_text())
+            parent.send_signal(number)
+            assert parent.wait(20) == status
+        finally:
+            parent.kill()
     wait_for(lambda: not Path(f"/proc/{told.read_text()}").exists())
 
 

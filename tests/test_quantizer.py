@@ -59,7 +59,7 @@ def test_golden_values_and_boundaries_to_the_bit():
 
 
 @pytest.mark.parametrize("levels", [2, 3, 5, 64, 256, 257, 741, 1451, 4096])
-@pytest.mark.parametrize("limits", [(-5.0, 5.0), (-4.3, 2.6), (0.0, 1.0)])
+@pytest.mark.parametrize("limits", [(-5.0, 5.0), (-4.3, 2.6), (0.0, 1.0), (1e9, 1e9 + 300)])
 def test_equals_brute_force(levels: int, limits: tuple[float, float]):
     values = Quantizer.gaussian(levels).level_values
     quantizer = Quantizer(values, *limits)
@@ -75,12 +75,22 @@ def test_equals_brute_force(levels: int, limits: tuple[float, float]):
 def test_equals_brute_force_on_any_level_table():
     rng = np.random.default_rng(0)
     for levels in (2, 3, 7, 33, 500):
-        # Unevenly spaced, off centre, some of them equal.
-        values = np.sort(rng.choice(np.arange(-3, 1, 3e-3), levels)).astype(np.float32)
-        quantizer = Quantizer(tuple(values.tolist()), -1.0, 7.0)
-        x = hard_points(quantizer, rng)
-        with np.errstate(over="ignore"):
-            np.testing.assert_array_equal(quantizer.quantize(x), brute_force(quantizer, x))
+        # Unevenly spaced, off centre, some of them equal; as close as they may be, in one place.
+        uneven = np.sort(rng.choice(np.arange(-3, 1, 3e-3), levels)).astype(np.float32)
+        close = np.float32(2.9 + np.arange(levels) * 2.5e-6)
+        for values in (uneven, close):
+            assert_brute_force(Quantizer(tuple(values.tolist()), -1.0, 7.0), rng)
+
+
+def assert_brute_force(quantizer: Quantizer, rng: np.random.Generator) -> None:
+    x = hard_points(quantizer, rng)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(quantizer.quantize(x), brute_force(quantizer, x))
+
+
+def test_nan_inside_a_program_is_the_last_index_that_any_latent_has():
+    for values, last in (((-1.0, 0.0, 1.0), 2), ((-1.0, 0.0, 1.0, 1.0, 1.0), 2)):
+        assert int(jax.jit(Quantizer(values).quantize)(jnp.float32(np.nan))) == last
 
 
 def test_levels_are_bin_means():

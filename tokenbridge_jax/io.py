@@ -21,24 +21,34 @@ from tokenbridge_jax.errors import UserError
 LOCK_SECONDS = 5
 
 
+def in_object_store(path: epath.PathLike) -> bool:
+    """Whether a path is one of `gs://` and its like, not of a file system."""
+    return "://" in str(path)
+
+
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes `data` to `path`, which holds either its old content or all of the new.
 
-    The bytes go to a temporary file beside `path` that takes its name only when complete.
+    The bytes go to a temporary file beside `path` that takes its name only when complete. An object
+    store does as much by itself.
 
     Raises:
       UserError: the disk is full or the folder is not writable.
     """
     path = epath.Path(path)
+    if in_object_store(path):
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise write_error(path, error) from error
+        return
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            # Object stores have no descriptor; there the upload is atomic already.
-            if hasattr(file, "fileno"):
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):  # Where the folder is a file, even this fails.
@@ -79,12 +89,13 @@ def read_json(path: epath.PathLike) -> Any:
 def lock(workdir: epath.PathLike) -> Iterator[None]:
     """Keeps other runs out of a workdir; the kernel frees it when this process ends, however.
 
-    Object stores have no such locks; nor have some network file systems, where a line says so.
+    Object stores have no such locks; nor have some network file systems, where a line says so. It
+    is gone, too, when this process closes any other descriptor of the same file.
 
     Raises:
       UserError: another process has it; the message says which.
     """
-    if "://" in str(workdir):
+    if in_object_store(workdir):
         yield
         return
     path = Path(workdir) / ".lock"
@@ -97,7 +108,7 @@ def lock(workdir: epath.PathLike) -> Iterator[None]:
         try:
             if not _acquired(file):
                 file.seek(0)
-                holder = file.read().decode().strip() or "another process"
+                holder = file.read().decode(errors="replace").strip() or "another process"
                 raise UserError(
                     f"{workdir} is in use by {holder}; stop that one or use another --workdir"
                 )

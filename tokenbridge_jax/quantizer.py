@@ -10,7 +10,7 @@ Only numpy does that arithmetic, once, on the host. The map from x to its index 
 so it is V - 1 thresholds: the smallest float32 x of every index, found by bisection over float32
 bit patterns. On a device quantizing is then a search among the thresholds and dequantizing a table
 lookup: no compiler or accelerator can round them differently, and no `[..., V]` array exists. The
-search starts from a polynomial's guess, which leaves one comparison for levels like the paper's.
+search starts from a polynomial's guess, which leaves one comparison for the paper's levels.
 """
 
 import ast
@@ -39,10 +39,11 @@ _MIN_GAP = 2e-6
 # Bins narrower than this (only V > 740 has any, cut off by the clipping) hold no probability.
 _MIN_BIN = 1e-4
 
-# Powers in the polynomial that guesses how many thresholds a latent has passed: odd ones, since the
-# paper's levels are symmetric. Of 64 it is 0.21 off at most; below 0.4 one comparison is left.
-_GUESS_POWERS = np.array([1, 3, 5])
-# By how much float32 arithmetic, on any device, may move a guess: far more than it does.
+# The polynomial that guesses how many thresholds a latent has passed has odd powers only, since the
+# paper's levels are symmetric. Of 64 levels x, x^3 and x^5 are 0.21 off at most; below 0.4 one
+# comparison is left. Other levels take the powers, up to so many, that leave the fewest.
+_FEWEST_POWERS, _MOST_POWERS = 3, 8
+# By how much float32 arithmetic may move a guess, besides the roundings of terms that cancel.
 _GUESS_MARGIN = 0.1
 
 # Published order of KL-16's channels: falling share of low-frequency energy.
@@ -111,9 +112,12 @@ class Quantizer:
                 "quantizer level values must not decrease, and different ones must be at least "
                 f"{_MIN_GAP} apart"
             )
-        if not 0 < self.maximum - self.minimum < float(np.finfo(np.float32).max):
+        if values[0] == values[-1]:
+            raise UserError("quantizer level values are all the same")
+        if not 1e-30 <= self.maximum - self.minimum <= 1e38:
             raise UserError(
-                f"quantizer range {self.minimum} to {self.maximum} must be finite and increasing"
+                f"quantizer range {self.minimum} to {self.maximum} must be finite and increasing, "
+                "and 1e-30 to 1e38 wide"
             )
 
     @classmethod
@@ -218,40 +222,8 @@ class Quantizer:
     @functools.cached_property
     def _search(self) -> "_Search":
         thresholds = self.thresholds[~np.isnan(self.thresholds)]
-        center, scale = (self.minimum + self.maximum) / 2, 2 / (self.maximum - self.minimum)
-        u = (thresholds.astype(np.float64) - center) * scale
-        passed = np.arange(1, len(u) + 1)
-        fit = np.linalg.lstsq(u[:, None] ** _GUESS_POWERS, passed - passed.mean())[0]
-        polynomial = np.polynomial.Polynomial(np.zeros(_GUESS_POWERS[-1] + 1))
-        polynomial.coef[_GUESS_POWERS] = fit
-
-        # Where k thresholds are passed the guess should lie between k and k + 1. It is farthest off
-        # at a threshold, seen from either side, or at an extremum.
-        turns = polynomial.deriv().roots()
-        turns = turns[np.isreal(turns)].real
-        turns = turns[(u[0] < turns) & (turns < u[-1])]
-        points = np.concatenate([u, u, turns])
-        k = np.concatenate([passed, passed - 1, np.searchsorted(u, turns, side="right")])
-        middle = math.ceil(passed.mean())
-        guess = middle + polynomial(points)
-        off = max((k - guess).max(), (guess - k - 1).max()) + _GUESS_MARGIN
-
-        below, above = math.ceil(off + 0.5), math.ceil(off - 0.5)
-        halvings = (below + above).bit_length()
-        before, after = 2 * below, 2**halvings + above
-        size = 1 << (before + len(thresholds) + after - 1).bit_length()
-        pad = before, size - before - len(thresholds)
-        return _Search(
-            first=np.nextafter(thresholds[0], np.float32(-np.inf)),
-            last=thresholds[-1],
-            center=np.float32(center),
-            scale=np.float32(scale),
-            middle=np.float32(2**23 + middle + below),
-            coefficients=fit[::-1].astype(np.float32),
-            halvings=halvings,
-            thresholds=np.pad(thresholds, pad, constant_values=(-np.inf, np.inf)),
-            before=before,
-        )
+        counts = range(_FEWEST_POWERS, _MOST_POWERS + 1)
+        return min((_make_search(thresholds, count) for count in counts), key=lambda s: s.halvings)
 
     def _to_scale(self, x: np.ndarray) -> np.ndarray:
         """Latents -> clipped +-3 scale, numpy float32: the definition that everything follows."""
@@ -286,6 +258,50 @@ class _Search(NamedTuple):
     halvings: int
     thresholds: np.ndarray
     before: int
+
+
+def _make_search(thresholds: np.ndarray, count: int) -> _Search:
+    """The search that starts from a polynomial of `count` odd powers."""
+    # Around the thresholds, wherever they are in the range, and rounded as devices have it.
+    first, last = np.nextafter(thresholds[0], np.float32(-np.inf)), thresholds[-1]
+    low, high = float(thresholds[0]), float(last)
+    center, scale = np.float32((low + high) / 2), np.float32(2 / ((high - low) or 1.0))
+    u = (thresholds.astype(np.float64) - center) * scale
+    u_first = (np.float64(first) - center) * scale
+    passed = np.arange(1, len(u) + 1)
+    powers = np.arange(1, 2 * count, 2)
+    fit = np.linalg.lstsq(u[:, None] ** powers, passed - passed.mean())[0].astype(np.float32)
+    polynomial = np.polynomial.Polynomial(np.zeros(powers[-1] + 1))
+    polynomial.coef[powers] = fit
+
+    # Where k thresholds are passed the guess should lie between k and k + 1. It is farthest off
+    # at a threshold, seen from either side, or at an extremum.
+    turns = polynomial.deriv().roots()
+    turns = turns[np.isreal(turns)].real
+    turns = turns[(u[0] < turns) & (turns < u[-1])]
+    points = np.concatenate([[u_first], u, u, turns])
+    k = np.concatenate([[0], passed, passed - 1, np.searchsorted(u, turns, side="right")])
+    middle = math.ceil(passed.mean())
+    guess = middle + polynomial(points)
+    off = max((k - guess).max(), (guess - k - 1).max()) + _GUESS_MARGIN
+    off += 2.0**-20 * float(np.abs(fit).sum())
+
+    below, above = math.ceil(off + 0.5), math.ceil(off - 0.5)
+    halvings = (below + above).bit_length()
+    before, after = 2 * below, 2**halvings + above
+    size = 1 << (before + len(thresholds) + after - 1).bit_length()
+    pad = before, size - before - len(thresholds)
+    return _Search(
+        first=first,
+        last=last,
+        center=center,
+        scale=scale,
+        coefficients=fit[::-1],
+        middle=np.float32(2**23 + middle + below),
+        halvings=halvings,
+        thresholds=np.pad(thresholds, pad, constant_values=(-np.inf, np.inf)),
+        before=before,
+    )
 
 
 def _look_up(table: np.ndarray, places: Array) -> Array:

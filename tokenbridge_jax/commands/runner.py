@@ -53,8 +53,6 @@ SECTIONS = (
     "mesh",
 )
 
-# What reads them: a module and the extra that brings it.
-OBJECT_STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
 # The config of the last train-vae, tokenize or train in a workdir.
 CONFIG_FILE = "config.json"
@@ -178,7 +176,8 @@ def _remembered_config(argv: list[str]) -> ConfigDict | None:
     """The workdir's config, if there is one and no --config FILE takes its place.
 
     Raises:
-      UserError: the workdir is in an object store that no installed package can read.
+      UserError: the workdir is in an object store other than gs://, which is all that Orbax writes
+        checkpoints to, or the package for it is not installed.
     """
     given: dict[str, str | None] = {"workdir": None, "config": None}
     for name in given:
@@ -186,12 +185,13 @@ def _remembered_config(argv: list[str]) -> ConfigDict | None:
             key, equals, value = argument.lstrip("-").partition("=")
             if argument.startswith("-") and key == name:
                 given[name] = value if equals else next(iter(argv[i + 1 : i + 2]), None)
-    store, _, _ = (given["workdir"] or "").partition("://")
-    if store in OBJECT_STORES and importlib.util.find_spec(OBJECT_STORES[store][0]) is None:
-        module, extra = OBJECT_STORES[store]
+    store, separator, _ = (given["workdir"] or "").partition("://")
+    if separator and store != "gs":
         raise UserError(
-            f"a --workdir in {store}:// needs {module}: pip install 'tokenbridge_jax[{extra}]'"
+            f"a --workdir is a folder or in gs://, not in {store}://: mount the bucket as a folder"
         )
+    if separator and importlib.util.find_spec("gcsfs") is None:
+        raise UserError("a --workdir in gs:// needs gcsfs: pip install 'tokenbridge_jax[gcs]'")
     if given["config"] or not given["workdir"]:
         return None
     path = epath.Path(given["workdir"]) / CONFIG_FILE

@@ -31,7 +31,7 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
 
     Args:
       folder: of the file system, which is returned as it is, or of an object store
-        (`gs://bucket/...`, `s3://bucket/...`). What an earlier call has copied is not copied again,
+        (`gs://bucket/...`). What an earlier call has copied is not copied again,
         also if that was killed; several processes may call this at once.
 
     Raises:
@@ -39,7 +39,7 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
         length that `dataset.json` says, or the disk is full. Whatever else an object store raises,
         a fault of the network say, is passed on: trying again may help.
     """
-    if "://" not in os.fspath(folder):
+    if not io.in_object_store(folder):
         return Path(folder)
     remote = epath.Path(folder)
     try:

@@ -274,7 +274,7 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: it is in an object store, which ArrayRecord cannot write to.
     """
-    if "://" in str(folder):
+    if io.in_object_store(folder):
         raise UserError(
             f"token shards are written to a folder of the file system, not to {folder}: mount the "
             "bucket (gcsfuse), or tokenize into a local --workdir and copy its `tokens` there"

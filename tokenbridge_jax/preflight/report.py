@@ -57,6 +57,10 @@ def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Re
                 f"the process that compiles ended with status {child.exitcode}; its last words, "
                 "above, say why"
             ) from None
+        if child.exitcode == -signal.SIGKILL:
+            raise UserError(
+                "the process that compiles was killed, most likely for want of memory"
+            ) from None
         return _crash(config, where, -child.exitcode, sample=sample)
     finally:
         child.kill()
@@ -84,13 +88,16 @@ def _end_with_parent() -> None:
 
 
 def _crash(config: ConfigDict, where: Slice, number: int, *, sample: bool) -> Report:
+    devices = where.chips * where.figures.devices
     mesh = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
+    if mesh["data"] == -1:
+        mesh["data"] = devices // (mesh["fsdp"] * mesh["tensor"])
     settings = _settings(config, mesh, sample=sample)
     return {
         "what": "sample" if sample else "train",
         "topology": where.name,
         "chips": where.chips,
-        "devices": where.chips * where.figures.devices,
+        "devices": devices,
         "settings": settings,
         "fits": False,
         "crashed": f"libtpu died of {signal.Signals(number).name} compiling for {where.name}: "
@@ -216,6 +223,8 @@ def suggest(config: ConfigDict, where: Slice, report: Report) -> Report | None:
             continue
         if found["fits"]:
             return {"flags": [f"--config.{k}={value}" for k, value in changes.items()]} | found
-        wants = "crashed" not in found and f"wants {gib(found['memory']['needed'])}"
-        say(f"preflight: {wants or found['crashed']}")
+        if "crashed" in found:
+            say(f"preflight: {found['crashed']}")
+        else:
+            say(f"preflight: wants {gib(found['memory']['needed'])}")
     return None

@@ -39,7 +39,7 @@ class Checkpoints:
         """Prepares to read and write `directory`; `open` makes it.
 
         Args:
-          directory: local, or in an object store (gs://, s3://).
+          directory: local, or in an object store (gs://).
           keep: the latest so many checkpoints stay.
           keep_every: and those of steps that are multiples of this; 0 is none.
         """
@@ -214,11 +214,7 @@ def load_ema_params(
 def _absolute(directory: epath.PathLike) -> epath.Path:
     """Orbax takes absolute paths only."""
     path = epath.Path(directory)
-    return path if _in_object_store(path) else path.absolute()
-
-
-def _in_object_store(path: epath.Path) -> bool:
-    return "://" in str(path)
+    return path if io.in_object_store(path) else path.absolute()
 
 
 def _load(
@@ -309,7 +305,7 @@ def _names(path: Any) -> tuple[str, ...]:
 def _context(path: epath.Path) -> ocp.Context:
     """Orbax's options: `run` is a JSON file one can read."""
     context = ocp.Context()
-    if _in_object_store(path):  # Of its own accord only in gs://.
+    if io.in_object_store(path):  # Of its own accord only in gs://.
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     registry = ocp.handlers.local_registry(include_global_registry=True)
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
@@ -347,7 +343,7 @@ def _steps(directory: epath.Path, *, complete: bool = True) -> list[int]:
 
 
 def _is_complete(path: epath.Path) -> bool:
-    signs = [COMMIT_FILE] if _in_object_store(path) else []
+    signs = [COMMIT_FILE] if io.in_object_store(path) else []
     return all((path / name).exists() for name in (*PARTS, "run", *signs))
 
 

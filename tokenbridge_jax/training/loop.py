@@ -189,6 +189,7 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
                         report.add(hook.run(state, step, writer))
                     report.settle()
                     if save:
+                        writer.flush()
                         checkpoints.save(state, step, dict(run.fields))
             if stop:
                 checkpoints.wait()

@@ -1,6 +1,7 @@
 """Where numbers and pictures of a run go: `metrics.jsonl`, TensorBoard, PNG files."""
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,16 +9,20 @@ import jax
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from tensorboardX import SummaryWriter
+from tensorboardX import SummaryWriter, record_writer
 
 from tokenbridge_jax import io
+
+# Between two uploads of a file that grows, which an object store takes as a whole only.
+UPLOAD_SECONDS = 60
 
 
 class MetricWriter:
     """Writes one line of JSON a step, and the same to TensorBoard; process 0 alone writes.
 
     `metrics.jsonl` holds every step once, in order: on resume, lines of steps after the checkpoint
-    (and a last line that a kill cut short) are dropped before new ones are appended.
+    (and a last line that a kill cut short) are dropped before new ones are appended. In an object
+    store new lines are there every UPLOAD_SECONDS, and before every checkpoint.
     """
 
     def __init__(self, workdir: epath.PathLike, start_step: int):
@@ -32,8 +37,9 @@ class MetricWriter:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_steps_after(self._path, start_step)
-            self._file = self._path.open("a")
+            kept = _drop_steps_after(self._path, start_step)
+            stored = io.in_object_store(self._path)
+            self._file = StoredFile(self._path, kept) if stored else self._path.open("ab")
             self._tensorboard = SummaryWriter(
                 str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1
             )
@@ -41,7 +47,7 @@ class MetricWriter:
             raise io.write_error(self._path.parent, error) from error
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Appends `{"step": step, **values}` and flushes it.
+        """Appends `{"step": step, **values}`.
 
         Raises:
           UserError: the disk is full.
@@ -49,8 +55,9 @@ class MetricWriter:
         if not self._writes:
             return
         try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
+            if not isinstance(self._file, StoredFile):
+                self._file.flush()
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
         except OSError as error:
@@ -61,6 +68,11 @@ class MetricWriter:
         if self._writes:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """Writes out all lines: a checkpoint that follows may be where a run goes on."""
+        if self._writes:
+            self._file.flush()
+
     def close(self) -> None:
         """Writes out what is buffered."""
         if self._writes:
@@ -69,6 +81,39 @@ class MetricWriter:
                 self._file.close()
             except OSError as error:
                 raise io.write_error(self._path, error) from error
+
+
+class StoredFile:
+    """A file in an object store, to append to."""
+
+    def __init__(self, path: epath.PathLike, content: bytes = b""):
+        self._path, self._content, self._uploaded = path, content, time.monotonic()
+
+    def write(self, data: bytes) -> None:
+        """Appends `data`, which is uploaded UPLOAD_SECONDS after the last upload, or by `flush`."""
+        self._content += data
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Uploads the whole file."""
+        io.write_bytes(self._path, self._content)
+        self._uploaded = time.monotonic()
+
+    close = flush
+
+
+class _StoredFiles:
+    """How TensorBoard's files get into object stores; its own way needs yet another package."""
+
+    def open(self, path: str) -> StoredFile:
+        return StoredFile(path)
+
+    def directory_check(self, path: str) -> None:
+        """There are no folders to make."""
+
+
+record_writer.register_writer_factory("gs", _StoredFiles())
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -82,10 +127,12 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_steps_after(path: epath.Path, step: int) -> None:
+def _drop_steps_after(path: epath.Path, step: int) -> bytes:
+    """Returns what is left."""
     if not path.exists():
-        return
+        return b""
     kept = [row for row in read_metrics(path) if row["step"] <= step]
-    text = "".join(json.dumps(row) + "\n" for row in kept)
-    if text != path.read_text():
-        io.write_bytes(path, text.encode())
+    content = "".join(json.dumps(row) + "\n" for row in kept).encode()
+    if content != path.read_bytes():
+        io.write_bytes(path, content)
+    return content
