@@ -170,6 +170,7 @@ def lives(ways: Sequence[str], workdir: Path, rng: random.Random, **job: object)
         if wrong := check_life(way, statuses, before, workdir):
             yield f"life {number} ({way}): {wrong}"
         if statuses == [0] * len(statuses):
+            yield f"the run was done after life {number} of {len(ways)}: give it more --steps"
             break
     if statuses := [s for s in end(start(workdir, **job), WHOLE_RUN_SECONDS) if s]:
         yield f"the last life ended with {statuses}"
@@ -200,7 +201,7 @@ def main(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     flags.DEFINE_integer("kills", 30, "Lives that are ended.", lower_bound=0)
     flags.DEFINE_integer("processes", 2, "Of the job, on four devices.", lower_bound=1)
-    flags.DEFINE_integer("steps", 300, "Updates of the whole run.", lower_bound=1)
+    flags.DEFINE_integer("steps", 600, "Updates of the whole run.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of ways and moments.")
     flags.DEFINE_string("folder", None, "Where everything is written; a temporary one by default.")
     app.run(main)
