@@ -16,6 +16,7 @@ Status 0: the shards came from there, the killed run went on from a checkpoint t
 numbers equal those of the local run, and images were sampled from it.
 """
 
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +27,6 @@ from etils import epath
 from token_shards import write_workdir
 
 from tokenbridge_jax import io
-from tokenbridge_jax.commands import runner
 from tokenbridge_jax.training.checkpoints import Checkpoints
 
 STEPS, EVERY = 40, 5
@@ -49,9 +49,10 @@ def main(store: epath.Path) -> int:
     print(f"killed with {saved} of {STEPS} steps saved: {soak.end(job)}")
     statuses = soak.end(soak.start(store, 1, log, **config))
     statuses += soak.end(soak.start(local, 1, log, **config))
-    statuses.append(
-        runner.run("sample", [f"--workdir={store}", "--config.mesh.data=-1", "--num_images=4"])
-    )
+    # In a process of its own: gcsfs remembers what it has listed in this one.
+    sample = [sys.executable, "-m", "tokenbridge_jax.commands.sample", f"--workdir={store}"]
+    sample += ["--config.mesh.data=-1", "--config.mesh.fsdp=1", "--num_images=4"]
+    statuses.append(subprocess.run(sample, check=False).returncode)
     equal = soak.results(store) == soak.results(local)
     print(f"statuses {statuses}, numbers {'equal' if equal else 'differ'}; the log is {log}")
     return not (saved and equal and not any(statuses))
