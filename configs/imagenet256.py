@@ -8,9 +8,9 @@
 The recipe is the paper's (v3, appendix): batch 2048, 800 epochs of which 200 warm-up, AdamW with
 peak learning rate 4e-4 and cosine decay, bfloat16, EMA 0.9999.
 
-`WORKDIR/autoencoder` must hold an autoencoder: `tokenbridge train-vae` with the same flags as
-`tokenize` trains one on your images; its channels have an order of their own, so tokenize with
-`--config.quantizer.channel_order=frequency`. (KL-16's published weights cannot be imported yet.)
+`WORKDIR/autoencoder` must hold an autoencoder: `tokenbridge import-torch` brings KL-16 there. Or
+`tokenbridge train-vae` with the same flags as `tokenize` trains one on your images; its channels
+have an order of their own, so tokenize with `--config.quantizer.channel_order=frequency`.
 
 Published results of these sizes (FID / IS, 256 steps, linear guidance): L 1.76 / 294.8 at guidance
 3.1 and temperature 0.97; H 1.55 / 313.3 at 3.45 and 0.91. Published cost of L: about 6000 A100

@@ -75,7 +75,7 @@ def test_state_comes_back_bit_for_bit_on_any_mesh(trained, saved):
 def test_ema_loads_alone_in_another_dtype(trained, saved):
     abstract, state = trained
     truncate(saved.directory / "2" / "opt_state")
-    loaded = ckpt.load_ema_params(
+    loaded = ckpt.load_params(
         saved.directory, on_one_device(abstract.ema_params), dtype=jnp.bfloat16
     )
     expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), state.ema_params)
@@ -188,7 +188,7 @@ def test_what_a_kill_leaves_behind_is_ignored(trained, saved):
     again.close()
     assert not (directory / "5.orbax-checkpoint-tmp").exists()
     assert ckpt.latest_step(directory) == 4
-    assert_equal(ckpt.load_ema_params(directory, trained[0].ema_params), trained[1].ema_params)
+    assert_equal(ckpt.load_params(directory, trained[0].ema_params), trained[1].ema_params)
 
 
 def test_nothing_is_made_before_it_opens_and_loggers_are_left_alone(trained, tmp_path):
@@ -218,7 +218,7 @@ def test_a_relative_folder_will_do(trained, tmp_path, monkeypatch):
     checkpoints = Checkpoints("run/checkpoints")
     checkpoints.save(trained[1], 2, {})
     checkpoints.close()
-    loaded = ckpt.load_ema_params("run/checkpoints", trained[0].ema_params)
+    loaded = ckpt.load_params("run/checkpoints", trained[0].ema_params)
     assert_equal(loaded, trained[1].ema_params)
 
 

@@ -96,7 +96,7 @@ def ema_params(workdir):
     config = ModelDescription.load(workdir).config
     mesh = parallel.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     abstract = abstract_sharded_params(config, mesh)
-    return checkpoints.load_ema_params(workdir / "checkpoints", abstract)
+    return checkpoints.load_params(workdir / "checkpoints", abstract)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(straight, resumed):

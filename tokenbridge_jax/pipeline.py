@@ -18,7 +18,7 @@ from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
 from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.sampling import SamplingSettings, generate
-from tokenbridge_jax.training.checkpoints import latest_step, load_ema_params
+from tokenbridge_jax.training.checkpoints import latest_step, load_params
 
 MODEL_FILE = "model.json"
 
@@ -201,7 +201,7 @@ class Pipeline:
                 f"there is no checkpoint of step {step}; there are {', '.join(map(str, there))}"
             )
         step = latest if step is None else step
-        params = load_ema_params(checkpoints, abstract_sharded_params(config, mesh), step=step)
+        params = load_params(checkpoints, abstract_sharded_params(config, mesh), step=step)
         return cls(description, params, codec, mesh, step)
 
     @property

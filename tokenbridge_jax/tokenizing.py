@@ -236,8 +236,8 @@ def _check_settings(config: ConfigDict) -> None:
 def _load_autoencoder(folder: epath.Path, config: ConfigDict) -> tuple[AutoencoderConfig, Any]:
     if not (folder / "config.json").exists():
         raise UserError(
-            f"there is no autoencoder in {folder}; run `tokenbridge train-vae` with this --workdir "
-            "first"
+            f"there is no autoencoder in {folder}; run `tokenbridge train-vae` or `import-torch` "
+            "with this --workdir first"
         )
     autoencoder, params = load_autoencoder(folder)
     autoencoder.check_image_size(config.data.image_size, config.data.image_size)

@@ -65,7 +65,8 @@ def make_model(config: ConfigDict) -> TokenBridgeConfig:
       UserError: a value makes no sense.
     """
     check_ranges(config, "model")
-    return train.make_model_config(config, make_info(config))
+    info = make_info(config)
+    return train.make_model_config(config, info.quantizer, info.channel_order, info.positions)
 
 
 def describe_model(config: ConfigDict) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A command module has a docstring (its help), `define_flags(flag_values)` for fla
 `main(args)`, where `args` is an `absl.flags.FlagValues` with at least `config` (an
 `ml_collections.ConfigDict`), `workdir` and `distributed`. One with `WORDS` takes one of these words
 behind its name, gets it as `main(args, word)`, and needs no workdir; neither does one that says
-`NEEDS_WORKDIR = False`.
+`NEEDS_WORKDIR = False`. `DEFAULT_CONFIG` names the config file it takes where none is given.
 """
 
 import contextlib
@@ -29,6 +29,8 @@ COMMANDS = {
     "train-vae": ("train_vae", "images -> an autoencoder trained on them"),
     "tokenize": ("tokenize", "images + autoencoder -> index shards"),
     "train": ("train", "index shards -> a trained model"),
+    "import-torch": ("import_torch", "PyTorch checkpoints -> a workdir"),
+    "export-torch": ("export_torch", "a workdir -> PyTorch checkpoints"),
     "sample": ("sample", "trained model + autoencoder -> images"),
     "benchmark": ("benchmark", "a config -> speed, share of the device's peak, memory"),
     "preflight": ("preflight", "a config -> does it fit a TPU slice, for how long does it train"),
@@ -88,7 +90,7 @@ def run(name: str, argv: list[str]) -> int:
     args = flags.FlagValues()
     try:
         with _mistakes_in_config():
-            _define_flags(args, argv)
+            _define_flags(args, argv, getattr(command, "DEFAULT_CONFIG", "digits.py"))
         command.define_flags(args)
         if {"-h", "--help", "-help", "--helpfull"} & set(argv):
             print(f"{(command.__doc__ or '').strip()}\n\nflags:\n{args.get_help()}")
@@ -137,14 +139,14 @@ def locked(workdir: str) -> Iterator[None]:
         yield
 
 
-def default_config_file() -> Path:
-    """`configs/digits.py`: beside the package in a checkout, inside it once installed."""
+def default_config_file(name: str = "digits.py") -> Path:
+    """A file of `configs`: beside the package in a checkout, inside it once installed."""
     package = Path(__file__).resolve().parent.parent
-    in_checkout = package.parent / "configs" / "digits.py"
-    return in_checkout if in_checkout.exists() else package / "configs" / "digits.py"
+    in_checkout = package.parent / "configs" / name
+    return in_checkout if in_checkout.exists() else package / "configs" / name
 
 
-def _define_flags(args: flags.FlagValues, argv: list[str]) -> None:
+def _define_flags(args: flags.FlagValues, argv: list[str], default_config: str) -> None:
     flags.DEFINE_string(
         "workdir", None, "Folder everything is read from and written to.", flag_values=args
     )
@@ -157,8 +159,8 @@ def _define_flags(args: flags.FlagValues, argv: list[str]) -> None:
     )
     help_text = (
         "Experiment file and its argument, FILE.py[:arg]; single values are set with "
-        "--config.section.key=value. Without it: the config this workdir was made with, or the "
-        "digits."
+        "--config.section.key=value. Without it: the config this workdir was made with, or "
+        f"{default_config}."
     )
     full_argv = ["tokenbridge", *argv]  # What config_flags scans for overrides.
     remembered = _remembered_config(argv)
@@ -168,7 +170,11 @@ def _define_flags(args: flags.FlagValues, argv: list[str]) -> None:
         )
     else:
         config_flags.DEFINE_config_file(
-            "config", str(default_config_file()), help_text, flag_values=args, sys_argv=full_argv
+            "config",
+            str(default_config_file(default_config)),
+            help_text,
+            flag_values=args,
+            sys_argv=full_argv,
         )
 
 

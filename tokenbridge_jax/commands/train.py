@@ -31,7 +31,7 @@ from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline import ModelDescription, sample_indices
-from tokenbridge_jax.quantizer import resolve_channel_order
+from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
 from tokenbridge_jax.sampling import SamplingSettings
 from tokenbridge_jax.tokenizing import make_quantizer
 from tokenbridge_jax.training.loop import (
@@ -75,7 +75,7 @@ def main(args: flags.FlagValues) -> int:
     check_ranges(config, "model")
     check_training(config, "training", mesh)
     info = read_tokens(config, workdir)
-    model = make_model_config(config, info)
+    model = make_model_config(config, info.quantizer, info.channel_order, info.positions)
     run = make_run(config, workdir, info, model, mesh)
 
     def begin() -> None:
@@ -119,8 +119,10 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
     return info
 
 
-def make_model_config(config: ConfigDict, info: DatasetInfo) -> TokenBridgeConfig:
-    """The model of `config.model` for these shards.
+def make_model_config(
+    config: ConfigDict, quantizer: Quantizer, channel_order: tuple[int, ...], positions: int
+) -> TokenBridgeConfig:
+    """The model of `config.model` for indices of this kind.
 
     Raises:
       UserError: the config has a key that a model does not know.
@@ -128,9 +130,9 @@ def make_model_config(config: ConfigDict, info: DatasetInfo) -> TokenBridgeConfi
     known = {name: value for name, value in config.model.items() if name not in _NOT_MODEL}
     try:
         return TokenBridgeConfig(
-            quantizer=info.quantizer,
-            channel_order=info.channel_order,
-            positions=info.positions,
+            quantizer=quantizer,
+            channel_order=channel_order,
+            positions=positions,
             classes=config.data.num_classes,
             **known,
         )

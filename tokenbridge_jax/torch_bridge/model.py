@@ -1,10 +1,19 @@
-"""Name table of the TokenBridge model (the official release's state dict)."""
+"""Name table of the TokenBridge model (the official release's state dict), and its buffers."""
 
-from tokenbridge_jax.model import TokenBridgeConfig
-from tokenbridge_jax.torch_bridge.table import Entry
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
+from tokenbridge_jax.torch_bridge.table import Entry, from_torch, problems, size, to_torch
 
 # State-dict entries that are not parameters: they follow from the configuration.
 BUFFERS = ("channel_mask", "reconstruction_values", "boundaries")
+
+State = Mapping[str, np.ndarray]
 
 
 def table(config: TokenBridgeConfig) -> list[Entry]:
@@ -55,6 +64,107 @@ def table(config: TokenBridgeConfig) -> list[Entry]:
         entries += _norm(f"{name}.attn.k_norm", (*path, "attn", "k_norm"), i)
         entries += _modulation(name, (*path, "modulation"), c.head_width, chunks=6, index=i)
     return entries
+
+
+def buffers(config: TokenBridgeConfig) -> dict[str, np.ndarray]:
+    """The state dict's entries that are not parameters: causal mask, level values, bin edges."""
+    future = np.triu(np.ones((config.channels, config.channels), bool), 1)
+    return {
+        "channel_mask": np.where(future, np.float32(-np.inf), np.float32(0)),
+        "reconstruction_values": np.asarray(config.quantizer.level_values, np.float32),
+        "boundaries": config.quantizer.boundaries(),
+    }
+
+
+def infer_sizes(state: Mapping[str, Any]) -> dict[str, int]:
+    """Reads a model's sizes off the shapes of a state dict.
+
+    Returns:
+      Fields of `TokenBridgeConfig` by name, and "channels" and "levels"; without those that no
+      tensor shows, such as the heads of the backbone.
+    """
+    positions = size(state, ("output_pos_embed", 1))
+    length = size(state, ("encoder_pos_embed_learned", 1), ("decoder_pos_embed_learned", 1))
+    head_width = size(
+        state, ("channel_embed", 2), ("channel_norm.bias", 0), ("condition_proj.bias", 0)
+    )
+    head_size = size(
+        state,
+        ("channel_blocks.0.attn.q_norm.weight", 0),
+        ("channel_blocks.0.attn.k_norm.weight", 0),
+        ("channel_blocks.0.attn.q_norm.bias", 0),
+    )
+    sizes = {
+        "positions": positions,
+        "buffer": length - positions if length and positions else None,
+        "classes": size(state, ("class_emb.weight", 0)),
+        "channels": size(
+            state, ("channel_embed", 1), ("z_proj.weight", 1), ("timesteps_embeddings", 1)
+        ),
+        "levels": size(
+            state,
+            ("token_embeddings.0.weight", 0),
+            ("channel_heads.0.bias", 0),
+            ("channel_heads.1.bias", 0),
+        ),
+        "encoder_width": size(
+            state, ("encoder_norm.bias", 0), ("z_proj.bias", 0), ("class_emb.weight", 1)
+        ),
+        "encoder_layers": _layers(state, "encoder_blocks"),
+        "decoder_width": size(
+            state, ("decoder_norm.bias", 0), ("decoder_embed.bias", 0), ("mask_token", 2)
+        ),
+        "decoder_layers": _layers(state, "decoder_blocks"),
+        "head_width": head_width,
+        "head_layers": _layers(state, "channel_blocks"),
+        "head_heads": head_width // head_size if head_width and head_size else None,
+    }
+    return {name: value for name, value in sizes.items() if value}
+
+
+def _layers(state: Mapping[str, Any], prefix: str) -> int | None:
+    found = [re.match(rf"{prefix}\.(\d+)\.", name) for name in state]
+    return max((int(match[1]) + 1 for match in found if match), default=None)
+
+
+def import_model(
+    config: TokenBridgeConfig, parts: Mapping[str, State]
+) -> dict[str, dict[str, Any]]:
+    """State dicts of the official release -> parameters here, of the same names.
+
+    Args:
+      config: of the model, its quantizer with the level values of the release.
+      parts: state dicts by name ("model", "model_ema"), with all buffers or none.
+
+    Raises:
+      UserError: naming every tensor, of all parts, that is missing, unexpected or misshapen, and
+        buffers whose values are not those of this model.
+    """
+    entries, target, own = table(config), abstract_params(config), buffers(config)
+    found = []
+    for part, state in parts.items():
+        parameters = {name: state[name] for name in state if name not in BUFFERS}
+        wrong = problems(entries, parameters, target)
+        given = {name: state[name] for name in own if name in state}
+        wrong += [f"missing {name}" for name in own if given and name not in given]
+        for name, theirs in given.items():
+            ours = own[name]
+            if theirs.shape != ours.shape:
+                wrong.append(f"{name} has shape {list(theirs.shape)}, expected {list(ours.shape)}")
+            elif not np.allclose(theirs, ours, rtol=0, atol=1e-4):
+                wrong.append(f"{name} holds other values than this model's quantizer or mask")
+        found += [f"{part}: {line}" if len(parts) > 1 else line for line in wrong]
+    if found:
+        raise UserError("; ".join(found))
+    return {
+        part: from_torch(entries, {k: v for k, v in state.items() if k not in BUFFERS}, target)
+        for part, state in parts.items()
+    }
+
+
+def export_model(config: TokenBridgeConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Parameters here -> a state dict of the official release, its buffers included."""
+    return to_torch(table(config), params) | buffers(config)
 
 
 def _reshaped(name: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Entry:

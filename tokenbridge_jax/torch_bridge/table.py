@@ -5,6 +5,7 @@ same table in either direction, so a round trip is bit-identical by construction
 is numpy: neither PyTorch nor a device is touched.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -68,6 +69,25 @@ class Entry:
         return _PERMUTATIONS[self.kind] or tuple(range(ndim))
 
 
+def problems(
+    entries: Iterable[Entry], state_dict: Mapping[str, Any], target: Mapping[str, Any]
+) -> list[str]:
+    """Names every tensor of a state dict that is missing, unexpected or misshapen.
+
+    The arguments are those of `from_torch`; of the arrays only the shapes are looked at.
+    """
+    leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(target))
+    expected = {e.torch_name: e.expected_shape(tuple(leaves[e.path].shape)) for e in entries}
+    found = [f"missing {name}" for name in expected if name not in state_dict]
+    found += [f"unexpected {name}" for name in state_dict if name not in expected]
+    found += [
+        f"{name} has shape {list(state_dict[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in state_dict and tuple(state_dict[name].shape) != shape
+    ]
+    return found
+
+
 def from_torch(
     entries: Iterable[Entry], state_dict: Mapping[str, np.ndarray], target: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -85,18 +105,9 @@ def from_torch(
       UserError: naming every missing, unexpected and misshapen tensor at once.
     """
     entries = list(entries)
+    if found := problems(entries, state_dict, target):
+        raise UserError(f"the state dict does not fit this configuration: {'; '.join(found)}")
     leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(target))
-    expected = {e.torch_name: e.expected_shape(tuple(leaves[e.path].shape)) for e in entries}
-    problems = [f"missing {name}" for name in expected if name not in state_dict]
-    problems += [f"unexpected {name}" for name in state_dict if name not in expected]
-    problems += [
-        f"{name} has shape {list(state_dict[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in state_dict and tuple(state_dict[name].shape) != shape
-    ]
-    if problems:
-        raise UserError(f"the state dict does not fit this configuration: {'; '.join(problems)}")
-
     params = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for entry, part in _parts(entries, params):
         part[...] = entry.to_ours(
@@ -112,6 +123,21 @@ def to_torch(entries: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, n
         entry.torch_name: entry.to_theirs(part, leaves[entry.path].shape)
         for entry, part in _parts(list(entries), leaves)
     }
+
+
+def size(state_dict: Mapping[str, Any], *places: tuple[str, int]) -> int | None:
+    """A size that several tensors share, by their majority; None if all of them are missing.
+
+    Args:
+      state_dict: anything with shapes, by name.
+      *places: where to read it, a tensor's name and axis.
+    """
+    votes = [
+        state_dict[name].shape[axis]
+        for name, axis in places
+        if name in state_dict and axis < len(state_dict[name].shape)
+    ]
+    return collections.Counter(votes).most_common(1)[0][0] if votes else None
 
 
 def _parts(

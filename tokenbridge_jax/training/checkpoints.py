@@ -183,18 +183,20 @@ def run_record(directory: epath.PathLike, step: int | None = None) -> dict[str, 
     return _load(directory, step, {"run": None})["run"]
 
 
-def load_ema_params(
+def load_params(
     directory: epath.PathLike,
     abstract_params: Any,
     *,
+    part: str = "ema_params",
     dtype: Any = None,
     step: int | None = None,
 ) -> Any:
-    """Loads the EMA parameters alone.
+    """Loads the EMA parameters, or those without averaging, alone.
 
     Args:
       directory: a run's `checkpoints` folder.
       abstract_params: tree of `jax.ShapeDtypeStruct` with shardings, on any mesh.
+      part: "ema_params" or "params".
       dtype: of the floating-point leaves; None is that of `abstract_params`.
       step: which checkpoint; None is the latest.
 
@@ -208,7 +210,7 @@ def load_ema_params(
         return leaf.update(dtype=dtype) if dtype is not None and floating else leaf
 
     wanted = jax.tree.map(cast, abstract_params)
-    return _load(directory, step, {"ema_params": wanted}, any_dtype=True)["ema_params"]
+    return _load(directory, step, {part: wanted}, any_dtype=True)[part]
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:

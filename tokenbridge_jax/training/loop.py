@@ -119,6 +119,8 @@ class Run:
 def fit(run: Run, mesh: Mesh) -> TrainState:
     """Trains to the end of `run`, from its latest checkpoint if there is one.
 
+    One of step 0 is a state to begin with instead of a random one: parameters imported, say.
+
     Returns:
       The final state, which is also the latest checkpoint. A run that had already reached its end
       does nothing but load it.
@@ -138,16 +140,18 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
             run.directory / "checkpoints", section.get("keep", 2), section.get("keep_every", 0)
         )
         stack.callback(checkpoints.close)
-        start = _agree_on_start(checkpoints)
+        latest = _agree_on_latest(checkpoints)
+        start = latest or 0
         for step in checkpoints.incomplete:
             say(f"{run.name}: checkpoint {step} is incomplete: going on from {start}")
-        if start:
+        if not start:
+            _check_nothing_lost(run, checkpoints)
+        if latest is None:
+            state = create_state(run.task.init, optimizer, abstract, run.seed)
+        else:
             _check_same_run(checkpoints.run_record(start), run, checkpoints.directory)
             state = checkpoints.restore(abstract, start)
             say(f"{run.name}: goes on from step {start} of {total} ({checkpoints.directory})")
-        else:
-            _check_nothing_lost(run, checkpoints)
-            state = create_state(run.task.init, optimizer, abstract, run.seed)
         if start >= total:
             say(f"{run.name}: all {total} steps are done; nothing left to train")
             return state
@@ -352,15 +356,15 @@ def flat_fields(config: Any, sections: Sequence[str]) -> dict[str, Any]:
     return json.loads(json.dumps(flat))
 
 
-def _agree_on_start(checkpoints: Checkpoints) -> int:
-    """The latest checkpoint, which all processes must see alike."""
-    found = processes.gather(str(checkpoints.latest or 0))
+def _agree_on_latest(checkpoints: Checkpoints) -> int | None:
+    """The latest checkpoint, if any, which all processes must see alike."""
+    found = processes.gather(str(checkpoints.latest))
     if len(set(found)) > 1:
         raise UserError(
-            f"the processes find different checkpoints in {checkpoints.directory} (0 is none): "
+            f"the processes find different latest checkpoints in {checkpoints.directory}: "
             f"{', '.join(found)}; give all of them the same shared --workdir"
         )
-    return int(found[0])
+    return None if found[0] == "None" else int(found[0])
 
 
 def _check_nothing_lost(run: Run, checkpoints: Checkpoints) -> None:
@@ -376,13 +380,12 @@ def _check_nothing_lost(run: Run, checkpoints: Checkpoints) -> None:
 
 
 def _check_same_run(stored: Mapping[str, Any], run: Run, directory: epath.Path) -> None:
-    """Refuses to go on with another run's state; says what else has changed."""
-    changed = [
-        name
-        for name in sorted(stored.keys() | run.fields.keys())
-        if stored.get(name) != run.fields.get(name)
-    ]
-    told = [f"{name} was {stored.get(name)}, is {run.fields.get(name)}" for name in changed]
+    """Refuses to go on with another run's state; says what else has changed.
+
+    A field that the state was not saved with may be anything: an imported one has few.
+    """
+    changed = [name for name in sorted(stored) if stored[name] != run.fields.get(name)]
+    told = [f"{name} was {stored[name]}, is {run.fields.get(name)}" for name in changed]
     if refused := [line for name, line in zip(changed, told, strict=True) if name in run.fixed]:
         raise UserError(
             f"{directory} belongs to another run: {'; '.join(refused)}; "

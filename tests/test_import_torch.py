@@ -1,0 +1,239 @@
+"""`import-torch` and `export-torch`: files to workdirs and back, and what works on those."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from token_shards import write_tokens
+from torch_states import TINY, assert_same, in_diffusers, module_of
+
+from tokenbridge_jax import io, parallel
+from tokenbridge_jax.autoencoder import init_params, load_autoencoder, read_description
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.pipeline import ModelDescription, Pipeline
+from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER
+from tokenbridge_jax.sampling import SamplingSettings, generate
+from tokenbridge_jax.torch_bridge import files
+from tokenbridge_jax.torch_bridge.autoencoder import table
+from tokenbridge_jax.torch_bridge.model import BUFFERS
+from tokenbridge_jax.torch_bridge.table import to_torch
+
+GOLDENS = Path(__file__).parent / "goldens"
+MODEL, AUTOENCODER = GOLDENS / "tokenbridge_tiny.npz", GOLDENS / "kl_vae_tiny.npz"
+# What no array shows.
+HEADS = {
+    "encoder_width": 48, "encoder_heads": 4, "decoder_width": 64, "decoder_heads": 4,
+    "dtype": "float32", "scan_layers": True,
+}  # fmt: skip
+FLAGS = [f"--config.model.{name}={value}" for name, value in HEADS.items()]
+
+
+def run(command, workdir, *argv):
+    return runner.run(command, ["--workdir", str(workdir), *map(str, argv)])
+
+
+@pytest.fixture(scope="module")
+def state():
+    return files.read(MODEL)["model"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(state, tmp_path_factory):
+    """The golden weights as the release saves them, with an average of their own."""
+    path = tmp_path_factory.mktemp("release") / "checkpoint-last.pth"
+    average = {k: torch.from_numpy(v + 0.5) for k, v in state.items() if k not in BUFFERS}
+    model = {k: torch.from_numpy(v) for k, v in state.items()}
+    torch.save({"model": model, "model_ema": average, "epoch": 1}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def imported(checkpoint, tmp_path_factory):
+    """A workdir made of it and the golden autoencoder."""
+    workdir = tmp_path_factory.mktemp("imported")
+    arguments = ["--checkpoint", checkpoint, "--autoencoder", AUTOENCODER, "--scale=0.5"]
+    assert run("import-torch", workdir, *arguments, *FLAGS) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def without_average(tmp_path_factory):
+    """A workdir made of the golden weights alone."""
+    workdir = tmp_path_factory.mktemp("without_average")
+    argv = ["--checkpoint", MODEL, "--autoencoder", AUTOENCODER, "--scale=0.5", *FLAGS]
+    assert run("import-torch", workdir, *argv) == 0
+    return workdir
+
+
+def test_an_imported_model_samples_as_the_release(without_average):
+    pipeline = Pipeline.load(without_average, mesh=parallel.make_mesh(devices=jax.devices()[:1]))
+    assert pipeline.config.first_token_quirk
+    assert pipeline.codec.config.scale == 0.5
+    golden = np.load(MODEL)
+    indices = generate(
+        pipeline.config,
+        pipeline.params,
+        jnp.asarray(golden["in/labels"], jnp.int32),
+        jnp.arange(3),
+        SamplingSettings(5, 2.5, "constant", temperature=0.0),
+        orders=jnp.asarray(golden["in/orders"], jnp.int32),
+    )
+    np.testing.assert_array_equal(indices, golden["sample_t0/iter5_cfg2.5_constant/indices"])
+
+
+def test_an_imported_autoencoder_is_the_golden_one(imported, state):
+    config, params = load_autoencoder(imported / "autoencoder")
+    # Three levels of a 4x4 grid; attention at the coarsest.
+    assert (config.image_size, config.attention_resolutions) == (16, (4,))
+    assert_same(to_torch(table(config), params), files.read(AUTOENCODER)["model"])
+    assert read_description(imported / "autoencoder")["extra"] == {
+        "imported_from": "kl_vae_tiny.npz"
+    }
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
+def test_an_export_is_what_was_imported(imported, checkpoint, tmp_path, capsys, name):
+    original = files.read(checkpoint)
+    out, autoencoder = tmp_path / name, tmp_path / f"autoencoder{Path(name).suffix}"
+    assert run("export-torch", imported, "--out", out, "--autoencoder", autoencoder) == 0
+    assert "first_token_quirk is on" in capsys.readouterr().out
+    exported = files.read(out)
+    assert_same(exported["model"], original["model"])
+    if name.endswith(".pth"):
+        assert_same(exported["model_ema"], original["model_ema"])
+    assert_same(files.read(autoencoder)["model"], files.read(AUTOENCODER)["model"])
+
+    assert run("export-torch", imported, "--out", out, "--ema") == 0
+    averaged = files.read(out)["model"]
+    buffers = {name: original["model"][name] for name in BUFFERS}
+    assert_same(averaged, original["model_ema"] | buffers)
+    # Names, shapes and buffers are those that the release's code asks for.
+    tensors = {k: torch.from_numpy(v) for k, v in averaged.items()}
+    module_of(original["model"]).load_state_dict(tensors, strict=True)
+
+
+def test_an_import_of_an_export_is_the_same_workdir(imported, tmp_path):
+    out = tmp_path / "out.pth"
+    assert run("export-torch", imported, "--out", out, "--autoencoder", tmp_path / "a.ckpt") == 0
+    again = tmp_path / "again"
+    argv = ["--checkpoint", out, "--autoencoder", tmp_path / "a.ckpt", "--scale=0.5", *FLAGS]
+    assert run("import-torch", again, *argv) == 0
+    assert ModelDescription.load(again) == ModelDescription.load(imported)
+    assert io.read_json(again / "config.json") == io.read_json(imported / "config.json")
+    assert run("export-torch", again, "--out", tmp_path / "twice.pth") == 0
+    for part, arrays in files.read(out).items():
+        assert_same(files.read(tmp_path / "twice.pth")[part], arrays)
+
+
+def test_training_begins_with_what_was_imported(without_average, state, tmp_path, capsys):
+    """At learning rate 0 it also ends with it."""
+    shutil.copytree(without_average, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokens").mkdir()
+    autoencoder, _ = load_autoencoder(tmp_path / "autoencoder")
+    write_tokens(
+        tmp_path / "tokens",
+        {"train": [16]},
+        autoencoder=autoencoder,
+        autoencoder_hash=read_description(tmp_path / "autoencoder")["hash"],
+        channel_order=KL16_CHANNEL_ORDER,
+        channel_order_rule="kl16",
+    )
+    settings = {
+        "batch_size": 8, "steps": 1, "warmup_steps": 0, "learning_rate": 0.0, "sample_every": 0,
+    }  # fmt: skip
+    train = [f"--config.training.{name}={value}" for name, value in settings.items()]
+    for name, was, other in (("head_width", 32, 16), ("encoder_heads", 4, 8)):
+        assert run("train", tmp_path, *train, f"--config.model.{name}={other}") == 2
+        error = capsys.readouterr().err
+        assert f"belongs to another run: model.{name} was {was}, is {other}" in error
+    assert run("train", tmp_path, *train) == 0
+    assert "goes on from step 0 of 1" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "1"]
+    assert ModelDescription.load(tmp_path).config.first_token_quirk
+    assert run("export-torch", tmp_path, "--out", tmp_path / "out.safetensors") == 0
+    assert_same(files.read(tmp_path / "out.safetensors")["model"], state)
+
+
+def write_diffusers(folder, **config):
+    """TINY as diffusers saves it; returns the weights' path."""
+    folder.mkdir()
+    path = folder / "diffusion_pytorch_model.safetensors"
+    state = in_diffusers(to_torch(table(TINY), init_params(TINY, jax.random.key(0))))
+    arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    safetensors.numpy.save_file(arrays, path)
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"} | config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("described", "argv", "scale", "shift"),
+    [
+        ({}, [], 0.18215, 0),
+        ({"scaling_factor": 0.3, "shift_factor": None}, [], 0.3, 0),
+        ({"scaling_factor": 0.3611, "shift_factor": 0.125}, [], 0.3611, 0.125),
+        ({"scaling_factor": 0.3, "shift_factor": 0.125}, ["--scale=2", "--shift=0"], 2.0, 0),
+    ],
+)
+def test_an_autoencoder_of_diffusers_by_itself(tmp_path, described, argv, scale, shift):
+    path = write_diffusers(tmp_path / "vae", **described)
+    size = "--config.data.image_size=8"
+    assert run("import-torch", tmp_path / "w", "--autoencoder", path, size, *argv) == 0
+    config, params = load_autoencoder(tmp_path / "w" / "autoencoder")
+    assert config == dataclasses.replace(TINY, scale=scale)
+    expected = np.zeros(8, np.float32) - np.repeat(np.float32([shift, 0]), 4)
+    np.testing.assert_array_equal(params["quant_conv"]["bias"], expected)
+    remembered = io.read_json(tmp_path / "w" / "config.json")
+    assert remembered["quantizer"]["channel_order"] == "frequency"
+    assert remembered["autoencoder"]["multipliers"] == [1, 2]
+    # The same again changes nothing, another autoencoder is refused.
+    assert run("import-torch", tmp_path / "w", "--autoencoder", path, *argv) == 0
+    assert run("import-torch", tmp_path / "w", "--autoencoder", path, "--scale=9") == 2
+
+
+def test_what_cannot_be_imported_is_told_and_leaves_nothing(imported, state, tmp_path, capsys):
+    workdir = tmp_path / "w"
+    vae = write_diffusers(tmp_path / "vae", norm_num_groups=16)
+    broken = tmp_path / "broken.npz"
+    np.savez(
+        broken, **{k: v for k, v in state.items() if k != "class_emb.weight"}, extra=np.ones(1)
+    )
+    both = ["--autoencoder", AUTOENCODER, "--scale=0.5"]
+    for argv, message in [
+        ([], "nothing to import"),
+        (["--checkpoint", MODEL], "there is no autoencoder in"),
+        (["--checkpoint", MODEL, "--autoencoder", AUTOENCODER], "it is not KL-16"),
+        (["--checkpoint", MODEL, *both], "how many heads an encoder of width 48 has"),
+        (["--checkpoint", AUTOENCODER, *both], "kl_vae_tiny.npz holds no TokenBridge model"),
+        (["--autoencoder", MODEL], "tokenbridge_tiny.npz: these are not the tensors of a KL"),
+        (["--autoencoder", vae], "asks for norm_num_groups"),
+        (["--checkpoint", MODEL, *FLAGS, "--autoencoder", vae, "--scale=1"], "norm_num_groups"),
+        (
+            ["--checkpoint", broken, *both, *FLAGS],
+            "broken.npz: missing class_emb.weight; unexpected extra",
+        ),
+    ]:
+        assert run("import-torch", workdir, *argv) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1
+        assert {path.name for path in workdir.glob("*")} <= {".lock"}
+    assert run("import-torch", imported, "--checkpoint", MODEL) == 2
+    assert "holds a model already" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_is_told(imported, tmp_path, capsys):
+    for workdir, argv, message in [
+        (imported, [], "nothing to export"),
+        (imported, ["--out", tmp_path / "x.npz"], "x.npz ends in none of .pth"),
+        (tmp_path, ["--out", tmp_path / "x.pth"], "holds no trained model"),
+    ]:
+        assert run("export-torch", workdir, *argv) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.pth").exists()

@@ -1,0 +1,81 @@
+"""Exports a workdir's weights to PyTorch: what `import-torch` reads, and the release's code.
+
+  tokenbridge export-torch --workdir W --out model.pth
+  tokenbridge export-torch --workdir W --out model.safetensors --ema --autoencoder kl16.ckpt
+
+A .pth file (it needs `pip install 'tokenbridge_jax[torch]'`) is a dict: `model`, a state dict with
+its buffers, and `model_ema`, the averaged parameters. A .safetensors file is `model` alone. The
+autoencoder gets the names of LDM, in a dict `model` or alone likewise.
+"""
+
+import sys
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.autoencoder import load_autoencoder
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.pipeline import ModelDescription, abstract_sharded_params
+from tokenbridge_jax.torch_bridge import files
+from tokenbridge_jax.torch_bridge.autoencoder import table as autoencoder_table
+from tokenbridge_jax.torch_bridge.model import BUFFERS, export_model
+from tokenbridge_jax.torch_bridge.table import to_torch
+from tokenbridge_jax.training.checkpoints import load_params
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    flags.DEFINE_string("out", None, "File for the model.", flag_values=flag_values)
+    flags.DEFINE_bool(
+        "ema", False, "Averaged parameters as `model` instead of plain ones.",
+        flag_values=flag_values,
+    )  # fmt: skip
+    flags.DEFINE_string("autoencoder", None, "File for the autoencoder.", flag_values=flag_values)
+
+
+def main(args: flags.FlagValues) -> None:
+    """Writes the files."""
+    if not args.out and not args.autoencoder:
+        raise UserError("nothing to export: name --out FILE, --autoencoder FILE or both")
+    if jax.process_count() > 1:
+        raise UserError("one process exports: run it without --distributed")
+    workdir = epath.Path(args.workdir)
+    for path in filter(None, (args.out, args.autoencoder)):
+        files.check_suffix(path, files.WRITTEN_SUFFIXES)
+    if args.out:
+        _export_model(workdir, args.out, args.ema)
+    if args.autoencoder:
+        config, params = load_autoencoder(workdir / "autoencoder")
+        files.write(args.autoencoder, {"model": to_torch(autoencoder_table(config), params)})
+        print(f"wrote {args.autoencoder}, whose latents are scaled by {config.scale:g}")
+
+
+def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
+    config = ModelDescription.load(workdir).config
+    mesh = parallel.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
+    abstract = abstract_sharded_params(config, mesh)
+
+    def state_dict(part: str) -> files.StateDict:
+        params = load_params(workdir / "checkpoints", abstract, part=part)
+        return export_model(config, jax.tree.map(np.asarray, params))
+
+    averaged = state_dict("ema_params")
+    model = averaged if ema else state_dict("params")
+    parameters = {name: array for name, array in averaged.items() if name not in BUFFERS}
+    files.write(out, {"model": model, "model_ema": parameters})
+    print(f"wrote {out}, the {'averaged' if ema else 'plain'} parameters as `model`")
+    if config.first_token_quirk:
+        print("model.first_token_quirk is on: the release's code samples from it as here")
+    else:
+        print(
+            "model.first_token_quirk is off: the release's code, which always adds the first "
+            "timestep embedding to the head's first token, will sample a little differently"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run("export-torch", sys.argv[1:]))

@@ -1,0 +1,294 @@
+"""Imports PyTorch weights: the release's checkpoints -> a workdir to sample from or train on.
+
+  tokenbridge import-torch --checkpoint tokenbridge-l.pth --autoencoder kl16.ckpt --workdir W
+  tokenbridge import-torch --autoencoder vae/diffusion_pytorch_model.safetensors --workdir W
+
+Files are .pth and its kin (they need `pip install 'tokenbridge_jax[torch]'`), .safetensors or
+.npz. Sizes are those of the arrays. What no array shows is the config's (by default that of
+configs/imagenet256.py): --config.quantizer.range and .channel_order, and, unless the backbone is as
+wide as a published one, --config.model.encoder_heads and .decoder_heads beside its widths.
+
+An autoencoder may have the names of LDM (kl16.ckpt) or of diffusers' AutoencoderKL, whose
+config.json beside it says how latents are scaled; --scale and --shift say it otherwise.
+
+What follows needs only --workdir: `tokenbridge sample`, or `tokenize` and `train` to fine-tune,
+which begins with the imported weights and a fresh optimizer.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from tokenbridge_jax import io, parallel
+from tokenbridge_jax.autoencoder import (
+    AutoencoderConfig,
+    autoencoder_hash,
+    load_autoencoder,
+    read_description,
+    save_autoencoder,
+)
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands.train import make_model_config
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.model import SIZES, TokenBridgeConfig, init_params
+from tokenbridge_jax.pipeline import ModelDescription
+from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
+from tokenbridge_jax.tokenizing import make_quantizer
+from tokenbridge_jax.torch_bridge import files
+from tokenbridge_jax.torch_bridge.autoencoder import (
+    import_autoencoder,
+    infer_config,
+    is_diffusers,
+)
+from tokenbridge_jax.torch_bridge.model import import_model, infer_sizes
+from tokenbridge_jax.training.checkpoints import Checkpoints
+from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tokenbridge_jax.training.state import TrainState, abstract_state, state_shardings
+
+DEFAULT_CONFIG = "imagenet256.py"
+
+# What diffusers takes where its config names no factor.
+DIFFUSERS_SCALE = 0.18215
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+
+    def define(kind, name, help_text):
+        kind(name, None, help=help_text, flag_values=flag_values)
+
+    define(flags.DEFINE_string, "checkpoint", "The model's file.")
+    define(
+        flags.DEFINE_string,
+        "autoencoder",
+        "The autoencoder's file; without it WORKDIR/autoencoder must be there already.",
+    )
+    define(flags.DEFINE_float, "scale", "Factor from a posterior sample to a latent.")
+    define(flags.DEFINE_float, "shift", "What is subtracted from a posterior sample before that.")
+
+
+def main(args: flags.FlagValues) -> None:
+    """Reads the files, and writes the workdir when all of them are right."""
+    if not args.checkpoint and not args.autoencoder:
+        raise UserError("nothing to import: name --checkpoint FILE, --autoencoder FILE or both")
+    if jax.process_count() > 1:
+        raise UserError("one process imports: run it without --distributed")
+    with runner.locked(args.workdir):
+        config, workdir = args.config, epath.Path(args.workdir)
+        parts = _read_checkpoint(args.checkpoint, workdir) if args.checkpoint else {}
+        sizes = infer_sizes(parts["model"]) if parts else {}
+        autoencoder, autoencoder_params = read_autoencoder(args, sizes.get("positions"))
+        adapt_config(config, autoencoder, sizes)
+        if parts:
+            model = make_model(config, autoencoder, sizes, parts["model"])
+            with _naming(args.checkpoint):
+                params = import_model(model, parts)
+
+        folder = workdir / "autoencoder"
+        if args.autoencoder:
+            imported_from = {"imported_from": Path(args.autoencoder).name}
+            save_autoencoder(folder, autoencoder, autoencoder_params, imported_from)
+        runner.remember_config(args)
+        print(
+            f"{folder} holds an autoencoder of {autoencoder.latent_channels} channels, "
+            f"{autoencoder.downsampling} pixels a position, latents scaled by {autoencoder.scale:g}"
+        )
+        if parts:
+            names = tuple(map(str, range(model.classes)))
+            used = autoencoder_hash(autoencoder, autoencoder_params)
+            ModelDescription(model, names, used).save(workdir)
+            known = {*sizes, "encoder_heads", "decoder_heads"} & set(config.model)
+            fields = {f"model.{name}": config.model[name] for name in sorted(known)}
+            write_checkpoint(workdir, model, params, fields)
+            print(
+                f"{workdir} holds the model of {args.checkpoint}, to sample with its quirk: the "
+                "first timestep embedding is added to the head's first token "
+                "(model.first_token_quirk)"
+            )
+
+
+def read_autoencoder(
+    args: flags.FlagValues, positions: int | None
+) -> tuple[AutoencoderConfig, dict[str, Any]]:
+    """The autoencoder of --autoencoder, or else the one that is there.
+
+    Raises:
+      UserError: there is none, another one is there, or it does not fit.
+    """
+    folder = epath.Path(args.workdir) / "autoencoder"
+    is_there = (folder / "config.json").exists()
+    if not args.autoencoder:
+        if not is_there:
+            raise UserError(
+                f"there is no autoencoder in {folder}; name its file too: --autoencoder FILE"
+            )
+        return load_autoencoder(folder)
+    state = files.read(args.autoencoder)["model"]
+    with _naming(args.autoencoder):
+        grid = math.isqrt(positions) if positions else None
+        config = infer_config(state, args.config.data.image_size, grid)
+        scale, shift = latent_scaling(args, config, is_diffusers(state))
+        config = dataclasses.replace(config, scale=scale)
+        params = import_autoencoder(config, state, shift)
+    if is_there and read_description(folder)["hash"] != autoencoder_hash(config, params):
+        raise UserError(f"{folder} holds another autoencoder; use another --workdir or remove it")
+    return config, params
+
+
+def latent_scaling(
+    args: flags.FlagValues, config: AutoencoderConfig, diffusers: bool
+) -> tuple[float, float]:
+    """Scale and shift of latents: the flags', those of diffusers' config.json, or KL-16's.
+
+    Raises:
+      UserError: none of them says the scale, or the autoencoder of config.json is of another kind.
+    """
+    scale, shift = args.scale, args.shift or 0.0
+    path = Path(args.autoencoder).with_name("config.json")
+    if diffusers and path.exists():
+        described = io.read_json(path)
+        if described.get("norm_num_groups", 32) != 32 or described.get("latents_mean"):
+            raise UserError(f"{path} asks for norm_num_groups or latents_mean unlike KL-16's")
+        if scale is None:
+            scale = described.get("scaling_factor", DIFFUSERS_SCALE)
+        if args.shift is None:
+            shift = described.get("shift_factor") or 0.0
+    if scale is None and not _is_kl16(config):
+        raise UserError("it is not KL-16: say how its latents are scaled, with --scale")
+    return AutoencoderConfig.kl16().scale if scale is None else scale, shift
+
+
+def _is_kl16(config: AutoencoderConfig) -> bool:
+    kl16, sizes = AutoencoderConfig.kl16(), ("channels", "multipliers", "blocks", "latent_channels")
+    return all(getattr(config, name) == getattr(kl16, name) for name in sizes)
+
+
+def adapt_config(
+    config: ConfigDict, autoencoder: AutoencoderConfig, sizes: Mapping[str, int]
+) -> None:
+    """Sets what the arrays say in the config that later commands use.
+
+    Raises:
+      UserError: the config does not say how many heads the backbone has.
+    """
+    with config.unlocked():
+        config.data.image_channels = autoencoder.image_channels
+        fields = autoencoder.to_json()
+        for name in config.autoencoder:
+            value = fields[name]
+            config.autoencoder[name] = tuple(value) if isinstance(value, list) else value
+        if not sizes:
+            config.data.image_size = autoencoder.image_size
+            if config.quantizer.channel_order == "kl16" and not _is_kl16(autoencoder):
+                config.quantizer.channel_order = "frequency"
+            return
+        for part in ("encoder", "decoder"):
+            if (width := sizes.get(f"{part}_width")) is not None:
+                config.model[f"{part}_heads"] = _heads(config, part, width)
+        config.model.update({name: sizes[name] for name in sizes if name in config.model})
+        config.model.first_token_quirk = True
+        config.quantizer.levels = sizes.get("levels", config.quantizer.levels)
+        config.data.num_classes = sizes.get("classes", config.data.num_classes)
+        if "positions" in sizes:
+            config.data.image_size = math.isqrt(sizes["positions"]) * autoencoder.downsampling
+
+
+def _heads(config: ConfigDict, part: str, width: int) -> int:
+    """Heads of the encoder or decoder: the config's, if it is as wide, or a published size's."""
+    heads = f"{part}_heads"
+    for known in (config.model, *SIZES.values()):
+        if known[f"{part}_width"] == width:
+            return known[heads]
+    raise UserError(
+        f"no array shows how many heads an {part} of width {width} has; say it: "
+        f"--config.model.{part}_width={width} --config.model.{heads}=N"
+    )
+
+
+def make_model(
+    config: ConfigDict,
+    autoencoder: AutoencoderConfig,
+    sizes: Mapping[str, int],
+    state: Mapping[str, np.ndarray],
+) -> TokenBridgeConfig:
+    """The model of the adapted config, with the level values that the file has.
+
+    Raises:
+      UserError: the autoencoder's latents are not what the model was trained on.
+    """
+    channels = sizes.get("channels", autoencoder.latent_channels)
+    if channels != autoencoder.latent_channels:
+        raise UserError(
+            f"the model is for {channels} channels, the autoencoder has "
+            f"{autoencoder.latent_channels}; import the one it was trained with"
+        )
+    quantizer = make_quantizer(config)
+    values = state.get("reconstruction_values", np.zeros(0))
+    if values.shape == (quantizer.levels,):
+        quantizer = Quantizer(tuple(values.tolist()), quantizer.minimum, quantizer.maximum)
+    order = resolve_channel_order(config.quantizer.channel_order, channels)
+    positions = (config.data.image_size // autoencoder.downsampling) ** 2
+    return make_model_config(config, quantizer, order, positions)
+
+
+def write_checkpoint(
+    workdir: epath.Path,
+    model: TokenBridgeConfig,
+    params: Mapping[str, Any],
+    fields: Mapping[str, Any],
+) -> None:
+    """Writes checkpoint 0: the imported weights, and an optimizer that has seen nothing.
+
+    Args:
+      workdir: gets `checkpoints/0`.
+      model: its config.
+      params: "model", and "model_ema" if it has an average of its own.
+      fields: of the run, that training from here must share.
+    """
+    # The optimizer's state is laid out alike whatever its settings.
+    optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=0.0, total_steps=1))
+    mesh = parallel.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
+    abstract = abstract_state(functools.partial(init_params, model), optimizer, mesh)
+    shardings = state_shardings(abstract)
+    raw = jax.device_put(params["model"], shardings.params)
+    ema = jax.device_put(params.get("model_ema", params["model"]), shardings.ema_params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(raw)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    try:
+        checkpoints.save(TrainState(np.int32(0), raw, ema, opt_state), 0, dict(fields))
+    finally:
+        checkpoints.close()
+
+
+def _read_checkpoint(path: str, workdir: epath.Path) -> dict[str, files.StateDict]:
+    if Checkpoints(workdir / "checkpoints").latest is not None:
+        raise UserError(f"{workdir / 'checkpoints'} holds a model already; use another --workdir")
+    parts = files.read(path)
+    if not infer_sizes(parts["model"]):
+        few = ", ".join(list(parts["model"])[:3])
+        raise UserError(f"{path} holds no TokenBridge model, but {few}, ...")
+    return parts
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Says which file a mistake is in."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run("import-torch", sys.argv[1:]))
