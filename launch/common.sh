@@ -1,17 +1,26 @@
-# Sourced by the launch scripts: what they need, and what they run or, with a first argument
-# --dry-run, which is taken off here, only print.
+# Sourced by the launch scripts: what they need, and what they run or, with --dry-run among their
+# arguments, which is taken out here, only print.
 # shellcheck shell=bash
 
 dry_run=no
-if [ "${1:-}" = --dry-run ]; then
-  dry_run=yes
+for argument in "$@"; do
   shift
-fi
+  if [ "$argument" = --dry-run ]; then dry_run=yes; else set -- "$@" "$argument"; fi
+done
 
 # need NAME EXAMPLE: ends the script with one line if the variable is not set.
 need() {
   [ -n "${!1:-}" ] && return
   echo "${0##*/}: $1 is not set; for example: export $1=$2" >&2
+  exit 2
+}
+
+# need_shared EXAMPLE: ends the script with one line unless WORKDIR is the same on every host.
+need_shared() {
+  need WORKDIR "$1"
+  case $WORKDIR in gs://* | /*) return ;; esac
+  echo "${0##*/}: WORKDIR=$WORKDIR is another folder on every host; for example: $1, or an" \
+    "absolute path that all of them mount" >&2
   exit 2
 }
 

@@ -32,11 +32,12 @@ json() {
 case $command in
   run)
     need TYPE tpu7x-32 # as the cloud names it
-    need WORKDIR gs://my-bucket/runs/imagenet-l
+    need_shared gs://my-bucket/runs/imagenet-l
     need IMAGE us-docker.pkg.dev/my-project/my-images/tokenbridge
     size=${SIZE:-L}
     tpu_settings "$TYPE" "$size"
-    arguments=$(json "${1:-train}" --distributed --workdir="$WORKDIR" \
+    case ${1:-} in '' | -*) set -- train "$@" ;; esac
+    arguments=$(json "$1" --distributed --workdir="$WORKDIR" \
       --config="${CONFIG:-configs/imagenet256.py:size=$size}" "${FLAGS[@]}" "${@:2}")
     manifest=$(<launch/gke.yaml)
     for field in "NAME=$NAME" "SLICES=${SLICES:-1}" "HOSTS=$HOSTS" "IMAGE=$IMAGE" \

@@ -19,7 +19,8 @@ if [ -n "${JAX_COORDINATOR_ADDRESS:-}" ]; then
   need JAX_PROCESS_ID 0
   distributed=(--distributed)
 fi
-command=(.venv/bin/tokenbridge "${1:-train}" ${distributed[@]+"${distributed[@]}"}
+case ${1:-} in '' | -*) set -- train "$@" ;; esac
+command=(.venv/bin/tokenbridge "$1" ${distributed[@]+"${distributed[@]}"}
   --workdir="$WORKDIR" --config="${CONFIG:-configs/imagenet256.py:size=${SIZE:-L}}"
   --config.mesh.data=-1 --config.mesh.fsdp=1 "${@:2}")
 if [ "$dry_run" = yes ]; then

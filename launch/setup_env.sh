@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment and installs the package into it: bash launch/setup_env.sh DIR [EXTRAS]
 #   DIR     where the environment goes; one that is there already is kept and brought up to date
-#   EXTRAS  of setup.py, comma-separated: test, tpu, cuda, gcs, s3, tfds
+#   EXTRAS  of setup.py, comma-separated: test, tpu, cuda, gcs, tfds, torch
 # PYTHON names the interpreter to use (3.11 or newer).
 set -euo pipefail
 

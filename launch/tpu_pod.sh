@@ -26,14 +26,18 @@ need ZONE us-east5-a    # where the project has quota for such chips
 tpus=(gcloud compute tpus queued-resources)
 everywhere=("$NAME" --zone="$ZONE" --node=all --worker=all)
 
+# settings: those of the slice, of a type that Cloud TPU machines have.
+settings() {
+  need TYPE v6e-64 # as the cloud names it
+  tpu_settings "$TYPE" "${SIZE:-L}"
+  [ -n "$RUNTIME" ] && return
+  echo "${0##*/}: $TYPE is on Kubernetes only: launch/gke.sh" >&2
+  exit 2
+}
+
 case $command in
   create)
-    need TYPE v6e-64 # as the cloud names it
-    tpu_settings "$TYPE" "${SIZE:-L}"
-    if [ -z "$RUNTIME" ]; then
-      echo "${0##*/}: $TYPE is on Kubernetes only: launch/gke.sh" >&2
-      exit 2
-    fi
+    settings
     nodes=(--node-id="$NAME")
     [ -z "${SLICES:-}" ] || nodes=(--node-count="$SLICES" --node-prefix="$NAME")
     run "${tpus[@]}" create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" \
@@ -47,18 +51,17 @@ case $command in
 tar -xzf tokenbridge.tar.gz -C tokenbridge && cd tokenbridge && bash launch/setup_host.sh tpu,gcs"
     ;;
   run)
-    need TYPE v6e-64
-    need WORKDIR gs://my-bucket/runs/imagenet-l # every host reads and writes it
-    size=${SIZE:-L}
-    tpu_settings "$TYPE" "$size"
+    settings
+    need_shared gs://my-bucket/runs/imagenet-l
+    case ${1:-} in '' | -*) set -- train "$@" ;; esac
     # A unit of systemd, with the limits of a login; of a stop only tokenbridge itself is told.
     unit=(--unit=tokenbridge --collect "--uid=\$(id -un)" "--working-directory=\$HOME/tokenbridge"
       --setenv=PYTHONUNBUFFERED=1 --property=LimitMEMLOCK=infinity
       --property=KillMode=mixed --property=TimeoutStopSec=600
       --property=Restart=on-failure --property=RestartSec=15 --property=RestartPreventExitStatus=2
       --property=StartLimitIntervalSec=86400 --property=StartLimitBurst=11)
-    arguments=$(quoted "${1:-train}" --distributed --workdir="$WORKDIR" \
-      --config="${CONFIG:-configs/imagenet256.py:size=$size}" "${FLAGS[@]}" "${@:2}")
+    arguments=$(quoted "$1" --distributed --workdir="$WORKDIR" \
+      --config="${CONFIG:-configs/imagenet256.py:size=${SIZE:-L}}" "${FLAGS[@]}" "${@:2}")
     run "${tpus[@]}" ssh "${everywhere[@]}" --command="sudo systemd-run ${unit[*]} \
 \$HOME/tokenbridge/.venv/bin/tokenbridge $arguments"
     ;;

@@ -132,6 +132,30 @@ def dry_commands(printed: str) -> list[list[str]]:
 # --- all of them ----------------------------------------------------------------------------------
 
 
+RUNS = [
+    ("tpu_pod.sh", ["run"], TPU),
+    ("gke.sh", ["run"], GKE),
+    ("gpu_host.sh", [], {"WORKDIR": "w"}),
+]
+RUNS += [("slurm.sbatch", [], SLURM)]
+
+
+@pytest.mark.parametrize(("script", "command", "variables"), RUNS)
+def test_flags_alone_are_those_of_train_and_a_dry_run_may_stand_anywhere(
+    checkout, script, command, variables
+):
+    flag = "--config.training.steps=5"
+    first = checkout.run(script, "--dry-run", *command, "train", flag, **variables)
+    assert checkout.run(script, *command, flag, "--dry-run", **variables) == first
+    assert not any(map(checkout.calls, ("gcloud", "kubectl", "srun", "tokenbridge")))
+
+
+@pytest.mark.parametrize(("script", "variables"), [("tpu_pod.sh", TPU), ("gke.sh", GKE)])
+def test_a_workdir_that_hosts_do_not_share_is_refused(checkout, script, variables):
+    line = checkout.run(script, "run", status=2, **variables | {"WORKDIR": "runs/l"})
+    assert f"{script}: WORKDIR=runs/l is another folder on every host" in line
+
+
 def test_shellcheck_has_nothing_to_say():
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if not shellcheck.exists():
@@ -457,7 +481,7 @@ def test_a_host_told_to_stop_tells_the_process_once_and_ends(checkout, ctrl_c):
         ("gpu_host.sh", {"WORKDIR": "nowhere"}, "workdir nowhere does not exist"),
         ("slurm.sbatch", SLURM | {"WORKDIR": "nowhere"}, "workdir nowhere does not exist"),
         # The mesh of this slice does not fit the eight devices of the tests.
-        ("tpu_pod.sh", TPU | {"TYPE": "v6e-64", "SIZE": "H", "WORKDIR": "nowhere"}, "fsdp=16"),
+        ("tpu_pod.sh", TPU | {"TYPE": "v6e-64", "SIZE": "H", "WORKDIR": "/nowhere"}, "fsdp=16"),
     ],
 )
 def test_tokenbridge_takes_the_flags(checkout, monkeypatch, capsys, script, variables, told):
@@ -477,7 +501,7 @@ def test_skypilot_joins_the_hosts(checkout):
     assert set(task) == {"name", "resources", "num_nodes", "workdir", "envs", "setup", "run"}
     checkout.stand_in(checkout.folder / "launch/run.sh", f"set -e\n{task['run']}")
     node = {"SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6", "SKYPILOT_NUM_NODES": "2"}
-    envs = task["envs"] | {"WORKDIR": "s3://bucket/run", "FLAGS": "--config.a=1 --config.b=2"}
+    envs = task["envs"] | {"WORKDIR": "gs://bucket/run", "FLAGS": "--config.a=1 --config.b=2"}
     checkout.run("run.sh", SKYPILOT_NODE_RANK="1", **node, **envs)
     [called] = checkout.calls("tokenbridge")
     assert called["args"][:2] == ["train", "--distributed"]
