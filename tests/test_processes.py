@@ -70,4 +70,4 @@ def test_processes_that_see_different_folders_are_told(trained, tmp_path):
             output=log,
         )
     assert soak.end(job) == [2, 2]
-    assert "(0 is none): 8, 0; give all of them the same" in (tmp_path / "log.txt").read_text()
+    assert "checkpoints: 8, none; give all of them the same" in (tmp_path / "log.txt").read_text()

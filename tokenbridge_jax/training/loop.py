@@ -358,13 +358,14 @@ def flat_fields(config: Any, sections: Sequence[str]) -> dict[str, Any]:
 
 def _agree_on_latest(checkpoints: Checkpoints) -> int | None:
     """The latest checkpoint, if any, which all processes must see alike."""
-    found = processes.gather(str(checkpoints.latest))
+    latest = checkpoints.latest
+    found = processes.gather("none" if latest is None else str(latest))
     if len(set(found)) > 1:
         raise UserError(
             f"the processes find different latest checkpoints in {checkpoints.directory}: "
             f"{', '.join(found)}; give all of them the same shared --workdir"
         )
-    return None if found[0] == "None" else int(found[0])
+    return latest
 
 
 def _check_nothing_lost(run: Run, checkpoints: Checkpoints) -> None:
