@@ -44,6 +44,26 @@ RULES = (
 )
 
 
+def axis_sizes(devices: int, data: int, fsdp: int, tensor: int) -> list[int]:
+    """The sizes of the three axes over so many devices; -1 has become what is left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    given = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise UserError(f"mesh sizes {sizes} must be positive, with at most one -1")
+    if -1 in sizes and devices % given == 0:
+        sizes[sizes.index(-1)] = devices // given
+    if math.prod(sizes) != devices:
+        raise UserError(
+            f"a mesh of data={data} fsdp={fsdp} tensor={tensor} does not fit {devices} "
+            "devices; set --config.mesh.* so that the sizes multiply to that number"
+        )
+    return sizes
+
+
 def make_mesh(
     data: int = -1,
     fsdp: int = 1,
@@ -69,17 +89,7 @@ def make_mesh(
       UserError: the sizes do not multiply to the number of devices, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
-    given = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise UserError(f"mesh sizes {sizes} must be positive, with at most one -1")
-    if -1 in sizes and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
-    if math.prod(sizes) != len(devices):
-        raise UserError(
-            f"a mesh of data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} "
-            "devices; set --config.mesh.* so that the sizes multiply to that number"
-        )
+    sizes = axis_sizes(len(devices), data, fsdp, tensor)
     of_slice = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
     found = len(of_slice)
     if slices != 1 and len(set(of_slice.values())) > 1:

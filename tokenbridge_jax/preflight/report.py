@@ -89,10 +89,9 @@ def _end_with_parent() -> None:
 
 def _crash(config: ConfigDict, where: Slice, number: int, *, sample: bool) -> Report:
     devices = where.chips * where.figures.devices
-    mesh = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
-    if mesh["data"] == -1:
-        mesh["data"] = devices // (mesh["fsdp"] * mesh["tensor"])
-    settings = _settings(config, mesh, sample=sample)
+    axes = ("data", "fsdp", "tensor")
+    sizes = parallel.axis_sizes(devices, *(config.mesh[axis] for axis in axes))
+    settings = _settings(config, dict(zip(axes, sizes, strict=True)), sample=sample)
     return {
         "what": "sample" if sample else "train",
         "topology": where.name,
