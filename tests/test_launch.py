@@ -1,12 +1,10 @@
 """The launch scripts: what they run, with which mesh, what they need, and what they do after a stop
 or a crash. The programs they call are stand-ins that record how they were called."""
 
-import json
 import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkout import LAUNCH, ROOT, Checkout
 
 from configs import imagenet256
 from tokenbridge_jax.commands import runner
 
-ROOT = Path(__file__).parent.parent
-LAUNCH = ROOT / "launch"
 SCRIPTS = [
     *(LAUNCH / f"{name}.sh" for name in ("common", "tpu_types", "tpu_pod", "tpu_multislice")),
     *(LAUNCH / name for name in ("gke.sh", "gpu_host.sh", "setup_host.sh", "slurm.sbatch")),
@@ -32,83 +29,6 @@ GKE = {"NAME": "tb", "TYPE": "tpu7x-32", "WORKDIR": "gs://bucket/run", "IMAGE": 
 JOINED = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
 SLURM = {"WORKDIR": "/run", "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4"}
 NASTY = """--config.data.path=/a b/it's "$HOME" \\ (1,2)"""
-
-# Notes its name, arguments and a few variables; ends with the first of the statuses left to it.
-STAND_IN = """#!{python}
-import json, os, pathlib, sys, time
-here = pathlib.Path({here!r})
-name = pathlib.Path(sys.argv[0]).name
-names = [n for n in os.environ if n.startswith("JAX_")]
-called = dict(name=name, args=sys.argv[1:], env={{n: os.environ[n] for n in names}})
-if name == "kubectl":
-    called["stdin"] = sys.stdin.read()
-with open(here / "calls", "a") as file:
-    file.write(json.dumps(called) + "\\n")
-left = here / (name + ".statuses")
-statuses = json.loads(left.read_text()) if left.exists() else [0]
-left.write_text(json.dumps(statuses[1:] or statuses))
-if statuses[0] == "wait for a signal":
-    import signal
-    told = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *args: told.append(args[0]))
-    print("waiting", flush=True)
-    while not told:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    statuses[0] = 75 if len(told) == 1 else 1
-sys.exit(statuses[0])
-"""
-
-
-class Checkout:
-    """A copy of the launch scripts, and stand-ins for what they call."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "checkout"
-        self.bin = folder / "bin"
-        self.home = folder / "home"
-        for path in (self.bin, self.home, self.folder / ".venv/bin"):
-            path.mkdir(parents=True)
-        shutil.copytree(LAUNCH, self.folder / "launch")
-        self.tokenbridge = self.folder / ".venv/bin/tokenbridge"
-        self.stand_in(self.tokenbridge)
-        for name in ("gcloud", "kubectl", "srun", "scontrol", "sleep"):
-            self.stand_in(self.bin / name)
-
-    def stand_in(self, path: Path, text: str | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text or STAND_IN.format(python=sys.executable, here=str(self.home)))
-        path.chmod(0o755)
-
-    def statuses(self, name: str, *statuses: int | str) -> None:
-        (self.home / f"{name}.statuses").write_text(json.dumps(statuses))
-
-    def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
-        path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
-        return subprocess.Popen(
-            ["bash", f"launch/{script}", *arguments],
-            cwd=self.folder,
-            env={"PATH": path, "HOME": str(self.home)} | variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, script: str, *arguments: str, status: int = 0, **variables: str) -> str:
-        """What the script prints, which must end with the status."""
-        process = self.start(script, *arguments, **variables)
-        out, error = process.communicate(timeout=60)
-        assert process.returncode == status, error
-        return error if status == 2 and not out else out
-
-    def calls(self, name: str) -> list[dict]:
-        if not (self.home / "calls").exists():
-            return []
-        lines = (self.home / "calls").read_text().splitlines()
-        return [call for call in map(json.loads, lines) if call["name"] == name]
 
 
 @pytest.fixture
