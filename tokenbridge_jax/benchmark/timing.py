@@ -12,7 +12,7 @@ import jax
 
 # Calls shorter than this are timed in runs of about RUN_SECONDS: neither the clock nor the host's
 # dispatch then stands in for the device.
-SHORT_SECONDS = 5e-3
+SHORT_SECONDS = 20e-3
 RUN_SECONDS = 50e-3
 
 # Once the timings add up to this, FEWEST of them are enough: 256 sampling steps take a minute.
