@@ -147,6 +147,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             guidance_schedule="linear",
             guidance_interval=(0.0, 1.0),
             temperature=temperature,
+            order="random",
+            choice_temperature=1.0,
             batch_size=64,
         )
     )

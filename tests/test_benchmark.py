@@ -1,5 +1,6 @@
 """`tokenbridge benchmark`: its lines, the FLOPs counted by hand, profiles, mistakes."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -222,7 +223,7 @@ def test_sampling_flops_are_those_of_programs_without_padding(num_iter, guided):
 
         return program_flops(function, abstract_params(config))
 
-    total, hidden = 0, positions
+    total, hidden, all_hidden = 0, positions, 0
     for step in range(1, num_iter + 1):
         cosine = math.floor(positions * math.cos(math.pi / 2 * step / num_iter))
         left = max(1, min(hidden - 1, cosine)) if step < num_iter else 0
@@ -230,12 +231,15 @@ def test_sampling_flops_are_those_of_programs_without_padding(num_iter, guided):
             indices = jnp.zeros((1, positions - hidden, config.channels), jnp.int32)
             arguments = label, jnp.arange(positions)[None], jnp.int32(hidden), label == 1
             total += apply(TokenBridge.features, indices, *arguments) * (2 if guided else 1)
+            all_hidden += hidden
         hidden = left
     feature = jnp.zeros((positions, config.decoder_width))
     indices = jnp.zeros((positions, config.channels), jnp.int32)
-    total += apply(lambda model, *arguments: model.head.logits(*arguments), feature, indices)
+    head = apply(lambda model, *arguments: model.head.logits(*arguments), feature, indices)
     settings = SamplingSettings(num_iter, guidance=2.0 if guided else 1.0)
-    assert sampling_flops(config, settings) == total
+    assert sampling_flops(config, settings) == total + head
+    settings = dataclasses.replace(settings, order="confidence")
+    assert sampling_flops(config, settings) == total + head * all_hidden // positions
 
 
 def test_published_counts():

@@ -154,6 +154,8 @@ def test_a_config_of_an_earlier_version_gets_the_keys_that_have_come_since(probe
         ("model", "scan_layers"),
         ("training", "head_fraction"),
         ("sampling", "guidance_interval"),
+        ("sampling", "order"),
+        ("sampling", "choice_temperature"),
         ("training", "keep_every"),
         ("vae_training", "keep_every"),
     ):
@@ -166,6 +168,7 @@ def test_a_config_of_an_earlier_version_gets_the_keys_that_have_come_since(probe
     assert found.model.head_chunk == now.model.head_chunk
     assert found.training.head_fraction == 0.5
     assert found.sampling.guidance_interval == (0.0, 1.0)
+    assert (found.sampling.order, found.sampling.choice_temperature) == ("random", 1.0)
     assert found.training.keep_every == found.vae_training.keep_every == 0
 
 

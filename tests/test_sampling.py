@@ -15,6 +15,7 @@ from tiny_model import TINY, equations, random_batch, random_params, tiny
 from tokenbridge_jax import parallel, sampling
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridge, init_params
+from tokenbridge_jax.orders import random_orders
 from tokenbridge_jax.pipeline import sample_indices
 from tokenbridge_jax.sampling import (
     SamplingSettings,
@@ -22,7 +23,6 @@ from tokenbridge_jax.sampling import (
     guidance_scales,
     hidden_counts,
     plan_stages,
-    random_orders,
 )
 from tokenbridge_jax.transformer import unstack
 

@@ -84,10 +84,25 @@ class Backbone(nn.Module):
         return parallel.constrain(table, None, None)
 
     def class_latent(
-        self, labels: Int[Array, " B"], drop_class: Bool[Array, " B"]
+        self,
+        labels: Int[Array, " B"] | Float[Array, "B {self.classes}"],
+        drop_class: Bool[Array, " B"],
     ) -> Float[Array, "B E"]:
-        """What fills the buffer: the class embedding, or the null latent where it is dropped."""
-        latent = jnp.where(drop_class[:, None], self.null_latent, self.class_embedding[labels])
+        """What fills the buffer: the class embedding, or the null latent where it is dropped.
+
+        Args:
+          labels: a class an image, or weights that mix the classes' embeddings; no class at all
+            where they are all zero.
+          drop_class: where the null latent takes the place of the class.
+        """
+        if labels.ndim == 2:
+            # As exact as looking up: a weight of 1 has to give the embedding itself.
+            mixed = jnp.dot(labels, self.class_embedding, precision="highest")
+            embedding = mixed.astype(self.dtype)
+            drop_class |= ~labels.any(axis=1)
+        else:
+            embedding = self.class_embedding[labels]
+        latent = jnp.where(drop_class[:, None], self.null_latent, embedding)
         return parallel.constrain(latent, "batch", None)
 
     def encode(

@@ -201,7 +201,7 @@ class TokenBridge(nn.Module):
     def features(
         self,
         visible_indices: Integer[Array, "B S C"],
-        labels: Int[Array, " B"],
+        labels: Int[Array, " B"] | Float[Array, "B classes"],
         order: Int[Array, "B L"],
         num_hidden: Int[Array, "*b"],
         drop_class: Bool[Array, " B"],
@@ -212,7 +212,7 @@ class TokenBridge(nn.Module):
         Args:
           visible_indices: indices at the last S slots of `order`; hidden ones among them count for
             nothing.
-          labels: classes.
+          labels: classes, or weights of them (see `Backbone.class_latent`).
           order: a permutation of the positions for each image.
           num_hidden: how many slots at the front of `order` are hidden, one number or one an image.
           drop_class: where the null latent takes the place of the class.
@@ -229,8 +229,19 @@ class TokenBridge(nn.Module):
         temperature: Float[Array, ""],
     ) -> Int[Array, "B R C"]:
         """Draws the indices of R positions an image from their features."""
-        indices = self.head.sample(merge(feature), keys.reshape(-1), temperature)
+        indices: Any = self.head.sample(merge(feature), keys.reshape(-1), temperature)
         return indices.reshape(*keys.shape, -1)
+
+    def sample_with_log_probs(
+        self,
+        feature: Float[Array, "B R D"],
+        keys: Key[Array, "B R"],
+        temperature: Float[Array, ""],
+    ) -> tuple[Int[Array, "B R C"], Float[Array, "B R"]]:
+        """As `sample_positions`, with the log-probabilities of what was drawn (see the head)."""
+        drawn = self.head.sample(merge(feature), keys.reshape(-1), temperature, log_probs=True)
+        indices, log_probs = drawn
+        return indices.reshape(*keys.shape, -1), log_probs.reshape(keys.shape)
 
 
 def merge(x: Shaped[Array, "B M ..."]) -> Shaped[Array, "B*M ..."]:

@@ -1,7 +1,7 @@
 """The trained line as one object: images -> indices, indices -> images, classes -> images."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,18 +9,22 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Int, Integer, UInt8
+from jaxtyping import Bool, Float, Int, Integer, UInt8
 
-from tokenbridge_jax import io, parallel
+from tokenbridge_jax import editing, io, parallel
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
 from tokenbridge_jax.progress import Progress
-from tokenbridge_jax.sampling import SamplingSettings, generate
+from tokenbridge_jax.sampling import Known, Preview, generate
+from tokenbridge_jax.schedule import SamplingSettings
 from tokenbridge_jax.training.checkpoints import latest_step, load_params
 
 MODEL_FILE = "model.json"
+
+# A class by number or name, classes with their weights, or none: the model's unconditional images.
+ClassId = int | str | Mapping[int | str, float | int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +74,17 @@ class ModelDescription:
 def sample_indices(
     config: TokenBridgeConfig,
     params: dict[str, Any],
-    labels: Int[np.ndarray, " N"],
+    labels: Int[np.ndarray, " N"] | Float[np.ndarray, "N classes"],
     settings: SamplingSettings,
     mesh: Mesh,
     *,
     seed: int = 0,
     batch_size: int = 64,
+    known: Integer[np.ndarray, "N L C"] | None = None,
+    hidden: Bool[np.ndarray, "N L"] | None = None,
     progress: bool = False,
+    preview: Preview | None = None,
+    preview_every: int = 1,
 ) -> Integer[np.ndarray, "N L C"]:
     """Samples any number of images, batch by batch, split over a mesh.
 
@@ -85,41 +93,90 @@ def sample_indices(
     Args:
       config: the model.
       params: its parameters, laid out on `mesh`.
-      labels: the class of every image.
+      labels: the class of every image, or its weights of the classes, which sum to 1, or are all 0
+        for no class.
       settings: how to sample.
       mesh: the devices.
       seed: of all randomness.
       batch_size: images at once, over all devices; rounded up to a multiple of the mesh's batch
         shards, and no more than there are images.
+      known: indices of images to be edited. A batch has images with equally many hidden positions.
+      hidden: the positions to draw, with `known`; all by default.
       progress: print rate and ETA to stderr.
+      preview: called for one batch after the other as `generate` does, with indices on the host.
+      preview_every: so many steps.
 
     Raises:
-      UserError: batch size, seed or a label is out of range.
+      UserError: batch size, seed, a label or weights are out of range.
     """
     if batch_size < 1:
         raise UserError(f"sampling.batch_size={batch_size} must be at least 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must be from 0 to 2**32 - 1")
-    if labels.min() < 0 or labels.max() >= config.classes:
-        raise UserError(f"labels must be from 0 to {config.classes - 1}, the model's classes")
+    if preview_every < 1:
+        raise UserError(f"preview_every={preview_every} must be at least 1")
+    labels = _checked_labels(labels, config.classes)
     shards = parallel.batch_shards(mesh)
-    batch_size = -(-min(batch_size, len(labels)) // shards) * shards
     sharding = parallel.batch_sharding(mesh)
-    drawn = []
+    if known is None:
+        known = np.zeros((len(labels), config.positions, config.channels))
+    result = known.astype(config.quantizer.index_dtype)
+
+    def draw(batch: np.ndarray, count: int, num_hidden: int) -> np.ndarray:
+        """Draws the images of a batch; those after the first `count` only fill it."""
+        batch_labels, numbers = jax.device_put((labels[batch], batch), sharding)
+        given = None
+        if hidden is not None:
+            indices, mask = jax.device_put((known[batch], hidden[batch]), sharding)
+            given = Known(indices, mask, num_hidden)
+
+        def fetch(indices: jax.Array) -> np.ndarray:
+            if not indices.is_fully_addressable:
+                indices = multihost_utils.process_allgather(indices, tiled=True)
+            return np.asarray(indices)[:count].astype(config.quantizer.index_dtype)
+
+        indices = generate(
+            config,
+            params,
+            batch_labels,
+            numbers,
+            settings,
+            seed=seed,
+            known=given,
+            preview=preview and (lambda step, steps, shown: preview(step, steps, fetch(shown))),
+            preview_every=preview_every,
+        )
+        return fetch(indices)
+
+    counts = np.full(len(labels), config.positions) if hidden is None else hidden.sum(axis=1)
     with (
         parallel.use_mesh(mesh),
         Progress(len(labels), desc="sample", visible=progress) as bar,
     ):
-        for start in range(0, len(labels), batch_size):
-            numbers = np.arange(start, start + batch_size, dtype=np.int32)
-            batch_labels = labels[np.minimum(numbers, len(labels) - 1)].astype(np.int32)
-            batch_labels, numbers = jax.device_put((batch_labels, numbers), sharding)
-            indices = generate(config, params, batch_labels, numbers, settings, seed=seed)
-            if not indices.is_fully_addressable:
-                indices = multihost_utils.process_allgather(indices, tiled=True)
-            drawn.append(np.asarray(indices)[: len(labels) - start])
-            bar.update(len(drawn[-1]))
-    return np.concatenate(drawn).astype(config.quantizer.index_dtype)
+        for num_hidden in np.unique(counts[counts > 0]):
+            images = np.flatnonzero(counts == num_hidden).astype(np.int32)
+            size = -(-min(batch_size, len(images)) // shards) * shards
+            for start in range(0, len(images), size):
+                chosen = images[start : start + size]
+                batch = np.pad(chosen, (0, size - len(chosen)), mode="edge")
+                result[chosen] = draw(batch, len(chosen), int(num_hidden))
+                bar.update(len(chosen))
+    return result
+
+
+def _checked_labels(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Labels as int32, or weights as float32."""
+    if labels.ndim == 1:
+        if labels.min() < 0 or labels.max() >= classes:
+            raise UserError(f"labels must be from 0 to {classes - 1}, the model's classes")
+        return labels.astype(np.int32)
+    if labels.shape[1] != classes:
+        raise UserError(f"there are weights of {labels.shape[1]} classes, the model has {classes}")
+    sums = labels[labels.any(axis=1)].sum(axis=1, dtype=np.float64)
+    if not np.allclose(sums, 1, rtol=0, atol=1e-4):
+        worst = sums[np.abs(sums - 1).argmax()]
+        raise UserError(f"the weights of an image's classes must sum to 1, not to {worst:g}")
+    return labels.astype(np.float32)
 
 
 class Pipeline:
@@ -219,54 +276,100 @@ class Pipeline:
 
     def generate(
         self,
-        class_ids: Sequence[int | str],
+        class_ids: Sequence[ClassId],
         *,
         seed: int = 0,
         batch_size: int = 64,
         progress: bool = False,
+        preview: Preview | None = None,
+        preview_every: int = 1,
         **settings: Any,
     ) -> UInt8[np.ndarray, "B H W I"]:
         """Samples one image for every class asked for.
 
         Args:
-          class_ids: classes by number or name.
+          class_ids: as `labels` takes them.
           seed: image i is the same for the same seed, whatever else is asked for beside it.
           batch_size: images at once.
           progress: print rate and ETA to stderr.
+          preview: called with the steps done, their number, and the decoded images of a batch,
+            where hidden positions are decoded from latents near 0; one batch after the other. It
+            takes longer then: steps are started one by one.
+          preview_every: so many steps, and after the last one.
           **settings: fields of `SamplingSettings`: num_iter, guidance, guidance_schedule,
-            temperature, guidance_interval.
+            temperature, guidance_interval, order, choice_temperature.
 
         Raises:
           UserError: a class does not exist or a setting is out of range.
         """
         indices = self.generate_indices(
-            class_ids, seed=seed, batch_size=batch_size, progress=progress, **settings
+            class_ids,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+            preview=preview and (lambda done, steps, x: preview(done, steps, self.decode(x))),
+            preview_every=preview_every,
+            **settings,
         )
         batches = range(0, len(indices), batch_size)
         return np.concatenate([self.decode(indices[i : i + batch_size]) for i in batches])
 
+    edit = editing.edit
+
     def generate_indices(
         self,
-        class_ids: Sequence[int | str],
+        class_ids: Sequence[ClassId],
         *,
         seed: int = 0,
         batch_size: int = 64,
+        known: Integer[np.ndarray, "B L C"] | None = None,
+        hidden: Bool[np.ndarray, "B L"] | None = None,
         progress: bool = False,
+        preview: Preview | None = None,
+        preview_every: int = 1,
         **settings: Any,
     ) -> Integer[np.ndarray, "B L C"]:
-        """As `generate`, without decoding."""
-        if not len(class_ids):
-            raise UserError("no classes were asked for; name at least one")
+        """As `generate`, without decoding; with `known`, only the `hidden` positions are drawn."""
         return sample_indices(
             self.config,
             self.params,
-            np.array([self.class_id(c) for c in class_ids], np.int32),
+            self.labels(class_ids),
             SamplingSettings(**settings),
             self.mesh,
             seed=seed,
             batch_size=batch_size,
+            known=known,
+            hidden=hidden,
             progress=progress,
+            preview=preview,
+            preview_every=preview_every,
         )
+
+    def labels(
+        self, class_ids: Sequence[ClassId]
+    ) -> Int[np.ndarray, " B"] | Float[np.ndarray, "B classes"]:
+        """Classes as the model takes them: numbers, or weights if one is a mixture or None.
+
+        Args:
+          class_ids: each a number, a name, a dict of classes with weights, whose embeddings are
+            mixed, or None: no class, where guidance changes nothing.
+
+        Raises:
+          UserError: a class does not exist, or there is none.
+        """
+        if not len(class_ids):
+            raise UserError("no classes were asked for; name at least one")
+        plain = [c for c in class_ids if isinstance(c, int | str | np.integer)]
+        if len(plain) == len(class_ids):
+            return np.array([self.class_id(c) for c in plain], np.int32)
+        weights = np.zeros((len(class_ids), self.config.classes), np.float32)
+        for row, class_id in zip(weights, class_ids, strict=True):
+            if isinstance(class_id, Mapping):
+                for part, weight in class_id.items():
+                    row[self.class_id(part)] += weight
+            elif class_id is not None:
+                row[self.class_id(class_id)] = 1
+        return weights
 
     def class_id(self, class_id: int | str) -> int:
         """The number of a class given by number or name.

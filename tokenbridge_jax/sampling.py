@@ -1,13 +1,17 @@
-"""Sampling: positions revealed over `num_iter` steps in a random order, as one jitted program.
+"""Sampling: positions revealed over `num_iter` steps in some order, as one jitted program.
 
-1. All L positions are hidden; every image draws an order of its positions.
+1. All L positions are hidden, or of an image that is edited M of them; every image has an order of
+   its positions, the hidden ones first.
 2. Step s leaves `hidden_counts(...)[s]` positions hidden: the backbone looks at what is visible,
    guidance mixes its class and null features, and the head draws the indices of the positions
    revealed in this step.
 3. After the last step nothing is hidden.
 
+In *confidence* order (paper, figure 8) the head draws all that is hidden at every step, and the
+positions are revealed whose drawn indices are most likely.
+
 Steps with about equally many visible positions run as one *stage*, a scan whose encoder and head
-are as large as the largest of them needs (see `plan_stages`).
+are as large as the largest of them needs (see `schedule.plan_stages`).
 
 All randomness of an image follows from the seed and the image's sample index, and that of one
 index from its position and channel besides: neither batch size nor device count nor the number of
@@ -17,212 +21,90 @@ decides a draw only where two levels are equally good to that rounding.
 
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, Key
-from ml_collections import ConfigDict
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
+from tokenbridge_jax.orders import hidden_first, make_orders, sample_keys
+from tokenbridge_jax.schedule import (
+    MAX_STAGES,
+    MAX_STAGES_SCANNED,
+    SamplingSettings,
+    Stage,
+    guidance_scales,
+    hidden_counts,
+    plan_stages,
+)
 from tokenbridge_jax.transformer import Window, unstack
 
-GUIDANCE_SCHEDULES = ("linear", "constant")
-# Stages of a program at most: each has all layers of its own, and a model that scans its layers
-# wants to compile soon.
-MAX_STAGES, MAX_STAGES_SCANNED = 8, 2
-# Rows of a bfloat16 tile, on TPU and for tensor cores alike.
-TILE = 16
 
-
-@dataclasses.dataclass(frozen=True)
-class SamplingSettings:
-    """How to sample.
+class Known(NamedTuple):
+    """What images have already, for the rest of them to be drawn.
 
     Attributes:
-      num_iter: reveal steps; the paper's figures use 256.
-      guidance: scale of classifier-free guidance, on the backbone's features; 1 turns it off and
-        saves the null branch.
-      guidance_schedule: "linear", from 1 with everything hidden to `guidance`, or "constant".
-      temperature: divides the head's logits; 0 takes the most likely level.
-      guidance_interval: guidance acts in steps that find at least the first and less than the
-        second share of the positions revealed; elsewhere its scale is 1, which saves the null
-        branch. The default is all steps; anything else samples from another distribution.
-
-    Raises:
-      UserError: on construction, if a setting is out of range.
+      indices: in autoencoder order, positions row-major. At hidden positions they count for
+        nothing; previews show them there.
+      hidden: which positions are drawn, in every image as many.
+      num_hidden: M, how many these are.
     """
 
-    num_iter: int = 64
-    guidance: float = 1.0
-    guidance_schedule: str = "linear"
-    temperature: float = 1.0
-    guidance_interval: tuple[float, ...] = (0.0, 1.0)
-
-    @classmethod
-    def from_section(cls, section: ConfigDict, **changes: Any) -> "SamplingSettings":
-        """The settings of `config.sampling`, which also holds a batch size, with some changed."""
-        given = {name: value for name, value in section.items() if name != "batch_size"}
-        return cls(**given | changes)
-
-    def __post_init__(self) -> None:
-        if self.num_iter < 1:
-            raise UserError(f"sampling.num_iter={self.num_iter} must be at least 1")
-        if self.temperature < 0 or not math.isfinite(self.temperature):
-            raise UserError(f"sampling.temperature={self.temperature} must be 0 or more and finite")
-        if not math.isfinite(self.guidance):
-            raise UserError(f"sampling.guidance={self.guidance} must be finite")
-        if self.guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise UserError(
-                f"sampling.guidance_schedule='{self.guidance_schedule}' is not one of "
-                f"{', '.join(GUIDANCE_SCHEDULES)}"
-            )
-        interval = self.guidance_interval
-        if not _is_interval(interval):
-            raise UserError(
-                f"sampling.guidance_interval={interval} must be two shares, 0 <= from < to <= 1"
-            )
+    indices: Integer[Array | np.ndarray, "B L C"]
+    hidden: Bool[Array | np.ndarray, "B L"]
+    num_hidden: int
 
 
-def _is_interval(value: Any) -> bool:
-    try:
-        low, high = value
-        return bool(0 <= low < high <= 1)
-    except (TypeError, ValueError):
-        return False
-
-
-def hidden_counts(positions: int, num_iter: int) -> np.ndarray:
-    """How many positions are still hidden after each step: a cosine that ends in 0.
-
-    At least one position is revealed at every step, so with more steps than positions the steps
-    that would reveal nothing are left out. The floor is taken in float64, as the reference does.
-
-    Returns:
-      int32 array `[steps]`, strictly decreasing, `steps <= num_iter`.
-    """
-    counts: list[int] = []
-    hidden = positions
-    for step in range(1, num_iter):
-        cosine = math.floor(positions * math.cos(math.pi / 2 * step / num_iter))
-        hidden_next = max(1, min(hidden - 1, cosine))
-        if hidden_next < hidden:
-            counts.append(hidden_next)
-        hidden = hidden_next
-    return np.array([*counts, 0], np.int32)
-
-
-def guidance_scales(positions: int, settings: SamplingSettings) -> np.ndarray:
-    """The guidance scale of every step of `hidden_counts`: float32 array `[steps]`."""
-    hidden = hidden_counts(positions, settings.num_iter)
-    if settings.guidance_schedule == "constant":
-        scales = np.full(len(hidden), settings.guidance)
-    else:
-        # The reference still counts one hidden position at the last step.
-        revealed = positions - np.maximum(hidden, 1)
-        scales = 1 + (settings.guidance - 1) * revealed / positions
-    visible = (positions - np.array([positions, *hidden[:-1]])) / positions
-    low, high = settings.guidance_interval
-    return np.where((low <= visible) & (visible < high), scales, 1).astype(np.float32)
-
-
-class Stage(NamedTuple):
-    """Consecutive steps that run as one scan.
-
-    Attributes:
-      steps: how many.
-      visible_slots: S, the most that goes to the encoder in one of them.
-      reveals: R, the most positions that are revealed in one of them.
-      guided: whether they need the null branch.
-    """
-
-    steps: int
-    visible_slots: int
-    reveals: int
-    guided: bool
-
-
-def plan_stages(
-    positions: int, hidden: tuple[int, ...], guided: tuple[bool, ...], most: int = MAX_STAGES
-) -> tuple[Stage, ...]:
-    """Puts the steps together whose visible positions fill the same number of eighths of all L.
-
-    Of the matmul FLOPs of size L with guidance, padding is then 3.0% more at 256 steps and 4.1% at
-    64, where the best of all ways to make eight stages would have 3.0% and 2.9%; in two stages it
-    is 12.4% and 17.4%. Slots come in
-    whole tiles, so a model of at most 16 positions has one stage and compiles the faster.
-
-    Args:
-      positions: L.
-      hidden: how many positions are hidden after each step.
-      guided: which steps need the null branch.
-      most: in place of eighths, so many parts.
-    """
-    tile = max(TILE, -(-positions // most))
-    before = (positions, *hidden[:-1])
-
-    def sizes(step: int) -> tuple[int, bool]:
-        visible = max(positions - before[step], 1)
-        return min(-(-visible // tile) * tile, positions), guided[step]
-
-    stages = []
-    for (visible_slots, is_guided), group in itertools.groupby(range(len(hidden)), sizes):
-        reveals = [before[step] - hidden[step] for step in group]
-        stages.append(Stage(len(reveals), visible_slots, max(reveals), is_guided))
-    return tuple(stages)
-
-
-def random_orders(
-    seed: int | Integer[Array, ""], sample_indices: Int[Array, " B"], positions: int
-) -> Int[Array, "B L"]:
-    """A random order of the positions for every sample, from the seed and its sample index."""
-    keys = _sample_keys(seed, sample_indices)[:, 0]
-    return jax.vmap(lambda key: jax.random.permutation(key, positions))(keys)
-
-
-def _sample_keys(
-    seed: int | Integer[Array, ""], sample_indices: Int[Array, " B"]
-) -> Key[Array, "B 2"]:
-    """Two keys a sample: for its order, and for its indices."""
-    key = jax.random.key(seed)
-    return jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(sample_indices)
+# Called with the steps done, the number of all steps, and the state then.
+Preview = Callable[[int, int, Any], None]
 
 
 def generate(
     config: TokenBridgeConfig,
     params: dict[str, Any],
-    labels: Int[Array | np.ndarray, " B"],
+    labels: Int[Array | np.ndarray, " B"] | Float[Array | np.ndarray, "B classes"],
     sample_indices: Int[Array | np.ndarray, " B"],
     settings: SamplingSettings,
     *,
     seed: int = 0,
     orders: Int[Array, "B L"] | None = None,
+    known: Known | None = None,
+    preview: Preview | None = None,
+    preview_every: int = 1,
 ) -> Int[Array, "B L C"]:
-    """Samples the indices of whole images (paper section 3.3).
+    """Samples the indices of whole images (paper section 3.3), or the hidden ones of `known`.
 
-    The program is compiled anew only for another model, batch size or `num_iter`, and for guidance
-    on or off or on another interval.
+    The program is compiled anew only for another model, batch size, `num_iter`, number of hidden
+    positions or kind of order, and for guidance on or off or on another interval.
 
     Args:
       config: the model.
       params: its parameters.
-      labels: the class of every image.
+      labels: the class of every image, or weights of the classes (see `Backbone.class_latent`).
       sample_indices: the global number of every image; with `seed` it fixes all randomness.
       settings: how to sample.
       seed: of the orders and indices.
-      orders: orders to use in place of random ones; the last entry is revealed first.
+      orders: orders to use in place of those of `settings.order`; the last entry is revealed first.
+        Confidence order does not look at them.
+      known: of images that are edited; None draws whole images.
+      preview: called during sampling with the steps done, their number, and the indices, where
+        hidden positions have those of `known` or the level nearest 0. The steps then run one by
+        one, with a program for every stage in place of one for all.
+      preview_every: so many steps, and after the last one.
 
     Returns:
-      Indices in autoencoder order, positions row-major.
+      Indices in autoencoder order, positions row-major. Where nothing was hidden, those of `known`.
     """
-    hidden = hidden_counts(config.positions, settings.num_iter)
-    scales = guidance_scales(config.positions, settings)
-    return _generate(
+    num_hidden = config.positions if known is None else known.num_hidden
+    hidden = hidden_counts(num_hidden, settings.num_iter)
+    scales = guidance_scales(config.positions, settings, num_hidden)
+    run: Callable[..., Int[Array, "B L C"]] = _generate
+    if preview is not None:
+        run = functools.partial(_generate_previewed, preview, preview_every)
+    return run(
         params,
         labels,
         sample_indices,
@@ -230,90 +112,254 @@ def generate(
         np.uint32(seed),
         scales,
         np.float32(settings.temperature),
+        None if known is None else (known.indices, known.hidden),
+        np.float32(settings.choice_temperature) if settings.order == "confidence" else None,
         config=config,
         hidden=tuple(hidden.tolist()),
         guided=tuple((scales != 1).tolist()),
+        num_hidden=num_hidden,
+        order=settings.order,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "hidden", "guided"))
+class Slots(NamedTuple):
+    """Images in order layout, where revealing is a slice; at hidden slots, `indices` mean nothing.
+
+    Attributes:
+      indices: of the positions.
+      orders: the positions.
+      keys: theirs, for all that is random of them.
+    """
+
+    indices: Int[Array, "B L C"]
+    orders: Int[Array, "B L"]
+    keys: Key[Array, "B L"]
+
+
+# Hidden slots before and after a step, and its guidance scale.
+Step = tuple[Any, Any, Any]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "hidden", "guided", "num_hidden", "order"))
 def _generate(
     params: dict[str, Any],
-    labels: Int[Array, " B"],
+    labels: Shaped[Array, "B ..."],
     sample_indices: Int[Array, " B"],
     orders: Int[Array, "B L"] | None,
     seed: Integer[Array, ""],
     scales: Float[Array, " steps"],
     temperature: Float[Array, ""],
+    known: tuple[Integer[Array, "B L C"], Bool[Array, "B L"]] | None = None,
+    choice_temperature: Float[Array, ""] | None = None,
     *,
     config: TokenBridgeConfig,
     hidden: tuple[int, ...],
     guided: tuple[bool, ...],
+    num_hidden: int | None = None,
+    order: str = "random",
 ) -> Int[Array, "B L C"]:
-    if orders is None:
-        orders = random_orders(seed, sample_indices, config.positions)
-    batch, positions = orders.shape
-    index_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
-        _sample_keys(seed, sample_indices)[:, 1], orders
-    )
+    slots = _first_slots(seed, sample_indices, orders, known, config=config, order=order)
     # Cast and cut once, not at every step.
-    variables = {"params": prepare_params(params, config)}
+    params = prepare_params(params, config)
+    num_hidden = config.positions if num_hidden is None else num_hidden
+    hidden_now, hidden_next = jnp.array([(num_hidden, *hidden[:-1]), hidden], jnp.int32)
+    first = 0
+    for stage in _plan(config, hidden, guided, num_hidden, order):
+        of = np.s_[first : first + stage.steps]
+        steps = hidden_now[of], hidden_next[of], scales[of]
+        reveal = _make_reveal(config, params, labels, slots, stage, temperature, choice_temperature)
+        slots, _ = jax.lax.scan(reveal, slots, steps)
+        first += stage.steps
+    return _row_major(slots)
+
+
+def _generate_previewed(
+    preview: Preview,
+    every: int,
+    params: dict[str, Any],
+    labels: Shaped[Array | np.ndarray, "B ..."],
+    sample_indices: Int[Array | np.ndarray, " B"],
+    orders: Int[Array, "B L"] | None,
+    seed: np.uint32,
+    scales: Float[np.ndarray, " steps"],
+    temperature: np.float32,
+    known: tuple[Any, Any] | None,
+    choice_temperature: np.float32 | None,
+    *,
+    config: TokenBridgeConfig,
+    hidden: tuple[int, ...],
+    guided: tuple[bool, ...],
+    num_hidden: int,
+    order: str,
+) -> Int[Array, "B L C"]:
+    """As `_generate`, with the loop over the steps on the host."""
+    start = jax.jit(_first_slots, static_argnames=("config", "order"))
+    slots = start(seed, sample_indices, orders, known, config=config, order=order)
+    params = jax.jit(prepare_params, static_argnames="config")(params, config=config)
+    stages = _plan(config, hidden, guided, num_hidden, order)
+    stage_of_step = [stage for stage in stages for _ in range(stage.steps)]
+    hidden_now = (num_hidden, *hidden[:-1])
+    for done, stage in enumerate(stage_of_step, 1):
+        step = np.int32(hidden_now[done - 1]), np.int32(hidden[done - 1]), scales[done - 1]
+        slots = _step(
+            params, labels, slots, step, temperature, choice_temperature, config=config, stage=stage
+        )
+        if done % every == 0 or done == len(hidden):
+            shown = _shown(slots, step[1], None if known is None else known[0], config=config)
+            preview(done, len(hidden), shown)
+    return shown
+
+
+@functools.partial(jax.jit, static_argnames=("config", "stage"))
+def _step(
+    params: dict[str, Any],
+    labels: Shaped[Array, "B ..."],
+    slots: Slots,
+    step: Step,
+    temperature: Float[Array, ""],
+    choice_temperature: Float[Array, ""] | None,
+    *,
+    config: TokenBridgeConfig,
+    stage: Stage,
+) -> Slots:
+    reveal = _make_reveal(config, params, labels, slots, stage, temperature, choice_temperature)
+    return reveal(slots, step)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _shown(
+    slots: Slots,
+    num_hidden: Int[Array, ""],
+    background: Integer[Array, "B L C"] | None,
+    *,
+    config: TokenBridgeConfig,
+) -> Int[Array, "B L C"]:
+    """The indices, row-major; those of hidden positions are the background's."""
+    if background is None:
+        behind = jnp.int32(np.argmin(np.abs(config.quantizer.dequantized_levels)))
+    else:
+        behind = jnp.take_along_axis(background, slots.orders[:, :, None], axis=1)
+    hidden = (jnp.arange(config.positions) < num_hidden)[None, :, None]
+    return _row_major(slots._replace(indices=jnp.where(hidden, behind, slots.indices)))
+
+
+def _plan(
+    config: TokenBridgeConfig,
+    hidden: tuple[int, ...],
+    guided: tuple[bool, ...],
+    num_hidden: int,
+    order: str,
+) -> tuple[Stage, ...]:
+    most = MAX_STAGES_SCANNED if config.scan_layers else MAX_STAGES
+    draw_all = order == "confidence"
+    return plan_stages(
+        config.positions, hidden, guided, most, num_hidden=num_hidden, draw_all=draw_all
+    )
+
+
+def _first_slots(
+    seed: Integer[Array, ""],
+    sample_indices: Int[Array, " B"],
+    orders: Int[Array, "B L"] | None,
+    known: tuple[Integer[Array, "B L C"], Bool[Array, "B L"]] | None,
+    *,
+    config: TokenBridgeConfig,
+    order: str,
+) -> Slots:
+    """The images before the first step."""
+    if orders is None:
+        orders = make_orders(order, seed, sample_indices, config.positions)
+    if known is None:
+        indices = jnp.zeros((*orders.shape, config.channels), jnp.int32)
+    else:
+        indices, hidden = known
+        orders = hidden_first(orders, hidden)
+        indices = jnp.where(hidden[:, :, None], 0, indices.astype(jnp.int32))
+        indices = jnp.take_along_axis(indices, orders[:, :, None], axis=1)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
+        sample_keys(seed, sample_indices)[:, 1], orders
+    )
+    return Slots(indices, orders, keys)
+
+
+def _row_major(slots: Slots) -> Int[Array, "B L C"]:
+    return jnp.take_along_axis(slots.indices, jnp.argsort(slots.orders)[:, :, None], axis=1)
+
+
+def _make_reveal(
+    config: TokenBridgeConfig,
+    params: dict[str, Any],
+    labels: Shaped[Array, "B ..."],
+    slots: Slots,
+    stage: Stage,
+    temperature: Float[Array, ""],
+    choice_temperature: Float[Array, ""] | None,
+) -> Callable[[Slots, Step], tuple[Slots, None]]:
+    """A step of a stage, to be scanned: `(slots, step) -> slots, None`.
+
+    With a `choice_temperature` in confidence order, otherwise in the order of `slots`.
+    """
+    by_confidence = choice_temperature is not None
+    batch, positions = slots.orders.shape
     # Nothing is differentiated, so there is nothing to rematerialise.
     model = TokenBridge(dataclasses.replace(config, remat="none"), unrolled=True)
 
     def apply(method: Callable[..., Any], *arguments: Any) -> Any:
-        return model.apply(variables, *arguments, method=method)
+        return model.apply({"params": params}, *arguments, method=method)
 
-    def run_stage(
-        indices: Int[Array, "B L C"], stage: Stage, steps: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> Int[Array, "B L C"]:
-        # Class and null branches go through the backbone as one batch of 2B, side by side: an
-        # image's two branches stay on one device.
-        copies = 2 if stage.guided else 1
-        repeat = functools.partial(jnp.repeat, repeats=copies, axis=0)
-        both_labels, both_orders = repeat(labels), repeat(orders)
-        drop_class = jnp.arange(len(both_labels)) % copies == 1
+    # Class and null branches go through the backbone as one batch of 2B, side by side: an
+    # image's two branches stay on one device.
+    copies = 2 if stage.guided else 1
+    repeat = functools.partial(jnp.repeat, repeats=copies, axis=0)
+    both_labels, both_orders = repeat(labels), repeat(slots.orders)
+    drop_class = jnp.arange(len(both_labels)) % copies == 1
 
-        def reveal(
-            indices: Int[Array, "B L C"], step: tuple[jax.Array, jax.Array, jax.Array]
-        ) -> tuple[Int[Array, "B L C"], None]:
-            hidden_now, hidden_next, scale = step
-            window = Window(jnp.maximum(hidden_now - stage.reveals, 0), stage.reveals)
-            visible = repeat(indices[:, positions - stage.visible_slots :])
-            feature = apply(
-                TokenBridge.features,
-                visible,
-                both_labels,
-                both_orders,
-                hidden_now,
-                drop_class,
-                window,
-            )
-            if stage.guided:
-                # In float32: a difference of near equals is about to be magnified.
-                branches = feature.astype(jnp.float32).reshape(batch, copies, *feature.shape[1:])
-                conditional, null = branches[:, 0], branches[:, 1]
-                feature = null + scale * (conditional - null)
-            keys = window.cut(index_keys)
+    def reveal(slots: Slots, step: Step) -> tuple[Slots, None]:
+        hidden_now, hidden_next, scale = step
+        window = Window(jnp.maximum(hidden_now - stage.reveals, 0), stage.reveals)
+        feature = apply(
+            TokenBridge.features,
+            repeat(slots.indices[:, positions - stage.visible_slots :]),
+            both_labels,
+            repeat(slots.orders) if by_confidence else both_orders,
+            hidden_now,
+            drop_class,
+            window,
+        )
+        if stage.guided:
+            # In float32: a difference of near equals is about to be magnified.
+            branches = feature.astype(jnp.float32).reshape(batch, copies, *feature.shape[1:])
+            conditional, null = branches[:, 0], branches[:, 1]
+            feature = null + scale * (conditional - null)
+        keys = window.cut(slots.keys)
+        slot = window.start + jnp.arange(window.size)
+        if by_confidence:
+            drawn, log_probs = apply(TokenBridge.sample_with_log_probs, feature, keys, temperature)
+            revealed = slot < hidden_now
+        else:
             drawn = apply(TokenBridge.sample_positions, feature, keys, temperature)
-            slot = window.start + jnp.arange(window.size)
-            revealed = ((slot >= hidden_next) & (slot < hidden_now))[None, :, None]
-            updated = jnp.where(revealed, drawn, window.cut(indices))
-            return jax.lax.dynamic_update_slice_in_dim(indices, updated, window.start, 1), None
+            revealed = (slot >= hidden_next) & (slot < hidden_now)
+        updated = jnp.where(revealed[None, :, None], drawn, window.cut(slots.indices))
+        slots = slots._replace(
+            indices=jax.lax.dynamic_update_slice_in_dim(slots.indices, updated, window.start, 1)
+        )
+        if choice_temperature is not None:
+            # All that is hidden was drawn. What is most certain goes behind the rest of it, to the
+            # slots that this step reveals; what was visible before stays where it is.
+            certainty = log_probs + choice_temperature * _choice_noise(keys, config.channels)
+            certainty = jnp.where(revealed[None], certainty, jnp.inf)
+            padding = ((0, 0), (0, positions - window.size))
+            rank = jnp.argsort(jnp.pad(certainty, padding, constant_values=jnp.inf), axis=1)
+            slots = jax.tree.map(jax.vmap(lambda x, rank: x[rank]), slots, Slots(rank, rank, rank))
+        return slots, None
 
-        return jax.lax.scan(reveal, indices, steps)[0]
+    return reveal
 
-    # In order layout until the end: revealing is then a slice. Hidden entries are never looked at.
-    indices = jnp.zeros((batch, positions, config.channels), jnp.int32)
-    hidden_now, hidden_next = jnp.array([(positions, *hidden[:-1]), hidden], jnp.int32)
-    first = 0
-    most = MAX_STAGES_SCANNED if config.scan_layers else MAX_STAGES
-    for stage in plan_stages(positions, hidden, guided, most):
-        of = np.s_[first : first + stage.steps]
-        steps = hidden_now[of], hidden_next[of], scales[of]
-        indices = run_stage(indices, stage, steps)
-        first += stage.steps
-    return jnp.take_along_axis(indices, jnp.argsort(orders)[:, :, None], axis=1)
+
+def _choice_noise(keys: Key[Array, "B R"], channels: int) -> Float[Array, "B R"]:
+    """Gumbel noise for every position; channels take the numbers below `channels` of its key."""
+    draw = lambda key: jax.random.gumbel(jax.random.fold_in(key, channels))  # noqa: E731
+    return jax.vmap(jax.vmap(draw))(keys)
 
 
 def prepare_params(params: dict[str, Any], config: TokenBridgeConfig) -> dict[str, Any]:

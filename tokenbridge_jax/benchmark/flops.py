@@ -7,7 +7,7 @@ padding, and nothing is computed twice.
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.model import TokenBridgeConfig
-from tokenbridge_jax.sampling import SamplingSettings, guidance_scales, hidden_counts
+from tokenbridge_jax.schedule import SamplingSettings, guidance_scales, hidden_counts
 
 
 def head_flops(config: TokenBridgeConfig) -> int:
@@ -21,14 +21,18 @@ def backbone_flops(config: TokenBridgeConfig, hidden: int) -> int:
 
 
 def sampling_flops(config: TokenBridgeConfig, settings: SamplingSettings) -> int:
-    """One image: the backbone at every step, twice with guidance, and every position's head."""
+    """One image: the backbone at every step, twice with guidance, and the head.
+
+    It draws every position once, or in confidence order all that are hidden at every step.
+    """
     before = [config.positions, *hidden_counts(config.positions, settings.num_iter)[:-1].tolist()]
     branches = 1 + (guidance_scales(config.positions, settings) != 1)
     steps = sum(
         copies * backbone_flops(config, hidden)
         for hidden, copies in zip(before, branches.tolist(), strict=True)
     )
-    return steps + config.positions * head_flops(config)
+    drawn = sum(before) if settings.order == "confidence" else config.positions
+    return steps + drawn * head_flops(config)
 
 
 def encode_flops(config: AutoencoderConfig) -> int:

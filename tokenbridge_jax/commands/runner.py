@@ -214,6 +214,9 @@ def _complete(config: Any) -> Any:
         model |= {"scan_layers": True, "head_chunk": 4096}
         config["training"].setdefault("head_fraction", 1.0)
         config["sampling"].setdefault("guidance_interval", (0.0, 1.0))
+    if "num_iter" in (sampling := config.get("sampling", {})):
+        sampling.setdefault("order", "random")
+        sampling.setdefault("choice_temperature", 1.0)
     for section in ("training", "vae_training"):
         if "keep" in (values := config.get(section, {})):
             values.setdefault("keep_every", 0)

@@ -2,7 +2,7 @@
 
 Writes `samples.npz` (`arr_0`: uint8 NHWC, `labels`: int32) and `grid.png`, the first 100 of them.
 How to sample is `config.sampling`: --config.sampling.num_iter=64, .guidance, .guidance_schedule,
-.guidance_interval, .temperature, .batch_size.
+.guidance_interval, .temperature, .order, .choice_temperature, .batch_size.
 """
 
 import io as bytes_io

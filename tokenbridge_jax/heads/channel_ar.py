@@ -103,7 +103,8 @@ class ChannelAR(nn.Module):
         feature: Float[Array, "N Z"],
         keys: Key[Array, " N"],
         temperature: Float[Array, ""],
-    ) -> Int[Array, "N C"]:
+        log_probs: bool = False,
+    ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """Draws the C indices of every position, with cached keys and values.
 
         For an unrolled model. What does not depend on indices exists for all channels at once: at
@@ -113,15 +114,19 @@ class ChannelAR(nn.Module):
           feature: what the backbone says of each position, guidance included.
           keys: a random key a position; what is drawn depends on nothing else that is random.
           temperature: divides the logits; 0 takes the most likely level at every channel.
+          log_probs: whether the positions' log-probabilities are asked for.
 
         Returns:
-          Indices in autoencoder order.
+          Indices in autoencoder order; with `log_probs` also the log-probability of each position's
+          indices, in nats and float32, among those that this temperature draws. Where it is 0 and
+          draws one outcome only, it is that of temperature 1.
         """
         channels, count = len(self.channel_order), len(feature)
         if count == 1:
             # XLA makes sums over whole weights of products with a single row.
             feature, keys = jnp.repeat(feature, 2, axis=0), jnp.repeat(keys, 2)
-            return self.sample(feature, keys, temperature)[:1]
+            drawn = self.sample(feature, keys, temperature, log_probs)
+            return jax.tree.map(lambda x: x[:1], drawn)
         # Positions stay where their images are, whatever the parameters' layout suggests.
         condition = parallel.constrain(self.condition_proj(feature), "batch", None)
         first = condition
@@ -145,7 +150,7 @@ class ChannelAR(nn.Module):
 
         def next_channel(
             head: "ChannelAR", carry: tuple[jax.Array, list[Cache]], xs: tuple[Any, ...]
-        ) -> tuple[tuple[jax.Array, list[Cache]], jax.Array]:
+        ) -> tuple[tuple[jax.Array, list[Cache]], tuple[jax.Array, ...]]:
             token, caches = carry
             place, modulations, noise = xs
             # Cut out by themselves once, or XLA cuts in front of every norm and splits the norm.
@@ -159,14 +164,20 @@ class ChannelAR(nn.Module):
             x = head._modulated_norm(x, final_modulation)
             logits = head.classifier(x, place)[:, 0]
             index = jnp.argmax(logits + noise, axis=-1)
+            drawn: tuple[jax.Array, ...] = (index,)
+            if log_probs:
+                tempered = logits / jnp.where(temperature > 0, temperature, 1)
+                nll = optax.softmax_cross_entropy_with_integer_labels(tempered, index)
+                drawn = index, -nll
             # The last channel's token is never used; it needs no table of its own.
-            return (tokens[jnp.minimum(place, channels - 2), index], caches), index
+            return (tokens[jnp.minimum(place, channels - 2), index], caches), drawn
 
         scan = nn.scan(next_channel, variable_broadcast="params", split_rngs={"params": False})
         places = jnp.arange(channels)
         xs = (places, modulations, noise)
-        _, indices = scan(self, (first, caches), xs)
-        return indices.T[:, np.argsort(self.channel_order)]
+        _, (indices, *of_channels) = scan(self, (first, caches), xs)
+        indices = indices.T[:, np.argsort(self.channel_order)]
+        return (indices, of_channels[0].sum(axis=0)) if log_probs else indices
 
     def _gumbel(self, keys: Key[Array, " N"]) -> Float[Array, "C N V"]:
         """Noise for every channel, from the position's key and the channel's place."""

@@ -1,0 +1,413 @@
+"""Editing and the orders of sampling against brute force, and `Pipeline.edit` from pixels on."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+from tiny_model import random_batch, random_params, tiny
+
+from tokenbridge_jax import Pipeline, parallel, sampling
+from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.autoencoder import init_params as init_autoencoder
+from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.editing import blend_images
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.model import TokenBridge, init_params
+from tokenbridge_jax.orders import ORDERS, random_orders
+from tokenbridge_jax.pipeline import ModelDescription, sample_indices
+from tokenbridge_jax.sampling import Known, generate
+from tokenbridge_jax.schedule import SamplingSettings, hidden_counts
+
+CONFIG = tiny(positions=16)
+NUMBERS = np.array([4, 0, 9], np.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG)
+
+
+def _random_known(config, count: int, num_hidden: int, seed: int = 0) -> Known:
+    """Indices with as many hidden positions everywhere; these hold what no index may be."""
+    rng = np.random.default_rng(seed)
+    hidden = np.arange(config.positions) < num_hidden
+    hidden = np.stack([rng.permutation(hidden) for _ in range(count)])
+    indices = random_batch(config, count, seed)["indices"].copy()
+    indices[hidden] = 255
+    return Known(indices, hidden, num_hidden)
+
+
+# --- Brute force ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _jitted(config, method: str):
+    def run(params, *arguments):
+        call = (lambda model: model.head.logits(*arguments)) if method == "logits" else None
+        model, variables = TokenBridge(config), {"params": params}
+        if call is not None:
+            return model.apply(variables, method=call)
+        return model.apply(variables, *arguments, method=method)
+
+    return jax.jit(run)
+
+
+def _brute_force(config, params, labels, numbers, settings, seed, known: Known) -> np.ndarray:
+    """One image and one step at a time, positions by their numbers; nothing is cached or padded."""
+    images = np.where(known.hidden[:, :, None], 0, known.indices).astype(np.int32)
+    scores = [1 + (settings.guidance - 1) * share for share in _shares(config, settings, known)]
+    for image, label, number, mask in zip(images, labels, numbers, known.hidden, strict=True):
+        order_key, index_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+        shuffled = np.asarray(jax.random.permutation(order_key, config.positions))
+        queue = [int(p) for p in _by_name(settings.order, shuffled) if mask[p]]  # The last is next.
+        noise = [
+            [jax.random.gumbel(key, config.levels) for key in _keys(index_key, p, config.channels)]
+            for p in range(config.positions)
+        ]
+        choice = [jax.random.gumbel(_keys(index_key, p, 99)[config.channels]) for p in queue]
+        choice = dict(zip(queue, np.array(choice), strict=True))
+        counts = [len(queue), *hidden_counts(len(queue), settings.num_iter).tolist()]
+        for scale, now, left in zip(scores, counts[:-1], counts[1:], strict=True):
+            visible = [p for p in range(config.positions) if p not in queue]
+            order = np.array([[*queue, *visible]])
+            arguments = image[order[0]][None], np.array([label]), order, np.int32(now)
+            features = _jitted(config, "features")
+            feature = features(params, *arguments, np.array([False]))[0]
+            if settings.guidance != 1:
+                null = features(params, *arguments, np.array([True]))[0]
+                feature = null + np.float32(scale) * (feature - null)
+            drawn, log_probs = image.copy(), dict.fromkeys(queue, 0.0)
+            for place, channel in enumerate(config.channel_order):
+                logits = np.asarray(_jitted(config, "logits")(params, feature, drawn[order[0]]))
+                for slot, p in enumerate(queue):
+                    row = logits[slot, place]
+                    drawn[p, channel] = np.argmax(row + settings.temperature * noise[p][place])
+                    tempered = special.log_softmax(row / (settings.temperature or 1))
+                    log_probs[p] += tempered[drawn[p, channel]]
+            if settings.order == "confidence":
+                queue.sort(key=lambda p: log_probs[p] + settings.choice_temperature * choice[p])
+            for p in queue[left:]:
+                image[p] = drawn[p]
+            del queue[left:]
+        assert not queue
+    return images
+
+
+def _shares(config, settings, known):
+    left = np.maximum(hidden_counts(known.num_hidden, settings.num_iter), 1)
+    return (config.positions - left) / config.positions
+
+
+def _keys(key, position: int, count: int):
+    return [jax.random.fold_in(jax.random.fold_in(key, position), place) for place in range(count)]
+
+
+def _by_name(order: str, shuffled: np.ndarray):
+    return {"raster": range(len(shuffled))[::-1]}.get(order, shuffled)
+
+
+@pytest.mark.parametrize(
+    ("num_hidden", "settings"),
+    [
+        (5, dict(num_iter=3)),
+        (11, dict(num_iter=3, guidance=2.5, order="raster")),
+        (16, dict(num_iter=3, guidance=2.0, order="confidence", choice_temperature=0.5)),
+        (11, dict(num_iter=4, order="confidence", choice_temperature=0.0)),
+        (6, dict(num_iter=3, order="confidence", choice_temperature=0.0, temperature=0.0)),
+    ],
+)
+def test_edits_are_those_of_brute_force(params, num_hidden: int, settings: dict):
+    settings = SamplingSettings(**{"temperature": 0.8} | settings)
+    known = _random_known(CONFIG, 3, num_hidden)
+    labels = random_batch(CONFIG, 3, seed=7)["labels"]
+    expected = _brute_force(CONFIG, params, labels, NUMBERS, settings, 13, known)
+    drawn = generate(CONFIG, params, labels, NUMBERS, settings, seed=13, known=known)
+    np.testing.assert_array_equal(drawn, expected)
+
+
+def test_confidence_order_over_several_stages_is_that_of_brute_force():
+    """40 positions: up to 20 and up to 40 of them visible."""
+    config = tiny(positions=40)
+    params = random_params(config)
+    settings = SamplingSettings(num_iter=4, guidance=1.7, order="confidence")
+    labels, known = np.array([1], np.int32), _random_known(config, 1, 36)
+    expected = _brute_force(config, params, labels, NUMBERS[:1], settings, 3, known)
+    run = functools.partial(
+        generate, config, params, labels, NUMBERS[:1], settings, seed=3, known=known
+    )
+    np.testing.assert_array_equal(run(), expected)
+    # Previews compile one program for every stage. (A model that scans its layers has two.)
+    compiled = sampling._step._cache_size()
+    for _ in range(2):
+        np.testing.assert_array_equal(run(preview=lambda done, steps, shown: None), expected)
+    assert sampling._step._cache_size() == compiled + 2
+
+
+# --- What is kept, what is shown ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_kept_positions_keep_their_indices_and_every_other_is_revealed_once(params, order: str):
+    """Previews show what is hidden as `known` has it: there something no model can draw."""
+    known = _random_known(CONFIG, 4, 13, seed=3)
+    settings = SamplingSettings(num_iter=6, order=order)
+    labels, numbers = np.zeros(4, np.int32), np.arange(4, dtype=np.int32)
+    states = [np.where(known.hidden[:, :, None], 255, known.indices)]
+    run = functools.partial(generate, CONFIG, params, labels, numbers, settings, known=known)
+    last = run(preview=lambda done, steps, shown: states.append(np.asarray(shown)))
+    counts = [13, *hidden_counts(13, 6)]
+    assert len(states) == len(counts)
+    revealed = []
+    for before, now, left in zip(states[:-1], states[1:], counts[1:], strict=True):
+        was_hidden, is_hidden = (before == 255).all(axis=2), (now == 255).all(axis=2)
+        assert (is_hidden.sum(axis=1) == left).all()
+        np.testing.assert_array_equal(now[~was_hidden], before[~was_hidden])
+        revealed.append(was_hidden & ~is_hidden)
+        if order == "raster":
+            for image in range(4):
+                new = np.flatnonzero(revealed[-1][image])
+                assert new.max() < min(np.flatnonzero(is_hidden[image]), default=16)
+    np.testing.assert_array_equal(np.sum(revealed, axis=0), known.hidden)
+    assert (states[-1] < CONFIG.levels).all()
+    np.testing.assert_array_equal(states[-1], last)
+    np.testing.assert_array_equal(run(), last)
+    if order == "confidence":
+        queue = np.asarray(random_orders(0, jnp.asarray(numbers), 16))[0]
+        first = [int(p) for p in queue if known.hidden[0, p]][counts[1] :]
+        assert sorted(first) != np.flatnonzero(revealed[0][0]).tolist()
+
+
+def test_editing_everything_is_generating_and_previews_start_from_the_middle(params):
+    settings = SamplingSettings(num_iter=3, guidance=1.5, temperature=0.9)
+    known = _random_known(CONFIG, 3, 16)
+    labels = np.arange(3, dtype=np.int32)
+    run = functools.partial(generate, CONFIG, params, labels, NUMBERS, settings, seed=5)
+    shown: list = []
+    expected = run()
+    np.testing.assert_array_equal(run(known=known), expected)
+    previewed = run(preview=lambda *x: shown.append(x), preview_every=2)
+    np.testing.assert_array_equal(previewed, expected)
+    assert [x[:2] for x in shown] == [(2, 3), (3, 3)]
+    # The middle one of five levels.
+    hidden = (np.asarray(shown[0][2]) == 2).all(axis=2)
+    assert (hidden.sum(axis=1) >= hidden_counts(16, 3)[1]).all()
+    differs = (np.asarray(shown[0][2]) != np.asarray(expected)).any(axis=2)
+    assert (hidden | ~differs).all()
+
+
+def test_choice_temperature_goes_from_certain_to_random(params):
+    """The first of 16 steps reveals one position: the most certain, or, very hot, any."""
+    settings = dict(num_iter=16, order="confidence", temperature=0.0)
+    numbers = np.arange(64, dtype=np.int32)
+    known = _random_known(CONFIG, 1, 16)
+    known = Known(np.full((64, 16, 4), 255, np.uint8), known.hidden.repeat(64, axis=0), 16)
+
+    def first(choice_temperature: float) -> np.ndarray:
+        states: list = []
+        generate(
+            CONFIG,
+            params,
+            np.zeros(64, np.int32),
+            numbers,
+            SamplingSettings(choice_temperature=choice_temperature, **settings),
+            known=known,
+            preview=lambda done, steps, shown: states.append(shown) if done == 1 else None,
+        )
+        return np.bincount(np.argmax(np.asarray(states[0])[:, :, 0] < 255, axis=1), minlength=16)
+
+    assert first(0.0).max() == 64
+    assert first(1e6).max() < 16
+
+
+# --- Classes --------------------------------------------------------------------------------------
+
+
+def test_weights_of_classes_mix_their_embeddings(params):
+    settings = SamplingSettings(num_iter=3, guidance=1.5, temperature=0.9)
+    run = functools.partial(generate, CONFIG, params, settings=settings, seed=5)
+    labels, numbers = np.array([2, 0, 1], np.int32), NUMBERS
+    one_hot = np.eye(3, dtype=np.float32)[labels]
+    expected = np.asarray(run(labels, numbers))
+    np.testing.assert_array_equal(run(one_hot, numbers), expected)
+    # A mixture is a class of a model whose table has it; no class is that model's null latent.
+    weights = np.array([[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1]], np.float32)
+    backbone = params["backbone"]
+    mixed = 0.25 * backbone["class_embedding"][0] + 0.75 * backbone["class_embedding"][1]
+    table = jnp.stack([mixed, backbone["null_latent"][0], backbone["class_embedding"][2]])
+    other = params | {"backbone": backbone | {"class_embedding": table}}
+    again = functools.partial(generate, CONFIG, other, settings=settings, seed=5)
+    found = np.asarray(run(weights, numbers))
+    np.testing.assert_array_equal(found, again(np.arange(3, dtype=np.int32), numbers))
+    assert (found != expected).any(axis=(1, 2)).all()
+
+
+def test_weights_are_checked(params):
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    run = functools.partial(sample_indices, CONFIG, params, settings=SamplingSettings(2), mesh=mesh)
+    with pytest.raises(UserError, match=r"classes must sum to 1, not to 0\.7"):
+        run(labels=np.array([[0, 0, 1], [0.5, 0.2, 0]]))
+    with pytest.raises(UserError, match="weights of 2 classes, the model has 3"):
+        run(labels=np.array([[0.5, 0.5]]))
+    with pytest.raises(UserError, match="preview_every=0 must be at least 1"):
+        run(labels=np.zeros(1, np.int32), preview_every=0)
+
+
+# --- Batches and devices --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+def test_batch_size_and_devices_change_no_edit(params, order: str):
+    """Images with 5, 9 and no hidden positions, mixed; one of a mixture of classes."""
+    settings = SamplingSettings(num_iter=3, guidance=1.8, temperature=0.9, order=order)
+    few, many = _random_known(CONFIG, 4, 5), _random_known(CONFIG, 3, 9, seed=1)
+    none = _random_known(CONFIG, 1, 0)
+    mixed = np.array([0, 4, 7, 1, 5, 2, 6, 3])
+    known = np.concatenate([few.indices, many.indices, none.indices])[mixed]
+    hidden = np.concatenate([few.hidden, many.hidden, none.hidden])[mixed]
+    labels = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2, 0, 1]]
+    labels[2] = [0.5, 0.25, 0.25]
+    boxed = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+
+    def run(sizes: tuple[int, ...], batch_size: int) -> np.ndarray:
+        mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+        placed = jax.device_put(params, parallel.logical_shardings(boxed, mesh))
+        return sample_indices(
+            CONFIG,
+            placed,
+            labels,
+            settings,
+            mesh,
+            seed=21,
+            batch_size=batch_size,
+            known=known,
+            hidden=hidden,
+        )
+
+    expected = run((1, 1, 1), 8)
+    np.testing.assert_array_equal(expected[~hidden], known[~hidden])
+    assert (expected < CONFIG.levels).all()
+    np.testing.assert_array_equal(run((1, 1, 1), 3), expected)
+    np.testing.assert_array_equal(run((2, 2, 2), 8), expected)
+
+
+# --- From pixels on -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(params):
+    """4x4 positions of 2x2 pixels."""
+    autoencoder = AutoencoderConfig(
+        image_size=8,
+        image_channels=1,
+        channels=8,
+        multipliers=(1, 1),
+        blocks=1,
+        attention_resolutions=(),
+        latent_channels=4,
+    )
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    weights = init_autoencoder(autoencoder, jax.random.key(0))
+    codec = Codec(autoencoder, weights, CONFIG.quantizer, mesh)
+    names = ("cat", "dog", "7")
+    return Pipeline(ModelDescription(CONFIG, names, ""), params, codec, mesh)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uint8)
+
+
+SETTINGS = dict(num_iter=2, temperature=0.8)
+
+
+def test_a_position_is_drawn_where_any_of_its_pixels_is_masked(pipeline, images):
+    mask = np.zeros((8, 8), bool)
+    mask[3, 2:5] = True  # Row 1 of positions, columns 1 and 2.
+    changed = np.zeros((4, 4), bool)
+    changed[1, 1:3] = True
+    before = pipeline.encode(images)
+    edited = pipeline.edit(images, mask, "dog", seed=1, **SETTINGS)
+    hidden = np.tile(changed.ravel(), (3, 1))
+    indices = pipeline.generate_indices([1] * 3, known=before, hidden=hidden, seed=1, **SETTINGS)
+    np.testing.assert_array_equal(edited, pipeline.decode(indices))
+    np.testing.assert_array_equal(indices[~hidden], before[~hidden])
+    assert (indices[hidden] != before[hidden]).any()
+    # One image alone, and classes one by one.
+    alone = pipeline.edit(images[0], mask, {"dog": 1.0}, seed=1, **SETTINGS)
+    np.testing.assert_array_equal(alone, edited[0])
+    shown: list = []
+    each = pipeline.edit(
+        images,
+        np.stack([mask] * 3),
+        [1, "dog", 1],
+        seed=1,
+        batch_size=2,
+        preview=lambda *x: shown.append(x),
+        **SETTINGS,
+    )
+    np.testing.assert_array_equal(each, edited)
+    assert [(done, steps, len(x)) for done, steps, x in shown] == [
+        (1, 2, 2), (2, 2, 2), (1, 2, 1), (2, 2, 1),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(shown[1][2], edited[:2])
+
+
+def test_variations_keep_a_share(pipeline, images, monkeypatch):
+    calls: list = []
+    draw = pipeline.generate_indices
+    monkeypatch.setattr(
+        pipeline, "generate_indices", lambda *x, **y: calls.append(y["hidden"]) or draw(*x, **y)
+    )
+    pipeline.edit(images, None, None, keep=0.25, **SETTINGS)
+    assert (calls[0].sum(axis=1) == 12).all()
+    assert len(np.unique(calls[0], axis=0)) == 3
+    pipeline.edit(images[:1], None, None, keep=0.25, **SETTINGS)
+    np.testing.assert_array_equal(calls[1], calls[0][:1])
+    mask = np.arange(8)[None] < np.full((8, 1), 4)  # The left 8 positions.
+    pipeline.edit(images, mask, None, keep=0.25, **SETTINGS)
+    left = np.tile(np.arange(16) % 4 < 2, (3, 1))
+    assert not calls[2][~left].any()
+    assert (calls[2].sum(axis=1) == 6).all()
+
+
+def test_blending_puts_the_original_pixels_back(pipeline, images):
+    mask = np.zeros((8, 8), bool)
+    mask[3, 2:5] = True
+    plain = pipeline.edit(images, mask, 0, **SETTINGS)
+    hard = pipeline.edit(images, mask, 0, blend=0, **SETTINGS)
+    np.testing.assert_array_equal(hard, np.where(mask[..., None], plain, images))
+    # One row masked: the ramp goes down by thirds on both sides of it.
+    row = np.zeros((1, 8, 8), bool)
+    row[0, 3] = True
+    old, new = np.zeros((1, 8, 8, 1), np.uint8), np.full((1, 8, 8, 1), 240, np.uint8)
+    ramp = blend_images(old, new, row, 2)[0, :, 5, 0]
+    assert ramp.tolist() == [0, 80, 160, 240, 160, 80, 0, 0]
+
+
+def test_mistakes_in_an_edit_are_told(pipeline, images):
+    mask = np.zeros((8, 8), bool)
+    mask[0, 0] = True
+
+    def refused(match, images=images, mask=mask, class_id=0, **settings):
+        with pytest.raises(UserError, match=match):
+            pipeline.edit(images, mask, class_id, **settings)
+
+    refused("mask of image 0 is empty: there is nothing to draw anew", mask=mask & False)
+    refused("mask of image 1 is empty", mask=np.stack([mask, mask & False, mask]))
+    refused("covers all positions of image 0: nothing would be kept", mask=mask | True)
+    refused("the mask must be bool, True where to draw anew, not uint8", mask=mask.astype(np.uint8))
+    refused(r"mask's shape \(4, 4\) is neither that of an image, \(8, 8\)", mask=mask[:4, :4])
+    refused("nothing says what to draw anew", mask=None)
+    refused(r"keep=1\.0 must be a share above 0 and below 1", mask=None, keep=1.0)
+    refused("blend=-1 must be 0 or more", blend=-1)
+    refused("there are 2 classes for 3 images", class_id=[0, 1])
+    refused("there is no class named 'cow' among 3", class_id={"cow": 1})
+    refused(r"must sum to 1, not to 1\.1", class_id={"cat": 0.5, "dog": 0.6})
+    refused("images must be uint8 of shape", images=images / 255)
+    refused(r"images are 4x4, the model draws 8x8 pixels", images=images[:, :4, :4])
+    refused("sampling.order='spiral' is not one of random, raster", order="spiral")
+    refused(r"sampling\.choice_temperature=-1\.0 must be 0 or more", choice_temperature=-1.0)
