@@ -130,10 +130,14 @@ def test_an_import_of_an_export_is_the_same_workdir(imported, tmp_path):
     assert run("export-torch", again, "--out", tmp_path / "twice.pth") == 0
     for part, arrays in files.read(out).items():
         assert_same(files.read(tmp_path / "twice.pth")[part], arrays)
+    # Weights that were trained here come back without the quirk of the release's.
+    assert run("import-torch", tmp_path / "own", *argv, "--nofirst_token_quirk") == 0
+    assert not ModelDescription.load(tmp_path / "own").config.first_token_quirk
 
 
-def test_training_begins_with_what_was_imported(without_average, state, tmp_path, capsys):
-    """At learning rate 0 it also ends with it."""
+@pytest.mark.parametrize("classes", [10, 12])
+def test_training_begins_with_what_was_imported(without_average, state, tmp_path, capsys, classes):
+    """At learning rate 0 it also ends with it, but for a class table of another size."""
     shutil.copytree(without_average, tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokens").mkdir()
     autoencoder, _ = load_autoencoder(tmp_path / "autoencoder")
@@ -153,12 +157,21 @@ def test_training_begins_with_what_was_imported(without_average, state, tmp_path
         assert run("train", tmp_path, *train, f"--config.model.{name}={other}") == 2
         error = capsys.readouterr().err
         assert f"belongs to another run: model.{name} was {was}, is {other}" in error
-    assert run("train", tmp_path, *train) == 0
-    assert "goes on from step 0 of 1" in capsys.readouterr().err
+    assert run("train", tmp_path, *train, f"--config.data.num_classes={classes}") == 0
+    error = capsys.readouterr().err
+    assert "goes on from step 0 of 1" in error
+    assert ("data.num_classes was 10, is 12" in error) == (classes == 12)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "1"]
     assert ModelDescription.load(tmp_path).config.first_token_quirk
-    assert run("export-torch", tmp_path, "--out", tmp_path / "out.safetensors") == 0
-    assert_same(files.read(tmp_path / "out.safetensors")["model"], state)
+    assert run("export-torch", tmp_path, "--out", tmp_path / "out.pth") == 0
+    for exported in files.read(tmp_path / "out.pth").values():
+        expected = {name: state[name] for name in exported}
+        if classes == 12:
+            drawn = expected["class_emb.weight"] = exported["class_emb.weight"]
+            assert drawn.shape == (12, 48)
+            assert not np.isin(drawn, state["class_emb.weight"]).any()
+            assert drawn.std() == pytest.approx(0.02, rel=0.1)
+        assert_same(exported, expected)
 
 
 def write_diffusers(folder, **config):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -190,6 +191,19 @@ def test_both_layouts_complain_in_their_own_names(autoencoder_params):
         infer_config({"a": np.zeros(1), "b": np.zeros(1)}, image_size=8)
 
 
+def test_one_misshapen_tensor_of_an_autoencoder_is_named_alone(autoencoder_params, monkeypatch):
+    """Whichever it is: no size is read off a single tensor."""
+    cached = functools.cache(abstract_params)
+    monkeypatch.setattr("tokenbridge_jax.torch_bridge.autoencoder.abstract_params", cached)
+    state = to_torch(table(TINY), autoencoder_params)
+    for name, array in state.items():
+        broken = state | {name: array[1:]}
+        with pytest.raises(UserError) as caught:
+            import_autoencoder(infer_config(broken, image_size=8), broken)
+        shapes = f"{list(array[1:].shape)}, expected {list(array.shape)}"
+        assert str(caught.value) == f"{name} has shape {shapes}"
+
+
 def test_an_autoencoder_without_quant_convolutions_and_with_a_shift(autoencoder_params):
     """As SD3's and FLUX's: latents are (sample - shift) x scale."""
     state = to_torch(table(TINY), autoencoder_params)
@@ -278,15 +292,17 @@ class Hostile:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle 2", "pickle 5"])
 def test_a_file_that_would_run_code_is_refused(tmp_path, how):
     path, trace = tmp_path / "model.pth", tmp_path / "trace"
-    if how == "pickle":
-        path.write_bytes(pickle.dumps({"model": Hostile(trace)}, protocol=2))
+    held = "posix.system"
+    if how.startswith("pickle"):
+        path.write_bytes(pickle.dumps({"model": Hostile(trace)}, protocol=int(how[-1])))
+        held = held if how == "pickle 2" else "no tensors of PyTorch"
     else:
         content = {"model": Hostile(trace)}
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(UserError, match=r"model.pth is refused.* holds posix.system, ") as caught:
+    with pytest.raises(UserError, match=rf"model.pth is refused: .*holds {held}, ") as caught:
         files.read(path)
     assert "\n" not in str(caught.value)
     assert not trace.exists()
@@ -302,6 +318,28 @@ def test_damaged_files_are_named_in_one_line(tmp_path, suffix, content):
     assert "\n" not in str(caught.value)
 
 
+def test_files_of_another_kind_are_named_in_one_line(tmp_path):
+    """A file of one kind under the name of another, and tensors of kinds no model has."""
+    ones = torch.ones(3, 3)
+    torch.save({"a": ones}, tmp_path / "torch.npz")
+    torch.save({"a": ones.to_sparse()}, tmp_path / "sparse.pth")
+    torch.save({"a": torch.ones(3, device="meta")}, tmp_path / "meta.pth")
+    safetensors.torch.save_file({"a": ones.to(torch.float8_e4m3fn)}, tmp_path / "f8.safetensors")
+    safetensors.torch.save_file({"a": ones}, tmp_path / "safetensors.pth")
+    np.savez(tmp_path / "words.npz", a=np.array(["x"]))
+    np.savez_compressed(tmp_path / "flipped.npz", a=np.arange(1000))
+    flipped = bytearray((tmp_path / "flipped.npz").read_bytes())
+    flipped[300] ^= 255
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    (tmp_path / "folder.pth").mkdir()
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError, match=path.name) as caught:
+            files.read(path)
+        assert "\n" not in str(caught.value)
+
+
 def test_what_holds_no_state_dict_is_told(tmp_path):
     path = tmp_path / "model.pth"
     torch.save([1, 2], path)
@@ -312,7 +350,7 @@ def test_what_holds_no_state_dict_is_told(tmp_path):
         files.read(path)
     with pytest.raises(UserError, match=r"model.foo ends in none of .pth"):
         files.read(tmp_path / "model.foo")
-    with pytest.raises(UserError, match=r"other.pth does not exist"):
+    with pytest.raises(UserError, match=r"there is no file .*other.pth"):
         files.read(tmp_path / "other.pth")
 
 

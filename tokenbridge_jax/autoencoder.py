@@ -17,12 +17,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
-from tokenbridge_jax import io
+from tokenbridge_jax import arrays, io
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.parallel import constrain, named_axes
 
@@ -426,9 +425,7 @@ def save_autoencoder(
     """
     directory = epath.Path(directory)
     content_hash = autoencoder_hash(config, params)
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
-    io.write_bytes(directory / "params.safetensors", safetensors.numpy.save(tensors))
+    arrays.write(directory / "params.safetensors", params)
     described = {"config": config.to_json(), "hash": content_hash, "extra": dict(extra or {})}
     io.write_json(directory / "config.json", described)
     return content_hash
@@ -460,13 +457,7 @@ def load_autoencoder(directory: epath.PathLike) -> tuple[AutoencoderConfig, dict
     described = read_description(directory)
     config = AutoencoderConfig.from_json(described["config"])
     path = directory / "params.safetensors"
-    try:
-        flat = safetensors.numpy.load(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    params = traverse_util.unflatten_dict(flat, sep="/")
+    params = arrays.read(path)
     if autoencoder_hash(config, params) != described["hash"]:
         raise UserError(f"{path} is not the file that {directory / 'config.json'} describes")
     return config, params

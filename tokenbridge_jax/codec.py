@@ -65,7 +65,7 @@ class Codec:
           dtype: compute dtype of the autoencoder.
         """
         self.config, self.quantizer, self.mesh = config, quantizer, mesh
-        self._params = jax.device_put(dict(params), parallel.replicated(mesh))
+        self.params = jax.device_put(dict(params), parallel.replicated(mesh))
         module = Autoencoder(config, dtype)
         self._encode = self._on_mesh(functools.partial(_encode, module, quantizer))
         self._decode = self._on_mesh(functools.partial(_decode, module))
@@ -127,7 +127,7 @@ class Codec:
 
         def run(*batched: Any) -> Any:
             with parallel.use_mesh(self.mesh):
-                return jitted(self._params, *jax.device_put(batched, batch))
+                return jitted(self.params, *jax.device_put(batched, batch))
 
         return run
 

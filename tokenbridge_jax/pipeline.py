@@ -11,15 +11,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Integer, UInt8
 
-from tokenbridge_jax import editing, io, parallel
+from tokenbridge_jax import editing, io, parallel, pretrained
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
+from tokenbridge_jax.pretrained import load_weights
 from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.sampling import Known, Preview, generate
 from tokenbridge_jax.schedule import SamplingSettings
-from tokenbridge_jax.training.checkpoints import latest_step, load_params
 
 MODEL_FILE = "model.json"
 
@@ -41,14 +41,17 @@ class ModelDescription:
     class_names: tuple[str, ...]
     autoencoder_hash: str
 
-    def save(self, workdir: epath.PathLike) -> None:
-        """Writes `model.json`, whole or not at all."""
-        value = {
+    def to_json(self) -> dict[str, Any]:
+        """The content of `model.json`."""
+        return {
             "model": self.config.to_json(),
             "class_names": list(self.class_names),
             "autoencoder_hash": self.autoencoder_hash,
         }
-        io.write_json(epath.Path(workdir) / MODEL_FILE, value)
+
+    def save(self, workdir: epath.PathLike) -> None:
+        """Writes `model.json`, whole or not at all."""
+        io.write_json(epath.Path(workdir) / MODEL_FILE, self.to_json())
 
     @classmethod
     def load(cls, workdir: epath.PathLike) -> "ModelDescription":
@@ -193,6 +196,7 @@ class Pipeline:
         codec: Codec,
         mesh: Mesh,
         step: int = 0,
+        facts: Mapping[str, Any] | None = None,
     ):
         """Use `Pipeline.load` for a workdir.
 
@@ -202,9 +206,11 @@ class Pipeline:
           codec: autoencoder and quantizer.
           mesh: devices to sample on.
           step: updates the parameters have seen.
+          facts: for `save_pretrained`: `config` of the run, and `autoencoder`, the `extra` of its
+            description.
         """
         self.description, self.params, self.codec = description, params, codec
-        self.mesh, self.step = mesh, step
+        self.mesh, self.step, self.facts = mesh, step, facts or {}
 
     @classmethod
     def load(
@@ -215,10 +221,11 @@ class Pipeline:
         dtype: str | None = None,
         mesh: Mesh | None = None,
     ) -> "Pipeline":
-        """Loads what the commands left in a workdir, with the EMA parameters.
+        """Loads what the commands left in a workdir, or `save_pretrained` wrote, with the EMA
+        parameters.
 
         Args:
-          workdir: with `autoencoder/`, `model.json` and `checkpoints/`.
+          workdir: with `autoencoder/`, `model.json`, and `checkpoints/` or `model.safetensors`.
           step: which checkpoint; the latest if not given.
           dtype: compute dtype of the model, "bfloat16" or "float32"; by default the one it was
             trained in. The autoencoder computes in float32, as it does for shards.
@@ -238,7 +245,8 @@ class Pipeline:
             description = dataclasses.replace(description, config=config)
         config = description.config
         autoencoder_config, autoencoder_params = load_autoencoder(workdir / "autoencoder")
-        found = read_description(workdir / "autoencoder")["hash"]
+        described = read_description(workdir / "autoencoder")
+        found, facts = described["hash"], {"autoencoder": described["extra"]}
         if found != description.autoencoder_hash:
             raise UserError(
                 f"{workdir / 'autoencoder'} is not the autoencoder this model was trained with "
@@ -250,16 +258,20 @@ class Pipeline:
             config.quantizer,
             parallel.make_mesh(devices=jax.local_devices()),
         )
-        checkpoints = workdir / "checkpoints"
-        latest = latest_step(checkpoints)
-        if step is not None and not (checkpoints / str(step)).exists():
-            there = sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
-            raise UserError(
-                f"there is no checkpoint of step {step}; there are {', '.join(map(str, there))}"
-            )
-        step = latest if step is None else step
-        params = load_params(checkpoints, abstract_sharded_params(config, mesh), step=step)
-        return cls(description, params, codec, mesh, step)
+        params, step = load_weights(workdir, abstract_sharded_params(config, mesh), step=step)
+        if (workdir / "config.json").exists():
+            facts["config"] = io.read_json(workdir / "config.json")
+        return cls(description, params, codec, mesh, step, facts)
+
+    def save_pretrained(self, directory: epath.PathLike) -> None:
+        """Writes a folder that stands alone, for `load` and for a model hub (see `pretrained`).
+
+        It is whole or not there. Every process of a job calls this, and one writes.
+
+        Raises:
+          UserError: the folder is there and not empty, or cannot be written.
+        """
+        pretrained.save(self, directory)
 
     @property
     def config(self) -> TokenBridgeConfig:

@@ -20,11 +20,11 @@ from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.pipeline import ModelDescription, abstract_sharded_params
+from tokenbridge_jax.pretrained import load_weights
 from tokenbridge_jax.torch_bridge import files
 from tokenbridge_jax.torch_bridge.autoencoder import table as autoencoder_table
 from tokenbridge_jax.torch_bridge.model import BUFFERS, export_model
 from tokenbridge_jax.torch_bridge.table import to_torch
-from tokenbridge_jax.training.checkpoints import load_params
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -51,7 +51,7 @@ def main(args: flags.FlagValues) -> None:
     if args.autoencoder:
         config, params = load_autoencoder(workdir / "autoencoder")
         files.write(args.autoencoder, {"model": to_torch(autoencoder_table(config), params)})
-        print(f"wrote {args.autoencoder}, whose latents are scaled by {config.scale:g}")
+        print(f"wrote {args.autoencoder}, whose latents are scaled by {config.scale}")
 
 
 def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
@@ -60,7 +60,7 @@ def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
     abstract = abstract_sharded_params(config, mesh)
 
     def state_dict(part: str) -> files.StateDict:
-        params = load_params(workdir / "checkpoints", abstract, part=part)
+        params, _ = load_weights(workdir, abstract, part=part)
         return export_model(config, jax.tree.map(np.asarray, params))
 
     averaged = state_dict("ema_params")
@@ -73,7 +73,8 @@ def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
     else:
         print(
             "model.first_token_quirk is off: the release's code, which always adds the first "
-            "timestep embedding to the head's first token, will sample a little differently"
+            "timestep embedding to the head's first token, will sample a little differently; "
+            "import it with --nofirst_token_quirk"
         )
 
 

@@ -12,7 +12,8 @@ An autoencoder may have the names of LDM (kl16.ckpt) or of diffusers' Autoencode
 config.json beside it says how latents are scaled; --scale and --shift say it otherwise.
 
 What follows needs only --workdir: `tokenbridge sample`, or `tokenize` and `train` to fine-tune,
-which begins with the imported weights and a fresh optimizer.
+which begins with the imported weights and a fresh optimizer. With another
+--config.data.num_classes, `train` begins with a new class table.
 """
 
 import contextlib
@@ -43,6 +44,7 @@ from tokenbridge_jax.commands.train import make_model_config
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, init_params
 from tokenbridge_jax.pipeline import ModelDescription
+from tokenbridge_jax.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
 from tokenbridge_jax.tokenizing import make_quantizer
 from tokenbridge_jax.torch_bridge import files
@@ -76,6 +78,13 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     )
     define(flags.DEFINE_float, "scale", "Factor from a posterior sample to a latent.")
     define(flags.DEFINE_float, "shift", "What is subtracted from a posterior sample before that.")
+    flags.DEFINE_bool(
+        "first_token_quirk",
+        True,
+        "Sample as the release's code does: add the first timestep embedding to the head's first "
+        "token. Not for weights that were trained and evaluated here.",
+        flag_values=flag_values,
+    )
 
 
 def main(args: flags.FlagValues) -> None:
@@ -89,7 +98,7 @@ def main(args: flags.FlagValues) -> None:
         parts = _read_checkpoint(args.checkpoint, workdir) if args.checkpoint else {}
         sizes = infer_sizes(parts["model"]) if parts else {}
         autoencoder, autoencoder_params = read_autoencoder(args, sizes.get("positions"))
-        adapt_config(config, autoencoder, sizes)
+        adapt_config(config, autoencoder, sizes, args.first_token_quirk)
         if parts:
             model = make_model(config, autoencoder, sizes, parts["model"])
             with _naming(args.checkpoint):
@@ -110,11 +119,12 @@ def main(args: flags.FlagValues) -> None:
             ModelDescription(model, names, used).save(workdir)
             known = {*sizes, "encoder_heads", "decoder_heads"} & set(config.model)
             fields = {f"model.{name}": config.model[name] for name in sorted(known)}
+            fields["data.num_classes"] = model.classes
             write_checkpoint(workdir, model, params, fields)
+            quirk = "with the quirk" if model.first_token_quirk else "without the quirk"
             print(
-                f"{workdir} holds the model of {args.checkpoint}, to sample with its quirk: the "
-                "first timestep embedding is added to the head's first token "
-                "(model.first_token_quirk)"
+                f"{workdir} holds the model of {args.checkpoint}, to sample {quirk} of the "
+                "release's code (model.first_token_quirk)"
             )
 
 
@@ -175,7 +185,7 @@ def _is_kl16(config: AutoencoderConfig) -> bool:
 
 
 def adapt_config(
-    config: ConfigDict, autoencoder: AutoencoderConfig, sizes: Mapping[str, int]
+    config: ConfigDict, autoencoder: AutoencoderConfig, sizes: Mapping[str, int], quirk: bool
 ) -> None:
     """Sets what the arrays say in the config that later commands use.
 
@@ -197,7 +207,7 @@ def adapt_config(
             if (width := sizes.get(f"{part}_width")) is not None:
                 config.model[f"{part}_heads"] = _heads(config, part, width)
         config.model.update({name: sizes[name] for name in sizes if name in config.model})
-        config.model.first_token_quirk = True
+        config.model.first_token_quirk = quirk
         config.quantizer.levels = sizes.get("levels", config.quantizer.levels)
         config.data.num_classes = sizes.get("classes", config.data.num_classes)
         if "positions" in sizes:
@@ -272,11 +282,11 @@ def write_checkpoint(
 
 
 def _read_checkpoint(path: str, workdir: epath.Path) -> dict[str, files.StateDict]:
-    if Checkpoints(workdir / "checkpoints").latest is not None:
-        raise UserError(f"{workdir / 'checkpoints'} holds a model already; use another --workdir")
+    if Checkpoints(workdir / "checkpoints").latest is not None or (workdir / WEIGHTS_FILE).exists():
+        raise UserError(f"{workdir} holds a model already; use another --workdir")
     parts = files.read(path)
     if not infer_sizes(parts["model"]):
-        few = ", ".join(list(parts["model"])[:3])
+        few = ", ".join(list(parts["model"])[:3]) or "nothing"
         raise UserError(f"{path} holds no TokenBridge model, but {few}, ...")
     return parts
 

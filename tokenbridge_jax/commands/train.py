@@ -31,6 +31,7 @@ from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline import ModelDescription, sample_indices
+from tokenbridge_jax.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
 from tokenbridge_jax.sampling import SamplingSettings
 from tokenbridge_jax.tokenizing import make_quantizer
@@ -71,6 +72,11 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 def main(args: flags.FlagValues) -> int:
     """Trains to the end, from the latest checkpoint if there is one."""
     config, workdir = args.config, epath.Path(args.workdir)
+    if (workdir / WEIGHTS_FILE).exists():
+        raise UserError(
+            f"{workdir} is a saved pipeline, not a run: `export-torch --ema` from it, then "
+            "`import-torch` to the --workdir to train in"
+        )
     mesh = parallel.make_mesh(**config.mesh)
     check_ranges(config, "model")
     check_training(config, "training", mesh)
@@ -152,6 +158,7 @@ def make_run(
     tokens = local_copy(workdir / "tokens")
     masks = MaskSampler.from_config(config, model.positions)
     fields = flat_fields(config, ["seed", "model", "training"])
+    fields["data.num_classes"] = config.data.num_classes
     fields["tokens_sha256"] = _tokens_digest(info)
     function = {f"model.{name}" for name in config.model if name not in _NOT_MODEL | _NOT_FUNCTION}
     hooks = []
@@ -179,6 +186,7 @@ def make_run(
         fields=fields,
         fixed={"seed", "training.batch_size", "tokens_sha256"} | function,
         hooks=hooks,
+        redrawn={"class_embedding"},
     )
 
 

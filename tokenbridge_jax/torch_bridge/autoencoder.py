@@ -15,7 +15,7 @@ import numpy as np
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig, abstract_params
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.torch_bridge.table import Entry, from_torch, problems, size
+from tokenbridge_jax.torch_bridge.table import Entry, from_torch, size
 
 Path = tuple[str, ...]
 State = Mapping[str, np.ndarray]
@@ -96,11 +96,16 @@ def infer_config(
             blocks = max(blocks, int(place[3]) + 1)
         if not is_attention and name.endswith(("conv1.bias", "norm2.bias", "conv2.bias")):
             widths[level][tensor.shape[0]] += 1
-    channels = size(state, ("encoder.conv_in.bias", 0), ("encoder.conv_in.weight", 0))
+    channels = size(
+        state,
+        ("encoder.conv_in.bias", 0),
+        ("encoder.conv_in.weight", 0),
+        ("decoder.conv_out.weight", 1),
+    )
     image_channels = size(state, ("encoder.conv_in.weight", 1), ("decoder.conv_out.bias", 0))
     latents = size(state, ("decoder.conv_in.weight", 1), ("post_quant_conv.bias", 0))
     if not (widths and channels and image_channels and latents):
-        few = ", ".join(list(state)[:3])
+        few = ", ".join(list(state)[:3]) or "nothing"
         raise UserError(f"these are not the tensors of a KL autoencoder, but {few}, ...")
     if grid is not None:
         image_size = grid * 2 ** (len(widths) - 1)
@@ -144,10 +149,7 @@ def import_autoencoder(
         state = {k: v[:, :, None, None] if v.ndim == 2 else v for k, v in state.items()}
         old = any(".mid_block.attentions.0.query." in name for name in state)
         entries = diffusers_table(config, old)
-    target = nn.unbox(abstract_params(config))
-    if found := problems(entries, state, target):
-        raise UserError("; ".join(found))
-    params = from_torch(entries, state, target)
+    params = from_torch(entries, state, nn.unbox(abstract_params(config)))
     if shift:
         params["quant_conv"]["bias"][: config.latent_channels] -= shift
         post = params["post_quant_conv"]

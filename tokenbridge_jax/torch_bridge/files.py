@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from etils import epath
-from safetensors import SafetensorError
 
 from tokenbridge_jax import io
 from tokenbridge_jax.errors import UserError
@@ -47,7 +46,7 @@ def read(path: epath.PathLike) -> dict[str, StateDict]:
     path = Path(path)
     check_suffix(path, READ_SUFFIXES)
     if not path.is_file():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"there is no file {path}")
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path)
     try:
@@ -55,8 +54,9 @@ def read(path: epath.PathLike) -> dict[str, StateDict]:
             arrays = safetensors.numpy.load_file(path)
         else:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+                arrays = dict(file)
+        arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    except Exception as error:  # Whatever a damaged file, or one of another kind, makes them raise.
         raise _damaged(path, error) from error
     if any(name.startswith(NPZ_PREFIX) for name in arrays):
         arrays = {
@@ -64,7 +64,7 @@ def read(path: epath.PathLike) -> dict[str, StateDict]:
             for name, array in arrays.items()
             if name.startswith(NPZ_PREFIX)
         }
-    return {"model": {name: array.astype(np.float32) for name, array in arrays.items()}}
+    return {"model": arrays}
 
 
 def write(path: epath.PathLike, parts: Mapping[str, StateDict]) -> None:
@@ -115,11 +115,12 @@ def _read_torch(path: Path) -> dict[str, StateDict]:
             )
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL:? (\S+)", str(error))
+        held = f"besides tensors it holds {asked[1]}" if asked else "it holds no tensors of PyTorch"
         raise UserError(
-            f"{path} is refused: besides tensors it holds {asked[1] if asked else 'other things'}, "
-            "and reading such may run any code; where you trust it, save its state dict alone"
+            f"{path} is refused: {held}, and reading such may run any code; where you trust it, "
+            "save its state dict alone"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # Whatever a damaged file makes torch raise.
         raise _damaged(path, error) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no state dict but a {type(content).__name__}")
@@ -130,11 +131,12 @@ def _read_torch(path: Path) -> dict[str, StateDict]:
 
 
 def _arrays(path: Path, part: str, state: Any) -> StateDict:
-    import torch
-
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise UserError(f"{path} holds no state dict in '{part}': not all of it are tensors")
-    return {name: tensor.detach().float().numpy() for name, tensor in state.items()}
+    try:
+        return {str(name): tensor.detach().float().numpy() for name, tensor in state.items()}
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{path} holds no state dict in '{part}': not all of it are plain tensors"
+        ) from error
 
 
 def _torch(path: epath.PathLike) -> Any:

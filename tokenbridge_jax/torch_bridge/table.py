@@ -106,7 +106,7 @@ def from_torch(
     """
     entries = list(entries)
     if found := problems(entries, state_dict, target):
-        raise UserError(f"the state dict does not fit this configuration: {'; '.join(found)}")
+        raise UserError("; ".join(found))
     leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(dict(target))
     params = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for entry, part in _parts(entries, params):

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from tokenbridge_jax import io
+from tokenbridge_jax import io, parallel
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.training.state import TrainState
 
@@ -125,18 +125,27 @@ class Checkpoints:
         """The JSON `save` got."""
         return run_record(self.directory, step)
 
-    def restore(self, abstract: TrainState, step: int) -> TrainState:
+    def restore(
+        self, abstract: TrainState, step: int, any_shape: Collection[str] = ()
+    ) -> TrainState:
         """Loads a state, laid out by the shardings of `abstract`.
 
         Args:
           abstract: from `state.abstract_state`, on any mesh.
           step: which checkpoint.
+          any_shape: names of leaves that may have another shape, and come in that.
 
         Raises:
           UserError: leaves differ in name, shape or dtype (all are named), or the files are
             damaged.
         """
         wanted = {part: getattr(abstract, part) for part in PARTS}
+        if any_shape:
+            path = self.directory / str(step)
+            wanted = {
+                part: _as_stored(tree, _stored(path, part), any_shape)
+                for part, tree in wanted.items()
+            }
         loaded = _load(self.directory, step, wanted)
         number = jax.device_put(np.int32(step), abstract.step.sharding)
         return TrainState(step=number, **loaded)
@@ -229,7 +238,7 @@ def _load(
         problems = []
         for name, part in plain.items():
             if part is not None:
-                problems += _differences(name, _stored(path, name), part, any_dtype)
+                problems += differences(name, _stored(path, name), part, any_dtype)
         if problems:
             raise UserError(
                 f"checkpoint {path} does not fit this model; arrays that differ: "
@@ -256,6 +265,20 @@ def _stored(path: epath.Path, name: str) -> Any:
     return stored
 
 
+def _as_stored(wanted: Any, stored: Any, leaves: Collection[str]) -> Any:
+    """`wanted` with the stored shapes of these leaves, which lie on every device whole."""
+    shapes = traverse_util.flatten_dict(stored)
+
+    def of_leaf(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = _names(path)
+        if names[-1] not in leaves or names not in shapes or shapes[names].shape == leaf.shape:
+            return leaf
+        everywhere = parallel.replicated(leaf.sharding.mesh)
+        return jax.ShapeDtypeStruct(shapes[names].shape, leaf.dtype, sharding=everywhere)
+
+    return jax.tree.map_with_path(of_leaf, wanted)
+
+
 def _damaged(part: epath.Path, error: Exception) -> UserError:
     reason = str(_root_cause(error)).split("\n")[0][:200]
     return UserError(
@@ -264,7 +287,7 @@ def _damaged(part: epath.Path, error: Exception) -> UserError:
     )
 
 
-def _differences(name: str, stored: Any, wanted: Any, any_dtype: bool) -> list[str]:
+def differences(name: str, stored: Any, wanted: Any, any_dtype: bool = False) -> list[str]:
     """One line for every leaf that is missing, not wanted, or of another shape or dtype."""
     have = traverse_util.flatten_dict(stored, sep="/")
     want = traverse_util.flatten_dict(wanted, sep="/")

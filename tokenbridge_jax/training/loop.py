@@ -36,7 +36,7 @@ from tokenbridge_jax.training import hardware
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.metrics import MetricWriter, read_metrics
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
-from tokenbridge_jax.training.state import TrainState, abstract_state, create_state
+from tokenbridge_jax.training.state import TrainState, abstract_state, create_state, redraw
 from tokenbridge_jax.training.step import Task, make_train_step
 
 # Exit status of a command that was told to stop and saved its state: start it again to go on.
@@ -88,6 +88,7 @@ class Run:
       fixed: names of those fields that a resumed run must share with the one it continues.
       begin: called when it is known that the run is possible, before its first update.
       hooks: see `Hook`.
+      redrawn: names of parameters that begin anew where those of step 0 have another shape.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Run:
     draw: Callable[[int], Any] = lambda step: None
     begin: Callable[[], None] = lambda: None
     hooks: Sequence[Hook] = ()
+    redrawn: Collection[str] = ()
 
     @property
     def optimizer_config(self) -> OptimizerConfig:
@@ -150,7 +152,8 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
             state = create_state(run.task.init, optimizer, abstract, run.seed)
         else:
             _check_same_run(checkpoints.run_record(start), run, checkpoints.directory)
-            state = checkpoints.restore(abstract, start)
+            state = checkpoints.restore(abstract, start, any_shape=() if start else run.redrawn)
+            state = redraw(state, run.task.init, optimizer, abstract, run.seed)
             say(f"{run.name}: goes on from step {start} of {total} ({checkpoints.directory})")
         if start >= total:
             say(f"{run.name}: all {total} steps are done; nothing left to train")

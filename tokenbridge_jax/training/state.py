@@ -90,6 +90,36 @@ def create_state(
     return make(jax.random.key(seed))
 
 
+def redraw(
+    state: TrainState,
+    init: InitFunction,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    seed: int,
+) -> TrainState:
+    """A state whose leaves of other shapes than in `abstract` are those of `create_state`.
+
+    Args:
+      state: with the structure of `abstract`.
+      init: makes the boxed parameters.
+      optimizer: the transformation whose state is carried.
+      abstract: what `abstract_state` gave for the same `init` and `optimizer`.
+      seed: of the initial parameters.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    wanted = jax.tree.leaves(abstract)
+    others = [i for i, leaf in enumerate(leaves) if leaf.shape != wanted[i].shape]
+    if not others:
+        return state
+    make = jax.jit(
+        lambda key: [jax.tree.leaves(_initial_state(init, optimizer)(key))[i] for i in others],
+        out_shardings=[wanted[i].sharding for i in others],
+    )
+    for i, leaf in zip(others, make(jax.random.key(seed)), strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
 def _initial_state(
     init: InitFunction, optimizer: optax.GradientTransformation
 ) -> Callable[[jax.Array], TrainState]:
