@@ -8,17 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
-from tiny_model import random_batch, random_params, tiny
+from tiny_model import random_batch, random_params, tiny, tiny_pipeline
 
-from tokenbridge_jax import Pipeline, parallel, sampling
-from tokenbridge_jax.autoencoder import AutoencoderConfig
-from tokenbridge_jax.autoencoder import init_params as init_autoencoder
-from tokenbridge_jax.codec import Codec
+from tokenbridge_jax import parallel, sampling
 from tokenbridge_jax.editing import blend_images
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridge, init_params
 from tokenbridge_jax.orders import ORDERS, random_orders
-from tokenbridge_jax.pipeline import ModelDescription, sample_indices
+from tokenbridge_jax.pipeline import sample_indices
 from tokenbridge_jax.sampling import Known, generate
 from tokenbridge_jax.schedule import SamplingSettings, hidden_counts
 
@@ -145,6 +142,24 @@ def test_confidence_order_over_several_stages_is_that_of_brute_force():
     for _ in range(2):
         np.testing.assert_array_equal(run(preview=lambda done, steps, shown: None), expected)
     assert sampling._step._cache_size() == compiled + 2
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+def test_many_masks_share_a_few_programs(order: str):
+    """Of 40 positions 1 to 20, or 21 to 40; more steps than some masks hide positions."""
+    config = tiny(positions=40)
+    params = random_params(config)
+    settings = SamplingSettings(num_iter=7, guidance=1.6, order=order)
+    labels = np.array([1], np.int32)
+    run = functools.partial(generate, config, params, labels, NUMBERS[:1], settings, seed=3)
+    compiled = sampling._edit._cache_size()
+    for num_hidden in (20, 1, 2, 5, 13, 21, 40, 33):
+        known = _random_known(config, 1, num_hidden, seed=num_hidden)
+        drawn = run(known=known)
+        if num_hidden in (1, 5, 20, 33):
+            expected = _brute_force(config, params, labels, NUMBERS[:1], settings, 3, known)
+            np.testing.assert_array_equal(drawn, expected)
+    assert sampling._edit._cache_size() == compiled + 2
 
 
 # --- What is kept, what is shown ------------------------------------------------------------------
@@ -299,21 +314,7 @@ def test_batch_size_and_devices_change_no_edit(params, order: str):
 
 @pytest.fixture(scope="module")
 def pipeline(params):
-    """4x4 positions of 2x2 pixels."""
-    autoencoder = AutoencoderConfig(
-        image_size=8,
-        image_channels=1,
-        channels=8,
-        multipliers=(1, 1),
-        blocks=1,
-        attention_resolutions=(),
-        latent_channels=4,
-    )
-    mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    weights = init_autoencoder(autoencoder, jax.random.key(0))
-    codec = Codec(autoencoder, weights, CONFIG.quantizer, mesh)
-    names = ("cat", "dog", "7")
-    return Pipeline(ModelDescription(CONFIG, names, ""), params, codec, mesh)
+    return tiny_pipeline(CONFIG, params)
 
 
 @pytest.fixture(scope="module")

@@ -353,7 +353,7 @@ def test_usage_is_no_mistake(monkeypatch, capsys, argv):
     assert err == ""
 
 
-@pytest.mark.parametrize("name", ["train-vae", "tokenize", "train", "sample"])
+@pytest.mark.parametrize("name", ["train-vae", "tokenize", "train", "sample", "edit"])
 def test_every_command_has_help(capsys, name):
     assert runner.run(name, ["--help"]) == 0
     out = capsys.readouterr().out

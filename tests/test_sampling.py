@@ -21,9 +21,9 @@ from tokenbridge_jax.sampling import (
     SamplingSettings,
     generate,
     guidance_scales,
-    hidden_counts,
-    plan_stages,
+    make_plan,
 )
+from tokenbridge_jax.schedule import hidden_counts
 from tokenbridge_jax.transformer import unstack
 
 GREEDY = SamplingSettings(num_iter=4, temperature=0.0)
@@ -108,35 +108,51 @@ def test_settings_out_of_range_are_named(field: str, value, message: str):
 
 
 @pytest.mark.parametrize(("positions", "num_iter"), GRID)
-def test_stages_hold_every_step(positions: int, num_iter: int):
-    hidden = hidden_counts(positions, num_iter)
-    reveals = -np.diff([positions, *hidden])
-    visible = positions - (hidden + reveals)
-    guided = np.arange(len(hidden)) % 100 < 50
-    stages = plan_stages(positions, tuple(hidden.tolist()), tuple(guided.tolist()))
-    assert sum(stage.steps for stage in stages) == len(hidden)
-    assert len(stages) <= min(8, -(-positions // 16)) + len(hidden) // 50
-    first = 0
-    for stage in stages:
-        steps = np.s_[first : first + stage.steps]
-        assert visible[steps].max() <= stage.visible_slots <= positions
-        assert stage.visible_slots == positions or stage.visible_slots % 16 == 0
-        assert stage.reveals == reveals[steps].max()
-        assert (guided[steps] == stage.guided).all()
-        first += stage.steps
+@pytest.mark.parametrize("order", ["random", "confidence"])
+def test_stages_hold_every_step(positions: int, num_iter: int, order: str):
+    """Of whole images exactly, of edits for every number of hidden positions."""
+    settings = SamplingSettings(num_iter, 2.0, guidance_interval=(0.2, 0.7), order=order)
+    plans = [make_plan(positions, settings)]
+    some = {*range(1, positions + 1, 1 + positions // 10), positions}
+    for plan in plans + [make_plan(positions, settings, num_hidden) for num_hidden in some]:
+        before, after = np.array(plan.hidden[:-1]), np.array(plan.hidden[1:])
+        assert after.tolist() == hidden_counts(plan.hidden[0], num_iter).tolist()
+        visible = positions - before
+        drawn = before if order == "confidence" else before - after
+        guided = (visible / positions >= 0.2) & (visible / positions < 0.7)
+        assert len(plan.stages) <= min(8, -(-positions // 16)) + 2
+        assert plan.ends[-1] == len(before)
+        for stage, first, end in zip(plan.stages, (0, *plan.ends), plan.ends, strict=False):
+            steps = np.s_[first:end]
+            assert stage.visible_slots == positions or stage.visible_slots % 16 == 0
+            assert (visible[steps] <= stage.visible_slots).all()
+            assert (guided[steps] == stage.guided).all()
+            assert (drawn[steps] <= stage.reveals).all()
+            if plan is plans[0]:
+                assert stage.reveals == drawn[steps].max()
+
+
+@pytest.mark.parametrize("num_iter", [9, 64, 256])
+def test_edits_share_a_few_sets_of_stages(num_iter: int):
+    settings = SamplingSettings(num_iter, guidance=3.1)
+    stages = [make_plan(256, settings, num_hidden).stages for num_hidden in range(1, 257)]
+    changes = [n + 1 for n in range(1, 256) if stages[n] != stages[n - 1]]
+    assert changes == [33, 65, 129]
+    assert [len(stages[n - 1]) for n in (32, 64, 128, 256)] == [2, 3, 5, 8]
 
 
 @pytest.mark.parametrize(("num_iter", "expected"), [(256, 3.0), (64, 4.1)])
 def test_stages_pad_little(num_iter: int, expected: float):
     """Encoder 16 x 12 products of width x width a token and branch, head 16 channels x 4 x 18."""
-    before = np.array([256, *hidden_counts(256, num_iter)])
+    plan = make_plan(256, SamplingSettings(num_iter, guidance=2.0))
+    before = np.array(plan.hidden)
     visible, reveals = 256 - before[:-1], -np.diff(before)
-    stages = plan_stages(256, tuple(before[1:].tolist()), (True,) * len(reveals))
-    assert len(stages) == 8
+    assert len(plan.stages) == 8
     encoder, head = 2 * 16 * 12, 16 * 4 * 18
     work = np.sum(encoder * (64 + visible) + head * reveals + encoder * (64 + 256))
-    padding = encoder * (sum(s.steps * s.visible_slots for s in stages) - visible.sum())
-    padding += head * (sum(s.steps * s.reveals for s in stages) - reveals.sum())
+    steps = np.diff([0, *plan.ends])
+    sizes = np.array([(stage.visible_slots, stage.reveals) for stage in plan.stages])
+    padding = steps @ sizes @ [encoder, head] - encoder * visible.sum() - head * reveals.sum()
     assert 100 * padding / work == pytest.approx(expected, abs=0.05)
 
 
@@ -420,8 +436,7 @@ def test_data_parallel_sampling_needs_no_communication(params):
             guidance_scales(TINY.positions, settings),
             np.float32(1),
             config=TINY,
-            hidden=tuple(hidden_counts(TINY.positions, 3).tolist()),
-            guided=(True,) * 3,
+            plan=make_plan(TINY.positions, settings),
         )
     program = lowered.compile().as_text()
     assert "num_partitions=8" in program

@@ -10,8 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from tokenbridge_jax import Pipeline, parallel
+from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.autoencoder import init_params as init_autoencoder
+from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.loss import loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.pipeline import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer
 
 # Widths differ from part to part, and the channel order is its own inverse nowhere.
@@ -64,6 +69,23 @@ def random_batch(config: TokenBridgeConfig, size: int, seed: int = 0) -> dict[st
         labels=rng.integers(config.classes, size=size).astype(np.int32),
         order=np.stack([rng.permutation(config.positions) for _ in range(size)]).astype(np.int32),
     )
+
+
+def tiny_pipeline(config: TokenBridgeConfig, params: dict[str, Any]) -> Pipeline:
+    """Grey images, a position 2x2 pixels; classes "cat", "dog" and "7"."""
+    autoencoder = AutoencoderConfig(
+        image_size=8,
+        image_channels=1,
+        channels=8,
+        multipliers=(1, 1),
+        blocks=1,
+        attention_resolutions=(),
+        latent_channels=4,
+    )
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    weights = init_autoencoder(autoencoder, jax.random.key(0))
+    codec = Codec(autoencoder, weights, config.quantizer, mesh)
+    return Pipeline(ModelDescription(config, ("cat", "dog", "7"), ""), params, codec, mesh)
 
 
 def in_order(indices: np.ndarray, order: np.ndarray) -> np.ndarray:

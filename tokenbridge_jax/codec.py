@@ -133,7 +133,7 @@ class Codec:
 
     def _run(self, function: Callable[..., Any], *batched: Any) -> Any:
         size = len(batched[0])
-        padded = _padded_size(size, parallel.batch_shards(self.mesh))
+        padded = padded_size(size, parallel.batch_shards(self.mesh))
         result = function(*jax.tree.map(lambda x: _pad(x, padded), batched))
         return jax.tree.map(lambda x: x[:size], result) if padded > size else result
 
@@ -168,7 +168,7 @@ def _decode(
     return images_to_uint8(images)
 
 
-def _padded_size(size: int, shards: int) -> int:
+def padded_size(size: int, shards: int) -> int:
     """The next of the sizes 1, 2, 3, 4, 6, 8, 12, 16, 24, ... a shard.
 
     At most a third of a batch is then padding, and few programs are compiled.

@@ -1,16 +1,22 @@
 """Editing images: some positions are drawn anew, the others stay.
 
 A mask of pixels says what is drawn anew; a position is hidden where any pixel of its patch is.
+
+Pictures larger than the model's are drawn in *windows* of its size, which overlap: every window is
+an edit that finds known what the ones before it have drawn. The autoencoder is convolutional; it
+encodes and decodes them whole.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Bool, Integer, Shaped, UInt8
 from scipy.ndimage import distance_transform_edt
 
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.sampling import Preview
 
 if TYPE_CHECKING:
@@ -34,7 +40,7 @@ def edit(
 ) -> UInt8[np.ndarray, "*B H W I"]:
     """Draws the masked part of images anew, given the rest of them and a class.
 
-    For every number of hidden positions there is a program to compile.
+    Masks that hide up to an eighth, a quarter, half, or all of the positions share a program.
 
     Args:
       pipeline: draws them.
@@ -62,15 +68,15 @@ def edit(
     """
     single = images.ndim == 3
     images = images[None] if single else images
-    _check_images(pipeline, images)
-    if blend is not None and blend < 0:
-        raise UserError(f"blend={blend} must be 0 or more pixels")
+    _check(pipeline, images, blend)
+    side = _side(pipeline)
+    if images.shape[1:3] != (side, side):
+        raise UserError(
+            f"images are {images.shape[1]}x{images.shape[2]}, the model draws {side}x{side} "
+            "pixels; outpaint takes others"
+        )
     hidden = hidden_positions(mask, images.shape[:3], _patch(pipeline), keep, seed)
-    one_each = isinstance(class_id, Sequence | np.ndarray) and not isinstance(class_id, str)
-    class_ids: Any = class_id if one_each else [class_id] * len(images)
-    if len(class_ids) != len(images):
-        raise UserError(f"there are {len(class_ids)} classes for {len(images)} images")
-
+    class_ids = _class_list(class_id, len(images))
     indices = pipeline.generate_indices(
         class_ids,
         known=_in_batches(pipeline.encode, images, batch_size),
@@ -84,11 +90,179 @@ def edit(
     )
     edited = _in_batches(pipeline.decode, indices, batch_size)
     if blend is not None:
-        redrawn = _pixels(hidden, images.shape[:3], _patch(pipeline))
+        grid = side // _patch(pipeline)
+        redrawn = _pixels(hidden.reshape(-1, grid, grid), _patch(pipeline))
         if mask is not None:
             redrawn &= mask
         edited = blend_images(images, edited, redrawn, blend)
     return edited[0] if single else edited
+
+
+def outpaint(
+    pipeline: "Pipeline",
+    images: np.ndarray,
+    class_id: "ClassId | Sequence[ClassId]",
+    *,
+    left: int = 0,
+    top: int = 0,
+    right: int = 0,
+    bottom: int = 0,
+    mask: np.ndarray | None = None,
+    overlap: float = 0.5,
+    blend: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+    preview: Preview | None = None,
+    **settings: Any,
+) -> UInt8[np.ndarray, "*B height width I"]:
+    """Draws margins around images, window by window from what is known outwards.
+
+    Args:
+      pipeline: draws them.
+      images: uint8 `[B, H, W, I]` or one `[H, W, I]`, of any size that is a multiple of the
+        autoencoder's downsampling; with the margins at least as large as the model's.
+      class_id: of the new part, as for `edit`.
+      left: pixels to add at that side, a multiple of the downsampling.
+      top: likewise.
+      right: likewise.
+      bottom: likewise.
+      mask: bool `[H, W]` or `[B, H, W]`: what is drawn anew of the images themselves.
+      overlap: share of a window's side that the next window has in common with it, 0 or more and
+        below 1.
+      blend: as for `edit`; margins count as masked.
+      seed: image i is the same for the same seed, whatever else is drawn beside it.
+      batch_size: windows at once, of different images.
+      progress: print windows done, rate and ETA to stderr.
+      preview: called after every window with the windows done of an image, the most that an image
+        has, and the decoded images.
+      **settings: fields of `SamplingSettings`.
+
+    Returns:
+      As many images, with their margins.
+
+    Raises:
+      UserError: an image, a margin, the mask or a setting does not fit.
+    """
+    single = images.ndim == 3
+    images = images[None] if single else images
+    _check(pipeline, images, blend)
+    margins = _margins(pipeline, images, left=left, top=top, right=right, bottom=bottom)
+    if not 0 <= overlap < 1:
+        raise UserError(f"overlap={overlap} must be a share from 0 to below 1")
+    patch, side = _patch(pipeline), _side(pipeline)
+    count, height, width = images.shape[:3]
+    if mask is None:
+        if not np.any(margins):
+            raise UserError("nothing says what to draw anew: give left, top, right, bottom or mask")
+        hidden = np.zeros((count, height // patch * (width // patch)), bool)
+    else:
+        hidden = hidden_positions(mask, images.shape[:3], patch)
+    class_ids = _class_list(class_id, count)
+
+    batch = max(1, batch_size * side**2 // ((height + top + bottom) * (width + left + right)))
+    indices = _in_batches(pipeline.encode, images, batch)
+    nothing = np.argmin(np.abs(pipeline.config.quantizer.dequantized_levels))
+    shape = count, height // patch, width // patch
+    border = [(0, 0), *((before // patch, after // patch) for before, after in margins)]
+    canvas = np.pad(indices.reshape(*shape, -1), [*border, (0, 0)], constant_values=nothing)
+    hidden = np.pad(hidden.reshape(shape), border, constant_values=True)
+
+    def decode(canvas: np.ndarray) -> np.ndarray:
+        latents = pipeline.config.quantizer.dequantize(canvas)
+        return np.asarray(pipeline.codec.decode_latents(latents))
+
+    def show(done: int, most: int) -> None:
+        if preview is not None:
+            preview(done, most, _in_batches(decode, canvas, batch))
+
+    draw_windows(
+        pipeline,
+        class_ids,
+        canvas,
+        hidden,
+        overlap=overlap,
+        seed=seed,
+        progress=progress,
+        shown=show,
+        batch_size=batch_size,
+        **settings,
+    )
+    drawn = _in_batches(decode, canvas, batch)
+    if blend is not None:
+        around = [(0, 0), *margins]
+        redrawn = _pixels(hidden, patch)
+        if mask is not None:
+            mask = np.broadcast_to(mask, images.shape[:3])
+            redrawn &= np.pad(mask, around, constant_values=True)
+        drawn = blend_images(np.pad(images, [*around, (0, 0)]), drawn, redrawn, blend)
+    return drawn[0] if single else drawn
+
+
+def draw_windows(
+    pipeline: "Pipeline",
+    class_ids: "Sequence[ClassId]",
+    canvas: Integer[np.ndarray, "B height width C"],
+    hidden: Bool[np.ndarray, "B height width"],
+    *,
+    overlap: float = 0.5,
+    seed: int = 0,
+    progress: bool = False,
+    shown: Callable[[int, int], None] = lambda done, most: None,
+    **arguments: Any,
+) -> None:
+    """Draws the hidden positions of a canvas, in place; each in the first window that holds it.
+
+    Args:
+      pipeline: draws the windows, an image's k-th one with the k-th seed and the image's number.
+      class_ids: of the images.
+      canvas: indices, at least as many positions a side as the model has.
+      hidden: the positions to draw.
+      overlap: as for `outpaint`.
+      seed: of the first windows; those of the others follow from it.
+      progress: as for `outpaint`.
+      shown: called after every window with the windows done and all of them.
+      **arguments: of `Pipeline.generate_indices`.
+    """
+    grid = round(pipeline.config.positions**0.5)
+    stride = max(1, round(grid * (1 - overlap)))
+    visits = [list(_windows(image, grid, stride)) for image in hidden]
+    most = max(map(len, visits))
+    # With one seed for all, every window would hold the same noise.
+    others = np.random.SeedSequence(seed % 2**32).generate_state(most - 1).tolist()
+    left = hidden.copy()
+    with Progress(sum(map(len, visits)), "windows", "outpaint", visible=progress) as bar:
+        for done, window_seed in enumerate([seed, *others], 1):
+            images = [image for image, windows in enumerate(visits) if len(windows) >= done]
+            at = {image: (image, *visits[image][done - 1]) for image in images}
+            known = np.zeros((len(visits), grid, grid, canvas.shape[-1]), canvas.dtype)
+            to_draw = np.zeros((len(visits), grid, grid), bool)
+            for image, window in at.items():
+                known[image], to_draw[image] = canvas[window], left[window]
+            drawn = pipeline.generate_indices(
+                class_ids,
+                known=known.reshape(len(visits), grid * grid, -1),
+                hidden=to_draw.reshape(len(visits), -1),
+                seed=window_seed,
+                **arguments,
+            ).reshape(known.shape)
+            for image, window in at.items():
+                canvas[window], left[window] = drawn[image], False
+            bar.update(len(images))
+            shown(done, most)
+
+
+def _windows(
+    hidden: Bool[np.ndarray, "height width"], grid: int, stride: int
+) -> Iterator[tuple[slice, slice]]:
+    """Windows in which something is hidden, each time one where it is least, until nothing is."""
+    left = hidden.copy()
+    starts = [[*range(0, extent - grid, stride), extent - grid] for extent in hidden.shape]
+    windows = [np.s_[y : y + grid, x : x + grid] for y, x in itertools.product(*starts)]
+    while left.any():
+        window = min((w for w in windows if left[w].any()), key=lambda w: left[w].sum())
+        left[window] = False
+        yield window
 
 
 def hidden_positions(
@@ -154,30 +328,58 @@ def blend_images(
     return np.round(share * edited + (1 - share) * original).astype(np.uint8)
 
 
-def _check_images(pipeline: "Pipeline", images: np.ndarray) -> None:
+def _check(pipeline: "Pipeline", images: np.ndarray, blend: int | None) -> None:
     if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
         raise UserError(
             "images must be uint8 of shape [B, H, W, channels] or [H, W, channels], not "
             f"{images.dtype} {list(images.shape)}"
         )
     pipeline.codec.config.check_image_size(*images.shape[1:3])
-    side = round(pipeline.config.positions**0.5) * _patch(pipeline)
-    if images.shape[1:3] != (side, side):
+    if blend is not None and blend < 0:
+        raise UserError(f"blend={blend} must be 0 or more pixels")
+
+
+def _margins(
+    pipeline: "Pipeline", images: np.ndarray, **pixels: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Above and below, left and right."""
+    patch, side = _patch(pipeline), _side(pipeline)
+    for name, value in pixels.items():
+        if value < 0 or value % patch:
+            raise UserError(f"{name}={value} must be a multiple of {patch} pixels, 0 or more")
+    margins = (pixels["top"], pixels["bottom"]), (pixels["left"], pixels["right"])
+    height, width = (
+        size + sum(margin) for size, margin in zip(images.shape[1:3], margins, strict=True)
+    )
+    if min(height, width) < side:
         raise UserError(
-            f"images are {images.shape[1]}x{images.shape[2]}, the model draws {side}x{side} pixels"
+            f"{height}x{width} pixels with the margins are less than the {side}x{side} that the "
+            "model draws: give larger margins"
         )
+    return margins
+
+
+def _class_list(class_id: "ClassId | Sequence[ClassId]", count: int) -> "Sequence[ClassId]":
+    one_each = isinstance(class_id, Sequence | np.ndarray) and not isinstance(class_id, str)
+    class_ids: Any = class_id if one_each else [class_id] * count
+    if len(class_ids) != count:
+        raise UserError(f"there are {len(class_ids)} classes for {count} images")
+    return class_ids
 
 
 def _patch(pipeline: "Pipeline") -> int:
     return pipeline.codec.config.downsampling
 
 
+def _side(pipeline: "Pipeline") -> int:
+    """Of the images that the model draws, in pixels."""
+    return round(pipeline.config.positions**0.5) * _patch(pipeline)
+
+
 def _pixels(
-    hidden: Bool[np.ndarray, "B L"], shape: tuple[int, int, int], patch: int
-) -> Bool[np.ndarray, "B H W"]:
-    count, height, width = shape
-    grid = hidden.reshape(count, height // patch, width // patch)
-    return grid.repeat(patch, axis=1).repeat(patch, axis=2)
+    hidden: Bool[np.ndarray, "B height width"], patch: int
+) -> Bool[np.ndarray, "B heightP widthP"]:
+    return hidden.repeat(patch, axis=1).repeat(patch, axis=2)
 
 
 def _in_batches(

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from tokenbridge_jax import editing, io, parallel, pretrained
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
-from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.codec import Codec, padded_size
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
 from tokenbridge_jax.pretrained import load_weights
@@ -102,7 +102,7 @@ def sample_indices(
       mesh: the devices.
       seed: of all randomness.
       batch_size: images at once, over all devices; rounded up to a multiple of the mesh's batch
-        shards, and no more than there are images.
+        shards, and no more than there are images. Edits fill up to the next of a few sizes.
       known: indices of images to be edited. A batch has images with equally many hidden positions.
       hidden: the positions to draw, with `known`; all by default.
       progress: print rate and ETA to stderr.
@@ -159,6 +159,8 @@ def sample_indices(
         for num_hidden in np.unique(counts[counts > 0]):
             images = np.flatnonzero(counts == num_hidden).astype(np.int32)
             size = -(-min(batch_size, len(images)) // shards) * shards
+            if hidden is not None:  # Groups have many sizes, and each size a program.
+                size = min(-(-batch_size // shards) * shards, padded_size(size, shards))
             for start in range(0, len(images), size):
                 chosen = images[start : start + size]
                 batch = np.pad(chosen, (0, size - len(chosen)), mode="edge")
@@ -327,6 +329,7 @@ class Pipeline:
         return np.concatenate([self.decode(indices[i : i + batch_size]) for i in batches])
 
     edit = editing.edit
+    outpaint = editing.outpaint
 
     def generate_indices(
         self,

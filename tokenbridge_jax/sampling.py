@@ -10,8 +10,9 @@
 In *confidence* order (paper, figure 8) the head draws all that is hidden at every step, and the
 positions are revealed whose drawn indices are most likely.
 
-Steps with about equally many visible positions run as one *stage*, a scan whose encoder and head
-are as large as the largest of them needs (see `schedule.plan_stages`).
+Steps with about equally many visible positions run as one *stage*, a loop whose encoder and head
+are as large as the largest of them needs (see `schedule.make_plan`). How many steps a stage has is
+part of the program that draws whole images; one that edits is told, so that it serves many masks.
 
 All randomness of an image follows from the seed and the image's sample index, and that of one
 index from its position and channel besides: neither batch size nor device count nor the number of
@@ -19,6 +20,7 @@ positions revealed together enters it. What they can change is the rounding of p
 decides a draw only where two levels are equally good to that rounding.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -34,11 +36,11 @@ from tokenbridge_jax.orders import hidden_first, make_orders, sample_keys
 from tokenbridge_jax.schedule import (
     MAX_STAGES,
     MAX_STAGES_SCANNED,
+    Plan,
     SamplingSettings,
     Stage,
     guidance_scales,
-    hidden_counts,
-    plan_stages,
+    make_plan,
 )
 from tokenbridge_jax.transformer import Window, unstack
 
@@ -77,8 +79,9 @@ def generate(
 ) -> Int[Array, "B L C"]:
     """Samples the indices of whole images (paper section 3.3), or the hidden ones of `known`.
 
-    The program is compiled anew only for another model, batch size, `num_iter`, number of hidden
-    positions or kind of order, and for guidance on or off or on another interval.
+    The program is compiled anew only for another model, batch size, `num_iter` or kind of order,
+    for guidance on or off or on another interval, and where `known` hides up to an eighth, a
+    quarter, half, or all of the positions.
 
     Args:
       config: the model.
@@ -98,27 +101,28 @@ def generate(
     Returns:
       Indices in autoencoder order, positions row-major. Where nothing was hidden, those of `known`.
     """
-    num_hidden = config.positions if known is None else known.num_hidden
-    hidden = hidden_counts(num_hidden, settings.num_iter)
+    num_hidden = None if known is None else known.num_hidden
+    most = MAX_STAGES_SCANNED if config.scan_layers else MAX_STAGES
+    plan = make_plan(config.positions, settings, num_hidden, most)
     scales = guidance_scales(config.positions, settings, num_hidden)
-    run: Callable[..., Int[Array, "B L C"]] = _generate
+    arguments = params, labels, sample_indices, orders, np.uint32(seed)
+    choice = np.float32(settings.choice_temperature) if settings.order == "confidence" else None
+    temperatures = np.float32(settings.temperature), choice
+    given = None if known is None else (known.indices, known.hidden)
+    static: dict[str, Any] = dict(config=config, order=settings.order)
     if preview is not None:
-        run = functools.partial(_generate_previewed, preview, preview_every)
-    return run(
-        params,
-        labels,
-        sample_indices,
-        orders,
-        np.uint32(seed),
-        scales,
-        np.float32(settings.temperature),
-        None if known is None else (known.indices, known.hidden),
-        np.float32(settings.choice_temperature) if settings.order == "confidence" else None,
-        config=config,
-        hidden=tuple(hidden.tolist()),
-        guided=tuple((scales != 1).tolist()),
-        num_hidden=num_hidden,
-        order=settings.order,
+        return _generate_previewed(
+            preview, preview_every, *arguments, scales, *temperatures, given, plan=plan, **static
+        )
+    if given is None:
+        return _generate(*arguments, scales, *temperatures, plan=plan, **static)
+    # As many entries for every number of steps.
+    unused = settings.num_iter - len(scales)
+    hidden = np.pad(np.array(plan.hidden, np.int32), (0, unused))
+    scales = np.pad(scales, (0, unused))
+    ends = np.array(plan.ends, np.int32)
+    return _edit(
+        *arguments, scales, *temperatures, given, hidden, ends, stages=plan.stages, **static
     )
 
 
@@ -138,9 +142,10 @@ class Slots(NamedTuple):
 
 # Hidden slots before and after a step, and its guidance scale.
 Step = tuple[Any, Any, Any]
+Reveal = Callable[[Slots, Step], Slots]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "hidden", "guided", "num_hidden", "order"))
+@functools.partial(jax.jit, static_argnames=("config", "plan", "order"))
 def _generate(
     params: dict[str, Any],
     labels: Shaped[Array, "B ..."],
@@ -149,27 +154,56 @@ def _generate(
     seed: Integer[Array, ""],
     scales: Float[Array, " steps"],
     temperature: Float[Array, ""],
-    known: tuple[Integer[Array, "B L C"], Bool[Array, "B L"]] | None = None,
     choice_temperature: Float[Array, ""] | None = None,
     *,
     config: TokenBridgeConfig,
-    hidden: tuple[int, ...],
-    guided: tuple[bool, ...],
-    num_hidden: int | None = None,
+    plan: Plan,
     order: str = "random",
 ) -> Int[Array, "B L C"]:
-    slots = _first_slots(seed, sample_indices, orders, known, config=config, order=order)
+    """Whole images."""
+    slots = _first_slots(seed, sample_indices, orders, None, config=config, order=order)
     # Cast and cut once, not at every step.
     params = prepare_params(params, config)
-    num_hidden = config.positions if num_hidden is None else num_hidden
-    hidden_now, hidden_next = jnp.array([(num_hidden, *hidden[:-1]), hidden], jnp.int32)
+    hidden_now, hidden_next = jnp.array([plan.hidden[:-1], plan.hidden[1:]], jnp.int32)
     first = 0
-    for stage in _plan(config, hidden, guided, num_hidden, order):
-        of = np.s_[first : first + stage.steps]
-        steps = hidden_now[of], hidden_next[of], scales[of]
+    for stage, end in zip(plan.stages, plan.ends, strict=True):
+        steps = hidden_now[first:end], hidden_next[first:end], scales[first:end]
         reveal = _make_reveal(config, params, labels, slots, stage, temperature, choice_temperature)
-        slots, _ = jax.lax.scan(reveal, slots, steps)
-        first += stage.steps
+        slots, _ = jax.lax.scan(lambda *x, reveal=reveal: (reveal(*x), None), slots, steps)
+        first = end
+    return _row_major(slots)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "stages", "order"))
+def _edit(
+    params: dict[str, Any],
+    labels: Shaped[Array, "B ..."],
+    sample_indices: Int[Array, " B"],
+    orders: Int[Array, "B L"] | None,
+    seed: Integer[Array, ""],
+    scales: Float[Array, " steps"],
+    temperature: Float[Array, ""],
+    choice_temperature: Float[Array, ""] | None,
+    known: tuple[Integer[Array, "B L C"], Bool[Array, "B L"]],
+    hidden: Int[Array, " steps+1"],
+    ends: Int[Array, " stages"],
+    *,
+    config: TokenBridgeConfig,
+    stages: tuple[Stage, ...],
+    order: str,
+) -> Int[Array, "B L C"]:
+    """As `_generate`, with numbers of steps and of hidden positions that the program is told."""
+    slots = _first_slots(seed, sample_indices, orders, known, config=config, order=order)
+    params = prepare_params(params, config)
+    first: Any = 0
+    for stage, end in zip(stages, ends, strict=True):
+        reveal = _make_reveal(config, params, labels, slots, stage, temperature, choice_temperature)
+
+        def body(i: Any, slots: Slots, reveal: Reveal = reveal) -> Slots:
+            return reveal(slots, (hidden[i], hidden[i + 1], scales[i]))
+
+        slots = jax.lax.fori_loop(first, end, body, slots)
+        first = end
     return _row_major(slots)
 
 
@@ -183,30 +217,27 @@ def _generate_previewed(
     seed: np.uint32,
     scales: Float[np.ndarray, " steps"],
     temperature: np.float32,
-    known: tuple[Any, Any] | None,
     choice_temperature: np.float32 | None,
+    known: tuple[Any, Any] | None,
     *,
     config: TokenBridgeConfig,
-    hidden: tuple[int, ...],
-    guided: tuple[bool, ...],
-    num_hidden: int,
+    plan: Plan,
     order: str,
 ) -> Int[Array, "B L C"]:
-    """As `_generate`, with the loop over the steps on the host."""
+    """As `_generate` and `_edit`, with the loop over the steps on the host."""
     start = jax.jit(_first_slots, static_argnames=("config", "order"))
     slots = start(seed, sample_indices, orders, known, config=config, order=order)
     params = jax.jit(prepare_params, static_argnames="config")(params, config=config)
-    stages = _plan(config, hidden, guided, num_hidden, order)
-    stage_of_step = [stage for stage in stages for _ in range(stage.steps)]
-    hidden_now = (num_hidden, *hidden[:-1])
-    for done, stage in enumerate(stage_of_step, 1):
-        step = np.int32(hidden_now[done - 1]), np.int32(hidden[done - 1]), scales[done - 1]
+    steps = len(scales)
+    for i in range(steps):
+        stage = plan.stages[bisect.bisect(plan.ends, i)]
+        step = np.int32(plan.hidden[i]), np.int32(plan.hidden[i + 1]), scales[i]
         slots = _step(
             params, labels, slots, step, temperature, choice_temperature, config=config, stage=stage
         )
-        if done % every == 0 or done == len(hidden):
+        if (i + 1) % every == 0 or i + 1 == steps:
             shown = _shown(slots, step[1], None if known is None else known[0], config=config)
-            preview(done, len(hidden), shown)
+            preview(i + 1, steps, shown)
     return shown
 
 
@@ -223,7 +254,7 @@ def _step(
     stage: Stage,
 ) -> Slots:
     reveal = _make_reveal(config, params, labels, slots, stage, temperature, choice_temperature)
-    return reveal(slots, step)[0]
+    return reveal(slots, step)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -241,20 +272,6 @@ def _shown(
         behind = jnp.take_along_axis(background, slots.orders[:, :, None], axis=1)
     hidden = (jnp.arange(config.positions) < num_hidden)[None, :, None]
     return _row_major(slots._replace(indices=jnp.where(hidden, behind, slots.indices)))
-
-
-def _plan(
-    config: TokenBridgeConfig,
-    hidden: tuple[int, ...],
-    guided: tuple[bool, ...],
-    num_hidden: int,
-    order: str,
-) -> tuple[Stage, ...]:
-    most = MAX_STAGES_SCANNED if config.scan_layers else MAX_STAGES
-    draw_all = order == "confidence"
-    return plan_stages(
-        config.positions, hidden, guided, most, num_hidden=num_hidden, draw_all=draw_all
-    )
 
 
 def _first_slots(
@@ -294,8 +311,8 @@ def _make_reveal(
     stage: Stage,
     temperature: Float[Array, ""],
     choice_temperature: Float[Array, ""] | None,
-) -> Callable[[Slots, Step], tuple[Slots, None]]:
-    """A step of a stage, to be scanned: `(slots, step) -> slots, None`.
+) -> Reveal:
+    """A step of a stage.
 
     With a `choice_temperature` in confidence order, otherwise in the order of `slots`.
     """
@@ -314,7 +331,7 @@ def _make_reveal(
     both_labels, both_orders = repeat(labels), repeat(slots.orders)
     drop_class = jnp.arange(len(both_labels)) % copies == 1
 
-    def reveal(slots: Slots, step: Step) -> tuple[Slots, None]:
+    def reveal(slots: Slots, step: Step) -> Slots:
         hidden_now, hidden_next, scale = step
         window = Window(jnp.maximum(hidden_now - stage.reveals, 0), stage.reveals)
         feature = apply(
@@ -351,7 +368,7 @@ def _make_reveal(
             padding = ((0, 0), (0, positions - window.size))
             rank = jnp.argsort(jnp.pad(certainty, padding, constant_values=jnp.inf), axis=1)
             slots = jax.tree.map(jax.vmap(lambda x, rank: x[rank]), slots, Slots(rank, rank, rank))
-        return slots, None
+        return slots
 
     return reveal
 

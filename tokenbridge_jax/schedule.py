@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Integer
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.errors import UserError
@@ -126,61 +127,100 @@ def guidance_scales(
         # The reference still counts one hidden position at the last step.
         revealed = positions - np.maximum(hidden, 1)
         scales = 1 + (settings.guidance - 1) * revealed / positions
-    visible = (positions - np.array([num_hidden, *hidden[:-1]])) / positions
-    low, high = settings.guidance_interval
-    return np.where((low <= visible) & (visible < high), scales, 1).astype(np.float32)
+    visible = positions - np.array([num_hidden, *hidden[:-1]])
+    return np.where(_is_guided(visible, positions, settings), scales, 1).astype(np.float32)
 
 
 class Stage(NamedTuple):
-    """Consecutive steps that run as one scan.
+    """Consecutive steps that run as one loop.
 
     Attributes:
-      steps: how many.
       visible_slots: S, the most that goes to the encoder in one of them.
       reveals: R, the most positions that the head draws in one of them: all that are revealed, in
         confidence order all that are hidden.
       guided: whether they need the null branch.
     """
 
-    steps: int
     visible_slots: int
     reveals: int
     guided: bool
 
 
-def plan_stages(
+class Plan(NamedTuple):
+    """The steps from M hidden positions to none.
+
+    Attributes:
+      stages: of the program.
+      ends: how many steps are done at the end of each stage.
+      hidden: how many positions are hidden before the first step and after every one.
+    """
+
+    stages: tuple[Stage, ...]
+    ends: tuple[int, ...]
+    hidden: tuple[int, ...]
+
+
+def make_plan(
     positions: int,
-    hidden: tuple[int, ...],
-    guided: tuple[bool, ...],
-    most: int = MAX_STAGES,
-    *,
+    settings: SamplingSettings,
     num_hidden: int | None = None,
-    draw_all: bool = False,
-) -> tuple[Stage, ...]:
-    """Puts the steps together whose visible positions fill the same number of eighths of all L.
+    most: int = MAX_STAGES,
+) -> Plan:
+    """Puts the steps together that find visible positions filling the same number of eighths of L.
 
     Of the matmul FLOPs of size L with guidance, padding is then 3.0% more at 256 steps and 4.1% at
     64, where the best of all ways to make eight stages would have 3.0% and 2.9%; in two stages it
     is 12.4% and 17.4%. Slots come in
     whole tiles, so a model of at most 16 positions has one stage and compiles the faster.
 
+    Edits have the stages in common that start with up to an eighth, a quarter, half, or all of the
+    positions hidden: they are as large as any of those needs, and one may have no steps.
+
     Args:
       positions: L.
-      hidden: how many positions are hidden after each step.
-      guided: which steps need the null branch.
+      settings: how to sample.
+      num_hidden: M, of an edit; None draws a whole image, which shares its stages with no edit.
       most: in place of eighths, so many parts.
-      num_hidden: M, how many are hidden at first; all by default.
-      draw_all: whether the head draws all that are hidden.
     """
     tile = max(TILE, -(-positions // most))
-    before = (positions if num_hidden is None else num_hidden, *hidden[:-1])
+    start = positions if num_hidden is None else num_hidden
+    starts = [positions] if num_hidden is None else _similar_starts(num_hidden, positions, tile)
+    # The most that a step draws, by how many positions it finds visible.
+    reveals: dict[int, int] = {}
+    for first in starts:
+        counts = (first, *hidden_counts(first, settings.num_iter).tolist())
+        for now, after in itertools.pairwise(counts):
+            drawn = now if settings.order == "confidence" else now - after
+            reveals[positions - now] = max(drawn, reveals.get(positions - now, 0))
 
-    def sizes(step: int) -> tuple[int, bool]:
-        visible = max(positions - before[step], 1)
-        return min(-(-visible // tile) * tile, positions), guided[step]
+    is_guided = _is_guided(np.arange(positions), positions, settings).tolist()
 
-    stages = []
-    for (visible_slots, is_guided), group in itertools.groupby(range(len(hidden)), sizes):
-        reveals = [before[step] - (0 if draw_all else hidden[step]) for step in group]
-        stages.append(Stage(len(reveals), visible_slots, max(reveals), is_guided))
-    return tuple(stages)
+    def sizes(visible: int) -> tuple[int, bool]:
+        return min(-(-max(visible, 1) // tile) * tile, positions), is_guided[visible]
+
+    stages, last_visible = [], []
+    for (visible_slots, guided), group in itertools.groupby(sorted(reveals), sizes):
+        members = list(group)
+        stages.append(Stage(visible_slots, max(reveals[visible] for visible in members), guided))
+        last_visible.append(members[-1])
+    hidden = (start, *hidden_counts(start, settings.num_iter).tolist())
+    visible = positions - np.array(hidden[:-1])
+    ends = np.searchsorted(visible, last_visible, side="right").tolist()
+    return Plan(tuple(stages), tuple(ends), hidden)
+
+
+def _similar_starts(num_hidden: int, positions: int, tile: int) -> range:
+    """The numbers of hidden positions that share a program with `num_hidden`."""
+    largest = tile
+    while largest < num_hidden:
+        largest *= 2
+    return range(largest // 2 + 1 if largest > tile else 1, min(largest, positions) + 1)
+
+
+def _is_guided(
+    visible: Integer[np.ndarray, " n"], positions: int, settings: SamplingSettings
+) -> Bool[np.ndarray, " n"]:
+    """Whether guidance acts in a step, by how many positions it finds visible."""
+    low, high = settings.guidance_interval
+    share = visible / positions
+    return (low <= share) & (share < high) & (np.float32(settings.guidance) != 1)

@@ -32,6 +32,7 @@ COMMANDS = {
     "import-torch": ("import_torch", "PyTorch checkpoints -> a workdir"),
     "export-torch": ("export_torch", "a workdir -> PyTorch checkpoints"),
     "sample": ("sample", "trained model + autoencoder -> images"),
+    "edit": ("edit", "pictures + trained model -> pictures with parts drawn anew"),
     "benchmark": ("benchmark", "a config -> speed, share of the device's peak, memory"),
     "preflight": ("preflight", "a config -> does it fit a TPU slice, for how long does it train"),
 }

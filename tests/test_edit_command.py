@@ -1,0 +1,152 @@
+"""`tokenbridge edit` on the smallest of models: what it writes, and mistakes in one line."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_model import random_params, tiny, tiny_pipeline
+
+from tokenbridge_jax import Pipeline
+from tokenbridge_jax.commands import edit, runner
+from tokenbridge_jax.data.images import prepare
+
+SAMPLING = dict(num_iter=2, guidance=1.5, temperature=0.8)
+FLAGS = [f"--config.sampling.{name}={value}" for name, value in SAMPLING.items()]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    config = tiny(positions=16)
+    return tiny_pipeline(config, random_params(config))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two colour pictures of one size, a wide one, and what is no picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (24, 20)), ("b.jpg", (24, 20)), ("wide/c.png", (40, 20))):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(*size[::-1], 3)).astype(np.uint8)).save(path)
+    (folder / "notes.txt").write_text("a picture of a cat")
+    return folder
+
+
+@pytest.fixture
+def run(pipeline, folder, tmp_path, monkeypatch):
+    """Runs the command with a loaded pipeline; the status."""
+    monkeypatch.setattr(Pipeline, "load", lambda workdir, **rest: pipeline)
+
+    def run(*flags: str, source: str = "") -> int:
+        return runner.run(
+            "edit",
+            [f"--workdir={tmp_path}", f"--input={folder / source}", *FLAGS, *flags],
+        )
+
+    return run
+
+
+def _read(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def _square(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return prepare(image, 8, 1)
+
+
+def test_pictures_and_a_sheet_are_written(run, pipeline, folder, tmp_path, capsys):
+    mask = np.zeros((20, 24), np.uint8)
+    mask[:, :12] = 255  # Cut from 24x20 to the square in the middle: its left half.
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    flags = "--num_images=3", "--classes=cat,none", "--seed=4", "--blend=0"
+    assert run(f"--mask={tmp_path / 'mask.png'}", *flags) == 0
+    images = np.stack([_square(folder / name) for name in ("a.png", "b.jpg")])
+    half = np.tile(np.arange(8) < 4, (8, 1))
+    expected = pipeline.edit(
+        images.repeat(3, axis=0), half, ["cat", None, "cat"] * 2, seed=4, blend=0, **SAMPLING
+    )
+    names = [f"{stem}-{i}.png" for stem in "ab" for i in range(3)]
+    found = np.stack([_read(tmp_path / "edits" / name) for name in names])
+    np.testing.assert_array_equal(found, expected[..., 0])
+    assert len(list((tmp_path / "edits").iterdir())) == 7
+    # Cells of 48 pixels, enlarged 6 times: original, mask and three edits in a row.
+    sheet = _read(tmp_path / "edits" / "edits.png")
+    assert sheet.shape == (98, 248)
+    cells = [sheet[50::6][:8, 50 * column :: 6][:, :8] for column in range(5)]
+    np.testing.assert_array_equal(cells[0], images[1, :, :, 0])
+    np.testing.assert_array_equal(cells[1], 255 * half)
+    np.testing.assert_array_equal(cells[2:], found[3:])
+    assert "wrote 6 edits and edits.png to" in capsys.readouterr().out
+    # The same part as a box; one picture, into another folder.
+    out = tmp_path / "elsewhere"
+    assert run("--box=0,0,0.5,1", *flags[1:], f"--output={out}", source="a.png") == 0
+    np.testing.assert_array_equal(_read(out / "a-0.png"), found[0])
+
+
+def test_variations_and_margins(run, pipeline, folder, tmp_path):
+    image = _square(folder / "wide" / "c.png")
+    assert run("--keep=0.5", "--classes=cat:0.25,dog:0.75", source="wide/*") == 0
+    expected = pipeline.edit(image, None, {"cat": 0.25, "dog": 0.75}, keep=0.5, **SAMPLING)
+    np.testing.assert_array_equal(_read(tmp_path / "edits" / "c-0.png"), expected[..., 0])
+    assert run("--outpaint=0.5,0,0.3,0.2", "--classes=7", source="wide") == 0
+    expected = pipeline.outpaint(image, "7", left=4, right=2, bottom=2, **SAMPLING)
+    np.testing.assert_array_equal(_read(tmp_path / "edits" / "c-0.png"), expected[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "say what to draw anew: --mask, --box, --keep or --outpaint"),
+        (["--box=0,0,1,1", "--mask=m.png"], "--mask and --box both say what to draw anew"),
+        (["--keep=0.5", "--outpaint=1,0,0,0"], "leave it or --outpaint out"),
+        (["--box=0,0,1"], "--box=0,0,1 must be four shares, 0 or more, such as 0.25,0.25,0.5,0.5"),
+        (["--box=0,0,1,half"], "--box=0,0,1,half must be four shares"),
+        (["--outpaint=-1,0,0,0"], "--outpaint=-1,0,0,0 must be four shares, 0 or more"),
+        (["--outpaint=0,0,0,0.01"], "nothing says what to draw anew"),
+        (["--box=0.5,0,0.6,1"], "--box=0.5,0.0,0.6,1.0 ends outside the picture"),
+        (["--box=0,0,0,1"], "the mask of image 0 is empty: there is nothing to draw anew"),
+        (["--box=0,0,1,1"], "covers all positions of image 0"),
+        (["--keep=1.5"], "keep=1.5 must be a share above 0 and below 1"),
+        (["--keep=0.5", "--num_images=0"], "--num_images=0 must be at least 1"),
+        (["--keep=0.5", "--classes=cow"], "there is no class named 'cow' among 3"),
+        (["--keep=0.5", "--classes=cat:1,dog"], "--classes=cat:1,dog is no mixture"),
+        (["--keep=0.5", "--classes=cat:1,dog:1"], "must sum to 1, not to 2"),
+        (["--keep=0.5", "--blend=-1"], "blend=-1 must be 0 or more pixels"),
+        (["--keep=0.5", "--seed=-1"], "seed=-1 must be from 0 to 2**32 - 1"),
+        (["--keep=0.5", "--input="], "--input is not set; name a picture"),
+        (["--keep=0.5", "--input=nowhere"], "--input=nowhere holds no pictures (.bmp, "),
+        (["--mask=nowhere.png"], "cannot read the picture nowhere.png ("),
+    ],
+)
+def test_mistakes_are_told_in_one_line(run, tmp_path, capsys, flags, message):
+    assert run(*flags) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "edits").exists()
+
+
+def test_pictures_that_cannot_be_used_are_named(run, folder, tmp_path, capsys):
+    Image.fromarray(np.zeros((20, 23), np.uint8)).save(tmp_path / "mask.png")
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    Image.fromarray(np.zeros((20, 23), np.uint8)).save(tmp_path / "a.png")
+    for flags, message in (
+        (
+            [f"--mask={tmp_path}/mask.png"],
+            "is 23x20 pixels, a picture 24x20; make it as large, or 8x8",
+        ),
+        (["--keep=0.5", f"--input={tmp_path}/a.jpg"], "cannot read the picture"),
+        (["--keep=0.5", f"--input={tmp_path}"], "would have one name; rename one"),
+    ):
+        assert run(*flags) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_a_class_is_told_from_a_mixture():
+    assert edit.parse_classes("207") == ["207"]
+    assert edit.parse_classes("3,none,cat") == ["3", None, "cat"]
+    assert edit.parse_classes("3:0.5,cat:0.5") == [{"3": 0.5, "cat": 0.5}]

@@ -1,0 +1,150 @@
+"""Outpainting against edits done window by window, and what stays of the known part."""
+
+import itertools
+
+import numpy as np
+import pytest
+from tiny_model import random_params, tiny, tiny_pipeline
+
+from tokenbridge_jax.editing import draw_windows
+from tokenbridge_jax.errors import UserError
+
+SETTINGS = dict(num_iter=2, temperature=0.8)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """Windows of 4x4 positions of 2x2 pixels."""
+    config = tiny(positions=16)
+    return tiny_pipeline(config, random_params(config))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uint8)
+
+
+def _canvas_of(images, pipeline, monkeypatch, *arguments, **keywords):
+    """What `outpaint` decodes last: the whole canvas of indices, and its picture."""
+    canvases: list = []
+    decode = pipeline.codec.decode_latents
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pipeline.codec, "decode_latents", lambda x: canvases.append(np.asarray(x)) or decode(x)
+        )
+        drawn = pipeline.outpaint(images, *arguments, **keywords)
+    levels = pipeline.config.quantizer.dequantized_levels
+    return np.abs(canvases[-1][..., None] - levels).argmin(axis=-1), drawn
+
+
+def test_a_canvas_is_that_of_edits_window_by_window(pipeline, images, monkeypatch):
+    """4 columns more at the left and 3 at the right, of 4 rows: windows from column 4 outwards."""
+    canvas, drawn = _canvas_of(
+        images, pipeline, monkeypatch, ["dog", None, {0: 0.5, 1: 0.5}], left=8, right=6, seed=9,
+        **SETTINGS,
+    )  # fmt: skip
+    assert drawn.shape == (3, 8, 22, 1)
+    expected = np.zeros((3, 4, 11, 4), np.uint8)
+    expected[:, :, 4:8] = before = pipeline.encode(images).reshape(3, 4, 4, 4)
+    left = np.ones((4, 11), bool)
+    left[:, 4:8] = False
+    # Starts every 2 columns, and the last at 7. Fewest to draw first; of equals the left one.
+    seeds = [9, *np.random.SeedSequence(9).generate_state(9)]
+    for column, seed in zip([2, 0, 6, 7], seeds, strict=False):
+        window = np.s_[:, column : column + 4]
+        edited = pipeline.generate_indices(
+            ["dog", None, {0: 0.5, 1: 0.5}],
+            known=expected[:, *window].reshape(3, 16, 4),
+            hidden=np.tile(left[window].reshape(1, 16), (3, 1)),
+            seed=int(seed),
+            **SETTINGS,
+        )
+        expected[:, *window] = edited.reshape(3, 4, 4, 4)
+        left[window] = False
+    assert not left.any()
+    np.testing.assert_array_equal(canvas, expected)
+    np.testing.assert_array_equal(canvas[:, :, 4:8], before)
+    # Neither the size of a batch nor the other images matter.
+    again = pipeline.outpaint(
+        images, ["dog", None, {0: 0.5, 1: 0.5}], left=8, right=6, seed=9, batch_size=2, **SETTINGS
+    )
+    np.testing.assert_array_equal(again, drawn)
+    alone = pipeline.outpaint(images[0], "dog", left=8, right=6, seed=9, **SETTINGS)
+    np.testing.assert_array_equal(alone, drawn[0])
+
+
+@pytest.mark.parametrize("overlap", [0.5, 0.0, 0.75])
+def test_every_hidden_position_is_drawn_once(pipeline, monkeypatch, overlap: float):
+    """Random masks, of which each image has its own: some windows have nothing known."""
+    rng = np.random.default_rng(4)
+    canvas = rng.integers(5, size=(3, 7, 9, 4)).astype(np.uint8)
+    hidden = rng.random((3, 7, 9)) < np.array([0.9, 0.5, 0.02])[:, None, None]
+    hidden[1, :, :5] = True
+    drawn_by = np.zeros((3, 7, 9), int)
+    seeds = []
+
+    def draw(class_ids, *, known, hidden, seed):
+        """A window holds what it was given; what it draws is 100 and more."""
+        seeds.append(seed)
+        return np.where(hidden[..., None], 100 + len(seeds), known)
+
+    monkeypatch.setattr(pipeline, "generate_indices", draw)
+    before, shown = canvas.copy(), []
+    draw_windows(
+        pipeline, [0] * 3, canvas, hidden, overlap=overlap, seed=3,
+        shown=lambda done, most: shown.append((done, most, (canvas >= 100).all(axis=3))),
+    )  # fmt: skip
+    np.testing.assert_array_equal((canvas >= 100).all(axis=3), hidden)
+    np.testing.assert_array_equal(canvas[~hidden], before[~hidden])
+    assert len(set(seeds)) == len(seeds)
+    states = [np.zeros_like(hidden), *(state for _, _, state in shown)]
+    for was, now in itertools.pairwise(states):
+        assert (was <= now).all()
+        drawn_by += now & ~was
+        for new in now & ~was:  # All in one window.
+            rows, columns = new.nonzero()
+            assert not len(rows) or (np.ptp(rows) < 4 and np.ptp(columns) < 4)
+    np.testing.assert_array_equal(drawn_by, hidden)
+    assert [done for done, _, _ in shown] == list(range(1, shown[0][1] + 1))
+
+
+def test_pictures_larger_and_smaller_than_the_model_have_margins_and_masks(
+    pipeline, images, monkeypatch
+):
+    tall = np.concatenate([images, images[::-1]], axis=1)  # 16x8 pixels.
+    mask = np.zeros((16, 8), bool)
+    mask[4:11, 3] = True
+    canvas, drawn = _canvas_of(
+        tall, pipeline, monkeypatch, 1, mask=mask, bottom=2, blend=0, **SETTINGS
+    )
+    hidden = np.zeros((9, 4), bool)
+    hidden[2:6, 1] = hidden[8] = True
+    known = pipeline.encode(tall).reshape(3, 8, 4, 4)
+    np.testing.assert_array_equal(canvas[:, :8][:, ~hidden[:8]], known[:, ~hidden[:8]])
+    kept = np.concatenate([~mask, np.zeros((2, 8), bool)])
+    np.testing.assert_array_equal(drawn[:, kept], tall[:, ~mask])
+    shown: list = []
+    drawn = pipeline.outpaint(
+        images[:, :4, :6], 0, top=4, left=2, preview=lambda *x: shown.append(x), **SETTINGS
+    )
+    assert [x[:2] for x in shown] == [(1, 1)]
+    np.testing.assert_array_equal(shown[0][2], drawn)
+    assert drawn.shape == (3, 8, 8, 1)
+
+
+def test_mistakes_in_outpainting_are_told(pipeline, images):
+    def refused(match, images=images, class_id=0, **keywords):
+        with pytest.raises(UserError, match=match):
+            pipeline.outpaint(images, class_id, **keywords)
+
+    refused("left=3 must be a multiple of 2 pixels, 0 or more", left=3)
+    refused("top=-2 must be a multiple of 2 pixels", top=-2)
+    refused("nothing says what to draw anew: give left, top, right, bottom or mask")
+    refused(r"4x10 pixels with the margins are less than the 8x8", images[:, :4], right=2)
+    refused(r"overlap=1\.0 must be a share from 0 to below 1", left=2, overlap=1.0)
+    refused(r"7x8 is not divisible", images[:, :7], left=2)
+    refused("the mask of image 0 is empty", mask=np.zeros((8, 8), bool))
+    refused("there are 2 classes for 3 images", class_id=[0, 1], left=2)
+    refused("blend=-1 must be 0 or more", left=2, blend=-1)
+    refused("images must be uint8", images / 255, left=2)
+    refused("seed=-1 must be from 0", left=2, seed=-1)

@@ -1,0 +1,252 @@
+"""Edits pictures: parts of them drawn anew, with WORKDIR/checkpoints + WORKDIR/autoencoder.
+
+Pictures are resized and cut to a square as `tokenize` does it. Say what to draw anew: --mask or
+--box, --keep for variations of the whole picture or of that part, --outpaint for margins around it.
+Writes PICTURE-0.png, PICTURE-1.png, ... and `edits.png`, a sheet with a row a picture: the
+original, the mask, the edits. How to draw is `config.sampling`, as for `tokenbridge sample`.
+"""
+
+import glob
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from tokenbridge_jax import parallel, pictures
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.data.images import ImageError, prepare, upright
+from tokenbridge_jax.data.sources import EXTENSIONS
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.pipeline import ClassId, Pipeline
+
+ROWS_OF_SHEET = 20
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+
+    def define(kind: Any, name: str, default: Any, text: str) -> None:
+        kind(name, default, text, flag_values=flag_values)
+
+    shares = "as shares of the side of the square that is cut"
+    define(flags.DEFINE_string, "input", None, "A picture, a folder of them, or a glob.")
+    define(
+        flags.DEFINE_string,
+        "mask",
+        None,
+        "A picture, white where to draw anew, of the size of the pictures or of the model's.",
+    )
+    define(flags.DEFINE_list, "box", None, f"In place of a mask: left,top,width,height {shares}.")
+    define(flags.DEFINE_float, "keep", None, "Share of the positions kept all the same, at random.")
+    define(flags.DEFINE_list, "outpaint", None, f"Margins: left,top,right,bottom {shares}.")
+    define(
+        flags.DEFINE_string,
+        "classes",
+        "none",
+        "Classes by number or name, gone through in turn by the edits of a picture; or a mixture, "
+        "207:0.5,388:0.5; or none.",
+    )
+    define(flags.DEFINE_integer, "num_images", 1, "How many edits of every picture.")
+    define(
+        flags.DEFINE_integer,
+        "blend",
+        None,
+        "Put the original's pixels back where nothing was drawn, with a ramp so many pixels wide; "
+        "without it they are the autoencoder's.",
+    )
+    define(flags.DEFINE_integer, "seed", 0, "Fixes all randomness.")
+    define(flags.DEFINE_integer, "step", None, "Which checkpoint; the latest by default.")
+    define(flags.DEFINE_string, "output", None, "Folder to write to instead of WORKDIR/edits.")
+
+
+def main(args: flags.FlagValues) -> None:
+    """Edits and writes the files."""
+    if args.num_images < 1:
+        raise UserError(f"--num_images={args.num_images} must be at least 1")
+    if args.mask and args.box:
+        raise UserError("--mask and --box both say what to draw anew; give one of them")
+    if args.outpaint and args.keep is not None:
+        raise UserError("--keep is for what is inside a picture; leave it or --outpaint out")
+    if not (args.mask or args.box or args.outpaint or args.keep is not None):
+        raise UserError("say what to draw anew: --mask, --box, --keep or --outpaint")
+    paths = picture_paths(args.input)
+    class_ids = parse_classes(args.classes)
+    box, outpaint = (parse_shares(name, args[name].value) for name in ("box", "outpaint"))
+    pipeline = Pipeline.load(
+        args.workdir, step=args.step, mesh=parallel.make_mesh(**args.config.mesh)
+    )
+
+    codec = pipeline.codec.config
+    patch = codec.downsampling
+    side = round(pipeline.config.positions**0.5) * patch
+    read = [read_picture(path, side, codec.image_channels) for path in paths]
+    images = np.stack([image for image, _ in read])
+    mask = None
+    if args.mask:
+        mask = read_mask(args.mask, side, {size for _, size in read})
+    elif box is not None:
+        mask = box_mask(box, side)
+
+    count = args.num_images
+    class_ids = list(np.resize(np.array(class_ids, object), count)) * len(images)
+    repeated = np.repeat(images, count, axis=0)
+    settings = dict(
+        mask=mask, blend=args.blend, seed=args.seed, progress=True, **args.config.sampling
+    )
+    if outpaint is None:
+        margins = np.zeros(4, int)
+        edited = pipeline.edit(repeated, class_id=class_ids, keep=args.keep, **settings)
+    else:
+        margins = patch * np.round(np.array(outpaint) * side / patch).astype(int)
+        names = ("left", "top", "right", "bottom")
+        margins_by_name = dict(zip(names, margins.tolist(), strict=True))
+        edited = pipeline.outpaint(repeated, class_ids, **margins_by_name, **settings)
+    if jax.process_index() > 0:
+        return  # Every process has all the images; one writes them.
+    output = epath.Path(args.output or epath.Path(args.workdir) / "edits")
+    for i, image in enumerate(edited):
+        pictures.write_png(output / f"{paths[i // count].stem}-{i % count}.png", image)
+    pictures.write_png(output / "edits.png", sheet(images, mask, edited, margins.tolist()))
+    print(f"wrote {len(edited)} edits and edits.png to {output}")
+
+
+def picture_paths(given: str | None) -> list[Path]:
+    """The pictures of a file, a folder or a glob, sorted.
+
+    Raises:
+      UserError: there are none, or two whose edits would have the same name.
+    """
+    if not given:
+        raise UserError("--input is not set; name a picture, a folder of pictures or a glob")
+    if Path(given).is_file():
+        return [Path(given)]
+    pattern = f"{glob.escape(given)}/*" if Path(given).is_dir() else given
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    paths = [path for path in found if path.suffix.lower() in EXTENSIONS and path.is_file()]
+    if not paths:
+        raise UserError(f"--input={given} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+    by_name: dict[str, Path] = {}
+    for path in paths:
+        other = by_name.setdefault(path.stem, path)
+        if other != path:
+            raise UserError(f"the edits of {other} and {path} would have one name; rename one")
+    return paths
+
+
+def parse_classes(text: str) -> list[ClassId]:
+    """`207,cat` -> two classes; `207:0.5,cat:0.5` -> a mixture; `none` -> no class.
+
+    Raises:
+      UserError: a mixture is not one.
+    """
+    parts = text.split(",")
+    if ":" not in text:
+        return [None if part == "none" else part for part in parts]
+    try:
+        pairs = [part.rsplit(":", 1) for part in parts]
+        return [{name: float(weight) for name, weight in pairs}]
+    except ValueError:
+        raise UserError(
+            f"--classes={text} is no mixture; write CLASS:WEIGHT,CLASS:WEIGHT with weights that "
+            "sum to 1"
+        ) from None
+
+
+def parse_shares(flag: str, parts: list[str] | None) -> tuple[float, ...] | None:
+    """Four numbers that are 0 or more.
+
+    Raises:
+      UserError: they are not.
+    """
+    if parts is None:
+        return None
+    try:
+        a, b, c, d = shares = tuple(map(float, parts))
+        if min(shares) < 0 or not np.isfinite(shares).all():
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"--{flag}={','.join(parts)} must be four shares, 0 or more, such as 0.25,0.25,0.5,0.5"
+        ) from None
+    return a, b, c, d
+
+
+def read_picture(
+    path: Path, side: int, channels: int
+) -> tuple[UInt8[np.ndarray, "H W I"], tuple[int, int]]:
+    """A picture as the model takes it, and its width and height before.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = prepare(image, side, channels)
+            return pixels, upright(image).size
+    except (OSError, ImageError) as error:
+        raise UserError(f"cannot read the picture {path} ({error})") from error
+
+
+def read_mask(path: str, side: int, sizes: set[tuple[int, int]]) -> Bool[np.ndarray, "H W"]:
+    """The white pixels of a mask, cut as the pictures are.
+
+    Raises:
+      UserError: it cannot be read, or has neither the size of all pictures nor the model's.
+    """
+    pixels, size = read_picture(Path(path), side, 1)
+    if size != (side, side) and sizes != {size}:
+        width, height = min(sizes - {size})
+        raise UserError(
+            f"--mask={path} is {size[0]}x{size[1]} pixels, a picture {width}x{height}; make it as "
+            f"large, or {side}x{side}"
+        )
+    return pixels[..., 0] >= 128
+
+
+def box_mask(box: tuple[float, ...], side: int) -> Bool[np.ndarray, "H W"]:
+    """A rectangle of the square.
+
+    Raises:
+      UserError: it does not fit.
+    """
+    left, top, width, height = box
+    if max(left + width, top + height) > 1 + 1e-9:
+        raise UserError(f"--box={','.join(map(str, box))} ends outside the picture, at more than 1")
+    mask = np.zeros((side, side), bool)
+    rows, columns = (
+        slice(round(start * side), round((start + extent) * side))
+        for start, extent in ((top, height), (left, width))
+    )
+    mask[rows, columns] = True
+    return mask
+
+
+def sheet(
+    images: UInt8[np.ndarray, "B H W I"],
+    mask: Bool[np.ndarray, "H W"] | None,
+    edited: UInt8[np.ndarray, "E height width I"],
+    margins: list[int],
+) -> UInt8[np.ndarray, "sheetH sheetW I"]:
+    """A row a picture: the original, the mask, the edits."""
+    left, top, right, bottom = margins
+    around = (top, bottom), (left, right)
+    if mask is None:
+        mask = np.full(images.shape[1:3], not any(margins))
+    shown = 255 * np.pad(mask, around, constant_values=True).astype(np.uint8)
+    shown = np.broadcast_to(shown[..., None], edited.shape[1:])
+    originals = np.pad(images, [(0, 0), *around, (0, 0)], constant_values=pictures.GAP_VALUE)
+    rows = np.split(edited, len(images))[:ROWS_OF_SHEET]
+    cells = [
+        cell for image, row in zip(originals, rows, strict=False) for cell in (image, shown, *row)
+    ]
+    return pictures.grid(np.stack(cells), columns=2 + len(rows[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run("edit", sys.argv[1:]))
