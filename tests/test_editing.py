@@ -11,11 +11,12 @@ from scipy import special
 from tiny_model import random_batch, random_params, tiny, tiny_pipeline
 
 from tokenbridge_jax import parallel, sampling
+from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.editing import blend_images
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridge, init_params
 from tokenbridge_jax.orders import ORDERS, random_orders
-from tokenbridge_jax.pipeline import sample_indices
+from tokenbridge_jax.pipeline import Pipeline, sample_indices
 from tokenbridge_jax.sampling import Known, generate
 from tokenbridge_jax.schedule import SamplingSettings, hidden_counts
 
@@ -387,6 +388,17 @@ def test_blending_puts_the_original_pixels_back(pipeline, images):
     old, new = np.zeros((1, 8, 8, 1), np.uint8), np.full((1, 8, 8, 1), 240, np.uint8)
     ramp = blend_images(old, new, row, 2)[0, :, 5, 0]
     assert ramp.tolist() == [0, 80, 160, 240, 160, 80, 0, 0]
+
+
+def test_previews_of_a_model_on_fewer_devices_than_the_autoencoder(pipeline):
+    """And of a batch that neither divides."""
+    codec = pipeline.codec
+    everywhere = Codec(codec.config, codec.params, codec.quantizer, parallel.make_mesh())
+    other = Pipeline(pipeline.description, pipeline.params, everywhere, pipeline.mesh)
+    shown: list[np.ndarray] = []
+    images = other.generate([0, 1, 2], num_iter=2, preview=lambda *x: shown.append(x[2]))
+    np.testing.assert_array_equal(shown[-1], images)
+    np.testing.assert_array_equal(images, pipeline.generate([0, 1, 2], num_iter=2))
 
 
 def test_mistakes_in_an_edit_are_told(pipeline, images):

@@ -103,8 +103,9 @@ class Codec:
                 f"indices of {indices.shape[1]} positions, {indices.shape[2]} channels do not fit "
                 f"this autoencoder: a square number and {self.config.latent_channels} are needed"
             )
-        latents = self._dequantize(indices)
-        return self.decode_latents(unflatten_positions(latents, grid))
+        with parallel.use_mesh(self.mesh):
+            latents = self._dequantize(indices)
+            return self.decode_latents(unflatten_positions(latents, grid))
 
     def decode_latents(
         self, latents: Float[np.ndarray | Array, "B h w C"]
@@ -126,16 +127,16 @@ class Codec:
         jitted = jax.jit(function, out_shardings=batch)
 
         def run(*batched: Any) -> Any:
-            with parallel.use_mesh(self.mesh):
-                return jitted(self.params, *jax.device_put(batched, batch))
+            return jitted(self.params, *jax.device_put(batched, batch))
 
         return run
 
     def _run(self, function: Callable[..., Any], *batched: Any) -> Any:
         size = len(batched[0])
         padded = padded_size(size, parallel.batch_shards(self.mesh))
-        result = function(*jax.tree.map(lambda x: _pad(x, padded), batched))
-        return jax.tree.map(lambda x: x[:size], result) if padded > size else result
+        with parallel.use_mesh(self.mesh):
+            result = function(*jax.tree.map(lambda x: _pad(x, padded), batched))
+            return jax.tree.map(lambda x: x[:size], result) if padded > size else result
 
 
 def _encode(

@@ -39,6 +39,11 @@ def grid(
     return canvas
 
 
+def to_pil(image: UInt8[np.ndarray, "H W I"]) -> Image.Image:
+    """An image of 1 or 3 channels as Pillow has it."""
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
 def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "H W I"]) -> None:
     """Writes an image of 1 or 3 channels as PNG, whole or not at all.
 
@@ -46,5 +51,5 @@ def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "H W I"]) -> None:
       UserError: it cannot be written.
     """
     buffer = bytes_io.BytesIO()
-    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG")
+    to_pil(image).save(buffer, "PNG")
     io.write_bytes(path, buffer.getvalue())

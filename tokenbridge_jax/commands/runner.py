@@ -33,6 +33,7 @@ COMMANDS = {
     "export-torch": ("export_torch", "a workdir -> PyTorch checkpoints"),
     "sample": ("sample", "trained model + autoencoder -> images"),
     "edit": ("edit", "pictures + trained model -> pictures with parts drawn anew"),
+    "demo": ("demo", "trained model + autoencoder -> a page in the browser"),
     "benchmark": ("benchmark", "a config -> speed, share of the device's peak, memory"),
     "preflight": ("preflight", "a config -> does it fit a TPU slice, for how long does it train"),
 }

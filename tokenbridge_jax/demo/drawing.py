@@ -1,0 +1,257 @@
+"""What the page asks for: checked, drawn in a thread of its own, and shown while it is drawn."""
+
+import dataclasses
+import io as bytes_io
+import json
+import queue
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tokenbridge_jax import pictures
+from tokenbridge_jax.data.images import ImageError, prepare
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.pipeline import ClassId, Pipeline
+from tokenbridge_jax.sampling import Preview
+from tokenbridge_jax.schedule import SamplingSettings
+
+NO_CLASS = -1
+# Every number of images is a program to compile.
+NUMBERS_OF_IMAGES = (1, 4, 9, 16)
+MAX_SEED = 2**32 - 1
+MAX_TEMPERATURE = 2.0
+# More if the config's own is.
+MAX_GUIDANCE = 10.0
+MAX_KEEP = 0.95
+MAX_UPLOAD_PIXELS = 2**26
+# Decoding takes its time, too.
+MAX_PREVIEWS = 16
+# Seconds.
+TICK = 1.0
+
+
+class Choices(NamedTuple):
+    """What the page's settings say, in their order.
+
+    Attributes:
+      class_id: number of a class, or NO_CLASS for the model's unconditional images.
+      second: number of a class to mix in, or NO_CLASS.
+      share: of the second class, from 0 to 1.
+      images: how many, one of NUMBERS_OF_IMAGES.
+      seed: from 0 to MAX_SEED.
+      guidance: as `SamplingSettings` has it; so are the rest.
+      temperature: at most MAX_TEMPERATURE.
+      num_iter: at most L.
+      order: one of ORDERS.
+    """
+
+    class_id: int
+    second: int
+    share: float
+    images: int
+    seed: int
+    guidance: float
+    temperature: float
+    num_iter: int
+    order: str
+
+    def mixture(self) -> ClassId:
+        """The class, or both with their weights."""
+        if self.class_id == NO_CLASS:
+            return None
+        if self.second == NO_CLASS:
+            return self.class_id
+        return {self.class_id: 1 - self.share, self.second: self.share}
+
+
+class Frame(NamedTuple):
+    """Images on their way: steps done, their number, uint8 `[B, H, W, I]`."""
+
+    done: int
+    steps: int
+    images: np.ndarray
+
+
+class Demo:
+    """Draws what the page asks for, one request at a time."""
+
+    def __init__(self, pipeline: Pipeline, sampling: ConfigDict):
+        """The page starts with the settings of `sampling`, a config's section of this name."""
+        self.pipeline = pipeline
+        self.defaults = SamplingSettings.from_section(sampling)
+        codec = pipeline.codec.config
+        self.side = round(pipeline.config.positions**0.5) * codec.downsampling
+        self.image_channels = codec.image_channels
+        self.max_guidance = max(MAX_GUIDANCE, self.defaults.guidance)
+        self._sampler = ThreadPoolExecutor(1)
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Ends what is being drawn, at its next step."""
+        self._closed.set()
+        self._sampler.shutdown(wait=False, cancel_futures=True)
+
+    def generate(self, choices: Choices) -> Iterator[Frame | None]:
+        """Yields images on their way, and last those of `Pipeline.generate`.
+
+        While there is nothing new, it yields None now and then, so that it can be closed.
+
+        Raises:
+          UserError: a choice is out of range.
+        """
+        settings = self._settings(choices)
+        class_ids = [choices.mixture()] * choices.images
+        return self._frames(lambda preview: self.pipeline.generate(
+            class_ids, preview=preview, **settings
+        ))  # fmt: skip
+
+    def edit(
+        self,
+        choices: Choices,
+        image: UInt8[np.ndarray, "H W I"] | None,
+        mask: Bool[np.ndarray, "H W"],
+        keep: float | int,
+        blend: int | None,
+    ) -> Iterator[Frame | None]:
+        """As `generate`, of `Pipeline.edit`: several edits of one image.
+
+        Args:
+          choices: the settings.
+          image: to be edited, of the model's size.
+          mask: True where it was painted; nothing painted stands for the whole image.
+          keep: share of the masked positions to keep; 0 draws all of them.
+          blend: as for `Pipeline.edit`.
+
+        Raises:
+          UserError: there is no image or nothing to draw anew, or a choice is out of range.
+        """
+        settings = self._settings(choices)
+        if image is None:
+            raise UserError("there is no picture yet; upload one or take a generated one")
+        if not mask.any() and not keep:
+            raise UserError("paint over what to draw anew, or keep a share for variations")
+        _check("keep", keep, 0, MAX_KEEP)
+        if blend is not None:
+            _check("blend", blend, 0, self.side // 4)
+        images = np.stack([image] * choices.images)
+        return self._frames(lambda preview: self.pipeline.edit(
+            images,
+            mask if mask.any() else None,
+            choices.mixture(),
+            keep=keep or None,
+            blend=blend,
+            preview=preview,
+            **settings,
+        ))  # fmt: skip
+
+    def read(self, path: str) -> UInt8[np.ndarray, "H W I"]:
+        """A picture of any size as the model takes it: cut as `tokenize` does.
+
+        Raises:
+          UserError: it is no picture, or too large.
+        """
+        try:
+            with Image.open(path) as picture:
+                if picture.width * picture.height > MAX_UPLOAD_PIXELS:
+                    raise ImageError(f"more than {MAX_UPLOAD_PIXELS} pixels")
+                return prepare(picture, self.side, self.image_channels)
+        except (ImageError, OSError, Image.DecompressionBombError) as error:
+            reason = "not a picture" if isinstance(error, OSError) else error
+            raise UserError(f"this file cannot be used: {reason}") from error
+
+    def _settings(self, choices: Choices) -> dict[str, Any]:
+        """Checked arguments of `Pipeline.generate` and `edit`."""
+        for class_id in (choices.class_id, choices.second):
+            if class_id != NO_CLASS:
+                self.pipeline.class_id(class_id)
+        if choices.class_id == NO_CLASS != choices.second:
+            raise UserError("a second class needs a first one to be mixed with")
+        if choices.images not in NUMBERS_OF_IMAGES:
+            raise UserError(f"images={choices.images} is not one of {NUMBERS_OF_IMAGES}")
+        _check("share", choices.share, 0, 1)
+        _check("seed", choices.seed, 0, MAX_SEED)
+        _check("guidance", choices.guidance, 0, self.max_guidance)
+        _check("temperature", choices.temperature, 0, MAX_TEMPERATURE)
+        _check("steps", choices.num_iter, 1, self.pipeline.config.positions)
+        settings = dataclasses.replace(
+            self.defaults,
+            guidance=float(choices.guidance),
+            temperature=float(choices.temperature),
+            num_iter=int(choices.num_iter),
+            order=choices.order,
+        )
+        return dataclasses.asdict(settings) | dict(
+            seed=int(choices.seed),
+            batch_size=choices.images,
+            preview_every=-(-settings.num_iter // MAX_PREVIEWS),
+        )
+
+    def _frames(self, draw: Callable[[Preview], np.ndarray]) -> Iterator[Frame | None]:
+        """Runs `draw` in the sampler's thread; closing this ends it at its next step."""
+        frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        left = threading.Event()
+
+        def preview(done: int, steps: int, images: np.ndarray) -> None:
+            if left.is_set() or self._closed.is_set():
+                raise UserError("stopped")
+            frames.put(Frame(done, steps, images))
+
+        drawing = self._sampler.submit(draw, preview)
+        drawing.add_done_callback(lambda _: frames.put(None))
+        steps = 0
+        try:
+            while True:
+                try:
+                    frame = frames.get(timeout=TICK)
+                except queue.Empty:
+                    yield None
+                    continue
+                if frame is None:
+                    break
+                steps = frame.steps
+                yield frame
+            yield Frame(steps, steps, drawing.result())
+        finally:
+            left.set()
+
+
+def painted(layers: Sequence[np.ndarray], side: int) -> Bool[np.ndarray, "H W"]:
+    """The pixels of an image that a brush has covered to a quarter at least.
+
+    Args:
+      layers: RGBA, of any size: whatever is not transparent was painted.
+      side: of the image, in pixels.
+    """
+    mask = np.zeros((side, side), bool)
+    for layer in layers:
+        opaque = Image.fromarray(np.where(layer[..., 3] > 0, 255, 0).astype(np.uint8))
+        mask |= np.asarray(opaque.resize((side, side), Image.Resampling.BOX)) >= 64
+    return mask
+
+
+def write_archive(
+    path: Path, images: UInt8[np.ndarray, "B H W I"], settings: dict[str, Any]
+) -> None:
+    """Writes a zip file: `0.png`, `1.png`, ..., `samples.npz` (`arr_0`) and `settings.json`."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, image in enumerate(images):
+            png = bytes_io.BytesIO()
+            pictures.to_pil(image).save(png, "PNG")
+            archive.writestr(f"{i}.png", png.getvalue())
+        arrays = bytes_io.BytesIO()
+        np.savez(arrays, arr_0=images)
+        archive.writestr("samples.npz", arrays.getvalue())
+        archive.writestr("settings.json", json.dumps(settings, indent=2))
+
+
+def _check(name: str, value: Any, low: float | int, high: float | int) -> None:
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{name}={value} must be a number from {low} to {high}")

@@ -1,0 +1,351 @@
+"""The page, in Gradio: settings on the left; on the right what is generated, and edited."""
+
+import html
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+import numpy as np
+from gradio.components import Component
+from jaxtyping import UInt8
+from PIL import Image
+
+from tokenbridge_jax import pictures
+from tokenbridge_jax.demo.drawing import (
+    MAX_KEEP,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    MAX_UPLOAD_PIXELS,
+    NO_CLASS,
+    NUMBERS_OF_IMAGES,
+    Choices,
+    Demo,
+    Frame,
+    painted,
+    write_archive,
+)
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.orders import ORDERS
+
+MAX_UPLOAD = "20mb"
+MAX_WAITING = 8
+# Seconds until a file of the page is deleted.
+KEEP_FILES = 3600
+# Pixels a side of what is painted on: small images are enlarged by a whole factor.
+CANVAS = 512
+# Images of fewer pixels a side are shown with sharp pixels.
+PIXELATED_BELOW = 128
+
+CSS = """
+.pixelated img { image-rendering: pixelated; }
+.images { max-width: 440px; margin: 0 auto; }
+.images .grid-wrap { overflow: hidden; max-height: none; }
+.status { min-height: 2.5em; }
+.bar { height: 6px; margin-top: 6px; border-radius: 3px; background: var(--border-color-primary); }
+.bar div { height: 100%; border-radius: 3px; background: var(--color-accent); }
+"""
+
+
+class Drawing(NamedTuple):
+    """The part of a tab that draws: its buttons, and where images appear."""
+
+    start: gr.Button
+    stop: gr.Button
+    status: gr.HTML
+    gallery: gr.Gallery
+    take: gr.Button
+    download: gr.DownloadButton
+    images: gr.State
+    selected: gr.State
+
+
+def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
+    """Starts to serve the page and returns.
+
+    Nothing is told to other servers, and the page loads nothing from any.
+
+    Args:
+      demo: draws.
+      host: address to listen on.
+      port: a free one.
+      folder: for the page's files.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = folder  # Read when components are made.
+    # What is painted is decoded before anybody can look at its size.
+    Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS
+    page = build(demo, Path(folder))
+    page.queue(max_size=MAX_WAITING, api_open=False)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        theme=gr.themes.Default(
+            primary_hue="indigo",
+            font=("system-ui", "sans-serif"),
+            font_mono=("ui-monospace", "monospace"),
+        ),
+        css=CSS,
+        max_file_size=MAX_UPLOAD,
+        state_session_capacity=100,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        share=False,
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+    )
+    return page
+
+
+def build(demo: Demo, folder: Path) -> gr.Blocks:
+    """The page and what its buttons do; `folder` is for its files."""
+    with gr.Blocks(
+        title="TokenBridge", analytics_enabled=False, delete_cache=(KEEP_FILES, KEEP_FILES)
+    ) as page:
+        gr.Markdown(f"## TokenBridge\n{_about(demo)}")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                settings = _settings(demo)
+            with gr.Column(scale=2, min_width=300), gr.Tabs() as tabs:
+                with gr.Tab("Generate", id="generate"):
+                    generated = _drawing(demo, "Generate")
+                with gr.Tab("Edit", id="edit"), gr.Row():
+                    with gr.Column(min_width=300):
+                        upload, editor, keep, blend, ramp = _edit_inputs(demo)
+                    with gr.Column(min_width=300):
+                        edited = _drawing(demo, "Edit")
+
+        original = gr.State()
+
+        def generate(*choices: Any) -> Iterator[Frame | None]:
+            return demo.generate(Choices(*choices))
+
+        def edit(*values: Any) -> Iterator[Frame | None]:
+            *choices, image, canvas, keep, blend, ramp = values
+            mask = painted(canvas["layers"] if canvas else [], demo.side)
+            return demo.edit(Choices(*choices), image, mask, keep, int(ramp) if blend else None)
+
+        _connect(generated, generate, settings, folder / "samples.zip")
+        inputs = [*settings, original, editor, keep, blend, ramp]
+        _connect(edited, edit, inputs, folder / "edits.zip")
+
+        def read(path: str) -> tuple[np.ndarray, Image.Image]:
+            try:
+                image = demo.read(path)
+            except UserError as error:
+                raise _shown(error) from None
+            return image, on_canvas(image)
+
+        upload.upload(
+            read, upload, [original, editor], show_progress="hidden", api_visibility="private"
+        )
+        editor.clear(lambda: None, None, original, api_visibility="private")
+
+        def take(images: np.ndarray, selected: int) -> tuple[np.ndarray, gr.Tabs]:
+            return images[selected], gr.Tabs(selected="edit")
+
+        for drawing in generated, edited:
+            given = [drawing.images, drawing.selected]
+            # The editor takes a picture only where it is seen already.
+            drawing.take.click(take, given, [original, tabs], api_visibility="private").then(
+                on_canvas, original, editor, api_visibility="private"
+            )
+    return page
+
+
+def on_canvas(image: UInt8[np.ndarray, "H W I"]) -> Image.Image:
+    """An image as large as it is painted on."""
+    factor = max(1, CANVAS // len(image))
+    return pictures.to_pil(image.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def _about(demo: Demo) -> str:
+    config = demo.pipeline.config
+    return (
+        f"{demo.side}×{demo.side} pixels, {config.positions} positions, {config.classes} classes, "
+        f"checkpoint of step {demo.pipeline.step}"
+    )
+
+
+def _settings(demo: Demo) -> list[Component]:
+    """One component for each of `Choices`, in this order."""
+    defaults, positions = demo.defaults, demo.pipeline.config.positions
+    classes = _classes(demo)
+    with gr.Row():
+        class_id = gr.Dropdown(
+            [*classes, ("no class", NO_CLASS)], value=0, label="Class", min_width=120
+        )
+        second = gr.Dropdown(
+            [("none", NO_CLASS), *classes], value=NO_CLASS, label="Mixed with", min_width=120
+        )
+    share = gr.Slider(0, 1, value=0.5, step=0.05, label="Share of the second class", visible=False)
+    second.change(
+        lambda second: gr.Slider(visible=second != NO_CLASS), second, share, queue=False,
+        api_visibility="private",
+    )  # fmt: skip
+    images = gr.Radio(list(NUMBERS_OF_IMAGES), value=4, label="Images")
+    dice = gr.Button("random")
+    seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed", buttons=[dice])
+    dice.click(
+        lambda: random.randint(0, MAX_SEED), None, seed, queue=False, api_visibility="private"
+    )
+    with gr.Accordion("How to sample", open=False):
+        guidance = gr.Slider(
+            0, demo.max_guidance, value=defaults.guidance, step=0.1, label="Guidance",
+            info="1 is none; more is more like the class, and more alike",
+        )  # fmt: skip
+        temperature = gr.Slider(
+            0, MAX_TEMPERATURE, value=defaults.temperature, step=0.05, label="Temperature",
+            info="less is safer and more alike",
+        )  # fmt: skip
+        steps = gr.Slider(
+            1, positions, value=min(defaults.num_iter, positions), step=1, label="Steps"
+        )
+        order = gr.Dropdown(
+            list(ORDERS), value=defaults.order, label="Order",
+            info="in which positions are revealed",
+        )  # fmt: skip
+    return [class_id, second, share, images, seed, guidance, temperature, steps, order]
+
+
+def _classes(demo: Demo) -> list[tuple[str, int]]:
+    """A label and the number of every class."""
+    names = demo.pipeline.description.class_names
+    labels = [str(i) for i in range(demo.pipeline.config.classes)]
+    for i, name in enumerate(names):
+        labels[i] = name if name == labels[i] else f"{name} ({i})"
+    return [(label, i) for i, label in enumerate(labels)]
+
+
+def _edit_inputs(demo: Demo) -> tuple[gr.UploadButton, gr.ImageEditor, Any, Any, Any]:
+    upload = gr.UploadButton("Upload a picture", file_types=["image"], size="md")
+    editor = gr.ImageEditor(
+        label="Paint to redraw",
+        sources=(),
+        transforms=(),
+        layers=False,
+        brush=gr.Brush(default_size=CANVAS // 8, colors=[("#ff2d75", 0.6)], color_mode="fixed"),
+        eraser=gr.Eraser(default_size=CANVAS // 8),
+        format="png",
+        canvas_size=(CANVAS, CANVAS),
+        buttons=[],
+        elem_classes=_look(demo),
+    )
+    keep = gr.Slider(
+        0, MAX_KEEP, value=0, step=0.05, label="Keep",
+        info="share of the painted positions, at random; with nothing painted, of the whole image",
+    )  # fmt: skip
+    blend = gr.Checkbox(False, label="Original pixels outside", info="not the autoencoder's")
+    ramp = gr.Slider(
+        0, demo.side // 4, value=0, step=1, label="Blended over (pixels)", visible=False
+    )
+    blend.change(
+        lambda on: gr.Slider(visible=on), blend, ramp, queue=False, api_visibility="private"
+    )
+    return upload, editor, keep, blend, ramp
+
+
+def _drawing(demo: Demo, action: str) -> Drawing:
+    with gr.Row():
+        start = gr.Button(action, variant="primary", size="md", scale=3, min_width=120)
+        stop = gr.Button("Stop", size="md", scale=1, min_width=60)
+    status = gr.HTML(elem_classes="status")
+    gallery = gr.Gallery(
+        show_label=False,
+        columns=2,
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_classes=["images", *_look(demo)],
+    )
+    with gr.Row():
+        take = gr.Button("Edit selected", size="md", interactive=False, min_width=120)
+        download = gr.DownloadButton("Download all", size="md", interactive=False, min_width=120)
+    drawing = Drawing(start, stop, status, gallery, take, download, gr.State(), gr.State(0))
+
+    def select(event: gr.SelectData) -> int:
+        return event.index
+
+    gallery.select(select, None, drawing.selected, queue=False, api_visibility="private")
+    return drawing
+
+
+def _look(demo: Demo) -> list[str]:
+    return ["pixelated"] if demo.side < PIXELATED_BELOW else []
+
+
+def _connect(
+    drawing: Drawing,
+    draw: Callable[..., Iterator[Frame | None]],
+    inputs: Sequence[Component],
+    archive: Path,
+) -> None:
+    """Makes the buttons start and stop `draw(*values of inputs)`."""
+
+    def run(*values: Any) -> Iterator[dict[Component, Any]]:
+        started = time.monotonic()
+        yield {drawing.status: _progress(None, 0)}
+        last = None
+        try:
+            for frame in draw(*values):
+                last = frame or last
+                shown = {drawing.status: _progress(last, time.monotonic() - started)}
+                yield shown | ({drawing.gallery: _tiled(frame.images)} if frame else {})
+        except UserError as error:
+            yield {drawing.status: ""}
+            raise _shown(error) from None
+        assert last is not None
+        # Gradio makes a copy of its own for whoever asked for it.
+        write_archive(archive, last.images, dict(zip(Choices._fields, values, strict=False)))
+        yield {
+            drawing.images: last.images,
+            drawing.selected: 0,
+            drawing.status: f"done in {time.monotonic() - started:.1f} s",
+            drawing.take: gr.Button(interactive=True),
+            drawing.download: gr.DownloadButton(value=archive, interactive=True),
+        }
+
+    outputs = [
+        drawing.gallery, drawing.status, drawing.images, drawing.selected, drawing.take,
+        drawing.download,
+    ]  # fmt: skip
+    drawn = drawing.start.click(
+        run,
+        list(inputs),
+        outputs,
+        show_progress="minimal",
+        show_progress_on=drawing.status,
+        concurrency_limit=1,
+        concurrency_id="sampler",
+        api_visibility="private",
+    )
+    drawing.stop.click(
+        lambda: "stopped", None, drawing.status, cancels=[drawn], api_visibility="private"
+    )
+
+
+def _tiled(images: UInt8[np.ndarray, "B H W I"]) -> gr.Gallery:
+    """With none selected."""
+    shown = [pictures.to_pil(image) for image in images]
+    return gr.Gallery(shown, columns=math.isqrt(len(images)), selected_index=None)
+
+
+def _progress(frame: Frame | None, seconds: float) -> str:
+    if frame is None:
+        return f"starting, {seconds:.0f} s; with new settings it takes longer the first time"
+    width = f"width: {frame.done / frame.steps:.0%}"
+    text = f"step {frame.done} of {frame.steps}, {seconds:.1f} s"
+    return f'{text}<div class="bar"><div style="{width}"></div></div>'
+
+
+def _shown(error: UserError) -> gr.Error:
+    """A mistake as the page tells it; the page takes it for HTML."""
+    return gr.Error(html.escape(str(error), quote=False), print_exception=False)
