@@ -45,13 +45,17 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.9"],
         "torch": ["torch>=2.6"],
         "demo": ["gradio>=6.31"],
+        "notebook": ["ipykernel", "matplotlib", "nbclient"],
         "test": [
             "beartype",
             "chex",
             "gradio>=6.31",
+            "ipykernel",
             # Compiles for TPUs, wherever there is a libtpu: 0.2 GB to fetch.
             "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "matplotlib",
             "mypy",
+            "nbclient",
             "pytest",
             "pytest-xdist",
             "pyyaml",

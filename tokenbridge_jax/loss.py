@@ -96,6 +96,66 @@ def image_nll(
 
     Args: as for `loss`. There is no dropout.
     """
+    nll = _slot_nll(
+        config,
+        params,
+        indices,
+        labels,
+        order,
+        num_hidden,
+        drop_class,
+        hidden_slots=hidden_slots,
+        visible_slots=visible_slots,
+    )
+    hidden = (jnp.arange(hidden_slots) < num_hidden)[None, :, None]
+    return jnp.sum(jnp.where(hidden, nll, 0), axis=1) / num_hidden
+
+
+def position_nll(
+    config: TokenBridgeConfig,
+    params: dict[str, Any],
+    indices: Integer[Array, "B L C"],
+    labels: Int[Array, " B"] | Float[Array, "B classes"],
+    hidden: Bool[Array, "B L"],
+) -> Float[Array, "B L C"]:
+    """Cross-entropy in nats of every index at a hidden position; NaN at visible ones.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      indices: of whole images, positions row-major, channels in autoencoder order.
+      labels: classes, or weights of them (see `Backbone.class_latent`).
+      hidden: which positions are predicted from the others, in any image any number.
+    """
+    order = jnp.argsort(~hidden, axis=1, stable=True)
+    nll = _slot_nll(
+        config,
+        params,
+        indices,
+        labels,
+        order,
+        jnp.sum(hidden, axis=1),
+        jnp.zeros(len(indices), bool),
+        hidden_slots=config.positions,
+        visible_slots=config.positions,
+    )
+    nll = jnp.take_along_axis(nll, jnp.argsort(order, axis=1)[:, :, None], axis=1)
+    return jnp.where(hidden[:, :, None], nll, jnp.nan)
+
+
+def _slot_nll(
+    config: TokenBridgeConfig,
+    params: dict[str, Any],
+    indices: Integer[Array, "B L C"],
+    labels: Int[Array, " B"] | Float[Array, "B classes"],
+    order: Int[Array, "B L"],
+    num_hidden: Int[Array, "*b"],
+    drop_class: Bool[Array, " B"],
+    *,
+    hidden_slots: int,
+    visible_slots: int,
+) -> Float[Array, "B M C"]:
+    """Cross-entropy of the first M slots, those that are visible included; without dropout."""
     if not config.scan_layers:
         params = unstack(params)
     feature, slots = _scored_slots(
@@ -118,9 +178,7 @@ def image_nll(
         return _nll(config, params["head"], feature, indices, None)
 
     nll = jax.lax.map(chunk_nll, chunks)
-    nll = nll.swapaxes(0, 1).reshape(batch, -1, channels)[:, :hidden_slots]
-    hidden = (jnp.arange(hidden_slots) < num_hidden)[None, :, None]
-    return jnp.sum(jnp.where(hidden, nll, 0), axis=1) / num_hidden
+    return nll.swapaxes(0, 1).reshape(batch, -1, channels)[:, :hidden_slots]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

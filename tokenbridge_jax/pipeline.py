@@ -1,6 +1,7 @@
 """The trained line as one object: images -> indices, indices -> images, classes -> images."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from tokenbridge_jax import editing, io, parallel, pretrained
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec, padded_size
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.loss import position_nll
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
 from tokenbridge_jax.pretrained import load_weights
 from tokenbridge_jax.progress import Progress
@@ -213,6 +215,8 @@ class Pipeline:
         """
         self.description, self.params, self.codec = description, params, codec
         self.mesh, self.step, self.facts = mesh, step, facts or {}
+        score = functools.partial(position_nll, description.config)
+        self._position_nll = jax.jit(score, out_shardings=parallel.replicated(mesh))
 
     @classmethod
     def load(
@@ -359,6 +363,57 @@ class Pipeline:
             preview=preview,
             preview_every=preview_every,
         )
+
+    def log_probs(
+        self,
+        indices: Integer[np.ndarray, "B L C"],
+        class_ids: Sequence[ClassId],
+        *,
+        hidden: Bool[np.ndarray, "B L"] | None = None,
+        batch_size: int = 64,
+    ) -> Float[np.ndarray, "B L C"]:
+        """How likely the model finds the indices at hidden positions, given the visible ones.
+
+        Every position is predicted by itself, each of its channels given those before it in the
+        channel order. The sum over channels is what confidence order compares, at temperature 1
+        and without guidance.
+
+        Args:
+          indices: of whole images.
+          class_ids: one for each image, as `labels` takes them.
+          hidden: the positions to predict; all by default, so that only the class is given.
+          batch_size: images at once.
+
+        Returns:
+          Log-probabilities in nats, float32, NaN at visible positions.
+
+        Raises:
+          UserError: a class does not exist, or shapes, levels or the batch size do not fit.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
+        labels = _checked_labels(self.labels(class_ids), self.config.classes)
+        shape = (len(labels), self.config.positions)
+        hidden = np.ones(shape, bool) if hidden is None else hidden
+        if indices.shape != (*shape, self.config.channels) or hidden.shape != shape:
+            raise UserError(
+                f"for {len(labels)} classes there must be indices of shape "
+                f"{[*shape, self.config.channels]} and hidden of {list(shape)}, not "
+                f"{list(indices.shape)} and {list(hidden.shape)}"
+            )
+        if indices.min() < 0 or indices.max() >= self.config.levels:
+            raise UserError(f"indices must be from 0 to {self.config.levels - 1}")
+        shards = parallel.batch_shards(self.mesh)
+        size = -(-min(batch_size, len(labels)) // shards) * shards
+        parts = []
+        with parallel.use_mesh(self.mesh):
+            for start in range(0, len(labels), size):
+                rows = np.minimum(np.arange(start, start + size), len(labels) - 1)
+                batch = jax.device_put(
+                    (indices[rows], labels[rows], hidden[rows]), parallel.batch_sharding(self.mesh)
+                )
+                parts.append(-np.asarray(self._position_nll(self.params, *batch)))
+        return np.concatenate(parts)[: len(labels)]
 
     def labels(
         self, class_ids: Sequence[ClassId]
