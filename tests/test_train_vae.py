@@ -1,5 +1,6 @@
 """`train-vae`: its loss by hand, what it measures and writes, and its refusals."""
 
+import dataclasses
 import io as bytes_io
 import json
 import os
@@ -254,15 +255,19 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, capsys, flag, 
     assert not (tmp_path / "new").exists()
 
 
-def test_flops_are_counted():
-    task = AutoencoderTask(TINY, jnp.float32, 0.0)
-    abstract = jax.eval_shape(lambda: init_params(TINY, jax.random.key(0)))
-    small = autoencoder_task.training_flops(task, abstract, 8)
-    large = autoencoder_task.training_flops(task, abstract, 16)
-    # The first convolution alone: 8 x 8 outputs of 4 channels from 3 x 3 x 1, thrice.
-    assert small > 3 * 2 * 64 * 4 * 9
-    # Convolutions grow with the pixels, the middle's attention with their square.
-    assert 3.9 < large / small < 6
+def test_flops_are_those_that_the_compiler_counts():
+    """But for norms, activations, and places of kernels beyond the border."""
+    config = dataclasses.replace(TINY, image_size=64, channels=64)
+    task = AutoencoderTask(config, jnp.float32, 0.0)
+    examples = {
+        "images": jnp.zeros((1, 64, 64, 1), jnp.uint8),
+        "noise": jnp.zeros((1, 32, 32, config.latent_channels)),
+    }
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda: init_params(config, key))
+    gradient = jax.jit(jax.grad(lambda params: task.loss(params, examples, key, None)[0]))
+    counted = gradient.lower(params).cost_analysis()["flops"]
+    assert autoencoder_task.training_flops(config) == pytest.approx(counted, rel=0.1)
 
 
 def test_pictures_pad_the_last_batch_with_weight_zero():

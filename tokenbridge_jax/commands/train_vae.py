@@ -107,7 +107,6 @@ def make_run(
     described = train.source.describe() | {"chosen": len(train.images)}
     fields |= {f"images.{name}": value for name, value in described.items() if name != "path"}
     free = {name for name in fields if name.startswith("vae_training.")}
-    abstract = jax.eval_shape(task.init, jax.random.key(0))
     return Run(
         name="train-vae",
         directory=directory / "training",
@@ -127,7 +126,7 @@ def make_run(
             start_step=start,
             rows=parallel.local_rows(mesh, section.batch_size),
         ),
-        flops_per_image=autoencoder_task.training_flops(task, abstract, data.image_size),
+        flops_per_image=autoencoder_task.training_flops(task.module.config),
         fields=fields,
         fixed=(fields.keys() - free) | {"vae_training.batch_size"},
         hooks=[_validation_hook(config, directory, task, subsets, mesh)],
