@@ -22,12 +22,10 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
-from tiny_model import random_params, tiny
+from tiny_model import AUTOENCODER, random_params, tiny, tiny_pipeline
 
-from tokenbridge_jax import Pipeline, parallel
-from tokenbridge_jax.autoencoder import AutoencoderConfig, save_autoencoder
 from tokenbridge_jax.autoencoder import init_params as init_autoencoder
-from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.autoencoder import save_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.import_torch import write_checkpoint
 from tokenbridge_jax.data.images import prepare
@@ -60,31 +58,17 @@ CHOICES = Choices(
 
 
 CONFIG = tiny(positions=16)
-# 4x4 positions of 2x2 pixels.
-AUTOENCODER = AutoencoderConfig(
-    image_size=8,
-    image_channels=1,
-    channels=8,
-    multipliers=(1, 1),
-    blocks=1,
-    attention_resolutions=(),
-    latent_channels=4,
-)
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    """With random weights."""
-    mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    weights = init_autoencoder(AUTOENCODER, jax.random.key(0))
-    codec = Codec(AUTOENCODER, weights, CONFIG.quantizer, mesh)
-    description = ModelDescription(CONFIG, ("cat", "dog", "2"), "")
-    return Pipeline(description, random_params(CONFIG), codec, mesh)
+    """With random weights; 4x4 positions of 2x2 pixels."""
+    return tiny_pipeline(CONFIG, random_params(CONFIG))
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """The same on disk."""
+    """The same on disk, with a class whose name is its number."""
     workdir = epath.Path(tmp_path_factory.mktemp("demo"))
     weights = init_autoencoder(AUTOENCODER, jax.random.key(0))
     hashed = save_autoencoder(workdir / "autoencoder", AUTOENCODER, weights, {})
@@ -127,9 +111,11 @@ def test_every_choice_counts(demo, pipeline, monkeypatch):
     choices = Choices(2, 0, 0.25, 4, 7, 2.5, 0.5, 16, "confidence")
     list(demo.generate(choices))
     list(demo.generate(choices._replace(class_id=NO_CLASS, second=NO_CLASS)))
-    (((class_ids,), settings), ((unconditional,), _)) = calls
+    list(demo.generate(choices._replace(second=2)))
+    ((class_ids,), settings), ((unconditional,), _), ((twice,), _) = calls
     assert class_ids == [{2: 0.75, 0: 0.25}] * 4
     assert unconditional == [None] * 4
+    assert twice == [2] * 4
     del settings["preview"]
     assert settings == SAMPLING | dict(
         seed=7, guidance=2.5, temperature=0.5, num_iter=16, order="confidence",

@@ -105,6 +105,7 @@ def test_variations_and_margins(run, pipeline, folder, tmp_path):
         (["--box=0,0,1,half"], "--box=0,0,1,half must be four shares"),
         (["--outpaint=-1,0,0,0"], "--outpaint=-1,0,0,0 must be four shares, 0 or more"),
         (["--outpaint=0,0,0,0.01"], "nothing says what to draw anew"),
+        (["--outpaint=1e9,0,0,0"], "8x8000000008 pixels with the margins are more than the 5368"),
         (["--box=0.5,0,0.6,1"], "--box=0.5,0.0,0.6,1.0 ends outside the picture"),
         (["--box=0,0,0,1"], "the mask of image 0 is empty: there is nothing to draw anew"),
         (["--box=0,0,1,1"], "covers all positions of image 0"),
@@ -115,6 +116,8 @@ def test_variations_and_margins(run, pipeline, folder, tmp_path):
         (["--keep=0.5", "--classes=cat:1,dog:1"], "must sum to 1, not to 2"),
         (["--keep=0.5", "--blend=-1"], "blend=-1 must be 0 or more pixels"),
         (["--keep=0.5", "--seed=-1"], "seed=-1 must be from 0 to 2**32 - 1"),
+        (["--keep=0.5", "--config.sampling.batch_size=0"], "batch_size=0 must be at least 1"),
+        (["--box=0,0,1,0.5", '--classes="a, b",cat'], "there is no class named 'a, b' among 3"),
         (["--keep=0.5", "--input="], "--input is not set; name a picture"),
         (["--keep=0.5", "--input=nowhere"], "--input=nowhere holds no pictures (.bmp, "),
         (["--mask=nowhere.png"], "cannot read the picture nowhere.png ("),
@@ -147,6 +150,6 @@ def test_pictures_that_cannot_be_used_are_named(run, folder, tmp_path, capsys):
 
 
 def test_a_class_is_told_from_a_mixture():
-    assert edit.parse_classes("207") == ["207"]
-    assert edit.parse_classes("3,none,cat") == ["3", None, "cat"]
-    assert edit.parse_classes("3:0.5,cat:0.5") == [{"3": 0.5, "cat": 0.5}]
+    assert edit.parse_classes([]) == [None]
+    assert edit.parse_classes(["3", "none", "cat"]) == ["3", None, "cat"]
+    assert edit.parse_classes(["3:0.5", "cat:0.5"]) == [{"3": 0.5, "cat": 0.5}]

@@ -248,5 +248,3 @@ def test_processes_of_a_job_write_one_folder(workdir, saved, tmp_path):
     assert [process.returncode for process in job] == [0, 0]
     assert all("is there already" in output for output in outputs)
     assert contents(folder) == contents(saved)
-    # And it loads there too, from the one file.
-    assert run("sample", folder, "--num_images=1") == 0

@@ -39,6 +39,16 @@ TINY = TokenBridgeConfig(
     dtype="float32",
     head_chunk=4096,
 )
+# A position of it is 2x2 pixels.
+AUTOENCODER = AutoencoderConfig(
+    image_size=8,
+    image_channels=1,
+    channels=8,
+    multipliers=(1, 1),
+    blocks=1,
+    attention_resolutions=(),
+    latent_channels=4,
+)
 # Gradients that are zero in exact arithmetic: softmax ignores a constant added to every key.
 ZERO_GRADIENT = "head/blocks/attn/k_norm/bias"
 
@@ -73,18 +83,9 @@ def random_batch(config: TokenBridgeConfig, size: int, seed: int = 0) -> dict[st
 
 def tiny_pipeline(config: TokenBridgeConfig, params: dict[str, Any]) -> Pipeline:
     """Grey images, a position 2x2 pixels; classes "cat", "dog" and "7"."""
-    autoencoder = AutoencoderConfig(
-        image_size=8,
-        image_channels=1,
-        channels=8,
-        multipliers=(1, 1),
-        blocks=1,
-        attention_resolutions=(),
-        latent_channels=4,
-    )
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    weights = init_autoencoder(autoencoder, jax.random.key(0))
-    codec = Codec(autoencoder, weights, config.quantizer, mesh)
+    weights = init_autoencoder(AUTOENCODER, jax.random.key(0))
+    codec = Codec(AUTOENCODER, weights, config.quantizer, mesh)
     return Pipeline(ModelDescription(config, ("cat", "dog", "7"), ""), params, codec, mesh)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Integer, Shaped, UInt8
 from scipy.ndimage import distance_transform_edt
 
+from tokenbridge_jax.data.images import MAX_PIXELS
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.sampling import Preview
@@ -68,7 +69,7 @@ def edit(
     """
     single = images.ndim == 3
     images = images[None] if single else images
-    _check(pipeline, images, blend)
+    _check(pipeline, images, blend, batch_size)
     side = _side(pipeline)
     if images.shape[1:3] != (side, side):
         raise UserError(
@@ -146,7 +147,7 @@ def outpaint(
     """
     single = images.ndim == 3
     images = images[None] if single else images
-    _check(pipeline, images, blend)
+    _check(pipeline, images, blend, batch_size)
     margins = _margins(pipeline, images, left=left, top=top, right=right, bottom=bottom)
     if not 0 <= overlap < 1:
         raise UserError(f"overlap={overlap} must be a share from 0 to below 1")
@@ -328,7 +329,7 @@ def blend_images(
     return np.round(share * edited + (1 - share) * original).astype(np.uint8)
 
 
-def _check(pipeline: "Pipeline", images: np.ndarray, blend: int | None) -> None:
+def _check(pipeline: "Pipeline", images: np.ndarray, blend: int | None, batch_size: int) -> None:
     if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
         raise UserError(
             "images must be uint8 of shape [B, H, W, channels] or [H, W, channels], not "
@@ -337,6 +338,8 @@ def _check(pipeline: "Pipeline", images: np.ndarray, blend: int | None) -> None:
     pipeline.codec.config.check_image_size(*images.shape[1:3])
     if blend is not None and blend < 0:
         raise UserError(f"blend={blend} must be 0 or more pixels")
+    if batch_size < 1:
+        raise UserError(f"sampling.batch_size={batch_size} must be at least 1")
 
 
 def _margins(
@@ -355,6 +358,10 @@ def _margins(
         raise UserError(
             f"{height}x{width} pixels with the margins are less than the {side}x{side} that the "
             "model draws: give larger margins"
+        )
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"{height}x{width} pixels with the margins are more than the {MAX_PIXELS} allowed"
         )
     return margins
 

@@ -425,7 +425,7 @@ class Pipeline:
             mixed, or None: no class, where guidance changes nothing.
 
         Raises:
-          UserError: a class does not exist, or there is none.
+          UserError: a class does not exist, or there is none, or a mixture has no weight.
         """
         if not len(class_ids):
             raise UserError("no classes were asked for; name at least one")
@@ -437,6 +437,8 @@ class Pipeline:
             if isinstance(class_id, Mapping):
                 for part, weight in class_id.items():
                     row[self.class_id(part)] += weight
+                if not row.any():  # Which would stand for no class.
+                    raise UserError("the weights of an image's classes must sum to 1, not to 0")
             elif class_id is not None:
                 row[self.class_id(class_id)] = 1
         return weights

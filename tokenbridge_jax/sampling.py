@@ -362,9 +362,10 @@ def _make_reveal(
         )
         if choice_temperature is not None:
             # All that is hidden was drawn. What is most certain goes behind the rest of it, to the
-            # slots that this step reveals; what was visible before stays where it is.
+            # slots that this step reveals; what was visible before stays where it is. (NaN would
+            # go behind all of it.)
             certainty = log_probs + choice_temperature * _choice_noise(keys, config.channels)
-            certainty = jnp.where(revealed[None], certainty, jnp.inf)
+            certainty = jnp.where(revealed[None], jnp.nan_to_num(certainty), jnp.inf)
             padding = ((0, 0), (0, positions - window.size))
             rank = jnp.argsort(jnp.pad(certainty, padding, constant_values=jnp.inf), axis=1)
             slots = jax.tree.map(jax.vmap(lambda x, rank: x[rank]), slots, Slots(rank, rank, rank))

@@ -170,8 +170,8 @@ def make_plan(
 
     Of the matmul FLOPs of size L with guidance, padding is then 3.0% more at 256 steps and 4.1% at
     64, where the best of all ways to make eight stages would have 3.0% and 2.9%; in two stages it
-    is 12.4% and 17.4%. Slots come in
-    whole tiles, so a model of at most 16 positions has one stage and compiles the faster.
+    is 12.4% and 17.4%. Slots come in whole tiles, so a model of at most 16 positions has one stage
+    and compiles the faster.
 
     Edits have the stages in common that start with up to an eighth, a quarter, half, or all of the
     positions hidden: they are as large as any of those needs, and one may have no steps.

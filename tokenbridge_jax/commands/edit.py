@@ -46,7 +46,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     define(flags.DEFINE_float, "keep", None, "Share of the positions kept all the same, at random.")
     define(flags.DEFINE_list, "outpaint", None, f"Margins: left,top,right,bottom {shares}.")
     define(
-        flags.DEFINE_string,
+        flags.DEFINE_list,
         "classes",
         "none",
         "Classes by number or name, gone through in turn by the edits of a picture; or a mixture, "
@@ -100,19 +100,20 @@ def main(args: flags.FlagValues) -> None:
         mask=mask, blend=args.blend, seed=args.seed, progress=True, **args.config.sampling
     )
     if outpaint is None:
-        margins = np.zeros(4, int)
+        margins = [0] * 4
         edited = pipeline.edit(repeated, class_id=class_ids, keep=args.keep, **settings)
     else:
-        margins = patch * np.round(np.array(outpaint) * side / patch).astype(int)
-        names = ("left", "top", "right", "bottom")
-        margins_by_name = dict(zip(names, margins.tolist(), strict=True))
-        edited = pipeline.outpaint(repeated, class_ids, **margins_by_name, **settings)
+        margins = [patch * round(share * side / patch) for share in outpaint]
+        left, top, right, bottom = margins
+        edited = pipeline.outpaint(
+            repeated, class_ids, left=left, top=top, right=right, bottom=bottom, **settings
+        )
     if jax.process_index() > 0:
         return  # Every process has all the images; one writes them.
     output = epath.Path(args.output or epath.Path(args.workdir) / "edits")
     for i, image in enumerate(edited):
         pictures.write_png(output / f"{paths[i // count].stem}-{i % count}.png", image)
-    pictures.write_png(output / "edits.png", sheet(images, mask, edited, margins.tolist()))
+    pictures.write_png(output / "edits.png", sheet(images, mask, edited, margins))
     print(f"wrote {len(edited)} edits and edits.png to {output}")
 
 
@@ -139,22 +140,21 @@ def picture_paths(given: str | None) -> list[Path]:
     return paths
 
 
-def parse_classes(text: str) -> list[ClassId]:
-    """`207,cat` -> two classes; `207:0.5,cat:0.5` -> a mixture; `none` -> no class.
+def parse_classes(parts: list[str]) -> list[ClassId]:
+    """`207,cat` -> two classes; `207:0.5,cat:0.5` -> a mixture; `none` or nothing -> no class.
 
     Raises:
       UserError: a mixture is not one.
     """
-    parts = text.split(",")
-    if ":" not in text:
-        return [None if part == "none" else part for part in parts]
+    if not any(":" in part for part in parts):
+        return [None if part == "none" else part for part in parts or ["none"]]
     try:
         pairs = [part.rsplit(":", 1) for part in parts]
         return [{name: float(weight) for name, weight in pairs}]
     except ValueError:
         raise UserError(
-            f"--classes={text} is no mixture; write CLASS:WEIGHT,CLASS:WEIGHT with weights that "
-            "sum to 1"
+            f"--classes={','.join(parts)} is no mixture; write CLASS:WEIGHT,CLASS:WEIGHT with "
+            "weights that sum to 1"
         ) from None
 
 

@@ -64,10 +64,10 @@ class Choices(NamedTuple):
     order: str
 
     def mixture(self) -> ClassId:
-        """The class, or both with their weights."""
+        """The class, or both with their weights where they are two."""
         if self.class_id == NO_CLASS:
             return None
-        if self.second == NO_CLASS:
+        if self.second in (NO_CLASS, self.class_id):
             return self.class_id
         return {self.class_id: 1 - self.share, self.second: self.share}
 

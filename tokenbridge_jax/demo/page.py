@@ -81,7 +81,7 @@ def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
     page = build(demo, Path(folder))
     page.queue(max_size=MAX_WAITING, api_open=False)
     page.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,  # As a URL has IPv6 addresses.
         server_port=port,
         theme=gr.themes.Default(
             primary_hue="indigo",
