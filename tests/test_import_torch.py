@@ -18,7 +18,7 @@ from tokenbridge_jax import io, parallel
 from tokenbridge_jax.autoencoder import init_params, load_autoencoder, read_description
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.pipeline import ModelDescription, Pipeline
-from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER
+from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
 from tokenbridge_jax.sampling import SamplingSettings, generate
 from tokenbridge_jax.torch_bridge import files
 from tokenbridge_jax.torch_bridge.autoencoder import table
@@ -110,6 +110,9 @@ def test_an_export_is_what_was_imported(imported, checkpoint, tmp_path, capsys, 
         assert_same(exported["model_ema"], original["model_ema"])
     assert_same(files.read(autoencoder)["model"], files.read(AUTOENCODER)["model"])
 
+    assert run("export-torch", imported, "--out", out, "--ema") == 2
+    assert f"{out} is there already; name another file" in capsys.readouterr().err
+    out.unlink()
     assert run("export-torch", imported, "--out", out, "--ema") == 0
     averaged = files.read(out)["model"]
     buffers = {name: original["model"][name] for name in BUFFERS}
@@ -119,7 +122,7 @@ def test_an_export_is_what_was_imported(imported, checkpoint, tmp_path, capsys, 
     module_of(original["model"]).load_state_dict(tensors, strict=True)
 
 
-def test_an_import_of_an_export_is_the_same_workdir(imported, tmp_path):
+def test_an_import_of_an_export_is_the_same_workdir(imported, tmp_path, capsys):
     out = tmp_path / "out.pth"
     assert run("export-torch", imported, "--out", out, "--autoencoder", tmp_path / "a.ckpt") == 0
     again = tmp_path / "again"
@@ -130,9 +133,25 @@ def test_an_import_of_an_export_is_the_same_workdir(imported, tmp_path):
     assert run("export-torch", again, "--out", tmp_path / "twice.pth") == 0
     for part, arrays in files.read(out).items():
         assert_same(files.read(tmp_path / "twice.pth")[part], arrays)
-    # Weights that were trained here come back without the quirk of the release's.
-    assert run("import-torch", tmp_path / "own", *argv, "--nofirst_token_quirk") == 0
-    assert not ModelDescription.load(tmp_path / "own").config.first_token_quirk
+    # Weights that were trained here come back, with the flags that the export prints, without the
+    # quirk of the release's.
+    own = tmp_path / "own"
+    shutil.copytree(imported, own)
+    description = ModelDescription.load(own)
+    config = dataclasses.replace(
+        description.config,
+        quantizer=Quantizer.gaussian(description.config.levels, range=4.0),
+        channel_order=tuple(reversed(range(description.config.channels))),
+        first_token_quirk=False,
+    )
+    dataclasses.replace(description, config=config).save(own)
+    capsys.readouterr()
+    out, autoencoder = tmp_path / "own.pth", tmp_path / "own.ckpt"
+    assert run("export-torch", own, "--out", out, "--autoencoder", autoencoder) == 0
+    told = [word for word in capsys.readouterr().out.split() if word.startswith("--")]
+    argv = [*told, "--autoencoder", autoencoder, *FLAGS[-2:]]
+    assert run("import-torch", tmp_path / "own again", *argv) == 0
+    assert ModelDescription.load(tmp_path / "own again").config == config
 
 
 @pytest.mark.parametrize("classes", [10, 12])

@@ -111,6 +111,8 @@ def test_classes_by_number_or_name(pipeline):
         pipeline.generate([-1])
     with pytest.raises(UserError, match="there is no class named 'tench' among 10"):
         pipeline.class_id("tench")
+    with pytest.raises(UserError, match=r"'37' is no list of classes; write \['37'\] for one"):
+        pipeline.generate("37")
     with pytest.raises(UserError, match="no classes were asked for"):
         pipeline.generate([])
 

@@ -427,6 +427,8 @@ class Pipeline:
         Raises:
           UserError: a class does not exist, or there is none, or a mixture has no weight.
         """
+        if not isinstance(class_ids, Sequence | np.ndarray | range) or isinstance(class_ids, str):
+            raise UserError(f"{class_ids!r} is no list of classes; write [{class_ids!r}] for one")
         if not len(class_ids):
             raise UserError("no classes were asked for; name at least one")
         plain = [c for c in class_ids if isinstance(c, int | str | np.integer)]

@@ -104,6 +104,11 @@ def main(args: flags.FlagValues) -> None:
         edited = pipeline.edit(repeated, class_id=class_ids, keep=args.keep, **settings)
     else:
         margins = [patch * round(share * side / patch) for share in outpaint]
+        if not any(margins) and mask is None:
+            raise UserError(
+                f"--outpaint={','.join(map(str, outpaint))} rounds to nothing: margins are "
+                f"multiples of {patch} of {side} pixels"
+            )
         left, top, right, bottom = margins
         edited = pipeline.outpaint(
             repeated, class_ids, left=left, top=top, right=right, bottom=bottom, **settings
@@ -127,6 +132,8 @@ def picture_paths(given: str | None) -> list[Path]:
         raise UserError("--input is not set; name a picture, a folder of pictures or a glob")
     if Path(given).is_file():
         return [Path(given)]
+    if not Path(given).is_dir() and not glob.has_magic(given):
+        raise UserError(f"--input={given} does not exist")
     pattern = f"{glob.escape(given)}/*" if Path(given).is_dir() else given
     found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
     paths = [path for path in found if path.suffix.lower() in EXTENSIONS and path.is_file()]
@@ -224,6 +231,8 @@ def box_mask(box: tuple[float, ...], side: int) -> Bool[np.ndarray, "H W"]:
         for start, extent in ((top, height), (left, width))
     )
     mask[rows, columns] = True
+    if not mask.any():
+        raise UserError(f"--box={','.join(map(str, box))} is smaller than one of {side} pixels")
     return mask
 
 

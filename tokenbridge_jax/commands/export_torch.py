@@ -19,6 +19,7 @@ from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline import ModelDescription, abstract_sharded_params
 from tokenbridge_jax.pretrained import load_weights
 from tokenbridge_jax.torch_bridge import files
@@ -46,12 +47,14 @@ def main(args: flags.FlagValues) -> None:
     workdir = epath.Path(args.workdir)
     for path in filter(None, (args.out, args.autoencoder)):
         files.check_suffix(path, files.WRITTEN_SUFFIXES)
+        if epath.Path(path).exists():
+            raise UserError(f"{path} is there already; name another file, or remove it")
     if args.out:
         _export_model(workdir, args.out, args.ema)
     if args.autoencoder:
         config, params = load_autoencoder(workdir / "autoencoder")
         files.write(args.autoencoder, {"model": to_torch(autoencoder_table(config), params)})
-        print(f"wrote {args.autoencoder}, whose latents are scaled by {config.scale}")
+        print(f"wrote {args.autoencoder}; import it with --scale={config.scale!r}")
 
 
 def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
@@ -73,9 +76,19 @@ def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
     else:
         print(
             "model.first_token_quirk is off: the release's code, which always adds the first "
-            "timestep embedding to the head's first token, will sample a little differently; "
-            "import it with --nofirst_token_quirk"
+            "timestep embedding to the head's first token, will sample a little differently"
         )
+    print(f"import it with --checkpoint={out} {' '.join(untold(config))}")
+
+
+def untold(config: TokenBridgeConfig) -> list[str]:
+    """Flags that tell `import-torch` what no array of the file shows."""
+    told = [f"--config.quantizer.range={config.quantizer.maximum:g}"]
+    told += [f"--config.quantizer.channel_order={','.join(map(str, config.channel_order))}"]
+    for part in ("encoder", "decoder"):
+        for name in (f"{part}_width", f"{part}_heads"):
+            told.append(f"--config.model.{name}={getattr(config, name)}")
+    return told + ["--nofirst_token_quirk"] * (not config.first_token_quirk)
 
 
 if __name__ == "__main__":

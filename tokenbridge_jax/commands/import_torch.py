@@ -247,6 +247,11 @@ def make_model(
     values = state.get("reconstruction_values", np.zeros(0))
     if values.shape == (quantizer.levels,):
         quantizer = Quantizer(tuple(values.tolist()), quantizer.minimum, quantizer.maximum)
+    if config.quantizer.channel_order == "frequency":
+        raise UserError(
+            "no array shows the channel order; say it, as model.json of the model's workdir does: "
+            "--config.quantizer.channel_order=2,0,1,..."
+        )
     order = resolve_channel_order(config.quantizer.channel_order, channels)
     positions = (config.data.image_size // autoencoder.downsampling) ** 2
     return make_model_config(config, quantizer, order, positions)

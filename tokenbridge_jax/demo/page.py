@@ -192,7 +192,7 @@ def _settings(demo: Demo) -> list[Component]:
     )  # fmt: skip
     images = gr.Radio(list(NUMBERS_OF_IMAGES), value=4, label="Images")
     dice = gr.Button("random")
-    seed = gr.Number(0, precision=0, minimum=0, maximum=MAX_SEED, label="Seed", buttons=[dice])
+    seed = gr.Number(0, precision=0, label="Seed", buttons=[dice])
     dice.click(
         lambda: random.randint(0, MAX_SEED), None, seed, queue=False, api_visibility="private"
     )

@@ -108,12 +108,12 @@ def encode(module: Autoencoder, params: Any, images: Images) -> Posterior:
     return posterior
 
 
-def training_flops(config: AutoencoderConfig) -> int:
+def training_flops(config: AutoencoderConfig) -> float:
     """FLOPs of training on one image, forward and twice that backward, counted by hand.
 
     (For GPUs the compiler counts nothing before it has compiled.)
     """
-    return 3 * (encode_flops(config) + decode_flops(config))
+    return 3.0 * (encode_flops(config) + decode_flops(config))
 
 
 class Pictures:
