@@ -388,7 +388,9 @@ def flatten_positions(latents: Shaped[Array, "B h w C"]) -> Shaped[Array, "B L C
     return latents.reshape(latents.shape[0], -1, latents.shape[-1])
 
 
-def unflatten_positions(latents: Shaped[Array, "B L C"], height: int) -> Shaped[Array, "B h w C"]:
+def unflatten_positions(
+    latents: Shaped[Array | np.ndarray, "B L C"], height: int
+) -> Shaped[Array | np.ndarray, "B h w C"]:
     """Inverse of `flatten_positions`, for maps of `height` rows."""
     return latents.reshape(latents.shape[0], height, -1, latents.shape[-1])
 

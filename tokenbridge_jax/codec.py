@@ -104,8 +104,15 @@ class Codec:
                 f"this autoencoder: a square number and {self.config.latent_channels} are needed"
             )
         with parallel.use_mesh(self.mesh):
+            return self.decode_maps(unflatten_positions(indices, grid))
+
+    def decode_maps(
+        self, indices: Integer[np.ndarray | Array, "B h w C"]
+    ) -> UInt8[Array, "B H W I"]:
+        """As `decode`, of images of any height and width."""
+        with parallel.use_mesh(self.mesh):
             latents = self._dequantize(indices)
-            return self.decode_latents(unflatten_positions(latents, grid))
+        return self.decode_latents(latents)
 
     def decode_latents(
         self, latents: Float[np.ndarray | Array, "B h w C"]
@@ -167,6 +174,15 @@ def _decode(
     variables = {"params": params}
     images: Any = module.apply(variables, latents / module.config.scale, method="decode")
     return images_to_uint8(images)
+
+
+def in_batches(
+    function: Callable[[np.ndarray], Shaped[np.ndarray | Array, "b ..."]],
+    values: Shaped[np.ndarray, "B ..."],
+    size: int,
+) -> Shaped[np.ndarray, "B ..."]:
+    """`function(values)`, of `size` values at a time."""
+    return np.concatenate([function(values[i : i + size]) for i in range(0, len(values), size)])
 
 
 def padded_size(size: int, shards: int) -> int:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Integer, Shaped, UInt8
+from jaxtyping import Bool, Integer, UInt8
 from scipy.ndimage import distance_transform_edt
 
+from tokenbridge_jax.codec import in_batches
 from tokenbridge_jax.data.images import MAX_PIXELS
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.progress import Progress
@@ -70,17 +71,17 @@ def edit(
     single = images.ndim == 3
     images = images[None] if single else images
     _check(pipeline, images, blend, batch_size)
-    side = _side(pipeline)
+    side = pipeline.image_size
     if images.shape[1:3] != (side, side):
         raise UserError(
             f"images are {images.shape[1]}x{images.shape[2]}, the model draws {side}x{side} "
             "pixels; outpaint takes others"
         )
-    hidden = hidden_positions(mask, images.shape[:3], _patch(pipeline), keep, seed)
+    hidden = hidden_positions(mask, images.shape[:3], pipeline.patch_size, keep, seed)
     class_ids = _class_list(class_id, len(images))
     indices = pipeline.generate_indices(
         class_ids,
-        known=_in_batches(pipeline.encode, images, batch_size),
+        known=in_batches(pipeline.encode, images, batch_size),
         hidden=hidden,
         seed=seed,
         batch_size=batch_size,
@@ -89,10 +90,9 @@ def edit(
         preview_every=preview_every,
         **settings,
     )
-    edited = _in_batches(pipeline.decode, indices, batch_size)
+    edited = in_batches(pipeline.decode, indices, batch_size)
     if blend is not None:
-        grid = side // _patch(pipeline)
-        redrawn = _pixels(hidden.reshape(-1, grid, grid), _patch(pipeline))
+        redrawn = _pixels(hidden.reshape(-1, pipeline.grid, pipeline.grid), pipeline.patch_size)
         if mask is not None:
             redrawn &= mask
         edited = blend_images(images, edited, redrawn, blend)
@@ -151,7 +151,7 @@ def outpaint(
     margins = _margins(pipeline, images, left=left, top=top, right=right, bottom=bottom)
     if not 0 <= overlap < 1:
         raise UserError(f"overlap={overlap} must be a share from 0 to below 1")
-    patch, side = _patch(pipeline), _side(pipeline)
+    patch, side = pipeline.patch_size, pipeline.image_size
     count, height, width = images.shape[:3]
     if mask is None:
         if not np.any(margins):
@@ -162,20 +162,16 @@ def outpaint(
     class_ids = _class_list(class_id, count)
 
     batch = max(1, batch_size * side**2 // ((height + top + bottom) * (width + left + right)))
-    indices = _in_batches(pipeline.encode, images, batch)
+    indices = in_batches(pipeline.encode, images, batch)
     nothing = np.argmin(np.abs(pipeline.config.quantizer.dequantized_levels))
     shape = count, height // patch, width // patch
     border = [(0, 0), *((before // patch, after // patch) for before, after in margins)]
     canvas = np.pad(indices.reshape(*shape, -1), [*border, (0, 0)], constant_values=nothing)
     hidden = np.pad(hidden.reshape(shape), border, constant_values=True)
 
-    def decode(canvas: np.ndarray) -> np.ndarray:
-        latents = pipeline.config.quantizer.dequantize(canvas)
-        return np.asarray(pipeline.codec.decode_latents(latents))
-
     def show(done: int, most: int) -> None:
         if preview is not None:
-            preview(done, most, _in_batches(decode, canvas, batch))
+            preview(done, most, in_batches(pipeline.codec.decode_maps, canvas, batch))
 
     draw_windows(
         pipeline,
@@ -189,7 +185,7 @@ def outpaint(
         batch_size=batch_size,
         **settings,
     )
-    drawn = _in_batches(decode, canvas, batch)
+    drawn = in_batches(pipeline.codec.decode_maps, canvas, batch)
     if blend is not None:
         around = [(0, 0), *margins]
         redrawn = _pixels(hidden, patch)
@@ -225,7 +221,7 @@ def draw_windows(
       shown: called after every window with the windows done and all of them.
       **arguments: of `Pipeline.generate_indices`.
     """
-    grid = round(pipeline.config.positions**0.5)
+    grid = pipeline.grid
     stride = max(1, round(grid * (1 - overlap)))
     visits = [list(_windows(image, grid, stride)) for image in hidden]
     most = max(map(len, visits))
@@ -346,7 +342,7 @@ def _margins(
     pipeline: "Pipeline", images: np.ndarray, **pixels: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Above and below, left and right."""
-    patch, side = _patch(pipeline), _side(pipeline)
+    patch, side = pipeline.patch_size, pipeline.image_size
     for name, value in pixels.items():
         if value < 0 or value % patch:
             raise UserError(f"{name}={value} must be a multiple of {patch} pixels, 0 or more")
@@ -374,22 +370,7 @@ def _class_list(class_id: "ClassId | Sequence[ClassId]", count: int) -> "Sequenc
     return class_ids
 
 
-def _patch(pipeline: "Pipeline") -> int:
-    return pipeline.codec.config.downsampling
-
-
-def _side(pipeline: "Pipeline") -> int:
-    """Of the images that the model draws, in pixels."""
-    return round(pipeline.config.positions**0.5) * _patch(pipeline)
-
-
 def _pixels(
     hidden: Bool[np.ndarray, "B height width"], patch: int
 ) -> Bool[np.ndarray, "B heightP widthP"]:
     return hidden.repeat(patch, axis=1).repeat(patch, axis=2)
-
-
-def _in_batches(
-    function: Callable[[np.ndarray], np.ndarray], values: Shaped[np.ndarray, "B ..."], size: int
-) -> Shaped[np.ndarray, "B ..."]:
-    return np.concatenate([function(values[i : i + size]) for i in range(0, len(values), size)])

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from tokenbridge_jax import editing, io, parallel, pretrained
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
-from tokenbridge_jax.codec import Codec, padded_size
+from tokenbridge_jax.codec import Codec, in_batches, padded_size
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.loss import position_nll
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
@@ -284,6 +284,21 @@ class Pipeline:
         """Of the model."""
         return self.description.config
 
+    @property
+    def grid(self) -> int:
+        """Positions a side of the model's images."""
+        return round(self.config.positions**0.5)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of a position."""
+        return self.codec.config.downsampling
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of the model's images."""
+        return self.grid * self.patch_size
+
     def encode(self, images: UInt8[np.ndarray, "B H W I"]) -> Integer[np.ndarray, "B L C"]:
         """Images of the autoencoder's size -> indices of their posterior means."""
         return np.asarray(self.codec.encode(images).indices)
@@ -329,8 +344,7 @@ class Pipeline:
             preview_every=preview_every,
             **settings,
         )
-        batches = range(0, len(indices), batch_size)
-        return np.concatenate([self.decode(indices[i : i + batch_size]) for i in batches])
+        return in_batches(self.decode, indices, batch_size)
 
     edit = editing.edit
     outpaint = editing.outpaint

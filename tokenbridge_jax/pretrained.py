@@ -145,7 +145,7 @@ def model_card(pipeline: "Pipeline", name: str) -> str:
     autoencoder = codec.config
     sampling = {k: v for k, v in config.get("sampling", {}).items() if k != "batch_size"}
     used = [f"{k}={tuple(v) if isinstance(v, list) else v!r}" for k, v in sampling.items()]
-    side = round(model.positions**0.5) * autoencoder.downsampling
+    side = pipeline.image_size
     quirk = (
         "on: when sampling, the first timestep embedding is added to the head's first token"
         if model.first_token_quirk

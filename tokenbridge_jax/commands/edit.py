@@ -82,10 +82,9 @@ def main(args: flags.FlagValues) -> None:
         args.workdir, step=args.step, mesh=parallel.make_mesh(**args.config.mesh)
     )
 
-    codec = pipeline.codec.config
-    patch = codec.downsampling
-    side = round(pipeline.config.positions**0.5) * patch
-    read = [read_picture(path, side, codec.image_channels) for path in paths]
+    patch, side = pipeline.patch_size, pipeline.image_size
+    channels = pipeline.codec.config.image_channels
+    read = [read_picture(path, side, channels) for path in paths]
     images = np.stack([image for image, _ in read])
     mask = None
     if args.mask:

@@ -87,9 +87,8 @@ class Demo:
         """The page starts with the settings of `sampling`, a config's section of this name."""
         self.pipeline = pipeline
         self.defaults = SamplingSettings.from_section(sampling)
-        codec = pipeline.codec.config
-        self.side = round(pipeline.config.positions**0.5) * codec.downsampling
-        self.image_channels = codec.image_channels
+        self.side = pipeline.image_size
+        self.image_channels = pipeline.codec.config.image_channels
         self.max_guidance = max(MAX_GUIDANCE, self.defaults.guidance)
         self._sampler = ThreadPoolExecutor(1)
         self._closed = threading.Event()
