@@ -1,0 +1,76 @@
+"""Sets of images against numpy's and Pillow's own reading of them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation.images import open_images
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (11, 6, 5, 3), dtype=np.uint8)
+
+
+def write_folder(folder, images=IMAGES):
+    for i, image in enumerate(images):
+        place = folder / f"class_{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{i:02d}.png")
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def read(images, size, first=0, last=None):
+    return list(images.batches(size, first, images.count if last is None else last))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_is_read_in_parts(tmp_path, save):
+    save(tmp_path / "x.npz", labels=np.arange(11), arr_0=IMAGES)
+    images = open_images(tmp_path / "x.npz")
+    assert (images.count, images.shape) == (11, (6, 5, 3))
+    batches = read(images, 4)
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    np.testing.assert_array_equal(np.concatenate(batches), IMAGES)
+    np.testing.assert_array_equal(np.concatenate(read(images, 2, 3, 8)), IMAGES[3:8])
+
+
+def test_folder_is_read_in_the_order_of_its_names(tmp_path):
+    images = open_images(write_folder(tmp_path))
+    assert (images.count, images.shape) == (11, (6, 5, 3))
+    expected = np.concatenate([IMAGES[::2], IMAGES[1::2]])
+    np.testing.assert_array_equal(np.concatenate(read(images, 4)), expected)
+    np.testing.assert_array_equal(np.concatenate(read(images, 4, 5, 10)), expected[5:10])
+
+
+def test_grey_pictures_become_rgb(tmp_path):
+    Image.fromarray(IMAGES[0, :, :, 0]).save(tmp_path / "grey.png")
+    (batch,) = read(open_images(tmp_path), 4)
+    np.testing.assert_array_equal(batch[0], IMAGES[0, :, :, :1].repeat(3, axis=2))
+
+
+def test_what_cannot_be_used_is_named(tmp_path):
+    def refused(path, words, use=lambda images: None):
+        with pytest.raises(UserError, match=words):
+            use(open_images(path))
+
+    refused(tmp_path / "none", "none does not exist; give a folder of pictures or an .npz")
+    refused(tmp_path, "holds no pictures")
+    (tmp_path / "x.txt").write_text("x")
+    refused(tmp_path / "x.txt", "neither a folder nor an .npz file")
+    (tmp_path / "x.npz").write_text("x")
+    refused(tmp_path / "x.npz", "cannot be read: File is not a zip file")
+    np.savez(tmp_path / "x.npz", images=IMAGES)
+    refused(tmp_path / "x.npz", "has no array arr_0")
+    np.savez(tmp_path / "x.npz", IMAGES.astype(np.float32))
+    refused(
+        tmp_path / "x.npz", r"must be uint8 of shape \[N, H, W, 3\], not float32 \[11, 6, 5, 3\]"
+    )
+    np.savez(tmp_path / "x.npz", IMAGES[:0])
+    refused(tmp_path / "x.npz", "arr_0 holds no images")
+
+    folder = write_folder(tmp_path / "mixed")
+    Image.fromarray(IMAGES[0, :4]).save(folder / "class_1" / "small.png")
+    words = r"several sizes \(00.png 5x6 and small.png 5x4\)"
+    refused(folder, words, lambda images: read(images, 4))
+    (folder / "class_1" / "small.png").write_text("x")
+    refused(folder, "small.png cannot be read as a picture", lambda images: read(images, 4))

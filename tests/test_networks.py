@@ -1,0 +1,108 @@
+"""Inception and LPIPS against the public PyTorch networks with the same weights."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch_networks import (
+    lpips_network,
+    pytorch_fid_network,
+    random_inception_state,
+    torch_fidelity_extractor,
+)
+
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation import inception, lpips, pixels
+
+
+def pictures(*shape: int) -> np.ndarray:
+    """Noise, but for the first, which is smooth."""
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images[0] = np.add.outer(np.arange(shape[1]), 2 * np.arange(shape[2]))[..., None] % 256
+    return images
+
+
+def nchw(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, np.ndarray]:
+    return random_inception_state()
+
+
+def test_inception_is_torch_fidelitys(state, tmp_path):
+    """From uint8 images of another size than the network's, resizing included."""
+    images = pictures(2, 256, 190, 3)
+    extractor = torch_fidelity_extractor(state, tmp_path / "inception.pth")
+    seen = {}
+    extractor.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.update(x=call[2]))
+    with torch.no_grad():
+        pool, logits = extractor(nchw(images))
+    spatial = seen["x"].permute(0, 2, 3, 1)[..., :7].reshape(2, -1)
+    found = jax.jit(inception.features)(inception.import_inception(state), images)
+    for mine, theirs in zip(found, (pool, spatial, logits), strict=True):
+        assert mine.shape == theirs.shape
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_inception_is_pytorch_fids_layer_by_layer(state, monkeypatch):
+    network = pytorch_fid_network(state, monkeypatch)
+    theirs = {}
+    for name, module in network.named_modules():
+        module.register_forward_hook(lambda *call, name=name: theirs.update({name: call[2]}))
+    images = pictures(1, 299, 299, 3)
+    with torch.no_grad():
+        network((nchw(images).float() - 128) / 128)
+    params = inception.import_inception(state)
+    mine = jax.jit(lambda images: dict(inception.activations(params, images)))(images)
+    compared = [name for name in mine if name in theirs]
+    assert {name for name, _, _ in inception.convolutions()} | set(inception.BLOCKS) == set(
+        compared
+    )
+    for name in compared:
+        expected = theirs[name].permute(0, 2, 3, 1)
+        np.testing.assert_allclose(mine[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_inceptions_weights_are_checked(state):
+    wrong = dict(state)
+    del wrong["Mixed_7c.branch1x1.bn.bias"]
+    wrong["fc.weight"] = wrong["fc.weight"][:1000]
+    with pytest.raises(UserError, match=r"\(2 tensors differ\): fc.weight: \(1000, 2048\) instead"):
+        inception.import_inception(wrong)
+
+
+# Of how the package asks torchvision for a backbone without weights.
+@pytest.mark.filterwarnings("ignore:The parameter 'pretrained':UserWarning")
+@pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning")
+@pytest.mark.parametrize("name", ["vgg", "alex"])
+def test_lpips_is_that_of_its_package(name: str):
+    network, backbone, linear = lpips_network(name)
+    one = pictures(3, 64, 80, 3)
+    other = np.clip(one + np.random.default_rng(1).normal(scale=30, size=one.shape), 0, 255)
+    other = other.astype(np.uint8)
+    other[2] = one[2]
+    with torch.no_grad():
+        expected = network(*(nchw(x).float() / 127.5 - 1 for x in (one, other))).flatten()
+    params = lpips.import_lpips(backbone, linear, name)
+    found = jax.jit(lpips.distance, static_argnames="network")(params, one, other, network=name)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-8)
+    assert found[2] == 0
+    del linear["lin2.model.1.weight"]
+    with pytest.raises(UserError, match=f"LPIPS's {name}: lin2.model.1.weight: missing"):
+        lpips.import_lpips(backbone, linear, name)
+
+
+def test_psnr_and_ssim_are_scikit_images():
+    one = pictures(3, 40, 50, 3)
+    other = np.clip(one + np.random.default_rng(1).normal(scale=20, size=one.shape), 0, 255)
+    other = other.astype(np.uint8)
+    pairs = list(zip(one, other, strict=True))
+    expected = [peak_signal_noise_ratio(a, b) for a, b in pairs]
+    np.testing.assert_allclose(pixels.psnr(one, other), expected, rtol=1e-12)
+    expected = [structural_similarity(a, b, channel_axis=2) for a, b in pairs]
+    np.testing.assert_allclose(pixels.ssim(one, other), expected, rtol=1e-10)
+    assert np.isinf(pixels.psnr(one, one)).all()
+    np.testing.assert_allclose(pixels.ssim(one, one), 1)

@@ -1,0 +1,1 @@
+"""What images and indices are worth: networks, metrics, protocols."""

@@ -1,0 +1,123 @@
+"""Images to be scored, a batch at a time: folders of pictures, and `.npz` files as ADM's.
+
+Of a file with 50,000 images no more than a batch is ever in memory.
+"""
+
+import abc
+import contextlib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from tokenbridge_jax.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+ARRAY = "arr_0"
+
+
+class ImageSet(abc.ABC):
+    """Images of one size, in an order of their own.
+
+    Attributes:
+      path: where they are.
+      count: how many.
+      shape: height, width, channels.
+    """
+
+    path: Path
+    count: int
+    shape: tuple[int, ...]
+
+    @abc.abstractmethod
+    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
+        """The images from `first` to before `last`, `size` at a time."""
+
+
+def open_images(path: str | Path) -> ImageSet:
+    """A folder of pictures (folders within it included) or a `.npz` with `arr_0`.
+
+    Raises:
+      UserError: there are no images, or they cannot be used.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _Folder(path)
+    if path.is_file() and path.suffix == ".npz":
+        return _Npz(path)
+    found = "is neither a folder nor an .npz file" if path.exists() else "does not exist"
+    raise UserError(f"{path} {found}; give a folder of pictures or an .npz with {ARRAY}")
+
+
+class _Folder(ImageSet):
+    def __init__(self, path: Path):
+        self.path = path
+        self._files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        self.count = len(self._files)
+        if not self._files:
+            raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
+        self.shape = self._read(self._files[0]).shape
+
+    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
+        for start in range(first, last, size):
+            images = [self._read(file) for file in self._files[start : min(start + size, last)]]
+            for file, image in zip(self._files[start:], images, strict=False):
+                if image.shape != self.shape:
+                    sizes = " and ".join(
+                        f"{name.name} {shape[1]}x{shape[0]}"
+                        for name, shape in ((self._files[0], self.shape), (file, image.shape))
+                    )
+                    raise UserError(f"{self.path} holds pictures of several sizes ({sizes})")
+            yield np.stack(images)
+
+    def _read(self, file: Path) -> UInt8[np.ndarray, "H W 3"]:
+        try:
+            with Image.open(file) as image:
+                return np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{file} cannot be read as a picture: {error}") from error
+
+
+class _Npz(ImageSet):
+    def __init__(self, path: Path):
+        self.path = path
+        with self._open() as file:
+            version = np.lib.format.read_magic(file)
+            shape, fortran, dtype = (
+                np.lib.format.read_array_header_1_0(file)
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0(file)
+            )
+            self._offset = file.tell()
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise UserError(
+                f"{path}: {ARRAY} must be uint8 of shape [N, H, W, 3], not {dtype} {list(shape)}"
+            )
+        self.count, self.shape = shape[0], shape[1:]
+        if not self.count:
+            raise UserError(f"{path}: {ARRAY} holds no images")
+
+    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
+        bytes_each = int(np.prod(self.shape))
+        with self._open() as file:
+            file.seek(self._offset + first * bytes_each)
+            for start in range(first, last, size):
+                count = min(size, last - start)
+                data = file.read(count * bytes_each)
+                if len(data) < count * bytes_each:
+                    raise UserError(f"{self.path} is damaged: {ARRAY} ends too early")
+                yield np.frombuffer(data, np.uint8).reshape(count, *self.shape)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{ARRAY}.npy") as file:
+                yield file
+        except KeyError:
+            raise UserError(f"{self.path} has no array {ARRAY}") from None
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path} cannot be read: {error}") from error

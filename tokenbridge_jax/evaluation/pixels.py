@@ -1,0 +1,45 @@
+"""Distances of two images by their pixels: PSNR and SSIM. Both are of uint8 pixels, range 255."""
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from scipy.ndimage import uniform_filter
+
+WINDOW = 7
+
+
+def psnr(
+    one: UInt8[np.ndarray, "N H W C"], other: UInt8[np.ndarray, "N H W C"]
+) -> Float[np.ndarray, " N"]:
+    """Peak signal-to-noise ratio of every pair in decibels, float64; infinite where they are equal.
+
+    Figures of a set are means over its images, so not of one error over all of them.
+    """
+    error = (one.astype(np.float64) - other) ** 2
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255**2 / error.mean(axis=(1, 2, 3)))
+
+
+def ssim(
+    one: UInt8[np.ndarray, "N H W C"], other: UInt8[np.ndarray, "N H W C"]
+) -> Float[np.ndarray, " N"]:
+    """Structural similarity of every pair (Wang et al., 2004), float64, the mean over channels.
+
+    With windows of 7 x 7, all pixels alike, and unbiased covariances: what scikit-image computes by
+    default. Windows that reach over the border do not count.
+    """
+    pairs = zip(one.astype(np.float64), other.astype(np.float64), strict=True)
+    return np.array([_ssim(a, b) for a, b in pairs])
+
+
+def _ssim(a: Float[np.ndarray, "H W C"], b: Float[np.ndarray, "H W C"]) -> float:
+    def mean(x: np.ndarray) -> np.ndarray:
+        border = WINDOW // 2
+        return uniform_filter(x, (WINDOW, WINDOW, 1))[border:-border, border:-border]
+
+    unbiased = WINDOW**2 / (WINDOW**2 - 1)
+    mean_a, mean_b = mean(a), mean(b)
+    covariance = unbiased * (mean(a * b) - mean_a * mean_b)
+    variances = unbiased * (mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    brightness = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    return float((brightness * (2 * covariance + c2) / (variances + c2)).mean())
