@@ -1,11 +1,15 @@
 """Features of sets of images: the same however they are divided."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from torch_networks import random_inception_state
 
 from tokenbridge_jax.evaluation import features, inception
+from tokenbridge_jax.evaluation.features import InceptionExtractor, ThumbnailExtractor, extract
 from tokenbridge_jax.evaluation.images import open_images
 
 
@@ -14,19 +18,58 @@ def params():
     return inception.import_inception(random_inception_state())
 
 
+def write_images(path: Path, count: int = 5, size: int = 20) -> np.ndarray:
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    images[4] = images[1]
+    np.savez(path, images)
+    return images
+
+
 def test_features_do_not_depend_on_batches_and_devices(params, tmp_path, monkeypatch):
     """Nor does an image's key on anything but the image."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
-    images[4] = images[1]
-    np.savez(tmp_path / "x.npz", images)
-    found = features.extract(open_images(tmp_path / "x.npz"), params, batch_size=4)
+    images = write_images(tmp_path / "x.npz")
+    found = extract(open_images(tmp_path / "x.npz"), InceptionExtractor(params, batch_size=4))
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    alone = features.extract(open_images(tmp_path / "x.npz"), params, batch_size=2)
+    alone = extract(open_images(tmp_path / "x.npz"), InceptionExtractor(params, batch_size=2))
     direct = jax.jit(inception.features)(params, images)
-    for name in ("pool", "spatial", "logits"):
-        mine, others = getattr(found, name), getattr(alone, name)
+    for mine, others, expected in (
+        (found.kept, alone.kept, direct.pool),
+        (found.logits, alone.logits, direct.logits),
+        (found.pool.mean, alone.pool.mean, direct.pool.mean(axis=0)),
+        (found.spatial.mean, alone.spatial.mean, direct.spatial.mean(axis=0)),
+        (found.spatial.covariance, alone.spatial.covariance, np.cov(direct.spatial.T)),
+    ):
         np.testing.assert_allclose(mine, others, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(mine, getattr(direct, name), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(found.keys, alone.keys)
     assert len(set(found.keys.tolist())) == 4
     assert found.keys[4] == found.keys[1]
+
+
+def test_what_is_kept_does_not_depend_on_the_order(tmp_path):
+    images = write_images(tmp_path / "x.npz", count=40)
+    np.savez(tmp_path / "y.npz", images[::-1])
+    one, other = (
+        extract(open_images(tmp_path / f"{name}.npz"), ThumbnailExtractor(), keep=7)
+        for name in "xy"
+    )
+    assert (one.count, len(one.kept), one.logits) == (40, 7, None)
+    np.testing.assert_array_equal(one.kept, other.kept)
+    whole = extract(open_images(tmp_path / "x.npz"), ThumbnailExtractor())
+    np.testing.assert_array_equal(one.kept, whole.kept[np.argsort(whole.keys, kind="stable")[:7]])
+    np.testing.assert_allclose(one.pool.mean, whole.kept.mean(axis=0), rtol=1e-6)
+
+
+def test_thumbnails_are_area_means():
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
+    expected = [
+        [images[n, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3, c].mean() / 255 for c in range(3)]
+        for n in range(3)
+        for i in range(8)
+        for j in range(8)
+    ]
+    found = features.thumbnails(images)
+    np.testing.assert_allclose(found, np.reshape(expected, (3, 192)), rtol=1e-6)
+    other = features.thumbnails(images[:, :13, :21])
+    box = Image.fromarray(images[1, :13, :21]).resize((8, 8), Image.Resampling.BOX)
+    np.testing.assert_allclose(other[1], np.asarray(box).reshape(-1) / np.float32(255))

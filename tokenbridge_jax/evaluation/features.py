@@ -1,78 +1,230 @@
 """Images -> what the metrics need of them, over the devices of all processes."""
 
+import abc
 import functools
 import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Shaped, UInt8, UInt64
+from PIL import Image
 
 from tokenbridge_jax import parallel
 from tokenbridge_jax.evaluation import inception
 from tokenbridge_jax.evaluation.images import ImageSet
+from tokenbridge_jax.evaluation.moments import Gaussian, Moments
 from tokenbridge_jax.progress import Progress
 
-_SIZES = (
-    inception.POOL_FEATURES,
-    inception.SPATIAL_CHANNELS * inception.SPATIAL_CELLS,
-    inception.CLASSES,
-)
+# Most images a process takes before all exchange their features: 20 MB of Inception's.
+_SHARE = 1024
+
+THUMBNAIL = 8
+
+
+class Features(NamedTuple):
+    """What an extractor says of a batch.
+
+    Attributes:
+      pool: what FID, KID, precision and recall compare; D is 2048 of Inception.
+      spatial: what sFID compares, if the extractor has it.
+      logits: of classes, for the inception score, if it has them.
+    """
+
+    pool: Float[np.ndarray, "N D"]
+    spatial: Float[np.ndarray, "N 2023"] | None = None
+    logits: Float[np.ndarray, "N 1008"] | None = None
+
+
+class Extractor(abc.ABC):
+    """A feature space.
+
+    Attributes:
+      facts: what a figure made with it has to state.
+      batch_size: images to give at a time.
+    """
+
+    facts: Mapping[str, Any]
+    batch_size: int
+
+    @abc.abstractmethod
+    def __call__(self, images: UInt8[np.ndarray, "N H W C"]) -> Features:
+        """Features of at most `batch_size` images, grey or RGB."""
+
+
+class InceptionExtractor(Extractor):
+    """FID's network on the devices of this process; see `inception.features`."""
+
+    def __init__(
+        self,
+        params: inception.Params,
+        *,
+        batch_size: int = 64,
+        dtype: Any = None,
+        facts: Mapping[str, Any] | None = None,
+    ):
+        """Copies the parameters to the devices.
+
+        Args:
+          params: from `inception.import_inception`.
+          batch_size: images at once over all devices, rounded up to a multiple of their number.
+          dtype: of the convolutions.
+          facts: about the weights.
+        """
+        self._mesh = parallel.make_mesh(devices=jax.local_devices())
+        self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+        self.facts = {
+            "features": "inception-2015-12-05 (pool 2048, mixed_6/conv 7 x 17 x 17, logits 1008)",
+            "resize": "bilinear to 299 x 299 as TensorFlow 1, without half-pixel centres",
+            "resize_rounding": "none",
+            "features_dtype": np.dtype(dtype or np.float32).name,
+            **(facts or {}),
+        }
+        self._network = jax.jit(functools.partial(inception.features, dtype=dtype))
+        self._params = jax.device_put(dict(params), parallel.replicated(self._mesh))
+
+    def __call__(self, images: UInt8[np.ndarray, "N H W C"]) -> Features:
+        """See `Extractor`."""
+        count = len(images)
+        full = np.pad(rgb(images), [(0, self.batch_size - count), (0, 0), (0, 0), (0, 0)])
+        found = self._network(
+            self._params, jax.device_put(full, parallel.batch_sharding(self._mesh))
+        )
+        return Features(*(np.asarray(x)[:count] for x in found))
+
+
+class ThumbnailExtractor(Extractor):
+    """`thumbnails` as a feature space: it needs no weights, and sees layout and colour only."""
+
+    batch_size = 256
+
+    def __init__(self) -> None:
+        self.facts = {
+            "features": f"pixels of {THUMBNAIL} x {THUMBNAIL} area means, 0 to 1",
+            "features_dtype": "float32",
+        }
+
+    def __call__(self, images: UInt8[np.ndarray, "N H W C"]) -> Features:
+        """See `Extractor`."""
+        return Features(thumbnails(images))
+
+
+def thumbnails(images: UInt8[np.ndarray, "N H W C"]) -> Float[np.ndarray, "N 64*C"]:
+    """Mean of every cell of an 8 x 8 grid, from 0 to 1, row-major, channels last.
+
+    Sizes that 8 does not divide are first scaled to 8 x 8 by area.
+    """
+    count, height, width, channels = images.shape
+    if height % THUMBNAIL or width % THUMBNAIL:
+        size = (THUMBNAIL, THUMBNAIL)
+        planes = [
+            np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BOX))
+            for plane in images.transpose(0, 3, 1, 2).reshape(-1, height, width)
+        ]
+        images = np.stack(planes).reshape(count, channels, *size).transpose(0, 2, 3, 1)
+    cells = images.reshape(count, THUMBNAIL, -1, THUMBNAIL, images.shape[2] // THUMBNAIL, channels)
+    means = cells.mean(axis=(2, 4), dtype=np.float32) / 255
+    return means.reshape(count, -1)
+
+
+def rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:
+    """Grey images with their channel three times."""
+    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
 
 
 class SetFeatures(NamedTuple):
-    """A set of images as the metrics see it, in the images' order: 20 kB an image.
+    """A set of images as the metrics see it.
 
     Attributes:
-      pool: Inception's features.
-      spatial: its spatial features, for sFID.
-      logits: its logits without bias.
-      keys: of an image's content alone, to bring images into an order that is always the same.
+      count: N, of images.
+      pool: mean and covariance of the features, of all images.
+      spatial: those of the spatial features, if the extractor has them.
+      kept: features of all images in their order, or of those with the smallest keys.
+      logits: of all images in their order, if the extractor has them and all are kept.
+      keys: of every image whose features are kept, from its content alone: to bring images into
+        an order that is always the same.
     """
 
-    pool: Float[np.ndarray, "N 2048"]
-    spatial: Float[np.ndarray, "N 2023"]
-    logits: Float[np.ndarray, "N 1008"]
-    keys: UInt64[np.ndarray, " N"]
+    count: int
+    pool: Gaussian
+    spatial: Gaussian | None
+    kept: Float[np.ndarray, "K D"]
+    logits: Float[np.ndarray, "K 1008"] | None
+    keys: UInt64[np.ndarray, " K"]
 
 
 def extract(
-    images: ImageSet,
-    params: inception.Params,
-    *,
-    batch_size: int = 64,
-    dtype: Any = None,
-    progress: bool = False,
+    images: ImageSet, extractor: Extractor, *, keep: int | None = None, progress: bool = False
 ) -> SetFeatures:
-    """Runs images through Inception; every process takes its share of them and gets all results.
+    """Every process takes its share of the images, and all get the same results.
+
+    Moments are summed in float64 in the images' order, so nothing depends on the number of
+    processes. Of a batch alone the images are in memory.
 
     Args:
       images: the same in every process.
-      params: from `inception.import_inception`.
-      batch_size: images at once, over the devices of a process.
-      dtype: of Inception's convolutions; see there.
+      extractor: of their features.
+      keep: how many images' features to keep, chosen by their content; all by default.
       progress: print rate and ETA to stderr.
     """
-    mesh = parallel.make_mesh(devices=jax.local_devices())
-    batch_size = -(-batch_size // mesh.size) * mesh.size
-    network = jax.jit(functools.partial(inception.features, dtype=dtype))
-    params = jax.device_put(dict(params), parallel.replicated(mesh))
-    process, processes = jax.process_index(), jax.process_count()
-    first, last = (images.count * p // processes for p in (process, process + 1))
-    parts = []
-    with Progress(last - first, desc="inception", visible=progress and process == 0) as bar:
-        for batch in images.batches(batch_size, first, last):
-            full = np.pad(batch, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)])
-            found = network(params, jax.device_put(full, parallel.batch_sharding(mesh)))
-            features = (np.asarray(x)[: len(batch)] for x in found)
-            parts.append((*features, _keys(batch)))
-            bar.update(len(batch))
-    empty = [np.zeros((0, size), np.float32) for size in _SIZES] + [np.zeros(0, np.uint64)]
-    pool, spatial, logits, keys = (
-        _gather(np.concatenate(part)) for part in zip(empty, *parts, strict=True)
+    moments: list[Moments] = []
+    kept: list[list[np.ndarray]] = []
+    with Progress(images.count, desc="features", visible=progress) as bar:
+        for *features, keys in _blocks(images, extractor):
+            pool, spatial, logits = features
+            summed = [x for x in (pool, spatial) if x is not None]
+            moments = moments or [Moments(x.shape[1]) for x in summed]
+            for sums, rows in zip(moments, summed, strict=True):
+                sums.update(rows)
+            if keep is None:
+                kept.append([x for x in (keys, pool, logits) if x is not None])
+            else:
+                parts = [*zip(*kept, [keys, pool], strict=True)]
+                joined = [np.concatenate(part) for part in parts]
+                chosen = np.argsort(joined[0], kind="stable")[:keep]
+                kept = [[part[chosen] for part in joined]]
+            bar.update(len(keys))
+    arrays = [np.concatenate(part) for part in zip(*kept, strict=True)]
+    gaussians = [sums.gaussian() for sums in moments]
+    return SetFeatures(
+        count=images.count,
+        pool=gaussians[0],
+        spatial=gaussians[1] if len(gaussians) > 1 else None,
+        kept=arrays[1],
+        logits=arrays[2] if len(arrays) > 2 else None,
+        keys=arrays[0],
     )
-    return SetFeatures(pool, spatial, logits, keys)
+
+
+def _blocks(images: ImageSet, extractor: Extractor) -> Iterator[list[np.ndarray | None]]:
+    """Features and keys of the next images, in their order; in every process all of them."""
+    process, processes = jax.process_index(), jax.process_count()
+    share = min(_SHARE, -(-images.count // processes))
+    for start in range(0, images.count, share * processes):
+        first, last = (min(start + share * p, images.count) for p in (process, process + 1))
+        # One with no share left looks at an image all the same, for the shapes of its no rows.
+        shown = (first, last) if first < last else (0, 1)
+        batches = _ahead(
+            (batch, content_keys(batch)) for batch in images.batches(extractor.batch_size, *shown)
+        )
+        parts = [[*extractor(batch), keys] for batch, keys in batches]
+        joined = [
+            None if part[0] is None else np.concatenate(part)[: last - first]
+            for part in zip(*parts, strict=True)
+        ]
+        yield [None if rows is None else _gather(rows) for rows in joined]
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The items, one of which is being made while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        item = thread.submit(next, items, None)
+        while (ready := item.result()) is not None:
+            item = thread.submit(next, items, None)
+            yield ready
 
 
 def _gather(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "N ..."]:
@@ -81,13 +233,15 @@ def _gather(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "N ..."]:
         return rows
     counts = multihost_utils.process_allgather(np.int32(len(rows)))
     # As bytes: without x64 JAX would halve wider numbers.
-    data = np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)
+    data = np.ascontiguousarray(rows).reshape(len(rows), int(np.prod(rows.shape[1:])))
+    data = data.view(np.uint8)
     padded = np.pad(data, [(0, counts.max() - len(rows)), (0, 0)])
     everything = multihost_utils.process_allgather(padded)
     whole = np.concatenate([part[:n] for part, n in zip(everything, counts, strict=True)])
     return np.ascontiguousarray(whole).view(rows.dtype).reshape(-1, *rows.shape[1:])
 
 
-def _keys(images: UInt8[np.ndarray, "N H W C"]) -> UInt64[np.ndarray, " N"]:
+def content_keys(images: UInt8[np.ndarray, "N H W C"]) -> UInt64[np.ndarray, " N"]:
+    """A number for every image that follows from its pixels."""
     digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images)
     return np.frombuffer(b"".join(digests), np.uint64)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from tokenbridge_jax.errors import UserError
 
 # Rows that are float64 at a time: 50,000 x 2048 of them would be 0.8 GB.
-_BLOCK = 1000
+_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +33,69 @@ class Gaussian:
             raise UserError("the statistics of the features hold NaN or infinity")
 
 
+class Moments:
+    """Mean and covariance of features that come a few rows at a time.
+
+    Rows are summed in blocks of a fixed size in the order they come, so how many come at a time
+    changes no bit of the result.
+    """
+
+    def __init__(self, size: int):
+        """`size` is D, the number of features of a row."""
+        self.count = 0
+        self._broken = 0
+        self._block = np.empty((_BLOCK, size))
+        self._mean = np.zeros(size)
+        self._scatter = np.zeros((size, size))
+
+    def update(self, rows: Shaped[np.ndarray, "n D"]) -> None:
+        """Adds the features of n images."""
+        while len(rows):
+            filled = self.count % _BLOCK
+            part, rows = rows[: _BLOCK - filled], rows[_BLOCK - filled :]
+            self._block[filled : filled + len(part)] = part
+            self._broken += int((~np.isfinite(part).all(axis=1)).sum())
+            self.count += len(part)
+            if filled + len(part) == _BLOCK:
+                self._mean, self._scatter = self._merged(_BLOCK)
+
+    def gaussian(self) -> Gaussian:
+        """Mean and unbiased covariance of all rows so far.
+
+        Raises:
+          UserError: there are fewer than two, or some are NaN or infinite.
+        """
+        if self.count < 2:
+            raise UserError(f"statistics need at least 2 images, not {self.count}")
+        if self._broken:
+            raise UserError(
+                f"{self._broken} of {self.count} images have features that are NaN or infinite"
+            )
+        mean, scatter = self._merged(self.count % _BLOCK)
+        return Gaussian(mean, scatter / (self.count - 1))
+
+    def _merged(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and scatter with the first `rows` of the block (Chan et al., 1983, eq. 2.1)."""
+        if not rows:
+            return self._mean, self._scatter
+        before = (self.count - 1) // _BLOCK * _BLOCK
+        block = self._block[:rows]
+        # About their first: what is far from zero compared with its spread would lose digits.
+        mean = block[0] + (block - block[0]).mean(axis=0)
+        centred = block - mean
+        difference = mean - self._mean
+        share = rows / (before + rows)
+        scatter = self._scatter + centred.T @ centred
+        scatter += before * share * np.outer(difference, difference)
+        return self._mean + share * difference, scatter
+
+
 def gaussian(features: Shaped[np.ndarray, "N D"]) -> Gaussian:
     """Mean and unbiased covariance of N images' features.
 
     Raises:
       UserError: there are fewer than two images, or features that are NaN or infinite.
     """
-    count, size = features.shape
-    if count < 2:
-        raise UserError(f"statistics need at least 2 images, not {count}")
-    # About the first row: what is far from zero compared with its spread would lose digits.
-    pivot = features[0].astype(np.float64)
-    total, products, broken = np.zeros(size), np.zeros((size, size)), 0
-    for start in range(0, count, _BLOCK):
-        block = features[start : start + _BLOCK] - pivot
-        broken += int((~np.isfinite(block).all(axis=1)).sum())
-        total += block.sum(axis=0)
-        products += block.T @ block
-    if broken:
-        raise UserError(f"{broken} of {count} images have features that are NaN or infinite")
-    mean = total / count
-    covariance = (products - count * np.outer(mean, mean)) / (count - 1)
-    return Gaussian(pivot + mean, covariance)
+    moments = Moments(features.shape[1])
+    moments.update(features)
+    return moments.gaussian()
