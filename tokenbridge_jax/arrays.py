@@ -1,5 +1,6 @@
 """Parameters as a safetensors file, which needs neither this package nor JAX to be read."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,3 +36,13 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def sha256(tree: Mapping[str, Any], start: bytes = b"") -> str:
+    """SHA-256 of `start` and every array's name, shape, dtype and bytes, in the names' order."""
+    digest = hashlib.sha256(start)
+    for name, leaf in sorted(traverse_util.flatten_dict(dict(tree), sep="/").items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()

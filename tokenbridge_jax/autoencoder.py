@@ -7,7 +7,6 @@ itself applies the scale.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -400,12 +399,7 @@ def autoencoder_hash(config: AutoencoderConfig, params: Mapping[str, Any]) -> st
 
     It names an autoencoder in token shards and checkpoints whatever file it came from.
     """
-    digest = hashlib.sha256(json.dumps(config.to_json(), sort_keys=True).encode())
-    for name, leaf in sorted(traverse_util.flatten_dict(dict(params), sep="/").items()):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
+    return arrays.sha256(params, json.dumps(config.to_json(), sort_keys=True).encode())
 
 
 def save_autoencoder(

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -29,9 +30,6 @@ def in_object_store(path: epath.PathLike) -> bool:
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes `data` to `path`, which holds either its old content or all of the new.
 
-    The bytes go to a temporary file beside `path` that takes its name only when complete. An object
-    store does as much by itself.
-
     Raises:
       UserError: the disk is full or the folder is not writable.
     """
@@ -42,18 +40,45 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
         except OSError as error:
             raise write_error(path, error) from error
         return
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """A file to write to in place of `path`, which holds either its old content or all of the new.
+
+    The bytes go to a temporary file beside `path` that takes its name only when complete, or that
+    is copied to an object store then.
+
+    Raises:
+      UserError: the disk is full or the folder is not writable.
+    """
+    path = epath.Path(path)
+    if in_object_store(path):
+        with tempfile.TemporaryDirectory() as folder:
+            local = epath.Path(folder) / path.name
+            with replacing(local) as file:
+                yield file
+            try:
+                local.copy(path, overwrite=True)
+            except OSError as error:
+                raise write_error(path, error) from error
+        return
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # Where the folder is a file, even this fails.
             temporary.unlink(missing_ok=True)
-        raise write_error(path, error) from error
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
+        raise
 
 
 def write_error(path: epath.PathLike, error: OSError) -> UserError:

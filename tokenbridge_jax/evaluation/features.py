@@ -63,7 +63,7 @@ class InceptionExtractor(Extractor):
         params: inception.Params,
         *,
         batch_size: int = 64,
-        dtype: Any = None,
+        precision: str = "high",
         facts: Mapping[str, Any] | None = None,
     ):
         """Copies the parameters to the devices.
@@ -71,7 +71,7 @@ class InceptionExtractor(Extractor):
         Args:
           params: from `inception.import_inception`.
           batch_size: images at once over all devices, rounded up to a multiple of their number.
-          dtype: of the convolutions.
+          precision: of the convolutions; see `inception.features`.
           facts: about the weights.
         """
         self._mesh = parallel.make_mesh(devices=jax.local_devices())
@@ -80,10 +80,10 @@ class InceptionExtractor(Extractor):
             "features": "inception-2015-12-05 (pool 2048, mixed_6/conv 7 x 17 x 17, logits 1008)",
             "resize": "bilinear to 299 x 299 as TensorFlow 1, without half-pixel centres",
             "resize_rounding": "none",
-            "features_dtype": np.dtype(dtype or np.float32).name,
+            "features_precision": precision,
             **(facts or {}),
         }
-        self._network = jax.jit(functools.partial(inception.features, dtype=dtype))
+        self._network = jax.jit(functools.partial(inception.features, precision=precision))
         self._params = jax.device_put(dict(params), parallel.replicated(self._mesh))
 
     def __call__(self, images: UInt8[np.ndarray, "N H W C"]) -> Features:
@@ -104,7 +104,6 @@ class ThumbnailExtractor(Extractor):
     def __init__(self) -> None:
         self.facts = {
             "features": f"pixels of {THUMBNAIL} x {THUMBNAIL} area means, 0 to 1",
-            "features_dtype": "float32",
         }
 
     def __call__(self, images: UInt8[np.ndarray, "N H W C"]) -> Features:
@@ -154,6 +153,12 @@ class SetFeatures(NamedTuple):
     kept: Float[np.ndarray, "K D"]
     logits: Float[np.ndarray, "K 1008"] | None
     keys: UInt64[np.ndarray, " K"]
+
+    @property
+    def digest(self) -> str:
+        """Names the content of the set, in whatever order: a SHA-256 of number and keys."""
+        content = np.sort(self.keys).astype("<u8").tobytes()
+        return hashlib.sha256(f"{self.count} ".encode() + content).hexdigest()
 
 
 def extract(

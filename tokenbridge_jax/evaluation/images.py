@@ -1,19 +1,24 @@
 """Images to be scored, a batch at a time: folders of pictures, and `.npz` files as ADM's.
 
-Of a file with 50,000 images no more than a batch is ever in memory.
+Of a file with 50,000 images no more than a batch is ever in memory, read or written.
 """
 
 import abc
 import contextlib
+import io as bytes_io
+import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from etils import epath
+from jaxtyping import Integer, Shaped, UInt8
 from PIL import Image
 
+from tokenbridge_jax import io
 from tokenbridge_jax.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -27,11 +32,13 @@ class ImageSet(abc.ABC):
       path: where they are.
       count: how many.
       shape: height, width, channels.
+      facts: what a figure of them has to state.
     """
 
     path: Path
     count: int
     shape: tuple[int, ...]
+    facts: Mapping[str, Any] = {}
 
     @abc.abstractmethod
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
@@ -63,16 +70,22 @@ class _Folder(ImageSet):
         self.shape = self._read(self._files[0]).shape
 
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
-        for start in range(first, last, size):
-            images = [self._read(file) for file in self._files[start : min(start + size, last)]]
-            for file, image in zip(self._files[start:], images, strict=False):
-                if image.shape != self.shape:
-                    sizes = " and ".join(
-                        f"{name.name} {shape[1]}x{shape[0]}"
-                        for name, shape in ((self._files[0], self.shape), (file, image.shape))
-                    )
-                    raise UserError(f"{self.path} holds pictures of several sizes ({sizes})")
-            yield np.stack(images)
+        # Pillow releases the interpreter's lock while it decodes.
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for start in range(first, last, size):
+                files = self._files[start : min(start + size, last)]
+                images = list(threads.map(self._read, files))
+                for file, image in zip(files, images, strict=True):
+                    if image.shape != self.shape:
+                        sizes = " and ".join(
+                            f"{name.name} {shape[1]}x{shape[0]}"
+                            for name, shape in ((self._files[0], self.shape), (file, image.shape))
+                        )
+                        raise UserError(
+                            f"{self.path} holds pictures of several sizes ({sizes}); crop them to "
+                            "one (with --what reference the config's images are)"
+                        )
+                yield np.stack(images)
 
     def _read(self, file: Path) -> UInt8[np.ndarray, "H W 3"]:
         try:
@@ -121,3 +134,63 @@ class _Npz(ImageSet):
             raise UserError(f"{self.path} has no array {ARRAY}") from None
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.path} cannot be read: {error}") from error
+
+
+class MadeImages(ImageSet):
+    """Images that are made when they are asked for, such as samples from their indices."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        make: Callable[[np.ndarray], UInt8[np.ndarray, "n H W C"]],
+        recipes: Shaped[np.ndarray, "N ..."],
+        facts: Mapping[str, Any],
+    ):
+        """`make` turns some of the N recipes into images; `path` names them in messages."""
+        self.path, self._make, self._recipes, self.facts = Path(path), make, recipes, facts
+        self.count, self.shape = len(recipes), make(recipes[:1]).shape[1:]
+
+    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
+        """See `ImageSet`."""
+        for start in range(first, last, size):
+            yield self._make(self._recipes[start : min(start + size, last)])
+
+
+def write_images(
+    path: epath.PathLike,
+    images: Iterator[UInt8[np.ndarray, "n H W C"]],
+    shape: tuple[int, ...],
+    labels: Integer[np.ndarray, " N"],
+) -> None:
+    """Writes `.npz` as `np.savez(path, arr_0=images, labels=labels)` would, a batch at a time.
+
+    The file is whole or not there.
+
+    Args:
+      path: of the file.
+      images: batches of all N images.
+      shape: of all images together, [N, H, W, C].
+      labels: the class of every image.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with io.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open(f"{ARRAY}.npy", "w", force_zip64=True) as array:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(array, header)
+            for batch in images:
+                array.write(np.ascontiguousarray(batch).data)
+        with archive.open("labels.npy", "w") as array:
+            np.lib.format.write_array(array, np.asarray(labels))
+
+
+def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """`np.savez`, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    buffer = bytes_io.BytesIO()
+    np.savez(buffer, **arrays)
+    io.write_bytes(path, buffer.getvalue())

@@ -151,21 +151,28 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
     # TensorFlow's graph takes the maximum here, and only here.
     "Mixed_7c": _mixed_7("maximum"),
 }
+# How convolutions multiply. "highest": float32. "high": as fast as float32 gets with little loss:
+# TF32 on GPUs, as PyTorch does by default, three bfloat16 products on TPUs, float32 on CPUs.
+# "bfloat16": an approximation.
+PRECISIONS = ("highest", "high", "bfloat16")
+
 # What TensorFlow calls `mixed_6/conv`.
 SPATIAL = "Mixed_6d.branch1x1"
 
 Params = Mapping[str, Mapping[str, Float[Array | np.ndarray, "..."]]]
 
 
-def features(params: Params, images: UInt8[Array, "N H W 3"], dtype: Any = None) -> Features:
+def features(
+    params: Params, images: UInt8[Array, "N H W 3"], precision: str = "high"
+) -> Features:
     """What the network says of images of any one size; to be jitted.
 
     Args:
       params: from `import_inception`.
       images: uint8 RGB. They are resized as TensorFlow 1 does, without rounding to uint8 after it.
-      dtype: of convolutions; float32 in full precision by default. bfloat16 is an approximation.
+      precision: of convolutions, one of `PRECISIONS`.
     """
-    results = dict(activations(params, images, dtype))
+    results = dict(activations(params, images, precision))
     spatial = results[SPATIAL][..., :SPATIAL_CHANNELS].reshape(len(images), -1)
     pool = results[list(BLOCKS)[-1]].astype(jnp.float32).mean(axis=(1, 2))
     logits = jnp.dot(pool, params["fc"]["kernel"], precision="highest")
@@ -173,10 +180,11 @@ def features(params: Params, images: UInt8[Array, "N H W 3"], dtype: Any = None)
 
 
 def activations(
-    params: Params, images: UInt8[Array, "N H W 3"], dtype: Any = None
+    params: Params, images: UInt8[Array, "N H W 3"], precision: str = "high"
 ) -> Iterator[tuple[str, Float[Array, "N h w c"]]]:
     """What comes out of every convolution, by its name, and of every block. See `features`."""
-    dtype = dtype or jnp.float32
+    low = precision == "bfloat16"
+    dtype = jnp.bfloat16 if low else jnp.float32
 
     def convolve(x: jax.Array, name: str, conv: Conv) -> jax.Array:
         weights = params[name]
@@ -186,7 +194,7 @@ def activations(
             window_strides=(conv.stride, conv.stride),
             padding=[(side, side) for side in conv.padding],
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision="highest",
+            precision=None if low else precision,
         )
         return jax.nn.relu(x + jnp.asarray(weights["bias"], dtype)[None, None, None])
 

@@ -1,0 +1,71 @@
+"""Imports the networks that `evaluate` measures with, once on a machine: no PyTorch is needed then.
+
+  tokenbridge import-metrics --inception pt_inception-2015-12-05-6726825d.pth
+  tokenbridge import-metrics --vgg16 vgg16-397923af.pth --lpips_vgg vgg.pth
+
+The first file is published by github.com/mseitzer/pytorch-fid (releases, fid_weights), backbones of
+LPIPS at download.pytorch.org/models, and its own weights are in the PyPI package lpips, folder
+lpips/weights/v0.1. Every file's SHA-256 is checked. Reading .pth needs
+`pip install 'tokenbridge_jax[torch]'`; .safetensors and .npz with the same names do not.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation import networks
+
+NEEDS_WORKDIR = False
+
+_FILES = {
+    "inception": "FID's Inception.",
+    "vgg16": "LPIPS's VGG backbone.",
+    "lpips_vgg": "LPIPS's weights of VGG's layers.",
+    "alexnet": "LPIPS's AlexNet backbone.",
+    "lpips_alex": "LPIPS's weights of AlexNet's layers.",
+}
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Adds the flags of this command."""
+    for name, help_text in _FILES.items():
+        flags.DEFINE_string(name, None, help_text, flag_values=flag_values)
+    flags.DEFINE_string(
+        "networks",
+        None,
+        f"Folder to write to; by default ${networks.FOLDER_VARIABLE} or one of the user's cache.",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_bool(
+        "unpublished",
+        False,
+        "Take files with another SHA-256 than the published ones', converted ones say.",
+        flag_values=flag_values,
+    )
+
+
+def main(args: flags.FlagValues) -> None:
+    """Imports every network whose files are given."""
+    if jax.process_count() > 1:
+        raise UserError("one process imports: run it without --distributed")
+    given = {name: args[name].value for name in _FILES if args[name].value}
+    if not given:
+        raise UserError("nothing to import: name --inception FILE, or the two files of an LPIPS")
+    wanted = [name for name, parts in networks.PARTS.items() if set(parts) & set(given)]
+    for name in wanted:
+        for part in networks.PARTS[name]:
+            if part not in given:
+                raise UserError(f"{name} needs --{part} FILE, too")
+    folder = Path(args.networks) if args.networks else networks.default_folder()
+    for name in wanted:
+        paths = {part: given[part] for part in networks.PARTS[name]}
+        path = networks.import_network(name, paths, folder, unpublished=args.unpublished)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(runner.run("import-metrics", sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""The weights that metrics need: public files, imported once into a folder of this machine.
+
+| file | published at | for |
+|---|---|---|
+| `pt_inception-2015-12-05-6726825d.pth` | github.com/mseitzer/pytorch-fid, releases | FID, sFID, IS, KID, precision, recall |
+| `vgg16-397923af.pth`, `alexnet-owt-7be5be79.pth` | download.pytorch.org/models | LPIPS |
+| `vgg.pth`, `alex.pth` | the `lpips` package of PyPI, `lpips/weights/v0.1` | LPIPS |
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tokenbridge_jax import arrays, io
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation import inception, lpips
+from tokenbridge_jax.torch_bridge import files
+
+# What the SHA-256 of the published files begin with: their names say it, or it was computed.
+PUBLISHED = {
+    "inception": "6726825d",
+    "vgg16": "397923af",
+    "alexnet": "7be5be79",
+    "lpips_vgg": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    "lpips_alex": "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+}
+# The files that a network is made of.
+PARTS = {
+    "inception": ("inception",),
+    "lpips_vgg": ("vgg16", "lpips_vgg"),
+    "lpips_alex": ("alexnet", "lpips_alex"),
+}
+FOLDER_VARIABLE = "TOKENBRIDGE_NETWORKS"
+
+
+class Network(NamedTuple):
+    """An imported network.
+
+    Attributes:
+      params: its parameters.
+      facts: the SHA-256 of the files they are from, and whether these are the published ones.
+    """
+
+    params: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def default_folder() -> Path:
+    """$TOKENBRIDGE_NETWORKS, or a folder of the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(FOLDER_VARIABLE) or Path(cache) / "tokenbridge_jax" / "networks")
+
+
+def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublished: bool) -> Path:
+    """Reads a network's public files, checks them, and writes what `load_network` reads.
+
+    Args:
+      name: of `PARTS`.
+      paths: the file of every part.
+      folder: to write to.
+      unpublished: take files with another SHA-256 than the published ones', such as conversions to
+        `.safetensors` or `.npz`. What is computed with them says so.
+
+    Raises:
+      UserError: a file is not the published one, or not of this network.
+    """
+    digests = {part: _sha256(path) for part, path in paths.items()}
+    published = all(digests[part].startswith(PUBLISHED[part]) for part in digests)
+    for part, digest in digests.items():
+        if not unpublished and not digest.startswith(PUBLISHED[part]):
+            raise UserError(
+                f"{paths[part]} is not the published file: its SHA-256 begins with {digest[:8]}, "
+                f"not {PUBLISHED[part][:8]}; download it again, or say --unpublished"
+            )
+    tensors = [files.read(path)["model"] for path in paths.values()]
+    params = (
+        inception.import_inception(*tensors)
+        if name == "inception"
+        else lpips.import_lpips(*tensors, network=name.removeprefix("lpips_"))
+    )
+    for layer, values in params.items():
+        if not all(np.isfinite(array).all() for array in values.values()):
+            raise UserError(f"{', '.join(paths.values())}: {layer} holds NaN or infinity")
+    target = folder / f"{name}.safetensors"
+    arrays.write(target, params)
+    io.write_json(_facts_file(target), {"published": published, "sha256": digests})
+    return target
+
+
+def load_network(name: str, folder: Path) -> Network | None:
+    """What `import_network` wrote; None if it is not there.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    path = folder / f"{name}.safetensors"
+    if not path.exists() or not _facts_file(path).exists():
+        return None
+    facts = io.read_json(_facts_file(path))
+    weights = {f"{part}_sha256": digest for part, digest in facts["sha256"].items()}
+    return Network(arrays.read(path), weights | {f"{name}_published": facts["published"]})
+
+
+def _facts_file(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _sha256(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
