@@ -144,6 +144,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             batch_size=250,
         )
     )
+    config.evaluation = ConfigDict(
+        dict(every=350, num_images=500, reference="data", features="thumbnails")
+    )
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, slices=-1))
 
     if arguments.quick:

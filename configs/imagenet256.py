@@ -152,6 +152,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             batch_size=64,
         )
     )
+    config.evaluation = ConfigDict(
+        dict(every=0, num_images=5000, reference="", features="inception")
+    )
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, slices=-1))
 
     if arguments.quick:

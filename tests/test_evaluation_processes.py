@@ -18,7 +18,7 @@ def process(path: str) -> None:
         images = open_images(path)
         images.count = count
         found = next(iter(features._blocks(images, ThumbnailExtractor())))
-        print(count, [x if x is None else (x.shape, float(np.float64(x).sum())) for x in found])
+        print(count, *(f"{x.shape} {np.float64(x).sum()}" for x in (found[0].pool, found[1])))
     images.count = 37
     print(extract(images, ThumbnailExtractor(), keep=9).pool.covariance.tobytes().hex()[:200])
     processes.leave(0)
@@ -33,7 +33,7 @@ def test_processes_have_the_same_features_to_the_bit(tmp_path):
         outputs = [process.communicate(timeout=120)[0] for process in job]
         assert [process.returncode for process in job] == [0] * count, outputs
         told += outputs
-    assert "37 [((37, 192)" in told[0]
+    assert "37 (37, 192)" in told[0]
     assert len(set(told)) == 1
 
 

@@ -85,6 +85,7 @@ def sample_indices(
     *,
     seed: int = 0,
     batch_size: int = 64,
+    first: int = 0,
     known: Integer[np.ndarray, "N L C"] | None = None,
     hidden: Bool[np.ndarray, "N L"] | None = None,
     progress: bool = False,
@@ -93,7 +94,7 @@ def sample_indices(
 ) -> Integer[np.ndarray, "N L C"]:
     """Samples any number of images, batch by batch, split over a mesh.
 
-    Image i has sample index i: its indices do not depend on the batch size or the mesh.
+    Image i has sample index `first` + i: its indices do not depend on the batch size or the mesh.
 
     Args:
       config: the model.
@@ -105,6 +106,7 @@ def sample_indices(
       seed: of all randomness.
       batch_size: images at once, over all devices; rounded up to a multiple of the mesh's batch
         shards, and no more than there are images. Edits fill up to the next of a few sizes.
+      first: sample index of the first image, where these are a part of more.
       known: indices of images to be edited. A batch has images with equally many hidden positions.
       hidden: the positions to draw, with `known`; all by default.
       progress: print rate and ETA to stderr.
@@ -129,7 +131,7 @@ def sample_indices(
 
     def draw(batch: np.ndarray, count: int, num_hidden: int) -> np.ndarray:
         """Draws the images of a batch; those after the first `count` only fill it."""
-        batch_labels, numbers = jax.device_put((labels[batch], batch), sharding)
+        batch_labels, numbers = jax.device_put((labels[batch], batch + first), sharding)
         given = None
         if hidden is not None:
             indices, mask = jax.device_put((known[batch], hidden[batch]), sharding)

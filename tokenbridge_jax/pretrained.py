@@ -45,7 +45,7 @@ def save(pipeline: "Pipeline", directory: epath.PathLike) -> None:
     directory = epath.Path(directory)
     if not io.in_object_store(directory):
         directory = directory.absolute()
-    params = jax.tree.map(_on_host, pipeline.params)
+    params = jax.tree.map(on_host, pipeline.params)
     mistake = ""
     if jax.process_index() == 0:
         try:
@@ -103,7 +103,7 @@ def _from_checkpoints(
     return load_params(checkpoints, abstract, part=part, step=step), step
 
 
-def _on_host(leaf: jax.Array) -> np.ndarray:
+def on_host(leaf: jax.Array) -> np.ndarray:
     if not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)

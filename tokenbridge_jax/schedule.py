@@ -58,6 +58,10 @@ class SamplingSettings:
         given = {name: value for name, value in section.items() if name != "batch_size"}
         return cls(**given | changes)
 
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        return dataclasses.asdict(self) | {"guidance_interval": list(self.guidance_interval)}
+
     def __post_init__(self) -> None:
         if self.num_iter < 1:
             raise UserError(f"sampling.num_iter={self.num_iter} must be at least 1")

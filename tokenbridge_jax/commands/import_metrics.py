@@ -52,7 +52,7 @@ def main(args: flags.FlagValues) -> None:
     """Imports every network whose files are given."""
     if jax.process_count() > 1:
         raise UserError("one process imports: run it without --distributed")
-    given = {name: args[name].value for name in _FILES if args[name].value}
+    given = {name: str(args[name].value) for name in _FILES if args[name].value}
     if not given:
         raise UserError("nothing to import: name --inception FILE, or the two files of an LPIPS")
     wanted = [name for name, parts in networks.PARTS.items() if set(parts) & set(given)]

@@ -32,7 +32,9 @@ COMMANDS = {
     "import-torch": ("import_torch", "PyTorch checkpoints -> a workdir"),
     "export-torch": ("export_torch", "a workdir -> PyTorch checkpoints"),
     "sample": ("sample", "trained model + autoencoder -> images"),
+    "evaluate": ("evaluate", "trained model, tokens or samples -> scores and where they come from"),
     "edit": ("edit", "pictures + trained model -> pictures with parts drawn anew"),
+    "import-metrics": ("import_metrics", "weights of FID's and LPIPS's networks -> this machine"),
     "demo": ("demo", "trained model + autoencoder -> a page in the browser"),
     "benchmark": ("benchmark", "a config -> speed, share of the device's peak, memory"),
     "preflight": ("preflight", "a config -> does it fit a TPU slice, for how long does it train"),
@@ -54,9 +56,13 @@ SECTIONS = (
     "model",
     "training",
     "sampling",
+    "evaluation",
     "mesh",
 )
 
+
+# What configs had no section for before there was one: nothing is evaluated in training.
+EVALUATION = {"every": 0, "num_images": 1000, "reference": "", "features": "inception"}
 
 # The config of the last train-vae, tokenize or train in a workdir.
 CONFIG_FILE = "config.json"
@@ -224,6 +230,10 @@ def _complete(config: Any) -> Any:
             values.setdefault("keep_every", 0)
     if "data" in (mesh := config.get("mesh", {})):
         mesh.setdefault("slices", -1)
+    if "sampling" in config:
+        evaluation = config.setdefault("evaluation", {})
+        for name, value in EVALUATION.items():
+            evaluation.setdefault(name, value)
     return config
 
 

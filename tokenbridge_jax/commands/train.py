@@ -29,6 +29,10 @@ from tokenbridge_jax.data.loader import make_loader, validation_batches
 from tokenbridge_jax.data.local_copy import local_copy
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation.features import extract
+from tokenbridge_jax.evaluation.generation import decoded_images, make_labels
+from tokenbridge_jax.evaluation.networks import default_folder, make_extractor
+from tokenbridge_jax.evaluation.scores import find_reference, generation_scores
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline import ModelDescription, sample_indices
 from tokenbridge_jax.pretrained import WEIGHTS_FILE
@@ -166,6 +170,8 @@ def make_run(
         hooks.append(_validation_hook(config, tokens, info, model, masks, mesh))
     if (workdir / "autoencoder" / "config.json").exists():
         hooks.append(_sample_hook(config, workdir, info, model, mesh))
+        if config.evaluation.every:
+            hooks.append(_evaluation_hook(config, workdir, info, model, mesh))
     return Run(
         name="train",
         directory=workdir,
@@ -222,9 +228,7 @@ def _sample_hook(
 ) -> Hook:
     """A grid of images sampled with the EMA, always of the same classes and seed."""
     settings = SamplingSettings.from_section(config.sampling)
-    autoencoder, params = load_autoencoder(workdir / "autoencoder")
-    local_mesh = parallel.make_mesh(devices=jax.local_devices())
-    codec = Codec(autoencoder, params, model.quantizer, local_mesh, jnp.dtype(model.dtype))
+    codec = _codec(workdir, model)
     classes = len(info.class_names)
     spread = np.linspace(0, classes - 1, min(classes, IN_GRID)).astype(np.int32)
     labels = np.resize(spread, IN_GRID)
@@ -246,6 +250,45 @@ def _sample_hook(
         return {}
 
     return Hook(config.training.sample_every, run)
+
+
+def _evaluation_hook(
+    config: ConfigDict,
+    workdir: epath.Path,
+    info: DatasetInfo,
+    model: TokenBridgeConfig,
+    mesh: Mesh,
+) -> Hook:
+    """Scores of a few samples of the EMA, always of the same classes and seed."""
+    section, settings = config.evaluation, SamplingSettings.from_section(config.sampling)
+    extractor = make_extractor(section.features, default_folder())
+    if not section.reference:
+        raise UserError("config.evaluation.reference is not set: name a file of statistics, images")
+    reference = find_reference(section.reference, config, extractor)
+    codec = _codec(workdir, model)
+    labels = make_labels("balanced", section.num_images, len(info.class_names), config.seed)
+
+    def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
+        indices = sample_indices(
+            model,
+            state.ema_params,
+            labels,
+            settings,
+            mesh,
+            seed=config.seed,
+            batch_size=config.sampling.batch_size,
+        )
+        found = extract(decoded_images(codec, indices, workdir), extractor)
+        return {f"eval_{k}": v for k, v in generation_scores(found, reference).items()}
+
+    return Hook(section.every, run)
+
+
+def _codec(workdir: epath.Path, model: TokenBridgeConfig) -> Codec:
+    """Decodes what is sampled in training, in the model's precision."""
+    autoencoder, params = load_autoencoder(workdir / "autoencoder")
+    local_mesh = parallel.make_mesh(devices=jax.local_devices())
+    return Codec(autoencoder, params, model.quantizer, local_mesh, jnp.dtype(model.dtype))
 
 
 def _left_out(config: ConfigDict, workdir: epath.Path, info: DatasetInfo) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Images -> what the metrics need of them, over the devices of all processes."""
 
 import abc
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -45,18 +46,22 @@ class Extractor(abc.ABC):
     Attributes:
       facts: what a figure made with it has to state.
       batch_size: images to give at a time.
+      size: D, the number of features that FID compares.
     """
 
     facts: Mapping[str, Any]
     batch_size: int
+    size: int
 
     @abc.abstractmethod
-    def __call__(self, images: UInt8[np.ndarray, "N H W C"]) -> Features:
-        """Features of at most `batch_size` images, grey or RGB."""
+    def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> Features:
+        """Features of at most `batch_size` images."""
 
 
 class InceptionExtractor(Extractor):
     """FID's network on the devices of this process; see `inception.features`."""
+
+    size = inception.POOL_FEATURES
 
     def __init__(
         self,
@@ -86,10 +91,10 @@ class InceptionExtractor(Extractor):
         self._network = jax.jit(functools.partial(inception.features, precision=precision))
         self._params = jax.device_put(dict(params), parallel.replicated(self._mesh))
 
-    def __call__(self, images: UInt8[np.ndarray, "N H W C"]) -> Features:
+    def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> Features:
         """See `Extractor`."""
         count = len(images)
-        full = np.pad(rgb(images), [(0, self.batch_size - count), (0, 0), (0, 0), (0, 0)])
+        full = np.pad(images, [(0, self.batch_size - count), (0, 0), (0, 0), (0, 0)])
         found = self._network(
             self._params, jax.device_put(full, parallel.batch_sharding(self._mesh))
         )
@@ -100,13 +105,14 @@ class ThumbnailExtractor(Extractor):
     """`thumbnails` as a feature space: it needs no weights, and sees layout and colour only."""
 
     batch_size = 256
+    size = THUMBNAIL * THUMBNAIL * 3
 
     def __init__(self) -> None:
         self.facts = {
             "features": f"pixels of {THUMBNAIL} x {THUMBNAIL} area means, 0 to 1",
         }
 
-    def __call__(self, images: UInt8[np.ndarray, "N H W C"]) -> Features:
+    def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> Features:
         """See `Extractor`."""
         return Features(thumbnails(images))
 
@@ -129,12 +135,8 @@ def thumbnails(images: UInt8[np.ndarray, "N H W C"]) -> Float[np.ndarray, "N 64*
     return means.reshape(count, -1)
 
 
-def rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:
-    """Grey images with their channel three times."""
-    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
-
-
-class SetFeatures(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class SetFeatures:
     """A set of images as the metrics see it.
 
     Attributes:
@@ -178,8 +180,7 @@ def extract(
     moments: list[Moments] = []
     kept: list[list[np.ndarray]] = []
     with Progress(images.count, desc="features", visible=progress) as bar:
-        for *features, keys in _blocks(images, extractor):
-            pool, spatial, logits = features
+        for (pool, spatial, logits), keys in _blocks(images, extractor):
             summed = [x for x in (pool, spatial) if x is not None]
             moments = moments or [Moments(x.shape[1]) for x in summed]
             for sums, rows in zip(moments, summed, strict=True):
@@ -204,7 +205,7 @@ def extract(
     )
 
 
-def _blocks(images: ImageSet, extractor: Extractor) -> Iterator[list[np.ndarray | None]]:
+def _blocks(images: ImageSet, extractor: Extractor) -> Iterator[tuple[Features, np.ndarray]]:
     """Features and keys of the next images, in their order; in every process all of them."""
     process, processes = jax.process_index(), jax.process_count()
     share = min(_SHARE, -(-images.count // processes))
@@ -215,12 +216,9 @@ def _blocks(images: ImageSet, extractor: Extractor) -> Iterator[list[np.ndarray 
         batches = _ahead(
             (batch, content_keys(batch)) for batch in images.batches(extractor.batch_size, *shown)
         )
-        parts = [[*extractor(batch), keys] for batch, keys in batches]
-        joined = [
-            None if part[0] is None else np.concatenate(part)[: last - first]
-            for part in zip(*parts, strict=True)
-        ]
-        yield [None if rows is None else _gather(rows) for rows in joined]
+        parts = [(extractor(batch), keys) for batch, keys in batches]
+        count = last - first
+        yield jax.tree.map(lambda *rows, n=count: _gather(np.concatenate(rows)[:n]), *parts)
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:

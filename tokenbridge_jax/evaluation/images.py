@@ -16,22 +16,26 @@ from typing import Any
 import numpy as np
 from etils import epath
 from jaxtyping import Integer, Shaped, UInt8
+from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenbridge_jax import io
+from tokenbridge_jax.data.images import ImageError
+from tokenbridge_jax.data.sources import load_prepared
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.tokenizing import make_subsets
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARRAY = "arr_0"
 
 
 class ImageSet(abc.ABC):
-    """Images of one size, in an order of their own.
+    """RGB images of one size, in an order of their own.
 
     Attributes:
       path: where they are.
       count: how many.
-      shape: height, width, channels.
+      shape: height, width, 3.
       facts: what a figure of them has to state.
     """
 
@@ -41,7 +45,7 @@ class ImageSet(abc.ABC):
     facts: Mapping[str, Any] = {}
 
     @abc.abstractmethod
-    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
+    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """The images from `first` to before `last`, `size` at a time."""
 
 
@@ -69,7 +73,7 @@ class _Folder(ImageSet):
             raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
         self.shape = self._read(self._files[0]).shape
 
-    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
+    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         # Pillow releases the interpreter's lock while it decodes.
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             for start in range(first, last, size):
@@ -114,7 +118,7 @@ class _Npz(ImageSet):
         if not self.count:
             raise UserError(f"{path}: {ARRAY} holds no images")
 
-    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
+    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         bytes_each = int(np.prod(self.shape))
         with self._open() as file:
             file.seek(self._offset + first * bytes_each)
@@ -136,6 +140,11 @@ class _Npz(ImageSet):
             raise UserError(f"{self.path} cannot be read: {error}") from error
 
 
+def rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:
+    """Grey images with their channel three times."""
+    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
+
+
 class MadeImages(ImageSet):
     """Images that are made when they are asked for, such as samples from their indices."""
 
@@ -150,10 +159,36 @@ class MadeImages(ImageSet):
         self.path, self._make, self._recipes, self.facts = Path(path), make, recipes, facts
         self.count, self.shape = len(recipes), make(recipes[:1]).shape[1:]
 
-    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W C"]]:
+    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """See `ImageSet`."""
         for start in range(first, last, size):
             yield self._make(self._recipes[start : min(start + size, last)])
+
+
+def data_images(config: ConfigDict, split: str) -> MadeImages:
+    """The images of a split of `config.data`, cropped as for training.
+
+    Raises:
+      UserError: the config has no such split; on reading, an image is broken.
+    """
+    subsets = make_subsets(config)
+    if split not in subsets:
+        raise UserError(f"the config's data have no split '{split}', only {', '.join(subsets)}")
+    source, chosen = subsets[split].source, subsets[split].images
+    size, channels = config.data.image_size, config.data.image_channels
+
+    def load(number: int) -> UInt8[np.ndarray, "size size c"]:
+        try:
+            return load_prepared(source, number, size, channels)[0]
+        except ImageError as error:
+            raise UserError(f"broken image {error}; repair or remove it") from error
+
+    def make(numbers: np.ndarray) -> UInt8[np.ndarray, "n size size 3"]:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return rgb(np.stack(list(threads.map(load, numbers.tolist()))))
+
+    facts = {"source": source.describe(), "image_size": size, "crop": "as ADM, to a square"}
+    return MadeImages(f"config.data, {split}", make, chosen, facts)
 
 
 def write_images(
@@ -192,5 +227,5 @@ def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
       UserError: it cannot be written.
     """
     buffer = bytes_io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
     io.write_bytes(path, buffer.getvalue())

@@ -162,9 +162,7 @@ SPATIAL = "Mixed_6d.branch1x1"
 Params = Mapping[str, Mapping[str, Float[Array | np.ndarray, "..."]]]
 
 
-def features(
-    params: Params, images: UInt8[Array, "N H W 3"], precision: str = "high"
-) -> Features:
+def features(params: Params, images: UInt8[Array, "N H W 3"], precision: str = "high") -> Features:
     """What the network says of images of any one size; to be jitted.
 
     Args:

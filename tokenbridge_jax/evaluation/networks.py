@@ -1,10 +1,9 @@
 """The weights that metrics need: public files, imported once into a folder of this machine.
 
-| file | published at | for |
-|---|---|---|
-| `pt_inception-2015-12-05-6726825d.pth` | github.com/mseitzer/pytorch-fid, releases | FID, sFID, IS, KID, precision, recall |
-| `vgg16-397923af.pth`, `alexnet-owt-7be5be79.pth` | download.pytorch.org/models | LPIPS |
-| `vgg.pth`, `alex.pth` | the `lpips` package of PyPI, `lpips/weights/v0.1` | LPIPS |
+- `pt_inception-2015-12-05-6726825d.pth` of github.com/mseitzer/pytorch-fid (releases,
+  fid_weights): FID, sFID, IS, KID, precision and recall;
+- `vgg16-397923af.pth`, `alexnet-owt-7be5be79.pth` of download.pytorch.org/models: LPIPS;
+- `vgg.pth`, `alex.pth` of the PyPI package lpips (lpips/weights/v0.1): LPIPS.
 """
 
 import hashlib
@@ -12,11 +11,13 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from tokenbridge_jax import arrays, io
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import inception, lpips
+from tokenbridge_jax.evaluation.features import Extractor, InceptionExtractor, ThumbnailExtractor
 from tokenbridge_jax.torch_bridge import files
 
 # What the SHA-256 of the published files begin with: their names say it, or it was computed.
@@ -33,6 +34,9 @@ PARTS = {
     "lpips_vgg": ("vgg16", "lpips_vgg"),
     "lpips_alex": ("alexnet", "lpips_alex"),
 }
+# Feature spaces.
+FEATURES = ("inception", "thumbnails")
+
 FOLDER_VARIABLE = "TOKENBRIDGE_NETWORKS"
 
 
@@ -76,11 +80,10 @@ def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublishe
                 f"not {PUBLISHED[part][:8]}; download it again, or say --unpublished"
             )
     tensors = [files.read(path)["model"] for path in paths.values()]
-    params = (
-        inception.import_inception(*tensors)
-        if name == "inception"
-        else lpips.import_lpips(*tensors, network=name.removeprefix("lpips_"))
-    )
+    if name == "inception":
+        params = inception.import_inception(tensors[0])
+    else:
+        params = lpips.import_lpips(tensors[0], tensors[1], name.removeprefix("lpips_"))
     for layer, values in params.items():
         if not all(np.isfinite(array).all() for array in values.values()):
             raise UserError(f"{', '.join(paths.values())}: {layer} holds NaN or infinity")
@@ -102,6 +105,38 @@ def load_network(name: str, folder: Path) -> Network | None:
     facts = io.read_json(_facts_file(path))
     weights = {f"{part}_sha256": digest for part, digest in facts["sha256"].items()}
     return Network(arrays.read(path), weights | {f"{name}_published": facts["published"]})
+
+
+def make_extractor(
+    name: str, folder: Path, *, batch_size: int | None = None, precision: str = "high"
+) -> Extractor:
+    """A feature space by name.
+
+    Args:
+      name: one of `FEATURES`.
+      folder: of imported networks.
+      batch_size: images at once over the devices of a process; by default 256 an accelerator.
+      precision: of Inception's convolutions.
+
+    Raises:
+      UserError: there is no such feature space, or its network is not imported.
+    """
+    if name not in FEATURES:
+        raise UserError(f"evaluation.features='{name}' is not one of {', '.join(FEATURES)}")
+    if name == "thumbnails":
+        return ThumbnailExtractor()
+    network = load_network(name, folder)
+    if network is None:
+        raise UserError(
+            f"{folder} holds no Inception network: `tokenbridge import-metrics --help` says how it "
+            "gets there; --features thumbnails needs none"
+        )
+    if batch_size is None:
+        devices = jax.local_devices()
+        batch_size = 16 if devices[0].platform == "cpu" else 256 * len(devices)
+    return InceptionExtractor(
+        network.params, batch_size=batch_size, precision=precision, facts=network.facts
+    )
 
 
 def _facts_file(path: Path) -> Path:

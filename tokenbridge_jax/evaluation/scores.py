@@ -7,11 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from ml_collections import ConfigDict
 
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import metrics
 from tokenbridge_jax.evaluation.features import Extractor, SetFeatures, extract
-from tokenbridge_jax.evaluation.images import ARRAY, ImageSet, open_images, write_npz
+from tokenbridge_jax.evaluation.images import (
+    ARRAY,
+    ImageSet,
+    data_images,
+    open_images,
+    write_npz,
+)
 from tokenbridge_jax.evaluation.moments import Gaussian
 
 # Names of mean and covariance in files of statistics: ADM's, the release's, and those of JAX ports.
@@ -19,6 +26,9 @@ _POOL_NAMES = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 _SPATIAL_NAMES = ("mu_s", "sigma_s")
 _FEATURES = "pool_features"
 _FACTS = "facts"
+
+# A reference that is no file.
+OF_DATA = "data"
 
 # Reference images of precision and recall, as in ADM's figures.
 MANIFOLD_IMAGES = 10_000
@@ -44,6 +54,15 @@ class Reference(NamedTuple):
     facts: dict[str, Any]
 
 
+def find_reference(
+    path: str, config: ConfigDict, extractor: Extractor, *, progress: bool = False
+) -> Reference:
+    """`load_reference(path)`, or with "data" the statistics of the config's training images."""
+    if path == OF_DATA:
+        return reference_of(data_images(config, "train"), extractor, progress=progress)
+    return load_reference(path, extractor, progress=progress)
+
+
 def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = False) -> Reference:
     """Statistics from a file of them, or from images.
 
@@ -55,13 +74,19 @@ def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = F
       progress: print rate and ETA to stderr.
 
     Raises:
-      UserError: there are neither statistics nor images.
+      UserError: there are neither statistics nor images, or the statistics are of other features.
     """
     path = Path(path)
     arrays = _statistics(path) if path.suffix == ".npz" and path.is_file() else {}
     names = next((pair for pair in _POOL_NAMES if set(pair) <= set(arrays)), None)
     if names is None:
         return reference_of(open_images(path), extractor, progress=progress)
+    pool = _gaussian(path, arrays, names)
+    if len(pool.mean) != extractor.size:
+        raise UserError(
+            f"{path} has statistics of {len(pool.mean)} features, not of the {extractor.size} "
+            "compared here; check --features"
+        )
     facts: dict[str, Any] = {"reference": path.name, "reference_sha256": _sha256(path)}
     if _FACTS in arrays:
         facts |= json.loads(str(arrays[_FACTS]))
@@ -73,7 +98,7 @@ def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = F
         facts["reference_manifold_images"] = len(features)
     has_spatial = set(_SPATIAL_NAMES) <= set(arrays)
     spatial = _gaussian(path, arrays, _SPATIAL_NAMES) if has_spatial else None
-    return Reference(_gaussian(path, arrays, names), spatial, features, facts)
+    return Reference(pool, spatial, features, facts)
 
 
 def reference_of(images: ImageSet, extractor: Extractor, *, progress: bool = False) -> Reference:
@@ -168,8 +193,8 @@ def remarks(scores: dict[str, float], samples: SetFeatures, reference: Reference
             f"{samples.count} samples have a singular covariance of {size} features: FID is biased "
             f"upwards; published figures take 50,000"
         )
-    adm, shuffled = (scores.get(f"inception_score{name}") for name in ("_adm", ""))
-    if adm and shuffled and abs(adm - shuffled) > max(3 * scores["inception_score_std"], 0.01 * shuffled):
+    adm, shuffled = (scores.get(f"inception_score{name}", 0.0) for name in ("_adm", ""))
+    if adm and abs(adm - shuffled) > max(3 * scores["inception_score_std"], 0.01 * shuffled):
         said.append(
             f"ADM's inception score depends on the images' order: {adm:.2f} as they come, "
             f"{shuffled:.2f} in an order that follows from their content; shuffle sorted files"

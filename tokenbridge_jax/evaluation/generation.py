@@ -1,0 +1,162 @@
+"""Samples to be scored: drawn once, kept as indices, decoded whenever their images are needed.
+
+At size L an image's indices are 4 kB, so those of 50,000 images fit anywhere, and a run that was
+stopped goes on with the next batch.
+"""
+
+import hashlib
+import io as bytes_io
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Int, Integer
+
+from tokenbridge_jax import arrays, io, parallel, processes
+from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation.images import MadeImages, rgb
+from tokenbridge_jax.pipeline import Pipeline, sample_indices
+from tokenbridge_jax.pretrained import on_host
+from tokenbridge_jax.progress import Progress
+from tokenbridge_jax.schedule import SamplingSettings
+
+# Who gets how many images: every class as many (or one more), as ADM, MAR and TokenBridge have it,
+# or each image a random class, as LlamaGen.
+LABEL_POLICIES = ("balanced", "random")
+
+ROUNDING = "round(127.5 (clip(x, -1, 1) + 1)) to uint8"
+
+
+def make_labels(policy: str, count: int, classes: int, seed: int) -> Int[np.ndarray, " N"]:
+    """The class of every sample, in a random order: a file of them is never sorted by class."""
+    rng = np.random.default_rng(seed)
+    if policy == "random":
+        return rng.integers(0, classes, count, dtype=np.int32)
+    return rng.permutation(np.resize(np.arange(classes, dtype=np.int32), count))
+
+
+def describe(
+    pipeline: Pipeline,
+    settings: SamplingSettings,
+    *,
+    count: int,
+    policy: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What fixes the samples, and a figure of them has to state.
+
+    Raises:
+      UserError: the weights hold NaN or infinity.
+    """
+    return {
+        "samples": count,
+        "label_policy": policy,
+        "label_classes": len(pipeline.description.class_names),
+        "checkpoint_step": pipeline.step,
+        "weights": "EMA",
+        "weights_sha256": weights_sha256(pipeline.params, pipeline.step),
+        "autoencoder_sha256": pipeline.description.autoencoder_hash,
+        "model_dtype": pipeline.config.dtype,
+        "sampling": settings.to_json(),
+        "seed": seed,
+        "image_size": pipeline.image_size,
+        "rounding": ROUNDING,
+    }
+
+
+def weights_sha256(params: Any, step: int) -> str:
+    """Names the parameters' content, wherever they lie.
+
+    Raises:
+      UserError: some are NaN or infinite.
+    """
+    whole = jax.tree.map(on_host, params)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(whole)):
+        raise UserError(f"the weights of step {step} hold NaN or infinity; name another --step")
+    return arrays.sha256(whole)
+
+
+def sample_folder(folder: epath.PathLike, facts: dict[str, Any]) -> epath.Path:
+    """Where in `folder` samples with these facts are kept: others never get there."""
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return epath.Path(folder) / f"generation_{facts['checkpoint_step']}_{name}"
+
+
+def draw(
+    pipeline: Pipeline,
+    folder: epath.Path,
+    labels: Int[np.ndarray, " N"],
+    settings: SamplingSettings,
+    *,
+    seed: int,
+    batch_size: int,
+    progress: bool = True,
+) -> Integer[np.ndarray, "N L C"]:
+    """The indices of all samples; those that the folder holds are not drawn again.
+
+    Every process of a job calls this, and one writes.
+
+    Raises:
+      UserError: the folder holds something else, cannot be written, or is not the same folder for
+        all processes.
+    """
+    parts = _read_parts(folder)
+    done = sum(map(len, parts))
+    if len(set(processes.gather(str(done)))) > 1:
+        raise UserError(f"the processes of this job see different files in {folder}: share it")
+    size = min(batch_size, len(labels))
+    size = -(-size // parallel.batch_shards(pipeline.mesh)) * parallel.batch_shards(pipeline.mesh)
+    with Progress(len(labels), desc="sample", done=done, visible=progress) as bar:
+        for start in range(done, len(labels), size):
+            wanted = labels[start : start + size]
+            # A last batch is filled up: it needs no program of its own.
+            full = np.pad(wanted, (0, size - len(wanted)), mode="edge")
+            indices = sample_indices(
+                pipeline.config,
+                pipeline.params,
+                full,
+                settings,
+                pipeline.mesh,
+                seed=seed,
+                batch_size=size,
+                first=start,
+            )[: len(wanted)]
+            parts.append(indices)
+            if jax.process_index() == 0:
+                buffer = bytes_io.BytesIO()
+                np.save(buffer, indices)
+                io.write_bytes(folder / _part_name(start), buffer.getvalue())
+            bar.update(len(wanted))
+    return np.concatenate(parts)[: len(labels)]
+
+
+def _read_parts(folder: epath.Path) -> list[Integer[np.ndarray, "n L C"]]:
+    parts: list[np.ndarray] = []
+    for path in sorted(folder.glob("indices_*.npy")):
+        try:
+            part = np.load(bytes_io.BytesIO(path.read_bytes()), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it and run again") from error
+        if path.name != _part_name(sum(map(len, parts))):
+            raise UserError(f"samples before {path} are missing; remove it and those after it")
+        parts.append(part)
+    return parts
+
+
+def _part_name(start: int) -> str:
+    return f"indices_{start:08d}.npy"
+
+
+def decoded_images(
+    codec: Codec,
+    indices: Integer[np.ndarray, "N L C"],
+    path: epath.PathLike,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+) -> MadeImages:
+    """The images of indices, decoded a batch at a time; `path` names them in messages."""
+    return MadeImages(path, lambda some: rgb(np.asarray(codec.decode(some))), indices, facts)
