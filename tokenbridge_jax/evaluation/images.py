@@ -150,13 +150,13 @@ class MadeImages(ImageSet):
 
     def __init__(
         self,
-        path: str | Path,
+        path: epath.PathLike,
         make: Callable[[np.ndarray], UInt8[np.ndarray, "n H W C"]],
         recipes: Shaped[np.ndarray, "N ..."],
         facts: Mapping[str, Any],
     ):
         """`make` turns some of the N recipes into images; `path` names them in messages."""
-        self.path, self._make, self._recipes, self.facts = Path(path), make, recipes, facts
+        self.path, self._make, self._recipes, self.facts = Path(str(path)), make, recipes, facts
         self.count, self.shape = len(recipes), make(recipes[:1]).shape[1:]
 
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:

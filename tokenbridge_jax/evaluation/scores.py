@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
@@ -114,7 +115,7 @@ def reference_of(images: ImageSet, extractor: Extractor, *, progress: bool = Fal
     return Reference(found.pool, found.spatial, found.kept, facts)
 
 
-def save_reference(path: str | Path, reference: Reference, extractor: Extractor) -> None:
+def save_reference(path: epath.PathLike, reference: Reference, extractor: Extractor) -> None:
     """Writes statistics that `load_reference` reads, and so do other evaluators (`mu`, `sigma`)."""
     arrays = {
         "mu": reference.pool.mean,

@@ -1,0 +1,31 @@
+"""A saved pipeline of random weights, and pictures to compare its samples with."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+from tiny_model import AUTOENCODER, random_params, tiny, tiny_pipeline
+
+from tokenbridge_jax.autoencoder import autoencoder_hash
+
+CLASSES = 3
+
+
+def save_tiny(folder: Path) -> None:
+    """Images of 8x8 grey pixels, of three classes."""
+    config = tiny(positions=16)
+    pipeline = tiny_pipeline(config, random_params(config))
+    used = autoencoder_hash(AUTOENCODER, jax.tree.map(np.asarray, pipeline.codec.params))
+    pipeline.description = dataclasses.replace(pipeline.description, autoencoder_hash=used)
+    pipeline.save_pretrained(folder)
+
+
+def write_pictures(folder: Path, count: int = 40) -> np.ndarray:
+    """Random pictures of 8x8 RGB pixels."""
+    images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+    return images
