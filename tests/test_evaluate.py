@@ -82,8 +82,8 @@ def test_samples_are_those_of_the_pipeline_and_scored_as_numpy_would(folder, sco
     assert any("22 samples have a singular covariance" in line for line in result["remarks"])
 
     # The same images given as a file, or the reference as its statistics: the same numbers.
-    given = [f"--samples={scored / 'samples.npz'}", f"--output={folder / 'given'}"]
-    reference = ["--what=reference", f"--samples={folder / 'real'}", f"--output={folder / 'ref'}"]
+    given = [f"--images={scored / 'samples.npz'}", f"--output={folder / 'given'}"]
+    reference = ["--what=reference", f"--images={folder / 'real'}", f"--output={folder / 'ref'}"]
     assert evaluate(folder, *reference) == 0
     statistics = f"--reference={folder / 'ref' / 'reference_real.npz'}"
     assert evaluate(folder, "--what=generation", statistics, *given) == 0

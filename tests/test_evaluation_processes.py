@@ -1,41 +1,75 @@
-"""What is evaluated by several real processes is what one finds."""
+"""What two processes with a device each find is what one process with eight finds."""
 
+import hashlib
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
+from evaluated import save_tiny, write_pictures
 from jobs import start_job
 
 from tokenbridge_jax import processes
+from tokenbridge_jax.commands import runner
 from tokenbridge_jax.evaluation import features
 from tokenbridge_jax.evaluation.features import ThumbnailExtractor, extract
 from tokenbridge_jax.evaluation.images import open_images
 
 
-def process(path: str) -> None:
-    """What every process of a job runs."""
-    processes.join(False)
-    for count in (37, 1):  # The second leaves processes without a share.
-        images = open_images(path)
-        images.count = count
-        found = next(iter(features._blocks(images, ThumbnailExtractor())))
-        print(count, *(f"{x.shape} {np.float64(x).sum()}" for x in (found[0].pool, found[1])))
-    images.count = 37
-    print(extract(images, ThumbnailExtractor(), keep=9).pool.covariance.tobytes().hex()[:200])
-    processes.leave(0)
+def found_in(folder: Path) -> list[str]:
+    """Features and sums, to the bit."""
+    lines = []
+    for count in (37, 1):  # Of one image there is no share for a second process.
+        images = open_images(folder / "real")
+        images.take(count)
+        ((found, keys),) = features._blocks(images, ThumbnailExtractor())
+        lines.append(f"{found.pool.shape} {digest(found.pool)} {digest(keys)}")
+    kept = extract(open_images(folder / "real"), ThumbnailExtractor(), keep=9)
+    return [*lines, digest(kept.pool.covariance), digest(kept.kept)]
 
 
-def test_processes_have_the_same_features_to_the_bit(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (40, 20, 20, 3), dtype=np.uint8)
-    np.savez(tmp_path / "x.npz", images)
-    told = []
-    for count in (1, 3):
-        job = start_job([__file__, tmp_path / "x.npz"], [[]] * count, devices=1)
-        outputs = [process.communicate(timeout=120)[0] for process in job]
-        assert [process.returncode for process in job] == [0] * count, outputs
-        told += outputs
-    assert "37 (37, 192)" in told[0]
-    assert len(set(told)) == 1
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def evaluate(folder: Path, output: Path) -> int:
+    argv = [f"--workdir={folder / 'model'}", f"--reference={folder / 'real'}"]
+    argv += ["--features=thumbnails", "--num_images=13", "--config.sampling.num_iter=3"]
+    return runner.run("evaluate", ["--what=generation", f"--output={output}", *argv])
+
+
+def process(folder: Path) -> None:
+    """What every process of the job runs."""
+    processes.join(True)
+    print("\n".join(["found", *found_in(folder)]), flush=True)
+    evaluate(folder, folder / "together")
+
+
+def scores(folder: Path) -> dict:
+    (path,) = folder.glob("*/generation.json")
+    return json.loads(path.read_text())
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    save_tiny(tmp_path / "model")
+    write_pictures(tmp_path / "real")
+    job = start_job([__file__, tmp_path], [[], []], devices=1)
+    outputs = [process.communicate(timeout=120)[0].splitlines() for process in job]
+    assert [process.returncode for process in job] == [0, 0], outputs
+    expected = found_in(tmp_path)
+    for lines in outputs:
+        start = lines.index("found") + 1
+        assert lines[start : start + len(expected)] == expected
+    assert evaluate(tmp_path, tmp_path / "alone") == 0
+    together, alone = scores(tmp_path / "together"), scores(tmp_path / "alone")
+    assert together["metrics"] == alone["metrics"]
+    assert (together["machine"]["processes"], alone["machine"]["processes"]) == (2, 1)
+    indices = [
+        np.concatenate([np.load(p) for p in sorted(tmp_path.glob(f"{name}/*/*.npy"))])
+        for name in ("together", "alone")
+    ]
+    np.testing.assert_array_equal(*indices)
 
 
 if __name__ == "__main__":
-    process(sys.argv[1])
+    process(Path(sys.argv[1]))

@@ -43,12 +43,12 @@ def test_a_run_killed_and_stopped_ends_with_the_losses_of_one_left_alone(tmp_pat
     killed, alone = tmp_path / "killed", tmp_path / "alone"
     soak.write_workdir(killed)
     shutil.copytree(killed, alone)
-    config = {"training.steps": 80, "training.checkpoint_every": 5, "training.eval_every": 0}
+    config = {"training.steps": 40, "training.checkpoint_every": 5, "training.eval_every": 0}
     undisturbed = soak.start(alone, 2, tmp_path / "alone.txt", **config)
     job = {"processes": 2, "log": tmp_path / "log.txt", **config}
     ways = ("writing", "term")
     assert list(soak.lives(ways, killed, random.Random(0), **job)) == []
     assert soak.end(undisturbed) == [0, 0]
     assert soak.results(killed) == soak.results(alone)
-    assert soak.saved(killed) == 80
+    assert soak.saved(killed) == 40
     assert "stopped and saved at step" in (tmp_path / "log.txt").read_text()

@@ -39,21 +39,6 @@ def run(workdir, **changes):
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Compiled programs on disk: the runs of this module differ in nothing that is compiled."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
 def straight(programs, tmp_path_factory):
     """A workdir trained without a stop, on a 2 x 2 x 2 mesh."""
     workdir = tmp_path_factory.mktemp("straight")

@@ -60,7 +60,7 @@ def run(workdir, *more):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(programs, tmp_path_factory):
     """A workdir with an autoencoder trained for a moment on the digits, over eight devices."""
     workdir = tmp_path_factory.mktemp("vae")
     assert run(workdir) == 0

@@ -55,7 +55,7 @@ def loss(
         params = unstack(params)
     backbone_key, head_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
     scored = max(1, round(head_fraction * hidden_slots))
-    feature, slots = _scored_slots(
+    feature, slots = scored_slots(
         config,
         params,
         indices,
@@ -70,7 +70,7 @@ def loss(
     batch, _, channels = slots.shape
     weight = 1 / (batch * channels * jnp.minimum(num_hidden, scored))
     weights = jnp.where(jnp.arange(scored) < num_hidden, weight, 0)[None]
-    chunks = _split(config, batch, feature, slots, weights)
+    chunks = split_slots(config, batch, feature, slots, weights)
     keys = None if head_key is None else jax.random.split(head_key, len(chunks[0]))
 
     def chunk_loss(head_params: Any, feature: jax.Array, rest: Any) -> jax.Array:
@@ -158,7 +158,7 @@ def _slot_nll(
     """Cross-entropy of the first M slots, those that are visible included; without dropout."""
     if not config.scan_layers:
         params = unstack(params)
-    feature, slots = _scored_slots(
+    feature, slots = scored_slots(
         config,
         params,
         indices,
@@ -171,7 +171,7 @@ def _slot_nll(
         visible_slots,
     )
     batch, _, channels = slots.shape
-    chunks = _split(config, batch, feature, slots)
+    chunks = split_slots(config, batch, feature, slots)
 
     def chunk_nll(chunk: list[jax.Array]) -> jax.Array:
         feature, indices = chunk
@@ -227,7 +227,7 @@ def _scale_gradients(
 sum_over_chunks.defvjp(_sum_and_gradients, _scale_gradients)
 
 
-def _scored_slots(
+def scored_slots(
     config: TokenBridgeConfig,
     params: Any,
     indices: jax.Array,
@@ -254,7 +254,7 @@ def _scored_slots(
     return feature[:, :scored], slots[:, :scored]
 
 
-def _split(config: TokenBridgeConfig, batch: int, *arrays: jax.Array) -> list[jax.Array]:
+def split_slots(config: TokenBridgeConfig, batch: int, *arrays: jax.Array) -> list[jax.Array]:
     """Arrays `[B, M, ...]` as `[chunks, B, M / chunks, ...]`, padded with zeros.
 
     Slots are cut, not images: every chunk has its share of every device's images.

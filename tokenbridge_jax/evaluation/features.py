@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -180,7 +181,8 @@ def extract(
     moments: list[Moments] = []
     kept: list[list[np.ndarray]] = []
     with Progress(images.count, desc="features", visible=progress) as bar:
-        for (pool, spatial, logits), keys in _blocks(images, extractor):
+        # The sums of a block are the host's work while the devices are at the next.
+        for (pool, spatial, logits), keys in _ahead(_blocks(images, extractor)):
             summed = [x for x in (pool, spatial) if x is not None]
             moments = moments or [Moments(x.shape[1]) for x in summed]
             for sums, rows in zip(moments, summed, strict=True):
@@ -218,7 +220,7 @@ def _blocks(images: ImageSet, extractor: Extractor) -> Iterator[tuple[Features, 
         )
         parts = [(extractor(batch), keys) for batch, keys in batches]
         count = last - first
-        yield jax.tree.map(lambda *rows, n=count: _gather(np.concatenate(rows)[:n]), *parts)
+        yield jax.tree.map(lambda *rows, n=count: gather_rows(np.concatenate(rows)[:n]), *parts)
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -230,7 +232,7 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield ready
 
 
-def _gather(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "N ..."]:
+def gather_rows(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "N ..."]:
     """The rows of all processes, one process after another."""
     if jax.process_count() == 1:
         return rows
@@ -246,5 +248,8 @@ def _gather(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "N ..."]:
 
 def content_keys(images: UInt8[np.ndarray, "N H W C"]) -> UInt64[np.ndarray, " N"]:
     """A number for every image that follows from its pixels."""
-    digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images)
-    return np.frombuffer(b"".join(digests), np.uint64)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Hashing releases the interpreter's lock.
+        digests = threads.map(
+            lambda image: hashlib.blake2b(image.tobytes(), digest_size=8).digest(), images
+        )
+        return np.frombuffer(b"".join(digests), np.uint64)

@@ -45,6 +45,13 @@ class ImageSet(abc.ABC):
     facts: Mapping[str, Any] = {}
 
     @abc.abstractmethod
+    def take(self, count: int) -> None:
+        """Leaves `count` of the images, or all if there are fewer: spread evenly if they can be.
+
+        The images of an `.npz` come from one place after another: of those it is the first.
+        """
+
+    @abc.abstractmethod
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """The images from `first` to before `last`, `size` at a time."""
 
@@ -72,6 +79,11 @@ class _Folder(ImageSet):
         if not self._files:
             raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
         self.shape = self._read(self._files[0]).shape
+
+    def take(self, count: int) -> None:
+        """See `ImageSet`."""
+        self._files = [self._files[i] for i in _spread(self.count, count)]
+        self.count = len(self._files)
 
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         # Pillow releases the interpreter's lock while it decodes.
@@ -118,6 +130,10 @@ class _Npz(ImageSet):
         if not self.count:
             raise UserError(f"{path}: {ARRAY} holds no images")
 
+    def take(self, count: int) -> None:
+        """See `ImageSet`."""
+        self.count = min(self.count, count)
+
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         bytes_each = int(np.prod(self.shape))
         with self._open() as file:
@@ -140,6 +156,11 @@ class _Npz(ImageSet):
             raise UserError(f"{self.path} cannot be read: {error}") from error
 
 
+def _spread(length: int, count: int) -> Integer[np.ndarray, " n"]:
+    """Places of `count` of so many items, or of all, evenly over them."""
+    return np.linspace(0, length - 1, min(length, count)).round().astype(int)
+
+
 def rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:
     """Grey images with their channel three times."""
     return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
@@ -158,6 +179,11 @@ class MadeImages(ImageSet):
         """`make` turns some of the N recipes into images; `path` names them in messages."""
         self.path, self._make, self._recipes, self.facts = Path(str(path)), make, recipes, facts
         self.count, self.shape = len(recipes), make(recipes[:1]).shape[1:]
+
+    def take(self, count: int) -> None:
+        """See `ImageSet`."""
+        self._recipes = self._recipes[_spread(self.count, count)]
+        self.count = len(self._recipes)
 
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """See `ImageSet`."""

@@ -1,0 +1,40 @@
+"""What the evaluations' pictures have in common; matplotlib is imported when one is drawn."""
+
+import io as bytes_io
+from typing import Any
+
+from etils import epath
+
+from tokenbridge_jax import io
+
+# Colours that stay apart for the colour-blind (Okabe & Ito, 2008).
+BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#808080"
+
+
+def make_axes(columns: int = 1, width: float = 5.0, height: float = 3.6) -> list[Any]:
+    """Axes side by side in a figure of their own, each of so many inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((columns * width, height), dpi=150, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#e5e5e5", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return list(axes)
+
+
+def matrix(ax: Any, values: Any, label: str, *, smallest: float | None = None) -> None:
+    """Draws a matrix as a picture with a colour bar."""
+    ax.grid(False)
+    ax.spines[["top", "right"]].set_visible(True)
+    shown = ax.imshow(values, cmap="viridis", vmin=smallest, interpolation="nearest")
+    ax.figure.colorbar(shown, ax=ax, label=label, shrink=0.9)
+
+
+def save(ax: Any, path: epath.PathLike) -> epath.Path:
+    """Writes the figure of some axes as PNG, whole or not at all."""
+    buffer = bytes_io.BytesIO()
+    ax.figure.savefig(buffer, format="png")
+    io.write_bytes(path, buffer.getvalue())
+    return epath.Path(path)

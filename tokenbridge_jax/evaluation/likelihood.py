@@ -1,0 +1,425 @@
+"""Exact negative log-likelihood of images, and how well the head's probabilities are calibrated.
+
+A sampler that reveals positions in some order, several a step, draws an image with a probability
+that is a product: of those of the indices revealed in every step, given the positions visible
+before. So one pass over the steps, with the image's own indices in place of drawn ones, gives
+-log p(image | class, order). A mean over random orders bounds, by Jensen's inequality, -log p of
+their mixture from above. Guidance is off and the temperature 1: it is the model's distribution.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.loader import TokenRecords
+from tokenbridge_jax.data.shards import DatasetInfo
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation import calibration, figures
+from tokenbridge_jax.evaluation.calibration import Calibration
+from tokenbridge_jax.loss import scored_slots, split_slots
+from tokenbridge_jax.model import TokenBridgeConfig, make_head, merge
+from tokenbridge_jax.orders import make_orders
+from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.progress import Progress
+from tokenbridge_jax.schedule import MAX_STAGES, MAX_STAGES_SCANNED, SamplingSettings, make_plan
+
+
+class Scores(NamedTuple):
+    """What the head says of every index, given the positions that its step finds visible.
+
+    Slots are in order layout: the first is revealed last. Channels are in autoencoder order.
+
+    Attributes:
+      nll: minus its log-probability, in nats.
+      confidence: the probability of the most likely level.
+      correct: whether the index is that level.
+      below: the probability of all lower levels.
+    """
+
+    nll: Float[np.ndarray | Array, "B L C"]
+    confidence: Float[np.ndarray | Array, "B L C"]
+    correct: Bool[np.ndarray | Array, "B L C"]
+    below: Float[np.ndarray | Array, "B L C"]
+
+
+class Scorer:
+    """Scores batches of images; a program for every stage of the sampler's schedule.
+
+    Attributes:
+      hidden: how many positions are hidden before the first step and after every one.
+    """
+
+    def __init__(self, config: TokenBridgeConfig, mesh: Mesh, num_iter: int):
+        """Args:
+        config: the model.
+        mesh: the devices, of all processes or of this one.
+        num_iter: reveal steps; as many as positions reveal one at a time.
+        """
+        self._mesh = mesh
+        most = MAX_STAGES_SCANNED if config.scan_layers else MAX_STAGES
+        self._plan = make_plan(config.positions, SamplingSettings(num_iter=num_iter), most=most)
+        self.hidden = self._plan.hidden
+        self._step = _step_on(mesh, config)
+
+    def __call__(
+        self,
+        params: dict[str, Any],
+        indices: Integer[np.ndarray | Array, "B L C"],
+        labels: Int[np.ndarray | Array, " B"],
+        orders: Int[np.ndarray | Array, "B L"],
+    ) -> Scores:
+        """Scores images; every process gets all of them.
+
+        Args:
+          params: of the model, laid out on the mesh.
+          indices: of whole images, positions row-major, channels in autoencoder order.
+          labels: classes.
+          orders: of the positions; the last entry is revealed first.
+        """
+        parts = []
+        steps = itertools.pairwise(self.hidden)
+        with parallel.use_mesh(self._mesh):
+            for stage, first, end in zip(
+                self._plan.stages, (0, *self._plan.ends), self._plan.ends, strict=False
+            ):
+                for now, after in itertools.islice(steps, end - first):
+                    found = self._step(
+                        params,
+                        indices,
+                        labels,
+                        orders,
+                        np.int32(now),
+                        np.int32(after),
+                        hidden_slots=stage.reveals,
+                        visible_slots=stage.visible_slots,
+                    )
+                    parts.append((found, now - after))
+        # The devices have been given everything; now it is waited for.
+        fields = zip(*([np.asarray(x)[:, :n] for x in found] for found, n in parts), strict=True)
+        return Scores(*(np.concatenate(field[::-1], axis=1) for field in fields))
+
+
+@functools.lru_cache(maxsize=4)
+def _step_on(mesh: Mesh, config: TokenBridgeConfig) -> Callable[..., Scores]:
+    """`_score_step`, compiled once for a model, however often its images are scored."""
+    return jax.jit(
+        functools.partial(_score_step, config),
+        static_argnames=("hidden_slots", "visible_slots"),
+        out_shardings=parallel.replicated(mesh),
+    )
+
+
+def _score_step(
+    config: TokenBridgeConfig,
+    params: dict[str, Any],
+    indices: Integer[Array, "B L C"],
+    labels: Int[Array, " B"],
+    orders: Int[Array, "B L"],
+    now: Int[Array, ""],
+    after: Int[Array, ""],
+    *,
+    hidden_slots: int,
+    visible_slots: int,
+) -> Scores:
+    """Scores the slots `after` to before `now`, with those before `now` hidden.
+
+    They are brought to the front, so that the head sees no other: which of the hidden slots is
+    which means nothing to attention. What it finds behind them, up to `hidden_slots`, is padding.
+    """
+    slot = jnp.arange(config.positions)
+    revealed = now - after
+    moved = jnp.where(slot < revealed, slot + after, slot - revealed)
+    layout = jnp.where(slot < now, moved, slot)
+    no_drop = jnp.zeros(labels.shape, bool)
+    feature, slots = scored_slots(
+        config,
+        params,
+        indices,
+        labels,
+        orders[:, layout],
+        now,
+        no_drop,
+        None,
+        hidden_slots,
+        visible_slots,
+    )
+    head = make_head(config, unrolled=not config.scan_layers)
+    order = np.array(config.channel_order)
+
+    def score(chunk: list[jax.Array]) -> Scores:
+        feature, indices = chunk
+        target = merge(indices)[:, order].astype(jnp.int32)
+        logits: Any = head.apply(
+            {"params": params["head"]}, merge(feature), merge(indices), method="logits"
+        )
+        log_probs = jax.nn.log_softmax(logits)
+        probs = jnp.exp(log_probs)
+        lower = jnp.arange(config.levels)[None, None] < target[..., None]
+        found = Scores(
+            nll=-jnp.take_along_axis(log_probs, target[..., None], axis=-1)[..., 0],
+            confidence=probs.max(axis=-1),
+            correct=logits.argmax(axis=-1) == target,
+            below=jnp.sum(jnp.where(lower, probs, 0), axis=-1),
+        )
+        in_autoencoder_order = np.argsort(order)
+        return Scores(*(x[:, in_autoencoder_order].reshape(indices.shape) for x in found))
+
+    found = jax.lax.map(score, split_slots(config, len(indices), feature, slots))
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(len(indices), -1, config.channels)[:, :hidden_slots]
+
+    return jax.tree.map(join, found)
+
+
+def likelihood(
+    pipeline: Pipeline,
+    folder: str | os.PathLike[str],
+    *,
+    num_iter: int = 64,
+    order: str = "random",
+    num_orders: int = 1,
+    seed: int = 0,
+    split: str | None = None,
+    max_images: int | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Scores the images of a split of token shards: the first view of each, with its label.
+
+    Batch size, devices and processes change nothing but float32 rounding. All processes of a job
+    whose devices are on the pipeline's mesh call this, and get the same.
+
+    Args:
+      pipeline: holds the model, and the mesh to use.
+      folder: of the token shards.
+      num_iter: reveal steps; with as many as positions every one is predicted given all before.
+      order: "random", "raster" or "halton".
+      num_orders: random orders an image; order k of image i depends on `seed` + k and i alone.
+      seed: see there.
+      split: which images; by default "validation", or "train" where there is no other.
+      max_images: at most so many, evenly spaced over the split; all by default.
+      batch_size: images at once, over all devices; rounded up to a multiple of the batch shards.
+      progress: print rate and ETA to stderr.
+
+    Returns:
+      Plain numbers and lists for JSON: what was scored, and
+      `bits_per_index` and `bits_per_pixel` (an image's bits over its pixels), each with
+        `..._standard_error` (over images; None for one), and `raw_bits_per_index`, log2 V, and
+        `raw_bits_per_pixel`, what the indices take without a model;
+      `by_channel`: bits an index, in the autoencoder's order; `by_position`: likewise, rows of the
+        grid; `by_step`: of every step the positions `visible` before, those `revealed`, and
+        `bits_per_index`;
+      `calibration`: of all indices; see `calibration.Calibration.summary`.
+
+    Raises:
+      UserError: the shards are missing or damaged, not of this model, or a setting is out of range;
+        or the model's probabilities are NaN.
+    """
+    config = pipeline.config
+    info = shards.read_info(folder)
+    _check_settings(config, pipeline.description.autoencoder_hash, info)
+    if order not in ("random", "raster", "halton"):
+        raise UserError(f"order='{order}' is not one of random, raster, halton")
+    if num_orders < 1 or (num_orders > 1 and order != "random"):
+        raise UserError(f"num_orders={num_orders} must be 1, or more for random orders")
+    if not 0 <= seed <= 2**32 - num_orders:
+        raise UserError(f"seed={seed} must be from 0 to 2**32 - num_orders")
+    if split is None:
+        split = "validation" if "validation" in info.splits else "train"
+    records = TokenRecords(folder, info, split)
+    count = len(records) if max_images is None else min(max_images, len(records))
+    if count < 1 or batch_size < 1:
+        raise UserError(
+            f"there must be images and batches of at least 1, not {count} (split '{split}') and "
+            f"{batch_size}"
+        )
+    numbers = np.linspace(0, len(records) - 1, count).astype(np.int32)
+    scorer = Scorer(config, pipeline.mesh, num_iter)
+    totals = _Totals(config, scorer.hidden)
+    draw = jax.jit(make_orders, static_argnums=(0, 3))
+    shares = parallel.batch_shards(pipeline.mesh)
+    size = -(-min(batch_size, count) // shares) * shares
+    rows = parallel.local_rows(pipeline.mesh, size)
+    visible = progress and jax.process_index() == 0
+    with Progress(count * num_orders, desc="likelihood", visible=visible) as bar:
+        for batch in _batches(numbers, size):
+            chosen = records.read(batch[rows].astype(np.int64))
+            drawn = [
+                np.asarray(draw(order, np.uint32(seed + k), batch, config.positions))
+                for k in range(num_orders)
+            ]
+            new = min(size, count - len(totals.nats))
+            found = []
+            for orders in drawn:
+                local = (
+                    chosen["indices"][:, 0].copy(),
+                    chosen["label"].astype(np.int32),
+                    orders[rows],
+                )
+                scores = scorer(pipeline.params, *parallel.to_global(local, pipeline.mesh))
+                found.append(Scores(*(field[:new] for field in scores)))
+                bar.update(new)
+            totals.add(found, [orders[:new] for orders in drawn])
+    described = {
+        "split": split,
+        "images": count,
+        "view": 0,
+        "order": order,
+        "num_orders": num_orders,
+        "seed": seed,
+        "num_iter": num_iter,
+        "steps": len(scorer.hidden) - 1,
+        "dtype": config.dtype,
+        "channel_order": list(config.channel_order),
+    }
+    return described | totals.summary(info.image_size**2)
+
+
+def _check_settings(config: TokenBridgeConfig, autoencoder_hash: str, info: DatasetInfo) -> None:
+    info.check(
+        levels=config.levels,
+        channels=config.channels,
+        positions=config.positions,
+        autoencoder_hash=autoencoder_hash,
+    )
+    if len(info.class_names) > config.classes:
+        raise UserError(
+            f"the token shards have {len(info.class_names)} classes, the model {config.classes}; "
+            "evaluate on those it was trained on"
+        )
+    theirs, ours = info.quantizer, config.quantizer
+    # Levels that were imported may differ in their last bits.
+    if not np.allclose(theirs.dequantized_levels, ours.dequantized_levels, rtol=0, atol=1e-3):
+        raise UserError(
+            "the quantizer of the token shards has other levels than the model's; tokenize again "
+            "with another --workdir"
+        )
+
+
+def _batches(numbers: Int[np.ndarray, " N"], size: int) -> Iterator[Int[np.ndarray, " B"]]:
+    """The numbers in batches of one size; the last one is filled up with its last number."""
+    for start in range(0, len(numbers), size):
+        batch = numbers[start : start + size]
+        yield np.pad(batch, (0, size - len(batch)), mode="edge")
+
+
+class _Totals:
+    """Sums over images in float64; what is kept of an image is one number.
+
+    Attributes:
+      nats: of every image, the mean over its orders.
+    """
+
+    def __init__(self, config: TokenBridgeConfig, hidden: tuple[int, ...]):
+        self._config = config
+        self._hidden = np.array(hidden)
+        self.nats: list[float] = []
+        self._indices = 0
+        self._by_channel = np.zeros(config.channels)
+        self._by_position = np.zeros(config.positions)
+        self._by_slot = np.zeros(config.positions)
+        self._calibration = Calibration()
+
+    def add(self, found: list[Scores], orders: list[Int[np.ndarray, "B L"]]) -> None:
+        """Adds a batch with several orders an image."""
+        nats: Any = 0
+        for scores, order in zip(found, orders, strict=True):
+            nll = scores.nll.astype(np.float64)
+            if not np.isfinite(nll).all():
+                raise UserError(
+                    "the model's probabilities are NaN: its checkpoint is damaged or training "
+                    "diverged"
+                )
+            nats = nats + nll.sum(axis=(1, 2)) / len(orders)
+            self._indices += nll.size
+            self._by_channel += nll.sum(axis=(0, 1))
+            by_slot = nll.sum(axis=2)
+            self._by_slot += by_slot.sum(axis=0)
+            self._by_position += np.bincount(order.ravel(), by_slot.ravel(), order.shape[1])
+            arrays = scores.confidence, scores.correct, scores.below, np.exp(-nll)
+            self._calibration.update(*map(np.asarray, arrays))
+        self.nats += nats.tolist()
+
+    def summary(self, pixels: int) -> dict[str, Any]:
+        """The numbers that `likelihood` reports, for images of so many pixels."""
+        config = self._config
+        of_image = config.positions * config.channels
+        nats = np.array(self.nats)
+        bits = nats.mean() / np.log(2)
+        error = nats.std(ddof=1) / len(nats) ** 0.5 / np.log(2) if len(nats) > 1 else None
+        per_nat = 1 / (self._indices * np.log(2))
+        step_sums = np.add.reduceat(self._by_slot, self._hidden[:0:-1])[::-1]
+        revealed = -np.diff(self._hidden)
+        by_position = self._by_position * per_nat * config.positions
+        grid = round(config.positions**0.5)
+        return {
+            "bits_per_index": float(bits / of_image),
+            "bits_per_index_standard_error": error and float(error / of_image),
+            "bits_per_pixel": float(bits / pixels),
+            "bits_per_pixel_standard_error": error and float(error / pixels),
+            "raw_bits_per_index": float(np.log2(config.levels)),
+            "raw_bits_per_pixel": float(of_image * np.log2(config.levels) / pixels),
+            "by_channel": (self._by_channel * per_nat * config.channels).tolist(),
+            "by_position": by_position.reshape(grid, -1).tolist(),
+            "by_step": {
+                "visible": (config.positions - self._hidden[:-1]).tolist(),
+                "revealed": revealed.tolist(),
+                "bits_per_index": (step_sums * per_nat * config.positions / revealed).tolist(),
+            },
+            "calibration": self._calibration.summary(),
+        }
+
+
+def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
+    """Writes what `likelihood` found as PNGs; returns their paths."""
+    folder = epath.Path(folder)
+    return [
+        _plot_bits(found, folder / "likelihood.png"),
+        _plot_positions(found, folder / "likelihood_positions.png"),
+        calibration.plot(found["calibration"], folder / "calibration.png"),
+    ]
+
+
+def _plot_bits(found: Mapping[str, Any], path: epath.Path) -> epath.Path:
+    channel_ax, step_ax = figures.make_axes(2)
+    order = found["channel_order"]
+    channel_ax.bar(range(len(order)), np.array(found["by_channel"])[order], color=figures.BLUE)
+    channel_ax.set_xticks(range(len(order)), [str(channel) for channel in order])
+    channel_ax.set_xlabel("channel, in channel order")
+    channel_ax.grid(axis="x", visible=False)
+    steps = found["by_step"]
+    # A step's positions are all predicted given those before it: a bar as wide as they are many.
+    edges = [*steps["visible"], steps["visible"][-1] + steps["revealed"][-1]]
+    step_ax.stairs(steps["bits_per_index"], edges, baseline=None, color=figures.BLUE, linewidth=2)
+    step_ax.set_xlim(0, edges[-1])
+    step_ax.set_xlabel(f"positions revealed, of {edges[-1]}")
+    most = found["raw_bits_per_index"]
+    for ax in (channel_ax, step_ax):
+        ax.axhline(most, color=figures.GREY, linestyle="--", label="without a model")
+        mean = f"mean {found['bits_per_index']:.3f}"
+        ax.axhline(found["bits_per_index"], color=figures.ORANGE, label=mean)
+        ax.set_ylabel("bits an index")
+        ax.set_ylim(0, 1.25 * most)
+        ax.legend(frameon=False, ncols=2, loc="upper right")
+    return figures.save(step_ax, path)
+
+
+def _plot_positions(found: Mapping[str, Any], path: epath.Path) -> epath.Path:
+    (ax,) = figures.make_axes(height=4.2)
+    figures.matrix(ax, found["by_position"], "bits an index")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="position from the left", ylabel="position from the top")
+    return figures.save(ax, path)

@@ -1,0 +1,454 @@
+"""Images through the autoencoder and back: what quantization, and wrong indices, cost.
+
+Every image is encoded once. Its latents are decoded as they are, quantized in several ways, and
+with some of their indices moved; what comes out is compared with the original. Images and latents
+exist a batch at a time; of every way there are only sums, in float64 and in the images' order.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Float, Int, Integer, UInt8
+from scipy.special import log_softmax
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation import figures, lpips, pixels
+from tokenbridge_jax.evaluation.features import Extractor, gather_rows
+from tokenbridge_jax.evaluation.images import ImageSet, rgb
+from tokenbridge_jax.evaluation.metrics import frechet_distance
+from tokenbridge_jax.evaluation.moments import Gaussian, Moments
+from tokenbridge_jax.progress import Progress
+from tokenbridge_jax.quantizer import Quantizer
+
+# Images that all processes take together before they exchange what they found: with Inception's
+# features 3 MB a variant. As it does not depend on their number, neither do the sums.
+_BLOCK = 256
+# Without an extractor, which has a batch size of its own.
+_BATCH = 64
+# Of the inception score: split s has the images s, s + 10, s + 20, ...
+_SPLITS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What becomes of latents before they are decoded.
+
+    Attributes:
+      quantizer: the levels they take; None leaves them as they are.
+      share: the probability with which an index is moved.
+      delta: by how many levels at most; all steps but 0 are equally likely, and one that leads
+        beyond the last level ends there.
+
+    Raises:
+      UserError: on construction, if share or delta is out of range, or only one of them is 0.
+    """
+
+    quantizer: Quantizer | None = None
+    share: float = 0.0
+    delta: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1 or self.delta < 0 or (self.share > 0) != (self.delta > 0):
+            raise UserError(
+                f"indices cannot be perturbed with share {self.share} and delta {self.delta}: a "
+                "share is above 0 and at most 1, a delta at least 1"
+            )
+
+
+def sweep(
+    own: Quantizer,
+    levels: Sequence[int] = (8, 16, 32, 64),
+    ranges: Sequence[float] = (2.0, 3.0, 4.0, 5.0),
+    perturbations: Sequence[tuple[float, int]] = (),
+) -> tuple[Variant, ...]:
+    """The rows of the paper's Table 1: continuous latents, numbers of levels, ranges.
+
+    Args:
+      own: the model's quantizer. It is among the rows; levels vary at its range, ranges at its
+        number of levels, and its indices are perturbed.
+      levels: V of the others.
+      ranges: R of the others.
+      perturbations: pairs of a share and a delta; see `Variant`.
+    """
+    limit = own.maximum
+    others = [Quantizer.gaussian(v, limit) for v in levels if v != own.levels]
+    by_levels = sorted([*others, own], key=lambda quantizer: quantizer.levels)
+    by_range = [Quantizer.gaussian(own.levels, r) for r in ranges if r != limit]
+    perturbed = [Variant(own, share, delta) for share, delta in perturbations]
+    return (Variant(), *map(Variant, [*by_levels, *by_range]), *perturbed)
+
+
+def perturb(
+    indices: Integer[np.ndarray, "n L C"],
+    numbers: Int[np.ndarray, " n"],
+    levels: int,
+    variant: Variant,
+    seed: int,
+) -> Int[np.ndarray, "n L C"]:
+    """Moves some indices, as `variant` says, of levels 0..V-1.
+
+    What happens to image i follows from `seed` and i. A larger share moves the same indices and
+    more, a larger delta moves them in the same direction and farther.
+    """
+    rngs = [np.random.default_rng((seed, int(number))) for number in numbers]
+    shape = 2, *indices.shape[1:]
+    chance, place = np.moveaxis(np.stack([rng.random(shape) for rng in rngs]), 1, 0)
+    step = np.floor(place * 2 * variant.delta).astype(np.int64) - variant.delta
+    step += step >= 0
+    moved = np.where(chance < variant.share, indices + step, indices)
+    return np.clip(moved, 0, levels - 1)
+
+
+class Found(NamedTuple):
+    """What is known of some images.
+
+    Attributes:
+      scores: of each, `_NAMES` and then LPIPS; of the originals, moments of the latents.
+      used: which levels occur.
+      pool: features, if there is an extractor.
+      logits: if it has them.
+    """
+
+    scores: Float[np.ndarray, "n K"]
+    used: Bool[np.ndarray, "n C V"] | None = None
+    pool: Float[np.ndarray, "n D"] | None = None
+    logits: Float[np.ndarray, "n classes"] | None = None
+
+
+_NAMES = ("clipped_share", "latent_mse", "perturbation_mse", "psnr", "ssim")
+
+
+def reconstruction(
+    codec: Codec,
+    images: ImageSet,
+    variants: Sequence[Variant],
+    *,
+    extractor: Extractor | None = None,
+    reference: Gaussian | None = None,
+    perceptual: Mapping[str, lpips.Params] | None = None,
+    posterior: str = "mean",
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Scores the variants on a set of images. Several processes share the images.
+
+    Args:
+      codec: on devices of this process.
+      images: the originals, of the autoencoder's size; the same in every process.
+      variants: see `sweep`.
+      extractor: of features, for Frechet distances (and inception scores, if it has logits).
+      reference: mean and covariance of the same features over other images, such as all of
+        ImageNet's training images.
+      perceptual: parameters of LPIPS, by network.
+      posterior: "mean" encodes to the posterior's mean, "sample" draws from it: image i the same in
+        any batch, from `seed` and i.
+      seed: of these draws, and of perturbations.
+      progress: print rate and ETA to stderr.
+
+    Returns:
+      Plain numbers for JSON: `images`, `posterior`, `seed`, `quantizer` (the codec's `levels` and
+      `range`), `latent_variance` (over images and positions, the mean over channels), and `rows`, a
+      variant each, with `levels`, `range`, `share`, `delta` and, None where it does not apply,
+      `rfid`: Frechet distance from the originals' features (pFID, where indices are perturbed), and
+        `rfid_reference`, from the reference's;
+      `inception_score`, `inception_score_std`: over ten splits, each of every tenth image;
+      `psnr` in decibels, `ssim`, `lpips_NETWORK`: of uint8 pixels, means over images;
+      `clipped_share` of the latents, out of the quantizer's range; `levels_used`: the share of
+        levels that occur, the mean over channels;
+      `latent_mse`, in squared units of latents, and `latent_snr_db`, their variance over it;
+        `perturbation_mse` and `perturbation_snr_db`: of what moving indices alone changes.
+
+    Raises:
+      UserError: an image does not fit the autoencoder, or its latents or features are NaN; or there
+        are too few images for Frechet distances.
+    """
+    if posterior not in ("mean", "sample"):
+        raise UserError(f"posterior='{posterior}' is neither 'mean' nor 'sample'")
+    if min(images.shape[:2]) < pixels.WINDOW:
+        raise UserError(
+            f"{images.path}: SSIM needs images of at least {pixels.WINDOW} pixels a side"
+        )
+    batch_size = extractor.batch_size if extractor else _BATCH
+    distances = {
+        name: _distance(codec, name, params, batch_size)
+        for name, params in (perceptual or {}).items()
+    }
+    names = [*_NAMES, *(f"lpips_{name}" for name in distances)]
+    quantizing = [(variant, _quantizing(variant.quantizer)) for variant in variants]
+    with ThreadPoolExecutor() as threads:
+
+        def of_batch(batch: UInt8[np.ndarray, "n H W C"], numbers: np.ndarray) -> list[Found]:
+            """Of the originals, and of every variant."""
+            batch = _as_encoded(batch, codec, images)
+            encoded = codec.encode(batch, numbers if posterior == "sample" else None, seed)
+            latents, broken = np.asarray(encoded.latents), np.asarray(encoded.broken)
+            if broken.any():
+                raise UserError(f"{images.path}: latents of image {numbers[broken][0]} are NaN")
+            made = [_requantize(*pair, latents, numbers, seed) for pair in quantizing]
+            # The device is given all of them before the first is waited for.
+            decoded = [codec.decode_latents(one.latents) for one in made]
+            wide = latents.astype(np.float64)
+            moments = [wide.mean(axis=(1, 2)), (wide**2).mean(axis=(1, 2))]
+            found = [Found(np.concatenate(moments, axis=1), None, *_features(extractor, batch))]
+            for one, on_device in zip(made, decoded, strict=True):
+                result = np.asarray(on_device)
+                scores = [*one.scores, *_compare(threads, batch, result)]
+                scores += [distance(batch, result) for distance in distances.values()]
+                features = _features(extractor, result)
+                found.append(Found(np.stack(scores, axis=1), one.used, *features))
+            return found
+
+        originals, *rows = [_Sums() for _ in range(len(variants) + 1)]
+        with Progress(images.count, desc="reconstruct", visible=progress) as bar:
+            for numbers, found in _blocks(images, batch_size, of_batch):
+                for sums, part in zip([originals, *rows], found, strict=True):
+                    sums.add(part, numbers)
+                bar.update(len(numbers))
+    mean, square = np.split(originals.scores / images.count, 2)
+    variance = float(np.mean(square - mean**2))
+    references = {"rfid": originals.gaussian(), "rfid_reference": reference}
+    return {
+        "images": images.count,
+        "posterior": posterior,
+        "seed": seed,
+        "quantizer": {"levels": codec.quantizer.levels, "range": codec.quantizer.maximum},
+        "latent_variance": variance,
+        "rows": [
+            _summary(variant, sums, names, variance, references)
+            for variant, sums in zip(variants, rows, strict=True)
+        ],
+    }
+
+
+class _Made(NamedTuple):
+    """Latents to decode, and `Found`'s first three scores and levels of them."""
+
+    latents: Float[np.ndarray, "n h w C"]
+    scores: list[Float[np.ndarray, " n"]]
+    used: Bool[np.ndarray, "n C V"] | None
+
+
+@functools.lru_cache
+def _quantizing(quantizer: Quantizer | None) -> Callable[..., Any] | None:
+    return None if quantizer is None else jax.jit(quantizer.quantize)
+
+
+def _requantize(
+    variant: Variant,
+    quantize: Callable[..., Any] | None,
+    latents: Float[np.ndarray, "n h w C"],
+    numbers: Int[np.ndarray, " n"],
+    seed: int,
+) -> _Made:
+    quantizer = variant.quantizer
+    if quantizer is None or quantize is None:
+        return _Made(latents, [np.zeros(len(latents))] * 3, None)
+    channels = latents.shape[-1]
+    indices = np.asarray(quantize(latents)).astype(np.int64).reshape(len(latents), -1, channels)
+    unmoved = quantizer.dequantized_levels[indices].reshape(latents.shape)
+    made = unmoved
+    if variant.share:
+        indices = perturb(indices, numbers, quantizer.levels, variant, seed)
+        made = quantizer.dequantized_levels[indices].reshape(latents.shape)
+    used = np.zeros((len(latents), channels, quantizer.levels), bool)
+    used[np.arange(len(latents))[:, None, None], np.arange(channels)[None, None], indices] = True
+    clipped = np.asarray(quantizer.clipped(latents)).mean(axis=(1, 2, 3))
+    return _Made(made, [clipped, _error(latents, made), _error(unmoved, made)], used)
+
+
+def _error(
+    one: Float[np.ndarray, "n h w C"], other: Float[np.ndarray, "n h w C"]
+) -> Float[np.ndarray, " n"]:
+    return ((one.astype(np.float64) - other) ** 2).mean(axis=(1, 2, 3))
+
+
+def _compare(
+    threads: ThreadPoolExecutor,
+    one: UInt8[np.ndarray, "n H W C"],
+    other: UInt8[np.ndarray, "n H W C"],
+) -> list[Float[np.ndarray, " n"]]:
+    """PSNR and SSIM, which are the host's work."""
+    pairs = [(one[i : i + 1], other[i : i + 1]) for i in range(len(one))]
+    return [
+        np.concatenate(list(threads.map(lambda pair, score=score: score(*pair), pairs)))
+        for score in (pixels.psnr, pixels.ssim)
+    ]
+
+
+def _distance(
+    codec: Codec, network: str, params: lpips.Params, batch_size: int
+) -> Callable[..., Float[np.ndarray, " n"]]:
+    """LPIPS of pairs of at most `batch_size` images, on the codec's devices."""
+    shards = parallel.batch_shards(codec.mesh)
+    size = -(-batch_size // shards) * shards
+    held = jax.device_put(dict(params), parallel.replicated(codec.mesh))
+    compiled = jax.jit(functools.partial(lpips.distance, network=network))
+
+    def distance(*pair: UInt8[np.ndarray, "n H W C"]) -> Float[np.ndarray, " n"]:
+        count = len(pair[0])
+        full = [np.pad(rgb(x), [(0, size - count), (0, 0), (0, 0), (0, 0)]) for x in pair]
+        found = compiled(held, *jax.device_put(full, parallel.batch_sharding(codec.mesh)))
+        return np.asarray(found)[:count].astype(np.float64)
+
+    return distance
+
+
+def _as_encoded(
+    batch: UInt8[np.ndarray, "n H W 3"], codec: Codec, images: ImageSet
+) -> UInt8[np.ndarray, "n H W I"]:
+    """The images with the channels of the autoencoder."""
+    if codec.config.image_channels == 3:
+        return batch
+    if (batch != batch[..., :1]).any():
+        raise UserError(f"{images.path}: there are colours, but the autoencoder takes grey images")
+    return batch[..., :1]
+
+
+def _features(extractor: Extractor | None, images: UInt8[np.ndarray, "n H W I"]) -> tuple[Any, Any]:
+    if extractor is None:
+        return None, None
+    found = extractor(rgb(images))
+    return found.pool, found.logits
+
+
+def _blocks(
+    images: ImageSet, batch_size: int, of_batch: Callable[..., list[Found]]
+) -> Iterator[tuple[Int[np.ndarray, " n"], list[Found]]]:
+    """Numbers of the next images, in their order, and all that the processes found of them."""
+    process, processes = jax.process_index(), jax.process_count()
+    for start in range(0, images.count, _BLOCK):
+        count = min(_BLOCK, images.count - start)
+        first, last = (start + count * p // processes for p in (process, process + 1))
+        # One with no share looks at an image all the same, for the shapes of its no rows.
+        shown = (first, last) if first < last else (0, 1)
+        parts, number = [], shown[0]
+        for batch in images.batches(batch_size, *shown):
+            parts.append(of_batch(batch, np.arange(number, number + len(batch))))
+            number += len(batch)
+
+        def join(*rows: np.ndarray, mine: int = last - first) -> np.ndarray:
+            return gather_rows(np.concatenate(rows)[:mine])
+
+        yield np.arange(start, start + count), jax.tree.map(join, *parts)
+
+
+class _Sums:
+    """Sums over images of what was found of them.
+
+    Attributes:
+      count: of images.
+      scores: their sum.
+      used: which levels have occurred.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.scores: Any = 0
+        self.used: Any = False
+        self._moments: Moments | None = None
+        # Of every split: images, and the sums of their p and of their p log p.
+        self._splits: list[list[Any]] = [[0, 0, 0] for _ in range(_SPLITS)]
+
+    def add(self, found: Found, numbers: Int[np.ndarray, " n"]) -> None:
+        """Adds a block of images."""
+        self.count += len(numbers)
+        self.scores = self.scores + found.scores.sum(axis=0)
+        if found.used is not None:
+            self.used = self.used | found.used.any(axis=0)
+        if found.pool is not None:
+            self._moments = self._moments or Moments(found.pool.shape[1])
+            self._moments.update(found.pool)
+        if found.logits is None:
+            return
+        log_p = log_softmax(found.logits.astype(np.float64), axis=1)
+        for split, sums in enumerate(self._splits):
+            part = log_p[numbers % _SPLITS == split]
+            for place, term in enumerate((len(part), np.exp(part).sum(axis=0))):
+                sums[place] = sums[place] + term
+            sums[2] += float((np.exp(part) * part).sum())
+
+    def gaussian(self) -> Gaussian | None:
+        """Mean and covariance of the features, if there are any."""
+        return None if self._moments is None else self._moments.gaussian()
+
+    def inception_score(self) -> tuple[float, float] | tuple[None, None]:
+        """Mean and (population) standard deviation over the splits, if none is empty."""
+        if not all(count for count, _, _ in self._splits):
+            return None, None
+        scores = []
+        for count, p, p_log_p in self._splits:
+            mean = p / count
+            entropy = -(mean * np.log(np.where(mean > 0, mean, 1))).sum()
+            scores.append(np.exp(p_log_p / count + entropy))
+        return float(np.mean(scores)), float(np.std(scores))
+
+
+def _summary(
+    variant: Variant,
+    sums: _Sums,
+    names: Sequence[str],
+    variance: float,
+    references: Mapping[str, Gaussian | None],
+) -> dict[str, Any]:
+    quantizer = variant.quantizer
+    row: dict[str, Any] = {
+        "levels": quantizer and quantizer.levels,
+        "range": quantizer and quantizer.maximum,
+        "share": variant.share,
+        "delta": variant.delta,
+    }
+    features = sums.gaussian()
+    for name, reference in references.items():
+        row[name] = features and reference and frechet_distance(features, reference)
+    score, deviation = sums.inception_score()
+    row |= {"inception_score": score, "inception_score_std": deviation}
+    means = dict(zip(names, (sums.scores / sums.count).tolist(), strict=True))
+    for name in ("latent", "perturbation"):
+        error = means[f"{name}_mse"]
+        means[f"{name}_snr_db"] = float(10 * np.log10(variance / error)) if error else None
+    if not np.isfinite(means["psnr"]):  # Of images that are reconstructed exactly.
+        means["psnr"] = None
+    row["levels_used"] = None if quantizer is None else float(sums.used.mean())
+    unknown = ["clipped_share"] * (quantizer is None)
+    unknown += ["perturbation_mse", "perturbation_snr_db"] * (not variant.share)
+    return row | means | dict.fromkeys(unknown)
+
+
+def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
+    """Writes what `reconstruction` found of a `sweep` as a PNG; returns its path, in a list."""
+    rows = found["rows"]
+    names = {"rfid": "Frechet distance from the originals", "psnr": "PSNR (dB)"}
+    metric = next(name for name in names if rows[0][name] is not None)
+    quantized = [row for row in rows if row["levels"] and not row["share"]]
+    perturbed = [row for row in rows if row["share"]]
+    own = found["quantizer"]
+    unmoved = [row for row in quantized if own.items() <= row.items()]
+    level_ax, range_ax, *more = figures.make_axes(3 if perturbed else 2, width=4.4)
+    for ax, name, other in ((level_ax, "levels", "range"), (range_ax, "range", "levels")):
+        line = sorted((row[name], row[metric]) for row in quantized if row[other] == own[other])
+        ax.axhline(rows[0][metric], color=figures.GREY, linestyle="--", label="continuous")
+        ax.plot(*zip(*line, strict=True), "o-", color=figures.BLUE, label="quantized")
+        ax.set_ylabel(names[metric])
+        ax.legend(frameon=False)
+    level_ax.set(xscale="log", xlabel=f"levels, at a range of ±{own['range']:g}")
+    ticks = sorted({row["levels"] for row in quantized})
+    level_ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    level_ax.minorticks_off()
+    range_ax.set_xlabel(f"range ±R, at {own['levels']} levels")
+    for ax in more:
+        for delta in sorted({row["delta"] for row in perturbed}):
+            of_delta = [row for row in perturbed if row["delta"] == delta]
+            line = sorted((row["share"], row[metric]) for row in [*unmoved, *of_delta])
+            ax.plot(*zip(*line, strict=True), "o-", label=f"by up to ±{delta}")
+        ax.set(xlabel="share of indices moved", ylabel=names[metric])
+        ax.set_xlim(left=0)
+        ax.legend(frameon=False)
+    return [figures.save(level_ax, epath.Path(folder) / "reconstruction.png")]

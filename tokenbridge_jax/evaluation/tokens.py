@@ -1,0 +1,385 @@
+"""What the indices of token shards are like: entropies, level use, rank-frequency, dependence.
+
+All of it follows from counts, which are taken in one pass over the shards: of the levels of every
+channel, and of pairs of levels, for every two channels of a position and for every channel at
+neighbouring positions. Entropies are in bits.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int, Int64, Integer
+from scipy.optimize import brentq
+from scipy.sparse.csgraph import minimum_spanning_tree
+
+from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.loader import TokenRecords
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation import figures, report
+from tokenbridge_jax.evaluation.features import gather_rows
+from tokenbridge_jax.progress import Progress
+
+_BATCH = 64
+# Points of a rank-frequency curve that are kept: a picture shows no more.
+_CURVE = 200
+
+_CORRECTION = "Miller-Madow: (cells seen - 1) / (2 samples) nats are added to every entropy"
+
+
+@dataclasses.dataclass
+class TokenCounts:
+    """Counts of levels and of pairs of levels.
+
+    Attributes:
+      single: of every channel.
+      pairs: of channels c < d at a position, in the order of `itertools.combinations`.
+      right: of a channel's level and that one position to the right.
+      below: of a channel's level and that one position below.
+    """
+
+    single: Int64[np.ndarray, "C V"]
+    pairs: Int64[np.ndarray, "P V V"]
+    right: Int64[np.ndarray, "C V V"]
+    below: Int64[np.ndarray, "C V V"]
+
+    @classmethod
+    def zeros(cls, channels: int, levels: int) -> "TokenCounts":
+        """Counts of nothing."""
+        sizes = channels, channels * (channels - 1) // 2, channels, channels
+        shapes = [(sizes[0], levels), *((size, levels, levels) for size in sizes[1:])]
+        return cls(*(np.zeros(shape, np.int64) for shape in shapes))
+
+    def update(self, indices: Integer[np.ndarray, "N h w C"]) -> None:
+        """Adds the indices of images."""
+        channels, levels = self.single.shape
+        grids = np.ascontiguousarray(np.moveaxis(indices, -1, 0), dtype=np.intp)
+        flat = grids.reshape(channels, -1)
+        for c in range(channels):
+            self.single[c] += np.bincount(flat[c], minlength=levels)
+            self.right[c] += _count_pairs(grids[c, :, :, :-1], grids[c, :, :, 1:], levels)
+            self.below[c] += _count_pairs(grids[c, :, :-1], grids[c, :, 1:], levels)
+        for place, (c, d) in enumerate(itertools.combinations(range(channels), 2)):
+            self.pairs[place] += _count_pairs(flat[c], flat[d], levels)
+
+    def sum_over_processes(self) -> None:
+        """Adds what the other processes counted."""
+        for field in dataclasses.fields(self):
+            counts = getattr(self, field.name)
+            counts[...] = gather_rows(counts[None]).sum(axis=0)
+
+
+def _count_pairs(
+    one: Int[np.ndarray, "..."], other: Int[np.ndarray, "..."], levels: int
+) -> Int64[np.ndarray, "V V"]:
+    cells = (one * levels + other).ravel()
+    return np.bincount(cells, minlength=levels**2).reshape(levels, levels)
+
+
+def token_statistics(
+    folder: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    all_views: bool = False,
+    max_images: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Describes the indices of a split of token shards. Several processes share the work.
+
+    Args:
+      folder: of the token shards.
+      split: which of them.
+      all_views: count all views of an image (posterior samples, mirrored pictures), not only the
+        first, which is no mirrored one.
+      max_images: at most so many, evenly spaced over the split; all by default.
+      progress: print rate and ETA to stderr.
+
+    Returns:
+      Plain numbers and lists for JSON, by channel in the autoencoder's order:
+      `split`, `images`, `views` (of an image that were counted), `samples` (positions that were
+      counted), `positions`, `channels`, `levels`, `channel_order`, and
+      `entropy`: bits of every channel, `plug_in` and `corrected`, their means, and `bits_per_pixel`
+        of a code that knows nothing else;
+      `level_use`: by channel the `share` of levels that occur, `perplexity` (2^bits), and the
+        most and least used levels with their shares;
+      `rank_frequency`: see `zipf_fit`; of `tokens` (channel, level), and of `pairs` (two channels
+        and their levels at a position);
+      `mutual_information`: bits, `plug_in` and `corrected`: `channels`, a matrix over channels at
+        the same position with entropies on its diagonal; `right` and `below`, of a channel with
+        itself at the next position. `total_correlation_at_least`, bits a position: the largest
+        spanning tree of the matrix (Chow & Liu, 1968), which is a lower bound of what independent
+        predictions of the channels lose, where nothing else is known of the position.
+
+    Raises:
+      UserError: the shards or the split are missing or damaged, or hold no images.
+    """
+    info = shards.read_info(folder)
+    records = TokenRecords(folder, info, split)
+    if not len(records):
+        raise UserError(f"split '{split}' of the token shards in {folder} holds no images")
+    count = len(records) if max_images is None else min(max_images, len(records))
+    if count < 1:
+        raise UserError(f"max_images={max_images} must be at least 1")
+    numbers = np.linspace(0, len(records) - 1, count).astype(np.int64)
+    mine = np.array_split(numbers, jax.process_count())[jax.process_index()]
+    views = info.views if all_views else 1
+    counts = TokenCounts.zeros(info.channels, info.quantizer.levels)
+    visible = progress and jax.process_index() == 0
+    with Progress(len(mine), desc="tokens", visible=visible) as bar:
+        for start in range(0, len(mine), _BATCH):
+            chosen = records.read(mine[start : start + _BATCH])["indices"][:, :views]
+            if chosen.max() >= info.quantizer.levels:
+                raise UserError(
+                    f"the token shards in {folder} hold index {chosen.max()}, but have "
+                    f"{info.quantizer.levels} levels; delete that folder and tokenize again"
+                )
+            counts.update(chosen.reshape(-1, info.grid, info.grid, info.channels))
+            bar.update(len(chosen))
+    counts.sum_over_processes()
+    described: dict[str, Any] = {
+        "split": split,
+        "images": count,
+        "views": views,
+        "samples": int(counts.single[0].sum()),
+        "positions": info.positions,
+        "channels": info.channels,
+        "levels": info.quantizer.levels,
+        "channel_order": list(info.channel_order),
+    }
+    found = described | describe(counts)
+    raw = info.positions * info.channels / info.image_size**2
+    found["entropy"]["bits_per_pixel"] = raw * found["entropy"]["mean_corrected"]
+    return found
+
+
+def describe(counts: TokenCounts) -> dict[str, Any]:
+    """What `token_statistics` says of counts."""
+    plug_in, corrected = entropies(counts.single)
+    shares = counts.single / counts.single.sum(axis=1, keepdims=True)
+    return {
+        "entropy": {
+            "unit": "bits",
+            "correction": _CORRECTION,
+            "plug_in": plug_in.tolist(),
+            "corrected": corrected.tolist(),
+            "mean_plug_in": float(plug_in.mean()),
+            "mean_corrected": float(corrected.mean()),
+        },
+        "level_use": {
+            "share": (counts.single > 0).mean(axis=1).tolist(),
+            "perplexity": (2**plug_in).tolist(),
+            "most_used_level": shares.argmax(axis=1).tolist(),
+            "most_used_share": shares.max(axis=1).tolist(),
+            "least_used_level": shares.argmin(axis=1).tolist(),
+            "least_used_share": shares.min(axis=1).tolist(),
+        },
+        "rank_frequency": {
+            "tokens": zipf_fit(counts.single.ravel()),
+            "pairs": zipf_fit(counts.pairs.ravel()),
+        },
+        "mutual_information": _dependence(counts, plug_in, corrected),
+    }
+
+
+def _dependence(
+    counts: TokenCounts, plug_in: Float[np.ndarray, " C"], corrected: Float[np.ndarray, " C"]
+) -> dict[str, Any]:
+    above = np.triu_indices(len(counts.single), 1)
+    found: dict[str, Any] = {"unit": "bits", "correction": _CORRECTION}
+    of_pairs = mutual_information(counts.pairs)
+    matrices = []
+    for diagonal, values in zip((plug_in, corrected), of_pairs, strict=True):
+        matrix = np.diag(diagonal)
+        matrix[above] = matrix.T[above] = values
+        matrices.append(matrix)
+    found["channels"] = _estimates(*matrices)
+    found["right"] = _estimates(*mutual_information(counts.right))
+    found["below"] = _estimates(*mutual_information(counts.below))
+    positive = np.maximum(np.triu(matrices[1], 1), 0)
+    found["total_correlation_at_least"] = float(-minimum_spanning_tree(-positive).sum())
+    return found
+
+
+def _estimates(plug_in: np.ndarray, corrected: np.ndarray) -> dict[str, Any]:
+    return {"plug_in": plug_in.tolist(), "corrected": corrected.tolist()}
+
+
+def entropies(
+    counts: Int64[np.ndarray, "N K"],
+) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """Entropies in bits of distributions that were counted: plug-in, and Miller-Madow.
+
+    The plug-in estimate is too low by about (cells - 1) / (2 samples) nats (Miller, 1955); with
+    cells those that were seen, that is added. It takes samples for independent, which those of
+    neighbouring positions are not. Of no samples at all both are 0.
+    """
+    totals = np.maximum(counts.sum(axis=1), 1)
+    p = counts / totals[:, None]
+    plug_in = -np.sum(p * np.log2(np.where(p > 0, p, 1)), axis=1) + 0.0
+    seen = np.maximum(np.count_nonzero(counts, axis=1), 1)
+    return plug_in, plug_in + (seen - 1) / (2 * totals * np.log(2))
+
+
+def mutual_information(
+    counts: Int64[np.ndarray, "N V V"],
+) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """Bits that one variable tells of another, from counts of both: plug-in, and corrected.
+
+    The plug-in estimate is too high, with 64 x 64 cells by up to 2863 bits over the number of
+    samples. Corrected, the three entropies are Miller-Madow's, so that it may be slightly negative.
+    """
+    one, other = entropies(counts.sum(axis=2)), entropies(counts.sum(axis=1))
+    joint = entropies(counts.reshape(len(counts), -1))
+    plug_in, corrected = (a + b - ab for a, b, ab in zip(one, other, joint, strict=True))
+    return plug_in, corrected
+
+
+def zipf_fit(counts: Int64[np.ndarray, " K"]) -> dict[str, Any]:
+    """Fits frequency ~ 1 / rank^s to counts of types of tokens, by maximum likelihood.
+
+    The ranks are the n types that were seen, the most frequent first: the likelihood is that of
+    Zipf's law cut off at n, and its largest where the mean log rank is the law's.
+
+    Returns:
+      `types` that were seen, of `possible_types`; the `exponent` s, 0 for equally frequent types,
+      None if there is only one; `kolmogorov_smirnov`, the largest distance of the
+      cumulative shares from the law's, 0 for a perfect fit; `r_squared`, the squared correlation of
+      log count and log rank, 1 for a straight line; and the curve, at no more than 200 ranks:
+      `ranks`, `shares`, and `fitted` shares.
+    """
+    sorted_counts = np.sort(counts[counts > 0])[::-1]
+    types, total = len(sorted_counts), sorted_counts.sum()
+    shares = sorted_counts / max(total, 1)
+    found: dict[str, Any] = {"types": types, "possible_types": len(counts), "exponent": None}
+    if types < 2:
+        return found
+    log_ranks = np.log(np.arange(1, types + 1))
+
+    def law(exponent: float) -> np.ndarray:
+        weights = np.exp(-exponent * log_ranks)
+        return weights / weights.sum()
+
+    mean = shares @ log_ranks
+    # At 0 the law's mean is the largest that falling shares can have, at 64 nearly 0.
+    excess = [law(0.0) @ log_ranks - mean, law(64.0) @ log_ranks - mean]
+    exponent = brentq(lambda s: law(s) @ log_ranks - mean, 0, 64) if excess[0] > 1e-12 else 0.0
+    fitted = law(exponent)
+    log_counts = np.log(sorted_counts)
+    straight = np.ptp(sorted_counts) > 0
+    shown = np.unique(np.geomspace(1, types, _CURVE).round().astype(np.int64)) - 1
+    return found | {
+        "method": "maximum likelihood of Zipf's law over the ranks of the types seen",
+        "exponent": float(exponent),
+        "kolmogorov_smirnov": float(np.abs(np.cumsum(shares) - np.cumsum(fitted)).max()),
+        "r_squared": float(np.corrcoef(log_ranks, log_counts)[0, 1] ** 2) if straight else None,
+        "ranks": (shown + 1).tolist(),
+        "shares": shares[shown].tolist(),
+        "fitted": fitted[shown].tolist(),
+    }
+
+
+def table(statistics: Mapping[str, Any]) -> str:
+    """What `token_statistics` found, for people: channels in channel order, then all of them."""
+    order = statistics["channel_order"]
+    dependence = statistics["mutual_information"]
+    between = np.array(dependence["channels"]["corrected"])
+    rows = []
+    for place, channel in enumerate(order):
+        earlier = between[channel, order[:place]]
+        rows.append(
+            {
+                "channel": str(channel),
+                "bits": statistics["entropy"]["corrected"][channel],
+                "perplexity": statistics["level_use"]["perplexity"][channel],
+                "levels used": f"{statistics['level_use']['share'][channel]:.0%}",
+                "told by an earlier": float(earlier.max()) if place else None,
+                "told by the left": dependence["right"]["corrected"][channel],
+            }
+        )
+    ranks = statistics["rank_frequency"]
+    lines = [
+        report.columns(rows),
+        f"mean {statistics['entropy']['mean_corrected']:.4f} of "
+        f"{np.log2(statistics['levels']):g} bits an index; channels at a position tell each other "
+        f"at least {dependence['total_correlation_at_least']:.4f} bits",
+    ]
+    for name, fit in ranks.items():
+        if fit["exponent"] is not None:
+            lines.append(
+                f"{name}: {fit['types']} of {fit['possible_types']} types seen; Zipf's exponent "
+                f"{fit['exponent']:.3f}, distance from the law {fit['kolmogorov_smirnov']:.3f}"
+            )
+    return "\n".join(lines)
+
+
+def plot(statistics: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
+    """Writes what `token_statistics` found as PNGs; returns their paths."""
+    folder = epath.Path(folder)
+    return [
+        _plot_channels(statistics, folder / "token_entropy.png"),
+        _plot_ranks(statistics, folder / "token_ranks.png"),
+        _plot_dependence(statistics, folder / "token_dependence.png"),
+    ]
+
+
+def _plot_channels(statistics: Mapping[str, Any], path: epath.Path) -> epath.Path:
+    order = statistics["channel_order"]
+    places = np.arange(len(order))
+    entropy_ax, neighbour_ax = figures.make_axes(2)
+    bits = np.array(statistics["entropy"]["corrected"])[order]
+    entropy_ax.bar(places, bits, color=figures.BLUE)
+    most = np.log2(statistics["levels"])
+    entropy_ax.axhline(most, color=figures.GREY, linestyle="--")
+    entropy_ax.set_ylim(0, 1.14 * most)
+    label = f"all {statistics['levels']} levels alike: {most:g} bits"
+    entropy_ax.text(places[-1] + 0.4, 1.02 * most, label, ha="right", color=figures.GREY)
+    entropy_ax.set_ylabel("entropy (bits)")
+    found = statistics["mutual_information"]
+    for name, colour, marker in (("right", figures.ORANGE, "o"), ("below", figures.GREEN, "s")):
+        values = np.array(found[name]["corrected"])[order]
+        neighbour_ax.plot(places, values, marker, color=colour, label=f"position {name}")
+    neighbour_ax.set_ylim(bottom=0)
+    neighbour_ax.set_ylabel("mutual information with\nthe same channel (bits)")
+    neighbour_ax.legend(frameon=False)
+    for ax in (entropy_ax, neighbour_ax):
+        _label_channels(ax.xaxis, order)
+        ax.grid(axis="x", visible=False)
+    return figures.save(entropy_ax, path)
+
+
+def _plot_ranks(statistics: Mapping[str, Any], path: epath.Path) -> epath.Path:
+    axes = figures.make_axes(2)
+    titles = {"tokens": "(channel, level)", "pairs": "(two channels, their levels)"}
+    for ax, (name, title) in zip(axes, titles.items(), strict=True):
+        fit = statistics["rank_frequency"][name]
+        ax.set(title=title, xlabel="rank", ylabel="share of tokens", xscale="log", yscale="log")
+        if fit["exponent"] is None:
+            continue
+        ax.plot(fit["ranks"], fit["shares"], ".", color=figures.BLUE, label="counted")
+        law = f"1 / rank$^{{{fit['exponent']:.2f}}}$"
+        ax.plot(fit["ranks"], fit["fitted"], color=figures.ORANGE, label=law)
+        text = f"largest distance of\ncumulative shares {fit['kolmogorov_smirnov']:.3f}"
+        ax.text(0.04, 0.06, text, transform=ax.transAxes, color=figures.GREY)
+        ax.legend(frameon=False)
+    return figures.save(axes[0], path)
+
+
+def _plot_dependence(statistics: Mapping[str, Any], path: epath.Path) -> epath.Path:
+    order = statistics["channel_order"]
+    (ax,) = figures.make_axes(height=4.2)
+    matrix = np.array(statistics["mutual_information"]["channels"]["corrected"])[order][:, order]
+    np.fill_diagonal(matrix, np.nan)
+    figures.matrix(ax, matrix, "mutual information at a position (bits)", smallest=0.0)
+    _label_channels(ax.xaxis, order)
+    _label_channels(ax.yaxis, order)
+    return figures.save(ax, path)
+
+
+def _label_channels(axis: Any, order: list[int]) -> None:
+    axis.set_ticks(range(len(order)), [str(channel) for channel in order])
+    axis.set_label_text("channel, in channel order")
