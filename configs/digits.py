@@ -95,6 +95,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             head_width=64,
             head_layers=2,
             head_heads=4,
+            head="channel_ar",  # or parallel
+            channels_per_group=1,
+            channel_order="tokens",  # the shards' own; or reverse, identity
             buffer=4,
             dropout=0.0,
             class_dropout=0.1,
@@ -145,7 +148,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
     )
     config.evaluation = ConfigDict(
-        dict(every=350, num_images=500, reference="data", features="thumbnails")
+        dict(every=0, num_images=500, reference="data", features="thumbnails")
     )
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, slices=-1))
 

@@ -102,6 +102,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = ConfigDict(
         SIZES[arguments.size]
         | dict(
+            head="channel_ar",  # or parallel
+            channels_per_group=1,
+            channel_order="tokens",  # the shards' own; or reverse, identity
             buffer=64,
             dropout=0.1,
             class_dropout=0.1,

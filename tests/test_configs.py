@@ -1,17 +1,19 @@
 """Every config builds; arguments and overrides are checked."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
 import jax
 import pytest
 
+from tokenbridge_jax.benchmark.inputs import make_model
 from tokenbridge_jax.commands.runner import SECTIONS
 from tokenbridge_jax.commands.train_vae import make_task
 from tokenbridge_jax.config import parse_arg
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
-from tokenbridge_jax.quantizer import resolve_channel_order
+from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
 from tokenbridge_jax.sampling import SamplingSettings
 from tokenbridge_jax.tokenizing import make_quantizer
 from tokenbridge_jax.training.optimizer import OptimizerConfig
@@ -19,13 +21,23 @@ from tokenbridge_jax.training.optimizer import OptimizerConfig
 CONFIGS = Path(__file__).parent.parent / "configs"
 SIZE = ("width", "layers", "heads")
 ARGUMENTS = {
+    "ablations": ["group_4", "head_parallel,on=digits"],
     "digits": [None, "quick"],
     "imagenet256": [None, "size=B", "size=H,tfds", "size=L,quick"],
 }
 # Keys of `config.model` that describe the network; the others are about training it.
 KEYS = {
     *(f"{part}_{size}" for part in ("encoder", "decoder", "head") for size in SIZE),
-    *("buffer", "dropout", "dtype", "remat", "scan_layers", "head_chunk"),
+    *(
+        "head",
+        "channels_per_group",
+        "buffer",
+        "dropout",
+        "dtype",
+        "remat",
+        "scan_layers",
+        "head_chunk",
+    ),
 }
 PARAMETERS = {
     ("imagenet256", "size=B"): 218_024_704,
@@ -80,6 +92,29 @@ def test_the_paper_trains_for_800_epochs():
     assert (recipe.total_steps, recipe.warmup_steps) == (500_000, 125_000)
 
 
+@pytest.mark.parametrize(("on", "scale"), [("imagenet256", 1), ("digits", 2)])
+def test_every_ablation_makes_a_model(on: str, scale: int):
+    ablations = load("ablations")
+    made = {}
+    for name in ablations.ROWS:
+        config = ablations.get_config(f"{name},on={on}")
+        made[name] = make_model(config)
+    base = made["head_channel_ar"]
+    assert base.channel_order == tuple(range(base.channels))
+    for same in ("order_normal", "levels_64", "head_1024x6"):
+        assert made[same] == base
+    changed = {
+        "head_parallel": dict(head="parallel"),
+        "levels_16": dict(quantizer=Quantizer.gaussian(16 // scale, base.quantizer.maximum)),
+        "head_512x4": dict(head_width=512 if scale == 1 else 32, head_layers=5 - scale),
+    }
+    for name, changes in changed.items():
+        assert made[name] == dataclasses.replace(base, **changes)
+    assert made["order_reverse"].channel_order == made["order_frequency"].channel_order[::-1]
+    assert [made[f"group_{g}"].groups * g for g in (1, 2, 4)] == [base.channels] * 3
+    assert made["group_4"].joint_classes == (16 // scale) ** 4
+
+
 def test_unknown_arguments_are_refused():
     with pytest.raises(UserError, match="no argument 'sizes'; it takes quick, size"):
         parse_arg("sizes=L", size="L", quick=False)
@@ -89,6 +124,13 @@ def test_unknown_arguments_are_refused():
         parse_arg("quick=maybe", quick=False)
     with pytest.raises(UserError, match="size=XL is not one of B, L, H"):
         load("imagenet256").get_config("size=XL")
+    for arg in (None, "head", "on=digits"):
+        with pytest.raises(
+            UserError, match=r"there is no ablation '.*'; there are head_channel_ar"
+        ):
+            load("ablations").get_config(arg)
+    with pytest.raises(UserError, match="on=mnist is not one of imagenet256, digits"):
+        load("ablations").get_config("group_2,on=mnist")
 
 
 def test_arguments_take_the_type_of_their_default():

@@ -152,6 +152,9 @@ def test_a_config_of_an_earlier_version_gets_the_keys_that_have_come_since(probe
     config = now.to_dict()
     for section, key in (
         ("model", "scan_layers"),
+        ("model", "head"),
+        ("model", "channels_per_group"),
+        ("model", "channel_order"),
         ("training", "head_fraction"),
         ("sampling", "guidance_interval"),
         ("sampling", "order"),
@@ -165,6 +168,8 @@ def test_a_config_of_an_earlier_version_gets_the_keys_that_have_come_since(probe
     assert run("--config.training.head_fraction=0.5")[0] == 0
     found = probe.args.config
     assert found.model.scan_layers
+    assert (found.model.head, found.model.channels_per_group) == ("channel_ar", 1)
+    assert found.model.channel_order == "tokens"
     assert found.model.head_chunk == now.model.head_chunk
     assert found.training.head_fraction == 0.5
     assert found.sampling.guidance_interval == (0.0, 1.0)

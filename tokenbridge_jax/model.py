@@ -1,6 +1,7 @@
 """TokenBridge = backbone over positions + channel head; its loss is in `loss.py`."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 from tokenbridge_jax.backbone import Backbone
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.heads.channel_ar import ChannelAR
+from tokenbridge_jax.heads.grouped import GroupedHead
+from tokenbridge_jax.heads.head import Head
+from tokenbridge_jax.heads.parallel import ParallelHead
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.transformer import REMAT_POLICIES, Window
 
@@ -32,6 +36,11 @@ SIZES = {
     ),
 }  # fmt: skip
 
+HEADS: dict[str, Any] = {"channel_ar": ChannelAR, "parallel": ParallelHead}
+
+# Every class of a group has a classifier's column: of more than these, what a head costs is that.
+MAX_JOINT_CLASSES = 2**16
+
 # What activations may be computed in; parameters, norms, softmax and logits are always float32.
 DTYPES = ("float32", "bfloat16")
 
@@ -39,6 +48,9 @@ DTYPES = ("float32", "bfloat16")
 @dataclasses.dataclass(frozen=True)
 class TokenBridgeConfig:
     """Everything that fixes the function a set of parameters computes, and how it is computed.
+
+    `head` is one of `HEADS`. With `channels_per_group` above 1 it predicts so many channels,
+    neighbours in the channel order, as one joint class. (Both are ablations of the paper.)
 
     `dtype`, `remat`, `scan_layers` and `head_chunk` change memory and speed only (and the last two
     what dropout draws). `scan_layers` makes one small program for all layers, which compiles sooner
@@ -64,6 +76,8 @@ class TokenBridgeConfig:
     head_width: int = 1024
     head_layers: int = 4
     head_heads: int = 8
+    head: str = "channel_ar"
+    channels_per_group: int = 1
     buffer: int = 64
     dropout: float = 0.1
     first_token_quirk: bool = False
@@ -89,10 +103,45 @@ class TokenBridgeConfig:
                 raise UserError(
                     f"model.{part}_width={width} does not divide into {part}_heads={heads}"
                 )
+        self._check_head()
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"model.remat='{self.remat}' is not one of {', '.join(REMAT_POLICIES)}")
         if self.dtype not in DTYPES:
             raise UserError(f"model.dtype='{self.dtype}' is not one of {', '.join(DTYPES)}")
+
+    def _check_head(self) -> None:
+        if self.head not in HEADS:
+            raise UserError(f"model.head='{self.head}' is not one of {', '.join(HEADS)}")
+        group = f"model.channels_per_group={self.channels_per_group}"
+        if self.channels % self.channels_per_group or self.groups < 2:
+            raise UserError(
+                f"{group} must divide {self.channels} channels into groups, at least two"
+            )
+        if self.joint_classes > MAX_JOINT_CLASSES:
+            raise UserError(
+                f"{group} of {self.levels} levels makes {self.joint_classes} joint classes, more "
+                f"than {MAX_JOINT_CLASSES}; use smaller groups or fewer levels"
+            )
+        if self.first_token_quirk and not self.is_published:
+            raise UserError(
+                "model.first_token_quirk is for imported weights: model.head='channel_ar' with one "
+                "channel a group"
+            )
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the head is of the kind that weights were released for."""
+        return self.head == "channel_ar" and self.channels_per_group == 1
+
+    @property
+    def groups(self) -> int:
+        """How many places the head's sequence has."""
+        return self.channels // self.channels_per_group
+
+    @property
+    def joint_classes(self) -> int:
+        """How many classes each of them has."""
+        return self.levels**self.channels_per_group
 
     @property
     def channels(self) -> int:
@@ -129,7 +178,7 @@ class TokenBridgeConfig:
 
         Of the hidden positions `scored` go through the head, by default all.
         Counted by hand: a product of [m, k] with [k, n] is 2mkn; embeddings, norms and the softmax
-        count nothing. Attention of the head counts all C x C scores, though half are masked.
+        count nothing. Attention of the head counts all scores, though half are masked.
         """
 
         def block(tokens: float | int, attended: float | int, width: int, modulation: int = 0):
@@ -138,10 +187,11 @@ class TokenBridgeConfig:
 
         encoded = self.buffer + self.positions - hidden
         decoded = self.buffer + self.positions
-        width, channels = self.head_width, self.channels
-        head = self.head_layers * block(channels, channels, width, modulation=6)
+        width, groups = self.head_width, self.groups
+        head = self.head_layers * block(groups, groups, width, modulation=6)
         head += 2 * self.decoder_width * width  # condition_proj
-        head += channels * 2 * width * (2 * width + self.levels)  # final modulation, classifiers
+        head += groups * 2 * width * 2 * width  # final modulation
+        head += groups * 2 * width * self.joint_classes  # classifiers
         return (
             2 * (self.positions - hidden) * self.channels * self.encoder_width
             + self.encoder_layers * block(encoded, encoded, self.encoder_width)
@@ -249,19 +299,25 @@ def merge(x: Shaped[Array, "B M ..."]) -> Shaped[Array, "B*M ..."]:
     return x.reshape(-1, *x.shape[2:])
 
 
-def make_head(config: TokenBridgeConfig, unrolled: bool) -> ChannelAR:
+def make_head(config: TokenBridgeConfig, unrolled: bool) -> Head:
     """The head of a model; its parameters are `params["head"]` of the model's."""
-    return ChannelAR(
-        channel_order=config.channel_order,
-        levels=config.levels,
+    is_grouped = config.channels_per_group > 1
+    quirk = {"first_token_quirk": True} if config.first_token_quirk else {}
+    make = functools.partial(
+        HEADS[config.head],
+        channel_order=tuple(range(config.groups)) if is_grouped else config.channel_order,
+        levels=config.joint_classes,
         width=config.head_width,
         layers=config.head_layers,
         heads=config.head_heads,
         dropout=config.dropout,
         dtype=jnp.dtype(config.dtype),
-        first_token_quirk=config.first_token_quirk,
         unrolled=unrolled,
+        **quirk,
     )
+    if not is_grouped:
+        return make()
+    return GroupedHead(config.channel_order, config.levels, config.channels_per_group, make)
 
 
 def init_params(config: TokenBridgeConfig, key: Key[Array, ""]) -> dict[str, Any]:

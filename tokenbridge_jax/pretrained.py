@@ -159,7 +159,8 @@ def model_card(pipeline: "Pipeline", name: str) -> str:
         "updates trained": f"{pipeline.step:,}" if pipeline.step else "none, imported weights",
         "computes in": model.dtype,
         "backbone": f"encoder {_size(model, 'encoder')}; decoder {_size(model, 'decoder')}",
-        "channel head": _size(model, "head"),
+        "channel head": f"{model.head}, {_size(model, 'head')}"
+        + f", {model.channels_per_group} channels a class" * (model.channels_per_group > 1),
         "positions, channels, levels": f"{model.positions}, {model.channels}, {model.levels}",
         "quantizer": f"{model.levels} levels, latents in "
         f"[{model.quantizer.minimum:g}, {model.quantizer.maximum:g}]",

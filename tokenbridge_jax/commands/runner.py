@@ -222,6 +222,10 @@ def _complete(config: Any) -> Any:
         model |= {"scan_layers": True, "head_chunk": 4096}
         config["training"].setdefault("head_fraction", 1.0)
         config["sampling"].setdefault("guidance_interval", (0.0, 1.0))
+    if "head_width" in model:
+        model.setdefault("head", "channel_ar")
+        model.setdefault("channels_per_group", 1)
+        model.setdefault("channel_order", "tokens")
     if "num_iter" in (sampling := config.get("sampling", {})):
         sampling.setdefault("order", "random")
         sampling.setdefault("choice_temperature", 1.0)

@@ -83,6 +83,7 @@ def main(args: flags.FlagValues) -> int:
         )
     mesh = parallel.make_mesh(**config.mesh)
     check_ranges(config, "model")
+    check_ranges(config, "evaluation")
     check_training(config, "training", mesh)
     info = read_tokens(config, workdir)
     model = make_model_config(config, info.quantizer, info.channel_order, info.positions)
@@ -134,14 +135,25 @@ def make_model_config(
 ) -> TokenBridgeConfig:
     """The model of `config.model` for indices of this kind.
 
+    `channel_order` is that of the shards: `config.model.channel_order` takes it as it is
+    ("tokens"), backwards ("reverse"), or not at all ("identity").
+
     Raises:
       UserError: the config has a key that a model does not know.
     """
     known = {name: value for name, value in config.model.items() if name not in _NOT_MODEL}
+    rule = known.pop("channel_order", "tokens")
+    orders = {
+        "tokens": channel_order,
+        "reverse": channel_order[::-1],
+        "identity": tuple(range(len(channel_order))),
+    }
+    if rule not in orders:
+        raise UserError(f"model.channel_order='{rule}' is not one of {', '.join(orders)}")
     try:
         return TokenBridgeConfig(
             quantizer=quantizer,
-            channel_order=channel_order,
+            channel_order=orders[rule],
             positions=positions,
             classes=config.data.num_classes,
             **known,

@@ -17,8 +17,17 @@ State = Mapping[str, np.ndarray]
 
 
 def table(config: TokenBridgeConfig) -> list[Entry]:
-    """Every parameter of the release and where it lives here."""
+    """Every parameter of the release and where it lives here.
+
+    Raises:
+      UserError: the release has no such head.
+    """
     c = config
+    if not c.is_published:
+        raise UserError(
+            "PyTorch files hold model.head='channel_ar' with one channel a group; the head of this "
+            f"model is '{c.head}' with {c.channels_per_group}"
+        )
     length = c.buffer + c.positions
     backbone, head = ("backbone",), ("head",)
     entries = [

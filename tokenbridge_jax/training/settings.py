@@ -31,6 +31,8 @@ RULES: dict[str, _Rule] = {
     "keep_every": _COUNT,
     "eval_every": _COUNT,
     "sample_every": _COUNT,
+    "every": _COUNT,
+    "num_images": ("at least 2", lambda value: value >= 2),
     "epochs": _FINITE,
     "warmup_epochs": _FINITE,
     "schedule": _SCHEDULE,

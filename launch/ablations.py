@@ -1,0 +1,389 @@
+"""The paper's ablations at a small scale: trains every row of `configs/ablations.py` and compares.
+
+One autoencoder for all, token shards for every number of levels, then every row with `--seeds`
+seeds. Started again, it does what is left. Rows that are the same experiment are trained once.
+
+  python launch/ablations.py --workdir runs/ablations --jobs 4
+  python launch/ablations.py --workdir runs/flowers --data /data/flowers --config.data.image_size=32
+
+Prints the tables of docs/ablations.md, which says what the columns mean, and writes them to
+WORKDIR/ablations.md, with all numbers in WORKDIR/ablations.json. Any `--config.section.key=value`
+is for all rows: `--config.training.steps=100` is a quick look.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags as absl_flags
+from ml_collections import ConfigDict, config_flags
+
+from tokenbridge_jax import Pipeline, io, parallel
+from tokenbridge_jax.autoencoder import load_autoencoder
+from tokenbridge_jax.codec import Codec, in_batches
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.loader import validation_batches
+from tokenbridge_jax.data.sources import load_prepared, make_source
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation.features import thumbnails
+from tokenbridge_jax.evaluation.metrics import frechet_distance
+from tokenbridge_jax.evaluation.moments import gaussian
+from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.sampling import SamplingSettings
+from tokenbridge_jax.tokenizing import make_subsets
+from tokenbridge_jax.training.metrics import read_metrics
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "ablations.py"
+ROWS, get_config = (runpy.run_path(str(CONFIG))[name] for name in ("ROWS", "get_config"))
+BATCH = 250
+
+# Validated once, at the end; no sample grids.
+TRAINING = ("eval_every=1000000000", "sample_every=0", "checkpoint_every=1000000000")
+
+# What is measured of a row, by its name in the results: its heading and its decimals.
+MEASURES = {
+    "bits_per_index": ("bits an index", 3),
+    "density_bits": ("density, bits", 3),
+    "frechet_distance": ("Frechet distance", 5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Where it is, and what all rows have in common."""
+
+    workdir: Path
+    flags: tuple[str, ...]
+    samples: int
+
+    def config(self, name: str) -> ConfigDict:
+        """Of a row, with the flags."""
+        argv = ["ablations.py", f"--config={CONFIG}:{name},on=digits", *self.flags]
+        values = absl_flags.FlagValues()
+        with runner._mistakes_in_config():
+            config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+            values(argv)
+        return values.config
+
+    def run(self, command: str, name: str, folder: Path, *flags: str) -> None:
+        """A command on the config of a row; what it says goes into `folder`/log.txt."""
+        argv = [f"--config={CONFIG}:{name},on=digits", f"--workdir={folder}", *self.flags, *flags]
+        with (
+            (folder / "log.txt").open("a") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            status = runner.run(command, argv)
+        if status:
+            raise UserError(f"{command} ended with {status}; {folder / 'log.txt'} says why")
+
+    def tokens(self, name: str) -> Path:
+        """The workdir of a row's token shards."""
+        return self.workdir / f"levels_{self.config(name).quantizer.levels}"
+
+    def frechet_distance(self, images: np.ndarray) -> float:
+        """Of images to all real ones."""
+        real = np.load(self.workdir / "real.npz")["features"]
+        return frechet_distance(gaussian(thumbnails(images)), gaussian(real))
+
+
+def main() -> int:
+    """Runs what is left to run; prints and writes the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--data", default="digits", help="digits, or a folder of class folders")
+    parser.add_argument("--rows", default=",".join(ROWS), help="names, by default all")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every row")
+    parser.add_argument("--samples", type=int, default=2000, help="images drawn of every run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process")
+    args, flags = parser.parse_known_args()
+    names = sorted(args.rows.split(","), key=lambda name: [*ROWS, name].index(name))
+    wrong = [flag for flag in flags if not (flag.startswith("--config.") and "=" in flag)]
+    wrong += [name for name in names if name not in ROWS]
+    if wrong:
+        parser.error(f"{wrong[0]} is neither --config.section.key=value nor one of {list(ROWS)}")
+    # For the processes that do the work. Runs of a row share all programs but that of training.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.workdir.resolve() / "programs"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        study = Study(args.workdir, (*_data_flags(args.data), *flags), args.samples)
+        results = run_all(study, names, args.seeds, args.jobs)
+    except UserError as error:
+        print(f"ablations.py: error: {error}", file=sys.stderr)
+        return runner.EXIT_USER_ERROR
+    text = tables(results)
+    io.write_json(study.workdir / "ablations.json", results)
+    io.write_bytes(study.workdir / "ablations.md", text.encode())
+    print(text)
+    return 0
+
+
+def _data_flags(data: str) -> list[str]:
+    if data == "digits":
+        return []
+    values: dict[str, Any] = dict(
+        source="folder", path=data, validation_split="", image_size=32, image_channels=3
+    )
+    section = get_config("head_channel_ar,on=digits").data
+    section.update(values, num_classes=sys.maxsize)
+    values["num_classes"] = len(make_source(section).class_names)
+    flags = [f"--config.data.{name}={value}" for name, value in values.items()]
+    return [*flags, "--config.tokenize.validation_fraction=0.1"]
+
+
+def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, Any]:
+    """Everything that is not done yet; returns all that is measured.
+
+    Raises:
+      UserError: the folder was begun with other settings, or a command failed.
+    """
+    study.workdir.mkdir(parents=True, exist_ok=True)
+    settings = {"flags": list(study.flags), "samples": study.samples}
+    path = study.workdir / "study.json"
+    if path.exists() and io.read_json(path) != settings:
+        raise UserError(f"{path} tells of other settings; use another --workdir")
+    io.write_json(path, settings)
+
+    # Rows that are the same experiment, by the name of the first.
+    first: dict[str, str] = {}
+    same = {name: first.setdefault(study.config(name).to_json(), name) for name in ROWS}
+    runs = list(dict.fromkeys(same[name] for name in names))
+    tokens = {study.tokens(name): name for name in runs}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        (real,) = _do(pool, _real_images, [(study,)])
+        _do(pool, _autoencoder, [(study,)])
+        levels = _do(pool, _tokenize, [(study, name) for name in tokens.values()])
+        found = _do(pool, _row, [(study, name, seed) for seed in range(seeds) for name in runs])
+    return {
+        **settings,
+        "real": real,
+        "levels": sorted(levels, key=lambda x: x["levels"]),
+        "rows": [
+            {"name": name, "table": ROWS[name].table, "paper_fid": ROWS[name].fid}
+            | {"runs": [run for run in found if run["name"] == same[name]]}
+            for name in names
+        ],
+    }
+
+
+def _do(pool: Executor, task: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """A task's results, in the arguments' order; if one fails, what is not begun never begins."""
+    futures = [pool.submit(task, *a) for a in arguments]
+    try:
+        for future in as_completed(futures):
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+    return [future.result() for future in futures]
+
+
+def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returned, now or in an earlier run."""
+    if path.exists():
+        return io.read_json(path)
+    started = time.monotonic()
+    result = make()
+    result["seconds"] = round(time.monotonic() - started, 1)
+    io.write_json(path, result)
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def _real_images(study: Study) -> dict[str, Any]:
+    def make() -> dict[str, Any]:
+        config = study.config("head_channel_ar")
+        data = config.data
+        images, labels = zip(
+            *(
+                load_prepared(subset.source, int(i), data.image_size, data.image_channels)
+                for subset in make_subsets(config).values()
+                for i in subset.images
+            ),
+            strict=True,
+        )
+        features, order = thumbnails(np.stack(images)), np.argsort(labels, kind="stable")
+        np.savez(
+            study.workdir / "real.npz", features=features[order], labels=np.array(labels)[order]
+        )
+        halves = (gaussian(features[order][start::2]) for start in (0, 1))
+        return {"images": len(images), "frechet_distance_of_halves": frechet_distance(*halves)}
+
+    return _once(study.workdir / "real.json", make)
+
+
+def _autoencoder(study: Study) -> dict[str, Any]:
+    folder = study.workdir / "base"
+    folder.mkdir(exist_ok=True)
+
+    def make() -> dict[str, Any]:
+        study.run("train-vae", "head_channel_ar", folder)
+        rows = read_metrics(folder / "autoencoder" / "training" / "metrics.jsonl")
+        return {"psnr": [v for row in rows for k, v in row.items() if k.endswith("psnr")][-1]}
+
+    return _once(folder / "result.json", make)
+
+
+def _tokenize(study: Study, name: str) -> dict[str, Any]:
+    folder = study.tokens(name)
+    folder.mkdir(exist_ok=True)
+
+    def make() -> dict[str, Any]:
+        _link(folder / "autoencoder", study.workdir / "base" / "autoencoder")
+        study.run("tokenize", name, folder)
+        info = shards.read_info(folder / "tokens")
+        indices = {
+            split: np.concatenate(
+                [
+                    batch["indices"][batch["weights"] > 0]
+                    for batch in validation_batches(folder / "tokens", BATCH, split=split)
+                ]
+            )
+            for split in info.splits
+        }
+        mesh = parallel.make_mesh(devices=jax.local_devices())
+        codec = Codec(*load_autoencoder(folder / "autoencoder"), info.quantizer, mesh)
+        everything = np.concatenate(list(indices.values()))
+        images = in_batches(lambda x: np.asarray(codec.decode(x)), everything, BATCH)
+        return {
+            "levels": info.quantizer.levels,
+            "log2_cell": mean_log2_cell(info.quantizer, indices["validation"]),
+            "frechet_distance": study.frechet_distance(images),
+        }
+
+    return _once(folder / "result.json", make)
+
+
+def mean_log2_cell(quantizer: Quantizer, indices: np.ndarray) -> float:
+    """Mean over indices of log2 of the width of their levels' cells, in latent units.
+
+    A cell is the interval of latents that take its level; the outermost end with the range.
+    """
+    edges = [quantizer.minimum, *quantizer.thresholds, quantizer.maximum]
+    return float(np.log2(np.diff(np.array(edges, np.float64)))[indices].mean())
+
+
+def _row(study: Study, name: str, seed: int) -> dict[str, Any]:
+    folder = study.workdir / "rows" / f"{name}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def make() -> dict[str, Any]:
+        tokens = study.tokens(name)
+        for part in ("tokens", "autoencoder"):
+            _link(folder / part, tokens / part)
+        flags = [f"--config.training.{setting}" for setting in TRAINING]
+        study.run("train", name, folder, *flags, f"--config.seed={seed}")
+        metrics = read_metrics(folder / "metrics.jsonl")
+        nll = [row["val_nll_bits_per_index"] for row in metrics if "val_nll_bits_per_index" in row]
+
+        pipeline = Pipeline.load(folder)
+        labels = np.load(study.workdir / "real.npz")["labels"]
+        drawn = labels[np.linspace(0, len(labels) - 1, study.samples).astype(int)]
+        settings = SamplingSettings.from_section(study.config(name).sampling)
+        images = pipeline.generate(
+            drawn.tolist(), seed=seed, batch_size=BATCH, **dataclasses.asdict(settings)
+        )
+        config = pipeline.config
+        return {
+            "name": name,
+            "seed": seed,
+            "levels": config.levels,
+            "head": f"{config.head_width}x{config.head_layers}",
+            "head_parameters": sum(x.size for x in jax.tree.leaves(pipeline.params["head"])),
+            "bits_per_index": nll[-1],
+            "density_bits": nll[-1] + io.read_json(tokens / "result.json")["log2_cell"],
+            "frechet_distance": study.frechet_distance(images),
+        }
+
+    return _once(folder / "result.json", make)
+
+
+def _link(path: Path, target: Path) -> None:
+    if not path.is_symlink():
+        path.symlink_to(target.resolve())
+
+
+def tables(results: dict[str, Any]) -> str:
+    """The tables in Markdown, each with how many pairs of its rows are in the paper's order."""
+    lines = []
+    for table, group in itertools.groupby(results["rows"], key=lambda row: row["table"]):
+        rows = list(group)
+        headings = [heading for heading, _ in MEASURES.values()]
+        lines += [
+            "",
+            f"| {table} | V | head | parameters | {' | '.join(headings)} | FID of the paper |",
+            "|---" * (5 + len(headings)) + "|",
+        ]
+        for row in rows:
+            run = row["runs"][0]
+            cells = [f"`{row['name']}`", run["levels"], run["head"], f"{run['head_parameters']:,}"]
+            for measure, (_, decimals) in MEASURES.items():
+                mean, error = mean_and_error(row, measure)
+                spread = "" if np.isnan(error) else f" ± {error:.{decimals}f}"
+                cells.append(f"{mean:.{decimals}f}{spread}")
+            cells.append("-" if row["paper_fid"] is None else row["paper_fid"])
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append("")
+        for measure in ("density_bits", "frechet_distance"):
+            counts = pairs(rows, measure)
+            told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+            lines.append(f"Pairs by {MEASURES[measure][0]}: {told or 'none with two figures'}.  ")
+    floor = results["real"]["frechet_distance_of_halves"]
+    decoded = (f"{x['frechet_distance']:.5f} ({x['levels']})" for x in results["levels"])
+    lines += [
+        "",
+        f"Frechet distance of one half of the {results['real']['images']} real images to the other:"
+        f" {floor:.5f}. Of all, decoded from their indices, to themselves, by levels: "
+        f"{', '.join(decoded)}.",
+    ]
+    return "\n".join(lines).strip() + "\n"
+
+
+def mean_and_error(row: dict[str, Any], measure: str) -> tuple[float, float]:
+    """Mean over the seeds and its standard error, which one seed does not show: NaN."""
+    values = [run[measure] for run in row["runs"]]
+    if len(values) < 2:
+        return values[0], float("nan")
+    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def pairs(rows: list[dict[str, Any]], measure: str) -> dict[str, int]:
+    """How many pairs of rows are in the paper's order, or the other way round.
+
+    Undecided are those that differ by less than two standard errors of the difference.
+    """
+    counts = {"as in the paper": 0, "the other way round": 0, "undecided": 0}
+    with_figure = [row for row in rows if row["paper_fid"] is not None]
+    for one, other in itertools.combinations(with_figure, 2):
+        (mean, error), (other_mean, other_error) = (
+            mean_and_error(row, measure) for row in (one, other)
+        )
+        difference = other_mean - mean
+        if not abs(difference) > 2 * np.hypot(error, other_error):
+            counts["undecided"] += 1
+        elif (difference > 0) == (other["paper_fid"] > one["paper_fid"]):
+            counts["as in the paper"] += 1
+        else:
+            counts["the other way round"] += 1
+    return counts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

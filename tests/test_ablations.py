@@ -1,0 +1,82 @@
+"""The ablation script's figures: densities, tables, pairs; thumbnails."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenbridge_jax.evaluation.features import thumbnails
+from tokenbridge_jax.quantizer import Quantizer
+
+SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "launch" / "ablations.py"))
+
+
+@pytest.mark.parametrize("levels", [2, 5, 32])
+def test_cells_are_the_latents_that_take_a_level(levels: int):
+    quantizer = Quantizer.gaussian(levels, 4.0)
+    latents = (np.arange(400_000) + 0.5) / 400_000 * 8 - 4
+    shares = np.bincount(np.asarray(quantizer.quantize(latents)), minlength=levels) / 400_000
+    for level in range(levels):
+        width = 2 ** SCRIPT["mean_log2_cell"](quantizer, np.array([[level]]))
+        assert width == pytest.approx(8 * shares[level], abs=1e-4)
+    # A uniform density over the range has log2 of the range, whatever the levels.
+    indices = np.asarray(quantizer.quantize(latents))
+    log2_p = np.log2(shares[indices]).mean()
+    assert -log2_p + SCRIPT["mean_log2_cell"](quantizer, indices) == pytest.approx(3, abs=1e-4)
+
+
+def _row(name: str, fid: float | None, density: list[float], distance: list[float]) -> dict:
+    fixed = {"levels": 8, "head": "16x2", "head_parameters": 12345, "bits_per_index": 2.0}
+    runs = [
+        fixed | {"density_bits": a, "frechet_distance": b}
+        for a, b in zip(density, distance, strict=True)
+    ]
+    return {"name": name, "table": "levels", "paper_fid": fid, "runs": runs}
+
+
+def test_pairs_and_tables():
+    rows = [
+        _row("one", 1.0, [1.0, 1.1], [0.5, 0.6]),
+        _row("two", 2.0, [2.0, 2.1], [0.3, 0.4]),
+        _row("three", 3.0, [1.9, 2.2], [0.1, 0.2]),
+        _row("no figure", None, [9.0, 9.1], [9.0, 9.1]),
+    ]
+    assert list(SCRIPT["pairs"](rows, "density_bits").values()) == [2, 0, 1]
+    assert list(SCRIPT["pairs"](rows, "frechet_distance").values()) == [0, 3, 0]
+    assert SCRIPT["mean_and_error"](rows[0], "density_bits") == pytest.approx((1.05, 0.05))
+    # One seed decides nothing.
+    single = [row | {"runs": row["runs"][:1]} for row in rows]
+    assert list(SCRIPT["pairs"](single, "density_bits").values()) == [0, 0, 3]
+
+    real = {"images": 10, "frechet_distance_of_halves": 0.25}
+    text = SCRIPT["tables"]({"rows": rows, "real": real, "levels": []})
+    assert (
+        "| `one` | 8 | 16x2 | 12,345 | 2.000 ± 0.000 | 1.050 ± 0.050 | 0.55000 ± 0.05000 | 1.0 |"
+        in text
+    )
+    assert "Pairs by density, bits: 2 as in the paper, 1 undecided." in text
+    assert "Pairs by Frechet distance: 3 the other way round." in text
+    assert "| `no figure` |" in text
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), [(16, 24, 3), (8, 8, 1), (20, 30, 3)])
+def test_thumbnails_are_means_of_cells(height: int, width: int, channels: int):
+    images = np.random.default_rng(0).integers(0, 256, (3, height, width, channels), np.uint8)
+    rows, columns = (
+        np.ceil((np.arange(side) + 0.5) / side * 8).astype(int) - 1 for side in (height, width)
+    )
+    found = thumbnails(images).reshape(3, 8, 8, channels)
+    assert found.dtype == np.float32
+    for row in range(8):
+        for column in range(8):
+            cell = images[:, rows == row][:, :, columns == column]
+            np.testing.assert_allclose(
+                found[:, row, column], cell.mean(axis=(1, 2)) / 255, atol=1e-6
+            )
+
+
+def test_thumbnails_of_an_8x8_picture_are_its_pixels():
+    picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    np.testing.assert_allclose(thumbnails(np.asarray(picture)[None])[0] * 255, np.arange(192))

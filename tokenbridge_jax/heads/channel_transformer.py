@@ -1,0 +1,122 @@
+"""The transformer over a position's channels that the heads have in common."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.heads.head import Head
+from tokenbridge_jax.parallel import named_axes
+from tokenbridge_jax.transformer import (
+    ConditionedBlock,
+    Modulation,
+    embedding_init,
+    layer_norm,
+    modulate,
+    stack_layers,
+    xavier,
+)
+
+
+class ChannelTransformer(Head):
+    """Small causal transformer over channels, conditioned on the backbone's feature."""
+
+    width: int
+    layers: int
+    heads: int
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    unrolled: bool = False
+
+    def setup(self) -> None:
+        channels = len(self.channel_order)
+        self.condition_proj = nn.Dense(
+            self.width, dtype=self.dtype, kernel_init=named_axes(xavier, None, "embed")
+        )
+        embedding = named_axes(embedding_init, "channels", "embed")
+        self.channel_embed = self.param("channel_embed", embedding, (channels, self.width))
+        self.timestep_embed = self.param("timestep_embed", embedding, (channels, self.width))
+        self.blocks = stack_layers(ConditionedBlock, self.layers, unrolled=self.unrolled)(
+            self.width, self.heads, self.dropout, self.dtype
+        )
+        self.norm = layer_norm(self.dtype)
+        self.final_norm = layer_norm(self.dtype, affine=False)
+        self.final_modulation = Modulation(2, self.dtype)
+        self.classifier = ChannelClassifier(channels, self.levels, self.dtype)
+
+    def _condition(self, feature: Float[Array, "N Z"]) -> Float[Array, "N D"]:
+        # Positions stay where their images are, whatever the parameters' layout suggests.
+        return parallel.constrain(self.condition_proj(feature), "batch", None)
+
+    def _transform(
+        self, tokens: Float[Array, "N #C D"], condition: Float[Array, "N 1 D"]
+    ) -> Float[Array, "N C V"]:
+        """Logits of all places, from what each is given besides its place."""
+        x = tokens + self._places(self.channel_embed)
+        condition = nn.silu(condition + self._places(self.timestep_embed))
+        x = parallel.constrain(x, "batch", None, None)
+        x, _ = self.blocks(x, condition)
+        return self.classifier(self._modulated_norm(x, self.final_modulation(condition)))
+
+    def _gumbel(self, keys: Key[Array, " N"]) -> Float[Array, "C N V"]:
+        """Noise for every channel, from the position's key and the channel's place."""
+
+        def draw(place: jax.Array, key: jax.Array) -> jax.Array:
+            return jax.random.gumbel(jax.random.fold_in(key, place), (self.levels,))
+
+        places = jnp.arange(len(self.channel_order))
+        return jax.vmap(lambda place: jax.vmap(functools.partial(draw, place))(keys))(places)
+
+    def _places(self, embedding: Float[Array, "C D"]) -> Float[Array, "1 C D"]:
+        return embedding.astype(self.dtype)[None]
+
+    def _modulated_norm(
+        self, x: Float[Array, "N T D"], modulation: Float[Array, "N T 2*D"]
+    ) -> Float[Array, "N T D"]:
+        scale, shift = jnp.split(modulation, 2, axis=-1)
+        return modulate(self.final_norm(self.norm(x)), shift, scale)
+
+
+class ChannelClassifier(nn.Module):
+    """One linear classifier a channel, with float32 logits."""
+
+    channels: int
+    levels: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "N T D"], place: Int[Array, ""] | None = None
+    ) -> Float[Array, "N T V"]:
+        """Classifies all C places, or with `place` the one that x holds."""
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)
+        kernel = self.param(
+            "kernel",
+            named_axes(init, "channels", "embed", "levels"),
+            (self.channels, x.shape[-1], self.levels),
+        ).astype(self.dtype)
+        bias = self.param(
+            "bias",
+            named_axes(nn.initializers.zeros, "channels", "levels"),
+            (self.channels, self.levels),
+        )
+        if place is not None:
+            kernel, bias = kernel[place][None], bias[place][None]
+        # One product a channel with x on the left: einsum puts the kernel there, transposed, and
+        # XLA's CPU backend cannot run that product from bfloat16 to float32.
+        product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        logits = jax.vmap(product, (1, 0), 1)(x, kernel)
+        return logits + bias[None]
+
+
+def tempered_log_prob(
+    logits: Float[Array, "*N V"], index: Int[Array, "*N"], temperature: Float[Array, ""]
+) -> Float[Array, "*N"]:
+    """Log-probability of what was drawn, as `Head.sample` gives it."""
+    tempered = logits / jnp.where(temperature > 0, temperature, 1)
+    return -optax.softmax_cross_entropy_with_integer_labels(tempered, index)

@@ -1,0 +1,59 @@
+"""Groups of channels as joint classes (paper, "channels a group").
+
+A head for C/g channels of V**g levels predicts g neighbours in the channel order at a time, by one
+softmax over all their combinations. A class counts in base V, the group's first channel highest.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer, Key
+
+from tokenbridge_jax.heads.head import Head
+
+
+class GroupedHead(Head):
+    """Splits joint classes into channels, so that its likelihoods compare with other heads'.
+
+    `make_joint` makes the head of the groups, which takes them in the order 0, 1, ...
+    """
+
+    group: int
+    make_joint: Callable[[], Head]
+
+    def setup(self) -> None:
+        self.joint = self.make_joint()
+
+    def logits(
+        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"]
+    ) -> Float[Array, "N C V"]:
+        """See `Head.logits`; the group's later channels are summed over."""
+        levels, groups = self.levels, len(self.channel_order) // self.group
+        chosen = indices[:, np.array(self.channel_order)].astype(jnp.int32)
+        chosen = chosen.reshape(-1, groups, self.group)
+        places = levels ** np.arange(self.group)[::-1]
+        rest = self.joint.logits(feature, jnp.sum(chosen * places[None, None], axis=-1))
+        parts = []
+        for place in range(self.group):
+            rest = rest.reshape(-1, groups, levels, levels ** (self.group - 1 - place))
+            parts.append(jax.nn.logsumexp(rest, axis=-1))
+            rest = jnp.take_along_axis(rest, chosen[:, :, place, None, None], axis=2)
+        return jnp.stack(parts, axis=2).reshape(len(indices), -1, levels)
+
+    def sample(
+        self,
+        feature: Float[Array, "N Z"],
+        keys: Key[Array, " N"],
+        temperature: Float[Array, ""],
+        log_probs: bool = False,
+    ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
+        """See `Head.sample`; the temperature is that of joint classes."""
+        drawn: Any = self.joint.sample(feature, keys, temperature, log_probs)
+        joint, *rest = drawn if log_probs else (drawn,)
+        places = self.levels ** np.arange(self.group)[::-1]
+        digits = joint[:, :, None] // places[None, None] % self.levels
+        indices = digits.reshape(len(joint), -1)[:, np.argsort(self.channel_order)]
+        return (indices, *rest) if log_probs else indices

@@ -1,0 +1,42 @@
+"""Parallel head (paper, "parallel prediction"): all C channels at once, independent of each other.
+
+`ChannelAR` without the tokens of previous indices: all else is the same, so that what differs is
+only what a channel may depend on. (Attention stays causal; there is nothing that it could hide.)
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer, Key
+
+from tokenbridge_jax.heads.channel_transformer import ChannelTransformer, tempered_log_prob
+
+
+class ParallelHead(ChannelTransformer):
+    """Sees, at every place, the feature alone."""
+
+    def logits(
+        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"]
+    ) -> Float[Array, "N C V"]:
+        """See `Head.logits`; `indices` count for nothing."""
+        del indices
+        return self._logits(feature)
+
+    def sample(
+        self,
+        feature: Float[Array, "N Z"],
+        keys: Key[Array, " N"],
+        temperature: Float[Array, ""],
+        log_probs: bool = False,
+    ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
+        """See `Head.sample`; one pass draws all."""
+        logits = self._logits(feature)
+        noise = temperature * self._gumbel(keys).swapaxes(0, 1)
+        drawn = jnp.argmax(logits + noise, axis=-1)
+        indices = drawn[:, np.argsort(self.channel_order)]
+        if not log_probs:
+            return indices
+        return indices, tempered_log_prob(logits, drawn, temperature).sum(axis=1)
+
+    def _logits(self, feature: Float[Array, "N Z"]) -> Float[Array, "N C V"]:
+        condition = self._condition(feature)[:, None]
+        return self._transform(condition, condition)
