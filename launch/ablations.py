@@ -74,7 +74,7 @@ class Study:
         """Of a row, with the flags."""
         argv = ["ablations.py", f"--config={CONFIG}:{name},on=digits", *self.flags]
         values = absl_flags.FlagValues()
-        with runner._mistakes_in_config():
+        with runner.mistakes_in_config():
             config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
             values(argv)
         return values.config

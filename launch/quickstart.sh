@@ -23,4 +23,6 @@ echo "== 3/4 train: a distribution over indices"
 "$tokenbridge" train --workdir "$workdir"
 echo "== 4/4 sample: 1,000 new digits"
 "$tokenbridge" sample --workdir "$workdir" --num_images 1000
+echo "== evaluate: how far these are from the real ones"
+"$tokenbridge" evaluate --workdir "$workdir" --what generation --images "$workdir/samples/samples.npz" --reference data
 .venv/bin/python launch/score_digits.py --workdir "$workdir" --started "$started"

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_configs import CONFIGS
+from test_evaluate import means, scipys_distance
 
 from tokenbridge_jax import Pipeline, parallel
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.data.sources import DigitsSource
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation.generation import make_labels
 
 SMALL = [
     f"--config={CONFIGS / 'digits.py'}:quick",
@@ -26,6 +29,8 @@ SMALL = [
     "--config.training.checkpoint_every=2",
     "--config.training.eval_every=4",
     "--config.training.sample_every=0",
+    "--config.evaluation.every=2",
+    "--config.evaluation.num_images=20",
     "--config.sampling.num_iter=3",
 ]
 
@@ -67,6 +72,18 @@ def test_metrics_tell_the_likelihood(workdir):
     assert rows[-1]["step"] == 4
     # Untrained, the model is about uniform over 32 levels.
     assert rows[-1]["val_nll_bits_per_index"] == pytest.approx(5, abs=1)
+
+
+def test_samples_are_scored_in_training(workdir, pipeline):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_fid" in row] == [2, 4]
+    labels = make_labels("balanced", 20, 10, seed=0)
+    samples = pipeline.generate(labels.tolist(), num_iter=3, guidance=2.0, temperature=0.7)
+    source = DigitsSource("train")
+    real = np.stack([prepare(source.load(i)[0], 8, 1) for i in range(len(source))])
+    expected = scipys_distance(*(means(x.repeat(3, axis=-1)) for x in (samples, real)))
+    assert rows[-1]["eval_fid"] == pytest.approx(expected, rel=1e-4)
+    assert {"eval_precision", "eval_recall"} <= set(rows[-1])
 
 
 def test_an_image_depends_on_its_number_class_and_seed_alone(pipeline):

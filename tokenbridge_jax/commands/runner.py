@@ -97,7 +97,7 @@ def run(name: str, argv: list[str]) -> int:
     argv = argv[len(given) :]
     args = flags.FlagValues()
     try:
-        with _mistakes_in_config():
+        with mistakes_in_config():
             _define_flags(args, argv, getattr(command, "DEFAULT_CONFIG", "digits.py"))
         command.define_flags(args)
         if {"-h", "--help", "-help", "--helpfull"} & set(argv):
@@ -251,7 +251,7 @@ def _from_json(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _mistakes_in_config() -> Iterator[None]:
+def mistakes_in_config() -> Iterator[None]:
     """Tells what a user's config file or flag raises, which can be anything, in one line."""
     try:
         yield
@@ -271,7 +271,7 @@ def _mistakes_in_config() -> Iterator[None]:
 
 
 def _parse(args: flags.FlagValues, name: str, argv: list[str], *, needs_workdir: bool) -> None:
-    with _mistakes_in_config():
+    with mistakes_in_config():
         rest = args([f"tokenbridge {name}", *argv])
         args.config.lock()  # A config file that cannot be loaded raises here, at first access.
     if len(rest) > 1:

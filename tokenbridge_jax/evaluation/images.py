@@ -122,11 +122,12 @@ class _Npz(ImageSet):
                 else np.lib.format.read_array_header_2_0(file)
             )
             self._offset = file.tell()
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
             raise UserError(
-                f"{path}: {ARRAY} must be uint8 of shape [N, H, W, 3], not {dtype} {list(shape)}"
+                f"{path}: {ARRAY} must be uint8 of shape [N, H, W, 3] or [N, H, W, 1], not {dtype} "
+                f"{list(shape)}"
             )
-        self.count, self.shape = shape[0], shape[1:]
+        self.count, self.shape, self._stored = shape[0], (*shape[1:3], 3), shape[1:]
         if not self.count:
             raise UserError(f"{path}: {ARRAY} holds no images")
 
@@ -135,7 +136,7 @@ class _Npz(ImageSet):
         self.count = min(self.count, count)
 
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-        bytes_each = int(np.prod(self.shape))
+        bytes_each = int(np.prod(self._stored))
         with self._open() as file:
             file.seek(self._offset + first * bytes_each)
             for start in range(first, last, size):
@@ -143,7 +144,7 @@ class _Npz(ImageSet):
                 data = file.read(count * bytes_each)
                 if len(data) < count * bytes_each:
                     raise UserError(f"{self.path} is damaged: {ARRAY} ends too early")
-                yield np.frombuffer(data, np.uint8).reshape(count, *self.shape)
+                yield rgb(np.frombuffer(data, np.uint8).reshape(count, *self._stored))
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:

@@ -115,7 +115,7 @@ def make_extractor(
     Args:
       name: one of `FEATURES`.
       folder: of imported networks.
-      batch_size: images at once over the devices of a process; by default 256 an accelerator.
+      batch_size: images at once over the devices of a process; by default 64 an accelerator.
       precision: of Inception's convolutions.
 
     Raises:
@@ -133,7 +133,7 @@ def make_extractor(
         )
     if batch_size is None:
         devices = jax.local_devices()
-        batch_size = 16 if devices[0].platform == "cpu" else 256 * len(devices)
+        batch_size = 16 if devices[0].platform == "cpu" else 64 * len(devices)
     return InceptionExtractor(
         network.params, batch_size=batch_size, precision=precision, facts=network.facts
     )

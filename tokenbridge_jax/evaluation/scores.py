@@ -209,4 +209,6 @@ def remarks(scores: dict[str, float], samples: SetFeatures, reference: Reference
         )
     if reference.features is not None and "kid" not in scores:
         said.append(f"KID needs {KID_SUBSET} samples and reference images")
+    if samples.logits is not None and "inception_score" not in scores:
+        said.append(f"the inception score needs {SPLITS} samples, there are {samples.count}")
     return said
