@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tokenbridge_jax.evaluation.features import thumbnails
 from tokenbridge_jax.quantizer import Quantizer
 
 SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "launch" / "ablations.py"))
@@ -59,24 +57,3 @@ def test_pairs_and_tables():
     assert "Pairs by density, bits: 2 as in the paper, 1 undecided." in text
     assert "Pairs by Frechet distance: 3 the other way round." in text
     assert "| `no figure` |" in text
-
-
-@pytest.mark.parametrize(("height", "width", "channels"), [(16, 24, 3), (8, 8, 1), (20, 30, 3)])
-def test_thumbnails_are_means_of_cells(height: int, width: int, channels: int):
-    images = np.random.default_rng(0).integers(0, 256, (3, height, width, channels), np.uint8)
-    rows, columns = (
-        np.ceil((np.arange(side) + 0.5) / side * 8).astype(int) - 1 for side in (height, width)
-    )
-    found = thumbnails(images).reshape(3, 8, 8, channels)
-    assert found.dtype == np.float32
-    for row in range(8):
-        for column in range(8):
-            cell = images[:, rows == row][:, :, columns == column]
-            np.testing.assert_allclose(
-                found[:, row, column], cell.mean(axis=(1, 2)) / 255, atol=1e-6
-            )
-
-
-def test_thumbnails_of_an_8x8_picture_are_its_pixels():
-    picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
-    np.testing.assert_allclose(thumbnails(np.asarray(picture)[None])[0] * 255, np.arange(192))

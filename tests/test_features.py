@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 from torch_networks import random_inception_state
 
 from tokenbridge_jax.evaluation import features, inception
@@ -60,16 +59,17 @@ def test_what_is_kept_does_not_depend_on_the_order(tmp_path):
     np.testing.assert_allclose(one.pool.mean, whole.kept.mean(axis=0), rtol=1e-6)
 
 
-def test_thumbnails_are_area_means():
-    images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
-    expected = [
-        [images[n, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3, c].mean() / 255 for c in range(3)]
-        for n in range(3)
-        for i in range(8)
-        for j in range(8)
-    ]
-    found = features.thumbnails(images)
-    np.testing.assert_allclose(found, np.reshape(expected, (3, 192)), rtol=1e-6)
-    other = features.thumbnails(images[:, :13, :21])
-    box = Image.fromarray(images[1, :13, :21]).resize((8, 8), Image.Resampling.BOX)
-    np.testing.assert_allclose(other[1], np.asarray(box).reshape(-1) / np.float32(255))
+@pytest.mark.parametrize(("height", "width", "channels"), [(16, 24, 3), (8, 8, 1), (20, 30, 3)])
+def test_thumbnails_are_means_of_cells(height: int, width: int, channels: int):
+    images = np.random.default_rng(0).integers(0, 256, (3, height, width, channels), np.uint8)
+    rows, columns = (
+        np.ceil((np.arange(side) + 0.5) / side * 8).astype(int) - 1 for side in (height, width)
+    )
+    found = features.thumbnails(images).reshape(3, 8, 8, channels)
+    assert found.dtype == np.float32
+    for row in range(8):
+        for column in range(8):
+            cell = images[:, rows == row][:, :, columns == column]
+            np.testing.assert_allclose(
+                found[:, row, column], cell.mean(axis=(1, 2)) / 255, atol=1e-6
+            )

@@ -234,7 +234,7 @@ def _complete(config: Any) -> Any:
             values.setdefault("keep_every", 0)
     if "data" in (mesh := config.get("mesh", {})):
         mesh.setdefault("slices", -1)
-    if "sampling" in config:
+    if "num_iter" in config.get("sampling", {}):
         evaluation = config.setdefault("evaluation", {})
         for name, value in EVALUATION.items():
             evaluation.setdefault(name, value)

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Shaped, UInt8, UInt64
-from PIL import Image
 
 from tokenbridge_jax import parallel
+from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import inception
 from tokenbridge_jax.evaluation.images import ImageSet
 from tokenbridge_jax.evaluation.moments import Gaussian, Moments
@@ -121,19 +121,21 @@ class ThumbnailExtractor(Extractor):
 def thumbnails(images: UInt8[np.ndarray, "N H W C"]) -> Float[np.ndarray, "N 64*C"]:
     """Mean of every cell of an 8 x 8 grid, from 0 to 1, row-major, channels last.
 
-    Sizes that 8 does not divide are first scaled to 8 x 8 by area.
+    Where 8 does not divide the size, a pixel belongs to the cell that its centre is in.
+
+    Raises:
+      UserError: the images are smaller than the grid.
     """
-    count, height, width, channels = images.shape
-    if height % THUMBNAIL or width % THUMBNAIL:
-        size = (THUMBNAIL, THUMBNAIL)
-        planes = [
-            np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BOX))
-            for plane in images.transpose(0, 3, 1, 2).reshape(-1, height, width)
-        ]
-        images = np.stack(planes).reshape(count, channels, *size).transpose(0, 2, 3, 1)
-    cells = images.reshape(count, THUMBNAIL, -1, THUMBNAIL, images.shape[2] // THUMBNAIL, channels)
-    means = cells.mean(axis=(2, 4), dtype=np.float32) / 255
-    return means.reshape(count, -1)
+    count, height, width, _ = images.shape
+    if min(height, width) < THUMBNAIL:
+        raise UserError(f"thumbnails need images of {THUMBNAIL} pixels a side: {width}x{height}")
+    sums, cells = images, np.ones((THUMBNAIL, THUMBNAIL), int)
+    for axis, side in ((1, height), (2, width)):
+        starts = np.floor(np.arange(THUMBNAIL) * side / THUMBNAIL + 0.5).astype(int)
+        sums = np.add.reduceat(sums, starts, axis=axis, dtype=np.int32)
+        cells = cells.T * np.diff([*starts, side])[None]  # The first turn's end up as rows.
+    means = sums / (255 * cells[None, :, :, None])
+    return means.astype(np.float32).reshape(count, -1)
 
 
 @dataclasses.dataclass(frozen=True)
