@@ -34,7 +34,12 @@ def digest(array: np.ndarray) -> str:
 
 def evaluate(folder: Path, output: Path) -> int:
     argv = [f"--workdir={folder / 'model'}", f"--reference={folder / 'real'}"]
-    argv += ["--features=thumbnails", "--num_images=13", "--config.sampling.num_iter=3"]
+    argv += [
+        "--features=thumbnails",
+        "--write_samples",
+        "--num_images=13",
+        "--config.sampling.num_iter=3",
+    ]
     return runner.run("evaluate", ["--what=generation", f"--output={output}", *argv])
 
 

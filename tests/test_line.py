@@ -30,7 +30,7 @@ SMALL = [
     "--config.training.eval_every=4",
     "--config.training.sample_every=0",
     "--config.evaluation.every=2",
-    "--config.evaluation.num_images=20",
+    "--config.evaluation.num_images=7",
     "--config.sampling.num_iter=3",
 ]
 
@@ -77,7 +77,7 @@ def test_metrics_tell_the_likelihood(workdir):
 def test_samples_are_scored_in_training(workdir, pipeline):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval_fid" in row] == [2, 4]
-    labels = make_labels("balanced", 20, 10, seed=0)
+    labels = make_labels("balanced", 7, 10, seed=0)
     samples = pipeline.generate(labels.tolist(), num_iter=3, guidance=2.0, temperature=0.7)
     source = DigitsSource("train")
     real = np.stack([prepare(source.load(i)[0], 8, 1) for i in range(len(source))])

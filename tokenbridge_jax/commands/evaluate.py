@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from tokenbridge_jax import parallel
+from tokenbridge_jax import parallel, processes
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
@@ -220,11 +220,12 @@ def _sampled(
 
 
 def _write_samples(path: epath.Path, images: ImageSet, labels: np.ndarray) -> None:
-    if not _first():
-        return
-    shape = (images.count, *images.shape)
-    write_images(path, images.batches(64, 0, images.count), shape, labels)
-    print(f"wrote {path}")
+    if _first():
+        shape = (images.count, *images.shape)
+        write_images(path, images.batches(64, 0, images.count), shape, labels)
+        print(f"wrote {path}")
+    # What comes next the devices do together, and they do not wait for as long as this can take.
+    processes.gather("written")
 
 
 def measure_reference(args: flags.FlagValues) -> None:
@@ -336,6 +337,7 @@ def measure_likelihood(args: flags.FlagValues) -> None:
     }
     folder = _output(args)
     if _first():
+        print(likelihood.table(found))
         _tell(folder / "likelihood.json", found, facts)
         _list(likelihood.plot(found, folder))
 

@@ -25,7 +25,7 @@ from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import TokenRecords
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.evaluation import calibration, figures
+from tokenbridge_jax.evaluation import calibration, figures, report
 from tokenbridge_jax.evaluation.calibration import Calibration
 from tokenbridge_jax.loss import scored_slots, split_slots
 from tokenbridge_jax.model import TokenBridgeConfig, make_head, merge
@@ -380,6 +380,23 @@ class _Totals:
             },
             "calibration": self._calibration.summary(),
         }
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """What `likelihood` found, for people: channels in channel order, steps, calibration."""
+    bits, steps, head = found["by_channel"], found["by_step"], found["calibration"]
+    rows = [{"channel": str(c), "bits an index": bits[c]} for c in found["channel_order"]]
+    first, last = steps["bits_per_index"][0], steps["bits_per_index"][-1]
+    return "\n".join(
+        [
+            report.columns(rows),
+            f"{found['images']} images of split {found['split']}, {found['steps']} steps in "
+            f"{found['order']} order: {first:.4f} bits an index in the first, {last:.4f} in the "
+            "last",
+            f"the head's confidence is {head['confidence']:.4f}, right are {head['accuracy']:.4f}; "
+            f"expected calibration error {head['expected_calibration_error']:.4f}",
+        ]
+    )
 
 
 def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
