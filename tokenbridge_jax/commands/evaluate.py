@@ -32,6 +32,7 @@ from tokenbridge_jax import parallel, processes
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.data.shards import read_info
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import (
     generation,
@@ -316,10 +317,10 @@ def _perturbation(text: str) -> tuple[float, int]:
 
 def measure_likelihood(args: flags.FlagValues) -> None:
     """Bits of held-out images, and whether the head's confidence is right."""
-    pipeline = load_pipeline(args)
+    pipeline, folder = load_pipeline(args), epath.Path(args.workdir) / "tokens"
     found = likelihood.likelihood(
         pipeline,
-        epath.Path(args.workdir) / "tokens",
+        folder,
         num_iter=args.config.sampling.num_iter,
         order=args.config.sampling.order,
         num_orders=args.num_orders,
@@ -334,6 +335,7 @@ def measure_likelihood(args: flags.FlagValues) -> None:
         "weights": "EMA",
         "weights_sha256": generation.weights_sha256(pipeline.params, pipeline.step),
         "autoencoder_sha256": pipeline.description.autoencoder_hash,
+        "tokens_sha256": read_info(folder).sha256,
     }
     folder = _output(args)
     if _first():
@@ -344,17 +346,19 @@ def measure_likelihood(args: flags.FlagValues) -> None:
 
 def measure_tokens(args: flags.FlagValues) -> None:
     """What the indices of the shards are like."""
+    folder = epath.Path(args.workdir) / "tokens"
     found = tokens.token_statistics(
-        epath.Path(args.workdir) / "tokens",
+        folder,
         args.split or "train",
         all_views=args.all_views,
         max_images=args.num_images,
         progress=_first(),
     )
+    facts = {"tokens_sha256": read_info(folder).sha256}
     folder = _output(args)
     if _first():
         print(tokens.table(found))
-        _tell(folder / "tokens.json", found, {})
+        _tell(folder / "tokens.json", found, facts)
         _list(tokens.plot(found, folder))
 
 

@@ -6,8 +6,6 @@ had never stopped. Status 75 means: told to stop (SIGTERM, Ctrl-C), and saved.
 """
 
 import dataclasses
-import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,7 +173,7 @@ def make_run(
     masks = MaskSampler.from_config(config, model.positions)
     fields = flat_fields(config, ["seed", "model", "training"])
     fields["data.num_classes"] = config.data.num_classes
-    fields["tokens_sha256"] = _tokens_digest(info)
+    fields["tokens_sha256"] = info.sha256
     function = {f"model.{name}" for name in config.model if name not in _NOT_MODEL | _NOT_FUNCTION}
     hooks = []
     if "validation" in info.splits:
@@ -309,12 +307,6 @@ def _left_out(config: ConfigDict, workdir: epath.Path, info: DatasetInfo) -> Ite
         yield f"{workdir / 'tokens'} has no validation split: nothing is validated"
     if config.training.sample_every and not (workdir / "autoencoder" / "config.json").exists():
         yield f"{workdir / 'autoencoder'} is not there: no sample grids"
-
-
-def _tokens_digest(info: DatasetInfo) -> str:
-    """Names the content of the shards; where their images came from plays no part."""
-    described = info.to_json() | {"sources": None}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
 import json
 import os
 import re
@@ -123,6 +124,12 @@ class DatasetInfo:
     def record(self) -> np.dtype:
         """The dtype of one record."""
         return np.dtype(_record_spec(self))
+
+    @property
+    def sha256(self) -> str:
+        """Names the content of the shards; where their images came from plays no part."""
+        described = self.to_json() | {"sources": None}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The content of `dataset.json`: every field, and what follows from them."""
