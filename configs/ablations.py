@@ -1,6 +1,9 @@
 """The paper's ablations, a row each: `configs/ablations.py:NAME` or `:NAME,on=digits`.
 
-  tokenbridge train --config configs/ablations.py:order_reverse --workdir runs/order_reverse
+  tokenbridge tokenize --config configs/ablations.py:order_reverse --workdir runs/order_reverse
+  tokenbridge train --workdir runs/order_reverse
+
+(with an autoencoder in runs/order_reverse/autoencoder).
 
 What the paper measured, as FID on ImageNet 256x256 (lower is better):
 
@@ -73,7 +76,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     name, _, rest = (arg or "").partition(",")
     on = parse_arg(rest, on="imagenet256").on
     if name not in ROWS:
-        raise UserError(f"there is no ablation '{name}'; there are {', '.join(ROWS)}")
+        raise UserError(
+            f"there is no ablation '{name}'; its name comes first (NAME,on=digits), there are "
+            f"{', '.join(ROWS)}"
+        )
     if on not in ("imagenet256", "digits"):
         raise UserError(f"on={on} is not one of imagenet256, digits")
     row = ROWS[name]

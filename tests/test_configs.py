@@ -126,7 +126,7 @@ def test_unknown_arguments_are_refused():
         load("imagenet256").get_config("size=XL")
     for arg in (None, "head", "on=digits"):
         with pytest.raises(
-            UserError, match=r"there is no ablation '.*'; there are head_channel_ar"
+            UserError, match=r"there is no ablation '.*'; its name comes first .* head_channel_ar"
         ):
             load("ablations").get_config(arg)
     with pytest.raises(UserError, match="on=mnist is not one of imagenet256, digits"):

@@ -1,6 +1,8 @@
 """`tokenbridge evaluate --what generation|reference` and `import-metrics`, against numpy."""
 
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from scipy import linalg
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import generation, inception, networks, scores
-from tokenbridge_jax.evaluation.features import SetFeatures
+from tokenbridge_jax.evaluation.features import SetFeatures, ThumbnailExtractor
 from tokenbridge_jax.evaluation.moments import gaussian
 
 SETTINGS = {"num_iter": 3, "guidance": 2.0, "temperature": 0.9}
@@ -37,15 +40,16 @@ def generate(folder, *flags: str) -> int:
     return evaluate(folder, *what, *flags)
 
 
-def result_of(folder) -> dict:
-    return json.loads((folder / "generation.json").read_text())
+def results_of(folder) -> list[dict]:
+    paths = sorted(folder.glob("generation_*/result.json"), key=lambda path: path.stat().st_mtime)
+    return [json.loads(path.read_text()) for path in paths]
 
 
 @pytest.fixture(scope="module")
 def scored(folder):
-    """The folder of the only generation there is."""
+    """The folder of the first samples."""
     assert generate(folder, "--write_samples") == 0
-    (scored,) = (folder / "model" / "evaluation").iterdir()
+    (scored,) = (folder / "model" / "evaluation").glob("samples_*")
     return scored
 
 
@@ -64,20 +68,20 @@ def scipys_distance(one: np.ndarray, other: np.ndarray) -> float:
 def test_samples_are_those_of_the_pipeline_and_scored_as_numpy_would(folder, scored, capsys):
     with np.load(scored / "samples.npz") as file:
         samples = dict(file)
-    assert np.bincount(samples["labels"]).tolist() == [8, 7, 7]
+    assert np.bincount(samples["labels"]).tolist() == [7, 7, 8]
     assert (np.diff(samples["labels"]) < 0).any()
     pipeline = Pipeline.load(folder / "model")
     again = pipeline.generate(samples["labels"].tolist(), seed=0, **SETTINGS)
     np.testing.assert_array_equal(samples["arr_0"], again.repeat(3, axis=-1))
 
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-    result = result_of(scored)
+    (result,) = results_of(folder / "model" / "evaluation")
     expected = scipys_distance(means(samples["arr_0"]), means(images))
-    assert result["metrics"]["fid"] == pytest.approx(expected, rel=1e-5)
+    assert result["metrics"]["thumbnail_distance"] == pytest.approx(expected, rel=1e-5)
     facts = result["facts"]
     assert (facts["samples"], facts["seed"], facts["label_policy"]) == (COUNT, 0, "balanced")
     assert facts["sampling"]["num_iter"] == 3
-    assert (facts["reference_images"], facts["image_size"]) == (40, 8)
+    assert (facts["reference_images"], facts["image_size"]) == (40, "8x8")
     assert {"weights_sha256", "checkpoint_step", "rounding", "reference_sha256"} <= set(facts)
     assert any("22 samples have a singular covariance" in line for line in result["remarks"])
 
@@ -85,15 +89,21 @@ def test_samples_are_those_of_the_pipeline_and_scored_as_numpy_would(folder, sco
     given = [f"--images={scored / 'samples.npz'}", f"--output={folder / 'given'}"]
     reference = ["--what=reference", f"--images={folder / 'real'}", f"--output={folder / 'ref'}"]
     assert evaluate(folder, *reference) == 0
-    statistics = f"--reference={folder / 'ref' / 'reference_real.npz'}"
+    statistics = f"--reference={folder / 'ref' / 'reference_real_thumbnails.npz'}"
     assert evaluate(folder, "--what=generation", statistics, *given) == 0
-    assert result_of(folder / "given")["metrics"] == result["metrics"]
-    assert f"FID (lower)               {expected:>12.4f}" in capsys.readouterr().out
+    (given_result,) = results_of(folder / "given")
+    assert given_result["metrics"] == result["metrics"]
+    assert given_result["facts"]["reference_of"] == "real"
+    table = f"distance of thumbnails (lower)  {expected:>12.4f}"
+    assert table in capsys.readouterr().out
+    with Image.open(scored / "samples.png") as picture:
+        assert picture.size[0] > 400
 
 
-def test_a_stopped_run_goes_on(folder, scored, monkeypatch):
+def test_a_stopped_run_goes_on(folder, scored, monkeypatch, capsys):
+    """And fewer samples are the first of those that are there."""
     before = {path.name: path.read_bytes() for path in scored.glob("*.npy")}
-    metrics = result_of(scored)["metrics"]
+    (metrics,) = (result["metrics"] for result in results_of(folder / "model" / "evaluation"))
     assert sorted(before) == [f"indices_{i:08d}.npy" for i in (0, 8, 16)]
     (scored / "indices_00000016.npy").unlink()
     drawn = []
@@ -105,15 +115,35 @@ def test_a_stopped_run_goes_on(folder, scored, monkeypatch):
     )
     assert generate(folder) == 0
     assert drawn == [16]
+    assert "holds 16 samples: going on from there" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in scored.glob("*.npy")} == before
-    assert result_of(scored)["metrics"] == metrics
+    (again,) = results_of(folder / "model" / "evaluation")
+    assert again["metrics"] == metrics
+    assert generate(folder, "--num_images=9") == 0
+    assert drawn == [16]
+    assert results_of(folder / "model" / "evaluation")[-1]["facts"]["samples"] == 9
 
 
-def test_another_seed_has_samples_of_its_own(folder, scored):
+def test_what_changes_samples_gives_them_a_folder_of_their_own(folder, scored):
+    evaluation = folder / "model" / "evaluation"
     assert generate(folder, "--seed=1", "--labels=random") == 0
-    (other,) = set((folder / "model" / "evaluation").iterdir()) - {scored}
-    assert result_of(other)["facts"]["label_policy"] == "random"
-    assert result_of(other)["metrics"]["fid"] != result_of(scored)["metrics"]["fid"]
+    assert results_of(evaluation)[-1]["facts"]["label_policy"] == "random"
+    # The same weights, but another function of them.
+    shutil.copytree(folder / "model", folder / "other")
+    described = json.loads((folder / "model" / "model.json").read_text())
+    described["model"]["channel_order"] = described["model"]["channel_order"][::-1]
+    (folder / "other" / "model.json").write_text(json.dumps(described))
+    (folder / "model").rename(folder / "kept")
+    (folder / "other").rename(folder / "model")
+    try:
+        assert generate(folder) == 0
+        folders = sorted(evaluation.glob("samples_*"))
+        assert len(folders) == 3
+        drawn = [np.load(path / "indices_00000000.npy") for path in folders]
+        assert all((a != b).any() for a, b in itertools.combinations(drawn, 2))
+    finally:
+        (folder / "model").rename(folder / "other")
+        (folder / "kept").rename(folder / "model")
 
 
 @pytest.mark.parametrize("policy", generation.LABEL_POLICIES)
@@ -124,6 +154,12 @@ def test_labels_do_not_come_sorted(policy):
     assert (np.ptp(counts) <= 1) == (policy == "balanced")
     parts = [np.bincount(part, minlength=CLASSES) for part in np.array_split(labels, 10)]
     assert np.min(parts) > 10
+
+
+def test_more_labels_begin_with_those_of_fewer():
+    for policy in generation.LABEL_POLICIES:
+        more = generation.make_labels(policy, 70, CLASSES, seed=3)
+        np.testing.assert_array_equal(more[:31], generation.make_labels(policy, 31, CLASSES, 3))
 
 
 def test_sorted_files_are_remarked_on():
@@ -137,10 +173,21 @@ def test_sorted_files_are_remarked_on():
     for name, order in (("sorted", np.arange(200)), ("shuffled", rng.permutation(200))):
         found = SetFeatures(200, gaussian(features), None, features, logits[order], keys[order])
         result = scores.generation_scores(found, reference)
-        said[name] = result, " ".join(scores.remarks(result, found, reference))
-    assert said["sorted"][0]["inception_score"] == said["shuffled"][0]["inception_score"]
-    assert said["sorted"][0]["inception_score_adm"] == pytest.approx(1, abs=1e-6)
-    assert "ADM's inception score depends on the images' order: 1.00" in said["sorted"][1]
+        said[name] = result, " ".join(scores.remarks(result, found, reference, {}))
+    assert said["sorted"][0] == pytest.approx(said["shuffled"][0])
+    assert "these images are sorted, and ADM's inception score depends on" in said["sorted"][1]
+    assert "these images are sorted" not in said["shuffled"][1]
+
+
+def test_a_reference_of_another_network_is_refused(tmp_path):
+    features = np.random.default_rng(0).normal(size=(9, 192)).astype(np.float32)
+    extractor = ThumbnailExtractor()
+    reference = scores.Reference(gaussian(features), None, features, {"reference": "pictures"})
+    scores.save_reference(tmp_path / "x.npz", reference, extractor)
+    assert scores.load_reference(tmp_path / "x.npz", extractor).facts["reference"] == "x.npz"
+    extractor.facts = extractor.facts | {"features": "others"}
+    with pytest.raises(UserError, match="was made with features pixels of 8 x 8"):
+        scores.load_reference(tmp_path / "x.npz", extractor)
 
 
 @pytest.mark.parametrize(
@@ -151,18 +198,35 @@ def test_sorted_files_are_remarked_on():
             ["--what=generation", "--config.evaluation.reference="],
             "name what to compare with: --reference FILE",
         ),
-        (["--what=generation", "--reference=none.npz"], "none.npz does not exist"),
+        (
+            ["--what=generation", "--reference=none.npz"],
+            "--reference none.npz does not exist; it",
+        ),
         (["--what=generation", "--reference={}/empty"], "empty holds no pictures"),
         (["--what=generation", "--reference={}/mixed"], "mixed holds pictures of several sizes"),
         (["--what=generation", "--reference={}/wide.npz"], "statistics of 2048 features, not of"),
         (["--what=generation", "--reference={}/nan.npz"], "nan.npz: the statistics of the feat"),
-        (["--what=generation", "--reference={}/one.npz"], "need at least 2 images, not 1"),
-        (["--what=generation", "--num_images=0"], "--num_images=0 must be at least 1"),
+        (
+            ["--what=generation", "--reference={}/one.npz"],
+            "one.npz: statistics need at least 2 ",
+        ),
+        (["--what=generation", "--num_images=0"], "--num_images=0 must be at least 2"),
         (
             ["--what=generation", "--features=inception", "--networks={}/empty"],
             "empty holds no Inception network: `tokenbridge import-metrics --help` says how",
         ),
         (["--what=reference", "--config.data.source=folder"], "--config.data.path is not set"),
+        (["--what=generation", "--reference={}/cut.npz"], "cut.npz cannot be read: "),
+        (["--what=generation", "--reference={}/text.npz"], "it is no .npz file of numbers"),
+        (["--what=generation", "--reference={}/words.npz"], "mu and sigma must be numbers"),
+        (["--what=generation", "--reference={}/skew.npz"], "that is not symmetric"),
+        (["--what=generation", "--reference={}/minus.npz"], "sigma has negative eigenvalues"),
+        (["--what=generation", "--reference=data", "--seed=-1"], "--seed=-1 must be from 0"),
+        (["--what=generation", "--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (["--what=likelihood", "--images=x"], "--images is for --what generation|reconstruction|"),
+        (["--what=generation", "--images=x", "--step=3"], "--step is about new samples"),
+        (["--what=reconstruction", "--perturb=1"], "--perturb=1 must be SHARE:LEVELS"),
+        (["--what=reconstruction", "--levels=a"], "--levels=a must be numbers"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, flags, message):
@@ -172,6 +236,11 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, flags, message)
     Image.new("RGB", (9, 8)).save(tmp_path / "mixed" / "x" / "000.png")
     np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(tmp_path / "nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
+    np.savez(tmp_path / "words.npz", mu=np.array(["a"]), sigma=np.eye(1))
+    np.savez(tmp_path / "skew.npz", mu=np.zeros(192), sigma=np.triu(np.ones((192, 192))))
+    np.savez(tmp_path / "minus.npz", mu=np.zeros(192), sigma=np.diag([-9.0, *[1.0] * 191]))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "wide.npz").read_bytes()[:5000])
+    (tmp_path / "text.npz").write_text("not what was meant")
     np.savez(tmp_path / "one.npz", np.zeros((1, 8, 8, 3), np.uint8))
     flags = [flag.format(tmp_path) for flag in flags]
     assert evaluate(folder, *flags) == runner.EXIT_USER_ERROR
@@ -189,7 +258,9 @@ def test_networks_are_imported_once(tmp_path, capsys):
         return status, capsys.readouterr().err
 
     assert "nothing to import" in imported()[1]
-    assert "lpips_vgg needs --lpips_vgg FILE, too" in imported("--vgg16=x.npz")[1]
+    assert (
+        "LPIPS needs two files: --vgg16 FILE and --lpips_vgg FILE" in imported("--vgg16=x.npz")[1]
+    )
     np.savez(tmp_path / "wrong.npz", x=np.zeros(3))
     refused = imported(f"--inception={tmp_path / 'wrong.npz'}")[1]
     assert "wrong.npz is not the published file: its SHA-256 begins with" in refused

@@ -51,7 +51,7 @@ def process(folder: Path) -> None:
 
 
 def scores(folder: Path) -> dict:
-    (path,) = folder.glob("*/generation.json")
+    (path,) = folder.glob("generation_*/result.json")
     return json.loads(path.read_text())
 
 
@@ -70,7 +70,7 @@ def test_two_processes_find_what_one_does(tmp_path):
     assert together["metrics"] == alone["metrics"]
     assert (together["machine"]["processes"], alone["machine"]["processes"]) == (2, 1)
     indices = [
-        np.concatenate([np.load(p) for p in sorted(tmp_path.glob(f"{name}/*/*.npy"))])
+        np.concatenate([np.load(p) for p in sorted(tmp_path.glob(f"{name}/samples_*/*.npy"))])
         for name in ("together", "alone")
     ]
     np.testing.assert_array_equal(*indices)

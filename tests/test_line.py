@@ -76,13 +76,13 @@ def test_metrics_tell_the_likelihood(workdir):
 
 def test_samples_are_scored_in_training(workdir, pipeline):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "eval_fid" in row] == [2, 4]
+    assert [row["step"] for row in rows if "eval_thumbnail_distance" in row] == [2, 4]
     labels = make_labels("balanced", 7, 10, seed=0)
     samples = pipeline.generate(labels.tolist(), num_iter=3, guidance=2.0, temperature=0.7)
     source = DigitsSource("train")
     real = np.stack([prepare(source.load(i)[0], 8, 1) for i in range(len(source))])
     expected = scipys_distance(*(means(x.repeat(3, axis=-1)) for x in (samples, real)))
-    assert rows[-1]["eval_fid"] == pytest.approx(expected, rel=1e-4)
+    assert rows[-1]["eval_thumbnail_distance"] == pytest.approx(expected, rel=1e-4)
     assert {"eval_precision", "eval_recall"} <= set(rows[-1])
 
 

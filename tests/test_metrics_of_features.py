@@ -4,11 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from scipy import linalg
 from scipy.spatial import distance
 
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation.metrics import (
+    adm_inception_score,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -128,6 +130,32 @@ def test_kernel_distance_is_its_definition():
     expected -= 2 * np.mean([kernel(a, b) for a in x for b in y])
     found = kernel_distance(x, y, subsets=3, subset_size=12)
     assert found == pytest.approx((expected, 0), rel=1e-10, abs=1e-12)
+
+
+def test_metrics_are_torch_fidelitys():
+    """Of the same features: its draws of KID, too."""
+    import torch_networks  # noqa: F401  (Which lets torchvision be imported.)
+    from torch_fidelity import metric_fid, metric_kid, metric_prc
+
+    x, y = features(130, 12), features(150, 12, shift=0.2, seed=1)
+    ours = {"kernel_inception_distance_mean": None, "kernel_inception_distance_std": None}
+    ours = dict(zip(ours, kernel_distance(x, y, subsets=20, subset_size=60), strict=True))
+    ours["frechet_inception_distance"] = frechet_distance(gaussian(x), gaussian(y))
+    ours["precision"], ours["recall"] = precision_recall(y, x)
+    tensors = [torch.from_numpy(a) for a in (x, y)]
+    settings = dict(verbose=False, kid_subsets=20, kid_subset_size=60)
+    theirs = metric_kid.kid_features_to_metric(*tensors, **settings)
+    statistics = [metric_fid.fid_features_to_statistics(a) for a in tensors]
+    theirs |= metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
+    theirs |= metric_prc.prc_features_to_metric(*tensors, verbose=False)
+    for name, value in ours.items():
+        assert value == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_adm_takes_parts_of_5000_neighbours():
+    logits = predictions(10_500)
+    parts = [inception_score(logits[i : i + 5000], splits=1)[0] for i in (0, 5000, 10_000)]
+    assert adm_inception_score(logits) == pytest.approx(np.mean(parts), rel=1e-12)
 
 
 def test_kernel_distance_is_unbiased():

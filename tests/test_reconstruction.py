@@ -35,6 +35,8 @@ VARIANTS = sweep(OWN, levels=(4, 8), ranges=(0.2,), perturbations=[(0.5, 2)])
 class Projection(Extractor):
     """Random sums of pixels as features, and of squares as logits."""
 
+    distance = "fid"
+
     def __init__(self, batch_size: int = 5):
         self.facts = {}
         self.batch_size = batch_size

@@ -434,6 +434,11 @@ def read_description(directory: epath.PathLike) -> dict[str, Any]:
       UserError: it is missing or damaged.
     """
     path = epath.Path(directory) / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"there is no autoencoder in {directory}: `tokenbridge train-vae` trains one, "
+            "`import-torch` imports one"
+        )
     described = io.read_json(path)
     if not isinstance(described, dict) or not {"config", "hash", "extra"} <= described.keys():
         raise UserError(f"{path} does not describe an autoencoder; it may be damaged")

@@ -17,18 +17,16 @@ reference: statistics of the config's images (or of --images), for --reference.
 Inception and LPIPS need weights: `tokenbridge import-metrics --help`.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from etils import epath
 
-from tokenbridge_jax import parallel, processes
+from tokenbridge_jax import io, parallel, pictures, processes
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
@@ -62,59 +60,102 @@ from tokenbridge_jax.tokenizing import make_quantizer, make_subsets
 
 NEEDS_WORKDIR = False
 
-# What needs no workdir.
-OF_IMAGES = ("generation", "reference")
-
 # As published figures have it.
 NUM_SAMPLES = 50_000
+
+# Pictures of samples that `samples.png` shows.
+IN_GRID = 100
+
+# The flags that not every --what looks at, and which do.
+_IMAGES = ("generation", "reconstruction", "reference")
+_USED_BY = {
+    "reference": ("generation", "reconstruction"),
+    "images": _IMAGES,
+    "labels": ("generation",),
+    "seed": ("generation", "reconstruction", "likelihood"),
+    "step": ("generation", "likelihood"),
+    "features": _IMAGES,
+    "precision": _IMAGES,
+    "batch_size": _IMAGES,
+    "networks": _IMAGES,
+    "write_samples": ("generation",),
+    "split": ("reconstruction", "likelihood", "tokens", "reference"),
+    "levels": ("reconstruction",),
+    "ranges": ("reconstruction",),
+    "perturb": ("reconstruction",),
+    "posterior": ("reconstruction",),
+    "num_orders": ("likelihood",),
+    "all_views": ("tokens",),
+}
+# Those of new samples, which --images takes the place of.
+_OF_SAMPLING = ("labels", "seed", "step", "write_samples")
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
-    define = functools.partial(_define, flag_values)
-    flags.DEFINE_enum("what", None, list(_WHAT), "What to measure.", flag_values=flag_values)
+    kinds: dict[str, Callable[..., Any]] = {
+        "string": flags.DEFINE_string,
+        "integer": flags.DEFINE_integer,
+        "bool": flags.DEFINE_bool,
+        "list": flags.DEFINE_list,
+    }
+
+    def define(kind: str, name: str, default: Any, text: str, values: Sequence[str] = ()) -> None:
+        users = f" (--what {'|'.join(_USED_BY[name])})" if name in _USED_BY else ""
+        if values:
+            flags.DEFINE_enum(name, default, list(values), text + users, flag_values=flag_values)
+        else:
+            kinds[kind](name, default, text + users, flag_values=flag_values)
+
+    define("enum", "what", None, "What to measure.", list(_WHAT))
     define(
         "string",
         "reference",
         None,
-        f"Images or statistics to compare with; '{OF_DATA}': the "
+        f"What to compare with: statistics (.npz), images (.npz, a folder), or '{OF_DATA}', the "
         "config's training images. By default config.evaluation.reference.",
     )
-    define("string", "images", None, "Images to score, in place of new samples.")
-    define("integer", "num_images", None, "How many; 50,000 samples, or all there are.")
-    flags.DEFINE_enum(
-        "labels",
-        "balanced",
-        list(generation.LABEL_POLICIES),
-        "Classes of samples: each as often, or at random.",
-        flag_values=flag_values,
+    define(
+        "string",
+        "images",
+        None,
+        "A folder or an .npz: samples to score in place of new ones; images to reconstruct, or to "
+        "make a reference of, in place of the config's.",
     )
+    define(
+        "integer",
+        "num_images",
+        None,
+        f"How many images: by default {NUM_SAMPLES:,} new samples, of all else all there are.",
+    )
+    policies = generation.LABEL_POLICIES
+    define("enum", "labels", "balanced", "Every class as often, or random draws.", policies)
     define("integer", "seed", 0, "Fixes all randomness.")
     define("integer", "step", None, "Which checkpoint; the latest by default.")
-    flags.DEFINE_enum(
+    define(
+        "enum",
         "features",
         None,
-        list(FEATURES),
         "Feature space: FID's network, or 8 x 8 area means, which need no weights. By default "
-        "config.evaluation.features.",
-        flag_values=flag_values,
+        "config.evaluation.features, and without --workdir inception.",
+        FEATURES,
     )
-    flags.DEFINE_enum(
-        "precision",
-        "high",
-        list(inception.PRECISIONS),
-        "Of Inception's convolutions: float32, TF32 on GPUs, or bfloat16.",
-        flag_values=flag_values,
+    precisions = inception.PRECISIONS
+    define("enum", "precision", "high", "Of convolutions: see docs/evaluation.md.", precisions)
+    define(
+        "integer",
+        "batch_size",
+        None,
+        "Images at once in networks, over a process's devices; by default 64 an accelerator.",
     )
-    define("integer", "batch_size", None, "Images at once in networks, over a process's devices.")
     define("string", "networks", None, "Folder of `tokenbridge import-metrics`.")
     define("bool", "write_samples", False, "Write samples.npz, as ADM's evaluator reads it.")
     define(
         "string",
         "split",
         None,
-        "Of the config's images and the token shards: by default the training split for reference "
-        "and tokens, the held-out one (if there is one) for reconstruction and likelihood.",
+        "Of the config's images or the token shards; by default the training split for reference "
+        "and tokens, for the others the held-out one if there is one.",
     )
     define("list", "levels", ["8", "16", "32", "64"], "Numbers of levels to reconstruct from.")
     define("list", "ranges", ["2", "3", "4", "5"], "Ranges of latents to reconstruct from.")
@@ -122,91 +163,96 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         "list",
         "perturb",
         ["0.1:1", "0.1:4", "0.5:4"],
-        "pFID: the share of the indices that is moved, and by up to how many levels.",
+        "pFID, SHARE:LEVELS: the share of the indices that is moved, by up to so many levels.",
     )
-    flags.DEFINE_enum(
-        "posterior",
-        "sample",
-        ["sample", "mean"],
-        "What is reconstructed: a draw from the autoencoder's posterior, or its mean.",
-        flag_values=flag_values,
-    )
+    posteriors = ["sample", "mean"]
+    define("enum", "posterior", "sample", "A draw from it is encoded, or its mean.", posteriors)
     define("integer", "num_orders", 1, "Random orders an image's likelihood is averaged over.")
-    define("bool", "all_views", False, "Count all views of an image in tokens, not the first.")
+    define("bool", "all_views", False, "Count all views of an image, not only the first.")
     define("string", "output", None, "Folder to write to in place of WORKDIR/evaluation.")
-
-
-def _define(flag_values: flags.FlagValues, kind: str, name: str, default: Any, text: str) -> None:
-    kinds: dict[str, Callable[..., Any]] = {
-        "string": flags.DEFINE_string,
-        "integer": flags.DEFINE_integer,
-        "bool": flags.DEFINE_bool,
-        "list": flags.DEFINE_list,
-    }
-    kinds[kind](name, default, text, flag_values=flag_values)
 
 
 def main(args: flags.FlagValues) -> None:
     """Measures, writes JSON and prints the table."""
+    _check(args)
+    _WHAT[args.what](args)
+
+
+def _check(args: flags.FlagValues) -> None:
     if args.what is None:
         raise UserError(f"say what to measure: --what {'|'.join(_WHAT)}")
-    if args.num_images is not None and args.num_images < 1:
-        raise UserError(f"--num_images={args.num_images} must be at least 1")
-    if not args.workdir and not (args.what in OF_IMAGES and args.images and args.output):
+    for name, users in _USED_BY.items():
+        if args[name].present and args.what not in users:
+            raise UserError(f"--{name} is for --what {'|'.join(users)}, not for {args.what}")
+    scored = args.what == "generation" and args.images
+    for name in _OF_SAMPLING if scored else ():
+        if args[name].present:
+            raise UserError(f"--{name} is about new samples: leave it out, or leave out --images")
+    fewest = 2 if args.what in _IMAGES else 1
+    if args.num_images is not None and args.num_images < fewest:
+        raise UserError(f"--num_images={args.num_images} must be at least {fewest}")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch_size={args.batch_size} must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed={args.seed} must be from 0 to 2**32 - 1")
+    path = args.reference
+    if path and path != OF_DATA and not Path(path).exists():
         raise UserError(
-            "--workdir is not set; name the folder to work in (images alone are scored with "
-            "--images and --output)"
+            f"--reference {path} does not exist; it takes statistics (.npz), images (.npz or a "
+            f"folder) or '{OF_DATA}', the config's training images"
         )
-    if args.workdir and not epath.Path(args.workdir).exists():
-        raise UserError(f"workdir {args.workdir} does not exist; check --workdir")
-    _WHAT[args.what](args)
+    if args.workdir:
+        if not epath.Path(args.workdir).exists():
+            raise UserError(f"workdir {args.workdir} does not exist; check --workdir")
+    elif args.what not in ("generation", "reference") or not args.images or not args.output:
+        raise UserError(
+            "--workdir is not set; name the folder to work in (to score images alone: "
+            "--what generation --images FILE --reference FILE --output DIR)"
+        )
+    elif path == OF_DATA or (not args.reference and args.what == "generation"):
+        raise UserError(
+            "name what to compare with: --reference FILE (statistics, .npz, or a folder of "
+            f"pictures); '{OF_DATA}' are the images of a --workdir's config"
+        )
+    try:
+        _output(args).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise io.write_error(_output(args), error) from error
 
 
 def measure_generation(args: flags.FlagValues) -> None:
     """FID and its kin, of new samples or of those given."""
     extractor = _extractor(args)
     if args.images:
-        images = open_images(args.images)
-        images.take(args.num_images or images.count)
+        images = _images(args)
         reference = _reference(args, extractor)
-        folder = _output(args)
         found = extract(images, extractor, progress=_first())
         facts = {
             "samples": found.count,
             "samples_from": images.path.name,
             "samples_digest": found.digest,
+            **images.facts,
         }
     else:
-        count = args.num_images or NUM_SAMPLES
         pipeline = load_pipeline(args)
         reference = _reference(args, extractor)
-        settings = SamplingSettings.from_section(args.config.sampling)
-        facts = generation.describe(
-            pipeline, settings, count=count, policy=args.labels, seed=args.seed
-        )
-        folder = generation.sample_folder(_output(args), facts)
-        images, labels = _sampled(args, pipeline, settings, folder, facts)
-        if args.write_samples:
-            _write_samples(folder / "samples.npz", images, labels)
+        images = _samples(args, pipeline)
         found = extract(images, extractor, progress=_first())
-    if not _first():
-        return
-    scores = generation_scores(found, reference)
-    said = remarks(scores, found, reference)
-    facts = facts | reference.facts | dict(extractor.facts)
-    _tell(folder / "generation.json", scores, facts, said)
+        facts = {"samples": found.count, **images.facts}
+    if _first():
+        scores = generation_scores(found, reference, extractor.distance)
+        facts = facts | reference.facts | dict(extractor.facts)
+        said = remarks(scores, found, reference, facts)
+        _tell(args, scores, facts, said)
 
 
-def _sampled(
-    args: flags.FlagValues,
-    pipeline: Pipeline,
-    settings: SamplingSettings,
-    folder: epath.Path,
-    facts: dict[str, Any],
-) -> tuple[ImageSet, np.ndarray]:
-    labels = generation.make_labels(
-        args.labels, facts["samples"], facts["label_classes"], args.seed
-    )
+def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
+    """New samples, or those of an earlier call."""
+    settings = SamplingSettings.from_section(args.config.sampling)
+    facts = generation.describe(pipeline, settings, policy=args.labels, seed=args.seed)
+    folder = generation.sample_folder(_output(args), facts)
+    count = args.num_images or NUM_SAMPLES
+    labels = generation.make_labels(args.labels, count, facts["label_classes"], args.seed)
     with runner.locked(str(folder)):
         indices = generation.draw(
             pipeline,
@@ -217,26 +263,38 @@ def _sampled(
             batch_size=args.config.sampling.batch_size,
             progress=_first(),
         )
-    return generation.decoded_images(pipeline.codec, indices, folder, facts), labels
-
-
-def _write_samples(path: epath.Path, images: ImageSet, labels: np.ndarray) -> None:
+    images = generation.decoded_images(pipeline.codec, indices, folder, facts)
     if _first():
-        shape = (images.count, *images.shape)
-        write_images(path, images.batches(64, 0, images.count), shape, labels)
-        print(f"wrote {path}")
+        shown = next(images.batches(IN_GRID, 0, min(IN_GRID, count)))
+        pictures.write_png(folder / "samples.png", pictures.grid(shown, columns=10))
+        print(f"wrote {folder / 'samples.png'}")
+        if args.write_samples:
+            batches = images.batches(64, 0, images.count)
+            path = folder / "samples.npz"
+            write_images(path, batches, (images.count, *images.shape), labels)
+            print(f"wrote {path}")
     # What comes next the devices do together, and they do not wait for as long as this can take.
     processes.gather("written")
+    return images
+
+
+def _images(args: flags.FlagValues, split: str = "train") -> ImageSet:
+    """Those of --images, or of a split of the config's data."""
+    images = open_images(args.images) if args.images else data_images(args.config, split)
+    if args.num_images and args.num_images > images.count and _first():
+        print(f"{images.path} holds {images.count} images, no more", file=sys.stderr)
+    images.take(args.num_images or images.count)
+    return images
 
 
 def measure_reference(args: flags.FlagValues) -> None:
     """Statistics of real images, for others to be compared with."""
     extractor = _extractor(args)
     split = args.split or "train"
-    images = open_images(args.images) if args.images else data_images(args.config, split)
-    images.take(args.num_images or images.count)
+    images = _images(args, split)
     reference = reference_of(images, extractor, progress=_first())
-    path = _output(args) / f"reference_{Path(args.images).stem if args.images else args.split}.npz"
+    name = Path(args.images).stem if args.images else split
+    path = _output(args) / f"reference_{name}_{extractor.name}.npz"
     if _first():
         save_reference(path, reference, extractor)
         print(report.table({}, reference.facts | dict(extractor.facts)))
@@ -253,51 +311,55 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
     """What the autoencoder and the quantizer cost: the paper's Table 1."""
     workdir = epath.Path(args.workdir)
     extractor = _extractor(args)
-    reference = _reference(args, extractor) if args.reference else None
     config, params = load_autoencoder(workdir / "autoencoder")
     trained = (workdir / MODEL_FILE).exists()
     quantizer = (
         ModelDescription.load(workdir).config.quantizer if trained else make_quantizer(args.config)
     )
     codec = Codec(config, params, quantizer, parallel.make_mesh(devices=jax.local_devices()))
-    images = open_images(args.images) if args.images else data_images(args.config, _split(args))
-    images.take(args.num_images or images.count)
-    perceptual = {name: load_network(f"lpips_{name}", _networks(args)) for name in lpips.NETWORKS}
+    images = _images(args, _held_out(args))
+    reference = _reference(args, extractor) if args.reference else None
+    networks = {name: load_network(f"lpips_{name}", _networks(args)) for name in lpips.NETWORKS}
+    lpips_networks = {
+        name: network
+        for name, network in networks.items()
+        if network and min(images.shape[:2]) >= lpips.SMALLEST[name]
+    }
+    variants = reconstruction.sweep(
+        quantizer,
+        _numbers("levels", args.levels, int),
+        _numbers("ranges", args.ranges, float),
+        [_perturbation(text) for text in args.perturb],
+    )
     found = reconstruction.reconstruction(
         codec,
         images,
-        reconstruction.sweep(
-            quantizer,
-            _numbers("levels", args.levels, int),
-            _numbers("ranges", args.ranges, float),
-            [_perturbation(text) for text in args.perturb],
-        ),
+        variants,
         extractor=extractor,
         reference=reference and reference.pool,
-        perceptual={name: network.params for name, network in perceptual.items() if network},
+        perceptual={name: network.params for name, network in lpips_networks.items()},
         posterior=args.posterior,
         seed=args.seed,
         progress=_first(),
     )
     facts = {
         "autoencoder_sha256": read_description(workdir / "autoencoder")["hash"],
+        "levels": quantizer.levels,
+        "range": quantizer.maximum,
+        "sweep": [args.levels, args.ranges, args.perturb],
         "posterior": args.posterior,
         "seed": args.seed,
-        "images": images.count,
         "images_from": images.path.name,
         **images.facts,
         **(reference.facts if reference else {}),
         **extractor.facts,
         "rounding": generation.ROUNDING,
     }
-    for network in filter(None, perceptual.values()):
+    for network in lpips_networks.values():
         facts |= network.facts
-    folder = _output(args)
     if _first():
-        shown = [name for name in found["rows"][0] if any(row[name] for row in found["rows"])]
-        print(report.columns([{name: row[name] for name in shown} for row in found["rows"]]))
-        _tell(folder / "reconstruction.json", found, facts)
-        _list(reconstruction.plot(found, folder))
+        print(reconstruction.table(found))
+        _tell(args, found, facts, plot=reconstruction.plot)
 
 
 def _numbers(name: str, texts: list[str], kind: type) -> list[Any]:
@@ -337,11 +399,9 @@ def measure_likelihood(args: flags.FlagValues) -> None:
         "autoencoder_sha256": pipeline.description.autoencoder_hash,
         "tokens_sha256": read_info(folder).sha256,
     }
-    folder = _output(args)
     if _first():
         print(likelihood.table(found))
-        _tell(folder / "likelihood.json", found, facts)
-        _list(likelihood.plot(found, folder))
+        _tell(args, found, facts, plot=likelihood.plot)
 
 
 def measure_tokens(args: flags.FlagValues) -> None:
@@ -354,22 +414,27 @@ def measure_tokens(args: flags.FlagValues) -> None:
         max_images=args.num_images,
         progress=_first(),
     )
-    facts = {"tokens_sha256": read_info(folder).sha256}
-    folder = _output(args)
     if _first():
         print(tokens.table(found))
-        _tell(folder / "tokens.json", found, facts)
-        _list(tokens.plot(found, folder))
+        info = read_info(folder)
+        facts = {
+            "tokens_sha256": info.sha256,
+            "autoencoder_sha256": info.autoencoder_hash,
+            "range": info.quantizer.maximum,
+        }
+        _tell(args, found, facts, plot=tokens.plot)
 
 
-def _split(args: flags.FlagValues) -> str:
+def _held_out(args: flags.FlagValues) -> str:
     """The split asked for, or the held-out one if there is one."""
+    if args.images:
+        return ""
     return args.split or ("validation" if "validation" in make_subsets(args.config) else "train")
 
 
 def _extractor(args: flags.FlagValues) -> Extractor:
     return make_extractor(
-        args.features or args.config.evaluation.features,
+        args.features or (args.config.evaluation.features if args.workdir else "inception"),
         _networks(args),
         batch_size=args.batch_size,
         precision=args.precision,
@@ -395,16 +460,21 @@ def _output(args: flags.FlagValues) -> epath.Path:
 
 
 def _tell(
-    path: epath.Path, metrics: dict[str, Any], facts: dict[str, Any], said: Sequence[str] = ()
+    args: flags.FlagValues,
+    found: dict[str, Any],
+    facts: dict[str, Any],
+    said: Sequence[str] = (),
+    plot: Callable[[dict[str, Any], epath.Path], list[epath.Path]] | None = None,
 ) -> None:
-    report.write(path, metrics, facts, said)
+    """Writes a result into a folder of its own, named by what it depends on, and prints it."""
+    # What was measured comes first; the rest of what was found are settings.
+    metrics = {name: x for name, x in found.items() if isinstance(x, float | dict | list)}
+    facts = {name: x for name, x in found.items() if name not in metrics} | facts
+    folder = _output(args) / f"{args.what}_{generation.short_hash(facts)}"
+    report.write(folder / "result.json", metrics, facts, said)
     single = {name: value for name, value in metrics.items() if isinstance(value, float)}
     print(report.table(single, facts, said))
-    print(f"wrote {path}")
-
-
-def _list(paths: Sequence[epath.Path]) -> None:
-    for path in paths:
+    for path in [folder / "result.json", *(plot(found, folder) if plot else [])]:
         print(f"wrote {path}")
 
 

@@ -59,7 +59,8 @@ def main(args: flags.FlagValues) -> None:
     for name in wanted:
         for part in networks.PARTS[name]:
             if part not in given:
-                raise UserError(f"{name} needs --{part} FILE, too")
+                needed = " and ".join(f"--{x} FILE" for x in networks.PARTS[name])
+                raise UserError(f"LPIPS needs two files: {needed}")
     folder = Path(args.networks) if args.networks else networks.default_folder()
     for name in wanted:
         paths = {part: given[part] for part in networks.PARTS[name]}

@@ -282,6 +282,9 @@ def _parse(args: flags.FlagValues, name: str, argv: list[str], *, needs_workdir:
 
 
 def _check_config(config: ConfigDict) -> None:
+    if "evaluation" not in config:  # A file of a time before there was one.
+        with config.unlocked():
+            config.evaluation = ConfigDict(EVALUATION)
     missing = [section for section in SECTIONS if section not in config]
     if missing:
         raise UserError(

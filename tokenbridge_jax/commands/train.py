@@ -274,7 +274,8 @@ def _evaluation_hook(
     extractor = make_extractor(section.features, default_folder())
     if not section.reference:
         raise UserError("config.evaluation.reference is not set: name a file of statistics, images")
-    reference = find_reference(section.reference, config, extractor)
+    first = jax.process_index() == 0
+    reference = find_reference(section.reference, config, extractor, progress=first)
     codec = _codec(workdir, model)
     labels = make_labels("balanced", section.num_images, len(info.class_names), config.seed)
 
@@ -289,7 +290,10 @@ def _evaluation_hook(
             batch_size=config.sampling.batch_size,
         )
         found = extract(decoded_images(codec, indices, workdir), extractor)
-        return {f"eval_{k}": v for k, v in generation_scores(found, reference).items()}
+        return {
+            f"eval_{k}": v
+            for k, v in generation_scores(found, reference, extractor.distance).items()
+        }
 
     return Hook(section.every, run)
 
@@ -305,6 +309,8 @@ def _left_out(config: ConfigDict, workdir: epath.Path, info: DatasetInfo) -> Ite
     """What the config asks for and this workdir does not allow."""
     if config.training.eval_every and "validation" not in info.splits:
         yield f"{workdir / 'tokens'} has no validation split: nothing is validated"
+    if config.evaluation.every and not (workdir / "autoencoder" / "config.json").exists():
+        yield f"{workdir / 'autoencoder'} is not there: no scores of samples"
     if config.training.sample_every and not (workdir / "autoencoder" / "config.json").exists():
         yield f"{workdir / 'autoencoder'} is not there: no sample grids"
 

@@ -45,11 +45,15 @@ class Extractor(abc.ABC):
     """A feature space.
 
     Attributes:
+      name: one of `networks.FEATURES`.
+      distance: what its Frechet distance is called: only Inception's is FID.
       facts: what a figure made with it has to state.
       batch_size: images to give at a time.
       size: D, the number of features that FID compares.
     """
 
+    name: str
+    distance: str
     facts: Mapping[str, Any]
     batch_size: int
     size: int
@@ -62,6 +66,8 @@ class Extractor(abc.ABC):
 class InceptionExtractor(Extractor):
     """FID's network on the devices of this process; see `inception.features`."""
 
+    name = "inception"
+    distance = "fid"
     size = inception.POOL_FEATURES
 
     def __init__(
@@ -105,6 +111,8 @@ class InceptionExtractor(Extractor):
 class ThumbnailExtractor(Extractor):
     """`thumbnails` as a feature space: it needs no weights, and sees layout and colour only."""
 
+    name = "thumbnails"
+    distance = "thumbnail_distance"
     batch_size = 256
     size = THUMBNAIL * THUMBNAIL * 3
 
@@ -179,12 +187,16 @@ def extract(
       extractor: of their features.
       keep: how many images' features to keep, chosen by their content; all by default.
       progress: print rate and ETA to stderr.
+
+    Raises:
+      UserError: there are fewer than two images, or features that are NaN or infinite.
     """
+    if images.count < 2:
+        raise UserError(f"{images.path}: statistics need at least 2 images, not {images.count}")
     moments: list[Moments] = []
     kept: list[list[np.ndarray]] = []
     with Progress(images.count, desc="features", visible=progress) as bar:
-        # The sums of a block are the host's work while the devices are at the next.
-        for (pool, spatial, logits), keys in _ahead(_blocks(images, extractor)):
+        for (pool, spatial, logits), keys in _blocks(images, extractor):
             summed = [x for x in (pool, spatial) if x is not None]
             moments = moments or [Moments(x.shape[1]) for x in summed]
             for sums, rows in zip(moments, summed, strict=True):

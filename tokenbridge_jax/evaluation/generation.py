@@ -7,6 +7,7 @@ stopped goes on with the next batch.
 import hashlib
 import io as bytes_io
 import json
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -33,38 +34,43 @@ ROUNDING = "round(127.5 (clip(x, -1, 1) + 1)) to uint8"
 
 
 def make_labels(policy: str, count: int, classes: int, seed: int) -> Int[np.ndarray, " N"]:
-    """The class of every sample, in a random order: a file of them is never sorted by class."""
+    """The class of every sample, in a random order: a file of them is never sorted by class.
+
+    With "balanced" all classes come once before one comes again. The labels of fewer samples are
+    the first of those of more.
+    """
     rng = np.random.default_rng(seed)
     if policy == "random":
-        return rng.integers(0, classes, count, dtype=np.int32)
-    return rng.permutation(np.resize(np.arange(classes, dtype=np.int32), count))
+        return rng.integers(0, classes, count).astype(np.int32)
+    rounds = [rng.permutation(classes) for _ in range(-(-count // classes))]
+    return np.concatenate(rounds)[:count].astype(np.int32)
 
 
 def describe(
     pipeline: Pipeline,
     settings: SamplingSettings,
     *,
-    count: int,
     policy: str,
     seed: int,
 ) -> dict[str, Any]:
-    """What fixes the samples, and a figure of them has to state.
+    """What fixes the samples but for their number, and a figure of them has to state.
 
     Raises:
       UserError: the weights hold NaN or infinity.
     """
+    model = json.dumps(pipeline.description.to_json(), sort_keys=True)
     return {
-        "samples": count,
         "label_policy": policy,
         "label_classes": len(pipeline.description.class_names),
         "checkpoint_step": pipeline.step,
         "weights": "EMA",
         "weights_sha256": weights_sha256(pipeline.params, pipeline.step),
+        "model_json_sha256": hashlib.sha256(model.encode()).hexdigest(),
         "autoencoder_sha256": pipeline.description.autoencoder_hash,
         "model_dtype": pipeline.config.dtype,
         "sampling": settings.to_json(),
         "seed": seed,
-        "image_size": pipeline.image_size,
+        "image_size": f"{pipeline.image_size}x{pipeline.image_size}",
         "rounding": ROUNDING,
     }
 
@@ -83,8 +89,12 @@ def weights_sha256(params: Any, step: int) -> str:
 
 def sample_folder(folder: epath.PathLike, facts: dict[str, Any]) -> epath.Path:
     """Where in `folder` samples with these facts are kept: others never get there."""
-    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    return epath.Path(folder) / f"generation_{facts['checkpoint_step']}_{name}"
+    return epath.Path(folder) / f"samples_{facts['checkpoint_step']}_{short_hash(facts)}"
+
+
+def short_hash(facts: dict[str, Any]) -> str:
+    """Twelve digits that name facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def draw(
@@ -97,7 +107,7 @@ def draw(
     batch_size: int,
     progress: bool = True,
 ) -> Integer[np.ndarray, "N L C"]:
-    """The indices of all samples; those that the folder holds are not drawn again.
+    """The indices of all samples; those that the folder holds, perhaps more, are not drawn again.
 
     Every process of a job calls this, and one writes.
 
@@ -105,8 +115,12 @@ def draw(
       UserError: the folder holds something else, cannot be written, or is not the same folder for
         all processes.
     """
+    if batch_size < 1:
+        raise UserError(f"sampling.batch_size={batch_size} must be at least 1")
     parts = _read_parts(folder)
     done = sum(map(len, parts))
+    if done and progress:
+        print(f"{folder} holds {done} samples: going on from there", file=sys.stderr)
     if len(set(processes.gather(str(done)))) > 1:
         raise UserError(f"the processes of this job see different files in {folder}: share it")
     size = min(batch_size, len(labels))

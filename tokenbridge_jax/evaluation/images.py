@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenbridge_jax import io
-from tokenbridge_jax.data.images import ImageError
+from tokenbridge_jax.data.images import ImageError, to_8bit, upright
 from tokenbridge_jax.data.sources import load_prepared
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.tokenizing import make_subsets
@@ -48,7 +48,7 @@ class ImageSet(abc.ABC):
     def take(self, count: int) -> None:
         """Leaves `count` of the images, or all if there are fewer: spread evenly if they can be.
 
-        The images of an `.npz` come from one place after another: of those it is the first.
+        Of a compressed `.npz`, which is read from its beginning, it is the first.
         """
 
     @abc.abstractmethod
@@ -79,6 +79,7 @@ class _Folder(ImageSet):
         if not self._files:
             raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
         self.shape = self._read(self._files[0]).shape
+        self.facts = {"image_size": _size(self.shape)}
 
     def take(self, count: int) -> None:
         """See `ImageSet`."""
@@ -106,8 +107,8 @@ class _Folder(ImageSet):
     def _read(self, file: Path) -> UInt8[np.ndarray, "H W 3"]:
         try:
             with Image.open(file) as image:
-                return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                return np.asarray(to_8bit(upright(image), 3))
+        except (OSError, SyntaxError, ValueError, ImageError) as error:
             raise UserError(f"{file} cannot be read as a picture: {error}") from error
 
 
@@ -122,20 +123,35 @@ class _Npz(ImageSet):
                 else np.lib.format.read_array_header_2_0(file)
             )
             self._offset = file.tell()
+            mapped = self._place_in_file(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
             raise UserError(
                 f"{path}: {ARRAY} must be uint8 of shape [N, H, W, 3] or [N, H, W, 1], not {dtype} "
                 f"{list(shape)}"
             )
         self.count, self.shape, self._stored = shape[0], (*shape[1:3], 3), shape[1:]
+        self.facts = {"image_size": _size(self.shape)}
+        # A file that `np.savez` wrote is not compressed: any of its images can be read at once.
+        self._images: np.ndarray | None = None
+        self._chosen = np.arange(self.count)
+        if mapped is not None and self.count:
+            try:
+                self._images = np.memmap(path, np.uint8, "r", mapped, shape)
+            except ValueError as error:
+                raise UserError(f"{path} is damaged: {ARRAY} ends too early") from error
         if not self.count:
             raise UserError(f"{path}: {ARRAY} holds no images")
 
     def take(self, count: int) -> None:
         """See `ImageSet`."""
-        self.count = min(self.count, count)
+        self._chosen = _spread(self.count, count)
+        self.count = len(self._chosen)
 
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
+        if self._images is not None:
+            for start in range(first, last, size):
+                yield rgb(self._images[self._chosen[start : min(start + size, last)]])
+            return
         bytes_each = int(np.prod(self._stored))
         with self._open() as file:
             file.seek(self._offset + first * bytes_each)
@@ -146,6 +162,16 @@ class _Npz(ImageSet):
                     raise UserError(f"{self.path} is damaged: {ARRAY} ends too early")
                 yield rgb(np.frombuffer(data, np.uint8).reshape(count, *self._stored))
 
+    def _place_in_file(self, file: Any) -> int | None:
+        """Where the array's data begin in the file, if they are not compressed."""
+        with zipfile.ZipFile(self.path) as archive, self.path.open("rb") as raw:
+            info = archive.getinfo(f"{ARRAY}.npy")
+            if info.compress_type != zipfile.ZIP_STORED:
+                return None
+            raw.seek(info.header_offset + 26)  # Behind it: the lengths of a name and of extras.
+            lengths = np.frombuffer(raw.read(4), "<u2")
+            return info.header_offset + 30 + int(lengths.sum()) + file.tell()
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
         try:
@@ -155,6 +181,10 @@ class _Npz(ImageSet):
             raise UserError(f"{self.path} has no array {ARRAY}") from None
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.path} cannot be read: {error}") from error
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"
 
 
 def _spread(length: int, count: int) -> Integer[np.ndarray, " n"]:
@@ -214,7 +244,11 @@ def data_images(config: ConfigDict, split: str) -> MadeImages:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             return rgb(np.stack(list(threads.map(load, numbers.tolist()))))
 
-    facts = {"source": source.describe(), "image_size": size, "crop": "as ADM, to a square"}
+    facts = {
+        "source": source.describe(),
+        "image_size": f"{size}x{size}",
+        "crop": "as ADM, to a square",
+    }
     return MadeImages(f"config.data, {split}", make, chosen, facts)
 
 

@@ -299,6 +299,12 @@ def convolutions() -> Iterator[tuple[str, Conv, int]]:
         inputs = outputs
 
 
+def shortened(problems: list[str]) -> str:
+    """The first three, and how many more there are."""
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more
+
+
 def import_inception(state_dict: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """Parameters from the public port's state dict.
 
@@ -307,7 +313,7 @@ def import_inception(state_dict: Mapping[str, np.ndarray]) -> dict[str, dict[str
         batches are not looked at.
 
     Raises:
-      UserError: tensors are missing or misshapen; all are named.
+      UserError: tensors are missing or misshapen; three are named.
     """
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (CLASSES, POOL_FEATURES)}
     for name, conv, inputs in convolutions():
@@ -323,8 +329,8 @@ def import_inception(state_dict: Mapping[str, np.ndarray]) -> dict[str, dict[str
     ]
     if problems:
         raise UserError(
-            f"these are not the weights of FID's Inception network ({len(problems)} tensors "
-            f"differ): {'; '.join(problems)}"
+            f"these are not the weights of FID's Inception network ({len(problems)} of "
+            f"{len(shapes)} tensors differ): {shortened(problems)}"
         )
     params: dict[str, dict[str, np.ndarray]] = {}
     for name, _, _ in convolutions():

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.evaluation.inception import shortened
 
 
 class Conv(NamedTuple):
@@ -49,6 +50,9 @@ NETWORKS: dict[str, tuple[tuple[Conv | Pool, ...], ...]] = {
         (Conv(10, 256),),
     ),
 }
+# Pixels a side below which nothing is left after the poolings.
+SMALLEST = {"vgg": 16, "alex": 31}
+
 # Of ImageNet's pixels, in [-1, 1].
 _MEAN = np.array([-0.030, -0.088, -0.188], np.float32)
 _DEVIATION = np.array([0.458, 0.448, 0.450], np.float32)
@@ -114,7 +118,7 @@ def import_lpips(
       network: "vgg" or "alex".
 
     Raises:
-      UserError: tensors are missing or misshapen; all are named.
+      UserError: tensors are missing or misshapen; three are named.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     inputs = 3
@@ -132,7 +136,7 @@ def import_lpips(
         if name not in arrays or arrays[name].shape != shape
     ]
     if problems:
-        raise UserError(f"these are not the weights of LPIPS's {network}: {'; '.join(problems)}")
+        raise UserError(f"these are not the weights of LPIPS's {network}: {shortened(problems)}")
     params: dict[str, dict[str, np.ndarray]] = {}
     for name in shapes:
         array = np.asarray(arrays[name], np.float32)

@@ -1,10 +1,10 @@
 """Numbers from features, in float64: FID and sFID, IS, KID, precision and recall.
 
-None depends on the order of the images, but for `inception_score` without `keys`, which is as
-ADM's evaluator computes it.
+None depends on the order of the images, but for `adm_inception_score`, `inception_score` without
+keys, and `kernel_distance`, whose draws are of places: sort the features by a key first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -50,8 +50,7 @@ def inception_score(
       logits: of the classes, for every image.
       splits: parts of (nearly) equal size that are scored alone.
       keys: of every image, from its content alone. Sorted by them, the images make the same splits
-        in whatever order they came. Without keys splits are of neighbours, as in ADM's evaluator:
-        images sorted by class then score far too low.
+        in whatever order they came. Without keys splits are of neighbours.
 
     Returns:
       Mean and (population) standard deviation over the splits.
@@ -63,8 +62,21 @@ def inception_score(
         raise UserError(f"{len(logits)} images cannot be divided into {splits} splits")
     if keys is not None:
         logits = logits[np.argsort(keys, kind="stable")]
+    return _score_parts(np.array_split(logits, splits))
+
+
+def adm_inception_score(logits: Shaped[np.ndarray, "N K"], split_size: int = 5000) -> float:
+    """As ADM's evaluator: parts of 5,000 neighbours, of which the last may be shorter.
+
+    It depends on the images' order: of a file sorted by class it is far too low.
+    """
+    starts = range(0, len(logits), split_size)
+    return _score_parts([logits[start : start + split_size] for start in starts])[0]
+
+
+def _score_parts(parts: Sequence[np.ndarray]) -> tuple[float, float]:
     scores = []
-    for part in np.array_split(logits, splits):
+    for part in parts:
         log_p = log_softmax(part.astype(np.float64), axis=1)
         log_mean = logsumexp(log_p, axis=0) - np.log(len(part))
         scores.append(np.exp((np.exp(log_p) * (log_p - log_mean)).sum(axis=1).mean()))

@@ -31,6 +31,8 @@ class Gaussian:
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise UserError("the statistics of the features hold NaN or infinity")
+        if not np.allclose(self.covariance, self.covariance.T, rtol=1e-3, atol=1e-6):
+            raise UserError("a covariance that is not symmetric is none of features")
 
 
 class Moments:

@@ -77,13 +77,16 @@ def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublishe
         if not unpublished and not digest.startswith(PUBLISHED[part]):
             raise UserError(
                 f"{paths[part]} is not the published file: its SHA-256 begins with {digest[:8]}, "
-                f"not {PUBLISHED[part][:8]}; download it again, or say --unpublished"
+                f"not {PUBLISHED[part][:8]}; download it again (--unpublished takes a conversion)"
             )
     tensors = [files.read(path)["model"] for path in paths.values()]
-    if name == "inception":
-        params = inception.import_inception(tensors[0])
-    else:
-        params = lpips.import_lpips(tensors[0], tensors[1], name.removeprefix("lpips_"))
+    try:
+        if name == "inception":
+            params = inception.import_inception(tensors[0])
+        else:
+            params = lpips.import_lpips(tensors[0], tensors[1], name.removeprefix("lpips_"))
+    except UserError as error:
+        raise UserError(f"{', '.join(paths.values())}: {error}") from error
     for layer, values in params.items():
         if not all(np.isfinite(array).all() for array in values.values()):
             raise UserError(f"{', '.join(paths.values())}: {layer} holds NaN or infinity")

@@ -20,7 +20,7 @@ from scipy.special import log_softmax
 from tokenbridge_jax import parallel
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.evaluation import figures, lpips, pixels
+from tokenbridge_jax.evaluation import figures, lpips, pixels, report
 from tokenbridge_jax.evaluation.features import Extractor, gather_rows
 from tokenbridge_jax.evaluation.images import ImageSet, rgb
 from tokenbridge_jax.evaluation.metrics import frechet_distance
@@ -28,8 +28,8 @@ from tokenbridge_jax.evaluation.moments import Gaussian, Moments
 from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.quantizer import Quantizer
 
-# Images that all processes take together before they exchange what they found: with Inception's
-# features 3 MB a variant. As it does not depend on their number, neither do the sums.
+# Images that all processes take together before they exchange what they found, at least: with
+# Inception's features 3 MB a variant.
 _BLOCK = 256
 # Without an extractor, which has a batch size of its own.
 _BATCH = 64
@@ -142,7 +142,7 @@ def reconstruction(
 
     Args:
       codec: on devices of this process.
-      images: the originals, of the autoencoder's size; the same in every process.
+      images: the originals, of sides that the downsampling divides; the same in every process.
       variants: see `sweep`.
       extractor: of features, for Frechet distances (and inception scores, if it has logits).
       reference: mean and covariance of the same features over other images, such as all of
@@ -158,7 +158,7 @@ def reconstruction(
       `range`), `latent_variance` (over images and positions, the mean over channels), and `rows`, a
       variant each, with `levels`, `range`, `share`, `delta` and, None where it does not apply,
       `rfid`: Frechet distance from the originals' features (pFID, where indices are perturbed), and
-        `rfid_reference`, from the reference's;
+        `rfid_reference`, from the reference's (of thumbnails: `thumbnail_distance`, likewise);
       `inception_score`, `inception_score_std`: over ten splits, each of every tenth image;
       `psnr` in decibels, `ssim`, `lpips_NETWORK`: of uint8 pixels, means over images;
       `clipped_share` of the latents, out of the quantizer's range; `levels_used`: the share of
@@ -214,7 +214,8 @@ def reconstruction(
                 bar.update(len(numbers))
     mean, square = np.split(originals.scores / images.count, 2)
     variance = float(np.mean(square - mean**2))
-    references = {"rfid": originals.gaussian(), "rfid_reference": reference}
+    distance = "rfid" if extractor is None or extractor.distance == "fid" else extractor.distance
+    references = {distance: originals.gaussian(), f"{distance}_reference": reference}
     return {
         "images": images.count,
         "posterior": posterior,
@@ -324,8 +325,9 @@ def _blocks(
 ) -> Iterator[tuple[Int[np.ndarray, " n"], list[Found]]]:
     """Numbers of the next images, in their order, and all that the processes found of them."""
     process, processes = jax.process_index(), jax.process_count()
-    for start in range(0, images.count, _BLOCK):
-        count = min(_BLOCK, images.count - start)
+    block = max(_BLOCK, batch_size * processes)
+    for start in range(0, images.count, block):
+        count = min(block, images.count - start)
         first, last = (start + count * p // processes for p in (process, process + 1))
         # One with no share looks at an image all the same, for the shapes of its no rows.
         shown = (first, last) if first < last else (0, 1)
@@ -422,11 +424,34 @@ def _summary(
     return row | means | dict.fromkeys(unknown)
 
 
+def table(found: Mapping[str, Any]) -> str:
+    """What `reconstruction` found, for people; the model's own quantizer is marked."""
+    own, rows = found["quantizer"], []
+    decimals = {"psnr": 2, "ssim": 4, "latent_snr_db": 1, "clipped_share": 4, "levels_used": 2}
+    skipped = {"levels", "range", "share", "delta", "latent_mse"}
+    measured = [name for name in found["rows"][0] if name not in skipped]
+    measured = [name for name in measured if any(row[name] is not None for row in found["rows"])]
+    for row in found["rows"]:
+        mark = "*" if own.items() <= row.items() else ""
+        cells = {"levels": f"{row['levels']}{mark}" if row["levels"] else "continuous"}
+        cells["range"] = f"{row['range']:g}" if row["range"] else "-"
+        cells["moved"] = f"{row['share']:g}:{row['delta']}" if row["share"] else "-"
+        for name in measured:
+            value = row[name]
+            cells[name] = "-" if value is None else f"{value:.{decimals.get(name, 4)}f}"
+        rows.append(cells)
+    return report.columns(rows) + "\n* the model's own"
+
+
 def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
     """Writes what `reconstruction` found of a `sweep` as a PNG; returns its path, in a list."""
     rows = found["rows"]
-    names = {"rfid": "Frechet distance from the originals", "psnr": "PSNR (dB)"}
-    metric = next(name for name in names if rows[0][name] is not None)
+    names = {
+        "rfid": "rFID, from the originals",
+        "thumbnail_distance": "distance of thumbnails\nfrom the originals",
+        "psnr": "PSNR (dB)",
+    }
+    metric = next(name for name in names if rows[0].get(name) is not None)
     quantized = [row for row in rows if row["levels"] and not row["share"]]
     perturbed = [row for row in rows if row["share"]]
     own = found["quantizer"]
@@ -438,10 +463,13 @@ def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
         ax.plot(*zip(*line, strict=True), "o-", color=figures.BLUE, label="quantized")
         ax.set_ylabel(names[metric])
         ax.legend(frameon=False)
+        if metric != "psnr":
+            ax.set_ylim(bottom=0)
     level_ax.set(xscale="log", xlabel=f"levels, at a range of ±{own['range']:g}")
     ticks = sorted({row["levels"] for row in quantized})
     level_ax.set_xticks(ticks, [str(tick) for tick in ticks])
     level_ax.minorticks_off()
+    range_ax.set_xticks(sorted({row["range"] for row in quantized}))
     range_ax.set_xlabel(f"range ±R, at {own['levels']} levels")
     for ax in more:
         for delta in sorted({row["delta"] for row in perturbed}):
@@ -450,5 +478,8 @@ def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
             ax.plot(*zip(*line, strict=True), "o-", label=f"by up to ±{delta}")
         ax.set(xlabel="share of indices moved", ylabel=names[metric])
         ax.set_xlim(left=0)
+        if metric != "psnr":
+            ax.set_ylim(bottom=0)
+        ax.set_title(f"at {own['levels']} levels, range ±{own['range']:g}", fontsize="medium")
         ax.legend(frameon=False)
     return [figures.save(level_ax, epath.Path(folder) / "reconstruction.png")]

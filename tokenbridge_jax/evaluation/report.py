@@ -14,12 +14,13 @@ from tokenbridge_jax import io
 # Names of metrics as people write them, with the direction that is better.
 _TITLES = {
     "fid": "FID (lower)",
+    "thumbnail_distance": "distance of thumbnails (lower)",
     "sfid": "sFID (lower)",
     "inception_score": "IS, any order (higher)",
-    "inception_score_std": "  deviation of splits",
-    "inception_score_adm": "IS as ADM, of neighbours",
+    "inception_score_std": "  standard deviation of splits",
+    "inception_score_adm": "IS as ADM, of neighbours (higher)",
     "kid": "KID (lower)",
-    "kid_std": "  deviation of subsets",
+    "kid_std": "  standard deviation of subsets",
     "precision": "precision (higher)",
     "recall": "recall (higher)",
 }
@@ -71,7 +72,7 @@ def table(
 ) -> str:
     """The numbers, then what they depend on, then what to know of them; a line each."""
     rows = [(_TITLES.get(name, name), f"{value:.4f}") for name, value in metrics.items()]
-    lines = [f"{name:26}{value:>12}" for name, value in rows]
+    lines = [f"{name:32}{value:>12}" for name, value in rows]
     for name, value in facts.items():
         lines.append(f"  {name.replace('_', ' '):28}{_short(value)}")
     lines += [f"note: {remark}" for remark in remarks]

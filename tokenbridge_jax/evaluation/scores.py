@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ OF_DATA = "data"
 # Reference images of precision and recall, as in ADM's figures.
 MANIFOLD_IMAGES = 10_000
 
+PUBLISHED_SAMPLES = 50_000
 KID_SUBSET = 1000
 NEIGHBOURS = 3
 SPLITS = 10
@@ -90,7 +93,14 @@ def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = F
         )
     facts: dict[str, Any] = {"reference": path.name, "reference_sha256": _sha256(path)}
     if _FACTS in arrays:
-        facts |= json.loads(str(arrays[_FACTS]))
+        told = json.loads(str(arrays[_FACTS]))
+        for name, value in extractor.facts.items():
+            if (theirs := told["extractor"].get(name)) != value:
+                raise UserError(
+                    f"{path} was made with {name.replace('_', ' ')} {theirs}, not {value}: make it "
+                    "again (--what reference)"
+                )
+        facts = told["images"] | facts | {"reference_of": told["images"]["reference"]}
     features = arrays.get(_FEATURES)
     if features is None and arrays[ARRAY]:
         images = open_images(path)
@@ -120,7 +130,9 @@ def save_reference(path: epath.PathLike, reference: Reference, extractor: Extrac
     arrays = {
         "mu": reference.pool.mean,
         "sigma": reference.pool.covariance,
-        _FACTS: np.array(json.dumps(reference.facts | dict(extractor.facts))),
+        _FACTS: np.array(
+            json.dumps({"images": reference.facts, "extractor": dict(extractor.facts)})
+        ),
     }
     if reference.spatial is not None:
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
@@ -132,24 +144,33 @@ def save_reference(path: epath.PathLike, reference: Reference, extractor: Extrac
 def _statistics(path: Path) -> dict[str, Any]:
     """The arrays of a file but for its images, of which is told only whether there are any."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name != ARRAY}
             return arrays | {ARRAY: ARRAY in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: it is no .npz file of numbers") from error
 
 
 def _gaussian(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, str]) -> Gaussian:
-    mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
+    try:
+        mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
+    except ValueError as error:
+        raise UserError(f"{path}: {names[0]} and {names[1]} must be numbers") from error
     if mean.ndim != 1 or covariance.ndim != 2:
         raise UserError(
             f"{path}: {names[0]} and {names[1]} must be a vector and a matrix, not of shapes "
             f"{mean.shape} and {covariance.shape}"
         )
     try:
-        return Gaussian(mean, covariance)
+        gaussian = Gaussian(mean, covariance)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    eigenvalues = np.linalg.eigvalsh(covariance)
+    if eigenvalues[0] < -1e-4 * abs(eigenvalues[-1]):
+        raise UserError(f"{path}: {names[1]} has negative eigenvalues, as no covariance has")
+    return gaussian
 
 
 def _sha256(path: Path) -> str:
@@ -157,58 +178,87 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def generation_scores(samples: SetFeatures, reference: Reference) -> dict[str, float]:
+def generation_scores(
+    samples: SetFeatures, reference: Reference, distance: str = "fid"
+) -> dict[str, float]:
     """FID, sFID, IS, KID, precision and recall, as far as extractor and reference tell; by name.
 
-    `inception_score` does not depend on the images' order, `inception_score_adm` is of neighbours,
-    as ADM's evaluator computes it. FID and KID compare with all of the reference, precision and
-    recall with its (at most) 10,000 images: precision is the share of samples within the
-    reference's manifold, recall that of the reference within the samples'.
+    FID and sFID compare with all of the reference, KID, precision and recall with its (at most)
+    10,000 images. Precision is the share of samples within the reference's manifold, recall that
+    of the reference within the samples'. None depends on the samples' order but
+    `inception_score_adm`, which is of neighbours.
+
+    Args:
+      samples: from `features.extract`, with everything kept.
+      reference: of the same extractor.
+      distance: the name of the extractor's Frechet distance.
     """
-    scores = {"fid": metrics.frechet_distance(samples.pool, reference.pool)}
+    scores = {distance: metrics.frechet_distance(samples.pool, reference.pool)}
     if samples.spatial is not None and reference.spatial is not None:
         scores["sfid"] = metrics.frechet_distance(samples.spatial, reference.spatial)
     if samples.logits is not None and samples.count >= SPLITS:
         mean, deviation = metrics.inception_score(samples.logits, SPLITS, samples.keys)
         scores["inception_score"], scores["inception_score_std"] = mean, deviation
-        scores["inception_score_adm"], _ = metrics.inception_score(samples.logits, SPLITS)
+        scores["inception_score_adm"] = metrics.adm_inception_score(samples.logits)
     if reference.features is not None:
-        fewest = min(len(reference.features), len(samples.kept))
+        real, drawn = reference.features, samples.kept[np.argsort(samples.keys, kind="stable")]
+        fewest = min(len(real), len(drawn))
         if fewest >= KID_SUBSET:
             scores["kid"], scores["kid_std"] = metrics.kernel_distance(
-                samples.kept, reference.features, subset_size=KID_SUBSET
+                drawn, real, subset_size=KID_SUBSET
             )
         if fewest > NEIGHBOURS:
             scores["precision"], scores["recall"] = metrics.precision_recall(
-                reference.features, samples.kept, NEIGHBOURS
+                real, drawn, NEIGHBOURS
             )
     return scores
 
 
-def remarks(scores: dict[str, float], samples: SetFeatures, reference: Reference) -> list[str]:
+def remarks(
+    scores: Mapping[str, float],
+    samples: SetFeatures,
+    reference: Reference,
+    facts: Mapping[str, Any],
+) -> list[str]:
     """What a reader of the scores must know, in sentences."""
     said = []
     size = len(samples.pool.mean)
-    if samples.count <= size:
+    counts = {"samples": samples.count, "reference images": facts.get("reference_images")}
+    for name, count in counts.items():
+        if count is not None and count <= size:
+            said.append(
+                f"{count} {name} have a singular covariance of {size} features: the Frechet "
+                "distance is biased upwards"
+            )
+    sizes = [facts.get(f"{name}image_size") for name in ("", "reference_")]
+    if None not in sizes and sizes[0] != sizes[1]:
+        said.append(f"samples of {sizes[0]} pixels are compared with references of {sizes[1]}")
+    if samples.logits is None:
+        said.append("these are figures of thumbnails: they compare with nothing published")
+        return said
+    if samples.count < PUBLISHED_SAMPLES:
         said.append(
-            f"{samples.count} samples have a singular covariance of {size} features: FID is biased "
-            f"upwards; published figures take 50,000"
+            f"published figures take {PUBLISHED_SAMPLES:,} samples; FID of {samples.count:,} is "
+            "biased upwards"
         )
-    adm, shuffled = (scores.get(f"inception_score{name}", 0.0) for name in ("_adm", ""))
-    if adm and abs(adm - shuffled) > max(3 * scores["inception_score_std"], 0.01 * shuffled):
-        said.append(
-            f"ADM's inception score depends on the images' order: {adm:.2f} as they come, "
-            f"{shuffled:.2f} in an order that follows from their content; shuffle sorted files"
-        )
+    if "inception_score" not in scores:
+        said.append(f"no inception score: it needs {SPLITS} samples")
+    else:
+        neighbours, _ = metrics.inception_score(samples.logits, SPLITS)
+        any_order, deviation = scores["inception_score"], scores["inception_score_std"]
+        if abs(neighbours - any_order) > max(3 * deviation, 0.01 * any_order):
+            said.append(
+                f"these images are sorted, and ADM's inception score depends on their order "
+                f"({scores['inception_score_adm']:.2f}; in ten splits {neighbours:.2f} as they "
+                f"come, {any_order:.2f} in an order that follows from their content): shuffle them"
+            )
     if reference.features is None:
         said.append("the reference has statistics but no images: no KID, precision and recall")
     elif len(reference.features) < MANIFOLD_IMAGES:
         said.append(
-            f"precision and recall see {len(reference.features)} reference images; published "
-            f"figures take {MANIFOLD_IMAGES:,}"
+            f"KID, precision and recall see {len(reference.features):,} reference images; "
+            f"published precision and recall take {MANIFOLD_IMAGES:,}"
         )
     if reference.features is not None and "kid" not in scores:
-        said.append(f"KID needs {KID_SUBSET} samples and reference images")
-    if samples.logits is not None and "inception_score" not in scores:
-        said.append(f"the inception score needs {SPLITS} samples, there are {samples.count}")
+        said.append(f"no KID: it needs {KID_SUBSET:,} samples and reference images")
     return said
