@@ -257,7 +257,7 @@ def test_hash_sees_every_change():
 
 
 def test_damaged_files_are_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"config\.json does not exist"):
+    with pytest.raises(UserError, match=r"there is no autoencoder in .*train-vae"):
         load_autoencoder(tmp_path)
     save_autoencoder(tmp_path, TINY, init_params(TINY, jax.random.key(0)))
     path = tmp_path / "params.safetensors"

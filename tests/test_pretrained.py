@@ -213,7 +213,8 @@ def test_what_is_missing_or_damaged_is_told_in_one_line(saved, tmp_path):
         return str(caught.value)
 
     assert "holds no trained model" in broken("model.json", None)
-    for name in ("model.safetensors", "autoencoder/config.json", "autoencoder/params.safetensors"):
+    assert "there is no autoencoder in" in broken("autoencoder/config.json", None)
+    for name in ("model.safetensors", "autoencoder/params.safetensors"):
         assert f"{name} does not exist" in broken(name, None)
     for name in ("model.safetensors", "autoencoder/params.safetensors"):
         assert f"{name} is damaged" in broken(name, (saved / name).read_bytes()[:-1])

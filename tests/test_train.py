@@ -176,10 +176,13 @@ def test_it_says_what_it_leaves_out(tmp_path):
     write_tokens(tmp_path / "tokens", {"train": [20, 13]})
     info = shards.read_info(tmp_path / "tokens")
     config = ConfigDict({"training": {"eval_every": 1, "sample_every": 1}})
-    validation, samples = train._left_out(config, epath.Path(tmp_path), info)
+    config.evaluation = ConfigDict({"every": 1})
+    validation, scores, samples = train._left_out(config, epath.Path(tmp_path), info)
     assert "has no validation split" in validation
-    assert "autoencoder is not there" in samples
+    assert "autoencoder is not there: no scores" in scores
+    assert "autoencoder is not there: no sample grids" in samples
     config.training.update(eval_every=0, sample_every=0)
+    config.evaluation.every = 0
     assert list(train._left_out(config, epath.Path(tmp_path), info)) == []
 
 
