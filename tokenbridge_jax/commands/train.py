@@ -7,7 +7,7 @@ had never stopped. Status 75 means: told to stop (SIGTERM, Ctrl-C), and saved.
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -237,22 +237,13 @@ def _sample_hook(
     mesh: Mesh,
 ) -> Hook:
     """A grid of images sampled with the EMA, always of the same classes and seed."""
-    settings = SamplingSettings.from_section(config.sampling)
     codec = _codec(workdir, model)
     classes = len(info.class_names)
     spread = np.linspace(0, classes - 1, min(classes, IN_GRID)).astype(np.int32)
-    labels = np.resize(spread, IN_GRID)
+    draw = _sampler(config, model, mesh, np.resize(spread, IN_GRID))
 
     def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-        indices = sample_indices(
-            model,
-            state.ema_params,
-            labels,
-            settings,
-            mesh,
-            seed=config.seed,
-            batch_size=config.sampling.batch_size,
-        )
+        indices = draw(state)
         if jax.process_index() == 0:
             picture = pictures.grid(np.asarray(codec.decode(indices)), columns=10)
             pictures.write_png(workdir / "samples" / f"step_{step:07d}.png", picture)
@@ -270,7 +261,7 @@ def _evaluation_hook(
     mesh: Mesh,
 ) -> Hook:
     """Scores of a few samples of the EMA, always of the same classes and seed."""
-    section, settings = config.evaluation, SamplingSettings.from_section(config.sampling)
+    section = config.evaluation
     extractor = make_extractor(section.features, default_folder())
     if not section.reference:
         raise UserError("config.evaluation.reference is not set: name a file of statistics, images")
@@ -278,9 +269,27 @@ def _evaluation_hook(
     reference = find_reference(section.reference, config, extractor, progress=first)
     codec = _codec(workdir, model)
     labels = make_labels("balanced", section.num_images, len(info.class_names), config.seed)
+    draw = _sampler(config, model, mesh, labels)
 
     def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-        indices = sample_indices(
+        indices = draw(state)
+        found = extract(decoded_images(codec, indices, workdir), extractor)
+        return {
+            f"eval_{k}": v
+            for k, v in generation_scores(found, reference, extractor.distance).items()
+        }
+
+    return Hook(section.every, run)
+
+
+def _sampler(
+    config: ConfigDict, model: TokenBridgeConfig, mesh: Mesh, labels: np.ndarray
+) -> Callable[[TrainState], np.ndarray]:
+    """Samples of the EMA, as `config.sampling` says."""
+    settings = SamplingSettings.from_section(config.sampling)
+
+    def draw(state: TrainState) -> np.ndarray:
+        return sample_indices(
             model,
             state.ema_params,
             labels,
@@ -289,13 +298,8 @@ def _evaluation_hook(
             seed=config.seed,
             batch_size=config.sampling.batch_size,
         )
-        found = extract(decoded_images(codec, indices, workdir), extractor)
-        return {
-            f"eval_{k}": v
-            for k, v in generation_scores(found, reference, extractor.distance).items()
-        }
 
-    return Hook(section.every, run)
+    return draw
 
 
 def _codec(workdir: epath.Path, model: TokenBridgeConfig) -> Codec:
