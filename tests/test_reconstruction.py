@@ -55,7 +55,8 @@ def make_codec(devices: int = 1) -> Codec:
 
 
 def image_set(images: np.ndarray = IMAGES) -> MadeImages:
-    return MadeImages(Path("noise"), lambda numbers: images[numbers], np.arange(len(images)), {})
+    numbers, side = np.arange(len(images)), images.shape[1]
+    return MadeImages(Path("noise"), lambda some: images[some], numbers, side, {})
 
 
 def score(codec: Codec, batch_size: int = 5, **settings):

@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
+import io as bytes_io
 import json
 import os
 import socket
@@ -10,10 +12,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from etils import epath
 
 from tokenbridge_jax.errors import UserError
@@ -86,6 +89,26 @@ def write_error(path: epath.PathLike, error: OSError) -> UserError:
     if error.errno == errno.ENOSPC:
         return UserError(f"cannot write {path}: the disk is full; free some space and run again")
     return UserError(f"cannot write {path}: {error.strerror or error}")
+
+
+def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """`np.savez`, whole or not at all (see `write_bytes`)."""
+    buffer = bytes_io.BytesIO()
+    np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
+    write_bytes(path, buffer.getvalue())
+
+
+def sha256(path: epath.PathLike) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

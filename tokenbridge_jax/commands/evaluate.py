@@ -56,7 +56,7 @@ from tokenbridge_jax.evaluation.scores import (
 )
 from tokenbridge_jax.pipeline import MODEL_FILE, ModelDescription, Pipeline
 from tokenbridge_jax.schedule import SamplingSettings
-from tokenbridge_jax.tokenizing import make_quantizer, make_subsets
+from tokenbridge_jax.tokenizing import make_quantizer
 
 NEEDS_WORKDIR = False
 
@@ -278,9 +278,10 @@ def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
     return images
 
 
-def _images(args: flags.FlagValues, split: str = "train") -> ImageSet:
-    """Those of --images, or of a split of the config's data."""
-    images = open_images(args.images) if args.images else data_images(args.config, split)
+def _images(args: flags.FlagValues, *splits: str) -> ImageSet:
+    """Those of --images, or of the config's data: of --split, or the first split there is."""
+    chosen = (args.split,) if args.split else splits
+    images = open_images(args.images) if args.images else data_images(args.config, *chosen)
     if args.num_images and args.num_images > images.count and _first():
         print(f"{images.path} holds {images.count} images, no more", file=sys.stderr)
     images.take(args.num_images or images.count)
@@ -290,10 +291,9 @@ def _images(args: flags.FlagValues, split: str = "train") -> ImageSet:
 def measure_reference(args: flags.FlagValues) -> None:
     """Statistics of real images, for others to be compared with."""
     extractor = _extractor(args)
-    split = args.split or "train"
-    images = _images(args, split)
+    images = _images(args, "train")
     reference = reference_of(images, extractor, progress=_first())
-    name = Path(args.images).stem if args.images else split
+    name = Path(args.images).stem if args.images else args.split or "train"
     path = _output(args) / f"reference_{name}_{extractor.name}.npz"
     if _first():
         save_reference(path, reference, extractor)
@@ -317,7 +317,7 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
         ModelDescription.load(workdir).config.quantizer if trained else make_quantizer(args.config)
     )
     codec = Codec(config, params, quantizer, parallel.make_mesh(devices=jax.local_devices()))
-    images = _images(args, _held_out(args))
+    images = _images(args, "validation", "train")
     reference = _reference(args, extractor) if args.reference else None
     networks = {name: load_network(f"lpips_{name}", _networks(args)) for name in lpips.NETWORKS}
     lpips_networks = {
@@ -423,13 +423,6 @@ def measure_tokens(args: flags.FlagValues) -> None:
             "range": info.quantizer.maximum,
         }
         _tell(args, found, facts, plot=tokens.plot)
-
-
-def _held_out(args: flags.FlagValues) -> str:
-    """The split asked for, or the held-out one if there is one."""
-    if args.images:
-        return ""
-    return args.split or ("validation" if "validation" in make_subsets(args.config) else "train")
 
 
 def _extractor(args: flags.FlagValues) -> Extractor:

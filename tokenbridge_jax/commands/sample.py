@@ -5,7 +5,6 @@ How to sample is `config.sampling`: --config.sampling.num_iter=64, .guidance, .g
 .guidance_interval, .temperature, .order, .choice_temperature, .batch_size.
 """
 
-import io as bytes_io
 import sys
 
 import jax
@@ -56,9 +55,7 @@ def main(args: flags.FlagValues) -> None:
     if jax.process_index() > 0:
         return  # Every process has all the images; one writes them.
     output = epath.Path(args.output or epath.Path(args.workdir) / "samples")
-    buffer = bytes_io.BytesIO()
-    np.savez(buffer, arr_0=images, labels=labels)
-    io.write_bytes(output / "samples.npz", buffer.getvalue())
+    io.write_npz(output / "samples.npz", {"arr_0": images, "labels": labels})
     columns = min(len(classes), 10)
     pictures.write_png(output / "grid.png", pictures.grid(images[:IN_GRID], columns))
     print(f"wrote {output / 'samples.npz'} ({len(images)} images) and {output / 'grid.png'}")

@@ -173,4 +173,5 @@ def decoded_images(
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> MadeImages:
     """The images of indices, decoded a batch at a time; `path` names them in messages."""
-    return MadeImages(path, lambda some: rgb(np.asarray(codec.decode(some))), indices, facts)
+    side = round(indices.shape[1] ** 0.5) * codec.config.downsampling
+    return MadeImages(path, lambda some: rgb(np.asarray(codec.decode(some))), indices, side, facts)

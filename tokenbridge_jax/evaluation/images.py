@@ -5,7 +5,6 @@ Of a file with 50,000 images no more than a batch is ever in memory, read or wri
 
 import abc
 import contextlib
-import io as bytes_io
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -203,13 +202,14 @@ class MadeImages(ImageSet):
     def __init__(
         self,
         path: epath.PathLike,
-        make: Callable[[np.ndarray], UInt8[np.ndarray, "n H W C"]],
+        make: Callable[[np.ndarray], UInt8[np.ndarray, "n H W 3"]],
         recipes: Shaped[np.ndarray, "N ..."],
+        side: int,
         facts: Mapping[str, Any],
     ):
-        """`make` turns some of the N recipes into images; `path` names them in messages."""
+        """`make` turns some of the N recipes into images of `side` pixels; `path` names them."""
         self.path, self._make, self._recipes, self.facts = Path(str(path)), make, recipes, facts
-        self.count, self.shape = len(recipes), make(recipes[:1]).shape[1:]
+        self.count, self.shape = len(recipes), (side, side, 3)
 
     def take(self, count: int) -> None:
         """See `ImageSet`."""
@@ -222,15 +222,16 @@ class MadeImages(ImageSet):
             yield self._make(self._recipes[start : min(start + size, last)])
 
 
-def data_images(config: ConfigDict, split: str) -> MadeImages:
-    """The images of a split of `config.data`, cropped as for training.
+def data_images(config: ConfigDict, *splits: str) -> MadeImages:
+    """The images of `config.data`, of the first of these splits that it has, as for training.
 
     Raises:
       UserError: the config has no such split; on reading, an image is broken.
     """
     subsets = make_subsets(config)
-    if split not in subsets:
-        raise UserError(f"the config's data have no split '{split}', only {', '.join(subsets)}")
+    split = next((name for name in splits if name in subsets), None)
+    if split is None:
+        raise UserError(f"the config's data have no split '{splits[0]}', only {', '.join(subsets)}")
     source, chosen = subsets[split].source, subsets[split].images
     size, channels = config.data.image_size, config.data.image_channels
 
@@ -249,7 +250,7 @@ def data_images(config: ConfigDict, split: str) -> MadeImages:
         "image_size": f"{size}x{size}",
         "crop": "as ADM, to a square",
     }
-    return MadeImages(f"config.data, {split}", make, chosen, facts)
+    return MadeImages(f"config.data, {split}", make, chosen, size, facts)
 
 
 def write_images(
@@ -279,14 +280,3 @@ def write_images(
                 array.write(np.ascontiguousarray(batch).data)
         with archive.open("labels.npy", "w") as array:
             np.lib.format.write_array(array, np.asarray(labels))
-
-
-def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """`np.savez`, whole or not at all.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    buffer = bytes_io.BytesIO()
-    np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
-    io.write_bytes(path, buffer.getvalue())

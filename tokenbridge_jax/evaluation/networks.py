@@ -6,7 +6,6 @@
 - `vgg.pth`, `alex.pth` of the PyPI package lpips (lpips/weights/v0.1): LPIPS.
 """
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +70,7 @@ def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublishe
     Raises:
       UserError: a file is not the published one, or not of this network.
     """
-    digests = {part: _sha256(path) for part, path in paths.items()}
+    digests = {part: io.sha256(path) for part, path in paths.items()}
     published = all(digests[part].startswith(PUBLISHED[part]) for part in digests)
     for part, digest in digests.items():
         if not unpublished and not digest.startswith(PUBLISHED[part]):
@@ -144,11 +143,3 @@ def make_extractor(
 
 def _facts_file(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _sha256(path: str) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error

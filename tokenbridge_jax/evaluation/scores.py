@@ -1,6 +1,5 @@
 """Samples against a reference: all numbers of generation at once."""
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
@@ -12,16 +11,11 @@ from etils import epath
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from tokenbridge_jax import io
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import metrics
 from tokenbridge_jax.evaluation.features import Extractor, SetFeatures, extract
-from tokenbridge_jax.evaluation.images import (
-    ARRAY,
-    ImageSet,
-    data_images,
-    open_images,
-    write_npz,
-)
+from tokenbridge_jax.evaluation.images import ARRAY, ImageSet, data_images, open_images
 from tokenbridge_jax.evaluation.moments import Gaussian
 
 # Names of mean and covariance in files of statistics: ADM's, the release's, and those of JAX ports.
@@ -91,7 +85,7 @@ def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = F
             f"{path} has statistics of {len(pool.mean)} features, not of the {extractor.size} "
             "compared here; check --features"
         )
-    facts: dict[str, Any] = {"reference": path.name, "reference_sha256": _sha256(path)}
+    facts: dict[str, Any] = {"reference": path.name, "reference_sha256": io.sha256(path)}
     if _FACTS in arrays:
         told = json.loads(str(arrays[_FACTS]))
         for name, value in extractor.facts.items():
@@ -117,7 +111,7 @@ def reference_of(images: ImageSet, extractor: Extractor, *, progress: bool = Fal
     found = extract(images, extractor, keep=MANIFOLD_IMAGES, progress=progress)
     facts = {
         "reference": images.path.name,
-        "reference_sha256": _sha256(images.path) if images.path.is_file() else found.digest,
+        "reference_sha256": io.sha256(images.path) if images.path.is_file() else found.digest,
         "reference_images": found.count,
         "reference_manifold_images": len(found.kept),
         **{f"reference_{name}": value for name, value in images.facts.items()},
@@ -138,7 +132,7 @@ def save_reference(path: epath.PathLike, reference: Reference, extractor: Extrac
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     if reference.features is not None:
         arrays[_FEATURES] = reference.features
-    write_npz(path, arrays)
+    io.write_npz(path, arrays)
 
 
 def _statistics(path: Path) -> dict[str, Any]:
@@ -171,11 +165,6 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, str])
     if eigenvalues[0] < -1e-4 * abs(eigenvalues[-1]):
         raise UserError(f"{path}: {names[1]} has negative eigenvalues, as no covariance has")
     return gaussian
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def generation_scores(
