@@ -81,7 +81,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             records_per_shard=512,
             validation_fraction=0.0,
             decode_workers=0,
-            dtype="float32",
+            precision="float32",
         )
     )
     config.model = ConfigDict(

@@ -95,8 +95,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             records_per_shard=4096,
             validation_fraction=0.01,
             decode_workers=0,
-            # Shards are for good, and bfloat16 would move a fifth of the indices by a level.
-            dtype="float32",
+            # Shards are for good. Of the indices, 5 in 100,000 are others than on a CPU (on an
+            # H200); with tensorfloat32 2 in 100, with bfloat16 17.
+            precision="float32",
         )
     )
     config.model = ConfigDict(

@@ -1,4 +1,4 @@
-"""Test set-up: eight fake CPU devices, exact float32 products, no implicit rank promotion."""
+"""Test set-up: eight fake CPU devices, no implicit rank promotion."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def test_every_convolution_is_laid_out_by_the_mesh():
 def test_bfloat16_agrees_to_its_accuracy():
     config, params, golden = read_autoencoder_golden(GOLDEN)
     images = golden["in/images_nchw"].transpose(0, 2, 3, 1)
-    module = Autoencoder(config, dtype=jnp.bfloat16)
+    module = Autoencoder(config, "bfloat16")
     posterior = jax.jit(lambda p, x: module.apply({"params": p}, x, method="encode"))(
         params, images
     )

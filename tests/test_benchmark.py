@@ -157,11 +157,11 @@ def test_the_head_with_a_profile_and_a_file(benchmark, tmp_path):
 
 
 def test_the_autoencoder(benchmark):
-    ceilings, lines = benchmark("autoencoder", "--batch=8", "--dtype=float32", "--repeats=2")
+    ceilings, lines = benchmark("autoencoder", "--batch=8", "--precision=float32", "--repeats=2")
     assert [line["settings"]["direction"] for line in lines] == ["encode", "decode"]
     for line in lines:
         check_numbers(line, ceilings, "images", 8, devices=8)
-        assert line["settings"]["dtype"] == "float32"
+        assert line["settings"]["precision"] == "float32"
 
 
 def test_the_quantizer(benchmark):
@@ -440,7 +440,7 @@ def test_a_case_without_enough_memory_does_not_end_the_others(capsys):
         (["head", "--repeats=0"], "--repeats=0 must be at least 1"),
         (["train", "--hidden=3"], "--hidden=3 never occurs; a batch hides 12 to 16 positions"),
         (["autoencoder", "--batch=1"], "--batch=1 does not divide over 8 batch shards"),
-        (["autoencoder", "--dtype=float16"], "--dtype"),
+        (["autoencoder", "--precision=float16"], "--precision"),
         (["loader", "--batch=64", "--records=63"], "--batch=64 is more than the 63 images"),
         (["loader", "--data=nowhere"], "nowhere holds no token shards"),
         (["quantize", "--config.quantizer.levels=1"], "quantizer levels is 1, must be 2 to 4096"),

@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused(single: Codec):
 
 
 def test_bfloat16_codec_is_close(single: Codec):
-    codec = Codec(CONFIG, PARAMS, QUANTIZER, single.mesh, jnp.bfloat16)
+    codec = Codec(CONFIG, PARAMS, QUANTIZER, single.mesh, "bfloat16")
     exact, rough = single.encode(IMAGES).latents, codec.encode(IMAGES).latents
     assert rough.dtype == jnp.float32
     assert float(jnp.abs(exact - rough).max() / jnp.abs(exact).max()) < 0.05

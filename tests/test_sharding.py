@@ -108,7 +108,7 @@ def test_training_on_a_mesh_is_training_on_one_device(settings, sizes):
 
 def train_autoencoder(sizes):
     config = AutoencoderConfig(4, 1, 8, (1, 2), 1, (), 2, 1.0)
-    task = AutoencoderTask(config, np.float32, kl_weight=1e-3)
+    task = AutoencoderTask(config, "float32", kl_weight=1e-3)
     images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), np.uint8)
     _, state, step = toy_training(task, mesh := first_devices(*sizes))
     with parallel.use_mesh(mesh):

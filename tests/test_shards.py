@@ -203,7 +203,7 @@ def test_check_names_the_field(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("seed", 1), ("flips", True), ("records_per_shard", 7), ("dtype", "bfloat16")],
+        *[("seed", 1), ("flips", True), ("records_per_shard", 7), ("precision", "bfloat16")],
         *[("channel_order", (0, 1, 2)), ("class_names", ("a",))],
         ("sources", {"train": {"kind": "folder", "images": 9}}),
     ],

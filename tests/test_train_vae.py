@@ -76,7 +76,7 @@ def digits(split):
 def apply(workdir, images):
     """Posterior and decoded mean of a trained autoencoder."""
     config, params = load_autoencoder(workdir / "autoencoder")
-    task = AutoencoderTask(config, jnp.float32, 0.0)
+    task = AutoencoderTask(config, "float32", 0.0)
     posterior = jax.jit(lambda x: autoencoder_task.encode(task.module, params, x))(images)
     decode = jax.jit(lambda x: task.module.apply({"params": params}, x, method="decode"))
     return posterior, np.asarray(decode(posterior.mean))
@@ -85,7 +85,7 @@ def apply(workdir, images):
 @pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("l2", 2)])
 def test_loss_by_hand(kind, power):
     """In float64 numpy, but for the two halves of the network."""
-    task = AutoencoderTask(TINY, jnp.float32, kl_weight=0.3, reconstruction=kind)
+    task = AutoencoderTask(TINY, "float32", kl_weight=0.3, reconstruction=kind)
     params = init_params(TINY, jax.random.key(1))
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     key = jax.random.key(2)
@@ -108,7 +108,7 @@ def test_loss_by_hand(kind, power):
 
 
 def test_loss_and_gradient_stay_finite_where_the_log_variance_explodes():
-    task = AutoencoderTask(TINY, jnp.float32, kl_weight=1e-6)
+    task = AutoencoderTask(TINY, "float32", kl_weight=1e-6)
     params = init_params(TINY, jax.random.key(1))
     params["quant_conv"]["bias"] = jnp.array([0.0, 0.0, 1e4, -1e4])
     images = np.zeros((2, 8, 8, 1), np.uint8)
@@ -216,16 +216,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained, tmp_path):
 
 def test_bfloat16_computes_the_loss_but_not_the_parameters():
     losses = {}
-    for dtype in (jnp.float32, jnp.bfloat16):
-        task = AutoencoderTask(TINY, dtype, kl_weight=1e-3)
+    for precision in ("float32", "bfloat16"):
+        task = AutoencoderTask(TINY, precision, kl_weight=1e-3)
         _, state, step = toy_training(task, mesh := parallel.make_mesh(2, 2, 2))
         images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
         with parallel.use_mesh(mesh):
             state, metrics = step(state, parallel.to_global({"images": images}, mesh), None)
         assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
-        losses[dtype] = float(metrics["loss"])
-    assert losses[jnp.bfloat16] == pytest.approx(losses[jnp.float32], rel=0.02)
-    assert losses[jnp.bfloat16] != losses[jnp.float32]
+        losses[precision] = float(metrics["loss"])
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"] != losses["float32"]
 
 
 def test_an_autoencoder_from_elsewhere_is_not_overwritten(tmp_path, capsys):
@@ -258,7 +258,7 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, capsys, flag, 
 def test_flops_are_those_that_the_compiler_counts():
     """But for norms, activations, and places of kernels beyond the border."""
     config = dataclasses.replace(TINY, image_size=64, channels=64)
-    task = AutoencoderTask(config, jnp.float32, 0.0)
+    task = AutoencoderTask(config, "float32", 0.0)
     examples = {
         "images": jnp.zeros((1, 64, 64, 1), jnp.uint8),
         "noise": jnp.zeros((1, 32, 32, config.latent_channels)),
@@ -281,4 +281,4 @@ def test_pictures_pad_the_last_batch_with_weight_zero():
 
 def test_unknown_error_kind():
     with pytest.raises(UserError, match="choose l1 or l2"):
-        AutoencoderTask(TINY, jnp.float32, 0.0, "huber")
+        AutoencoderTask(TINY, "float32", 0.0, "huber")

@@ -35,7 +35,7 @@ SETTINGS = {
     },
     "tokenize": {
         "batch_size": 8, "posterior_samples": 1, "records_per_shard": 10,
-        "validation_fraction": 0.0, "decode_workers": 2, "dtype": "float32",
+        "validation_fraction": 0.0, "decode_workers": 2, "precision": "float32",
     },
 }  # fmt: skip
 
@@ -77,7 +77,7 @@ def make_info(*, levels: int = 16, flips: bool = False, samples: int = 1, **chan
         "posterior_samples": samples,
         "flips": flips,
         "seed": 0,
-        "dtype": "float32",
+        "precision": "float32",
         "class_names": ("cat", "dog", "owl"),
         "records_per_shard": 10,
         "sources": {},

@@ -22,7 +22,9 @@ from jaxtyping import Array, Float, Key, Shaped, UInt8
 
 from tokenbridge_jax import arrays, io
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.kernels.attention import plain_attention
 from tokenbridge_jax.parallel import constrain, named_axes
+from tokenbridge_jax.precision import compute_dtype, convolution
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -149,11 +151,23 @@ class Posterior(NamedTuple):
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
 
 
-def _conv(channels: int, kernel: int, dtype: Any, name: str, **kwargs: Any) -> nn.Conv:
-    """Convolution whose kernel carries logical axis names."""
-    axes = ("kernel_h", "kernel_w", "conv_in", "conv_out")
-    init = named_axes(_KERNEL_INIT, *axes)
-    return nn.Conv(channels, (kernel, kernel), dtype=dtype, kernel_init=init, name=name, **kwargs)
+class Conv(nn.Module):
+    """Convolution at one of `precision.PRECISIONS`, its kernel with logical axis names."""
+
+    channels: int
+    size: int
+    precision: str
+    strides: tuple[int, int] = (1, 1)
+    padding: str | tuple[tuple[int, int], ...] = "SAME"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B i j E"]:
+        init = named_axes(_KERNEL_INIT, "kernel_h", "kernel_w", "conv_in", "conv_out")
+        shape = (self.size, self.size, x.shape[-1], self.channels)
+        kernel = self.param("kernel", init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        y = convolution(x, kernel, self.strides, self.padding, self.precision)
+        return y + bias.astype(y.dtype)[None, None, None]
 
 
 class GroupNorm(nn.Module):
@@ -194,23 +208,23 @@ class ResidualBlock(nn.Module):
     """Twice (norm, swish, 3x3 convolution), plus the input, through a 1x1 where widths differ."""
 
     channels: int
-    dtype: Any
+    precision: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w E"]:
         residual = x
         for i in (1, 2):
             x = nn.swish(GroupNorm(name=f"norm{i}")(x))
-            x = _conv(self.channels, 3, self.dtype, f"conv{i}")(x)
+            x = Conv(self.channels, 3, self.precision, name=f"conv{i}")(x)
         if residual.shape[-1] != self.channels:
-            residual = _conv(self.channels, 1, self.dtype, "shortcut")(residual)
+            residual = Conv(self.channels, 1, self.precision, name="shortcut")(residual)
         return residual + x
 
 
 class AttentionBlock(nn.Module):
     """Single-headed attention over all places of the feature map, with a residual connection."""
 
-    dtype: Any
+    precision: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
@@ -218,80 +232,72 @@ class AttentionBlock(nn.Module):
         normed = GroupNorm(name="norm")(x)
         # [B, places, one head, D]
         q, k, v = (
-            _conv(channels, 1, self.dtype, name)(normed).reshape(batch, -1, 1, channels)
+            Conv(channels, 1, self.precision, name=name)(normed).reshape(batch, -1, 1, channels)
             for name in ("query", "key", "value")
         )
-        attended = jax.nn.dot_product_attention(q, k, v)  # softmax in float32, scale 1/sqrt(D)
-        attended = attended.reshape(batch, height, width, channels)
-        return x + _conv(channels, 1, self.dtype, "out")(attended)
+        attended = plain_attention(q, k, v, None).reshape(batch, height, width, channels)
+        return x + Conv(channels, 1, self.precision, name="out")(attended)
 
 
 class _Middle(nn.Module):
     """Residual block, attention, residual block, at the lowest resolution of either half."""
 
-    dtype: Any
+    precision: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        x = ResidualBlock(x.shape[-1], self.dtype, name="block_1")(x)
-        x = AttentionBlock(self.dtype, name="attention")(x)
-        return ResidualBlock(x.shape[-1], self.dtype, name="block_2")(x)
+        x = ResidualBlock(x.shape[-1], self.precision, name="block_1")(x)
+        x = AttentionBlock(self.precision, name="attention")(x)
+        return ResidualBlock(x.shape[-1], self.precision, name="block_2")(x)
 
 
 class Encoder(nn.Module):
     """Images to moments [B, h, w, 2C]: levels of residual blocks from fine to coarse."""
 
     config: AutoencoderConfig
-    dtype: Any
+    precision: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w CC"]:
-        config, dtype = self.config, self.dtype
-        x = _conv(config.channels, 3, dtype, "conv_in")(x)
+        config, precision = self.config, self.precision
+        x = Conv(config.channels, 3, precision, name="conv_in")(x)
         for level, multiplier in enumerate(config.multipliers):
             x = constrain(x, "batch", None, None, None)
             for i in range(config.blocks):
                 width = config.channels * multiplier
-                x = ResidualBlock(width, dtype, name=f"level_{level}_block_{i}")(x)
+                x = ResidualBlock(width, precision, name=f"level_{level}_block_{i}")(x)
                 if config.has_attention(level):
-                    x = AttentionBlock(dtype, name=f"level_{level}_attention_{i}")(x)
+                    x = AttentionBlock(precision, name=f"level_{level}_attention_{i}")(x)
             if level < len(config.multipliers) - 1:
                 # One pixel right and bottom only, as PyTorch's asymmetric padding.
-                down = _conv(
-                    x.shape[-1],
-                    3,
-                    dtype,
-                    f"level_{level}_downsample",
-                    strides=(2, 2),
-                    padding=((0, 1), (0, 1)),
-                )
-                x = down(x)
-        x = _Middle(dtype, name="middle")(x)
+                name = f"level_{level}_downsample"
+                x = Conv(x.shape[-1], 3, precision, (2, 2), ((0, 1), (0, 1)), name=name)(x)
+        x = _Middle(precision, name="middle")(x)
         x = nn.swish(GroupNorm(name="norm_out")(x))
-        return _conv(2 * config.latent_channels, 3, dtype, "conv_out")(x)
+        return Conv(2 * config.latent_channels, 3, precision, name="conv_out")(x)
 
 
 class Decoder(nn.Module):
     """Unscaled latents to images: levels of residual blocks from coarse to fine."""
 
     config: AutoencoderConfig
-    dtype: Any
+    precision: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W I"]:
-        config, dtype = self.config, self.dtype
-        x = _conv(config.channels * config.multipliers[-1], 3, dtype, "conv_in")(x)
-        x = _Middle(dtype, name="middle")(x)
+        config, precision = self.config, self.precision
+        x = Conv(config.channels * config.multipliers[-1], 3, precision, name="conv_in")(x)
+        x = _Middle(precision, name="middle")(x)
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             x = constrain(x, "batch", None, None, None)
             for i in range(config.blocks + 1):
                 width = config.channels * multiplier
-                x = ResidualBlock(width, dtype, name=f"level_{level}_block_{i}")(x)
+                x = ResidualBlock(width, precision, name=f"level_{level}_block_{i}")(x)
             if level > 0:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-                x = _conv(x.shape[-1], 3, dtype, f"level_{level}_upsample")(x)
+                x = Conv(x.shape[-1], 3, precision, name=f"level_{level}_upsample")(x)
         x = nn.swish(GroupNorm(name="norm_out")(x))
-        return _conv(config.image_channels, 3, dtype, "conv_out")(x)
+        return Conv(config.image_channels, 3, precision, name="conv_out")(x)
 
 
 class Autoencoder(nn.Module):
@@ -299,24 +305,24 @@ class Autoencoder(nn.Module):
 
     Attributes:
       config: sizes.
-      dtype: compute dtype, bfloat16 or float32, of everything but parameters and normalisation
-        statistics; moments and decoded images come back as float32.
+      precision: of everything but parameters and normalisation statistics, one of
+        `precision.PRECISIONS`; moments and decoded images come back as float32.
     """
 
     config: AutoencoderConfig
-    dtype: Any = jnp.float32
+    precision: str = "float32"
 
     def setup(self):
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.precision)
+        self.decoder = Decoder(self.config, self.precision)
         channels = self.config.latent_channels
-        self.quant_conv = _conv(2 * channels, 1, self.dtype, "quant_conv")
-        self.post_quant_conv = _conv(channels, 1, self.dtype, "post_quant_conv")
+        self.quant_conv = Conv(2 * channels, 1, self.precision)
+        self.post_quant_conv = Conv(channels, 1, self.precision)
 
     def moments(self, images: Float[Array, "B H W I"]) -> Float[Array, "B h w CC"]:
         """Mean and unclipped log-variance, float32, of images in [-1, 1]."""
         self.config.check_image_size(*images.shape[1:3])
-        hidden = self.encoder(images.astype(self.dtype))
+        hidden = self.encoder(images.astype(compute_dtype(self.precision)))
         return self.quant_conv(hidden).astype(jnp.float32)
 
     def encode(self, images: Float[Array, "B H W I"]) -> Posterior:
@@ -329,7 +335,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W I"]:
         """Unscaled latents -> float32 images, about [-1, 1] and not clipped."""
-        hidden = self.post_quant_conv(latents.astype(self.dtype))
+        hidden = self.post_quant_conv(latents.astype(compute_dtype(self.precision)))
         return self.decoder(hidden).astype(jnp.float32)
 
     def __call__(

@@ -227,6 +227,7 @@ class Pipeline:
         *,
         step: int | None = None,
         dtype: str | None = None,
+        precision: str = "float32",
         mesh: Mesh | None = None,
     ) -> "Pipeline":
         """Loads what the commands left in a workdir, or `save_pretrained` wrote, with the EMA
@@ -236,7 +237,8 @@ class Pipeline:
           workdir: with `autoencoder/`, `model.json`, and `checkpoints/` or `model.safetensors`.
           step: which checkpoint; the latest if not given.
           dtype: compute dtype of the model, "bfloat16" or "float32"; by default the one it was
-            trained in. The autoencoder computes in float32, as it does for shards.
+            trained in.
+          precision: of the autoencoder, as `Codec` takes it.
           mesh: devices to use; all of this process's by default.
 
         Raises:
@@ -265,6 +267,7 @@ class Pipeline:
             autoencoder_params,
             config.quantizer,
             parallel.make_mesh(devices=jax.local_devices()),
+            precision,
         )
         params, step = load_weights(workdir, abstract_sharded_params(config, mesh), step=step)
         if (workdir / "config.json").exists():

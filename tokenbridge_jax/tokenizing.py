@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -35,6 +34,7 @@ from tokenbridge_jax.data.batches import Batch, ShardPlan, prepared_batches
 from tokenbridge_jax.data.shards import DatasetInfo, ShardWriter
 from tokenbridge_jax.data.sources import Source, hold_out, make_source
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.precision import check_precision
 from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.quantizer import (
     ChannelSpectrum,
@@ -97,7 +97,7 @@ def tokenize(
         subsets = make_subsets(config)
         info = _describe(config, autoencoder, params, subsets)
         mesh = parallel.make_mesh(devices=jax.local_devices())
-        codec = Codec(autoencoder, params, info.quantizer, mesh, jnp.dtype(config.tokenize.dtype))
+        codec = Codec(autoencoder, params, info.quantizer, mesh, info.precision)
     pool = ThreadPoolExecutor(config.tokenize.decode_workers or os.cpu_count())
 
     def prepare(plans: list[ShardPlan]) -> Iterator[Batch]:
@@ -227,10 +227,9 @@ def _check_settings(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{section}.{name} is {config[section][name]}, must be at least {minimum}"
             )
-    if config.tokenize.dtype not in ("float32", "bfloat16"):
-        raise UserError(
-            f"config.tokenize.dtype is '{config.tokenize.dtype}', must be float32 or bfloat16"
-        )
+    if "precision" not in config.tokenize:
+        raise UserError("the config has no tokenize.precision; add precision='float32'")
+    check_precision(config.tokenize.precision, "config.tokenize.precision")
 
 
 def _load_autoencoder(folder: epath.Path, config: ConfigDict) -> tuple[AutoencoderConfig, Any]:
@@ -269,7 +268,7 @@ def _describe(
         posterior_samples=config.tokenize.posterior_samples,
         flips=config.data.flip,
         seed=config.seed,
-        dtype=config.tokenize.dtype,
+        precision=config.tokenize.precision,
         class_names=subsets["train"].source.class_names,
         records_per_shard=config.tokenize.records_per_shard,
         sources={

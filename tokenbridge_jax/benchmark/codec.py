@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -18,13 +17,13 @@ from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.tokenizing import make_quantizer
 
 
-def autoencoder_cases(config: ConfigDict, batches: Sequence[int], dtype: str) -> list[Case]:
+def autoencoder_cases(config: ConfigDict, batches: Sequence[int], precision: str) -> list[Case]:
     """`Codec` on uint8 images and on latents that lie on the devices.
 
     Args:
       config: the experiment: autoencoder, image size, quantizer.
       batches: images at once, over this process's devices.
-      dtype: compute dtype, bfloat16 or float32.
+      precision: one of `precision.PRECISIONS`.
 
     Raises:
       UserError: a batch does not fit the devices, or the autoencoder makes no sense.
@@ -38,7 +37,7 @@ def autoencoder_cases(config: ConfigDict, batches: Sequence[int], dtype: str) ->
     def case(batch: int, direction: str, flops: int) -> Case:
         def prepare(stack: contextlib.ExitStack) -> Call:
             params = init_params(autoencoder, jax.random.key(0))
-            codec = Codec(autoencoder, params, quantizer, mesh, jnp.dtype(dtype))
+            codec = Codec(autoencoder, params, quantizer, mesh, precision)
             rng = np.random.default_rng(0)
             if direction == "encode":
                 shape = (batch, side, side, autoencoder.image_channels)
@@ -54,7 +53,7 @@ def autoencoder_cases(config: ConfigDict, batches: Sequence[int], dtype: str) ->
             settings={
                 "direction": direction,
                 "batch": batch,
-                "dtype": dtype,
+                "precision": precision,
                 "mesh": dict(mesh.shape),
                 "autoencoder": autoencoder.to_json(),
             },

@@ -29,7 +29,7 @@ from tokenbridge_jax.benchmark.ceilings import measure_ceilings
 from tokenbridge_jax.benchmark.measure import Case, Reporter
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.model import DTYPES
+from tokenbridge_jax.precision import PRECISIONS
 
 WORDS = ("train", "sample", "head", "autoencoder", "quantize", "loader")
 
@@ -57,9 +57,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     define(flags.DEFINE_list, "steps", None, "sample: numbers of reveal steps.")
     define(flags.DEFINE_float, "guidance", None, "sample: scale; 1 is without. Default: config's.")
     define(flags.DEFINE_list, "positions", None, "head: numbers of positions.")
-    define(
-        flags.DEFINE_enum, "dtype", "bfloat16", "autoencoder: compute dtype.", enum_values=DTYPES
-    )
+    help_text = "autoencoder: of its products, as tokenize.precision."
+    define(flags.DEFINE_enum, "precision", "float32", help_text, enum_values=PRECISIONS)
     define(flags.DEFINE_string, "data", None, "loader: folder of shards instead of random ones.")
     define(flags.DEFINE_integer, "records", 50_000, "loader: images in the random shards.")
     define(flags.DEFINE_integer, "repeats", 10, "Timings of every case.")
@@ -108,7 +107,7 @@ def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
         return codec.quantize_cases(config, QUANTIZED_VALUES[platform])
     batches = numbers("batch", DEFAULT_BATCH[what])
     if what == "autoencoder":
-        return codec.autoencoder_cases(config, batches, args.dtype)
+        return codec.autoencoder_cases(config, batches, args.precision)
     if what == "loader":
         return loader.cases(config, batches, args.records, Path(args.data) if args.data else None)
     mesh = parallel.make_mesh(**config.mesh)

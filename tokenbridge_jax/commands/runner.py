@@ -232,6 +232,8 @@ def _complete(config: Any) -> Any:
     for section in ("training", "vae_training"):
         if "keep" in (values := config.get(section, {})):
             values.setdefault("keep_every", 0)
+    if "dtype" in (tokenize := config.get("tokenize", {})):
+        tokenize.setdefault("precision", tokenize.pop("dtype"))
     if "data" in (mesh := config.get("mesh", {})):
         mesh.setdefault("slices", -1)
     if "num_iter" in config.get("sampling", {}):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
@@ -306,7 +305,7 @@ def _codec(workdir: epath.Path, model: TokenBridgeConfig) -> Codec:
     """Decodes what is sampled in training, in the model's precision."""
     autoencoder, params = load_autoencoder(workdir / "autoencoder")
     local_mesh = parallel.make_mesh(devices=jax.local_devices())
-    return Codec(autoencoder, params, model.quantizer, local_mesh, jnp.dtype(model.dtype))
+    return Codec(autoencoder, params, model.quantizer, local_mesh, model.dtype)
 
 
 def _left_out(config: ConfigDict, workdir: epath.Path, info: DatasetInfo) -> Iterator[str]:

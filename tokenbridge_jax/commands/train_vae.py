@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
@@ -87,7 +86,7 @@ def make_task(config: ConfigDict) -> AutoencoderTask:
     section = config.vae_training
     return AutoencoderTask(
         AutoencoderConfig.from_json(sizes),
-        jnp.dtype(section.dtype),
+        section.dtype,
         section.kl_weight,
         section.get("reconstruction", "l1"),
     )

@@ -55,6 +55,9 @@ FORMAT_VERSION = 1
 # The description of shards still being written; a resumed run must match it.
 PARTIAL_INFO_FILE = "dataset.json.partial"
 
+# The precision of shards from before there was a setting: the platform's, whichever it was.
+UNSTATED = "unstated"
+
 # Depends on where the pictures lie, not on what they are.
 _NOT_COMPARED = {"path"}
 
@@ -74,7 +77,7 @@ class DatasetInfo:
       posterior_samples: draws an image; 0 stands for the posterior mean.
       flips: whether every draw is followed by one of the mirrored picture.
       seed: of the posterior draws.
-      dtype: compute dtype of the encoder.
+      precision: of the encoder, one of `precision.PRECISIONS`, or `UNSTATED`.
       class_names: by label.
       records_per_shard: most images in a shard.
       sources: for every split, where its pictures came from.
@@ -92,7 +95,7 @@ class DatasetInfo:
     posterior_samples: int
     flips: bool
     seed: int
-    dtype: str
+    precision: str
     class_names: tuple[str, ...]
     records_per_shard: int
     sources: Mapping[str, Any]
@@ -168,6 +171,7 @@ class DatasetInfo:
                 f"it says format '{value.get('format')}', version {value.get('format_version')}; "
                 f"this program reads '{FORMAT}', version {FORMAT_VERSION}"
             )
+        value = {"precision": UNSTATED} | dict(value)
         try:
             fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
         except KeyError as error:

@@ -53,11 +53,15 @@ class AutoencoderTask:
     """Trains an autoencoder (see `step.Task`); the host draws nothing."""
 
     def __init__(
-        self, config: AutoencoderConfig, dtype: Any, kl_weight: float, reconstruction: str = "l1"
+        self,
+        config: AutoencoderConfig,
+        precision: str,
+        kl_weight: float,
+        reconstruction: str = "l1",
     ):
         """Args:
           config: sizes; its scale plays no part in training.
-          dtype: compute dtype.
+          precision: one of `precision.PRECISIONS`.
           kl_weight: see the module.
           reconstruction: "l1" or "l2".
 
@@ -69,7 +73,7 @@ class AutoencoderTask:
                 f"vae_training.reconstruction is '{reconstruction}'; choose "
                 f"{' or '.join(RECONSTRUCTION_ERRORS)}"
             )
-        self.module = Autoencoder(config, dtype)
+        self.module = Autoencoder(config, precision)
         self._kl_weight = kl_weight
         self._error = RECONSTRUCTION_ERRORS[reconstruction]
 

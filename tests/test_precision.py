@@ -1,0 +1,120 @@
+"""Products say how exact they are, so that platforms agree: read off what is compiled."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.signal import correlate
+
+from tokenbridge_jax import precision
+from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
+from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.parallel import make_mesh
+from tokenbridge_jax.quantizer import Quantizer
+
+AUTOENCODER = AutoencoderConfig(
+    image_size=8,
+    channels=8,
+    multipliers=(1, 2),
+    blocks=1,
+    attention_resolutions=(4,),
+    latent_channels=4,
+)
+
+
+def products(lowered: str) -> list[tuple[str, str]]:
+    """Of a program's text: the precision of every product, and the dtype of its operands."""
+    found = []
+    for line in lowered.splitlines():
+        if "stablehlo.convolution" in line or "stablehlo.dot_general" in line:
+            stated = set(re.findall("DEFAULT|HIGHEST|HIGH", line)) or {"DEFAULT"}
+            operands = set(re.findall(r"(f32|bf16)>", line.split(" : ")[-1].split("->")[0]))
+            found.append((*stated, "+".join(sorted(operands))))
+    return found
+
+
+def lower(function, platform: str, *arguments) -> str:
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "allowed"),
+    [
+        ("float32", "tpu", {("HIGHEST", "f32")}),
+        ("float32", "cuda", {("HIGHEST", "f32"), ("HIGH", "f32")}),
+        ("tensorfloat32", "tpu", {("HIGHEST", "f32"), ("HIGH", "f32")}),
+        ("bfloat16", "tpu", {("DEFAULT", "bf16")}),
+    ],
+)
+def test_the_autoencoder_compiles_to_its_precision(name, platform, allowed):
+    params = nn.unbox(abstract_params(AUTOENCODER))
+    images, latents = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 4, 4, 4))
+    found = []
+    for method, x in (("moments", images), ("decode", latents)):
+        apply = functools.partial(Autoencoder(AUTOENCODER, name).apply, method=method)
+        found += products(lower(apply, platform, {"params": params}, x))
+    assert len(found) >= 20
+    assert set(found) == allowed
+
+
+def test_an_unknown_precision_is_named():
+    with pytest.raises(UserError, match="precision is 'half', must be one of float32, tensor"):
+        Codec(AUTOENCODER, {}, Quantizer.gaussian(16, 3.0), make_mesh(), "half")
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "strides", "padding"),
+    [(3, 3, (1, 1), "SAME"), (150, 3, (2, 2), ((0, 1), (0, 1))), (70, 1, (1, 1), "SAME")],
+)
+def test_three_passes_of_tensor_cores_give_float32(monkeypatch, channels, size, strides, padding):
+    """With operands rounded as tensor cores round them; scipy in float64 is the reference."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 8, 6, channels)).astype(np.float32)
+    kernel = rng.normal(size=(size, size, channels, 5)).astype(np.float32)
+    pads = ((size // 2, size // 2),) * 2 if padding == "SAME" else padding
+    padded = np.pad(x.astype(np.float64), ((0, 0), *pads, (0, 0)))
+    expected = np.stack(
+        [[correlate(image, kernel[..., e], "valid")[..., 0] for e in range(5)] for image in padded]
+    )[..., :: strides[0], :: strides[1]].transpose(0, 2, 3, 1)
+    exact = precision._convolve
+
+    def on_tensor_cores(x, kernel, *others):
+        return exact(*(jax.lax.reduce_precision(a, 8, 10) for a in (x, kernel)), *others)
+
+    monkeypatch.setattr(precision, "_convolve", on_tensor_cores)
+    once = np.asarray(on_tensor_cores(x, kernel, strides, padding, "high"))
+    found = np.asarray(
+        precision.three_passes(jnp.asarray(x), jnp.asarray(kernel), strides, padding)
+    )
+    scale = np.abs(expected).max()
+    assert np.abs(once - expected).max() > 1e-4 * scale
+    assert np.abs(found - expected).max() < 1e-6 * scale
+
+
+def test_gradients_of_a_convolution_are_those_of_the_plain_one():
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 5, 3), (3, 3, 3, 4)))
+
+    def total(convolve, x, kernel):
+        return jnp.sum(jnp.sin(convolve(x, kernel)))
+
+    ours = functools.partial(
+        precision.convolution, strides=(2, 2), padding=((0, 1), (0, 1)), precision="float32"
+    )
+
+    def plain(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        padding = ((0, 1), (0, 1))
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), padding, dimension_numbers=numbers, precision="highest"
+        )
+
+    found, expected = (jax.grad(total, (1, 2))(f, x, kernel) for f in (ours, plain))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected
+    )
