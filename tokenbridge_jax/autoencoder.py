@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Key, Shaped, UInt8
 
 from tokenbridge_jax import arrays, io
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.parallel import constrain, named_axes
+from tokenbridge_jax.layers import Conv
+from tokenbridge_jax.parallel import constrain
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -149,11 +150,8 @@ class Posterior(NamedTuple):
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
 
 
-def _conv(channels: int, kernel: int, dtype: Any, name: str, **kwargs: Any) -> nn.Conv:
-    """Convolution whose kernel carries logical axis names."""
-    axes = ("kernel_h", "kernel_w", "conv_in", "conv_out")
-    init = named_axes(_KERNEL_INIT, *axes)
-    return nn.Conv(channels, (kernel, kernel), dtype=dtype, kernel_init=init, name=name, **kwargs)
+def _conv(channels: int, kernel: int, dtype: Any, name: str, **kwargs: Any) -> Conv:
+    return Conv(channels, kernel, dtype, _KERNEL_INIT, name=name, **kwargs)
 
 
 class GroupNorm(nn.Module):
