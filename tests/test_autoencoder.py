@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from goldens_autoencoder import read_autoencoder_golden
+from tiny_model import bfloat16_sums
 
 from tokenbridge_jax.autoencoder import (
     Autoencoder,
@@ -163,6 +164,16 @@ def test_bfloat16_agrees_to_its_accuracy():
     error = np.abs(np.asarray(posterior.mean) - expected)
     assert 1e-5 < error.max() / np.abs(expected).max() < 0.05
     assert np.sqrt(np.mean(error**2)) / np.std(expected) < 0.02
+
+
+def test_gradients_of_bfloat16_add_up_in_float32():
+    images = jnp.zeros((3, 8, 8, 1))
+
+    def error(params):
+        arguments = {"params": params}, images, jax.random.key(0)
+        return jnp.mean(jnp.square(Autoencoder(TINY, "bfloat16").apply(*arguments)[0] - images))
+
+    assert bfloat16_sums(error, nn.unbox(abstract_params(TINY))) == []
 
 
 def test_group_normalisation_around_an_outlier_in_the_middle():

@@ -10,6 +10,7 @@ import pytest
 from scipy import special
 from tiny_model import (
     TINY,
+    bfloat16_sums,
     equations,
     leaf_names,
     loss_and_gradients,
@@ -95,6 +96,24 @@ def test_loss_is_the_mean_over_hidden_positions_and_channels(padded, brute_force
         kernel = np.moveaxis(leaf_names(gradients)[f"head/{name}/kernel"], -2, 0)
         assert len(kernel) == chunks
         assert kernel.any(axis=tuple(range(1, kernel.ndim))).all()
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(head="parallel"), dict(channels_per_group=2, dropout=0.1, remat="full")]
+)
+def test_whatever_a_large_batch_adds_up_is_float32(batch, changes):
+    """Not only on a platform whose compiler adds bfloat16 numbers up in float32 by itself."""
+    config = tiny(dtype="bfloat16", head_chunk=11, **changes)
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    def mean(params):
+        slots = dict(num_hidden=jnp.int32(HIDDEN), hidden_slots=8, visible_slots=4)
+        drop_class = jnp.arange(BATCH) == 0
+        return loss(
+            config, params, **batch, drop_class=drop_class, dropout_key=DROPOUT_KEY, **slots
+        )
+
+    assert bfloat16_sums(mean, abstract_params(config)) == []
 
 
 # Chunks of all slots, of 3 (8 are 3 + 3 + 2), of 5 (4 + 4), and of 1: fewer positions than images.

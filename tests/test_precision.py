@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.signal import correlate
+from tiny_model import random_batch, random_params, tiny
 
 from tokenbridge_jax import precision
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.loss import loss
+from tokenbridge_jax.model import TokenBridge
 from tokenbridge_jax.parallel import make_mesh
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.transformer import unstack
 
 AUTOENCODER = AutoencoderConfig(
     image_size=8,
@@ -60,6 +64,30 @@ def test_the_autoencoder_compiles_to_its_precision(name, platform, allowed):
         found += products(lower(apply, platform, {"params": params}, x))
     assert len(found) >= 20
     assert set(found) == allowed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whatever_the_model_computes_in_float32_is_float32_on_tpus(dtype):
+    """Training's gradient, and sampling; of a bfloat16 model what is float32 (`z_proj`)."""
+    config = tiny(dtype=dtype, dropout=0.1)
+    params, batch = random_params(config), jax.tree.map(jnp.asarray, random_batch(config, 2))
+
+    def mean(params):
+        slots = dict(num_hidden=jnp.int32(6), hidden_slots=8, visible_slots=4)
+        key, drop_class = jax.random.key(0), jnp.array([True, False])
+        return loss(config, params, **batch, drop_class=drop_class, dropout_key=key, **slots)
+
+    def sample(params, feature):
+        variables, keys = {"params": unstack(params)}, jax.random.split(jax.random.key(0), (2, 3))
+        model = TokenBridge(config, unrolled=True)
+        return model.apply(variables, feature, keys, jnp.float32(1), method="sample_positions")
+
+    forward = products(lower(mean, "tpu", params))
+    sampled = products(lower(sample, "tpu", params, jnp.zeros((2, 3, config.decoder_width), dtype)))
+    backward = products(lower(jax.grad(mean), "tpu", params)) if dtype == "float32" else []
+    exact = [stated for stated, kind in forward + sampled + backward if kind == "f32"]
+    assert len(exact) >= (60 if dtype == "float32" else 1)
+    assert set(exact) == {"HIGHEST"}
 
 
 def test_an_unknown_precision_is_named():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -112,16 +113,15 @@ def loss_and_gradients(
 ):
     """Jitted `(params, batch, num_hidden, dropout key) -> loss, gradients`.
 
-    The first image's class is dropped.
+    The first image's class is dropped, unless `batch` has a `drop_class`.
     """
 
     def run(params, batch, num_hidden, key):
         return loss(
             config,
             params,
-            **batch,
+            **{"drop_class": jnp.arange(len(batch["labels"])) == 0} | batch,
             num_hidden=num_hidden,
-            drop_class=jnp.arange(len(batch["labels"])) == 0,
             dropout_key=key,
             hidden_slots=hidden_slots,
             visible_slots=visible_slots,
@@ -167,3 +167,19 @@ def equations(jaxpr, repeated: int = 1):
         # The last is for platforms without a branch of their own.
         for jaxpr_inside in inner[-1:] if eqn.params.get("branches_platforms") else inner:
             yield from equations(jaxpr_inside, times)
+
+
+def bfloat16_sums(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """The sums of more than two numbers each that a function's gradient takes in bfloat16.
+
+    Products count for nothing: accelerators add theirs up in float32.
+    """
+    jaxpr = jax.make_jaxpr(jax.grad(function))(*arguments).jaxpr
+    sums = []
+    for _, equation in equations(jaxpr):
+        name, result = equation.primitive.name, equation.outvars[0].aval if equation.outvars else 0
+        if name in ("reduce_sum", "scatter-add", "cumsum") and result.dtype == jnp.bfloat16:
+            added = equation.invars[-1].aval
+            if name != "reduce_sum" or added.size > 2 * result.size:
+                sums.append(f"{name} of {added.str_short()} to {result.str_short()}")
+    return sums

@@ -23,13 +23,11 @@ from jaxtyping import Array, Float, Key, Shaped, UInt8
 from tokenbridge_jax import arrays, io
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.kernels.attention import plain_attention
-from tokenbridge_jax.parallel import constrain, named_axes
-from tokenbridge_jax.precision import compute_dtype, convolution
+from tokenbridge_jax.layers import Conv
+from tokenbridge_jax.parallel import constrain
+from tokenbridge_jax.precision import compute_dtype
 
 LOGVAR_RANGE = (-30.0, 20.0)
-
-# No initialisation is published; `init_params` draws the same.
-_KERNEL_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,25 +147,6 @@ class Posterior(NamedTuple):
         """Divergence in nats from the standard normal, summed over an image's latents."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
-
-
-class Conv(nn.Module):
-    """Convolution at one of `precision.PRECISIONS`, its kernel with logical axis names."""
-
-    channels: int
-    size: int
-    precision: str
-    strides: tuple[int, int] = (1, 1)
-    padding: str | tuple[tuple[int, int], ...] = "SAME"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B i j E"]:
-        init = named_axes(_KERNEL_INIT, "kernel_h", "kernel_w", "conv_in", "conv_out")
-        shape = (self.size, self.size, x.shape[-1], self.channels)
-        kernel = self.param("kernel", init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
-        y = convolution(x, kernel, self.strides, self.padding, self.precision)
-        return y + bias.astype(y.dtype)[None, None, None]
 
 
 class GroupNorm(nn.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tokenbridge_jax import parallel
+from tokenbridge_jax.layers import Dense, add_bias, copies
 from tokenbridge_jax.parallel import named_axes
 from tokenbridge_jax.transformer import (
     Block,
@@ -20,7 +21,6 @@ from tokenbridge_jax.transformer import (
     embedding_init,
     layer_norm,
     stack_layers,
-    xavier,
 )
 
 
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         self.class_embedding = self._embedding("class_embedding", self.classes, self.encoder_width)
         self.null_latent = self._embedding("null_latent", 1, self.encoder_width)
         # In float32, which costs nothing at this width: bfloat16 tells few of 4096 levels apart.
-        self.z_proj = self._dense(self.encoder_width, jnp.float32)
+        self.z_proj = Dense(self.encoder_width, (None, "embed"))
         self.encoder_position = self._embedding(
             "encoder_position", encoder_length, self.encoder_width
         )
@@ -60,7 +60,7 @@ class Backbone(nn.Module):
         )
         self.encoder_norm = layer_norm(self.dtype)
 
-        self.decoder_embed = self._dense(self.decoder_width, self.dtype)
+        self.decoder_embed = Dense(self.decoder_width, (None, "embed"), self.dtype)
         self.mask_token = self._embedding("mask_token", 1, self.decoder_width)
         self.decoder_position = self._embedding(
             "decoder_position", encoder_length, self.decoder_width
@@ -73,12 +73,9 @@ class Backbone(nn.Module):
             "output_position", self.positions, self.decoder_width
         )
 
-    def _dense(self, width: int, dtype: Any) -> nn.Dense:
-        return nn.Dense(width, dtype=dtype, kernel_init=named_axes(xavier, None, "embed"))
-
     def _embedding(self, name: str, count: int, width: int) -> Float[Array, "T D"]:
         init = named_axes(embedding_init, "positions", "embed")
-        table = jnp.asarray(self.param(name, init, (count, width)), self.dtype)
+        table = self.param(name, init, (count, width))
         # Gathered before it is looked up in: a look-up in a part of the width would give a part of
         # every image's tokens, which are much larger than the table and would have to travel.
         return parallel.constrain(table, None, None)
@@ -97,13 +94,13 @@ class Backbone(nn.Module):
         """
         if labels.ndim == 2:
             # As exact as looking up: a weight of 1 has to give the embedding itself.
-            mixed = jnp.dot(labels, self.class_embedding, precision="highest")
-            embedding = mixed.astype(self.dtype)
+            table = self.class_embedding.astype(self.dtype)
+            embedding = jnp.dot(labels, table, precision="highest")
             drop_class |= ~labels.any(axis=1)
         else:
             embedding = self.class_embedding[labels]
         latent = jnp.where(drop_class[:, None], self.null_latent, embedding)
-        return parallel.constrain(latent, "batch", None)
+        return parallel.constrain(latent.astype(self.dtype), "batch", None)
 
     def encode(
         self,
@@ -123,15 +120,15 @@ class Backbone(nn.Module):
         """
         batch, slots, _ = values.shape
         position = self.buffer + order[:, self.positions - slots :]
+        shape = (batch, self.buffer, self.encoder_width)
         x = jnp.concatenate(
             [
-                jnp.broadcast_to(
-                    class_latent[:, None].astype(self.dtype),
-                    (batch, self.buffer, self.encoder_width),
-                )
-                + self.encoder_position[None, : self.buffer],
+                add_bias(
+                    copies(class_latent[:, None], shape, self.dtype),
+                    self.encoder_position[: self.buffer],
+                ),
                 parallel.constrain(self.z_proj(values), "batch", None, None)
-                + self.encoder_position[position],
+                + self.encoder_position[position].astype(self.dtype),
             ],
             axis=1,
         )
@@ -158,21 +155,20 @@ class Backbone(nn.Module):
         """
         batch, slots = len(encoded), encoded.shape[1] - self.buffer
         x = parallel.constrain(self.decoder_embed(encoded), "batch", None, None)
-        mask_token = self.mask_token[None]
+        shape = (batch, self.positions, self.decoder_width)
+        mask_token = copies(self.mask_token, shape, self.dtype)
         visible = self._visible(slots, num_hidden)[..., None]
         x = jnp.concatenate(
             [
-                x[:, : self.buffer] + self.decoder_position[None, : self.buffer],
+                add_bias(x[:, : self.buffer], self.decoder_position[: self.buffer]),
                 jnp.concatenate(
                     [
-                        jnp.broadcast_to(
-                            mask_token, (batch, self.positions - slots, self.decoder_width)
-                        ),
-                        jnp.where(visible, x[:, self.buffer :], mask_token),
+                        mask_token[:, slots:],
+                        jnp.where(visible, x[:, self.buffer :], mask_token[:, :slots]),
                     ],
                     axis=1,
                 )
-                + self.decoder_position[self.buffer + order],
+                + self.decoder_position[self.buffer + order].astype(self.dtype),
             ],
             axis=1,
         )
@@ -184,7 +180,7 @@ class Backbone(nn.Module):
             after_buffer = Window(window.start + self.buffer, window.size)
             x, _ = self.decoder_blocks(x, None, after_buffer)
             order = window.cut(order)
-        x = self.decoder_norm(x) + self.output_position[order]
+        x = self.decoder_norm(x) + self.output_position[order].astype(self.dtype)
         return parallel.constrain(x, "batch", None, None)
 
     def __call__(

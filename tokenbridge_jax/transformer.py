@@ -20,7 +20,9 @@ from tokenbridge_jax.kernels.cached_attention import cached_attention
 from tokenbridge_jax.kernels.channel_attention import channel_attention
 from tokenbridge_jax.kernels.common import NORM_EPSILON
 from tokenbridge_jax.kernels.gelu import gelu_dropout
+from tokenbridge_jax.layers import Dense, add_bias, xavier
 from tokenbridge_jax.parallel import named_axes
+from tokenbridge_jax.precision import of_products
 
 # What the backward pass keeps of a block's forward pass; the rest it computes again. `None` keeps
 # everything.
@@ -31,7 +33,6 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 
 embedding_init = nn.initializers.normal(0.02)
-xavier = nn.initializers.xavier_uniform()
 
 
 def layer_norm(dtype: Any, affine: bool = True, name: str | None = None) -> nn.LayerNorm:
@@ -69,9 +70,11 @@ class Modulation(nn.Module):
         width, zeros = condition.shape[-1], nn.initializers.zeros
         init = named_axes(zeros, "embed", None, None)
         kernel = self.param("kernel", init, (width, self.parts, width)).astype(self.dtype)
-        bias = self.param("bias", zeros, (self.parts, width)).astype(self.dtype)
-        product = condition @ kernel.reshape(width, -1)
-        return product + bias.reshape((1,) * (product.ndim - 1) + (-1,))
+        bias = self.param("bias", zeros, (self.parts, width))
+        product = jnp.matmul(
+            condition, kernel.reshape(width, -1), precision=of_products(self.dtype)
+        )
+        return add_bias(product, bias.ravel())
 
 
 class Cache(NamedTuple):
@@ -129,20 +132,15 @@ class QKV(nn.Module):
         axes = ("embed", "qkv", "heads", "head_width")
         kernel = self.param("kernel", named_axes(init, *axes), (width, *shape))
         bias = self.param("bias", named_axes(nn.initializers.zeros, *axes[1:]), shape)
-        product = jnp.einsum("ntd,dphk->ntphk", x, kernel.astype(self.dtype))
+        kernel = kernel.astype(self.dtype)
+        precision = of_products(self.dtype)
+        product = jnp.einsum("ntd,dphk->ntphk", x, kernel, precision=precision)
         return product, bias.astype(self.dtype)
 
 
-def output_projection(width: int, dtype: Any) -> nn.DenseGeneral:
+def output_projection(width: int, dtype: Any) -> Dense:
     """All heads' results together: `[N, T, H, K]` -> `[N, T, D]`."""
-    return nn.DenseGeneral(
-        width,
-        axis=(-2, -1),
-        dtype=dtype,
-        kernel_init=named_axes(xavier, "heads", "head_width", "embed"),
-        bias_init=named_axes(nn.initializers.zeros, "embed"),
-        name="proj",
-    )
+    return Dense(width, ("heads", "head_width", "embed"), dtype, name="proj")
 
 
 class Attention(nn.Module):
@@ -223,7 +221,8 @@ class Units(nn.Module):
         bias_init = named_axes(nn.initializers.zeros, "mlp")
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.units))
         bias = self.param("bias", bias_init, (self.units,))
-        return x.astype(self.dtype) @ kernel.astype(self.dtype), bias.astype(self.dtype)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return jnp.matmul(x, kernel, precision=of_products(self.dtype)), bias.astype(self.dtype)
 
 
 class Mlp(nn.Module):
@@ -240,13 +239,7 @@ class Mlp(nn.Module):
         width = x.shape[-1]
         x, bias = Units(4 * width, self.dtype, name="fc1")(x)
         x = gelu_dropout(x, bias, *dropout_seed(self, self.dropout))
-        x = nn.Dense(
-            width,
-            dtype=self.dtype,
-            kernel_init=named_axes(xavier, "mlp", "embed"),
-            bias_init=named_axes(nn.initializers.zeros, "embed"),
-            name="fc2",
-        )(x)
+        x = Dense(width, ("mlp", "embed"), self.dtype, name="fc2")(x)
         return Dropout(self.dropout)(x)
 
 

@@ -72,7 +72,7 @@ class ChannelAR(ChannelTransformer):
 
         # What does not depend on indices is computed for all channels at once. The embedding of a
         # channel goes with the token before it.
-        embed = self._places(self.channel_embed)[0]
+        embed = self.channel_embed.astype(self.dtype)
         first = first + embed[:1]
         tokens = self.token_embeddings.astype(self.dtype) + embed[1:, None]
         conditions = condition[None] + self.timestep_embed.astype(self.dtype)[:, None]

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from tokenbridge_jax import parallel
 from tokenbridge_jax.heads.head import Head
+from tokenbridge_jax.layers import Dense, add_bias, copies
 from tokenbridge_jax.parallel import named_axes
+from tokenbridge_jax.precision import of_products
 from tokenbridge_jax.transformer import (
     ConditionedBlock,
     Modulation,
@@ -19,7 +21,6 @@ from tokenbridge_jax.transformer import (
     layer_norm,
     modulate,
     stack_layers,
-    xavier,
 )
 
 
@@ -35,9 +36,7 @@ class ChannelTransformer(Head):
 
     def setup(self) -> None:
         channels = len(self.channel_order)
-        self.condition_proj = nn.Dense(
-            self.width, dtype=self.dtype, kernel_init=named_axes(xavier, None, "embed")
-        )
+        self.condition_proj = Dense(self.width, (None, "embed"), self.dtype)
         embedding = named_axes(embedding_init, "channels", "embed")
         self.channel_embed = self.param("channel_embed", embedding, (channels, self.width))
         self.timestep_embed = self.param("timestep_embed", embedding, (channels, self.width))
@@ -54,12 +53,12 @@ class ChannelTransformer(Head):
         return parallel.constrain(self.condition_proj(feature), "batch", None)
 
     def _transform(
-        self, tokens: Float[Array, "N #C D"], condition: Float[Array, "N 1 D"]
+        self, tokens: Float[Array, "N C D"], condition: Float[Array, "N 1 D"]
     ) -> Float[Array, "N C V"]:
         """Logits of all places, from what each is given besides its place."""
-        x = tokens + self._places(self.channel_embed)
-        condition = nn.silu(condition + self._places(self.timestep_embed))
-        x = parallel.constrain(x, "batch", None, None)
+        x = parallel.constrain(add_bias(tokens, self.channel_embed), "batch", None, None)
+        condition = copies(condition, tokens.shape, self.dtype)
+        condition = nn.silu(add_bias(condition, self.timestep_embed))
         x, _ = self.blocks(x, condition)
         return self.classifier(self._modulated_norm(x, self.final_modulation(condition)))
 
@@ -71,9 +70,6 @@ class ChannelTransformer(Head):
 
         places = jnp.arange(len(self.channel_order))
         return jax.vmap(lambda place: jax.vmap(functools.partial(draw, place))(keys))(places)
-
-    def _places(self, embedding: Float[Array, "C D"]) -> Float[Array, "1 C D"]:
-        return embedding.astype(self.dtype)[None]
 
     def _modulated_norm(
         self, x: Float[Array, "N T D"], modulation: Float[Array, "N T 2*D"]
@@ -109,7 +105,9 @@ class ChannelClassifier(nn.Module):
             kernel, bias = kernel[place][None], bias[place][None]
         # One product a channel with x on the left: einsum puts the kernel there, transposed, and
         # XLA's CPU backend cannot run that product from bfloat16 to float32.
-        product = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+        product = functools.partial(
+            jnp.dot, precision=of_products(self.dtype), preferred_element_type=jnp.float32
+        )
         logits = jax.vmap(product, (1, 0), 1)(x, kernel)
         return logits + bias[None]
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from tokenbridge_jax.heads.channel_transformer import ChannelTransformer, tempered_log_prob
+from tokenbridge_jax.layers import copies
 
 
 class ParallelHead(ChannelTransformer):
@@ -39,4 +40,5 @@ class ParallelHead(ChannelTransformer):
 
     def _logits(self, feature: Float[Array, "N Z"]) -> Float[Array, "N C V"]:
         condition = self._condition(feature)[:, None]
-        return self._transform(condition, condition)
+        shape = (len(feature), len(self.channel_order), self.width)
+        return self._transform(copies(condition, shape, self.dtype), condition)

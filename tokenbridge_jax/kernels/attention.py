@@ -28,6 +28,7 @@ from tokenbridge_jax.kernels.common import (
     on_shards,
     product,
 )
+from tokenbridge_jax.precision import of_products
 
 # Rows of queries, and of keys, that a kernel holds at a time.
 BLOCK = 64
@@ -65,14 +66,15 @@ def plain_attention(
 
     The queries may be fewer than the keys, and each may have a mask of its own.
     """
-    scores = jnp.einsum("nqhk,nshk->nhqs", q, k, preferred_element_type=jnp.float32)
+    einsum = functools.partial(jnp.einsum, precision=of_products(q.dtype))
+    scores = einsum("nqhk,nshk->nhqs", q, k, preferred_element_type=jnp.float32)
     scores *= q.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, MASKED)
     weights = jax.nn.softmax(scores)
     if seed is not None:
         weights = drop(weights, seed, dropout)
-    return jnp.einsum("nhqs,nshk->nqhk", weights.astype(v.dtype), v)
+    return einsum("nhqs,nshk->nqhk", weights.astype(v.dtype), v)
 
 
 def _plain(
