@@ -1,0 +1,94 @@
+"""How many indices each precision of the autoencoder moves, against float32 on this machine's CPU.
+
+  python launch/precision_shares.py --images FOLDER
+
+An autoencoder of KL-16's size with random weights, whose latents are brought to mean 0 and
+deviation 1 a channel over the images, and the posterior's mean. `--autoencoder WORKDIR/autoencoder`
+takes a trained one as it is.
+"""
+
+import argparse
+import functools
+import time
+
+import jax
+import numpy as np
+
+from tokenbridge_jax import parallel
+from tokenbridge_jax.autoencoder import AutoencoderConfig, init_params, load_autoencoder
+from tokenbridge_jax.codec import Codec, in_batches
+from tokenbridge_jax.data.images import prepare
+from tokenbridge_jax.data.sources import FolderSource
+from tokenbridge_jax.precision import PRECISIONS
+from tokenbridge_jax.quantizer import Quantizer
+
+
+def main() -> None:
+    """Prints a line a precision: the share of indices moved, and encoded and decoded images/s."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", required=True, help="class folders")
+    parser.add_argument("--autoencoder", help="a trained one; by default random weights")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--levels", type=int, default=64)
+    parser.add_argument("--range", type=float, default=5.0)
+    args = parser.parse_args()
+    quantizer = Quantizer.gaussian(args.levels, args.range)
+    cpu = parallel.make_mesh(devices=jax.devices("cpu")[:1])
+    on_cpu = functools.partial(Codec, quantizer=quantizer, mesh=cpu)
+    config = AutoencoderConfig(scale=1.0)
+    if args.autoencoder:
+        config, params = load_autoencoder(args.autoencoder)
+    source = FolderSource(args.images)
+    pictures = (source.load(i)[0] for i in range(len(source)))
+    images = np.stack([prepare(picture, config.image_size) for picture in pictures])
+    if not args.autoencoder:
+        params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
+        encode = on_cpu(config, params).encode
+        latents = in_batches(lambda x: np.asarray(encode(x).latents), images, 16)
+        params = standardized(params, latents.mean((0, 1, 2)), latents.std((0, 1, 2)))
+    codec = on_cpu(config, params)
+    expected = in_batches(lambda x: np.asarray(codec.encode(x).indices), images, 16)
+    mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
+    device = jax.local_devices()[0].device_kind
+    for precision in PRECISIONS:
+        codec = Codec(config, params, quantizer, mesh, precision)
+        indices = in_batches(
+            lambda x, codec=codec: np.asarray(codec.encode(x).indices), images, args.batch_size
+        )
+        batch = np.resize(images, (args.batch_size, *images.shape[1:]))
+        latents = codec.encode(batch).latents
+        rates = [
+            args.batch_size / seconds(lambda run=run, x=x: jax.block_until_ready(run(x)))
+            for run, x in ((codec.encode, batch), (codec.decode_latents, latents))
+        ]
+        moved = np.count_nonzero(indices != expected)
+        print(
+            f"{precision}: {moved} of {indices.size} indices moved ({moved / indices.size:.4%}), "
+            f"encode {rates[0]:.0f} img/s, decode {rates[1]:.0f} img/s ({device}, batch "
+            f"{args.batch_size}, jax {jax.__version__})",
+            flush=True,
+        )
+
+
+def standardized(params: dict, mean: np.ndarray, deviation: np.ndarray) -> dict:
+    """Parameters whose posterior means have mean 0 and deviation 1 a channel."""
+    conv = params["quant_conv"]
+    kernel, bias = conv["kernel"].copy(), conv["bias"].copy()
+    channels = len(mean)
+    kernel[..., :channels] /= deviation
+    bias[:channels] = (bias[:channels] - mean) / deviation
+    return params | {"quant_conv": {"kernel": kernel, "bias": bias}}
+
+
+def seconds(run) -> float:
+    """Median of eight calls after one."""
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[1:]))
+
+
+if __name__ == "__main__":
+    main()
