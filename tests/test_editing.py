@@ -411,26 +411,6 @@ def test_what_is_behind_the_mask_changes_nothing(pipeline, images, monkeypatch):
     np.testing.assert_array_equal(varied, pipeline.encode(filled))
 
 
-def test_hidden_pixels_fade_from_the_nearest_visible_one_to_the_mean():
-    rng = np.random.default_rng(0)
-    images = rng.integers(256, size=(3, 5, 7, 2)).astype(np.uint8)
-    hidden = rng.random((3, 5, 7)) < np.array([0.9, 0.4, 0])[:, None, None]
-    before = images.copy()
-    filled = fill_hidden(images, hidden, 3)
-    np.testing.assert_array_equal(images, before)
-    assert filled.dtype == np.uint8
-    np.testing.assert_array_equal(filled[~hidden], images[~hidden])
-    for image, y, x in np.argwhere(hidden):
-        visible = np.argwhere(~hidden[image])
-        distances = np.sqrt(((visible - [y, x]) ** 2).sum(axis=1))
-        nearest = images[image][tuple(visible[distances == distances.min()].T)]
-        share = math.exp(-distances.min() / 3)
-        mean = images[image][~hidden[image]].mean(axis=0)
-        expected = np.round(share * nearest + (1 - share) * mean)
-        assert (filled[image, y, x] == expected).all(axis=1).any()
-    assert (fill_hidden(images, hidden | True, 3) == 128).all()
-
-
 def test_variations_keep_a_share(pipeline, images, monkeypatch):
     calls: list = []
     draw = pipeline.generate_indices
