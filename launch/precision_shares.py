@@ -10,6 +10,8 @@ takes a trained one as it is.
 import argparse
 import functools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +46,7 @@ def main() -> None:
     if not args.autoencoder:
         params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
         encode = on_cpu(config, params).encode
-        latents = in_batches(lambda x: np.asarray(encode(x).latents), images, 16)
+        latents = np.asarray(in_batches(lambda x: np.asarray(encode(x).latents), images, 16))
         params = standardized(params, latents.mean((0, 1, 2)), latents.std((0, 1, 2)))
     codec = on_cpu(config, params)
     expected = in_batches(lambda x: np.asarray(codec.encode(x).indices), images, 16)
@@ -56,11 +58,9 @@ def main() -> None:
             lambda x, codec=codec: np.asarray(codec.encode(x).indices), images, args.batch_size
         )
         batch = np.resize(images, (args.batch_size, *images.shape[1:]))
-        latents = codec.encode(batch).latents
-        rates = [
-            args.batch_size / seconds(lambda run=run, x=x: jax.block_until_ready(run(x)))
-            for run, x in ((codec.encode, batch), (codec.decode_latents, latents))
-        ]
+        of_batch = jax.block_until_ready(codec.encode(batch).latents)
+        rates = [args.batch_size / seconds(codec.encode, batch)]
+        rates += [args.batch_size / seconds(codec.decode_latents, of_batch)]
         moved = np.count_nonzero(indices != expected)
         print(
             f"{precision}: {moved} of {indices.size} indices moved ({moved / indices.size:.4%}), "
@@ -80,12 +80,12 @@ def standardized(params: dict, mean: np.ndarray, deviation: np.ndarray) -> dict:
     return params | {"quant_conv": {"kernel": kernel, "bias": bias}}
 
 
-def seconds(run) -> float:
+def seconds(run: Callable[[Any], Any], x: Any) -> float:
     """Median of eight calls after one."""
     times = []
     for _ in range(9):
         started = time.perf_counter()
-        run()
+        jax.block_until_ready(run(x))
         times.append(time.perf_counter() - started)
     return float(np.median(times[1:]))
 

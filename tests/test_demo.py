@@ -137,6 +137,16 @@ def test_nothing_painted_makes_variations(demo, pipeline, image):
     np.testing.assert_array_equal(last.images, expected[None])
 
 
+def test_a_touch_up_sees_what_is_painted_over(demo, pipeline, image, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        pipeline, "edit", lambda images, *x, **y: seen.append(y["encode_hidden"]) or images
+    )
+    for touch_up in (False, True):
+        list(demo.edit(CHOICES, image, MASK, 0, None, touch_up))
+    assert seen == [None, True]  # None leaves it to `keep`.
+
+
 def test_who_leaves_ends_the_drawing(demo, pipeline, monkeypatch):
     steps = []
 

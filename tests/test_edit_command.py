@@ -85,6 +85,22 @@ def test_pictures_and_a_sheet_are_written(run, pipeline, folder, tmp_path, capsy
     np.testing.assert_array_equal(_read(out / "a-0.png"), found[0])
 
 
+def test_what_is_behind_a_box_changes_nothing_but_touch_ups(run, tmp_path):
+    picture = np.random.default_rng(1).integers(256, size=(8, 8)).astype(np.uint8)
+    edits = []
+    for i, left in enumerate((picture[:, :4], 255 - picture[:, :4])):
+        picture[:, :4] = left
+        path = tmp_path / f"in{i}" / "x.png"
+        path.parent.mkdir()
+        Image.fromarray(picture).save(path)
+        for flags in [], ["--encode_hidden"]:
+            assert run("--box=0,0,0.5,1", "--num_images=3", *flags, f"--input={path}") == 0
+            edits.append([_read(tmp_path / "edits" / f"x-{k}.png") for k in range(3)])
+    hidden, touched_up, again, other = edits
+    np.testing.assert_array_equal(again, hidden)
+    assert (np.array(other) != touched_up).any()
+
+
 def test_variations_and_margins(run, pipeline, folder, tmp_path):
     image = _square(folder / "wide" / "c.png")
     assert run("--keep=0.5", "--classes=cat:0.25,dog:0.75", source="wide/*") == 0

@@ -12,8 +12,9 @@ from tiny_model import random_batch, random_params, tiny, tiny_pipeline
 
 from tokenbridge_jax import parallel, sampling
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.editing import blend_images
+from tokenbridge_jax.editing import blend_images, hidden_positions
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.filling import fill_hidden
 from tokenbridge_jax.model import TokenBridge, init_params
 from tokenbridge_jax.orders import ORDERS, random_orders
 from tokenbridge_jax.pipeline import Pipeline, sample_indices
@@ -343,14 +344,15 @@ def test_a_position_is_drawn_where_any_of_its_pixels_is_masked(pipeline, images)
     changed = np.zeros((4, 4), bool)
     changed[1, 1:3] = True
     before = pipeline.encode(images)
-    edited = pipeline.edit(images, mask, "dog", seed=1, **SETTINGS)
+    settings = SETTINGS | dict(encode_hidden=True)
+    edited = pipeline.edit(images, mask, "dog", seed=1, **settings)
     hidden = np.tile(changed.ravel(), (3, 1))
     indices = pipeline.generate_indices([1] * 3, known=before, hidden=hidden, seed=1, **SETTINGS)
     np.testing.assert_array_equal(edited, pipeline.decode(indices))
     np.testing.assert_array_equal(indices[~hidden], before[~hidden])
     assert (indices[hidden] != before[hidden]).any()
     # One image alone, and classes one by one.
-    alone = pipeline.edit(images[0], mask, {"dog": 1.0}, seed=1, **SETTINGS)
+    alone = pipeline.edit(images[0], mask, {"dog": 1.0}, seed=1, **settings)
     np.testing.assert_array_equal(alone, edited[0])
     shown: list = []
     each = pipeline.edit(
@@ -360,13 +362,53 @@ def test_a_position_is_drawn_where_any_of_its_pixels_is_masked(pipeline, images)
         seed=1,
         batch_size=2,
         preview=lambda *x: shown.append(x),
-        **SETTINGS,
+        **settings,
     )
     np.testing.assert_array_equal(each, edited)
     assert [(done, steps, len(x)) for done, steps, x in shown] == [
         (1, 2, 2), (2, 2, 2), (1, 2, 1), (2, 2, 1),
     ]  # fmt: skip
     np.testing.assert_array_equal(shown[1][2], edited[:2])
+
+
+def _known_of(pipeline, monkeypatch, *arguments, **keywords):
+    """What `edit` draws, and the indices it starts from."""
+    known: list = []
+    draw = pipeline.generate_indices
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pipeline, "generate_indices", lambda *x, **y: known.append(y["known"]) or draw(*x, **y)
+        )
+        edited = pipeline.edit(*arguments, **keywords, **SETTINGS)
+    return known[0], edited
+
+
+def test_what_is_behind_the_mask_changes_nothing(pipeline, images, monkeypatch):
+    """Each image with a mask of its own, which cuts through two positions."""
+    mask = np.zeros((3, 8, 8), bool)
+    mask[0, 3, 2:5] = mask[1, 5:7, 7] = mask[2, 1:3, 0] = True
+    cells = mask.reshape(3, 4, 2, 4, 2).any(axis=(2, 4))
+    covered = cells.repeat(2, axis=1).repeat(2, axis=2)[..., None]
+    visible = ~cells.reshape(3, 16)
+    run = functools.partial(_known_of, pipeline, monkeypatch, mask=mask, class_id=1)
+    known, edited = run(images)
+    assert len(np.unique(pipeline.encode(images)[visible] != known[visible])) == 2
+    for other in (255 - images, images[::-1], images & 0):
+        again, same = run(np.where(covered, other, images))
+        np.testing.assert_array_equal(again[visible], known[visible])
+        np.testing.assert_array_equal(same, edited)
+    hidden = np.where(mask[..., None], 255 - images, images)
+    np.testing.assert_array_equal(run(hidden, blend=2)[1], run(images, blend=2)[1])
+    # A touch-up sees it, and so does a variation unless it is told not to.
+    seen, _ = run(hidden, encode_hidden=True)
+    np.testing.assert_array_equal(seen, pipeline.encode(hidden))
+    monkeypatch.setattr(pipeline, "generate_indices", lambda *x, **y: y["known"])
+    varied, _ = run(images, keep=0.5)
+    np.testing.assert_array_equal(varied, pipeline.encode(images))
+    drawn = hidden_positions(mask, (3, 8, 8), 2, keep=0.5).reshape(3, 4, 4)
+    filled = fill_hidden(images, drawn.repeat(2, axis=1).repeat(2, axis=2), 2)
+    varied, _ = run(images, keep=0.5, encode_hidden=False)
+    np.testing.assert_array_equal(varied, pipeline.encode(filled))
 
 
 def test_variations_keep_a_share(pipeline, images, monkeypatch):

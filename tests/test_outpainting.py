@@ -1,5 +1,6 @@
 """Outpainting against edits done window by window, and what stays of the known part."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -114,15 +115,24 @@ def test_pictures_larger_and_smaller_than_the_model_have_margins_and_masks(
     tall = np.concatenate([images, images[::-1]], axis=1)  # 16x8 pixels.
     mask = np.zeros((16, 8), bool)
     mask[4:11, 3] = True
-    canvas, drawn = _canvas_of(
-        tall, pipeline, monkeypatch, 1, mask=mask, bottom=2, blend=0, **SETTINGS
-    )
+    settings = SETTINGS | dict(mask=mask, bottom=2)
+    run = functools.partial(_canvas_of, pipeline=pipeline, monkeypatch=monkeypatch, class_id=1)
+    canvas, drawn = run(tall, encode_hidden=True, blend=0, **settings)
     hidden = np.zeros((9, 4), bool)
     hidden[2:6, 1] = hidden[8] = True
-    known = pipeline.encode(tall).reshape(3, 8, 4, 4)
+    known = np.asarray(pipeline.codec.encode(tall).indices).reshape(3, 8, 4, 4)
     np.testing.assert_array_equal(canvas[:, :8][:, ~hidden[:8]], known[:, ~hidden[:8]])
     kept = np.concatenate([~mask, np.zeros((2, 8), bool)])
     np.testing.assert_array_equal(drawn[:, kept], tall[:, ~mask])
+    # What is behind the mask changes nothing, unless it is to be seen.
+    covered = hidden[:8].repeat(2, axis=0).repeat(2, axis=1)[..., None]
+    unseen, _ = run(tall, **settings)
+    assert (unseen[:, ~hidden] != canvas[:, ~hidden]).any()
+    for other in (255 - tall, tall[::-1]):
+        again, _ = run(np.where(covered, other, tall), **settings)
+        np.testing.assert_array_equal(again, unseen)
+    seen, _ = run(np.where(covered, 255 - tall, tall), encode_hidden=True, **settings)
+    assert (seen[:, ~hidden] != canvas[:, ~hidden]).any()
     shown: list = []
     drawn = pipeline.outpaint(
         images[:, :4, :6], 0, top=4, left=2, preview=lambda *x: shown.append(x), **SETTINGS

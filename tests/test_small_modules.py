@@ -1,6 +1,7 @@
-"""io, progress and pictures."""
+"""io, progress, pictures and filling."""
 
 import errno
+import math
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from PIL import Image
 
 from tokenbridge_jax import io, pictures, progress
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.filling import fill_hidden
 from tokenbridge_jax.progress import Progress, format_seconds
 
 # --- io -------------------------------------------------------------------------------------------
@@ -264,3 +266,26 @@ def test_the_readme_shows_a_picture_that_is_there():
     pictures_shown = re.findall(r"!\[.*\]\((.*)\)", text)
     assert pictures_shown
     assert all((root / name).is_file() for name in pictures_shown)
+
+
+# --- filling --------------------------------------------------------------------------------------
+
+
+def test_hidden_pixels_fade_from_the_nearest_visible_one_to_the_mean():
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(3, 5, 7, 2)).astype(np.uint8)
+    hidden = rng.random((3, 5, 7)) < np.array([0.9, 0.4, 0])[:, None, None]
+    before = images.copy()
+    filled = fill_hidden(images, hidden, 3)
+    np.testing.assert_array_equal(images, before)
+    assert filled.dtype == np.uint8
+    np.testing.assert_array_equal(filled[~hidden], images[~hidden])
+    for image, y, x in np.argwhere(hidden):
+        visible = np.argwhere(~hidden[image])
+        distances = np.sqrt(((visible - [y, x]) ** 2).sum(axis=1))
+        nearest = images[image][tuple(visible[distances == distances.min()].T)]
+        share = math.exp(-distances.min() / 3)
+        mean = images[image][~hidden[image]].mean(axis=0)
+        expected = np.round(share * nearest + (1 - share) * mean)
+        assert (filled[image, y, x] == expected).all(axis=1).any()
+    assert (fill_hidden(images, hidden | True, 3) == 128).all()

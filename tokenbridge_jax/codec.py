@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt8
 
-from tokenbridge_jax import parallel
+from tokenbridge_jax import checks, parallel
 from tokenbridge_jax.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
@@ -80,9 +80,9 @@ class Codec:
 
     def encode(
         self,
-        images: UInt8[np.ndarray | Array, "B H W I"],
-        noise_ids: Integer[np.ndarray, " B"] | None = None,
-        seed: int = 0,
+        images: UInt8[np.ndarray | Array, "B H W I"] | Any,
+        noise_ids: Integer[np.ndarray, " B"] | Any = None,
+        seed: int | Any = 0,
     ) -> Encoded:
         """Encodes images without waiting for the device: read the fields when they are needed.
 
@@ -93,17 +93,28 @@ class Codec:
           seed: of the noise.
 
         Raises:
-          UserError: the images do not have the autoencoder's channels or a divisible size.
+          UserError: the images are not uint8, or do not have the autoencoder's channels or a
+            divisible size, or there are none; `noise_ids` or `seed` is not integers.
         """
-        self._check_images(images)
+        images = checks.images(images, self.config)
         keys = None
         if noise_ids is not None:
+            ids = checks.array("noise_ids", noise_ids, "integers", (len(images),))
+            key = jax.random.key(checks.whole("seed", seed))
             fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-            keys = fold(jax.random.key(seed), jnp.asarray(noise_ids, jnp.uint32))
+            keys = fold(key, jnp.asarray(ids, jnp.uint32))
         return self._run(self._encode, images, keys)
 
-    def decode(self, indices: Integer[np.ndarray | Array, "B L C"]) -> UInt8[Array, "B H W I"]:
-        """Indices in the autoencoder's channel order, of square images -> uint8 images."""
+    def decode(
+        self, indices: Integer[np.ndarray | Array, "B L C"] | Any
+    ) -> UInt8[Array, "B H W I"]:
+        """Indices in the autoencoder's channel order, of square images -> uint8 images.
+
+        Raises:
+          UserError: they are no integers from 0 to V - 1, there are none, or the positions are no
+            square number, or the channels not the autoencoder's.
+        """
+        indices = checks.indices(indices, ("B", "L", "C"), self.quantizer)
         grid = round(indices.shape[1] ** 0.5)
         if grid * grid != indices.shape[1] or indices.shape[2] != self.config.latent_channels:
             raise UserError(
@@ -114,26 +125,26 @@ class Codec:
             return self.decode_maps(unflatten_positions(indices, grid))
 
     def decode_maps(
-        self, indices: Integer[np.ndarray | Array, "B h w C"]
+        self, indices: Integer[np.ndarray | Array, "B h w C"] | Any
     ) -> UInt8[Array, "B H W I"]:
         """As `decode`, of images of any height and width."""
+        shape = "B", "h", "w", self.config.latent_channels
+        indices = checks.indices(indices, shape, self.quantizer)
         with parallel.use_mesh(self.mesh):
             latents = self._dequantize(indices)
         return self.decode_latents(latents)
 
     def decode_latents(
-        self, latents: Float[np.ndarray | Array, "B h w C"]
+        self, latents: Float[np.ndarray | Array, "B h w C"] | Any
     ) -> UInt8[Array, "B H W I"]:
-        """Scaled latents -> uint8 images."""
-        return self._run(self._decode, latents)
+        """Scaled latents -> uint8 images.
 
-    def _check_images(self, images: np.ndarray | Array) -> None:
-        if images.shape[-1] != self.config.image_channels:
-            raise UserError(
-                f"images have {images.shape[-1]} channels, the autoencoder takes "
-                f"{self.config.image_channels}; set --config.data.image_channels"
-            )
-        self.config.check_image_size(*images.shape[1:3])
+        Raises:
+          UserError: they are no floats, do not have the autoencoder's channels, or there are none.
+        """
+        shape = "B", "h", "w", self.config.latent_channels
+        latents = checks.array("latents", latents, "floats", shape)
+        return self._run(self._decode, latents)
 
     def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Jits `function(params, *batched)` with batches split and parameters copied."""

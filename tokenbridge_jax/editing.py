@@ -1,6 +1,8 @@
 """Editing images: some positions are drawn anew, the others stay.
 
 A mask of pixels says what is drawn anew; a position is hidden where any pixel of its patch is.
+What is hidden stays unseen: the encoder, which looks everywhere, gets the pixels of hidden
+positions filled from visible ones. Pictures that differ in nothing else have the same edits.
 
 Pictures larger than the model's are drawn in *windows* of its size, which overlap: every window is
 an edit that finds known what the ones before it have drawn. The autoencoder is convolutional; it
@@ -15,9 +17,11 @@ import numpy as np
 from jaxtyping import Bool, Integer, UInt8
 from scipy.ndimage import distance_transform_edt
 
+from tokenbridge_jax import checks
 from tokenbridge_jax.codec import in_batches
 from tokenbridge_jax.data.images import MAX_PIXELS
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.filling import fill_hidden
 from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.sampling import Preview
 
@@ -27,17 +31,18 @@ if TYPE_CHECKING:
 
 def edit(
     pipeline: "Pipeline",
-    images: np.ndarray,
-    mask: np.ndarray | None,
-    class_id: "ClassId | Sequence[ClassId]",
+    images: UInt8[np.ndarray, "*B H W I"] | Any,
+    mask: Bool[np.ndarray, "*B H W"] | Any,
+    class_id: "ClassId | Sequence[ClassId] | Any",
     *,
-    keep: float | None = None,
-    blend: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
+    keep: float | Any = None,
+    encode_hidden: bool | None = None,
+    blend: int | Any = None,
+    seed: int | Any = 0,
+    batch_size: int | Any = 64,
     progress: bool = False,
-    preview: Preview | None = None,
-    preview_every: int = 1,
+    preview: Preview | Any = None,
+    preview_every: int | Any = 1,
     **settings: Any,
 ) -> UInt8[np.ndarray, "*B H W I"]:
     """Draws the masked part of images anew, given the rest of them and a class.
@@ -52,36 +57,40 @@ def edit(
       class_id: of the new part, as `Pipeline.labels` takes them: one for all, or a list with one
         for each image.
       keep: share of the masked positions, above 0 and below 1, to keep all the same, at random.
+      encode_hidden: whether the encoder sees the pixels of hidden positions, so that the indices of
+        visible ones are those of the whole image and the edits take after it: for touch-ups. False
+        shows it visible pixels alone, with the others filled from them. None is True with `keep`,
+        which asks for variations of what is there, and False without.
       blend: None gives what the autoencoder decodes, kept parts included. A number puts the
         original pixels back outside the mask, with a ramp so many pixels wide; 0 is a hard edge.
       seed: image i is the same for the same seed, whatever else is edited beside it.
       batch_size: images at once.
       progress: print rate and ETA to stderr.
       preview: called with the steps done, their number, and the decoded images of a batch, which
-        has images with equally many hidden positions. What is hidden still is that of the original.
+        has images with equally many hidden positions. What is hidden still is as it was encoded.
       preview_every: so many steps.
       **settings: fields of `SamplingSettings`.
 
     Returns:
-      As many images. The indices of kept positions are those of `Pipeline.encode`.
+      As many images. With `encode_hidden`, the indices of kept positions are those of
+      `Pipeline.encode`.
 
     Raises:
       UserError: an image, a mask or a setting does not fit, or a mask hides nothing or everything.
     """
-    single = images.ndim == 3
-    images = images[None] if single else images
-    _check(pipeline, images, blend, batch_size)
-    side = pipeline.image_size
-    if images.shape[1:3] != (side, side):
-        raise UserError(
-            f"images are {images.shape[1]}x{images.shape[2]}, the model draws {side}x{side} "
-            "pixels; outpaint takes others"
-        )
+    images, single = _batch(pipeline, images)
+    batch_size, seed, blend = _check(batch_size, seed, blend, preview)
+    checks.image_side(images, pipeline.image_size, "outpaint takes others")
+    mask = None if mask is None else np.asarray(checks.to_array("mask", mask))
     hidden = hidden_positions(mask, images.shape[:3], pipeline.patch_size, keep, seed)
     class_ids = _class_list(class_id, len(images))
+    redrawn = _pixels(hidden.reshape(-1, pipeline.grid, pipeline.grid), pipeline.patch_size)
+    if encode_hidden is None:
+        encode_hidden = keep is not None
+    seen = images if encode_hidden else fill_hidden(images, redrawn, pipeline.patch_size)
     indices = pipeline.generate_indices(
         class_ids,
-        known=in_batches(pipeline.encode, images, batch_size),
+        known=in_batches(pipeline.encode, seen, batch_size),
         hidden=hidden,
         seed=seed,
         batch_size=batch_size,
@@ -92,7 +101,6 @@ def edit(
     )
     edited = in_batches(pipeline.decode, indices, batch_size)
     if blend is not None:
-        redrawn = _pixels(hidden.reshape(-1, pipeline.grid, pipeline.grid), pipeline.patch_size)
         if mask is not None:
             redrawn &= mask
         edited = blend_images(images, edited, redrawn, blend)
@@ -101,20 +109,21 @@ def edit(
 
 def outpaint(
     pipeline: "Pipeline",
-    images: np.ndarray,
-    class_id: "ClassId | Sequence[ClassId]",
+    images: UInt8[np.ndarray, "*B H W I"] | Any,
+    class_id: "ClassId | Sequence[ClassId] | Any",
     *,
-    left: int = 0,
-    top: int = 0,
-    right: int = 0,
-    bottom: int = 0,
-    mask: np.ndarray | None = None,
-    overlap: float = 0.5,
-    blend: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
+    left: int | Any = 0,
+    top: int | Any = 0,
+    right: int | Any = 0,
+    bottom: int | Any = 0,
+    mask: Bool[np.ndarray, "*B H W"] | Any = None,
+    overlap: float | Any = 0.5,
+    encode_hidden: bool = False,
+    blend: int | Any = None,
+    seed: int | Any = 0,
+    batch_size: int | Any = 64,
     progress: bool = False,
-    preview: Preview | None = None,
+    preview: Preview | Any = None,
     **settings: Any,
 ) -> UInt8[np.ndarray, "*B height width I"]:
     """Draws margins around images, window by window from what is known outwards.
@@ -131,6 +140,7 @@ def outpaint(
       mask: bool `[H, W]` or `[B, H, W]`: what is drawn anew of the images themselves.
       overlap: share of a window's side that the next window has in common with it, 0 or more and
         below 1.
+      encode_hidden: as for `edit`, of what the mask hides.
       blend: as for `edit`; margins count as masked.
       seed: image i is the same for the same seed, whatever else is drawn beside it.
       batch_size: windows at once, of different images.
@@ -145,29 +155,32 @@ def outpaint(
     Raises:
       UserError: an image, a margin, the mask or a setting does not fit.
     """
-    single = images.ndim == 3
-    images = images[None] if single else images
-    _check(pipeline, images, blend, batch_size)
+    images, single = _batch(pipeline, images)
+    batch_size, seed, blend = _check(batch_size, seed, blend, preview)
     margins = _margins(pipeline, images, left=left, top=top, right=right, bottom=bottom)
-    if not 0 <= overlap < 1:
+    if not 0 <= checks.number("overlap", overlap) < 1:
         raise UserError(f"overlap={overlap} must be a share from 0 to below 1")
-    patch, side = pipeline.patch_size, pipeline.image_size
+    patch = pipeline.patch_size
     count, height, width = images.shape[:3]
     if mask is None:
         if not np.any(margins):
             raise UserError("nothing says what to draw anew: give left, top, right, bottom or mask")
         hidden = np.zeros((count, height // patch * (width // patch)), bool)
     else:
+        mask = np.asarray(checks.to_array("mask", mask))
         hidden = hidden_positions(mask, images.shape[:3], patch)
     class_ids = _class_list(class_id, count)
 
-    batch = max(1, batch_size * side**2 // ((height + top + bottom) * (width + left + right)))
-    indices = in_batches(pipeline.encode, images, batch)
-    nothing = np.argmin(np.abs(pipeline.config.quantizer.dequantized_levels))
     shape = count, height // patch, width // patch
+    seen = images
+    if not encode_hidden:
+        seen = fill_hidden(images, _pixels(hidden.reshape(shape), patch), patch)
     border = [(0, 0), *((before // patch, after // patch) for before, after in margins)]
-    canvas = np.pad(indices.reshape(*shape, -1), [*border, (0, 0)], constant_values=nothing)
     hidden = np.pad(hidden.reshape(shape), border, constant_values=True)
+    batch = max(1, batch_size * pipeline.config.positions // hidden[0].size)
+    indices = in_batches(lambda x: pipeline.codec.encode(x).indices, seen, batch)
+    nothing = np.argmin(np.abs(pipeline.config.quantizer.dequantized_levels))
+    canvas = np.pad(indices.reshape(*shape, -1), [*border, (0, 0)], constant_values=nothing)
 
     def show(done: int, most: int) -> None:
         if preview is not None:
@@ -266,7 +279,7 @@ def hidden_positions(
     mask: np.ndarray | None,
     shape: tuple[int, int, int],
     patch: int,
-    keep: float | None = None,
+    keep: float | Any = None,
     seed: int = 0,
 ) -> Bool[np.ndarray, "B L"]:
     """The positions that a mask hides, row-major.
@@ -286,7 +299,7 @@ def hidden_positions(
         if keep is None:
             raise UserError("nothing says what to draw anew: give a mask, or keep for variations")
         mask = np.ones((height, width), bool)
-    if keep is not None and not 0 < keep < 1:
+    if keep is not None and not 0 < checks.number("keep", keep) < 1:
         raise UserError(f"keep={keep} must be a share above 0 and below 1")
     if mask.dtype != bool:
         raise UserError(f"the mask must be bool, True where to draw anew, not {mask.dtype}")
@@ -325,24 +338,26 @@ def blend_images(
     return np.round(share * edited + (1 - share) * original).astype(np.uint8)
 
 
-def _check(pipeline: "Pipeline", images: np.ndarray, blend: int | None, batch_size: int) -> None:
-    if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
-        raise UserError(
-            "images must be uint8 of shape [B, H, W, channels] or [H, W, channels], not "
-            f"{images.dtype} {list(images.shape)}"
-        )
-    pipeline.codec.config.check_image_size(*images.shape[1:3])
-    if blend is not None and blend < 0:
+def _batch(pipeline: "Pipeline", images: Any) -> tuple[UInt8[np.ndarray, "B H W I"], bool]:
+    """Images on the host, and whether they are one without a batch axis."""
+    images = np.asarray(checks.images(images, pipeline.codec.config, single=True))
+    single = images.ndim == 3
+    return (images[None] if single else images), single
+
+
+def _check(batch_size: Any, seed: Any, blend: Any, preview: Any) -> tuple[int, int, int | None]:
+    checks.preview(preview)
+    if blend is not None and (blend := checks.whole("blend", blend)) < 0:
         raise UserError(f"blend={blend} must be 0 or more pixels")
-    if batch_size < 1:
-        raise UserError(f"sampling.batch_size={batch_size} must be at least 1")
+    return checks.at_least("sampling.batch_size", batch_size, 1), checks.seed(seed), blend
 
 
 def _margins(
-    pipeline: "Pipeline", images: np.ndarray, **pixels: int
+    pipeline: "Pipeline", images: np.ndarray, **pixels: Any
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Above and below, left and right."""
     patch, side = pipeline.patch_size, pipeline.image_size
+    pixels = {name: checks.whole(name, value) for name, value in pixels.items()}
     for name, value in pixels.items():
         if value < 0 or value % patch:
             raise UserError(f"{name}={value} must be a multiple of {patch} pixels, 0 or more")
@@ -362,9 +377,10 @@ def _margins(
     return margins
 
 
-def _class_list(class_id: "ClassId | Sequence[ClassId]", count: int) -> "Sequence[ClassId]":
-    one_each = isinstance(class_id, Sequence | np.ndarray) and not isinstance(class_id, str)
-    class_ids: Any = class_id if one_each else [class_id] * count
+def _class_list(class_id: Any, count: int) -> "Sequence[ClassId]":
+    class_ids = checks.items(class_id)
+    if class_ids is None:
+        class_ids = [checks.item(class_id)] * count
     if len(class_ids) != count:
         raise UserError(f"there are {len(class_ids)} classes for {count} images")
     return class_ids

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Integer, UInt8
 
-from tokenbridge_jax import editing, io, parallel, pretrained
+from tokenbridge_jax import checks, editing, io, parallel, pretrained
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec, in_batches, padded_size
 from tokenbridge_jax.errors import UserError
@@ -79,18 +79,18 @@ class ModelDescription:
 def sample_indices(
     config: TokenBridgeConfig,
     params: dict[str, Any],
-    labels: Int[np.ndarray, " N"] | Float[np.ndarray, "N classes"],
+    labels: Int[np.ndarray, " N"] | Float[np.ndarray, "N classes"] | Any,
     settings: SamplingSettings,
     mesh: Mesh,
     *,
-    seed: int = 0,
-    batch_size: int = 64,
-    first: int = 0,
-    known: Integer[np.ndarray, "N L C"] | None = None,
-    hidden: Bool[np.ndarray, "N L"] | None = None,
+    seed: int | Any = 0,
+    batch_size: int | Any = 64,
+    first: int | Any = 0,
+    known: Integer[np.ndarray, "N L C"] | Any = None,
+    hidden: Bool[np.ndarray, "N L"] | Any = None,
     progress: bool = False,
-    preview: Preview | None = None,
-    preview_every: int = 1,
+    preview: Preview | Any = None,
+    preview_every: int | Any = 1,
 ) -> Integer[np.ndarray, "N L C"]:
     """Samples any number of images, batch by batch, split over a mesh.
 
@@ -107,27 +107,38 @@ def sample_indices(
       batch_size: images at once, over all devices; rounded up to a multiple of the mesh's batch
         shards, and no more than there are images. Edits fill up to the next of a few sizes.
       first: sample index of the first image, where these are a part of more.
-      known: indices of images to be edited. A batch has images with equally many hidden positions.
+      known: indices of images to be edited; at hidden positions they count for nothing. A batch has
+        images with equally many hidden positions.
       hidden: the positions to draw, with `known`; all by default.
       progress: print rate and ETA to stderr.
       preview: called for one batch after the other as `generate` does, with indices on the host.
       preview_every: so many steps.
 
     Raises:
-      UserError: batch size, seed, a label or weights are out of range.
+      UserError: batch size, seed, a number, a label, weights, an index, or a shape or dtype is not
+        as it is said here.
     """
-    if batch_size < 1:
-        raise UserError(f"sampling.batch_size={batch_size} must be at least 1")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} must be from 0 to 2**32 - 1")
-    if preview_every < 1:
-        raise UserError(f"preview_every={preview_every} must be at least 1")
-    labels = _checked_labels(labels, config.classes)
+    batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
+    seed = checks.seed(seed)
+    preview_every = checks.at_least("preview_every", preview_every, 1)
+    checks.preview(preview)
+    labels = checks.labels(labels, config.classes)
+    first = checks.at_least("first", first, 0)
+    if first + len(labels) > 2**31:
+        raise UserError(f"first={first} leaves no numbers below 2**31 for {len(labels)} images")
+    if known is None and hidden is not None:
+        raise UserError("hidden says what to draw of known images: give known too")
+    shape = (len(labels), config.positions, config.channels)
+    if known is not None:
+        known = np.asarray(checks.array("known", known, "integers", shape))
+    if known is not None and hidden is not None:
+        hidden = np.asarray(checks.array("hidden", hidden, "bool", shape[:2]))
+        checks.index_range(known[~hidden], config.levels)
     shards = parallel.batch_shards(mesh)
     sharding = parallel.batch_sharding(mesh)
-    if known is None:
-        known = np.zeros((len(labels), config.positions, config.channels))
-    result = known.astype(config.quantizer.index_dtype)
+    known = np.zeros(shape) if known is None else known
+    known = known.astype(config.quantizer.index_dtype)
+    result = known.copy()
 
     def draw(batch: np.ndarray, count: int, num_hidden: int) -> np.ndarray:
         """Draws the images of a batch; those after the first `count` only fill it."""
@@ -173,21 +184,6 @@ def sample_indices(
     return result
 
 
-def _checked_labels(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Labels as int32, or weights as float32."""
-    if labels.ndim == 1:
-        if labels.min() < 0 or labels.max() >= classes:
-            raise UserError(f"labels must be from 0 to {classes - 1}, the model's classes")
-        return labels.astype(np.int32)
-    if labels.shape[1] != classes:
-        raise UserError(f"there are weights of {labels.shape[1]} classes, the model has {classes}")
-    sums = labels[labels.any(axis=1)].sum(axis=1, dtype=np.float64)
-    if not np.allclose(sums, 1, rtol=0, atol=1e-4):
-        worst = sums[np.abs(sums - 1).argmax()]
-        raise UserError(f"the weights of an image's classes must sum to 1, not to {worst:g}")
-    return labels.astype(np.float32)
-
-
 class Pipeline:
     """Autoencoder, quantizer and model of a workdir.
 
@@ -223,12 +219,12 @@ class Pipeline:
     @classmethod
     def load(
         cls,
-        workdir: epath.PathLike,
+        workdir: epath.PathLike | Any,
         *,
-        step: int | None = None,
+        step: int | Any = None,
         dtype: str | None = None,
         precision: str = "float32",
-        mesh: Mesh | None = None,
+        mesh: Mesh | Any = None,
     ) -> "Pipeline":
         """Loads what the commands left in a workdir, or `save_pretrained` wrote, with the EMA
         parameters.
@@ -245,6 +241,9 @@ class Pipeline:
           UserError: something is missing or damaged, or the autoencoder is not the one the model
             was trained with.
         """
+        checks.path("workdir", workdir)
+        checks.mesh(mesh)
+        step = None if step is None else checks.at_least("step", step, 0)
         workdir = epath.Path(workdir)
         if not workdir.exists():
             raise UserError(f"workdir {workdir} does not exist; check --workdir")
@@ -274,7 +273,7 @@ class Pipeline:
             facts["config"] = io.read_json(workdir / "config.json")
         return cls(description, params, codec, mesh, step, facts)
 
-    def save_pretrained(self, directory: epath.PathLike) -> None:
+    def save_pretrained(self, directory: epath.PathLike | Any) -> None:
         """Writes a folder that stands alone, for `load` and for a model hub (see `pretrained`).
 
         It is whole or not there. Every process of a job calls this, and one writes.
@@ -282,6 +281,7 @@ class Pipeline:
         Raises:
           UserError: the folder is there and not empty, or cannot be written.
         """
+        checks.path("directory", directory)
         pretrained.save(self, directory)
 
     @property
@@ -304,23 +304,36 @@ class Pipeline:
         """Pixels a side of the model's images."""
         return self.grid * self.patch_size
 
-    def encode(self, images: UInt8[np.ndarray, "B H W I"]) -> Integer[np.ndarray, "B L C"]:
-        """Images of the autoencoder's size -> indices of their posterior means."""
-        return np.asarray(self.codec.encode(images).indices)
+    def encode(self, images: UInt8[np.ndarray, "B H W I"] | Any) -> Integer[np.ndarray, "B L C"]:
+        """Images of the size the model draws -> indices of their posterior means.
 
-    def decode(self, indices: Integer[np.ndarray, "B L C"]) -> UInt8[np.ndarray, "B H W I"]:
-        """Indices -> images."""
-        return np.asarray(self.codec.decode(indices))
+        Raises:
+          UserError: the images are not uint8, not of this size or the autoencoder's channels, or
+            there are none. (`data.images.prepare` cuts a picture; `codec.encode` takes any size.)
+        """
+        given = checks.images(images, self.codec.config)
+        mend = "tokenbridge_jax.data.images.prepare cuts a picture to a size"
+        checks.image_side(given, self.image_size, mend)
+        return np.asarray(self.codec.encode(given).indices)
+
+    def decode(self, indices: Integer[np.ndarray, "B L C"] | Any) -> UInt8[np.ndarray, "B H W I"]:
+        """Indices -> images.
+
+        Raises:
+          UserError: they are no integers from 0 to V - 1 of the model's shape, or there are none.
+        """
+        shape = "B", self.config.positions, self.config.channels
+        return np.asarray(self.codec.decode(checks.indices(indices, shape, self.config.quantizer)))
 
     def generate(
         self,
-        class_ids: Sequence[ClassId],
+        class_ids: Sequence[ClassId] | Any,
         *,
-        seed: int = 0,
-        batch_size: int = 64,
+        seed: int | Any = 0,
+        batch_size: int | Any = 64,
         progress: bool = False,
-        preview: Preview | None = None,
-        preview_every: int = 1,
+        preview: Preview | Any = None,
+        preview_every: int | Any = 1,
         **settings: Any,
     ) -> UInt8[np.ndarray, "B H W I"]:
         """Samples one image for every class asked for.
@@ -340,6 +353,7 @@ class Pipeline:
         Raises:
           UserError: a class does not exist or a setting is out of range.
         """
+        checks.preview(preview)
         indices = self.generate_indices(
             class_ids,
             seed=seed,
@@ -356,15 +370,15 @@ class Pipeline:
 
     def generate_indices(
         self,
-        class_ids: Sequence[ClassId],
+        class_ids: Sequence[ClassId] | Any,
         *,
-        seed: int = 0,
-        batch_size: int = 64,
-        known: Integer[np.ndarray, "B L C"] | None = None,
-        hidden: Bool[np.ndarray, "B L"] | None = None,
+        seed: int | Any = 0,
+        batch_size: int | Any = 64,
+        known: Integer[np.ndarray, "B L C"] | Any = None,
+        hidden: Bool[np.ndarray, "B L"] | Any = None,
         progress: bool = False,
-        preview: Preview | None = None,
-        preview_every: int = 1,
+        preview: Preview | Any = None,
+        preview_every: int | Any = 1,
         **settings: Any,
     ) -> Integer[np.ndarray, "B L C"]:
         """As `generate`, without decoding; with `known`, only the `hidden` positions are drawn."""
@@ -385,11 +399,11 @@ class Pipeline:
 
     def log_probs(
         self,
-        indices: Integer[np.ndarray, "B L C"],
-        class_ids: Sequence[ClassId],
+        indices: Integer[np.ndarray, "B L C"] | Any,
+        class_ids: Sequence[ClassId] | Any,
         *,
-        hidden: Bool[np.ndarray, "B L"] | None = None,
-        batch_size: int = 64,
+        hidden: Bool[np.ndarray, "B L"] | Any = None,
+        batch_size: int | Any = 64,
     ) -> Float[np.ndarray, "B L C"]:
         """How likely the model finds the indices at hidden positions, given the visible ones.
 
@@ -409,19 +423,20 @@ class Pipeline:
         Raises:
           UserError: a class does not exist, or shapes, levels or the batch size do not fit.
         """
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size} must be at least 1")
-        labels = _checked_labels(self.labels(class_ids), self.config.classes)
+        batch_size = checks.at_least("batch_size", batch_size, 1)
+        labels = checks.labels(self.labels(class_ids), self.config.classes)
         shape = (len(labels), self.config.positions)
-        hidden = np.ones(shape, bool) if hidden is None else hidden
+        each = "B", *shape[1:], self.config.channels
+        indices = np.asarray(checks.indices(indices, each, self.config.quantizer))
+        if hidden is None:
+            hidden = np.ones(shape, bool)
+        hidden = np.asarray(checks.array("hidden", hidden, "bool", each[:2]))
         if indices.shape != (*shape, self.config.channels) or hidden.shape != shape:
             raise UserError(
                 f"for {len(labels)} classes there must be indices of shape "
                 f"{[*shape, self.config.channels]} and hidden of {list(shape)}, not "
                 f"{list(indices.shape)} and {list(hidden.shape)}"
             )
-        if indices.min() < 0 or indices.max() >= self.config.levels:
-            raise UserError(f"indices must be from 0 to {self.config.levels - 1}")
         shards = parallel.batch_shards(self.mesh)
         size = -(-min(batch_size, len(labels)) // shards) * shards
         parts = []
@@ -435,7 +450,7 @@ class Pipeline:
         return np.concatenate(parts)[: len(labels)]
 
     def labels(
-        self, class_ids: Sequence[ClassId]
+        self, class_ids: Sequence[ClassId] | Any
     ) -> Int[np.ndarray, " B"] | Float[np.ndarray, "B classes"]:
         """Classes as the model takes them: numbers, or weights if one is a mixture or None.
 
@@ -446,11 +461,13 @@ class Pipeline:
         Raises:
           UserError: a class does not exist, or there is none, or a mixture has no weight.
         """
-        if not isinstance(class_ids, Sequence | np.ndarray | range) or isinstance(class_ids, str):
+        listed = checks.items(class_ids)
+        if listed is None:
             raise UserError(f"{class_ids!r} is no list of classes; write [{class_ids!r}] for one")
+        class_ids = listed
         if not len(class_ids):
             raise UserError("no classes were asked for; name at least one")
-        plain = [c for c in class_ids if isinstance(c, int | str | np.integer)]
+        plain = [c for c in class_ids if isinstance(c, int | str)]
         if len(plain) == len(class_ids):
             return np.array([self.class_id(c) for c in plain], np.int32)
         weights = np.zeros((len(class_ids), self.config.classes), np.float32)

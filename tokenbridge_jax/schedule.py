@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Integer
 from ml_collections import ConfigDict
 
+from tokenbridge_jax import checks
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.orders import ORDERS
 
@@ -44,13 +45,13 @@ class SamplingSettings:
       UserError: on construction, if a setting is out of range.
     """
 
-    num_iter: int = 64
-    guidance: float = 1.0
+    num_iter: int | Any = 64
+    guidance: float | Any = 1.0
     guidance_schedule: str = "linear"
-    temperature: float = 1.0
+    temperature: float | Any = 1.0
     guidance_interval: tuple[float, ...] = (0.0, 1.0)
     order: str = "random"
-    choice_temperature: float = 1.0
+    choice_temperature: float | Any = 1.0
 
     @classmethod
     def from_section(cls, section: ConfigDict, **changes: Any) -> "SamplingSettings":
@@ -63,15 +64,14 @@ class SamplingSettings:
         return dataclasses.asdict(self) | {"guidance_interval": list(self.guidance_interval)}
 
     def __post_init__(self) -> None:
-        if self.num_iter < 1:
-            raise UserError(f"sampling.num_iter={self.num_iter} must be at least 1")
+        checks.at_least("sampling.num_iter", self.num_iter, 1)
         for name in ("temperature", "choice_temperature"):
-            value = getattr(self, name)
+            value = checks.number(f"sampling.{name}", getattr(self, name))
             if value < 0 or not math.isfinite(value):
                 raise UserError(f"sampling.{name}={value} must be 0 or more and finite")
         if self.order not in ORDERS:
             raise UserError(f"sampling.order='{self.order}' is not one of {', '.join(ORDERS)}")
-        if not math.isfinite(self.guidance):
+        if not math.isfinite(checks.number("sampling.guidance", self.guidance)):
             raise UserError(f"sampling.guidance={self.guidance} must be finite")
         if self.guidance_schedule not in GUIDANCE_SCHEDULES:
             raise UserError(

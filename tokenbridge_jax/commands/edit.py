@@ -44,6 +44,13 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     )
     define(flags.DEFINE_list, "box", None, f"In place of a mask: left,top,width,height {shares}.")
     define(flags.DEFINE_float, "keep", None, "Share of the positions kept all the same, at random.")
+    define(
+        flags.DEFINE_boolean,
+        "encode_hidden",
+        None,
+        "Let the encoder see what is to be drawn anew, for touch-ups: edits then take after it. By "
+        "default it does with --keep alone; otherwise what is hidden changes nothing.",
+    )
     define(flags.DEFINE_list, "outpaint", None, f"Margins: left,top,right,bottom {shares}.")
     define(
         flags.DEFINE_list,
@@ -100,7 +107,13 @@ def main(args: flags.FlagValues) -> None:
     )
     if outpaint is None:
         margins = [0] * 4
-        edited = pipeline.edit(repeated, class_id=class_ids, keep=args.keep, **settings)
+        edited = pipeline.edit(
+            repeated,
+            class_id=class_ids,
+            keep=args.keep,
+            encode_hidden=args.encode_hidden,
+            **settings,
+        )
     else:
         margins = [patch * round(share * side / patch) for share in outpaint]
         if not any(margins) and mask is None:
@@ -110,7 +123,14 @@ def main(args: flags.FlagValues) -> None:
             )
         left, top, right, bottom = margins
         edited = pipeline.outpaint(
-            repeated, class_ids, left=left, top=top, right=right, bottom=bottom, **settings
+            repeated,
+            class_ids,
+            left=left,
+            top=top,
+            right=right,
+            bottom=bottom,
+            encode_hidden=bool(args.encode_hidden),
+            **settings,
         )
     if jax.process_index() > 0:
         return  # Every process has all the images; one writes them.

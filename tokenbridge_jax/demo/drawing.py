@@ -119,6 +119,7 @@ class Demo:
         mask: Bool[np.ndarray, "H W"],
         keep: float | int,
         blend: int | None,
+        encode_hidden: bool = False,
     ) -> Iterator[Frame | None]:
         """As `generate`, of `Pipeline.edit`: several edits of one image.
 
@@ -128,6 +129,7 @@ class Demo:
           mask: True where it was painted; nothing painted stands for the whole image.
           keep: share of the masked positions to keep; 0 draws all of them.
           blend: as for `Pipeline.edit`.
+          encode_hidden: likewise; False leaves it to `keep`.
 
         Raises:
           UserError: there is no image or nothing to draw anew, or a choice is out of range.
@@ -146,6 +148,7 @@ class Demo:
             mask if mask.any() else None,
             choices.mixture(),
             keep=keep or None,
+            encode_hidden=encode_hidden or None,
             blend=blend,
             preview=preview,
             **settings,

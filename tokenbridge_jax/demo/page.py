@@ -118,7 +118,7 @@ def build(demo: Demo, folder: Path) -> gr.Blocks:
                     generated = _drawing(demo, "Generate")
                 with gr.Tab("Edit", id="edit"), gr.Row():
                     with gr.Column(min_width=300):
-                        upload, editor, keep, blend, ramp = _edit_inputs(demo)
+                        upload, editor, keep, encode_hidden, blend, ramp = _edit_inputs(demo)
                     with gr.Column(min_width=300):
                         edited = _drawing(demo, "Edit")
 
@@ -128,12 +128,13 @@ def build(demo: Demo, folder: Path) -> gr.Blocks:
             return demo.generate(Choices(*choices))
 
         def edit(*values: Any) -> Iterator[Frame | None]:
-            *choices, image, canvas, keep, blend, ramp = values
+            *choices, image, canvas, keep, encode_hidden, blend, ramp = values
             mask = painted(canvas["layers"] if canvas else [], demo.side)
-            return demo.edit(Choices(*choices), image, mask, keep, int(ramp) if blend else None)
+            width = int(ramp) if blend else None
+            return demo.edit(Choices(*choices), image, mask, keep, width, encode_hidden)
 
         _connect(generated, generate, settings, folder / "samples.zip")
-        inputs = [*settings, original, editor, keep, blend, ramp]
+        inputs = [*settings, original, editor, keep, encode_hidden, blend, ramp]
         _connect(edited, edit, inputs, folder / "edits.zip")
 
         def read(path: str) -> tuple[np.ndarray, Image.Image]:
@@ -224,7 +225,7 @@ def _classes(demo: Demo) -> list[tuple[str, int]]:
     return [(label, i) for i, label in enumerate(labels)]
 
 
-def _edit_inputs(demo: Demo) -> tuple[gr.UploadButton, gr.ImageEditor, Any, Any, Any]:
+def _edit_inputs(demo: Demo) -> tuple[gr.UploadButton, gr.ImageEditor, Any, Any, Any, Any]:
     upload = gr.UploadButton("Upload a picture", file_types=["image"], size="md")
     editor = gr.ImageEditor(
         label="Paint to redraw",
@@ -242,6 +243,10 @@ def _edit_inputs(demo: Demo) -> tuple[gr.UploadButton, gr.ImageEditor, Any, Any,
         0, MAX_KEEP, value=0, step=0.05, label="Keep",
         info="share of the painted positions, at random; with nothing painted, of the whole image",
     )  # fmt: skip
+    encode_hidden = gr.Checkbox(
+        False, label="Take after what is painted over",
+        info="for touch-ups; otherwise it is not looked at, but with Keep",
+    )  # fmt: skip
     blend = gr.Checkbox(False, label="Original pixels outside", info="not the autoencoder's")
     ramp = gr.Slider(
         0, demo.side // 4, value=0, step=1, label="Blended over (pixels)", visible=False
@@ -249,7 +254,7 @@ def _edit_inputs(demo: Demo) -> tuple[gr.UploadButton, gr.ImageEditor, Any, Any,
     blend.change(
         lambda on: gr.Slider(visible=on), blend, ramp, queue=False, api_visibility="private"
     )
-    return upload, editor, keep, blend, ramp
+    return upload, editor, keep, encode_hidden, blend, ramp
 
 
 def _drawing(demo: Demo, action: str) -> Drawing:
