@@ -49,14 +49,12 @@ def main() -> None:
         latents = np.asarray(in_batches(lambda x: np.asarray(encode(x).latents), images, 16))
         params = standardized(params, latents.mean((0, 1, 2)), latents.std((0, 1, 2)))
     codec = on_cpu(config, params)
-    expected = in_batches(lambda x: np.asarray(codec.encode(x).indices), images, 16)
+    expected = in_batches(functools.partial(encoded, codec), images, 16)
     mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
     device = jax.local_devices()[0].device_kind
     for precision in PRECISIONS:
         codec = Codec(config, params, quantizer, mesh, precision)
-        indices = in_batches(
-            lambda x, codec=codec: np.asarray(codec.encode(x).indices), images, args.batch_size
-        )
+        indices = in_batches(functools.partial(encoded, codec), images, args.batch_size)
         batch = np.resize(images, (args.batch_size, *images.shape[1:]))
         of_batch = jax.block_until_ready(codec.encode(batch).latents)
         rates = [args.batch_size / seconds(codec.encode, batch)]
@@ -68,6 +66,11 @@ def main() -> None:
             f"{args.batch_size}, jax {jax.__version__})",
             flush=True,
         )
+
+
+def encoded(codec: Codec, images: np.ndarray) -> np.ndarray:
+    """Indices of posterior means, on the host."""
+    return np.asarray(codec.encode(images).indices)
 
 
 def standardized(params: dict, mean: np.ndarray, deviation: np.ndarray) -> dict:
