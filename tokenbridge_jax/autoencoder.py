@@ -56,8 +56,15 @@ class AutoencoderConfig:
     scale: float = 0.2325
 
     def __post_init__(self):
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise UserError(f"autoencoder multipliers {self.multipliers} must be positive numbers")
+        for name in ("multipliers", "attention_resolutions"):
+            values = getattr(self, name)
+            if not all(isinstance(x, int | np.integer) and x >= 1 for x in values):
+                raise UserError(
+                    f"autoencoder {name} {values} must be positive whole numbers: "
+                    f"--config.autoencoder.{name}=1,2,4 (the brackets of () alone mean none)"
+                )
+        if not self.multipliers:
+            raise UserError("autoencoder multipliers () must be positive numbers, one a level")
         for name in ("image_size", "image_channels", "channels", "blocks", "latent_channels"):
             if getattr(self, name) < 1:
                 raise UserError(f"autoencoder {name} is {getattr(self, name)}, must be at least 1")
@@ -419,7 +426,7 @@ def save_autoencoder(
     Returns:
       The content hash, which `config.json` records too.
     """
-    directory = epath.Path(directory)
+    directory = io.as_path(directory)
     content_hash = autoencoder_hash(config, params)
     arrays.write(directory / "params.safetensors", params)
     described = {"config": config.to_json(), "hash": content_hash, "extra": dict(extra or {})}
@@ -433,7 +440,7 @@ def read_description(directory: epath.PathLike) -> dict[str, Any]:
     Raises:
       UserError: it is missing or damaged.
     """
-    path = epath.Path(directory) / "config.json"
+    path = io.as_path(directory) / "config.json"
     if not path.exists():
         raise UserError(
             f"there is no autoencoder in {directory}: `tokenbridge train-vae` trains one, "
@@ -454,7 +461,7 @@ def load_autoencoder(directory: epath.PathLike) -> tuple[AutoencoderConfig, dict
     Raises:
       UserError: a file is missing or damaged, or the two do not belong together.
     """
-    directory = epath.Path(directory)
+    directory = io.as_path(directory)
     described = read_description(directory)
     config = AutoencoderConfig.from_json(described["config"])
     path = directory / "params.safetensors"

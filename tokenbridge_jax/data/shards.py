@@ -249,7 +249,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     Raises:
       UserError: there is none, it is unfinished, or it cannot be read.
     """
-    path = epath.Path(folder) / INFO_FILE
+    path = io.as_path(folder) / INFO_FILE
     if not path.exists():
         state = (
             "is not finished; run `tokenbridge tokenize` again, it goes on where it stopped"
@@ -286,7 +286,7 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
             f"token shards are written to a folder of the file system, not to {folder}: mount the "
             "bucket (gcsfuse), or tokenize into a local --workdir and copy its `tokens` there"
         )
-    return Path(folder)
+    return Path(io.expand(folder))
 
 
 def shard_name(split: str, number: int, count: int) -> str:
@@ -327,7 +327,7 @@ class ShardWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise io.write_error(path, error) from error
-        self._temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+        self._temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
         # Group size 1: single records are read in random order.
         self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
         self._records = 0
