@@ -56,15 +56,8 @@ class AutoencoderConfig:
     scale: float = 0.2325
 
     def __post_init__(self):
-        for name in ("multipliers", "attention_resolutions"):
-            values = getattr(self, name)
-            if not all(isinstance(x, int | np.integer) and x >= 1 for x in values):
-                raise UserError(
-                    f"autoencoder {name} {values} must be positive whole numbers: "
-                    f"--config.autoencoder.{name}=1,2,4 (the brackets of () alone mean none)"
-                )
-        if not self.multipliers:
-            raise UserError("autoencoder multipliers () must be positive numbers, one a level")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UserError(f"autoencoder multipliers {self.multipliers} must be positive numbers")
         for name in ("image_size", "image_channels", "channels", "blocks", "latent_channels"):
             if getattr(self, name) < 1:
                 raise UserError(f"autoencoder {name} is {getattr(self, name)}, must be at least 1")
@@ -95,7 +88,12 @@ class AutoencoderConfig:
             raise UserError(f"unknown autoencoder setting {', '.join(unknown)}")
         fields = dict(value)
         for name in {"multipliers", "attention_resolutions"} & set(fields):
-            fields[name] = tuple(fields[name])  # JSON has lists only
+            values = fields[name] = tuple(fields[name])  # JSON has lists only
+            if not all(isinstance(value, int) for value in values):
+                raise UserError(
+                    f"autoencoder {name} {values} must be whole numbers, such as "
+                    f"--config.autoencoder.{name}=1,2,4, or () for none"
+                )
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:

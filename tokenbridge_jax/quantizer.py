@@ -435,7 +435,7 @@ class ChannelStatistics:
 
 
 def resolve_channel_order(
-    setting: str | Sequence[int], channels: int, spectrum: ChannelSpectrum | None = None
+    setting: str | Sequence[Any], channels: int, spectrum: ChannelSpectrum | None = None
 ) -> tuple[int, ...]:
     """Turns `config.quantizer.channel_order` into a channel order.
 
@@ -464,7 +464,7 @@ def resolve_channel_order(
     return order
 
 
-def _as_order(setting: str | Sequence[int]) -> tuple[int, ...]:
+def _as_order(setting: str | Sequence[Any]) -> tuple[int, ...]:
     try:
         listed = ast.literal_eval(setting) if isinstance(setting, str) else setting
         return tuple(map(operator.index, listed))

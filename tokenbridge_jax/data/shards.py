@@ -327,7 +327,7 @@ class ShardWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise io.write_error(path, error) from error
-        self._temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+        self._temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
         # Group size 1: single records are read in random order.
         self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
         self._records = 0
