@@ -28,13 +28,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags as absl_flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from tokenbridge_jax import Pipeline, io, parallel
 from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.codec import Codec, in_batches
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands.arguments import config_from
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import validation_batches
 from tokenbridge_jax.data.sources import load_prepared, make_source
@@ -72,12 +72,7 @@ class Study:
 
     def config(self, name: str) -> ConfigDict:
         """Of a row, with the flags."""
-        argv = ["ablations.py", f"--config={CONFIG}:{name},on=digits", *self.flags]
-        values = absl_flags.FlagValues()
-        with runner.mistakes_in_config():
-            config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-            values(argv)
-        return values.config
+        return config_from([f"--config={CONFIG}:{name},on=digits", *self.flags])
 
     def run(self, command: str, name: str, folder: Path, *flags: str) -> None:
         """A command on the config of a row; what it says goes into `folder`/log.txt."""

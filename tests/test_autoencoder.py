@@ -87,6 +87,13 @@ def test_family(config: AutoencoderConfig, grid: int):
     assert decoded.shape == images.shape
 
 
+@pytest.mark.parametrize("name", ["multipliers", "attention_resolutions"])
+@pytest.mark.parametrize("values", [("",), ("1", "2"), ("1,2",), (1, 1.5), (1, None)])
+def test_lists_of_other_things_than_numbers_are_refused(name, values):
+    with pytest.raises(UserError, match=rf"{name} .* whole numbers, such as --config.*{name}=1,2"):
+        AutoencoderConfig.from_json(TINY.to_json() | {name: values})
+
+
 def test_other_image_sizes_than_the_nominal_one():
     module, params = Autoencoder(TINY), nn.unbox(abstract_params(TINY))
     posterior = jax.eval_shape(

@@ -165,6 +165,38 @@ def test_pictures_that_cannot_be_used_are_named(run, folder, tmp_path, capsys):
         assert err.count("\n") == 1
 
 
+def test_pictures_are_not_overwritten(run, folder, tmp_path, capsys):
+    """And what cannot be written is told before anything is drawn."""
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("a.png", "a-0.png", "edits.png", "m.png"):
+        (own / name).write_bytes((folder / "a.png").read_bytes())
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    (tmp_path / "link").symlink_to(own)
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / ("x" * 250 + ".png")).write_bytes(before["a.png"])
+    keep, box = "--keep=0.5", "--box=0,0,0.5,1"
+    for flags, message in (
+        ([keep, f"--input={own}", f"--output={own}"], "is the folder of the pictures"),
+        ([keep, f"--input={own}", f"--output={tmp_path}/link/../own"], "folder of the pictures"),
+        ([keep, f"--input={own}/a*.png", f"--output={own}"], "a-0.png would be overwritten"),
+        ([keep, f"--input={own}/edits.png", f"--output={tmp_path}/link"], "would be overwritten"),
+        ([f"--mask={own}/a-0.png", f"--input={own}/a.png", f"--output={own}"], "be overwritten"),
+        ([box, f"--input={own}/a.png", f"--output={own}/a.png"], "a.png is a file; name a folder"),
+        (
+            [box, f"--input={tmp_path}/x*", f"--output={tmp_path}/o"],
+            "256 bytes, a file's at most 255",
+        ),
+        ([box, f"--output={tmp_path}/file/o"], "file is a file; name a folder"),
+    ):
+        assert run(*flags) == 2, flags
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_class_is_told_from_a_mixture():
     assert edit.parse_classes([]) == [None]
     assert edit.parse_classes(["3", "none", "cat"]) == ["3", None, "cat"]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -249,7 +250,32 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, flags, message)
     assert message in error
 
 
+def test_a_name_that_would_be_too_long_is_told_before_measuring(folder, tmp_path, capsys):
+    images = tmp_path / ("x" * 240)
+    write_pictures(images, 2)
+    assert evaluate(folder, "--what=reference", f"--images={images}", f"--output={tmp_path}") == 2
+    assert "bytes, a file's at most 255" in capsys.readouterr().err
+
+
 # --- Networks -------------------------------------------------------------------------------------
+
+
+def test_without_a_home_only_what_needs_networks_is_refused(tmp_path, monkeypatch, capsys):
+    for name in ("HOME", "XDG_CACHE_HOME", networks.FOLDER_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # Nobody's.
+    assert networks.default_folder() is None
+    assert networks.load_network("lpips_vgg", None) is None
+    assert networks.make_extractor("thumbnails", None).name == "thumbnails"
+    with pytest.raises(UserError, match="set TOKENBRIDGE_NETWORKS to one; --features thumbnails"):
+        networks.make_extractor("inception", None)
+    assert runner.run("import-metrics", ["--inception=x.pth"]) == 2
+    assert "this user has no home: name one by --networks" in capsys.readouterr().err
+    monkeypatch.setenv(networks.FOLDER_VARIABLE, str(tmp_path))
+    assert networks.default_folder() == tmp_path
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv(networks.FOLDER_VARIABLE, "~/nets")
+    assert str(networks.default_folder()) == "/home/me/nets"
 
 
 def test_networks_are_imported_once(tmp_path, capsys):

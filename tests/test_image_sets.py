@@ -2,10 +2,16 @@
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
+from token_shards import SETTINGS, make_info
 
+from tokenbridge_jax.data.shards import write_info
+from tokenbridge_jax.data.sources import make_source
 from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.evaluation.images import open_images
+from tokenbridge_jax.evaluation.features import ThumbnailExtractor
+from tokenbridge_jax.evaluation.images import data_images, open_images
+from tokenbridge_jax.evaluation.scores import load_reference
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 6, 5, 3), dtype=np.uint8)
 
@@ -48,6 +54,44 @@ def test_grey_pictures_become_rgb(tmp_path):
     for path in (tmp_path, tmp_path / "x.npz"):
         (batch,) = read(open_images(path), 4)
         np.testing.assert_array_equal(batch[0], IMAGES[0, :, :, :1].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("arrays", [{"mean": 1, "cov": 2}, {"mu": 1, "cov": 2}, {}])
+def test_statistics_of_other_names_are_listed(tmp_path, arrays):
+    np.savez(tmp_path / "x.npz", **arrays)
+    held = ", ".join(sorted(arrays)) or "nothing"
+    with pytest.raises(UserError, match=f"x.npz holds {held}: a reference has .* mu and sigma"):
+        load_reference(tmp_path / "x.npz", ThumbnailExtractor())
+
+
+def test_what_was_broken_for_the_shards_is_left_out(tmp_path):
+    """The pictures of a class folder, one of which is none; with shards of them and of others."""
+    write_folder(tmp_path / "data")
+    (tmp_path / "data" / "class_1" / "03.png").write_bytes(b"no picture")
+    config = ConfigDict(SETTINGS)
+    config.data.update(path=str(tmp_path / "data"), image_size=4)
+    described = make_source(config.data).describe()
+    found = [6 + 1]  # Six even ones come first.
+
+    def shards(name, **source):
+        info = make_info(
+            sources={"train": {**described, "path": "elsewhere", "chosen": 11, **source}},
+            splits={},
+            skipped=tuple({"split": "train", "image": i, "reason": "no picture"} for i in found),
+        )
+        write_info(tmp_path / name, info)
+        return tmp_path / name
+
+    images = data_images(config, "train", tokens=shards("tokens"))
+    assert (images.count, images.facts["broken_left_out"]) == (10, 1)
+    (batch,) = read(images, 16)
+    assert batch.shape == (10, 4, 4, 3)
+    for tokens in (None, tmp_path / "none", shards("others", names_sha256="of others")):
+        images = data_images(config, "train", tokens=tokens)
+        assert images.count == 11
+        assert "broken_left_out" not in images.facts
+        with pytest.raises(UserError, match=r"broken image class_1/03\.png"):
+            read(images, 16)
 
 
 def test_what_cannot_be_used_is_named(tmp_path):

@@ -79,6 +79,18 @@ def test_a_saved_pipeline_is_the_same_bit_by_bit(pipeline, saved):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(bfloat16.params)} == {"float32"}
 
 
+def test_64_bits_of_other_programs_change_nothing(pipeline, tmp_path, monkeypatch):
+    """And folders of a user's home are found from Python too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with jax.enable_x64(True):
+        pipeline.save_pretrained("~/hub")
+        again = Pipeline.load("~/hub")
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(again.params)} == {"float32"}
+        images = again.generate([0, 1], seed=3, **SETTINGS)
+    np.testing.assert_array_equal(images, pipeline.generate([0, 1], seed=3, **SETTINGS))
+    assert (tmp_path / "hub" / "model.json").exists()
+
+
 def test_how_the_arrays_lie_changes_nothing(saved, tmp_path):
     other = Pipeline.load(saved, mesh=parallel.make_mesh(data=2, fsdp=2, tensor=2))
     split = [leaf for leaf in jax.tree.leaves(other.params) if not leaf.is_fully_replicated]

@@ -229,6 +229,7 @@ def test_channel_order_settings():
     spectrum.update(_waves([5, 1, 2], np.random.default_rng(2)))
     assert resolve_channel_order("frequency", 3, spectrum) == (1, 2, 0)
     wrong = ["frequencies", "frequency", (0, 0, 1), "(0, 0, 1)", "(0.0, 1, 2)", "7", "('a', 1)"]
+    wrong += [("2", "0", "1"), (2, "0", 1), (0.0, 1, 2)]
     for setting, channels in [("kl16", 4), *((setting, 3) for setting in wrong)]:
         with pytest.raises(UserError):
             resolve_channel_order(setting, channels)

@@ -1,7 +1,11 @@
 """The command runner in-process, with a command of the tests' own: statuses, messages, configs."""
 
+import errno
 import importlib.util
+import os
+import socket
 import sys
+import tempfile
 import types
 
 import jax
@@ -206,6 +210,84 @@ def test_a_seed_out_of_range_is_named(run, config_file, seed):
     assert f"config.seed={seed} must be from 0 to 2**32 - 1" in err
 
 
+# --- Files of flags, and ~ ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--flagfile=F"],
+        ["--flagfile", "F"],
+        ["-flagfile=F"],
+        ["--workdir=other", "--flagfile=F"],
+        ["--count", "3", "--flagfile=F"],
+        ["--config.training.rate", "0.5", "--flagfile=F"],
+        ["--flagfile=NESTED"],
+        ["--workdir=other", "-workdir", "W"],
+        ["--undefok=extra", "--extra=1", "--flagfile=F"],
+    ],
+)
+def test_the_workdir_is_found_wherever_it_is_named(
+    probe, run, config_file, tmp_path, monkeypatch, argv
+):
+    monkeypatch.chdir(tmp_path)
+    probe.then = runner.remember_config
+    assert run(f"--config={config_file}", "--config.training.steps=7")[0] == 0
+    files = {"F": tmp_path / "run.flags", "NESTED": tmp_path / "outer.flags"}
+    files["F"].write_text(f"# the run\n\n--workdir={tmp_path / 'work'}\n")
+    files["NESTED"].write_text(f"--count=2\n--flagfile={files['F']}\n")
+    argv = [a.replace("NESTED", str(files["NESTED"])) for a in argv]
+    argv = [str(tmp_path / "work") if a == "W" else a for a in argv]
+    argv = [a.removesuffix("F") + str(files["F"]) if a.endswith("F") else a for a in argv]
+    probe.then = lambda args: None
+    status, _, err = run(*argv, workdir=None)
+    assert (status, err) == (0, "")
+    assert probe.args.workdir == str(tmp_path / "work")
+    assert probe.args.config.training.steps == 7
+
+
+def test_a_file_of_flags_may_name_the_config_and_change_it(probe, run, config_file, tmp_path):
+    probe.then = runner.remember_config
+    assert run("--config", runner.default_config_file())[0] == 0
+    (tmp_path / "run.flags").write_text(
+        f"--config={config_file}:steps=12\n--config.training.rate=0.25\n--config.sizes=(9,)\n"
+    )
+    probe.then = lambda args: None
+    assert run(f"--flagfile={tmp_path / 'run.flags'}", "--config.training.fast=true")[0] == 0
+    config = probe.args.config
+    assert (config.name, config.training.to_dict()) == (
+        "plain",
+        {"steps": 12, "rate": 0.25, "fast": True},
+    )
+    assert config.sizes == (9,)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_of_flags_that_cannot_be_read_is_named(run, tmp_path, content):
+    if content:
+        (tmp_path / "run.flags").write_bytes(content)
+    status, _, err = run(f"--flagfile={tmp_path / 'run.flags'}")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--flagfile cannot be read: " in err
+
+
+def test_a_home_is_found_behind_an_equals_sign(probe, run, config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    probe.then = runner.remember_config
+    assert run("--workdir=~/work", "--config=~/config.py:steps=12", workdir=None)[0] == 0
+    assert probe.args.workdir == str(tmp_path / "work")
+    assert io.read_json(tmp_path / "work" / "config.json")["training"]["steps"] == 12
+    probe.then = lambda args: None
+    assert run("--workdir=~/work", workdir=None)[0] == 0
+    assert probe.args.config.training.steps == 12  # And so is what the workdir remembers.
+    status, _, err = run("--workdir=~nobody-here/work", workdir=None)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--workdir: ~nobody-here/work: there is no user 'nobody-here'" in err
+    status, _, err = run("--workdir=" + "ü" * 130, workdir=None)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "has 260 bytes, a file's at most 255" in err
+
+
 # --- Mistakes -------------------------------------------------------------------------------------
 
 
@@ -287,13 +369,41 @@ def test_an_interrupt_is_status_130(probe, run):
     assert run() == (130, "", "tokenbridge probe: interrupted\n")
 
 
-def test_a_defect_keeps_its_traceback(probe, run):
+def test_a_defect_is_one_line_and_a_file_with_its_traceback(probe, run, tmp_path, monkeypatch):
     def fail(args):
-        raise ZeroDivisionError("a defect of ours")
+        raise ZeroDivisionError("a defect of ours\nat length")
 
     probe.then = fail
-    with pytest.raises(ZeroDivisionError):
-        run()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    status, out, err = run()
+    kept = list(tmp_path.glob("tokenbridge-probe-*.txt"))
+    assert (status, out, len(kept)) == (1, "", 1)
+    assert err == (
+        "tokenbridge probe: error: ZeroDivisionError: a defect of ours; the whole traceback is in "
+        f"{kept[0]}\n"
+    )
+    text = kept[0].read_text()
+    assert "Traceback" in text
+    assert "in fail" in text
+    assert text.endswith("ZeroDivisionError: a defect of ours\nat length\n")
+    # Where there is no place for a file, nothing is lost.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    assert "in fail" in run()[2]
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EIO, 1), (errno.ESTALE, 1)]
+)
+def test_what_the_system_refuses_is_named(probe, run, tmp_path, monkeypatch, code, status):
+    def fail(args):
+        raise OSError(code, os.strerror(code), "some/file")
+
+    probe.then = fail
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found, _, err = run()
+    assert found == status  # 2 where it would be in vain to start again.
+    assert f"error: cannot read or write some/file: {os.strerror(code)}; " in err
+    assert err.count("\n") == 1
 
 
 def test_distributed_joins_before_the_command_runs(probe, run, monkeypatch):
@@ -317,6 +427,66 @@ def test_no_cluster_to_join_is_a_users_mistake(probe, run, monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     assert run("--distributed")[2].endswith("error: JAX_NUM_PROCESSES=two must be a number\n")
     assert probe.args is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ADDRESS": "node1"}, "JAX_COORDINATOR_ADDRESS=node1 must be HOST:PORT"),
+        ({"ADDRESS": "node1:"}, "must be HOST:PORT"),
+        ({"ADDRESS": ":8476"}, "must be HOST:PORT"),
+        ({"ADDRESS": "node1:99999"}, "must be HOST:PORT"),
+        ({"ADDRESS": "node1:8476"}, "this machine knows no host 'node1'"),
+        ({"NUM": "2", "ID": "2"}, "JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2"),
+        ({"NUM": "0"}, "JAX_NUM_PROCESSES=0 must be at least 1"),
+        ({"ID": "-1"}, "JAX_PROCESS_ID=-1 must be a number"),
+        ({"LOCAL": "0,x"}, "JAX_LOCAL_DEVICE_IDS holds 'x'"),
+        ({"SLURM_JOB_ID": "7"}, "srun has not started it as one of its tasks"),
+    ],
+)
+def test_a_job_that_cannot_come_together_is_told(probe, run, monkeypatch, variables, message):
+    names = {
+        "ADDRESS": "JAX_COORDINATOR_ADDRESS",
+        "NUM": "JAX_NUM_PROCESSES",
+        "ID": "JAX_PROCESS_ID",
+        "LOCAL": "JAX_LOCAL_DEVICE_IDS",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(names.get(name, name), value)
+
+    def unknown(host, port):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    def fail(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(processes, "NAME_SECONDS", -1)
+    monkeypatch.setattr(processes, "_tell_when_aborted", lambda: None)
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    status, _, err = run("--distributed")
+    assert (status, err.count("\n"), probe.args) == (2, 1, None)
+    assert message in err
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Backend 'cuda' is not in the")])
+def test_devices_that_are_not_there_are_named(probe, run, monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    status, _, err = run()
+    assert (status, err.count("\n"), probe.args) == (2, 1, None)
+    assert "JAX_PLATFORMS=cpu asks for devices that JAX does not find here" in err
+
+
+def test_commands_compute_in_32_bits(probe, run):
+    jax.config.update("jax_enable_x64", True)
+    try:
+        probe.then = lambda args: int(jax.numpy.arange(2.0).dtype.itemsize)
+        assert run()[0] == 4
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 # --- Help and the console script ------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tokenbridge_jax.training.settings import check_ranges, check_training
         ("schedule", "linear", "cosine or constant"),
         ("dtype", "float99", "float32 or bfloat16"),
         ("dtype", "int8", "float32 or bfloat16"),
+        ("epochs", "many", "a finite number"),  # Of a value that was not set, no type is known.
     ],
 )
 def test_values_that_make_no_sense_are_named(key, value, message):

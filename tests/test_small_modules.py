@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import pwd
 import re
 import sys
 import threading
@@ -35,6 +36,34 @@ def test_writing_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
     io.write_bytes(str(path), b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_name_may_be_as_long_as_the_file_system_has_it(tmp_path):
+    path = tmp_path / ("x" * io.NAME_BYTES)
+    io.write_bytes(path, b"here")
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_homes_are_where_the_system_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert io.expand("~/run") == "/home/me/run"
+    assert io.expand(Path("~/run")) == "/home/me/run"
+    assert io.expand("~root/x") == f"{pwd.getpwnam('root').pw_dir}/x"
+    assert io.user_cache() == Path("/home/me/.cache")
+    for same in ("/a/~b", "a~/b", "gs://bucket/~a", "", "gs://bucket/" + "x" * 300):
+        assert io.expand(same) == same
+    # What is called so all the same, stays itself, also as a path.
+    monkeypatch.chdir(tmp_path)
+    assert io.expand("./~run") == str(tmp_path / "~run")
+    # A user that nobody knows, in a container say.
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    with pytest.raises(UserError, match="HOME is not set; write the whole path"):
+        io.expand("~/run")
+    assert io.user_cache() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert io.user_cache() == tmp_path
 
 
 @pytest.mark.parametrize("existed", [False, True])

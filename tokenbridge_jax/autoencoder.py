@@ -88,7 +88,12 @@ class AutoencoderConfig:
             raise UserError(f"unknown autoencoder setting {', '.join(unknown)}")
         fields = dict(value)
         for name in {"multipliers", "attention_resolutions"} & set(fields):
-            fields[name] = tuple(fields[name])  # JSON has lists only
+            values = fields[name] = tuple(fields[name])  # JSON has lists only
+            if not all(isinstance(value, int) for value in values):
+                raise UserError(
+                    f"autoencoder {name} {values} must be whole numbers, such as "
+                    f"--config.autoencoder.{name}=1,2,4, or () for none"
+                )
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
@@ -404,7 +409,7 @@ def save_autoencoder(
     Returns:
       The content hash, which `config.json` records too.
     """
-    directory = epath.Path(directory)
+    directory = io.as_path(directory)
     content_hash = autoencoder_hash(config, params)
     arrays.write(directory / "params.safetensors", params)
     described = {"config": config.to_json(), "hash": content_hash, "extra": dict(extra or {})}
@@ -418,7 +423,7 @@ def read_description(directory: epath.PathLike) -> dict[str, Any]:
     Raises:
       UserError: it is missing or damaged.
     """
-    path = epath.Path(directory) / "config.json"
+    path = io.as_path(directory) / "config.json"
     if not path.exists():
         raise UserError(
             f"there is no autoencoder in {directory}: `tokenbridge train-vae` trains one, "
@@ -439,7 +444,7 @@ def load_autoencoder(directory: epath.PathLike) -> tuple[AutoencoderConfig, dict
     Raises:
       UserError: a file is missing or damaged, or the two do not belong together.
     """
-    directory = epath.Path(directory)
+    directory = io.as_path(directory)
     described = read_description(directory)
     config = AutoencoderConfig.from_json(described["config"])
     path = directory / "params.safetensors"

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and the lock of a workdir."""
+"""Paths as people write them, files that are either whole or not there, the lock of a workdir."""
 
 import contextlib
 import errno
@@ -25,9 +25,76 @@ from tokenbridge_jax.errors import UserError
 LOCK_SECONDS = 5
 
 
+# What a file system allows for one name; most allow as much.
+NAME_BYTES = 255
+
+
 def in_object_store(path: epath.PathLike) -> bool:
     """Whether a path is one of `gs://` and its like, not of a file system."""
     return "://" in str(path)
+
+
+def expand(path: epath.PathLike) -> str:
+    """A path as somebody wrote it, with the folder that `~` or `~user` at its beginning stands for.
+
+    Everything a user names goes through here once more than it must: twice changes nothing.
+
+    Raises:
+      UserError: nobody knows that folder, or a name in the path is longer than a file's can be.
+    """
+    text = os.fspath(path)
+    if in_object_store(text):
+        return text
+    if text.startswith("~"):
+        home, _, rest = text.partition("/")
+        if (folder := os.path.expanduser(home)) == home:
+            unknown = f"there is no user '{home[1:]}'" if home[1:] else "HOME is not set"
+            raise UserError(f"{text}: {unknown}; write the whole path (or ./{text})")
+        text = os.path.join(folder, rest)
+    elif os.path.normpath(text).startswith("~"):
+        text = os.path.abspath(text)  # `pathlib` makes ./~name a ~name, which means another thing.
+    for name in text.split("/"):
+        check_name(name)
+    return text
+
+
+def check_name(name: str) -> None:
+    """Raises `UserError` where a file of this name cannot be."""
+    if (length := len(os.fsencode(name))) > NAME_BYTES:
+        raise UserError(
+            f"the name {name[:20]}... has {length} bytes, a file's at most {NAME_BYTES}: choose a "
+            "shorter one"
+        )
+
+
+def as_path(path: epath.PathLike) -> epath.Path:
+    """The path that somebody's words stand for (see `expand`)."""
+    return epath.Path(expand(path))
+
+
+def user_cache() -> Path | None:
+    """The folder for what can be had again; None for a user without a home."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(expand(folder))
+    return None if os.path.expanduser("~") == "~" else Path(expand("~/.cache"))
+
+
+def check_folder(path: epath.PathLike) -> epath.Path:
+    """A folder to write to later; it is not made yet.
+
+    Raises:
+      UserError: it could not be made, or not be written to.
+    """
+    folder = as_path(path)
+    if in_object_store(folder):
+        return folder
+    place = Path(os.path.abspath(folder))
+    nearest = next(x for x in (place, *place.parents) if os.path.exists(x))
+    if not nearest.is_dir():
+        raise UserError(f"cannot write to {folder}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: {nearest} is not writable; name another folder")
+    return folder
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
@@ -68,7 +135,7 @@ def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
             except OSError as error:
                 raise write_error(path, error) from error
         return
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"  # As long as the name may be.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -123,8 +123,11 @@ def make_mesh(
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
-    """Makes `mesh` and the logical rules the ones that `constrain` and `jax.jit` see."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    """Makes `mesh` and the logical rules the ones that `constrain` and `jax.jit` see.
+
+    What is computed inside has 32 bits, as it is meant, also where the caller's own has 64.
+    """
+    with jax.enable_x64(False), jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield mesh
 
 

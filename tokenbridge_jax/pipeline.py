@@ -53,7 +53,7 @@ class ModelDescription:
 
     def save(self, workdir: epath.PathLike) -> None:
         """Writes `model.json`, whole or not at all."""
-        io.write_json(epath.Path(workdir) / MODEL_FILE, self.to_json())
+        io.write_json(io.as_path(workdir) / MODEL_FILE, self.to_json())
 
     @classmethod
     def load(cls, workdir: epath.PathLike) -> "ModelDescription":
@@ -62,7 +62,7 @@ class ModelDescription:
         Raises:
           UserError: there is none, or it is damaged.
         """
-        path = epath.Path(workdir) / MODEL_FILE
+        path = io.as_path(workdir) / MODEL_FILE
         if not path.exists():
             raise UserError(f"{workdir} holds no trained model; run `tokenbridge train` first")
         value = io.read_json(path)
@@ -244,7 +244,7 @@ class Pipeline:
         checks.path("workdir", workdir)
         checks.mesh(mesh)
         step = None if step is None else checks.at_least("step", step, 0)
-        workdir = epath.Path(workdir)
+        workdir = io.as_path(workdir)
         if not workdir.exists():
             raise UserError(f"workdir {workdir} does not exist; check --workdir")
         mesh = mesh or parallel.make_mesh(devices=jax.local_devices())
@@ -503,5 +503,6 @@ class Pipeline:
 
 def abstract_sharded_params(config: TokenBridgeConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the model's parameters on a mesh."""
-    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    with jax.enable_x64(False):
+        boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return parallel.abstract_arrays(boxed, mesh)

@@ -42,7 +42,7 @@ def save(pipeline: "Pipeline", directory: epath.PathLike) -> None:
     Raises:
       UserError: the folder is there and not empty, or cannot be written.
     """
-    directory = epath.Path(directory)
+    directory = io.as_path(directory)
     if not io.in_object_store(directory):
         directory = directory.absolute()
     params = jax.tree.map(on_host, pipeline.params)
@@ -71,7 +71,7 @@ def load_weights(
       UserError: there is no such checkpoint, arrays differ (all are named), or a file is missing or
         damaged.
     """
-    workdir = epath.Path(workdir)
+    workdir = io.as_path(workdir)
     saved = io.read_json(workdir / "model.json").get("step")
     if saved is None:
         return _from_checkpoints(workdir / "checkpoints", abstract, part, step)
@@ -115,7 +115,7 @@ def _write(pipeline: "Pipeline", params: Any, directory: epath.Path) -> None:
     # What takes the folder's name is complete. In an object store `model.json`, the last, says so.
     folder = directory
     if not io.in_object_store(directory):
-        folder = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
+        folder = directory.with_name(f".{uuid.uuid4().hex}.tmp")
     codec, config = pipeline.codec, dict(pipeline.facts.get("config", {}))
     try:
         io.write_bytes(folder / "README.md", model_card(pipeline, directory.name).encode())

@@ -13,25 +13,36 @@ import ctypes
 import itertools
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from typing import Any
 
 import jax
 from jax._src import distributed  # The service's client has no public name.
 
+from tokenbridge_jax import slurm
 from tokenbridge_jax.errors import UserError
 
 # Exit status where another process of the job is gone. (EX_PROTOCOL of sysexits.h.)
 EXIT_LOST = 76
 
-HEARTBEAT_SECONDS = int(os.environ.get("TOKENBRIDGE_HEARTBEAT_SECONDS", "60"))
+HEARTBEAT_SECONDS = 60  # Unless $TOKENBRIDGE_HEARTBEAT_SECONDS says otherwise.
 
 # How long a process that has failed waits for the others to fail likewise.
 FAILURE_SECONDS = 10
 
+# How long the name of process 0's host may stay unknown: on Kubernetes it comes with the host.
+NAME_SECONDS = 20
+
 # For as long as it takes: whoever is waited for is alive, or missed by the service.
 _FOREVER = 7 * 24 * 3600
+
+_NO_TASK = (
+    "--distributed: this is in a job of Slurm, but srun has not started it as one of its tasks; "
+    "start it by: srun tokenbridge COMMAND --distributed ..."
+)
 
 _meetings = itertools.count()
 _on_abort: Any = None  # Kept: C holds a bare pointer to it.
@@ -55,16 +66,22 @@ def join(distributed_flag: bool, *, asks_for_signals: bool = False) -> None:
     """
     if not distributed_flag:
         return
+    number, process = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
+    _check(number, process, os.environ.get("JAX_COORDINATOR_ADDRESS"))
+    if os.environ.get("SLURM_PROCID") == "0" and (idle := slurm.idle_gpus()):
+        print(idle, file=sys.stderr)
     jax.config.update("jax_enable_preemption_service", asks_for_signals)
     _tell_when_aborted()
     try:
         jax.distributed.initialize(
-            num_processes=_number("JAX_NUM_PROCESSES"),
-            process_id=_number("JAX_PROCESS_ID"),
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            num_processes=number,
+            process_id=process,
+            heartbeat_timeout_seconds=heartbeat_seconds(),
         )
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())
+        if slurm.left_out():
+            raise UserError(_NO_TASK) from error
         raise UserError(
             f"--distributed found no cluster to join ({reason}); on machines without a cluster "
             "manager set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
@@ -118,7 +135,12 @@ def leave(status: int, patience: int = _FOREVER) -> int:
 
 def _leave_alone(status: int) -> None:
     """Ends this process without the others."""
-    _end(status, f"ends; the others follow within {HEARTBEAT_SECONDS} s")
+    _end(status, f"ends; the others follow within {heartbeat_seconds()} s")
+
+
+def heartbeat_seconds() -> int:
+    """After how many seconds a process that is gone is missed."""
+    return _number("TOKENBRIDGE_HEARTBEAT_SECONDS") or HEARTBEAT_SECONDS
 
 
 def _number(name: str) -> int | None:
@@ -126,6 +148,45 @@ def _number(name: str) -> int | None:
     if text is not None and not text.isdecimal():
         raise UserError(f"{name}={text} must be a number")
     return None if text is None else int(text)
+
+
+def _check(number: int | None, process: int | None, address: str | None) -> None:
+    """Finds what would let JAX wait for minutes, or fail in its own words."""
+    if number == 0:
+        raise UserError("JAX_NUM_PROCESSES=0 must be at least 1")
+    if number is not None and process is not None and process >= number:
+        raise UserError(
+            f"JAX_PROCESS_ID={process} must be below JAX_NUM_PROCESSES={number}: processes are "
+            "counted from 0"
+        )
+    for part in os.environ.get("JAX_LOCAL_DEVICE_IDS", "0").split(","):
+        if part and not part.strip().isdecimal():
+            raise UserError(f"JAX_LOCAL_DEVICE_IDS holds '{part}'; it must be numbers, such as 0,1")
+    if address is not None:
+        _check_address(address)
+    elif number is None and slurm.is_task() and slurm.left_out():
+        raise UserError(_NO_TASK)
+
+
+def _check_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS={address} must be HOST:PORT, with a port of process 0's host "
+            "that nobody else listens on, such as 10.0.0.1:8476"
+        )
+    deadline = time.monotonic() + NAME_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"JAX_COORDINATOR_ADDRESS={address}: this machine knows no host '{host}'; "
+                    "check the name, or give the host's IP address"
+                ) from error
+        time.sleep(1)
 
 
 def _tell_when_aborted() -> None:

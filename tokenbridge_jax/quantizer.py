@@ -435,7 +435,7 @@ class ChannelStatistics:
 
 
 def resolve_channel_order(
-    setting: str | Sequence[int], channels: int, spectrum: ChannelSpectrum | None = None
+    setting: str | Sequence[Any], channels: int, spectrum: ChannelSpectrum | None = None
 ) -> tuple[int, ...]:
     """Turns `config.quantizer.channel_order` into a channel order.
 
@@ -454,16 +454,21 @@ def resolve_channel_order(
         order = spectrum.order()
     elif isinstance(setting, str):
         named = {"kl16": KL16_CHANNEL_ORDER, "identity": tuple(range(channels))}
-        try:
-            order = named.get(setting) or tuple(map(operator.index, ast.literal_eval(setting)))
-        except (ValueError, TypeError, SyntaxError) as error:
-            raise UserError(
-                f'channel_order "{setting}" must be "kl16", "frequency", "identity" or a list'
-            ) from error
+        order = named.get(setting) or _as_order(setting)
     else:
-        order = tuple(setting)
+        order = _as_order(setting)
     if sorted(order) != list(range(channels)):
         raise UserError(
             f"channel order {list(order)} does not list channels 0..{channels - 1} once"
         )
     return order
+
+
+def _as_order(setting: str | Sequence[Any]) -> tuple[int, ...]:
+    try:
+        listed = ast.literal_eval(setting) if isinstance(setting, str) else setting
+        return tuple(map(operator.index, listed))
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise UserError(
+            f'channel_order "{setting}" must be "kl16", "frequency", "identity" or a list'
+        ) from error

@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import parallel, processes
+from tokenbridge_jax import io, parallel, processes
 from tokenbridge_jax.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder
 from tokenbridge_jax.codec import Codec, Encoded
 from tokenbridge_jax.data import shards
@@ -93,7 +93,7 @@ def tokenize(
     with _all_or_none():
         folder = shards.local_folder(workdir) / "tokens"
         _check_settings(config)
-        autoencoder, params = _load_autoencoder(epath.Path(workdir) / "autoencoder", config)
+        autoencoder, params = _load_autoencoder(io.as_path(workdir) / "autoencoder", config)
         subsets = make_subsets(config)
         info = _describe(config, autoencoder, params, subsets)
         mesh = parallel.make_mesh(devices=jax.local_devices())

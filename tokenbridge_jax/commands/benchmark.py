@@ -28,6 +28,7 @@ from tokenbridge_jax.benchmark import codec, loader, sampling, training
 from tokenbridge_jax.benchmark.ceilings import measure_ceilings
 from tokenbridge_jax.benchmark.measure import Case, Reporter
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.precision import PRECISIONS
 
@@ -59,11 +60,11 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     define(flags.DEFINE_list, "positions", None, "head: numbers of positions.")
     help_text = "autoencoder: of its products, as tokenize.precision."
     define(flags.DEFINE_enum, "precision", "float32", help_text, enum_values=PRECISIONS)
-    define(flags.DEFINE_string, "data", None, "loader: folder of shards instead of random ones.")
+    define_path("data", "loader: folder of shards instead of random ones.", flag_values)
     define(flags.DEFINE_integer, "records", 50_000, "loader: images in the random shards.")
     define(flags.DEFINE_integer, "repeats", 10, "Timings of every case.")
-    define(flags.DEFINE_string, "profile", None, "Folder for tables of device time, one a case.")
-    define(flags.DEFINE_string, "out", None, "File to append the lines to, besides stdout.")
+    define_path("profile", "Folder for tables of device time, one a case.", flag_values)
+    define_path("out", "File to append the lines to, besides stdout.", flag_values)
 
 
 def main(args: flags.FlagValues, what: str) -> None:

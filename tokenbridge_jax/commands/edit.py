@@ -18,14 +18,16 @@ from etils import epath
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from tokenbridge_jax import parallel, pictures
+from tokenbridge_jax import io, parallel, pictures
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.data.images import ImageError, prepare, upright
 from tokenbridge_jax.data.sources import EXTENSIONS
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.pipeline import ClassId, Pipeline
 
 ROWS_OF_SHEET = 20
+SHEET = "edits.png"
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -35,12 +37,11 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         kind(name, default, text, flag_values=flag_values)
 
     shares = "as shares of the side of the square that is cut"
-    define(flags.DEFINE_string, "input", None, "A picture, a folder of them, or a glob.")
-    define(
-        flags.DEFINE_string,
+    define_path("input", "A picture, a folder of them, or a glob.", flag_values)
+    define_path(
         "mask",
-        None,
         "A picture, white where to draw anew, of the size of the pictures or of the model's.",
+        flag_values,
     )
     define(flags.DEFINE_list, "box", None, f"In place of a mask: left,top,width,height {shares}.")
     define(flags.DEFINE_float, "keep", None, "Share of the positions kept all the same, at random.")
@@ -69,7 +70,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     )
     define(flags.DEFINE_integer, "seed", 0, "Fixes all randomness.")
     define(flags.DEFINE_integer, "step", None, "Which checkpoint; the latest by default.")
-    define(flags.DEFINE_string, "output", None, "Folder to write to instead of WORKDIR/edits.")
+    define_path("output", "Folder to write to instead of WORKDIR/edits.", flag_values)
 
 
 def main(args: flags.FlagValues) -> None:
@@ -83,6 +84,8 @@ def main(args: flags.FlagValues) -> None:
     if not (args.mask or args.box or args.outpaint or args.keep is not None):
         raise UserError("say what to draw anew: --mask, --box, --keep or --outpaint")
     paths = picture_paths(args.input)
+    output = io.check_folder(args.output or epath.Path(args.workdir) / "edits")
+    check_output(output, args.input, paths, args.num_images, args.mask)
     class_ids = parse_classes(args.classes)
     box, outpaint = (parse_shares(name, args[name].value) for name in ("box", "outpaint"))
     pipeline = Pipeline.load(
@@ -134,10 +137,9 @@ def main(args: flags.FlagValues) -> None:
         )
     if jax.process_index() > 0:
         return  # Every process has all the images; one writes them.
-    output = epath.Path(args.output or epath.Path(args.workdir) / "edits")
     for i, image in enumerate(edited):
-        pictures.write_png(output / f"{paths[i // count].stem}-{i % count}.png", image)
-    pictures.write_png(output / "edits.png", sheet(images, mask, edited, margins))
+        pictures.write_png(output / edit_name(paths[i // count], i % count), image)
+    pictures.write_png(output / SHEET, sheet(images, mask, edited, margins))
     print(f"wrote {len(edited)} edits and edits.png to {output}")
 
 
@@ -164,6 +166,42 @@ def picture_paths(given: str | None) -> list[Path]:
         if other != path:
             raise UserError(f"the edits of {other} and {path} would have one name; rename one")
     return paths
+
+
+def edit_name(path: Path, number: int) -> str:
+    """The file name of a picture's edit."""
+    return f"{path.stem}-{number}.png"
+
+
+def check_output(
+    output: epath.PathLike, given: str, paths: list[Path], count: int, mask: str | None = None
+) -> None:
+    """Looks at where the edits will be before they are drawn.
+
+    Args:
+      output: the folder to write to.
+      given: --input.
+      paths: of the pictures.
+      count: edits of every picture.
+      mask: --mask.
+
+    Raises:
+      UserError: one of the files that are read would be overwritten, or taken for a picture to be
+        edited the next time, or a name would be too long.
+    """
+    for path in paths:
+        io.check_name(edit_name(path, count - 1))
+    if io.in_object_store(output):
+        return
+    folder = Path(output).resolve()
+    if Path(given).is_dir() and Path(given).resolve() == folder:
+        raise UserError(f"--output={output} is the folder of the pictures; name another one")
+    written = {SHEET} | {edit_name(path, i) for path in paths for i in range(count)}
+    for path in [*paths, *([Path(mask)] if mask else [])]:
+        if path.parent.resolve() == folder and path.name in written:
+            raise UserError(
+                f"--output={output}: {path} would be overwritten by an edit; name another folder"
+            )
 
 
 def parse_classes(parts: list[str]) -> list[ClassId]:

@@ -30,6 +30,7 @@ from tokenbridge_jax import io, parallel, pictures, processes
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.data.shards import read_info
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import (
@@ -98,6 +99,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         "integer": flags.DEFINE_integer,
         "bool": flags.DEFINE_bool,
         "list": flags.DEFINE_list,
+        "path": lambda name, _, text, flag_values: define_path(name, text, flag_values),
     }
 
     def define(kind: str, name: str, default: Any, text: str, values: Sequence[str] = ()) -> None:
@@ -109,14 +111,14 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
     define("enum", "what", None, "What to measure.", list(_WHAT))
     define(
-        "string",
+        "path",
         "reference",
         None,
         f"What to compare with: statistics (.npz), images (.npz, a folder), or '{OF_DATA}', the "
         "config's training images. By default config.evaluation.reference.",
     )
     define(
-        "string",
+        "path",
         "images",
         None,
         "A folder or an .npz: samples to score in place of new ones; images to reconstruct, or to "
@@ -148,7 +150,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         None,
         "Images at once in networks, over a process's devices; by default 64 an accelerator.",
     )
-    define("string", "networks", None, "Folder of `tokenbridge import-metrics`.")
+    define("path", "networks", None, "Folder of `tokenbridge import-metrics`.")
     define("bool", "write_samples", False, "Write samples.npz, as ADM's evaluator reads it.")
     define(
         "string",
@@ -169,7 +171,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     define("enum", "posterior", "sample", "A draw from it is encoded, or its mean.", posteriors)
     define("integer", "num_orders", 1, "Random orders an image's likelihood is averaged over.")
     define("bool", "all_views", False, "Count all views of an image, not only the first.")
-    define("string", "output", None, "Folder to write to in place of WORKDIR/evaluation.")
+    define("path", "output", None, "Folder to write to in place of WORKDIR/evaluation.")
 
 
 def main(args: flags.FlagValues) -> None:
@@ -214,10 +216,11 @@ def _check(args: flags.FlagValues) -> None:
             "name what to compare with: --reference FILE (statistics, .npz, or a folder of "
             f"pictures); '{OF_DATA}' are the images of a --workdir's config"
         )
+    output = io.check_folder(_output(args))
     try:
-        _output(args).mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise io.write_error(_output(args), error) from error
+        raise io.write_error(output, error) from error
 
 
 def measure_generation(args: flags.FlagValues) -> None:
@@ -281,7 +284,11 @@ def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
 def _images(args: flags.FlagValues, *splits: str) -> ImageSet:
     """Those of --images, or of the config's data: of --split, or the first split there is."""
     chosen = (args.split,) if args.split else splits
-    images = open_images(args.images) if args.images else data_images(args.config, *chosen)
+    images = (
+        open_images(args.images)
+        if args.images
+        else data_images(args.config, *chosen, tokens=_tokens(args))
+    )
     if args.num_images and args.num_images > images.count and _first():
         print(f"{images.path} holds {images.count} images, no more", file=sys.stderr)
     images.take(args.num_images or images.count)
@@ -291,10 +298,11 @@ def _images(args: flags.FlagValues, *splits: str) -> ImageSet:
 def measure_reference(args: flags.FlagValues) -> None:
     """Statistics of real images, for others to be compared with."""
     extractor = _extractor(args)
-    images = _images(args, "train")
-    reference = reference_of(images, extractor, progress=_first())
     name = Path(args.images).stem if args.images else args.split or "train"
     path = _output(args) / f"reference_{name}_{extractor.name}.npz"
+    io.check_name(path.name)
+    images = _images(args, "train")
+    reference = reference_of(images, extractor, progress=_first())
     if _first():
         save_reference(path, reference, extractor)
         print(report.table({}, reference.facts | dict(extractor.facts)))
@@ -434,7 +442,7 @@ def _extractor(args: flags.FlagValues) -> Extractor:
     )
 
 
-def _networks(args: flags.FlagValues) -> Path:
+def _networks(args: flags.FlagValues) -> Path | None:
     return Path(args.networks) if args.networks else networks.default_folder()
 
 
@@ -445,7 +453,11 @@ def _reference(args: flags.FlagValues, extractor: Extractor) -> Reference:
             "name what to compare with: --reference FILE (statistics, .npz or a folder of "
             f"pictures), or --reference {OF_DATA} for the config's training images"
         )
-    return find_reference(path, args.config, extractor, progress=_first())
+    return find_reference(path, args.config, extractor, tokens=_tokens(args), progress=_first())
+
+
+def _tokens(args: flags.FlagValues) -> epath.Path | None:
+    return epath.Path(args.workdir) / "tokens" if args.workdir else None
 
 
 def _output(args: flags.FlagValues) -> epath.Path:

@@ -9,6 +9,7 @@ autoencoder gets the names of LDM, in a dict `model` or alone likewise.
 """
 
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from etils import epath
 from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline import ModelDescription, abstract_sharded_params
@@ -30,12 +32,12 @@ from tokenbridge_jax.torch_bridge.table import to_torch
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
-    flags.DEFINE_string("out", None, "File for the model.", flag_values=flag_values)
+    define_path("out", "File for the model.", flag_values)
     flags.DEFINE_bool(
         "ema", False, "Averaged parameters as `model` instead of plain ones.",
         flag_values=flag_values,
     )  # fmt: skip
-    flags.DEFINE_string("autoencoder", None, "File for the autoencoder.", flag_values=flag_values)
+    define_path("autoencoder", "File for the autoencoder.", flag_values)
 
 
 def main(args: flags.FlagValues) -> None:
@@ -45,6 +47,12 @@ def main(args: flags.FlagValues) -> None:
     if jax.process_count() > 1:
         raise UserError("one process exports: run it without --distributed")
     workdir = epath.Path(args.workdir)
+    if (
+        args.out
+        and args.autoencoder
+        and Path(args.out).resolve() == Path(args.autoencoder).resolve()
+    ):
+        raise UserError("--out and --autoencoder name one file; give each its own")
     for path in filter(None, (args.out, args.autoencoder)):
         files.check_suffix(path, files.WRITTEN_SUFFIXES)
         if epath.Path(path).exists():

@@ -16,6 +16,7 @@ import jax
 from absl import flags
 
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import networks
 
@@ -33,12 +34,11 @@ _FILES = {
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
     for name, help_text in _FILES.items():
-        flags.DEFINE_string(name, None, help_text, flag_values=flag_values)
-    flags.DEFINE_string(
+        define_path(name, help_text, flag_values)
+    define_path(
         "networks",
-        None,
         f"Folder to write to; by default ${networks.FOLDER_VARIABLE} or one of the user's cache.",
-        flag_values=flag_values,
+        flag_values,
     )
     flags.DEFINE_bool(
         "unpublished",
@@ -62,6 +62,8 @@ def main(args: flags.FlagValues) -> None:
                 needed = " and ".join(f"--{x} FILE" for x in networks.PARTS[name])
                 raise UserError(f"LPIPS needs two files: {needed}")
     folder = Path(args.networks) if args.networks else networks.default_folder()
+    if folder is None:
+        raise UserError(networks.NO_FOLDER)
     for name in wanted:
         paths = {part: given[part] for part in networks.PARTS[name]}
         path = networks.import_network(name, paths, folder, unpublished=args.unpublished)

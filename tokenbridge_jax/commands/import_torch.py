@@ -40,6 +40,7 @@ from tokenbridge_jax.autoencoder import (
     save_autoencoder,
 )
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.commands.train import make_model_config
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, init_params
@@ -70,11 +71,11 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     def define(kind, name, help_text):
         kind(name, None, help=help_text, flag_values=flag_values)
 
-    define(flags.DEFINE_string, "checkpoint", "The model's file.")
-    define(
-        flags.DEFINE_string,
+    define_path("checkpoint", "The model's file.", flag_values)
+    define_path(
         "autoencoder",
         "The autoencoder's file; without it WORKDIR/autoencoder must be there already.",
+        flag_values,
     )
     define(flags.DEFINE_float, "scale", "Factor from a posterior sample to a latent.")
     define(flags.DEFINE_float, "shift", "What is subtracted from a posterior sample before that.")

@@ -28,6 +28,7 @@ from tokenbridge_jax.preflight.text import as_text
 from tokenbridge_jax.training.loop import say
 
 NEEDS_WORKDIR = False
+USES_DEVICES = False
 
 EXIT_DOES_NOT_FIT = 3
 EXIT_CRASHED = 4

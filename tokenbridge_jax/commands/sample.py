@@ -14,6 +14,7 @@ from etils import epath
 
 from tokenbridge_jax import io, parallel, pictures
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.pipeline import Pipeline
 
@@ -33,15 +34,14 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "step", None, "Which checkpoint; the latest by default.", flag_values=flag_values
     )
-    flags.DEFINE_string(
-        "output", None, "Folder to write to instead of WORKDIR/samples.", flag_values=flag_values
-    )
+    define_path("output", "Folder to write to instead of WORKDIR/samples.", flag_values)
 
 
 def main(args: flags.FlagValues) -> None:
     """Samples and writes the files."""
     if not 1 <= args.num_images < 2**31:
         raise UserError(f"--num_images={args.num_images} must be at least 1 and below 2**31")
+    output = io.check_folder(args.output or epath.Path(args.workdir) / "samples")
     pipeline = Pipeline.load(
         args.workdir, step=args.step, mesh=parallel.make_mesh(**args.config.mesh)
     )
@@ -54,7 +54,6 @@ def main(args: flags.FlagValues) -> None:
     )
     if jax.process_index() > 0:
         return  # Every process has all the images; one writes them.
-    output = epath.Path(args.output or epath.Path(args.workdir) / "samples")
     io.write_npz(output / "samples.npz", {"arr_0": images, "labels": labels})
     columns = min(len(classes), 10)
     pictures.write_png(output / "grid.png", pictures.grid(images[:IN_GRID], columns))

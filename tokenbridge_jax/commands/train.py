@@ -265,7 +265,8 @@ def _evaluation_hook(
     if not section.reference:
         raise UserError("config.evaluation.reference is not set: name a file of statistics, images")
     first = jax.process_index() == 0
-    reference = find_reference(section.reference, config, extractor, progress=first)
+    tokens = workdir / "tokens"
+    reference = find_reference(section.reference, config, extractor, tokens=tokens, progress=first)
     codec = _codec(workdir, model)
     labels = make_labels("balanced", section.num_images, len(info.class_names), config.seed)
     draw = _sampler(config, model, mesh, labels)

@@ -40,7 +40,7 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
         a fault of the network say, is passed on: trying again may help.
     """
     if not io.in_object_store(folder):
-        return Path(folder)
+        return Path(io.expand(folder))
     remote = epath.Path(folder)
     try:
         described = (remote / INFO_FILE).read_bytes()
@@ -64,7 +64,14 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("TOKENBRIDGE_CACHE") or Path.home() / ".cache" / "tokenbridge")
+    if folder := os.environ.get("TOKENBRIDGE_CACHE"):
+        return Path(io.expand(folder))
+    if cache := io.user_cache():
+        return cache / "tokenbridge"
+    raise UserError(
+        "token shards of an object store are copied to this machine, but its user has no home: set "
+        "TOKENBRIDGE_CACHE to a folder for them"
+    )
 
 
 def _remove_leftovers(copy: Path) -> None:

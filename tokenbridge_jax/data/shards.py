@@ -253,7 +253,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     Raises:
       UserError: there is none, it is unfinished, or it cannot be read.
     """
-    path = epath.Path(folder) / INFO_FILE
+    path = io.as_path(folder) / INFO_FILE
     if not path.exists():
         state = (
             "is not finished; run `tokenbridge tokenize` again, it goes on where it stopped"
@@ -290,7 +290,7 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
             f"token shards are written to a folder of the file system, not to {folder}: mount the "
             "bucket (gcsfuse), or tokenize into a local --workdir and copy its `tokens` there"
         )
-    return Path(folder)
+    return Path(io.expand(folder))
 
 
 def shard_name(split: str, number: int, count: int) -> str:

@@ -20,6 +20,7 @@ from PIL import Image
 from tokenbridge_jax.data import images
 from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.io import expand
 
 EXTENSIONS = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
@@ -162,7 +163,7 @@ class TfdsSource:
             raise UserError(
                 "reading a TFDS archive needs its package: pip install tensorflow-datasets"
             ) from error
-        folder = _tfds_version_folder(Path(path).expanduser(), name)
+        folder = _tfds_version_folder(Path(expand(path)), name)
         try:
             builder = tfds.builder_from_directory(str(folder))
             self._records = builder.as_data_source(
@@ -275,7 +276,7 @@ def make_source(data: ConfigDict, split: str | None = None) -> Source:
         raise UserError(f"--config.data.path is not set; data.source '{kind}' is read from there")
     source: Source
     if kind == "folder":
-        root = Path(data.path).expanduser()
+        root = Path(expand(data.path))
         only_train = split == "train" and not (root / split).is_dir()
         source = FolderSource(root if only_train else root / split)
     elif kind == "tfds":

@@ -20,6 +20,7 @@ from PIL import Image
 
 from tokenbridge_jax import io
 from tokenbridge_jax.data.images import ImageError, to_8bit, upright
+from tokenbridge_jax.data.shards import INFO_FILE, read_info
 from tokenbridge_jax.data.sources import load_prepared
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.tokenizing import make_subsets
@@ -61,7 +62,7 @@ def open_images(path: str | Path) -> ImageSet:
     Raises:
       UserError: there are no images, or they cannot be used.
     """
-    path = Path(path)
+    path = Path(io.expand(path))
     if path.is_dir():
         return _Folder(path)
     if path.is_file() and path.suffix == ".npz":
@@ -222,8 +223,16 @@ class MadeImages(ImageSet):
             yield self._make(self._recipes[start : min(start + size, last)])
 
 
-def data_images(config: ConfigDict, *splits: str) -> MadeImages:
+def data_images(
+    config: ConfigDict, *splits: str, tokens: epath.PathLike | None = None
+) -> MadeImages:
     """The images of `config.data`, of the first of these splits that it has, as for training.
+
+    Args:
+      config: of the data.
+      *splits: names of splits.
+      tokens: folder of token shards: images that were found broken when these were made are left
+        out, and stated in `facts`.
 
     Raises:
       UserError: the config has no such split; on reading, an image is broken.
@@ -233,6 +242,8 @@ def data_images(config: ConfigDict, *splits: str) -> MadeImages:
     if split is None:
         raise UserError(f"the config's data have no split '{splits[0]}', only {', '.join(subsets)}")
     source, chosen = subsets[split].source, subsets[split].images
+    broken = _left_out(tokens, split, source.describe()) if tokens else []
+    chosen = chosen[~np.isin(chosen, broken)]
     size, channels = config.data.image_size, config.data.image_channels
 
     def load(number: int) -> UInt8[np.ndarray, "size size c"]:
@@ -249,8 +260,19 @@ def data_images(config: ConfigDict, *splits: str) -> MadeImages:
         "source": source.describe(),
         "image_size": f"{size}x{size}",
         "crop": "as ADM, to a square",
-    }
+    } | ({"broken_left_out": len(broken)} if broken else {})
     return MadeImages(f"config.data, {split}", make, chosen, size, facts)
+
+
+def _left_out(tokens: epath.PathLike, split: str, source: Mapping[str, Any]) -> list[int]:
+    """The images of a split that token shards of the same images lack."""
+    if not (io.as_path(tokens) / INFO_FILE).exists():
+        return []
+    info = read_info(tokens)
+    found = info.sources.get(split, {})
+    if any(found.get(key) != value for key, value in source.items() if key != "path"):
+        return []  # Numbers of other images.
+    return [item["image"] for item in info.skipped if item["split"] == split]
 
 
 def write_images(

@@ -37,6 +37,10 @@ PARTS = {
 FEATURES = ("inception", "thumbnails")
 
 FOLDER_VARIABLE = "TOKENBRIDGE_NETWORKS"
+NO_FOLDER = (
+    "there is no folder for networks, as this user has no home: name one by --networks, or set "
+    f"{FOLDER_VARIABLE} to one"
+)
 
 
 class Network(NamedTuple):
@@ -51,10 +55,12 @@ class Network(NamedTuple):
     facts: dict[str, Any]
 
 
-def default_folder() -> Path:
-    """$TOKENBRIDGE_NETWORKS, or a folder of the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(FOLDER_VARIABLE) or Path(cache) / "tokenbridge_jax" / "networks")
+def default_folder() -> Path | None:
+    """$TOKENBRIDGE_NETWORKS, or a folder of the user's cache; None for a user without a home."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return Path(io.expand(folder))
+    cache = io.user_cache()
+    return cache and cache / "tokenbridge_jax" / "networks"
 
 
 def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublished: bool) -> Path:
@@ -95,14 +101,17 @@ def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublishe
     return target
 
 
-def load_network(name: str, folder: Path) -> Network | None:
-    """What `import_network` wrote; None if it is not there.
+def load_network(name: str, folder: Path | None) -> Network | None:
+    """What `import_network` wrote; None if it is not there, or there is no such folder.
 
     Raises:
       UserError: it is damaged.
     """
+    if folder is None:
+        return None
     path = folder / f"{name}.safetensors"
-    if not path.exists() or not _facts_file(path).exists():
+    # Where a home may not be looked into, `Path.exists` would raise.
+    if not os.path.exists(path) or not os.path.exists(_facts_file(path)):
         return None
     facts = io.read_json(_facts_file(path))
     weights = {f"{part}_sha256": digest for part, digest in facts["sha256"].items()}
@@ -110,13 +119,13 @@ def load_network(name: str, folder: Path) -> Network | None:
 
 
 def make_extractor(
-    name: str, folder: Path, *, batch_size: int | None = None, precision: str = "high"
+    name: str, folder: Path | None, *, batch_size: int | None = None, precision: str = "high"
 ) -> Extractor:
     """A feature space by name.
 
     Args:
       name: one of `FEATURES`.
-      folder: of imported networks.
+      folder: of imported networks, if there is one.
       batch_size: images at once over the devices of a process; by default 64 an accelerator.
       precision: of Inception's convolutions.
 
@@ -128,6 +137,8 @@ def make_extractor(
     if name == "thumbnails":
         return ThumbnailExtractor()
     network = load_network(name, folder)
+    if folder is None:
+        raise UserError(f"{NO_FOLDER}; --features thumbnails needs none")
     if network is None:
         raise UserError(
             f"{folder} holds no Inception network: `tokenbridge import-metrics --help` says how it "

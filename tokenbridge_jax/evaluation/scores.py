@@ -53,11 +53,20 @@ class Reference(NamedTuple):
 
 
 def find_reference(
-    path: str, config: ConfigDict, extractor: Extractor, *, progress: bool = False
+    path: str,
+    config: ConfigDict,
+    extractor: Extractor,
+    *,
+    tokens: epath.PathLike | None = None,
+    progress: bool = False,
 ) -> Reference:
-    """`load_reference(path)`, or with "data" the statistics of the config's training images."""
+    """`load_reference(path)`, or with "data" the statistics of the config's training images.
+
+    `tokens` is a folder of token shards that may tell which of them are broken.
+    """
     if path == OF_DATA:
-        return reference_of(data_images(config, "train"), extractor, progress=progress)
+        images = data_images(config, "train", tokens=tokens)
+        return reference_of(images, extractor, progress=progress)
     return load_reference(path, extractor, progress=progress)
 
 
@@ -74,10 +83,16 @@ def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = F
     Raises:
       UserError: there are neither statistics nor images, or the statistics are of other features.
     """
-    path = Path(path)
+    path = Path(io.expand(path))
     arrays = _statistics(path) if path.suffix == ".npz" and path.is_file() else {}
     names = next((pair for pair in _POOL_NAMES if set(pair) <= set(arrays)), None)
     if names is None:
+        if arrays and not arrays[ARRAY]:
+            held = ", ".join(sorted(arrays.keys() - {ARRAY})) or "nothing"
+            raise UserError(
+                f"{path} holds {held}: a reference has statistics, mu and sigma (or ref_mu and "
+                f"ref_sigma), or images, {ARRAY}"
+            )
         return reference_of(open_images(path), extractor, progress=progress)
     pool = _gaussian(path, arrays, names)
     if len(pool.mean) != extractor.size:

@@ -56,7 +56,11 @@ def check_ranges(config: ConfigDict, name: str) -> None:
     """
     for key, value in config[name].items():
         words, is_right = RULES.get(key, ("", lambda _: True))
-        if value is not None and not is_right(value):
+        try:
+            right = value is None or is_right(value)
+        except TypeError:  # Of a value that was not set, no type is known.
+            right = False
+        if not right:
             raise UserError(f"{name}.{key} is {value}; it must be {words}")
 
 

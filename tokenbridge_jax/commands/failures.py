@@ -1,0 +1,58 @@
+"""What nothing else has an answer to: one line for the user, the traceback in a file."""
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+
+# Failures of files that a user can mend; the same would happen again until then.
+_MENDABLE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+# Compilers and runtimes say pages.
+_LONGEST = 300
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """The failure in one line, and the exit status for it: 2 if the user can mend it, else 1."""
+    if isinstance(error, OSError) and error.strerror:
+        named = f"cannot read or write {_names(error)}: " if error.filename is not None else ""
+        return f"{named}{error.strerror}", 2 if error.errno in _MENDABLE else 1
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...", 1
+
+
+def keep(name: str, error: Exception) -> str:
+    """Writes the traceback to a new file of the temporary folder; says where, to end a line with.
+
+    Where that cannot be, it goes to stderr, and nothing is left to say.
+    """
+    whole = "".join(traceback.format_exception(error))
+    try:
+        descriptor, path = tempfile.mkstemp(".txt", f"tokenbridge-{name}-")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(whole)
+    except OSError:
+        print(whole, file=sys.stderr, end="")
+        return ""
+    return f"; the whole traceback is in {path}"
+
+
+def _names(error: OSError) -> str:
+    names = [error.filename, error.filename2]
+    return " or ".join(os.fsdecode(x) if isinstance(x, bytes) else str(x) for x in names if x)

@@ -1,0 +1,66 @@
+"""What Slurm tells a process of its job, and JAX does not."""
+
+import os
+import re
+
+# By these JAX knows a task of a step, which is what `srun` starts.
+_OF_TASK = ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def is_task() -> bool:
+    """Whether `srun` has started this process."""
+    return "SLURM_JOB_ID" in os.environ and all(name in os.environ for name in _OF_TASK)
+
+
+def left_out() -> bool:
+    """Whether this process is within a job of Slurm, but is none of its tasks.
+
+    So is what runs in a shell of `salloc`, or in a batch script without `srun`. Some of those
+    shells are a step of one task, in a job of more.
+    """
+    tasks = _number("SLURM_STEP_NUM_TASKS")
+    of_shell = tasks == 1 and (_number("SLURM_NTASKS") or 1) > 1
+    return "SLURM_JOB_ID" in os.environ and (not is_task() or of_shell)
+
+
+def idle_gpus() -> str:
+    """Says which GPUs of this node JAX will not use; nothing where it uses all.
+
+    JAX gives every task of a step one GPU. Variables that are not as Slurm writes them are as if
+    they were not there.
+    """
+    given = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip()]
+    gpus = _number("SLURM_GPUS_ON_NODE") or len(given)
+    bound = "CUDA_VISIBLE_DEVICES" in os.environ and len(given) < 2  # To the one of this task.
+    tasks = tasks_on_node()
+    if not is_task() or os.environ.get("JAX_LOCAL_DEVICE_IDS") or bound or not tasks:
+        return ""
+    if gpus <= tasks:
+        return ""
+    mend = f"start {gpus} processes a node (srun --ntasks-per-node={gpus})"
+    if tasks == 1:
+        every = ",".join(map(str, range(gpus)))
+        mend = f"set JAX_LOCAL_DEVICE_IDS={every}, as launch/slurm.sbatch does, or {mend}"
+    return f"{gpus - tasks} of the {gpus} GPUs of this node will not be used: {mend}"
+
+
+def tasks_on_node() -> int | None:
+    """How many tasks of this step are on this node, from forms such as `8`, `2(x3),1`."""
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        by_node = []
+        for item in os.environ.get(name, "").split(","):
+            if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item.strip()):
+                by_node.append((int(found[1]), int(found[2] or 1)))
+        node = _number("SLURM_NODEID") or 0
+        for tasks, nodes in by_node:
+            if node < nodes:
+                return tasks
+            node -= nodes
+        if by_node and name == "SLURM_NTASKS_PER_NODE":  # The same on every node.
+            return by_node[0][0]
+    return None
+
+
+def _number(name: str) -> int | None:
+    found = re.fullmatch(r"(?:.*:)?(\d+)", os.environ.get(name, "").strip())
+    return int(found[1]) if found else None
