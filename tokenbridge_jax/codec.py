@@ -76,14 +76,16 @@ class Codec:
         images: UInt8[np.ndarray | Array, "B H W I"],
         noise_ids: Integer[np.ndarray, " B"] | None = None,
         seed: int = 0,
+        stream: int = 0,
     ) -> Encoded:
         """Encodes images without waiting for the device: read the fields when they are needed.
 
         Args:
           images: uint8, height and width multiples of the autoencoder's downsampling.
-          noise_ids: names the draw from each image's posterior: the same `(seed, id)` draws the
-            same noise in any batch. None takes the posterior's mean.
+          noise_ids: names the draw from each image's posterior: the same `(seed, stream, id)` draws
+            the same noise in any batch. None takes the posterior's mean.
           seed: of the noise.
+          stream: tells apart images with the same ids, a number below 2^32.
 
         Raises:
           UserError: the images do not have the autoencoder's channels or a divisible size.
@@ -91,8 +93,11 @@ class Codec:
         self._check_images(images)
         keys = None
         if noise_ids is not None:
+            key = jax.random.key(seed)
+            if stream:
+                key = jax.random.fold_in(key, np.uint32(stream))
             fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-            keys = fold(jax.random.key(seed), jnp.asarray(noise_ids, jnp.uint32))
+            keys = fold(key, jnp.asarray(noise_ids, jnp.uint32))
         return self._run(self._encode, images, keys)
 
     def decode(self, indices: Integer[np.ndarray | Array, "B L C"]) -> UInt8[Array, "B H W I"]:
