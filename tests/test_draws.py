@@ -38,7 +38,8 @@ def test_cached_channels_equal_the_training_logits(params, quirk: bool, dtype: s
         variables = {"params": unstack(tree) if unrolled else tree}
         return TokenBridge(config, unrolled).apply(variables, method=run)
 
-    drawn = jax.jit(lambda head: apply(head, "sample", feature, keys, jnp.float32(0)))(head)
+    sample = jax.jit(lambda head: apply(head, "sample", feature, keys, jnp.float32(0), True))
+    drawn, log_probs = sample(head)
     shifted = head | {
         "channel_embed": head["channel_embed"].at[0].add(head["timestep_embed"][0] * quirk)
     }
@@ -48,6 +49,8 @@ def test_cached_channels_equal_the_training_logits(params, quirk: bool, dtype: s
     regret = logits.max(axis=-1) - chosen
     if dtype == "float32":
         np.testing.assert_array_equal(np.argmax(logits, axis=-1), in_channel_order)
+        expected = chosen - special.logsumexp(logits.astype(np.float64), axis=-1)
+        np.testing.assert_allclose(log_probs, expected.sum(axis=-1), atol=1e-4)
     else:
         # Logits of size ~10 in bfloat16 carry errors of ~0.1: the choice is at most that bad.
         assert regret.max() < 0.02 * np.abs(logits).max()
@@ -56,6 +59,9 @@ def test_cached_channels_equal_the_training_logits(params, quirk: bool, dtype: s
     if quirk:
         plain = np.asarray(jax.jit(lambda head: apply(head, "logits", feature, drawn))(head))
         assert (np.argmax(plain, axis=-1) != in_channel_order).any()
+    if quirk and dtype == "float32":
+        sampled = jax.jit(lambda head: apply(head, "logits", feature, drawn, True))(head)
+        np.testing.assert_allclose(sampled, logits, atol=1e-5 * np.abs(logits).max())
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])

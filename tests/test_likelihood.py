@@ -29,7 +29,12 @@ from tokenbridge_jax.pipeline import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer
 
 # That of `token_shards.write_tokens`.
-CONFIG = tiny(positions=16, channel_order=(2, 0, 1), quantizer=Quantizer.gaussian(16))
+CONFIG = tiny(
+    positions=16,
+    channel_order=(2, 0, 1),
+    quantizer=Quantizer.gaussian(16),
+    first_token_quirk=True,
+)
 # As strong as can be while no device rounds much differently from another.
 SETTINGS = dict(num_iter=5, num_orders=2, seed=3)
 
@@ -127,6 +132,8 @@ def test_one_step_is_the_mean_of_log_probs(pipeline, folder):
     bits = -pipeline.log_probs(records["indices"][:, 0], records["label"].tolist()) / np.log(2)
     of_image = bits.astype(np.float64).mean(axis=(1, 2))
     assert (found["split"], found["images"], found["steps"]) == ("validation", 11, 1)
+    assert found["first_token_quirk"]
+    assert "with the first-token quirk:" in module.table(found)
     assert found["bits_per_index"] == pytest.approx(of_image.mean(), rel=1e-6)
     error = of_image.std(ddof=1) / 11**0.5
     assert found["bits_per_index_standard_error"] == pytest.approx(error, rel=1e-5)

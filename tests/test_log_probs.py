@@ -7,12 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
-from test_editing import CONFIG, _random_known, params, pipeline  # noqa: F401
-from tiny_model import in_order, jitted, random_batch
+from tiny_model import in_order, jitted, random_batch, random_params, tiny, tiny_pipeline
 
 from tokenbridge_jax import Pipeline, parallel
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import init_params
+
+# Its sampler adds something that is not there in training.
+CONFIG = tiny(positions=16, first_token_quirk=True)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline(CONFIG, random_params(CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +30,18 @@ def batch():
     return random_batch(CONFIG, 5, seed=2)["indices"], hidden
 
 
-def test_they_are_those_of_the_logits(pipeline, batch):  # noqa: F811
+def test_they_are_those_of_what_is_sampled(pipeline, batch):
+    """Of the training logits where the first channel's embedding has what sampling adds."""
     indices, hidden = batch
+    head = pipeline.params["head"]
+    added = head["channel_embed"].at[0].add(head["timestep_embed"][0])
+    params = pipeline.params | {"head": head | {"channel_embed": added}}
     found = pipeline.log_probs(indices, ["dog", 2, None, 0, 1], hidden=hidden, batch_size=2)
     np.testing.assert_array_equal(np.isnan(found), np.repeat(~hidden[..., None], 4, axis=2))
     for image, (label, mask) in enumerate(zip([1, 2, 0, 0, 1], hidden, strict=True)):
         order = np.concatenate([np.flatnonzero(mask), np.flatnonzero(~mask)])[None]
         logits = jitted(CONFIG)(
-            pipeline.params,
+            params,
             jnp.asarray(indices[image][None]),
             jnp.array([label]),
             jnp.asarray(order),
@@ -44,7 +55,7 @@ def test_they_are_those_of_the_logits(pipeline, batch):  # noqa: F811
         np.testing.assert_allclose(found[image][mask][:, channels], expected, atol=1e-5)
 
 
-def test_probabilities_of_a_position_sum_to_one(pipeline, batch):  # noqa: F811
+def test_probabilities_of_a_position_sum_to_one(pipeline, batch):
     indices, hidden = batch
     everything = np.array(list(itertools.product(range(5), repeat=4)), np.uint8)
     images = np.repeat(indices[:1], len(everything), axis=0)
@@ -55,7 +66,7 @@ def test_probabilities_of_a_position_sum_to_one(pipeline, batch):  # noqa: F811
     np.testing.assert_allclose(np.exp(found[:, place].sum(axis=1)).sum(), 1, atol=1e-4)
 
 
-def test_devices_change_nothing(pipeline, batch):  # noqa: F811
+def test_devices_change_nothing(pipeline, batch):
     indices, hidden = batch
     mesh = parallel.make_mesh(2, 2, 2)
     boxed = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
@@ -66,7 +77,7 @@ def test_devices_change_nothing(pipeline, batch):  # noqa: F811
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
 
 
-def test_what_does_not_fit_is_told(pipeline, batch):  # noqa: F811
+def test_what_does_not_fit_is_told(pipeline, batch):
     indices, _ = batch
     with pytest.raises(UserError, match=r"for 1 classes there must be indices .* \[1, 16, 4\]"):
         pipeline.log_probs(indices, [0])

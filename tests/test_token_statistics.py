@@ -1,7 +1,9 @@
 """Statistics of token shards against scipy, scikit-learn, and distributions known exactly."""
 
+import itertools
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -54,6 +56,53 @@ def test_they_are_those_of_all_indices_at_once(folder, all_views, monkeypatch):
     assert found["entropy"]["bits_per_pixel"] == pytest.approx(
         16 * sum(found["entropy"]["corrected"]) / 16**2
     )
+
+
+def test_neither_parts_nor_blocks_change_anything(folder, monkeypatch):
+    """As they are used where there are millions of pairs."""
+    expected = tokens.token_statistics(folder)
+    monkeypatch.setattr(tokens, "_MOST_CELLS", 2 * 5**2)  # Two of the nine tables at a time.
+    monkeypatch.setattr(tokens, "_RANKS", 7)
+    monkeypatch.setattr(tokens, "_BATCH", 4)
+    found = tokens.token_statistics(folder)
+    for name, fit in expected.pop("rank_frequency").items():
+        assert_same_fit(found["rank_frequency"].pop(name), fit)
+    assert found | {"rank_frequency": {}} == expected | {"rank_frequency": {}}
+
+
+def assert_same_fit(found, expected):
+    assert found.pop("method") == expected.pop("method")
+    for field, value in expected.items():
+        assert found[field] == pytest.approx(value, rel=1e-9), field
+
+
+def test_memory_is_that_of_the_pairs_that_occur():
+    """Of 4096 levels 152 tables of all pairs would take 20 GB."""
+    indices = np.random.default_rng(0).zipf(1.2, size=(4, 16, 16, 16)) % 4096
+    tracemalloc.start()
+    counts = tokens.TokenCounts.zeros(16, 4096)
+    counts.update(indices[:3])
+    counts.update(indices[3:])
+    found = tokens.describe(counts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26
+    for name, c, d, one, other in (
+        ("channels", 2, 7, indices[..., 2], indices[..., 7]),
+        ("right", 3, None, indices[:, :, :-1, 3], indices[:, :, 1:, 3]),
+        ("below", 3, None, indices[:, :-1, :, 3], indices[:, 1:, :, 3]),
+    ):
+        bits = mutual_info_score(one.ravel(), other.ravel()) / math.log(2)
+        value = found["mutual_information"][name]["plug_in"][c]
+        assert (value if d is None else value[d]) == pytest.approx(bits, rel=1e-9)
+    pairs = np.concatenate(
+        [
+            np.unique(indices[..., c] * 4096 + indices[..., d], return_counts=True)[1]
+            for c, d in itertools.combinations(range(16), 2)
+        ]
+    )
+    expected = zipf_fit(pairs) | {"possible_types": 120 * 4096**2}
+    assert_same_fit(found["rank_frequency"]["pairs"], expected)
 
 
 def test_splits_and_subsets(folder):

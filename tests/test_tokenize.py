@@ -280,7 +280,7 @@ def test_spread_covers_a_subset_evenly():
     assert not len(tokenizing.Subset(source, np.arange(0)).spread(3).images)
 
 
-def test_own_validation_split(workdir, images, tmp_path):
+def test_own_validation_split(workdir, finished, images, tmp_path):
     root = tmp_path / "images"
     shutil.copytree(images, root / "train")
     shutil.copytree(images, root / "val")
@@ -289,12 +289,26 @@ def test_own_validation_split(workdir, images, tmp_path):
     with pytest.raises(UserError, match="validation split 'val' has 4 classes"):
         tokenize(config, workdir)
     (root / "val" / "class3").rmdir()
-    (root / "val" / "class0" / "00.png").unlink()
+    (root / "val" / "class2" / "26.png").unlink()
     info = tokenize(config, workdir).info
     assert {split: entry["images"] for split, entry in info.splits.items()} == {
         "train": 27,
         "validation": 26,
     }
+    # The same pictures with the same numbers have other noise; that of training is as ever.
+    train = read_split(workdir)["indices"]
+    assert np.mean(train != read_split(finished)["indices"]) < 0.002
+    validation = read_split(workdir, "validation")["indices"]
+    assert np.mean(validation != train[:26], axis=(2, 3)).min() > 0.1
+
+    # Shards that an earlier version began are finished as it would have.
+    described = workdir / "tokens" / "dataset.json"
+    described.write_text(described.read_text().replace('"split_noise": true', '"ignored": 0'))
+    for shard in described.parent.glob("validation-*"):
+        shard.unlink()
+    tokenize(config, workdir)
+    assert np.mean(read_split(workdir, "validation")["indices"] != train[:26]) < 0.002
+    assert "split_noise" not in described.read_text()
 
 
 def test_channel_order_is_measured_once(workdir, images, monkeypatch):

@@ -83,14 +83,16 @@ class Codec:
         images: UInt8[np.ndarray | Array, "B H W I"] | Any,
         noise_ids: Integer[np.ndarray, " B"] | Any = None,
         seed: int | Any = 0,
+        stream: int = 0,
     ) -> Encoded:
         """Encodes images without waiting for the device: read the fields when they are needed.
 
         Args:
           images: uint8, height and width multiples of the autoencoder's downsampling.
-          noise_ids: names the draw from each image's posterior: the same `(seed, id)` draws the
-            same noise in any batch. None takes the posterior's mean.
+          noise_ids: names the draw from each image's posterior: the same `(seed, stream, id)` draws
+            the same noise in any batch. None takes the posterior's mean.
           seed: of the noise.
+          stream: tells apart images with the same ids, a number below 2^32.
 
         Raises:
           UserError: the images are not uint8, or do not have the autoencoder's channels or a
@@ -101,6 +103,8 @@ class Codec:
         if noise_ids is not None:
             ids = checks.array("noise_ids", noise_ids, "integers", (len(images),))
             key = jax.random.key(checks.whole("seed", seed))
+            if stream:
+                key = jax.random.fold_in(key, np.uint32(stream))
             fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
             keys = fold(key, jnp.asarray(ids, jnp.uint32))
         return self._run(self._encode, images, keys)

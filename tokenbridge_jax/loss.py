@@ -94,6 +94,8 @@ def image_nll(
 ) -> Float[Array, "B C"]:
     """Every image's cross-entropy in nats: its mean over hidden positions, for each channel.
 
+    As in training: without `first_token_quirk`.
+
     Args: as for `loss`. There is no dropout.
     """
     nll = _slot_nll(
@@ -120,6 +122,8 @@ def position_nll(
 ) -> Float[Array, "B L C"]:
     """Cross-entropy in nats of every index at a hidden position; NaN at visible ones.
 
+    It is that of what the model samples, with `first_token_quirk` where that is on.
+
     Args:
       config: the model.
       params: its parameters.
@@ -138,6 +142,7 @@ def position_nll(
         jnp.zeros(len(indices), bool),
         hidden_slots=config.positions,
         visible_slots=config.positions,
+        as_sampled=True,
     )
     nll = jnp.take_along_axis(nll, jnp.argsort(order, axis=1)[:, :, None], axis=1)
     return jnp.where(hidden[:, :, None], nll, jnp.nan)
@@ -154,6 +159,7 @@ def _slot_nll(
     *,
     hidden_slots: int,
     visible_slots: int,
+    as_sampled: bool = False,
 ) -> Float[Array, "B M C"]:
     """Cross-entropy of the first M slots, those that are visible included; without dropout."""
     if not config.scan_layers:
@@ -175,7 +181,7 @@ def _slot_nll(
 
     def chunk_nll(chunk: list[jax.Array]) -> jax.Array:
         feature, indices = chunk
-        return _nll(config, params["head"], feature, indices, None)
+        return _nll(config, params["head"], feature, indices, None, as_sampled)
 
     nll = jax.lax.map(chunk_nll, chunks)
     return nll.swapaxes(0, 1).reshape(batch, -1, channels)[:, :hidden_slots]
@@ -284,11 +290,13 @@ def _nll(
     feature: Float[Array, "B m D"],
     indices: Integer[Array, "B m C"],
     dropout_key: Key[Array, ""] | None,
+    as_sampled: bool = False,
 ) -> Float[Array, "B m C"]:
     nll: Any = make_head(config, unrolled=not config.scan_layers).apply(
         {"params": head_params},
         merge(feature),
         merge(indices),
+        as_sampled,
         rngs=_rngs(dropout_key),
         method="nll",
     )

@@ -409,7 +409,8 @@ class Pipeline:
 
         Every position is predicted by itself, each of its channels given those before it in the
         channel order. The sum over channels is what confidence order compares, at temperature 1
-        and without guidance.
+        and without guidance: the probabilities are those of sampling, with `first_token_quirk`
+        where that is on.
 
         Args:
           indices: of whole images.

@@ -2,8 +2,9 @@
 
 Every picture has a fixed place: shard k of a split holds `records_per_shard` neighbouring pictures
 of its source, is encoded in the same batches every time, and draws its posterior noise from the
-seed and the picture's number. A shard appears only when complete, so a run that was killed is
-finished by running it again: it skips what is there and writes the rest as it would have been.
+seed, the picture's number and its source. A shard appears only when complete, so a run that was
+killed is finished by running it again: it skips what is there and writes the rest as it would have
+been.
 
 Host and device overlap: threads decode the pictures of the next batches while the device encodes
 one and the host stores the one before. Several processes share the shards between them and
@@ -16,6 +17,7 @@ import itertools
 import os
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -271,6 +273,8 @@ def _describe(
         precision=config.tokenize.precision,
         class_names=subsets["train"].source.class_names,
         records_per_shard=config.tokenize.records_per_shard,
+        split_noise=config.tokenize.posterior_samples > 0
+        and any(subset.source is not subsets["train"].source for subset in subsets.values()),
         sources={
             split: {**subset.source.describe(), "chosen": len(subset.images)}
             for split, subset in subsets.items()
@@ -303,6 +307,8 @@ def _agree_on_making(
         order = resolve_channel_order(setting, info.channels, spectrum)
     info = dataclasses.replace(info, channel_order=order)
     if begun is not None:
+        # What an earlier version began goes on as it did.
+        info = dataclasses.replace(info, split_noise=begun.split_noise)
         try:
             begun.check_same_making(info)
         except UserError as error:
@@ -355,8 +361,10 @@ def _encode(batch: Batch, codec: Codec, info: DatasetInfo) -> list[Encoded]:
     numbers[: len(batch.images)] = batch.images
     # Every view of every picture has its own noise, whatever it is batched with.
     views = numbers[:, None] * info.views + np.arange(flips)
+    split = batch.shard.split
+    stream = zlib.crc32(split.encode()) if info.split_noise and split != "train" else 0
     return [
-        codec.encode(pixels, (views + sample * flips).ravel(), seed=info.seed)
+        codec.encode(pixels, (views + sample * flips).ravel(), info.seed, stream)
         for sample in range(info.posterior_samples)
     ]
 

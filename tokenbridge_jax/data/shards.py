@@ -81,6 +81,8 @@ class DatasetInfo:
       class_names: by label.
       records_per_shard: most images in a shard.
       sources: for every split, where its pictures came from.
+      split_noise: whether splits of different sources differ in posterior noise. Where they do not,
+        as in earlier versions, picture k of one has that of picture k of another.
       splits: for every split `images` and the `shards` with `file`, `records` and `bytes`.
       statistics: for every split, `ChannelStatistics.summary()`.
       skipped: pictures left out, each with `split`, `image` and `reason`.
@@ -99,6 +101,7 @@ class DatasetInfo:
     class_names: tuple[str, ...]
     records_per_shard: int
     sources: Mapping[str, Any]
+    split_noise: bool = False
     splits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     skipped: tuple[Mapping[str, Any], ...] = ()
@@ -154,6 +157,8 @@ class DatasetInfo:
         }
         for field in dataclasses.fields(self):
             described[field.name] = getattr(self, field.name)
+        if not self.split_noise:  # Shards that are as they have always been keep their name.
+            del described["split_noise"]
         described["quantizer"] = self.quantizer.to_json()
         described["autoencoder"] = self.autoencoder.to_json()
         # Tuples become lists, so that it equals what is read back.
@@ -171,7 +176,7 @@ class DatasetInfo:
                 f"it says format '{value.get('format')}', version {value.get('format_version')}; "
                 f"this program reads '{FORMAT}', version {FORMAT_VERSION}"
             )
-        value = {"precision": UNSTATED} | dict(value)
+        value = {"precision": UNSTATED, "split_noise": False} | dict(value)
         try:
             fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
         except KeyError as error:
@@ -202,7 +207,7 @@ class DatasetInfo:
         ours, theirs = self.to_json(), other.to_json()
         for field in dataclasses.fields(self):
             if field.name not in ("splits", "statistics", "skipped"):
-                self._check(ours[field.name], theirs[field.name], field.name)
+                self._check(ours.get(field.name), theirs.get(field.name), field.name)
 
     def _check(self, ours: Any, theirs: Any, name: str) -> None:
         difference = _first_difference(ours, theirs, name)

@@ -4,7 +4,8 @@ A sampler that reveals positions in some order, several a step, draws an image w
 that is a product: of those of the indices revealed in every step, given the positions visible
 before. So one pass over the steps, with the image's own indices in place of drawn ones, gives
 -log p(image | class, order). A mean over random orders bounds, by Jensen's inequality, -log p of
-their mixture from above. Guidance is off and the temperature 1: it is the model's distribution.
+their mixture from above. Guidance is off and the temperature 1: it is the model's distribution, as
+it samples; with `first_token_quirk`, where that is on.
 """
 
 import functools
@@ -160,8 +161,9 @@ def _score_step(
     def score(chunk: list[jax.Array]) -> Scores:
         feature, indices = chunk
         target = merge(indices)[:, order].astype(jnp.int32)
+        inputs = merge(feature), merge(indices)
         logits: Any = head.apply(
-            {"params": params["head"]}, merge(feature), merge(indices), method="logits"
+            {"params": params["head"]}, *inputs, as_sampled=True, method="logits"
         )
         log_probs = jax.nn.log_softmax(logits)
         probs = jnp.exp(log_probs)
@@ -214,7 +216,8 @@ def likelihood(
       progress: print rate and ETA to stderr.
 
     Returns:
-      Plain numbers and lists for JSON: what was scored, and
+      Plain numbers and lists for JSON: what was scored, `first_token_quirk`, whether the model
+      samples with it and was scored so, and
       `bits_per_index` and `bits_per_pixel` (an image's bits over its pixels), each with
         `..._standard_error` (over images; None for one), and `raw_bits_per_index`, log2 V, and
         `raw_bits_per_pixel`, what the indices take without a model;
@@ -282,6 +285,7 @@ def likelihood(
         "num_iter": num_iter,
         "steps": len(scorer.hidden) - 1,
         "dtype": config.dtype,
+        "first_token_quirk": config.first_token_quirk,
         "channel_order": list(config.channel_order),
     }
     return described | totals.summary(info.image_size**2)
@@ -387,12 +391,13 @@ def table(found: Mapping[str, Any]) -> str:
     bits, steps, head = found["by_channel"], found["by_step"], found["calibration"]
     rows = [{"channel": str(c), "bits an index": bits[c]} for c in found["channel_order"]]
     first, last = steps["bits_per_index"][0], steps["bits_per_index"][-1]
+    quirk = ", with the first-token quirk" if found["first_token_quirk"] else ""
     return "\n".join(
         [
             report.columns(rows),
             f"{found['images']} images of split {found['split']}, {found['steps']} steps in "
-            f"{found['order']} order: {first:.4f} bits an index in the first, {last:.4f} in the "
-            "last",
+            f"{found['order']} order{quirk}: {first:.4f} bits an index in the first, {last:.4f} in "
+            "the last",
             f"the head's confidence is {head['confidence']:.4f}, right are {head['accuracy']:.4f}; "
             f"expected calibration error {head['expected_calibration_error']:.4f}",
         ]

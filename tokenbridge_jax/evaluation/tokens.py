@@ -1,84 +1,39 @@
 """What the indices of token shards are like: entropies, level use, rank-frequency, dependence.
 
-All of it follows from counts, which are taken in one pass over the shards: of the levels of every
-channel, and of pairs of levels, for every two channels of a position and for every channel at
-neighbouring positions. Entropies are in bits.
+All of it follows from counts: of the levels of every channel, and of pairs of levels, for every two
+channels of a position and for every channel at neighbouring positions. At the paper's 64 levels one
+pass over the shards counts all; where too many pairs may occur for the memory, each of several
+passes counts those of some tables. Entropies are in bits.
 """
 
-import dataclasses
-import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int, Int64, Integer
+from jaxtyping import Float, Int64
 from scipy.optimize import brentq
+from scipy.sparse import coo_array, sparray
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import TokenRecords
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import figures, report
-from tokenbridge_jax.evaluation.features import gather_rows
+from tokenbridge_jax.evaluation.token_counts import PLACES, Table, TokenCounts, all_tables
 from tokenbridge_jax.progress import Progress
 
 _BATCH = 64
+# Pairs of levels that are counted at a time, over all tables: about a gigabyte.
+_MOST_CELLS = 2**24
+# Ranks of Zipf's law that exist at a time.
+_RANKS = 2**20
 # Points of a rank-frequency curve that are kept: a picture shows no more.
 _CURVE = 200
 
 _CORRECTION = "Miller-Madow: (cells seen - 1) / (2 samples) nats are added to every entropy"
-
-
-@dataclasses.dataclass
-class TokenCounts:
-    """Counts of levels and of pairs of levels.
-
-    Attributes:
-      single: of every channel.
-      pairs: of channels c < d at a position, in the order of `itertools.combinations`.
-      right: of a channel's level and that one position to the right.
-      below: of a channel's level and that one position below.
-    """
-
-    single: Int64[np.ndarray, "C V"]
-    pairs: Int64[np.ndarray, "P V V"]
-    right: Int64[np.ndarray, "C V V"]
-    below: Int64[np.ndarray, "C V V"]
-
-    @classmethod
-    def zeros(cls, channels: int, levels: int) -> "TokenCounts":
-        """Counts of nothing."""
-        sizes = channels, channels * (channels - 1) // 2, channels, channels
-        shapes = [(sizes[0], levels), *((size, levels, levels) for size in sizes[1:])]
-        return cls(*(np.zeros(shape, np.int64) for shape in shapes))
-
-    def update(self, indices: Integer[np.ndarray, "N h w C"]) -> None:
-        """Adds the indices of images."""
-        channels, levels = self.single.shape
-        grids = np.ascontiguousarray(np.moveaxis(indices, -1, 0), dtype=np.intp)
-        flat = grids.reshape(channels, -1)
-        for c in range(channels):
-            self.single[c] += np.bincount(flat[c], minlength=levels)
-            self.right[c] += _count_pairs(grids[c, :, :, :-1], grids[c, :, :, 1:], levels)
-            self.below[c] += _count_pairs(grids[c, :, :-1], grids[c, :, 1:], levels)
-        for place, (c, d) in enumerate(itertools.combinations(range(channels), 2)):
-            self.pairs[place] += _count_pairs(flat[c], flat[d], levels)
-
-    def sum_over_processes(self) -> None:
-        """Adds what the other processes counted."""
-        for field in dataclasses.fields(self):
-            counts = getattr(self, field.name)
-            counts[...] = gather_rows(counts[None]).sum(axis=0)
-
-
-def _count_pairs(
-    one: Int[np.ndarray, "..."], other: Int[np.ndarray, "..."], levels: int
-) -> Int64[np.ndarray, "V V"]:
-    cells = (one * levels + other).ravel()
-    return np.bincount(cells, minlength=levels**2).reshape(levels, levels)
 
 
 def token_statistics(
@@ -119,6 +74,7 @@ def token_statistics(
       UserError: the shards or the split are missing or damaged, or hold no images.
     """
     info = shards.read_info(folder)
+    levels, processes = info.quantizer.levels, jax.process_count()
     records = TokenRecords(folder, info, split)
     if not len(records):
         raise UserError(f"split '{split}' of the token shards in {folder} holds no images")
@@ -126,41 +82,68 @@ def token_statistics(
     if count < 1:
         raise UserError(f"max_images={max_images} must be at least 1")
     numbers = np.linspace(0, len(records) - 1, count).astype(np.int64)
-    mine = np.array_split(numbers, jax.process_count())[jax.process_index()]
+    mine = np.array_split(numbers, processes)[jax.process_index()]
     views = info.views if all_views else 1
-    counts = TokenCounts.zeros(info.channels, info.quantizer.levels)
-    visible = progress and jax.process_index() == 0
-    with Progress(len(mine), desc="tokens", visible=visible) as bar:
+    # A process has no more cells than samples, and is given those of all the others in the end.
+    cells = processes * min(levels**2, -(-count // processes) * views * info.positions)
+    tables = all_tables(info.channels)
+    size = max(1, _MOST_CELLS // cells)
+    parts = [tables[start : start + size] for start in range(0, len(tables), size)]
+
+    def count_part(part: list[Table], bar: Progress) -> TokenCounts:
+        counts = TokenCounts(info.channels, levels, part)
         for start in range(0, len(mine), _BATCH):
             chosen = records.read(mine[start : start + _BATCH])["indices"][:, :views]
-            if chosen.max() >= info.quantizer.levels:
+            if chosen.max() >= levels:
                 raise UserError(
                     f"the token shards in {folder} hold index {chosen.max()}, but have "
-                    f"{info.quantizer.levels} levels; delete that folder and tokenize again"
+                    f"{levels} levels; delete that folder and tokenize again"
                 )
             counts.update(chosen.reshape(-1, info.grid, info.grid, info.channels))
             bar.update(len(chosen))
-    counts.sum_over_processes()
+        counts.sum_over_processes()
+        return counts
+
     described: dict[str, Any] = {
         "split": split,
         "images": count,
         "views": views,
-        "samples": int(counts.single[0].sum()),
+        "samples": count * views * info.positions,
         "positions": info.positions,
         "channels": info.channels,
-        "levels": info.quantizer.levels,
+        "levels": levels,
         "channel_order": list(info.channel_order),
     }
-    found = described | describe(counts)
+    visible = progress and jax.process_index() == 0
+    with Progress(len(parts) * len(mine), desc="tokens", visible=visible) as bar:
+        found = described | describe(count_part(part, bar) for part in parts)
     raw = info.positions * info.channels / info.image_size**2
     found["entropy"]["bits_per_pixel"] = raw * found["entropy"]["mean_corrected"]
     return found
 
 
-def describe(counts: TokenCounts) -> dict[str, Any]:
-    """What `token_statistics` says of counts."""
-    plug_in, corrected = entropies(counts.single)
-    shares = counts.single / counts.single.sum(axis=1, keepdims=True)
+def describe(counts: TokenCounts | Iterable[TokenCounts]) -> dict[str, Any]:
+    """What `token_statistics` says of counts.
+
+    Args:
+      counts: of all tables; or of some after others, in the order of `all_tables`, of which only
+        the one at hand is kept.
+    """
+    dependence: dict[str, list[Any]] = {place: [] for place in PLACES}
+    # How many pairs occur how often: there are far fewer numbers than pairs.
+    often, times = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for part in [counts] if isinstance(counts, TokenCounts) else counts:
+        single = part.single
+        for table, matrix in part.matrices():
+            dependence[table.place].append([x[0] for x in mutual_information([matrix])])
+            if table.place == "here":
+                often, place = np.unique(np.append(often, matrix.data), return_inverse=True)
+                added = np.append(times, np.ones(len(matrix.data), np.int64))
+                times = np.zeros(len(often), np.int64)
+                np.add.at(times, place, added)
+    plug_in, corrected = entropies(single)
+    shares = single / single.sum(axis=1, keepdims=True)
+    possible = len(dependence["here"]) * single.shape[1] ** 2
     return {
         "entropy": {
             "unit": "bits",
@@ -171,7 +154,7 @@ def describe(counts: TokenCounts) -> dict[str, Any]:
             "mean_corrected": float(corrected.mean()),
         },
         "level_use": {
-            "share": (counts.single > 0).mean(axis=1).tolist(),
+            "share": (single > 0).mean(axis=1).tolist(),
             "perplexity": (2**plug_in).tolist(),
             "most_used_level": shares.argmax(axis=1).tolist(),
             "most_used_share": shares.max(axis=1).tolist(),
@@ -179,30 +162,35 @@ def describe(counts: TokenCounts) -> dict[str, Any]:
             "least_used_share": shares.min(axis=1).tolist(),
         },
         "rank_frequency": {
-            "tokens": zipf_fit(counts.single.ravel()),
-            "pairs": zipf_fit(counts.pairs.ravel()),
+            "tokens": zipf_fit(single.ravel()),
+            "pairs": zipf_fit(often, times) | {"possible_types": possible},
         },
-        "mutual_information": _dependence(counts, plug_in, corrected),
+        "mutual_information": _dependence(dependence, plug_in, corrected),
     }
 
 
 def _dependence(
-    counts: TokenCounts, plug_in: Float[np.ndarray, " C"], corrected: Float[np.ndarray, " C"]
+    found: dict[str, list[Any]],
+    plug_in: Float[np.ndarray, " C"],
+    corrected: Float[np.ndarray, " C"],
 ) -> dict[str, Any]:
-    above = np.triu_indices(len(counts.single), 1)
-    found: dict[str, Any] = {"unit": "bits", "correction": _CORRECTION}
-    of_pairs = mutual_information(counts.pairs)
+    """From the estimates of every table, by its place."""
+    above = np.triu_indices(len(plug_in), 1)
+    here, right, below = (np.reshape(found[place], (-1, 2)).T for place in PLACES)
     matrices = []
-    for diagonal, values in zip((plug_in, corrected), of_pairs, strict=True):
+    for diagonal, values in zip((plug_in, corrected), here, strict=True):
         matrix = np.diag(diagonal)
         matrix[above] = matrix.T[above] = values
         matrices.append(matrix)
-    found["channels"] = _estimates(*matrices)
-    found["right"] = _estimates(*mutual_information(counts.right))
-    found["below"] = _estimates(*mutual_information(counts.below))
     positive = np.maximum(np.triu(matrices[1], 1), 0)
-    found["total_correlation_at_least"] = float(-minimum_spanning_tree(-positive).sum())
-    return found
+    return {
+        "unit": "bits",
+        "correction": _CORRECTION,
+        "channels": _estimates(*matrices),
+        "right": _estimates(*right),
+        "below": _estimates(*below),
+        "total_correlation_at_least": float(-minimum_spanning_tree(-positive).sum()),
+    }
 
 
 def _estimates(plug_in: np.ndarray, corrected: np.ndarray) -> dict[str, Any]:
@@ -226,24 +214,36 @@ def entropies(
 
 
 def mutual_information(
-    counts: Int64[np.ndarray, "N V V"],
+    counts: Iterable[Int64[np.ndarray, "V V"] | sparray],
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
     """Bits that one variable tells of another, from counts of both: plug-in, and corrected.
 
     The plug-in estimate is too high, with 64 x 64 cells by up to 2863 bits over the number of
     samples. Corrected, the three entropies are Miller-Madow's, so that it may be slightly negative.
+
+    Args:
+      counts: a matrix for every two variables, dense or sparse.
     """
-    one, other = entropies(counts.sum(axis=2)), entropies(counts.sum(axis=1))
-    joint = entropies(counts.reshape(len(counts), -1))
-    plug_in, corrected = (a + b - ab for a, b, ab in zip(one, other, joint, strict=True))
+    found = []
+    for matrix in map(coo_array, counts):
+        both = matrix.sum(axis=1), matrix.sum(axis=0), matrix.data
+        one, other, joint = (np.array(entropies(x[None])) for x in both)
+        found.append((one + other - joint)[:, 0])
+    plug_in, corrected = np.transpose(found)
     return plug_in, corrected
 
 
-def zipf_fit(counts: Int64[np.ndarray, " K"]) -> dict[str, Any]:
+def zipf_fit(
+    counts: Int64[np.ndarray, " K"], times: Int64[np.ndarray, " K"] | None = None
+) -> dict[str, Any]:
     """Fits frequency ~ 1 / rank^s to counts of types of tokens, by maximum likelihood.
 
     The ranks are the n types that were seen, the most frequent first: the likelihood is that of
     Zipf's law cut off at n, and its largest where the mean log rank is the law's.
+
+    Args:
+      counts: how often types were seen.
+      times: how many types have each of these counts; one by default.
 
     Returns:
       `types` that were seen, of `possible_types`; the `exponent` s, 0 for equally frequent types,
@@ -252,34 +252,58 @@ def zipf_fit(counts: Int64[np.ndarray, " K"]) -> dict[str, Any]:
       log count and log rank, 1 for a straight line; and the curve, at no more than 200 ranks:
       `ranks`, `shares`, and `fitted` shares.
     """
-    sorted_counts = np.sort(counts[counts > 0])[::-1]
-    types, total = len(sorted_counts), sorted_counts.sum()
-    shares = sorted_counts / max(total, 1)
-    found: dict[str, Any] = {"types": types, "possible_types": len(counts), "exponent": None}
+    times = np.ones_like(counts) if times is None else times
+    order = np.flatnonzero(counts)
+    order = order[np.argsort(-counts[order], kind="stable")]
+    sorted_counts, last_ranks = counts[order], np.cumsum(times[order])
+    types = int(last_ranks[-1]) if len(order) else 0
+    total = int(sorted_counts @ times[order])
+    possible = int(times.sum())
+    found: dict[str, Any] = {"types": types, "possible_types": possible, "exponent": None}
     if types < 2:
         return found
-    log_ranks = np.log(np.arange(1, types + 1))
 
-    def law(exponent: float) -> np.ndarray:
-        weights = np.exp(-exponent * log_ranks)
-        return weights / weights.sum()
+    def ranks() -> Iterator[Int64[np.ndarray, " n"]]:
+        for start in range(0, types, _RANKS):
+            yield np.arange(start + 1, min(start + _RANKS, types) + 1)
 
-    mean = shares @ log_ranks
+    def counts_at(rank: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        return sorted_counts[np.searchsorted(last_ranks, rank)]
+
+    def law(exponent: float) -> tuple[float, float]:
+        """What 1 / rank^s sums to, and the law's mean log rank."""
+        weight = weighted = 0.0
+        for log_rank in map(np.log, ranks()):
+            weights = np.exp(-exponent * log_rank)
+            weight += float(weights.sum())
+            weighted += float(weights @ log_rank)
+        return weight, weighted / weight
+
+    mean = float(sum(counts_at(rank) @ np.log(rank) for rank in ranks())) / total
     # At 0 the law's mean is the largest that falling shares can have, at 64 nearly 0.
-    excess = [law(0.0) @ log_ranks - mean, law(64.0) @ log_ranks - mean]
-    exponent = brentq(lambda s: law(s) @ log_ranks - mean, 0, 64) if excess[0] > 1e-12 else 0.0
-    fitted = law(exponent)
-    log_counts = np.log(sorted_counts)
+    falls = law(0.0)[1] - mean > 1e-12
+    exponent = brentq(lambda s: law(s)[1] - mean, 0, 64) if falls else 0.0
+    weight = law(exponent)[0]
+    distance = seen = expected = 0.0
+    centre = np.array([law(0.0)[1], np.log(sorted_counts) @ times[order] / types])
+    products = np.zeros((2, 2))
+    for rank in ranks():
+        seen_until = seen + np.cumsum(counts_at(rank)) / total
+        expected_until = expected + np.cumsum(np.exp(-exponent * np.log(rank))) / weight
+        distance = max(distance, float(np.abs(seen_until - expected_until).max()))
+        seen, expected = float(seen_until[-1]), float(expected_until[-1])
+        logs = np.log([rank, counts_at(rank)]) - centre[:, None]
+        products += logs @ logs.T
     straight = np.ptp(sorted_counts) > 0
-    shown = np.unique(np.geomspace(1, types, _CURVE).round().astype(np.int64)) - 1
+    shown = np.unique(np.geomspace(1, types, _CURVE).round().astype(np.int64))
     return found | {
         "method": "maximum likelihood of Zipf's law over the ranks of the types seen",
         "exponent": float(exponent),
-        "kolmogorov_smirnov": float(np.abs(np.cumsum(shares) - np.cumsum(fitted)).max()),
-        "r_squared": float(np.corrcoef(log_ranks, log_counts)[0, 1] ** 2) if straight else None,
-        "ranks": (shown + 1).tolist(),
-        "shares": shares[shown].tolist(),
-        "fitted": fitted[shown].tolist(),
+        "kolmogorov_smirnov": distance,
+        "r_squared": float(products[0, 1] ** 2 / np.diag(products).prod()) if straight else None,
+        "ranks": shown.tolist(),
+        "shares": (counts_at(shown) / total).tolist(),
+        "fitted": (np.exp(-exponent * np.log(shown)) / weight).tolist(),
     }
 
 

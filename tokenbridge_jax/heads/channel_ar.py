@@ -35,14 +35,25 @@ class ChannelAR(ChannelTransformer):
         super().setup()
 
     def logits(
-        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"]
+        self,
+        feature: Float[Array, "N Z"],
+        indices: Integer[Array, "N C"],
+        as_sampled: bool = False,
     ) -> Float[Array, "N C V"]:
         """See `Head.logits`."""
         previous = indices[:, np.array(self.channel_order[:-1])]
         place = np.arange(len(self.channel_order) - 1)
-        condition = self._condition(feature)[:, None]
+        condition = self._condition(feature)
+        first = self._sampled_first(condition) if as_sampled else condition
         tokens = self.token_embeddings[place, previous].astype(self.dtype)
-        return self._transform(jnp.concatenate([condition, tokens], axis=1), condition)
+        tokens = jnp.concatenate([first[:, None], tokens], axis=1)
+        return self._transform(tokens, condition[:, None])
+
+    def _sampled_first(self, condition: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """The first token, but for its place, when sampling."""
+        if not self.first_token_quirk:
+            return condition
+        return condition + self.timestep_embed[:1].astype(self.dtype)
 
     def sample(
         self,
@@ -63,9 +74,6 @@ class ChannelAR(ChannelTransformer):
             drawn = self.sample(feature, keys, temperature, log_probs)
             return jax.tree.map(lambda x: x[:1], drawn)
         condition = self._condition(feature)
-        first = condition
-        if self.first_token_quirk:
-            first = first + self.timestep_embed[:1].astype(self.dtype)
         empty = jnp.zeros((count, self.heads, channels, self.width // self.heads), self.dtype)
         empty = parallel.constrain(empty, "batch", "heads", None, None)
         caches = [Cache(empty, empty, jnp.int32(0))] * self.layers
@@ -73,7 +81,7 @@ class ChannelAR(ChannelTransformer):
         # What does not depend on indices is computed for all channels at once. The embedding of a
         # channel goes with the token before it.
         embed = self.channel_embed.astype(self.dtype)
-        first = first + embed[:1]
+        first = self._sampled_first(condition) + embed[:1]
         tokens = self.token_embeddings.astype(self.dtype) + embed[1:, None]
         conditions = condition[None] + self.timestep_embed.astype(self.dtype)[:, None]
         conditions = nn.silu(parallel.constrain(conditions, None, "batch", None))[:, :, None]

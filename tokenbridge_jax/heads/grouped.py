@@ -28,14 +28,18 @@ class GroupedHead(Head):
         self.joint = self.make_joint()
 
     def logits(
-        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"]
+        self,
+        feature: Float[Array, "N Z"],
+        indices: Integer[Array, "N C"],
+        as_sampled: bool = False,
     ) -> Float[Array, "N C V"]:
         """See `Head.logits`; the group's later channels are summed over."""
         levels, groups = self.levels, len(self.channel_order) // self.group
         chosen = indices[:, np.array(self.channel_order)].astype(jnp.int32)
         chosen = chosen.reshape(-1, groups, self.group)
         places = levels ** np.arange(self.group)[::-1]
-        rest = self.joint.logits(feature, jnp.sum(chosen * places[None, None], axis=-1))
+        joint = jnp.sum(chosen * places[None, None], axis=-1)
+        rest = self.joint.logits(feature, joint, as_sampled)
         parts = []
         for place in range(self.group):
             rest = rest.reshape(-1, groups, levels, levels ** (self.group - 1 - place))

@@ -23,7 +23,10 @@ class Head(nn.Module):
     levels: int
 
     def logits(
-        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"]
+        self,
+        feature: Float[Array, "N Z"],
+        indices: Integer[Array, "N C"],
+        as_sampled: bool = False,
     ) -> Float[Array, "N C V"]:
         """Teacher-forced float32 logits, channels in channel order.
 
@@ -34,16 +37,21 @@ class Head(nn.Module):
           feature: what the backbone says of each position.
           indices: all C indices, in autoencoder order; place c sees none but those of places
             before c.
+          as_sampled: of the distribution that `sample` draws from, where a head has one of its own
+            for training.
         """
         raise NotImplementedError
 
     def nll(
-        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"]
+        self,
+        feature: Float[Array, "N Z"],
+        indices: Integer[Array, "N C"],
+        as_sampled: bool = False,
     ) -> Float[Array, "N C"]:
-        """Negative log-likelihood of every index in nats, in autoencoder order."""
+        """Negative log-likelihood of every index in nats, in autoencoder order; see `logits`."""
         order = np.array(self.channel_order)
         nll = optax.softmax_cross_entropy_with_integer_labels(
-            self.logits(feature, indices), indices[:, order].astype(jnp.int32)
+            self.logits(feature, indices, as_sampled), indices[:, order].astype(jnp.int32)
         )
         return nll[:, np.argsort(order)]
 

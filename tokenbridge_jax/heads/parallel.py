@@ -16,10 +16,13 @@ class ParallelHead(ChannelTransformer):
     """Sees, at every place, the feature alone."""
 
     def logits(
-        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"]
+        self,
+        feature: Float[Array, "N Z"],
+        indices: Integer[Array, "N C"],
+        as_sampled: bool = False,
     ) -> Float[Array, "N C V"]:
         """See `Head.logits`; `indices` count for nothing."""
-        del indices
+        del indices, as_sampled
         return self._logits(feature)
 
     def sample(

@@ -1,0 +1,142 @@
+"""Counts of levels and of pairs of levels in the indices of images.
+
+Of pairs only those that occur take memory: V^2 of them could, in well over a hundred tables.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int64, Integer
+from scipy.sparse import coo_array
+
+from tokenbridge_jax.evaluation.features import gather_rows
+
+# Numbers that are counted at a time, at least.
+_FEWEST = 2**16
+
+PLACES = ("here", "right", "below")
+
+
+class Table(NamedTuple):
+    """Pairs of levels: a channel's at a position and another one's there, or its own elsewhere.
+
+    Attributes:
+      place: where the other level is: one of `PLACES`.
+      channel: of the one level.
+      other: of the other.
+    """
+
+    place: str
+    channel: int
+    other: int
+
+
+def all_tables(channels: int) -> list[Table]:
+    """Those that are counted; first of all two channels, in the order of `combinations`."""
+    here = [Table("here", c, d) for c, d in itertools.combinations(range(channels), 2)]
+    return here + [Table(place, c, c) for place in PLACES[1:] for c in range(channels)]
+
+
+class Cells:
+    """How often each of the numbers below `possible` was seen; those that were take memory.
+
+    Attributes:
+      seen: the numbers, in order.
+      counts: how often each was.
+    """
+
+    def __init__(self, possible: int):
+        self.seen, self.counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._possible = possible
+        self._new: list[Int64[np.ndarray, " n"]] = []
+
+    def add(self, numbers: Int64[np.ndarray, " n"]) -> None:
+        """Counts numbers, at the latest when `count` is called."""
+        self._new.append(numbers)
+        # Not always at once: each time all that was seen is gone through.
+        if sum(map(len, self._new)) >= max(len(self.seen), _FEWEST):
+            self.count()
+
+    def count(self) -> None:
+        """Counts what was added."""
+        if not self._new:
+            return
+        new, self._new = np.concatenate(self._new), []
+        if self._possible <= len(new):
+            counts = np.bincount(new, minlength=self._possible)
+            seen = np.flatnonzero(counts)
+            counts = counts[seen]
+        else:
+            seen, counts = np.unique(new, return_counts=True)
+        self.join(np.append(self.seen, seen), np.append(self.counts, counts))
+
+    def join(self, seen: Int64[np.ndarray, " n"], counts: Int64[np.ndarray, " n"]) -> None:
+        """Takes these for its own, and adds up the counts of the same number."""
+        order = np.argsort(seen, kind="stable")  # Quick, where it joins a few runs that are sorted.
+        seen = seen[order]
+        first = np.flatnonzero(np.diff(seen, prepend=-1))
+        self.seen = seen[first]
+        self.counts = np.add.reduceat(counts[order], first) if len(first) else counts
+
+
+class TokenCounts:
+    """Counts of levels, and of pairs of levels in some tables or all.
+
+    Attributes:
+      single: how often every channel has every level, `[C, V]`.
+      tables: what pairs are counted of.
+    """
+
+    def __init__(self, channels: int, levels: int, tables: list[Table]):
+        self.single, self.tables = np.zeros((channels, levels), np.int64), tables
+        self._pairs = [Cells(levels**2) for _ in tables]
+
+    @classmethod
+    def zeros(cls, channels: int, levels: int) -> "TokenCounts":
+        """Counts of nothing, in all tables."""
+        return cls(channels, levels, all_tables(channels))
+
+    def update(self, indices: Integer[np.ndarray, "N h w C"]) -> None:
+        """Adds the indices of images."""
+        channels, levels = self.single.shape
+        grids = np.ascontiguousarray(np.moveaxis(indices, -1, 0), dtype=np.int64)
+        for c in range(channels):
+            self.single[c] += np.bincount(grids[c].ravel(), minlength=levels)
+        for table, pairs in zip(self.tables, self._pairs, strict=True):
+            one, other = grids[table.channel], grids[table.other]
+            if table.place == "right":
+                one, other = one[:, :, :-1], other[:, :, 1:]
+            elif table.place == "below":
+                one, other = one[:, :-1], other[:, 1:]
+            pairs.add((one * levels + other).ravel())
+
+    def sum_over_processes(self) -> None:
+        """Adds what the other processes counted."""
+        self.single = gather_rows(self.single[None]).sum(axis=0)
+        for pairs in self._pairs:
+            pairs.count()
+        if jax.process_count() == 1:
+            return
+        # All tables together: every exchange of arrays of another size is a program of its own.
+        starts = np.arange(len(self.tables) + 1) * self.single.shape[1] ** 2
+        numbered = zip(self._pairs, starts[:-1], strict=True)
+        seen = gather_rows(np.concatenate([pairs.seen + start for pairs, start in numbered]))
+        counts = gather_rows(np.concatenate([pairs.counts for pairs in self._pairs]))
+        order = np.argsort(seen, kind="stable")
+        seen, counts = seen[order], counts[order]
+        places = np.searchsorted(seen, starts)
+        for pairs, start, (a, b) in zip(
+            self._pairs, starts[:-1], itertools.pairwise(places), strict=True
+        ):
+            pairs.join(seen[a:b] - start, counts[a:b])
+
+    def matrices(self) -> Iterator[tuple[Table, coo_array]]:
+        """Every table with its counts, `[V, V]` and sparse."""
+        levels = self.single.shape[1]
+        for table, pairs in zip(self.tables, self._pairs, strict=True):
+            pairs.count()
+            places = np.divmod(pairs.seen, levels)
+            yield table, coo_array((pairs.counts, places), shape=(levels, levels))
