@@ -178,7 +178,9 @@ class DatasetInfo:
             )
         value = {"precision": UNSTATED, "split_noise": False} | dict(value)
         try:
-            fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+            fields: dict[str, Any] = {
+                field.name: value[field.name] for field in dataclasses.fields(cls)
+            }
         except KeyError as error:
             raise UserError(f"its field {error} is missing") from error
         for name in ("channel_order", "class_names", "skipped"):
