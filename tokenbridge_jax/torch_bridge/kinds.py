@@ -110,15 +110,15 @@ def _kind_of_text(path: Path, head: bytes) -> Kind:
     if not any(head):
         raise unreadable(path, "it begins with zeros, where nothing was written; get it again")
     begins = " ".join(text[:60].split())
-    if not begins or not all(c.isprintable() or c.isspace() for c in text):
-        raise unreadable(
-            path, "it is no file of PyTorch, safetensors or numpy, or it is damaged; get it again"
-        )
     if text.startswith("<"):
         raise unreadable(
             path,
             f'it is a web page or an answer of a server, "{begins}"; download it again, from the '
             "address of the file itself",
+        )
+    if not text or not all(c != "\ufffd" and (c.isprintable() or c.isspace()) for c in text):
+        raise unreadable(
+            path, "it is no file of PyTorch, safetensors or numpy, or it is damaged; get it again"
         )
     if text.startswith("{") and path.stat().st_size <= _LONGEST_TEXT:
         with contextlib.suppress(ValueError):

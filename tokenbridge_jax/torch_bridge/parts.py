@@ -17,6 +17,8 @@ _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
     r"|_forward_module)(?:\.|$)"
 )
+# How many updates PyTorch's AveragedModel has had.
+_COUNTER = "n_averaged"
 # Words of the prefix of averaged parameters.
 _AVERAGED = {"ema", "average", "averaged", "avg"}
 
@@ -77,20 +79,21 @@ def find(tensors: Mapping[str, Any], network: Network, prefixes: Collection[str]
     parts: dict[str, dict[str, Any]] = {}
     for part, place in taken.items():
         parts[part] = {}
-        for name, tensor in owned[place].items():
-            if name.split(".")[0] in network.extras:
-                left.append(_join(place, name))
+        for name, tensor in owned.pop(place).items():
+            word = name.split(".")[0]
+            if word in network.extras:
+                left[_join(place, word)] += 1
             else:
                 parts[part][name] = tensor
-    for place in set(places) - set(taken.values()):
-        left += [_join(place, name) for name in owned[place]]
+    left.update({place: len(state) for place, state in owned.items()})
     notes = []
     if not plain:
         notes.append(f"took {_shown(averages[0])}, an average, as the parameters too")
     elif taken["model"] not in ("", "model"):
         notes.append(f"took {_shown(taken['model'])}")
     if left:
-        notes.append(f"left out {_counted(left)}")
+        listed = [f"{_shown(place)} ({count})" for place, count in left.most_common(8)]
+        notes.append(f"left out {', '.join(listed + ['...'] * (len(left) > 8))}")
     return Found(parts, tuple(taken.values()), tuple(notes))
 
 
@@ -103,9 +106,7 @@ def _unwrap_all(tensors: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
         bare = unwrapped(name)
-        if (
-            bare.rpartition(".")[2] == "n_averaged"
-        ):  # Counts the updates of PyTorch's AveragedModel.
+        if bare.rpartition(".")[2] == _COUNTER:
             continue
         if bare in found:
             raise UserError(f"it holds two tensors {bare}, one of them as {name}")
@@ -125,10 +126,10 @@ def _places(tensors: Iterable[str], marks: Sequence[str]) -> list[str]:
 
 def _split(
     tensors: Mapping[str, Any], places: Sequence[str]
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Tensors by place, under their names there, and names of those that are at none."""
+) -> tuple[dict[str, dict[str, Any]], collections.Counter[str]]:
+    """Tensors by place, under their names there, and how many begin with what other words."""
     owned: dict[str, dict[str, Any]] = {place: {} for place in places}
-    left = []
+    left: collections.Counter[str] = collections.Counter()
     longest_first = sorted(places, key=len, reverse=True)
     for name, tensor in tensors.items():
         for place in longest_first:
@@ -136,7 +137,7 @@ def _split(
                 owned[place][name[len(place) :].lstrip(".")] = tensor
                 break
         else:
-            left.append(name)
+            left[name.split(".")[0]] += 1
     return owned, left
 
 
@@ -154,13 +155,6 @@ def _which(plain: Sequence[str], averages: Sequence[str]) -> str:
     flags = " or ".join("--prefix=" + ",".join(place or "." for place in c) for c in choices)
     places = ", ".join(map(_shown, (*plain, *averages)))
     return f"it holds the network several times ({places}); say which: {flags}"
-
-
-def _counted(names: Iterable[str]) -> str:
-    """Names by their first word, with how many there are."""
-    words = collections.Counter(name.split(".")[0] for name in names)
-    listed = [f"{word}.* ({count})" for word, count in words.most_common(8)]
-    return ", ".join([*listed, "..."] if len(words) > 8 else listed)
 
 
 def _join(place: str, name: str) -> str:
