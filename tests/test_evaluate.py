@@ -287,6 +287,14 @@ def test_networks_are_imported_once(tmp_path, capsys):
     assert (
         "LPIPS needs two files: --vgg16 FILE and --lpips_vgg FILE" in imported("--vgg16=x.npz")[1]
     )
+    for content, what in (
+        ("version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        ("<!DOCTYPE html>", "web page"),
+    ):
+        (tmp_path / "x.pth").write_text(content)
+        status, error = imported(f"--vgg16={tmp_path / 'x.pth'}", f"--lpips_vgg={tmp_path / 'y'}")
+        assert (status, len(error.splitlines())) == (2, 1)
+        assert f"x.pth cannot be read: it is a {what}" in error
     np.savez(tmp_path / "wrong.npz", x=np.zeros(3))
     refused = imported(f"--inception={tmp_path / 'wrong.npz'}")[1]
     assert "wrong.npz is not the published file: its SHA-256 begins with" in refused

@@ -10,19 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from token_shards import write_tokens
 from torch_states import TINY, assert_same, in_diffusers, module_of
 
 from tokenbridge_jax import io, parallel
 from tokenbridge_jax.autoencoder import init_params, load_autoencoder, read_description
-from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands import import_torch, runner
 from tokenbridge_jax.pipeline import ModelDescription, Pipeline
 from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
 from tokenbridge_jax.sampling import SamplingSettings, generate
 from tokenbridge_jax.torch_bridge import files
 from tokenbridge_jax.torch_bridge.autoencoder import table
-from tokenbridge_jax.torch_bridge.model import BUFFERS
+from tokenbridge_jax.torch_bridge.model import BUFFERS, export_model
 from tokenbridge_jax.torch_bridge.table import to_torch
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -229,6 +230,42 @@ def test_an_autoencoder_of_diffusers_by_itself(tmp_path, described, argv, scale,
     assert run("import-torch", tmp_path / "w", "--autoencoder", path, "--scale=9") == 2
 
 
+def test_what_lies_deep_in_its_file_in_half_precision_is_imported(
+    state, tmp_path, capsys, monkeypatch
+):
+    """What was taken and what was left is said; levels are the exact ones again."""
+    average = {f"ema.{name}": torch.from_numpy(v).bfloat16() for name, v in state.items()}
+    other = {f"net.module.{name}": tensor + 1 for name, tensor in average.items()}
+    other = {name.replace("ema.", ""): tensor for name, tensor in other.items()}
+    checkpoint, autoencoder = tmp_path / "m.ckpt", tmp_path / "sd.bin"
+    safetensors.torch.save_file(average | other, checkpoint)
+    first_stage = {f"first_stage_model.{k}": v for k, v in files.read(AUTOENCODER)["model"].items()}
+    first_stage |= {"first_stage_model.loss.logvar": np.zeros(1, "f4"), "betas": np.ones(1, "f4")}
+    safetensors.numpy.save_file(first_stage, autoencoder)
+    written = {}
+    monkeypatch.setattr(
+        import_torch,
+        "write_checkpoint",
+        lambda *args: written.update(model=args[1], params=args[2]),
+    )
+    argv = ["--checkpoint", checkpoint, "--autoencoder", autoencoder, "--scale=0.5", "--prefix=ema"]
+    assert run("import-torch", tmp_path / "w", *argv, *FLAGS) == 0
+    said = capsys.readouterr().out
+    assert "m.ckpt: took ema.*, an average, as the parameters too" in said
+    assert f"m.ckpt: left out net.* ({len(state)})" in said
+    assert "sd.bin: took first_stage_model.*" in said
+    assert "sd.bin: left out betas.* (1), first_stage_model.loss.* (1)" in said
+    config, params = load_autoencoder(tmp_path / "w" / "autoencoder")
+    assert_same(to_torch(table(config), params), files.read(AUTOENCODER)["model"])
+    model = written["model"]
+    assert ModelDescription.load(tmp_path / "w").config == model
+    assert model.quantizer == Quantizer.gaussian(model.levels)
+    assert list(written["params"]) == ["model"]
+    exported = export_model(model, written["params"]["model"])
+    for name in state.keys() - set(BUFFERS):
+        np.testing.assert_array_equal(exported[name], average[f"ema.{name}"].float())
+
+
 def test_what_cannot_be_imported_is_told_and_leaves_nothing(imported, state, tmp_path, capsys):
     workdir = tmp_path / "w"
     vae = write_diffusers(tmp_path / "vae", norm_num_groups=16)
@@ -236,6 +273,11 @@ def test_what_cannot_be_imported_is_told_and_leaves_nothing(imported, state, tmp
     np.savez(
         broken, **{k: v for k, v in state.items() if k != "class_emb.weight"}, extra=np.ones(1)
     )
+    pointer, page = tmp_path / "lfs.ckpt", tmp_path / "page.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    page.write_text("<!DOCTYPE html>\n<html></html>")
+    twice = tmp_path / "twice.npz"
+    np.savez(twice, **{f"{part}.{k}": v for part in ("model", "net") for k, v in state.items()})
     both = ["--autoencoder", AUTOENCODER, "--scale=0.5"]
     for argv, message in [
         ([], "nothing to import"),
@@ -250,6 +292,11 @@ def test_what_cannot_be_imported_is_told_and_leaves_nothing(imported, state, tmp
             ["--checkpoint", broken, *both, *FLAGS],
             "broken.npz: missing class_emb.weight; unexpected extra",
         ),
+        (["--checkpoint", MODEL, "--autoencoder", pointer], "lfs.ckpt cannot be read: it is a Git"),
+        (["--checkpoint", page, *both], "page.safetensors cannot be read: it is a web page"),
+        (["--checkpoint", twice, *both], "twice.npz: it holds the network several times (model.*"),
+        (["--checkpoint", twice, *both, "--prefix=nett"], "say which: --prefix=model or --prefix"),
+        (["--checkpoint", MODEL, *both, "--prefix=net"], "no network is at --prefix=net"),
     ]:
         assert run("import-torch", workdir, *argv) == 2
         error = capsys.readouterr().err.strip()
@@ -261,8 +308,16 @@ def test_what_cannot_be_imported_is_told_and_leaves_nothing(imported, state, tmp
 
 
 def test_what_cannot_be_exported_is_told(imported, tmp_path, capsys):
+    lone = tmp_path / "lone"
+    shutil.copytree(imported, lone, ignore=shutil.ignore_patterns("autoencoder"))
     for workdir, argv, message in [
         (imported, [], "nothing to export"),
+        (imported, ["--out", tmp_path / "x.pth", "--autoencoder", tmp_path / "x.pth"], "both name"),
+        (
+            lone,
+            ["--out", tmp_path / "x.pth", "--autoencoder", tmp_path / "y.pth"],
+            "no autoencoder",
+        ),
         (imported, ["--out", tmp_path / "x.npz"], "x.npz ends in none of .pth"),
         (tmp_path, ["--out", tmp_path / "x.pth"], "holds no trained model"),
     ]:

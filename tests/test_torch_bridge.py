@@ -1,29 +1,28 @@
-"""State dicts of PyTorch: names, shapes and values both ways, files, and what is refused."""
+"""State dicts of PyTorch: names, shapes and values both ways, where they lie, what is refused."""
 
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
-import os
-import pickle
+import re
 from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from flax import traverse_util
 from goldens_model import config_of
-from torch_states import ATTENTION, TINY, assert_same, in_diffusers, module_of
+from torch_states import ATTENTION, TINY, assert_same, in_diffusers
 
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, abstract_params, init_params
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
 from tokenbridge_jax.torch_bridge import files
+from tokenbridge_jax.torch_bridge.autoencoder import NETWORK as AUTOENCODER
 from tokenbridge_jax.torch_bridge.autoencoder import (
     diffusers_table,
     import_autoencoder,
@@ -36,7 +35,10 @@ from tokenbridge_jax.torch_bridge.model import (
     export_model,
     import_model,
     infer_sizes,
+    level_values,
 )
+from tokenbridge_jax.torch_bridge.model import NETWORK as MODEL
+from tokenbridge_jax.torch_bridge.parts import find
 from tokenbridge_jax.torch_bridge.table import to_torch
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -115,7 +117,7 @@ def test_all_that_is_wrong_with_a_model_is_told_at_once(golden, state):
     broken["scaler"] = broken.pop("class_emb.weight")
     broken["z_proj.bias"] = state["z_proj.bias"][1:]
     broken["channel_mask"] = state["channel_mask"][1:]
-    broken["boundaries"] = 2 * state["boundaries"]
+    broken["boundaries"] = state["boundaries"] * np.float32(1.0007)  # Less than bfloat16 rounds by.
     del broken["reconstruction_values"]
     average = {k: v for k, v in state.items() if k != "channel_heads.3.weight"}
     assert infer_sizes(broken)["encoder_width"] == 48
@@ -131,6 +133,173 @@ def test_all_that_is_wrong_with_a_model_is_told_at_once(golden, state):
         "model: z_proj.bias has shape [47], expected [48]",
         "model_ema: missing channel_heads.3.weight",
     ]
+
+
+# --- Buffers of fewer bits ------------------------------------------------------------------------
+
+
+def rounded(state, dtype):
+    """A state dict that was in this type once."""
+    return {name: array.astype(jnp.dtype(dtype)).astype("f4") for name, array in state.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_buffers_of_half_precision_are_those_of_the_model(golden, state, dtype):
+    config = config_of(golden)
+    exact = np.asarray(Quantizer.gaussian(config.levels).level_values, np.float32)
+    read = rounded(state, dtype)
+    assert dtype == "float64" or not np.array_equal(read["boundaries"], state["boundaries"])
+    levels = level_values(read, exact)
+    # The float32 buffer comes as it is, a rounded one as what it was.
+    expected = state["reconstruction_values"] if dtype == "float64" else exact
+    np.testing.assert_array_equal(levels, expected)
+    config = dataclasses.replace(config, quantizer=Quantizer(tuple(levels.tolist())))
+    params = import_model(config, {"model": read})["model"]
+    kernel = params["backbone"]["z_proj"]["kernel"]
+    np.testing.assert_array_equal(kernel, read["z_proj.weight"].T)
+    # Other values than the rounded ones are told as ever.
+    wrong = {
+        "channel_mask": np.zeros_like(state["channel_mask"]),
+        "boundaries": rounded({"x": 1.05 * state["boundaries"]}, dtype)["x"],
+    }
+    with pytest.raises(UserError) as caught:
+        import_model(config, {"model": read | wrong})
+    message = "holds other values than this model's quantizer or mask"
+    assert str(caught.value) == "; ".join(f"{name} {message}" for name in wrong)
+
+
+def test_levels_are_the_files_unless_they_are_the_exact_ones_rounded():
+    exact = np.asarray(Quantizer.gaussian(64).level_values, np.float32)
+    own = np.linspace(-2.5, 2.5, 64, dtype=np.float32)
+    for values in (own, *(rounded({"x": own}, dtype)["x"] for dtype in ("float16", "bfloat16"))):
+        found = level_values({"reconstruction_values": values}, exact)
+        np.testing.assert_array_equal(found, values)
+    # Of float32, what is within rounding of the exact ones is its own too.
+    near = np.nextafter(exact, np.float32(0))
+    np.testing.assert_array_equal(level_values({"reconstruction_values": near}, exact), near)
+    for state in ({}, {"reconstruction_values": own[1:]}):
+        np.testing.assert_array_equal(level_values(state, exact), exact)
+
+
+# --- Where a network lies in its file -------------------------------------------------------------
+
+
+def prefixed(state, prefix):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def inside(state, word):
+    """As of layers that are wrapped one by one: the word stands before every name's last."""
+    return {re.sub(r"\.(?=[^.]+$)", f".{word}.", name): state[name] for name in state}
+
+
+NAMES = ("class_emb.weight", "mask_token", "channel_embed", "encoder_blocks.0.attn.qkv.weight")
+SMALL = {name: np.full(2, i, np.float32) for i, name in enumerate(NAMES)}
+AVERAGE = {name: array + 0.5 for name, array in SMALL.items()}
+EMA = {f"model_ema.{name.replace('.', '')}": array for name, array in SMALL.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SMALL,
+        {"model": SMALL, "epoch": 3, "args": argparse.Namespace(lr=1.0), "model_ema": None},
+        {"state_dict": SMALL},
+        {"module": SMALL, "ds_version": "0.1"},
+        {"model": None, "net": {"generator": SMALL}},
+        prefixed(SMALL, "module."),
+        {"model": prefixed(SMALL, "_orig_mod.")},
+        {"model": prefixed(SMALL, "module._orig_mod.")},
+        {"model": prefixed(SMALL, "_orig_mod.module.")},
+        {"state_dict": prefixed(SMALL, "model._orig_mod.")},
+        inside(SMALL, "_orig_mod"),
+        {"model": prefixed(inside(SMALL, "_fsdp_wrapped_module"), "_fsdp_wrapped_module.")},
+        {"n_averaged": np.int64(3)} | prefixed(SMALL, "module."),
+        {"net": SMALL, "optimizer": {"state": {0: {"exp_avg": np.ones(3)}}, "groups": [{}]}},
+    ],
+)
+def test_a_model_is_found_wherever_it_lies(tmp_path, content):
+    def tensors(value):
+        if isinstance(value, dict):
+            return {name: tensors(entry) for name, entry in value.items()}
+        return torch.as_tensor(value) if isinstance(value, np.ndarray | np.generic) else value
+
+    torch.save(tensors(content), tmp_path / "m.pth")
+    found = files.read_network(tmp_path / "m.pth", MODEL)
+    assert found.parts.keys() == {"model"}
+    assert_same(found.parts["model"], SMALL)
+
+
+def test_parameters_and_their_average(tmp_path):
+    for plain, average in (("model", "model_ema"), ("state_dict", "ema"), ("online", "ema_model")):
+        found = find(prefixed(SMALL, f"{plain}.") | prefixed(AVERAGE, f"{average}."), MODEL)
+        assert_same(found.parts["model"], SMALL)
+        assert_same(found.parts["model_ema"], AVERAGE)
+    # Alone, it is both, which is said.
+    found = find(prefixed(AVERAGE, "model_ema.module."), MODEL)
+    assert_same(found.parts["model"], AVERAGE)
+    assert (list(found.parts), found.notes) == (
+        ["model"],
+        ("took model_ema.*, an average, as the parameters too",),
+    )
+    assert find(prefixed(SMALL, "model."), MODEL).notes == ()
+
+
+def test_of_several_copies_a_flag_takes_one():
+    both = prefixed(SMALL, "model.") | prefixed(AVERAGE, "student.net.")
+    averaged = both | prefixed(AVERAGE, "ema.")
+    for tensors, flags in (
+        (both, "--prefix=model or --prefix=student.net"),
+        (averaged, "--prefix=model,ema or --prefix=student.net,ema"),
+        (SMALL | prefixed(SMALL, "copy."), "--prefix=. or --prefix=copy"),
+        (
+            prefixed(SMALL, "ema.") | prefixed(SMALL, "ema2.ema."),
+            "--prefix=ema or --prefix=ema2.ema",
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
+            find(tensors, MODEL)
+        assert str(caught.value).endswith(f"; say which: {flags}")
+        first = flags.split()[0].removeprefix("--prefix=").split(",")
+        assert find(tensors, MODEL, first).places == tuple("" if p == "." else p for p in first)
+    found = find(averaged, MODEL, ["student.net.", "ema", "elsewhere"])
+    assert list(found.parts) == ["model", "model_ema"]
+    assert_same(found.parts["model"], AVERAGE)
+    assert found.notes == ("took student.net.*", "left out model.* (4)")
+    assert list(find(averaged, MODEL, ["ema"]).parts) == ["model"]
+    with pytest.raises(
+        UserError, match=r"two tensors mask_token, one of them as module.mask_token"
+    ):
+        find(SMALL | {"module.mask_token": np.ones(1)}, MODEL)
+
+
+def test_what_lies_among_a_networks_tensors_stays_to_be_named(golden, state):
+    """Only what lies beside it is left out."""
+    stray = prefixed(state | {"scaler": np.ones(1, np.float32)}, "net.") | {"beside": np.ones(1)}
+    found = find({k: v for k, v in stray.items() if k != "net.mask_token"}, MODEL)
+    assert found.notes == ("took net.*", "left out beside.* (1)")
+    with pytest.raises(UserError) as caught:
+        import_model(config_of(golden), found.parts)
+    assert str(caught.value) == "missing mask_token; unexpected scaler"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "beside", "note"),
+    [
+        ("", {"loss.logvar": 0, "loss.discriminator.main.0.bias": 0}, "left out loss.* (2)"),
+        ("", EMA, "left out model_ema.* (4)"),
+        ("first_stage_model.", {"model.diffusion_model.out.0.bias": 0, "betas": 0}, None),
+        ("first_stage_model.", {"first_stage_model.loss.logvar": 0}, None),
+        ("vae.", prefixed(SMALL, "model."), None),
+    ],
+)
+def test_an_autoencoder_is_found_beside_other_networks(autoencoder_params, prefix, beside, note):
+    state = to_torch(table(TINY), autoencoder_params)
+    for layout in (state, in_diffusers(state)):
+        found = find(prefixed(layout, prefix) | beside, AUTOENCODER)
+        assert_same(found.parts["model"], layout)
+        assert any(line.startswith("left out ") for line in found.notes)
+        assert note is None or found.notes == (note,)
 
 
 # --- The autoencoder's layouts --------------------------------------------------------------------
@@ -229,140 +398,3 @@ def test_an_autoencoder_without_quant_convolutions_and_with_a_shift(autoencoder_
     np.testing.assert_allclose(moved.mean, posterior.mean - 0.25, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(moved.logvar, posterior.logvar)
     np.testing.assert_allclose(moved_decoded, decoded, rtol=0, atol=1e-5)
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_of_the_release_is_read(state, tmp_path):
-    """With all it holds beside the weights, in either format of torch."""
-    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-    content = {
-        "model": tensors,
-        "model_ema": {name: tensor.double() for name, tensor in tensors.items()},
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3}]},
-        "epoch": 3,
-        "scaler": {"scale": 65536.0},
-        "args": argparse.Namespace(batch_size=64),
-    }
-    for is_zip in (True, False):
-        torch.save(content, tmp_path / "m.pth", _use_new_zipfile_serialization=is_zip)
-        parts = files.read(tmp_path / "m.pth")
-        assert list(parts) == ["model", "model_ema"]
-        assert_same(parts["model"], state)
-        assert_same(parts["model_ema"], state)
-    torch.save(tensors, tmp_path / "plain.pt")
-    assert_same(files.read(tmp_path / "plain.pt")["model"], state)
-
-
-def test_other_kinds_of_files(state, tmp_path):
-    assert_same(files.read(GOLDENS / "tokenbridge_tiny.npz")["model"], state)
-    np.savez(tmp_path / "bare.npz", **state)
-    assert_same(files.read(tmp_path / "bare.npz")["model"], state)
-    halves = {name: torch.from_numpy(array).bfloat16() for name, array in state.items()}
-    safetensors.torch.save_file(halves, tmp_path / "half.safetensors")
-    read = files.read(tmp_path / "half.safetensors")["model"]
-    assert_same(read, {name: tensor.float().numpy() for name, tensor in halves.items()})
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_torch_loads_what_is_written(state, tmp_path, suffix):
-    path = tmp_path / f"model{suffix}"
-    parameters = {k: v for k, v in state.items() if k not in BUFFERS}
-    files.write(path, {"model": state, "model_ema": parameters})
-    if suffix == ".pth":
-        content = torch.load(path, weights_only=True)
-        assert content["model_ema"].keys() == parameters.keys()
-        loaded = content["model"]
-    else:
-        loaded = safetensors.torch.load_file(path)
-    module = module_of(state)
-    module.load_state_dict(loaded, strict=True)
-    assert_same({k: v.numpy() for k, v in module.state_dict().items()}, state)
-    assert_same(files.read(path)["model"], state)
-
-
-class Hostile:
-    """Writes a file when unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.parametrize("how", ["zip", "legacy", "pickle 2", "pickle 5"])
-def test_a_file_that_would_run_code_is_refused(tmp_path, how):
-    path, trace = tmp_path / "model.pth", tmp_path / "trace"
-    held = "posix.system"
-    if how.startswith("pickle"):
-        path.write_bytes(pickle.dumps({"model": Hostile(trace)}, protocol=int(how[-1])))
-        held = held if how == "pickle 2" else "no tensors of PyTorch"
-    else:
-        content = {"model": Hostile(trace)}
-        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(UserError, match=rf"model.pth is refused: .*holds {held}, ") as caught:
-        files.read(path)
-    assert "\n" not in str(caught.value)
-    assert not trace.exists()
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".npz"])
-@pytest.mark.parametrize("content", [b"", b"nonsense " * 100])
-def test_damaged_files_are_named_in_one_line(tmp_path, suffix, content):
-    path = tmp_path / f"model{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.\w+ (cannot be read|is refused)") as caught:
-        files.read(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_files_of_another_kind_are_named_in_one_line(tmp_path):
-    """A file of one kind under the name of another, and tensors of kinds no model has."""
-    ones = torch.ones(3, 3)
-    torch.save({"a": ones}, tmp_path / "torch.npz")
-    torch.save({"a": ones.to_sparse()}, tmp_path / "sparse.pth")
-    torch.save({"a": torch.ones(3, device="meta")}, tmp_path / "meta.pth")
-    safetensors.torch.save_file({"a": ones.to(torch.float8_e4m3fn)}, tmp_path / "f8.safetensors")
-    safetensors.torch.save_file({"a": ones}, tmp_path / "safetensors.pth")
-    np.savez(tmp_path / "words.npz", a=np.array(["x"]))
-    np.savez_compressed(tmp_path / "flipped.npz", a=np.arange(1000))
-    flipped = bytearray((tmp_path / "flipped.npz").read_bytes())
-    flipped[300] ^= 255
-    (tmp_path / "flipped.npz").write_bytes(flipped)
-    with (tmp_path / "array.npz").open("wb") as file:
-        np.save(file, np.ones(3))
-    (tmp_path / "folder.pth").mkdir()
-    for path in tmp_path.iterdir():
-        with pytest.raises(UserError, match=path.name) as caught:
-            files.read(path)
-        assert "\n" not in str(caught.value)
-
-
-def test_what_holds_no_state_dict_is_told(tmp_path):
-    path = tmp_path / "model.pth"
-    torch.save([1, 2], path)
-    with pytest.raises(UserError, match="holds no state dict but a list"):
-        files.read(path)
-    torch.save({"model": {"a": 3}}, path)
-    with pytest.raises(UserError, match="holds no state dict in 'model'"):
-        files.read(path)
-    with pytest.raises(UserError, match=r"model.foo ends in none of .pth"):
-        files.read(tmp_path / "model.foo")
-    with pytest.raises(UserError, match=r"there is no file .*other.pth"):
-        files.read(tmp_path / "other.pth")
-
-
-def test_without_torch_only_its_own_files_are_out_of_reach(state, tmp_path, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name)
-    )
-    for call in (lambda: files.read(tmp_path / "m.ckpt"), lambda: files.write("m.pth", {})):
-        with pytest.raises(
-            UserError, match=r"needs PyTorch: pip install 'tokenbridge_jax\[torch\]"
-        ):
-            call()
-    files.write(tmp_path / "m.safetensors", {"model": state})
-    assert_same(files.read(tmp_path / "m.safetensors")["model"], state)

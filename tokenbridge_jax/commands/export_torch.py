@@ -57,10 +57,11 @@ def main(args: flags.FlagValues) -> None:
         files.check_suffix(path, files.WRITTEN_SUFFIXES)
         if epath.Path(path).exists():
             raise UserError(f"{path} is there already; name another file, or remove it")
+    if args.autoencoder:  # Before anything is written: there may be none.
+        config, params = load_autoencoder(workdir / "autoencoder")
     if args.out:
         _export_model(workdir, args.out, args.ema)
     if args.autoencoder:
-        config, params = load_autoencoder(workdir / "autoencoder")
         files.write(args.autoencoder, {"model": to_torch(autoencoder_table(config), params)})
         print(f"wrote {args.autoencoder}; import it with --scale={config.scale!r}")
 

@@ -3,10 +3,13 @@
   tokenbridge import-torch --checkpoint tokenbridge-l.pth --autoencoder kl16.ckpt --workdir W
   tokenbridge import-torch --autoencoder vae/diffusion_pytorch_model.safetensors --workdir W
 
-Files are .pth and its kin (they need `pip install 'tokenbridge_jax[torch]'`), .safetensors or
-.npz. Sizes are those of the arrays. What no array shows is the config's (by default that of
-configs/imagenet256.py): --config.quantizer.range and .channel_order, and, unless the backbone is as
-wide as a published one, --config.model.encoder_heads and .decoder_heads beside its widths.
+Files are .pth and its kin (they need `pip install 'tokenbridge_jax[torch]'`), .safetensors (also
+the index of several) or .npz, in any floating-point type. A network is found wherever it lies in
+its file, such as `first_stage_model.` of Stable Diffusion; where there are several copies, --prefix
+says which to take. Sizes are those of the arrays. What no array shows is the config's (by default
+that of configs/imagenet256.py): --config.quantizer.range and .channel_order, and, unless the
+backbone is as wide as a published one, --config.model.encoder_heads and .decoder_heads beside its
+widths.
 
 An autoencoder may have the names of LDM (kl16.ckpt) or of diffusers' AutoencoderKL, whose
 config.json beside it says how latents are scaled; --scale and --shift say it otherwise.
@@ -21,7 +24,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +52,15 @@ from tokenbridge_jax.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
 from tokenbridge_jax.tokenizing import make_quantizer
 from tokenbridge_jax.torch_bridge import files
+from tokenbridge_jax.torch_bridge.autoencoder import NETWORK as AUTOENCODER
 from tokenbridge_jax.torch_bridge.autoencoder import (
     import_autoencoder,
     infer_config,
     is_diffusers,
 )
-from tokenbridge_jax.torch_bridge.model import import_model, infer_sizes
+from tokenbridge_jax.torch_bridge.model import NETWORK as MODEL
+from tokenbridge_jax.torch_bridge.model import import_model, infer_sizes, level_values
+from tokenbridge_jax.torch_bridge.parts import unwrapped
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import TrainState, abstract_state, state_shardings
@@ -77,6 +83,12 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         "The autoencoder's file; without it WORKDIR/autoencoder must be there already.",
         flag_values,
     )
+    define(
+        flags.DEFINE_list,
+        "prefix",
+        "What stands before the names of the tensors to take, where a file holds several copies of "
+        "the network: model, or model,model_ema for parameters and their average.",
+    )
     define(flags.DEFINE_float, "scale", "Factor from a posterior sample to a latent.")
     define(flags.DEFINE_float, "shift", "What is subtracted from a posterior sample before that.")
     flags.DEFINE_bool(
@@ -96,9 +108,13 @@ def main(args: flags.FlagValues) -> None:
         raise UserError("one process imports: run it without --distributed")
     with runner.locked(args.workdir):
         config, workdir = args.config, epath.Path(args.workdir)
-        parts = _read_checkpoint(args.checkpoint, workdir) if args.checkpoint else {}
+        if args.checkpoint and _holds_model(workdir):
+            raise UserError(f"{workdir} holds a model already; use another --workdir")
+        parts, autoencoder_state = read_files(args)
         sizes = infer_sizes(parts["model"]) if parts else {}
-        autoencoder, autoencoder_params = read_autoencoder(args, sizes.get("positions"))
+        autoencoder, autoencoder_params = read_autoencoder(
+            args, autoencoder_state, sizes.get("positions")
+        )
         adapt_config(config, autoencoder, sizes, args.first_token_quirk)
         if parts:
             model = make_model(config, autoencoder, sizes, parts["model"])
@@ -129,10 +145,48 @@ def main(args: flags.FlagValues) -> None:
             )
 
 
+def read_files(args: flags.FlagValues) -> tuple[dict[str, files.StateDict], files.StateDict]:
+    """The parts of --checkpoint and the state dict of --autoencoder, empty if not given.
+
+    Prints what was taken of them, where that is not plain.
+
+    Raises:
+      UserError: a file cannot be read, or holds no such network or several; or none has a --prefix.
+    """
+    parts: dict[str, files.StateDict] = {}
+    autoencoder: files.StateDict = {}
+    prefixes = set(map(unwrapped, args.prefix or ()))
+    places: set[str] = set()
+    if args.checkpoint:
+        found = files.read_network(args.checkpoint, MODEL, prefixes)
+        parts = found.parts
+        if not infer_sizes(parts["model"]):
+            few = ", ".join(list(parts["model"])[:3])
+            raise UserError(f"{args.checkpoint} holds no TokenBridge model, but {few}, ...")
+        places.update(found.places)
+        _print_notes(args.checkpoint, found.notes)
+    if args.autoencoder:
+        found = files.read_network(args.autoencoder, AUTOENCODER, prefixes)
+        autoencoder = found.parts["model"]
+        places.update(found.places)
+        _print_notes(args.autoencoder, found.notes)
+        if "model_ema" in found.parts:
+            average = found.places[1]
+            print(f"{args.autoencoder}: left out its average; --prefix={average} takes that")
+    if missing := prefixes - places:
+        raise UserError(f"no network is at --prefix={','.join(sorted(missing))}")
+    return parts, autoencoder
+
+
 def read_autoencoder(
-    args: flags.FlagValues, positions: int | None
+    args: flags.FlagValues, state: files.StateDict, positions: int | None
 ) -> tuple[AutoencoderConfig, dict[str, Any]]:
     """The autoencoder of --autoencoder, or else the one that is there.
+
+    Args:
+      args: flags.
+      state: the state dict of --autoencoder.
+      positions: of the model, if it is known.
 
     Raises:
       UserError: there is none, another one is there, or it does not fit.
@@ -145,7 +199,6 @@ def read_autoencoder(
                 f"there is no autoencoder in {folder}; name its file too: --autoencoder FILE"
             )
         return load_autoencoder(folder)
-    state = files.read(args.autoencoder)["model"]
     with _naming(args.autoencoder):
         grid = math.isqrt(positions) if positions else None
         config = infer_config(state, args.config.data.image_size, grid)
@@ -245,9 +298,8 @@ def make_model(
             f"{autoencoder.latent_channels}; import the one it was trained with"
         )
     quantizer = make_quantizer(config)
-    values = state.get("reconstruction_values", np.zeros(0))
-    if values.shape == (quantizer.levels,):
-        quantizer = Quantizer(tuple(values.tolist()), quantizer.minimum, quantizer.maximum)
+    values = level_values(state, np.asarray(quantizer.level_values, np.float32))
+    quantizer = Quantizer(tuple(values.tolist()), quantizer.minimum, quantizer.maximum)
     if config.quantizer.channel_order == "frequency":
         raise UserError(
             "no array shows the channel order; say it, as model.json of the model's workdir does: "
@@ -287,14 +339,14 @@ def write_checkpoint(
         checkpoints.close()
 
 
-def _read_checkpoint(path: str, workdir: epath.Path) -> dict[str, files.StateDict]:
-    if Checkpoints(workdir / "checkpoints").latest is not None or (workdir / WEIGHTS_FILE).exists():
-        raise UserError(f"{workdir} holds a model already; use another --workdir")
-    parts = files.read(path)
-    if not infer_sizes(parts["model"]):
-        few = ", ".join(list(parts["model"])[:3]) or "nothing"
-        raise UserError(f"{path} holds no TokenBridge model, but {few}, ...")
-    return parts
+def _holds_model(workdir: epath.Path) -> bool:
+    saved = (workdir / WEIGHTS_FILE).exists()
+    return saved or Checkpoints(workdir / "checkpoints").latest is not None
+
+
+def _print_notes(path: str, notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"{path}: {note}")
 
 
 @contextlib.contextmanager

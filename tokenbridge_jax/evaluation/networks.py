@@ -18,6 +18,7 @@ from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import inception, lpips
 from tokenbridge_jax.evaluation.features import Extractor, InceptionExtractor, ThumbnailExtractor
 from tokenbridge_jax.torch_bridge import files
+from tokenbridge_jax.torch_bridge.kinds import recognise
 
 # What the SHA-256 of the published files begin with: their names say it, or it was computed.
 PUBLISHED = {
@@ -74,8 +75,10 @@ def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublishe
         `.safetensors` or `.npz`. What is computed with them says so.
 
     Raises:
-      UserError: a file is not the published one, or not of this network.
+      UserError: a file is none of weights, not the published one, or not of this network.
     """
+    for path in paths.values():
+        recognise(Path(path))
     digests = {part: io.sha256(path) for part, path in paths.items()}
     published = all(digests[part].startswith(PUBLISHED[part]) for part in digests)
     for part, digest in digests.items():

@@ -15,10 +15,23 @@ import numpy as np
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig, abstract_params
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.torch_bridge.parts import Network
 from tokenbridge_jax.torch_bridge.table import Entry, from_torch, size
 
 Path = tuple[str, ...]
 State = Mapping[str, np.ndarray]
+
+# By what it is known among a file's tensors, in either layout. LDM keeps with it a loss, which
+# has a discriminator and LPIPS, and an average under names without dots.
+NETWORK = Network(
+    (
+        "encoder.conv_in.weight",
+        "encoder.conv_out.weight",
+        "decoder.conv_in.weight",
+        "decoder.conv_out.weight",
+    ),
+    extras=("loss", "model_ema"),
+)
 
 # Names of LDM -> those of diffusers, which counts the decoder's levels from the coarsest.
 _DIFFUSERS = (

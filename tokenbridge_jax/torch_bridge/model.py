@@ -4,14 +4,30 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
+from tokenbridge_jax.torch_bridge.parts import Network
 from tokenbridge_jax.torch_bridge.table import Entry, from_torch, problems, size, to_torch
 
 # State-dict entries that are not parameters: they follow from the configuration.
 BUFFERS = ("channel_mask", "reconstruction_values", "boundaries")
+
+# By what it is known among a file's tensors.
+NETWORK = Network(
+    (
+        "class_emb.weight",
+        "z_proj.weight",
+        "z_proj_ln.weight",
+        "encoder_pos_embed_learned",
+        "decoder_pos_embed_learned",
+        "output_pos_embed",
+        "channel_embed",
+        "timesteps_embeddings",
+    )
+)
 
 State = Mapping[str, np.ndarray]
 
@@ -85,6 +101,27 @@ def buffers(config: TokenBridgeConfig) -> dict[str, np.ndarray]:
     }
 
 
+def level_values(state: State, exact: np.ndarray) -> np.ndarray:
+    """The level values of an imported model, on the +-3 scale.
+
+    Those of its buffer, `reconstruction_values`, bit for bit. Only where that buffer is in float16
+    or bfloat16 and is `exact` rounded to it, they are `exact`: the weights were then saved, or
+    converted, with fewer bits than they were trained with.
+
+    Args:
+      state: the state dict; without that buffer, or with one of another length, they are `exact`.
+      exact: float32 `[V]`, those of the paper.
+
+    Returns:
+      Float32 `[V]`.
+    """
+    values = state.get("reconstruction_values", exact)
+    if values.shape != exact.shape:
+        return exact
+    rounding = _rounding(values)
+    return exact if rounding and _agree(values, exact, rounding) else values
+
+
 def infer_sizes(state: Mapping[str, Any]) -> dict[str, int]:
     """Reads a model's sizes off the shapes of a state dict.
 
@@ -143,7 +180,8 @@ def import_model(
 
     Args:
       config: of the model, its quantizer with the level values of the release.
-      parts: state dicts by name ("model", "model_ema"), with all buffers or none.
+      parts: state dicts by name ("model", "model_ema"), with all buffers or none. Buffers in half
+        precision may differ by what that rounds.
 
     Raises:
       UserError: naming every tensor, of all parts, that is missing, unexpected or misshapen, and
@@ -160,7 +198,7 @@ def import_model(
             ours = own[name]
             if theirs.shape != ours.shape:
                 wrong.append(f"{name} has shape {list(theirs.shape)}, expected {list(ours.shape)}")
-            elif not np.allclose(theirs, ours, rtol=0, atol=1e-4):
+            elif not _agree(theirs, ours, _rounding(theirs)):
                 wrong.append(f"{name} holds other values than this model's quantizer or mask")
         found += [f"{part}: {line}" if len(parts) > 1 else line for line in wrong]
     if found:
@@ -174,6 +212,23 @@ def import_model(
 def export_model(config: TokenBridgeConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Parameters here -> a state dict of the official release, its buffers included."""
     return to_torch(table(config), params) | buffers(config)
+
+
+def _rounding(array: np.ndarray) -> float:
+    """By which share of themselves numbers may be rounded: 0 where they need all of float32.
+
+    The numbers tell, not their dtype, which a conversion back to float32 hides.
+    """
+    for dtype in (jnp.bfloat16, jnp.float16):  # The coarser first: most of its numbers are in both.
+        with np.errstate(over="ignore"):
+            is_rounded = np.array_equal(array, array.astype(dtype).astype(np.float32))
+        if is_rounded:
+            return float(jnp.finfo(dtype).eps)
+    return 0.0
+
+
+def _agree(theirs: np.ndarray, ours: np.ndarray, rounding: float) -> bool:
+    return np.allclose(theirs, ours, rtol=rounding, atol=1e-4)
 
 
 def _reshaped(name: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Entry:
