@@ -19,7 +19,7 @@ CONFIG = tiny(positions=16, first_token_quirk=True)
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return tiny_pipeline(CONFIG, random_params(CONFIG))
+    return tiny_pipeline(CONFIG, random_params(CONFIG, spread=0.2))
 
 
 @pytest.fixture(scope="module")
