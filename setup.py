@@ -68,7 +68,6 @@ setup(
             "tensorflow-datasets>=4.9.9",
             "torch==2.13.0",
             "torch-fidelity",
-            "torchvision==0.28.0",
         ],
     },
     entry_points={"console_scripts": ["tokenbridge = tokenbridge_jax.commands.runner:main"]},

@@ -36,3 +36,13 @@ def programs(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def gpu_to_lower_for(monkeypatch):
+    """What jax 0.11 and later must know to lower a GPU's kernels on a machine without one."""
+    if jax.__version_info__ >= (0, 11):
+        from jax._src.pallas.triton import gpu_info
+
+        h200 = gpu_info.get_gpu_info_from_version(gpu_info.GpuVersion.H200)
+        monkeypatch.setitem(gpu_info.registry, "cpu", lambda: h200)

@@ -102,10 +102,7 @@ def test_the_kernel_is_the_same_on_any_mesh(count: int, heads: int):
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11) and jax.default_backend() != "gpu",
-    reason="jax 0.11 lowers these kernels only where there is a GPU",
-)
+@pytest.mark.usefixtures("gpu_to_lower_for")
 @pytest.mark.parametrize(
     ("dtype", "width", "kernels"),
     [(jnp.bfloat16, 16, 1), (jnp.float32, 16, 0), (jnp.bfloat16, 8, 0)],

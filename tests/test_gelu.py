@@ -187,10 +187,7 @@ def test_units_are_the_same_on_any_mesh(mesh, function, images: int, width: int)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11) and jax.default_backend() != "gpu",
-    reason="jax 0.11 lowers these kernels only where there is a GPU",
-)
+@pytest.mark.usefixtures("gpu_to_lower_for")
 @pytest.mark.parametrize(
     ("rows", "width", "dtype", "tensor", "kernels"),  # Rows of a device.
     [

@@ -1,6 +1,8 @@
 """The attention kernels, their Python run on CPU, against the plain versions and mathematics."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from tiny_model import relative_error
 from tokenbridge_jax import parallel
 from tokenbridge_jax.kernels import attention as over_positions
 from tokenbridge_jax.kernels import channel_attention as over_channels
+from tokenbridge_jax.kernels import common
 from tokenbridge_jax.kernels.attention import attention, plain_attention
 from tokenbridge_jax.kernels.channel_attention import channel_attention, plain_channel_attention
 
@@ -329,10 +332,7 @@ def test_other_platforms_run_the_plain_versions(name: str, dtype, tolerance: flo
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11) and jax.default_backend() != "gpu",
-    reason="jax 0.11 lowers these kernels only where there is a GPU",
-)
+@pytest.mark.usefixtures("gpu_to_lower_for")
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize(("dtype", "kernels"), [(jnp.bfloat16, 2), (jnp.float32, 0)])
 def test_gpus_run_one_kernel_forward_and_one_backward(name: str, dtype, kernels: int):
@@ -348,3 +348,46 @@ def test_what_does_not_fill_a_tile_has_no_kernel(channels: int, width: int):
     run = gradients_and_output(lambda *x: channel_attention(*x, norms, SEED, 0.2))
     traced = run.trace(*inputs(jnp.bfloat16, channels, width))
     assert "triton" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+import jax, jax.numpy as jnp
+import tokenbridge_jax.commands.train, tokenbridge_jax.commands.sample
+from tokenbridge_jax.kernels.attention import attention
+from tokenbridge_jax.kernels.gelu import gelu_dropout
+def function(qkv, bias, seed):
+    mixed = attention(qkv, bias, None, seed, 0.1)
+    return mixed, gelu_dropout(mixed[:, :, 0], bias[0, 0], seed, 0.1)
+seed = jnp.zeros(2, jnp.uint32)
+shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 64, 3, 2, 16), (3, 2, 16))]
+text = jax.jit(function).trace(*shapes, seed).lower(lowering_platforms=("cuda",)).as_text()
+assert "triton" not in text
+"""
+
+
+def test_without_pallass_triton_backend_plain_operations_take_over():
+    """Which JAX says that it will drop: nothing fails when it is imported, and one line is told."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "fast GPU kernels" in line]
+    assert len(told) == 1
+    assert "plain operations take their place" in told[0]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_kernel_that_cannot_be_made_is_given_up(name: str, monkeypatch, capsys):
+    def changed(*arguments, **others):
+        raise TypeError("pallas_call() takes\nsomething else now")
+
+    monkeypatch.setattr(common, "_given_up", [])
+    monkeypatch.setattr(common.pl, "pallas_call", changed)
+    for _ in range(2):
+        traced = gradients_and_output(FUNCTIONS[name][0]).trace(*inputs(jnp.bfloat16))
+        assert "triton" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].endswith("TypeError: pallas_call() takes something else now)")

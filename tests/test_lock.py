@@ -1,4 +1,4 @@
-"""One run at a time in a workdir, with real processes; `test_survival.py` restarts killed jobs."""
+"""One run at a time in a workdir, with real processes; `test_processes.py` restarts killed jobs."""
 
 import errno
 import fcntl

@@ -134,7 +134,7 @@ def test_kernel_distance_is_its_definition():
 
 def test_metrics_are_torch_fidelitys():
     """Of the same features: its draws of KID, too."""
-    import torch_networks  # noqa: F401  (Which lets torchvision be imported.)
+    import torch_networks  # noqa: F401  (It stands in for torchvision.)
     from torch_fidelity import metric_fid, metric_kid, metric_prc
 
     x, y = features(130, 12), features(150, 12, shift=0.2, seed=1)

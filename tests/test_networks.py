@@ -1,9 +1,13 @@
 """Inception and LPIPS against the public PyTorch networks with the same weights."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 import torch
+import torch_networks
+import torchvision_stand_in
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch_networks import (
     lpips_network,
@@ -76,9 +80,6 @@ def test_inceptions_weights_are_checked(state):
         inception.import_inception(wrong)
 
 
-# Of how the package asks torchvision for a backbone without weights.
-@pytest.mark.filterwarnings("ignore:The parameter 'pretrained':UserWarning")
-@pytest.mark.filterwarnings("ignore:Arguments other than a weight enum:UserWarning")
 @pytest.mark.parametrize("name", ["vgg", "alex"])
 def test_lpips_is_that_of_its_package(name: str):
     network, backbone, linear = lpips_network(name)
@@ -108,3 +109,12 @@ def test_psnr_and_ssim_are_scikit_images():
     np.testing.assert_allclose(pixels.ssim(one, other), expected, rtol=1e-10)
     assert np.isinf(pixels.psnr(one, one)).all()
     np.testing.assert_allclose(pixels.ssim(one, one), 1)
+
+
+def test_no_reference_loads_torchvisions_binary():
+    """Installed or not: it ends the interpreter beside some builds of PyTorch."""
+    lpips_uses = torch_networks.lpips.pretrained_networks.tv
+    for models in (lpips_uses, torch_networks.pytorch_fid.inception.torchvision.models):
+        assert models.vgg16 is torchvision_stand_in.VGG16
+    files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
+    assert not [path for path in (*files, *torch.ops.loaded_libraries) if "/torchvision/" in path]

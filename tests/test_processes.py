@@ -1,13 +1,29 @@
-"""One job of one, two and four real processes: the same losses, the same images."""
+"""One job of one and of two real processes, killed or not: the same losses, the same images."""
 
+import random
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 import soak
 from jobs import start_job
 
-STEPS = 8
+from tokenbridge_jax.processes import EXIT_LOST
+
+STEPS = 30
+CONFIG = {"training.steps": STEPS, "training.checkpoint_every": 5, "training.eval_every": 10}
+# Waits for the others, which wait for it, unless it is the one to die.
+MEMBER = """
+import os, signal, sys
+from tokenbridge_jax import processes
+processes.join(True)
+assert processes.gather(sys.argv[1]) == ["a", "dies", "b"]
+if sys.argv[1] == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
+processes.gather("never")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -15,11 +31,10 @@ def trained(tmp_path_factory):
     """Workdirs of the same training, by number of processes; each on the same four devices."""
     root = tmp_path_factory.mktemp("trained")
     soak.write_workdir(root / "1")
-    shutil.copytree(root / "1", root / "4")
-    config = {"training.steps": STEPS, "training.checkpoint_every": 5}
+    shutil.copytree(root / "1", root / "2")
     jobs = {
-        count: soak.start(root / str(count), count, root / f"{count}.txt", **config)
-        for count in (1, 4)
+        count: soak.start(root / str(count), count, root / f"{count}.txt", **CONFIG)
+        for count in (1, 2)
     }
     for count, job in jobs.items():
         assert soak.end(job) == [0] * count, (root / f"{count}.txt").read_text()
@@ -31,43 +46,71 @@ def test_training_gives_the_losses_of_one_process(trained):
     one = soak.results(trained[1])
     assert [row["step"] for row in one] == list(range(1, STEPS + 1))
     assert "val_nll_bits_per_index" in one[-1]
-    four = soak.results(trained[4])
-    assert [row.keys() for row in four] == [row.keys() for row in one]
-    for ours, theirs in zip(four, one, strict=True):
+    two = soak.results(trained[2])
+    assert [row.keys() for row in two] == [row.keys() for row in one]
+    for ours, theirs in zip(two, one, strict=True):
         assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4)
 
 
+def test_a_run_killed_and_stopped_ends_with_the_losses_of_one_left_alone(trained, tmp_path):
+    """`soak.py` does it many times."""
+    soak.write_workdir(tmp_path / "killed")
+    job = {"processes": 2, "log": tmp_path / "log.txt", **CONFIG}
+    ways = ("writing", "term")
+    assert list(soak.lives(ways, tmp_path / "killed", random.Random(0), **job)) == []
+    assert soak.results(tmp_path / "killed") == soak.results(trained[2])
+    assert soak.saved(tmp_path / "killed") == STEPS
+    assert "stopped and saved at step" in (tmp_path / "log.txt").read_text()
+
+
+def test_where_one_process_dies_the_others_end_and_say_so(tmp_path):
+    with (tmp_path / "log.txt").open("w") as log:
+        job = start_job(
+            ["-c", MEMBER],
+            [["a"], ["dies"], ["b"]],
+            output=log,
+            TOKENBRIDGE_HEARTBEAT_SECONDS="10",
+        )
+    begun = time.monotonic()
+    assert soak.end(job) == [EXIT_LOST, -signal.SIGKILL, EXIT_LOST]
+    assert time.monotonic() - begun < 60  # The processes start within the time, too.
+    log = (tmp_path / "log.txt").read_text()
+    for index in (0, 2):
+        assert f"process {index} ends: another process of this job is gone or did not" in log
+    assert "unhealthy (stopped sending heartbeats):\n1\n" in log
+
+
 def test_sampling_gives_every_image_once_and_the_same_ones(trained, tmp_path):
-    """Also: a checkpoint of four processes restores on one and two."""
-    command = ["-m", "tokenbridge_jax.commands.sample", "--distributed", "--workdir", trained[4]]
+    """Also: a checkpoint of two processes restores on one and four."""
+    command = ["-m", "tokenbridge_jax.commands.sample", "--distributed", "--workdir", trained[2]]
     command += ["--num_images=22", "--config.sampling.batch_size=8"]
     jobs = {
         count: start_job(
             [*command, "--output", tmp_path / str(count)], [[]] * count, devices=4 // count
         )
-        for count in (1, 2)
+        for count in (1, 4)
     }
     for count, job in jobs.items():
         outputs = [process.communicate(timeout=soak.LIMIT_SECONDS)[0] for process in job]
         assert [process.returncode for process in job] == [0] * count
         assert ["(22 images)" in output for output in outputs] == [True] + [False] * (count - 1)
-    one, two = (np.load(tmp_path / str(count) / "samples.npz") for count in jobs)
+    one, four = (np.load(tmp_path / str(count) / "samples.npz") for count in jobs)
     assert one["arr_0"].shape == (22, 16, 16, 1)
     assert len({image.tobytes() for image in one["arr_0"]}) == 22
-    np.testing.assert_array_equal(two["labels"], np.resize([0, 1, 2], 22))
-    np.testing.assert_array_equal(two["arr_0"], one["arr_0"])
+    np.testing.assert_array_equal(four["labels"], np.resize([0, 1, 2], 22))
+    np.testing.assert_array_equal(four["arr_0"], one["arr_0"])
 
 
 def test_processes_that_see_different_folders_are_told(trained, tmp_path):
-    shutil.copytree(trained[4], tmp_path / "other")
+    shutil.copytree(trained[2], tmp_path / "other")
     shutil.rmtree(tmp_path / "other" / "checkpoints")
     command = ["-m", "tokenbridge_jax.commands.train", "--distributed"]
     with (tmp_path / "log.txt").open("w") as log:
         job = start_job(
             command,
-            [["--workdir", trained[4]], ["--workdir", tmp_path / "other"]],
+            [["--workdir", trained[2]], ["--workdir", tmp_path / "other"]],
             devices=2,
             output=log,
         )
     assert soak.end(job) == [2, 2]
-    assert "checkpoints: 8, none; give all of them the same" in (tmp_path / "log.txt").read_text()
+    assert "checkpoints: 30, none; give all of them the same" in (tmp_path / "log.txt").read_text()

@@ -218,7 +218,8 @@ def test_bfloat16_computes_the_loss_but_not_the_parameters():
     losses = {}
     for precision in ("float32", "bfloat16"):
         task = AutoencoderTask(TINY, precision, kl_weight=1e-3)
-        _, state, step = toy_training(task, mesh := parallel.make_mesh(2, 2, 2))
+        mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+        _, state, step = toy_training(task, mesh)
         images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
         with parallel.use_mesh(mesh):
             state, metrics = step(state, parallel.to_global({"images": images}, mesh), None)

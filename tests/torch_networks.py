@@ -1,32 +1,23 @@
-"""The public PyTorch networks that evaluation is compared with.
-
-torchvision's build for GPUs finds none of its own operators on a CPU and is not imported then. None
-is used here, so it is enough that they have names.
-"""
+"""The public PyTorch networks that evaluation is compared with."""
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision_stand_in
 
 from tokenbridge_jax.evaluation import inception
 
-_operators = torch.library.Library("torchvision", "FRAGMENT")
-_source = Path(find_spec("torchvision").origin).parent / "_meta_registrations.py"
-for _name in set(re.findall(r'register_\w+\("(?:torchvision::)?(\w+)"', _source.read_text())):
-    if not hasattr(torch.ops.torchvision, _name):
-        _operators.define(f"{_name}(Tensor x) -> Tensor")
+torchvision_stand_in.install()
 
 import lpips  # noqa: E402
 import pytorch_fid.inception  # noqa: E402
-import torchvision  # noqa: E402
 from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: E402
     FeatureExtractorInceptionV3,
 )
 
-LPIPS_BACKBONES = {"vgg": "vgg16", "alex": "alexnet"}
+LPIPS_BACKBONES = {"vgg": torchvision_stand_in.VGG16, "alex": torchvision_stand_in.AlexNet}
 
 
 def random_inception_state(seed: int = 0) -> dict[str, np.ndarray]:
@@ -69,7 +60,7 @@ def torch_fidelity_extractor(state: dict[str, np.ndarray], path: Path) -> torch.
 def lpips_network(name: str) -> tuple[torch.nn.Module, dict, dict]:
     """The lpips package's network on a random backbone; the backbone's state dict, the layers'."""
     torch.manual_seed(0)
-    backbone = getattr(torchvision.models, LPIPS_BACKBONES[name])(weights=None)
+    backbone = LPIPS_BACKBONES[name]()
     network = lpips.LPIPS(net=name, pnet_rand=True, verbose=False).eval()
     for key, parameter in network.net.named_parameters():
         _, place, kind = key.split(".")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**32 - 1
 
-_KINDS = {"integers": jnp.integer, "floats": jnp.floating, "bool": jnp.bool_}
+_KINDS: dict[str, Any] = {"integers": jnp.integer, "floats": jnp.floating, "bool": jnp.bool_}
 
 
 def to_array(name: str, value: Any) -> Shaped[np.ndarray | Array, "..."]:
@@ -158,7 +158,7 @@ def labels(value: Any, classes: int) -> Integer[np.ndarray, " N"] | Float[np.nda
         raise UserError(f"there are weights of {found.shape[1]} classes, the model has {classes}")
     sums = found[found.any(axis=1)].sum(axis=1, dtype=np.float64)
     if not np.allclose(sums, 1, rtol=0, atol=1e-4):
-        worst = sums[np.abs(sums - 1).argmax()]
+        worst = sums[np.argmax(np.abs(sums - 1))]
         raise UserError(f"the weights of an image's classes must sum to 1, not to {worst:g}")
     return found.astype(np.float32)
 

@@ -426,7 +426,7 @@ class ChannelStatistics:
         bits = -np.sum(p * np.log2(np.where(p > 0, p, 1.0)), axis=1) + 0.0
         return {
             "latents": int(self.counts.sum()),
-            "clipped_share": float(self.clipped.sum() / totals.sum()),
+            "clipped_share": int(self.clipped.sum()) / int(totals.sum()),
             "clipped_share_by_channel": (self.clipped / totals).tolist(),
             "bits_per_channel": float(bits.mean()),
             "bits_by_channel": bits.tolist(),

@@ -12,8 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pl_triton
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tokenbridge_jax.dropout import dropout as drop
@@ -26,6 +24,8 @@ from tokenbridge_jax.kernels.common import (
     has_kernel,
     normalize,
     on_shards,
+    pl,
+    pl_triton,
     product,
 )
 from tokenbridge_jax.precision import of_products

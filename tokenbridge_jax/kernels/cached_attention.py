@@ -10,8 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pl_triton
 from jaxtyping import Array, Float, Int
 
 from tokenbridge_jax.kernels.attention import normed_heads, plain_attention
@@ -22,6 +20,8 @@ from tokenbridge_jax.kernels.common import (
     gpu_call,
     has_kernel,
     on_shards,
+    pl,
+    pl_triton,
 )
 
 # Of a program. One needs no shared memory for its sums, and a position has enough programs.

@@ -13,8 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pl_triton
 from jaxtyping import Array, Float, UInt32
 
 from tokenbridge_jax.dropout import keep
@@ -27,6 +25,8 @@ from tokenbridge_jax.kernels.common import (
     gpu_call,
     has_kernel,
     on_shards,
+    pl,
+    pl_triton,
     product,
 )
 

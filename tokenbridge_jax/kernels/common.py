@@ -1,17 +1,30 @@
-"""What the GPU kernels share."""
+"""What the GPU kernels share, and whether they can be used at all.
 
+Pallas, through Triton, compiles them; JAX says that it will drop that. Where it is gone or has
+changed, or does not know the GPU, plain operations take over, and one line says so.
+"""
+
+import concurrent.futures
+import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pl_triton
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt32
 
 from tokenbridge_jax.parallel import RULES, axis_size
+
+_import_error: Exception | None = None
+try:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as pl_triton
+except Exception as error:  # Whatever a later JAX does there.
+    pl = pl_triton = None  # type: ignore[assignment]
+    _import_error = error
 
 NORM_EPSILON = 1e-6
 
@@ -49,6 +62,9 @@ def by_platform(
 ) -> Any:
     """`kernel(*arguments)` where the program is compiled for an NVIDIA GPU, else `plain`.
 
+    A kernel that cannot be made is given up, and all others with it: a gradient's kernel takes
+    what its forward kernel leaves.
+
     Args:
       plain: runs anywhere.
       kernel: the same function for GPUs.
@@ -56,8 +72,63 @@ def by_platform(
       arguments: arrays.
       others: the same function for further platforms, by their names.
     """
-    branches = others | {"default": plain} | ({"cuda": kernel} if has_kernel else {})
+
+    def kernel_or_plain(*arguments: Any) -> Any:
+        try:
+            return kernel(*arguments)
+        except Exception as error:  # Of an interface that has changed: it can be any.
+            _give_up(error)
+            return plain(*arguments)
+
+    branches = others | {"default": plain}
+    if has_kernel and _kernels_work():
+        branches["cuda"] = kernel_or_plain
     return jax.lax.platform_dependent(*arguments, **branches)
+
+
+# The first reason not to use the kernels; at most one.
+_given_up: list[str] = []
+
+
+def _kernels_work() -> bool:
+    if _import_error:
+        _give_up(_import_error)
+    elif jax.default_backend() == "gpu":
+        _try_gpu()
+    return not _given_up
+
+
+def _give_up(error: Exception) -> None:
+    """No kernel is used any more, in this process."""
+    if not _given_up:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _given_up.append(reason)
+        told = "the fast GPU kernels cannot be used, plain operations take their place"
+        print(f"{told} (jax {jax.__version__}, {reason})", file=sys.stderr)
+
+
+@functools.cache
+def _try_gpu() -> None:
+    """Compiles a small kernel for the GPU of this process."""
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    try:
+        if capability.partition(".")[0] in {"5", "6", "7"}:
+            raise NotImplementedError(f"{device.device_kind} is {capability}, they need 8.0")
+        # A thread of its own knows nothing of the mesh and the program that is being traced.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: _small_kernel().lower().compile()).result()
+    except Exception as error:
+        _give_up(error)
+
+
+def _small_kernel() -> jax.stages.Traced:
+    def square(x_ref: Any, out_ref: Any) -> None:
+        x = pl_triton.load(x_ref.at[:, :], mask=jnp.ones(x_ref.shape, bool), other=0.0)
+        pl_triton.store(out_ref.at[:, :], product(x, x).astype(x.dtype))
+
+    x = jax.ShapeDtypeStruct((16, 16), jnp.bfloat16)
+    return jax.jit(gpu_call(square, out_shape=x, warps=1, interpret=False)).trace(x)
 
 
 def product(

@@ -13,12 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pl_triton
 from jaxtyping import Array, Float, UInt32
 
 from tokenbridge_jax.dropout import PAIR_STRIDE, keep_pair, keep_units, pair_rate
-from tokenbridge_jax.kernels.common import LOG2_E, by_platform, gpu_call, on_shards
+from tokenbridge_jax.kernels.common import (
+    LOG2_E,
+    by_platform,
+    gpu_call,
+    on_shards,
+    pl,
+    pl_triton,
+)
 from tokenbridge_jax.parallel import batch_shards_in_use
 
 # Rows that a program holds at a time, and those that one of the backward pass goes through.

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
-from tensorboardX import SummaryWriter, record_writer
 
 from tokenbridge_jax import io
 
@@ -40,6 +39,10 @@ class MetricWriter:
             kept = _drop_steps_after(self._path, start_step)
             stored = io.in_object_store(self._path)
             self._file = StoredFile(self._path, kept) if stored else self._path.open("ab")
+            # Slow to import: it imports PyTorch, where that is installed.
+            from tensorboardX import SummaryWriter, record_writer
+
+            record_writer.register_writer_factory("gs", _StoredFiles())
             self._tensorboard = SummaryWriter(
                 str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1
             )
@@ -111,9 +114,6 @@ class _StoredFiles:
 
     def directory_check(self, path: str) -> None:
         """There are no folders to make."""
-
-
-record_writer.register_writer_factory("gs", _StoredFiles())
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
