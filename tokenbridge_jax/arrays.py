@@ -29,10 +29,8 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(path)
     try:
         flat = safetensors.numpy.load(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise io.read_error(path, error) from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     return traverse_util.unflatten_dict(flat, sep="/")
