@@ -256,7 +256,10 @@ def _load(
                 f"checkpoint {path} does not fit this model; arrays that differ: "
                 + "\n  ".join([str(len(problems)), *problems])
             )
-        loaded = ocp.load_checkpointables(path, plain)
+        # Orbax reads a part after the other anyway, and speaks of those that it got no further to.
+        loaded = {
+            name: ocp.load_checkpointables(path, {name: part})[name] for name, part in plain.items()
+        }
     return {
         name: loaded[name] if part is None else _with_structure_of(part, loaded[name])
         for name, part in wanted.items()
@@ -301,6 +304,7 @@ def _read_errors(path: epath.Path, parts: Iterable[str]) -> Iterator[list[BaseEx
     except UserError:
         raise
     except Exception as error:  # Whatever a damaged file makes Orbax raise.
+        orbax_errors.quiet_from_now_on()
         raise _read_error(path, parts, error) from error
 
 

@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from etils import epath
 
@@ -31,6 +33,19 @@ def quiet() -> Iterator[list[BaseException]]:
     finally:
         for logger in loggers:
             logger.removeFilter(says_something_new)
+
+
+def quiet_from_now_on() -> None:
+    """Drops what Python says of reads that Orbax no longer waits for, once one of them failed."""
+    hook = sys.unraisablehook
+
+    def drop_late_reads(unraisable: Any) -> None:
+        text = f"{unraisable.object} {unraisable.exc_value}"
+        if "Event loop is closed" not in text and "_read_array" not in text:
+            hook(unraisable)
+
+    if getattr(hook, "__name__", "") != drop_late_reads.__name__:
+        sys.unraisablehook = drop_late_reads
 
 
 def system_error(error: BaseException) -> OSError | None:
