@@ -24,6 +24,20 @@ from tokenbridge_jax.errors import UserError
 # A process that is killed may take as long to give back its memory, and then its locks.
 LOCK_SECONDS = 5
 
+# What helps where the system refuses a file: nothing of it says that the file is damaged.
+_MENDS = {
+    errno.EACCES: "give this user the right to it (chmod, chown)",
+    errno.EPERM: "give this user the right to it (chmod, chown)",
+    errno.EROFS: "its file system is mounted read-only: mount it anew, or name another folder",
+    errno.EMFILE: "allow this process more open files (ulimit -n) and run again",
+    errno.ENFILE: "the machine has too many files open: end other programs and run again",
+    errno.ESTALE: "mount the network file system anew and run again",
+    errno.ETIMEDOUT: "the network file system does not answer: run again when it does",
+    errno.EIO: "the disk or the network failed: run again, and if it stays read a copy",
+    errno.EDQUOT: "the quota is used up: free some space and run again",
+    errno.ENOMEM: "the machine is out of memory: end other programs and run again",
+}
+
 
 # What a file system allows for one name; most allow as much.
 NAME_BYTES = 255
@@ -155,7 +169,19 @@ def write_error(path: epath.PathLike, error: OSError) -> UserError:
     """Turns a failed write to `path` into a message a user can act on."""
     if error.errno == errno.ENOSPC:
         return UserError(f"cannot write {path}: the disk is full; free some space and run again")
-    return UserError(f"cannot write {path}: {error.strerror or error}")
+    return UserError(f"cannot write {path}: {_reason_and_mend(error)}")
+
+
+def read_error(path: epath.PathLike, error: OSError) -> UserError:
+    """Turns a failed read of `path` into a message a user can act on; its content may be good."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path} does not exist")
+    return UserError(f"cannot read {path}: {_reason_and_mend(error)}")
+
+
+def _reason_and_mend(error: OSError) -> str:
+    mend = _MENDS.get(error.errno or 0)
+    return f"{error.strerror or error}" + (f"; {mend}" if mend else "")
 
 
 def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
@@ -175,7 +201,7 @@ def sha256(path: epath.PathLike) -> str:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise read_error(path, error) from error
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -192,10 +218,8 @@ def read_json(path: epath.PathLike) -> Any:
     path = epath.Path(path)
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise read_error(path, error) from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); it may be damaged") from error
 

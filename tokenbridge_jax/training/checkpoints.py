@@ -4,15 +4,13 @@ The parts lie in folders of their own, so that the EMA loads alone, on any mesh,
 step's folder takes its name only when it is complete, or in an object store, where nothing can be
 renamed at once, gets a `commit_success.txt` then: what a kill leaves behind is never read, and is
 removed at the next start. `STEP` is the number of updates done; `run` is JSON that says which run
-it belongs to.
+it belongs to. All of it is under checksums (`checksums.py`), which loading verifies.
 """
 
 import contextlib
-import logging
-import os
-import re
+import errno
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from tokenbridge_jax import io, parallel
 from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.training import checksums, orbax_errors
 from tokenbridge_jax.training.state import TrainState
 
 PARTS = ("params", "ema_params", "opt_state")
@@ -50,6 +49,7 @@ class Checkpoints:
             kept.append(policies.EveryNSteps(keep_every))
         self._kept = policies.AnyPreservationPolicy(kept)
         self._checkpointer: Any = None
+        self._saving = 0
         self._quiet = contextlib.ExitStack()
 
     def open(self) -> None:
@@ -60,15 +60,20 @@ class Checkpoints:
         """
         if self._checkpointer is not None:
             return
+        checksums.protect_arrays()
+        context = _context(self.directory)
+        # Called between the last file of a checkpoint and the sign that it is complete. Of a method
+        # Orbax would make a copy, with a copy of `self`.
+        context.async_options.post_finalization_callback = lambda: self._write_checksums()
         with self._write_errors():
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
-                context=_context(self.directory),
+                context=context,
                 preservation_policy=self._kept,
                 cleanup_tmp_directories=True,
             )
         # Its threads log at any time until it is closed.
-        self._quiet.enter_context(_quiet_orbax())
+        self._quiet.enter_context(orbax_errors.quiet())
 
     @property
     def latest(self) -> int | None:
@@ -96,6 +101,8 @@ class Checkpoints:
         """
         self.open()
         with self._write_errors():
+            self._checkpointer.wait()
+            self._saving = step
             self._checkpointer.save_checkpointables_async(
                 step,
                 {part: _plain(getattr(state, part)) for part in PARTS} | {"run": run},
@@ -150,13 +157,17 @@ class Checkpoints:
         number = jax.device_put(np.int32(step), abstract.step.sharding)
         return TrainState(step=number, **loaded)
 
+    def _write_checksums(self) -> None:
+        unfinished = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        checksums.write(next(iter(unfinished), self.directory / str(self._saving)))
+
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
         """Tells a failed write in one line, and removes what it left behind."""
         try:
             yield
         except Exception as error:
-            reason = _system_error(error)
+            reason = orbax_errors.system_error(error)
             if reason is None:
                 raise
             self._remove_leftovers()
@@ -234,7 +245,8 @@ def _load(
     """Loads the named parts; array parts come back with the structure they were asked in."""
     path = _absolute(directory) / str(step)
     plain = {name: _plain(part) for name, part in wanted.items()}
-    with _quiet_orbax(), _context(path):
+    with _read_errors(path, plain), _context(path):
+        checksums.verify(path, plain)
         problems = []
         for name, part in plain.items():
             if part is not None:
@@ -244,10 +256,10 @@ def _load(
                 f"checkpoint {path} does not fit this model; arrays that differ: "
                 + "\n  ".join([str(len(problems)), *problems])
             )
-        try:
-            loaded = ocp.load_checkpointables(path, plain)
-        except Exception as error:
-            raise _damaged(path / "+".join(plain), error) from error
+        # Orbax reads a part after the other anyway, and speaks of those that it got no further to.
+        loaded = {
+            name: ocp.load_checkpointables(path, {name: part})[name] for name, part in plain.items()
+        }
     return {
         name: loaded[name] if part is None else _with_structure_of(part, loaded[name])
         for name, part in wanted.items()
@@ -256,12 +268,10 @@ def _load(
 
 def _stored(path: epath.Path, name: str) -> Any:
     """Shapes and dtypes of a part as it lies on disk; the other parts are not looked at."""
-    try:
+    with _read_errors(path, [name]) as logged:
         stored = ocp.metadata(path, name).metadata
-    except Exception as error:  # Whatever a damaged file makes Orbax raise.
-        raise _damaged(path / name, error) from error
-    if stored is None:  # Orbax has logged the reason, and dropped it.
-        raise _damaged(path / name, OSError("its files cannot be read"))
+        if stored is None:  # Orbax has logged the reason, and dropped it.
+            raise logged[-1] if logged else ValueError(f"part {name} cannot be read")
     return stored
 
 
@@ -279,11 +289,40 @@ def _as_stored(wanted: Any, stored: Any, leaves: Collection[str]) -> Any:
     return jax.tree.map_with_path(of_leaf, wanted)
 
 
-def _damaged(part: epath.Path, error: Exception) -> UserError:
-    reason = str(_root_cause(error)).split("\n")[0][:200]
+@contextlib.contextmanager
+def _read_errors(path: epath.Path, parts: Iterable[str]) -> Iterator[list[BaseException]]:
+    """Tells in one line why parts of the checkpoint at `path` cannot be read.
+
+    What the system refuses (rights, too many open files, a failing disk) may be whole.
+
+    Yields:
+      The errors that Orbax logs meanwhile.
+    """
+    try:
+        with orbax_errors.quiet() as logged:
+            yield logged
+    except UserError:
+        raise
+    except Exception as error:  # Whatever a damaged file makes Orbax raise.
+        orbax_errors.quiet_from_now_on()
+        raise _read_error(path, parts, error) from error
+
+
+def _read_error(path: epath.Path, parts: Iterable[str], error: Exception) -> UserError:
+    if refused := orbax_errors.refused(path / part for part in parts):
+        return io.read_error(*refused)
+    reason = orbax_errors.system_error(error)
+    if reason is not None and reason.errno not in (None, errno.ENOENT):
+        return io.read_error(reason.filename or path, reason)
+    earlier = max((s for s in _steps(path.parent) if s < int(path.name)), default=None)
+    mend = (
+        "there is none before it; put back a copy of it"
+        if earlier is None
+        else f"the one before it is of step {earlier}: --step={earlier} takes it, and training "
+        f"goes on from it if you move the folder {path.name} elsewhere"
+    )
     return UserError(
-        f"checkpoint {part.parent} is missing or damaged (part {part.name}: {reason}); "
-        "remove that folder to go back to the checkpoint before it"
+        f"checkpoint {path} is missing or damaged ({orbax_errors.reason(error)}); {mend}"
     )
 
 
@@ -340,48 +379,24 @@ def _context(path: epath.Path) -> ocp.Context:
     return context
 
 
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Drops the tracebacks that Orbax's threads log of errors it also raises."""
-
-    def says_something_new(record: logging.LogRecord) -> bool:
-        text = f"{record.getMessage()} {record.exc_info}"
-        from_orbax = "orbax" in record.pathname or "tensorstore_spec" in text
-        return not from_orbax or record.levelno < logging.WARNING
-
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    for logger in loggers:
-        logger.addFilter(says_something_new)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(says_something_new)
-
-
 def _steps(directory: epath.Path, *, complete: bool = True) -> list[int]:
-    """Numbers of the checkpoints in `directory`, complete or otherwise not, in no order."""
+    """Numbers of the checkpoints in `directory`, complete or otherwise not, in no order.
+
+    Raises:
+      UserError: a folder cannot be listed.
+    """
     if not directory.is_dir():
         return []
-    names = [path.name for path in directory.iterdir() if path.name.isdigit()]
-    return [int(name) for name in names if _is_complete(directory / name) == complete]
+    signs = {*PARTS, "run"} | ({COMMIT_FILE} if io.in_object_store(directory) else set())
+    try:
+        names = [path.name for path in directory.iterdir() if path.name.isdigit()]
+        return [int(n) for n in names if (_names_in(directory / n) >= signs) == complete]
+    except OSError as error:
+        raise io.read_error(error.filename or directory, error) from error
 
 
-def _is_complete(path: epath.Path) -> bool:
-    signs = [COMMIT_FILE] if io.in_object_store(path) else []
-    return all((path / name).exists() for name in (*PARTS, "run", *signs))
-
-
-def _system_error(error: BaseException) -> OSError | None:
-    """The system's reason for a failed write; tensorstore passes it on as text alone."""
-    cause = _root_cause(error)
-    if isinstance(cause, OSError):
-        return cause
-    number = re.search(r"os_error_code='(\d+)'", str(cause))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return error
+def _names_in(path: epath.Path) -> set[str]:
+    try:
+        return {inner.name for inner in path.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):  # Another process may just have removed it.
+        return set()

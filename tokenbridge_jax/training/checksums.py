@@ -1,0 +1,121 @@
+"""Checksums of a checkpoint: a flipped bit in any of its files is told instead of loaded.
+
+The chunks of its arrays carry their CRC-32C. TensorStore computes it while it writes and verifies
+it while it reads, in every process for what that one needs: nothing is read twice, and that in an
+object store too. The other files are small. Their CRC-32 are in `checksums.json`, which a
+checkpoint gets before it counts as complete; older checkpoints have none and are not verified.
+"""
+
+import functools
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from etils import epath
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from tokenbridge_jax import io
+
+FILE = "checksums.json"
+
+# What each process has written: chunks of arrays, and an index that is not read once all are
+# gathered in one.
+_ARRAYS = "ocdbt.process_"
+_BLOCK_BYTES = 2**20
+_THREADS = 8
+
+
+@functools.cache
+def protect_arrays() -> bool:
+    """Has Orbax, which has no option for it, write arrays with checksums.
+
+    Returns:
+      Whether this version of Orbax can be told to. `write` covers the arrays, too, where it cannot.
+    """
+    plain = getattr(tensorstore_utils, "_build_zarr3_metadata", None)
+    if plain is None:
+        return False
+
+    @functools.wraps(plain)
+    def with_checksums(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        metadata: dict[str, Any] = plain(*args, **kwargs)
+        codecs = metadata["codecs"]
+        if codecs[0]["name"] == "sharding_indexed":
+            codecs = codecs[0]["configuration"]["codecs"]
+        codecs.append({"name": "crc32c"})
+        return metadata
+
+    tensorstore_utils._build_zarr3_metadata = with_checksums
+    return True
+
+
+def write(checkpoint: epath.Path) -> None:
+    """Writes `checksums.json` over what the folders in `checkpoint` hold.
+
+    Raises:
+      OSError: a file cannot be read.
+      UserError: the list cannot be written.
+    """
+    parts = [path for path in checkpoint.iterdir() if path.is_dir()]
+    files = sorted(str(file.relative_to(checkpoint)) for part in parts for file in _files(part))
+    sums = dict(zip(files, _sums(checkpoint, files), strict=True))
+    io.write_json(checkpoint / FILE, {"crc32": sums, "crc32_of_these": _crc32_of_json(sums)})
+
+
+def verify(checkpoint: epath.Path, parts: Iterable[str]) -> None:
+    """Compares the files of these parts with `checksums.json`, if there is one.
+
+    Raises:
+      ValueError: a file is missing or not what was written; the message names it.
+      OSError: one cannot be read.
+    """
+    try:
+        text = (checkpoint / FILE).read_bytes()
+    except FileNotFoundError:
+        return
+    try:
+        stored = json.loads(text)
+        sums = stored["crc32"]
+        whole = stored["crc32_of_these"] == _crc32_of_json(sums)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{FILE} is not what was written")
+    of_parts = tuple(f"{part}/" for part in parts)
+    files = [file for file in sums if file.startswith(of_parts)]
+    for file, found in zip(files, _sums(checkpoint, files), strict=True):
+        if found != sums[file]:
+            state = "is missing" if found is None else "is not what was written"
+            raise ValueError(f"{file} {state}")
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    """The files below a folder that do not check themselves."""
+    for path in folder.iterdir():
+        if not path.is_dir():
+            yield path
+        elif not (protect_arrays() and path.name.startswith(_ARRAYS)):
+            yield from _files(path)
+
+
+def _sums(checkpoint: epath.Path, files: Sequence[str]) -> list[int | None]:
+    """CRC-32 of every file, None of those that are missing."""
+
+    def crc32(name: str) -> int | None:
+        value = 0
+        try:
+            with (checkpoint / name).open("rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    value = zlib.crc32(block, value)
+        except FileNotFoundError:
+            return None
+        return value
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(crc32, files))
+
+
+def _crc32_of_json(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
