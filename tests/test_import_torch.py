@@ -312,7 +312,11 @@ def test_what_cannot_be_exported_is_told(imported, tmp_path, capsys):
     shutil.copytree(imported, lone, ignore=shutil.ignore_patterns("autoencoder"))
     for workdir, argv, message in [
         (imported, [], "nothing to export"),
-        (imported, ["--out", tmp_path / "x.pth", "--autoencoder", tmp_path / "x.pth"], "both name"),
+        (
+            imported,
+            ["--out", tmp_path / "x.pth", "--autoencoder", tmp_path / "x.pth"],
+            "name one file",
+        ),
         (
             lone,
             ["--out", tmp_path / "x.pth", "--autoencoder", tmp_path / "y.pth"],
