@@ -363,7 +363,8 @@ def _margins(
 
 
 def _class_list(class_id: "ClassId | Sequence[ClassId]", count: int) -> "Sequence[ClassId]":
-    one_each = isinstance(class_id, Sequence | np.ndarray) and not isinstance(class_id, str)
+    one = isinstance(class_id, str) or (isinstance(class_id, np.ndarray) and not class_id.ndim)
+    one_each = isinstance(class_id, Sequence | np.ndarray) and not one
     class_ids: Any = class_id if one_each else [class_id] * count
     if len(class_ids) != count:
         raise UserError(f"there are {len(class_ids)} classes for {count} images")
