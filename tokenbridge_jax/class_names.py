@@ -168,7 +168,8 @@ def match(model: tuple[str, ...], shards: tuple[str, ...]) -> tuple[tuple[str, .
     """Compares a model's classes with those of token shards, whose labels it is given.
 
     Names that only say their places, as an imported model's "0", "1", ... do, fit any names but
-    other numbers. Otherwise a name that both have must stand for the same label in both.
+    other numbers; those of shards may then be fewer. Otherwise there must be as many, and a name
+    that both have must stand for the same label in both.
 
     Args:
       model: names by label.
@@ -183,14 +184,19 @@ def match(model: tuple[str, ...], shards: tuple[str, ...]) -> tuple[tuple[str, .
     ours, theirs = _comparable(model), _comparable(shards)
     if theirs == ours[: len(theirs)]:
         return model, ""
+    numbers = list(range(len(ours)))
+    both_numbers = all(isinstance(names[0], int) for names in (ours, theirs))
+    if ours == numbers and not both_numbers and len(theirs) < len(ours):
+        return shards, (
+            f"the token shards have {len(shards)} classes, the model {len(model)} without names: "
+            f"{_few(shards)} are taken for the first of them"
+        )
     if len(theirs) != len(ours):
         raise UserError(
             f"the token shards have {len(shards)} classes, the model {len(model)} ({_few(model)}); "
             "tokenize images of the model's classes, or `train` with "
             f"--config.data.num_classes={len(shards)}, which begins with a new class table"
         )
-    numbers = list(range(len(ours)))
-    both_numbers = isinstance(ours[0], int) and isinstance(theirs[0], int)
     if numbers in (ours, theirs) and not both_numbers:
         named, other = (shards, "model") if ours == numbers else (model, "token shards")
         return named, (

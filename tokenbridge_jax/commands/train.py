@@ -37,7 +37,7 @@ from tokenbridge_jax.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
 from tokenbridge_jax.sampling import SamplingSettings
 from tokenbridge_jax.tokenizing import make_quantizer
-from tokenbridge_jax.training.checkpoints import latest_step
+from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.loop import (
     EXIT_INTERRUPTED,
     Hook,
@@ -141,7 +141,8 @@ def agree_on_classes(
     Raises:
       UserError: the shards have the model's classes in another order, or more or fewer.
     """
-    if latest_step(workdir / "checkpoints") is None or not (workdir / MODEL_FILE).exists():
+    latest = Checkpoints(workdir / "checkpoints").latest
+    if latest is None or not (workdir / MODEL_FILE).exists():
         return info.class_names, []
     model = ModelDescription.load(workdir)
     before, now = model.config.classes, config.data.num_classes
