@@ -203,10 +203,14 @@ def test_unreadable_exif_counts_as_none():
     assert np.array_equal(prepare(image, 8), pixels)
 
 
-def test_huge_picture():
-    # 225 megapixels: beyond where Pillow would refuse, within what is allowed here.
-    file = encoded(Image.new("L", (15000, 15000), 77), "PNG", compress_level=1)
-    assert np.all(prepare(file, 8, 1) == 77)
+def test_huge_picture(tmp_path):
+    # 225 megapixels: beyond where Pillow refuses, within what is allowed here.
+    Image.new("L", (15000, 15000), 77).save(tmp_path / "huge.png", compress_level=1)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "huge.png")
+    for file in (tmp_path / "huge.png", io.BytesIO((tmp_path / "huge.png").read_bytes())):
+        assert images.open_picture(file).size == (15000, 15000)
+    assert np.all(prepare(images.open_picture(tmp_path / "huge.png"), 8, 1) == 77)
 
 
 @pytest.mark.parametrize("size", [(2**16, 2**14), (1, 2**20)])
@@ -368,7 +372,9 @@ def test_hold_out_is_by_name(tmp_path):
     assert (len(train), len(validation)) == (299, 1)
 
 
-def write_tfds_archive(root: Path, shards: dict[str, list[list[tuple[bytes, int, str]]]]) -> Path:
+def write_tfds_archive(
+    root: Path, shards: dict[str, list[list[tuple[bytes, int, str]]]], features: dict | None = None
+) -> Path:
     """An archive as `tfds build --file_format=array_record` leaves it, of (JPEG, label, name)."""
     import json
 
@@ -378,14 +384,12 @@ def write_tfds_archive(root: Path, shards: dict[str, list[list[tuple[bytes, int,
 
     folder = root / "imagenet2012" / "5.1.0"
     folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(encoding_format="jpeg"),
-            "label": tfds.features.ClassLabel(names=["n1", "n2", "n3"]),
-            "file_name": tfds.features.Text(),
-        }
-    )
-    features.save_config(str(folder))
+    features = features or {
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(names=["n1", "n2", "n3"]),
+        "file_name": tfds.features.Text(),
+    }
+    tfds.features.FeaturesDict(features).save_config(str(folder))
 
     def feature(**value):
         return tf_feature_pb2.Feature(**value)
@@ -464,6 +468,47 @@ def test_tfds_source(tfds_archive):
         sources.make_source(data, "test")
 
 
+def tfds_config(root: Path, split: str, **data) -> ConfigDict:
+    return config(source="tfds", path=str(root), split=split, **data)
+
+
+def test_an_empty_tfds_split_is_named(tfds_archive):
+    for split in ("train[:0%]", "validation[1:1]"):
+        with pytest.raises(UserError, match=r"split '.*' of .*5\.1\.0 holds no pictures"):
+            sources.make_source(tfds_config(tfds_archive, split))
+
+
+def test_tfds_labels(tmp_path):
+    import tensorflow_datasets as tfds
+
+    image, scalar = tfds.features.Image(encoding_format="jpeg"), tfds.features.Scalar(np.int64)
+    file = io.BytesIO()
+    Image.fromarray(noise(9, 9)).save(file, "JPEG")
+    examples = {"train": [[(file.getvalue(), label, "") for label in (0, 1, 1)]]}
+    for name, label in (
+        ("integers", scalar),
+        ("text", tfds.features.Text()),
+        ("several", tfds.features.Sequence(tfds.features.ClassLabel(num_classes=2))),
+        ("none", None),
+    ):
+        features = {"image": image} | ({"label": label} if label else {})
+        write_tfds_archive(tmp_path / name, examples, features)
+    source = sources.make_source(tfds_config(tmp_path / "integers", "train", num_classes=3))
+    assert source.class_names == ("0", "1", "2")
+    assert [source.label(i) for i in range(3)] == [0, 1, 1]
+    assert sources.load_prepared(source, 2, 9, 3)[1] == 1
+    for name, message in (
+        ("text", "labels of .* are no classes but Text"),
+        ("several", "labels of .* are no classes but Sequence"),
+        ("none", "has no feature 'label', only image: its pictures have no classes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sources.make_source(tfds_config(tmp_path / name, "train"))
+    write_tfds_archive(tmp_path / "numbers", examples, {"image": scalar, "label": scalar})
+    with pytest.raises(UserError, match="has no feature 'image' of pictures, only image, label"):
+        sources.make_source(tfds_config(tmp_path / "numbers", "train"))
+
+
 def test_tfds_needs_no_tensorflow(tfds_archive):
     code = (
         "import sys\n"
@@ -482,6 +527,64 @@ def test_tfds_needs_no_tensorflow(tfds_archive):
     assert done.stdout.strip() == "80.0", done.stderr
 
 
-def test_pillows_own_limit_is_lifted():
-    assert Image.MAX_IMAGE_PIXELS is None
-    assert images.MAX_PIXELS == 2**29
+def test_pillows_own_limit_is_left_alone(monkeypatch):
+    assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # 100 pixels are warned of.
+    file = io.BytesIO()
+    Image.fromarray(noise(10, 10)).save(file, "BMP")
+    assert np.array_equal(images.decode(images.open_picture(file)), noise(10, 10))
+    with pytest.raises(OSError, match="cannot identify"):
+        images.open_picture(io.BytesIO(b"no picture"))
+
+
+def tiff(pixels: np.ndarray, **options) -> Image.Image:
+    return encoded(Image.fromarray(pixels), "TIFF", **options)
+
+
+def test_the_white_of_deep_grey():
+    rng = np.random.default_rng(0)
+    twelve = rng.integers(0, 4096, (16, 16)).astype(np.uint16)
+    twelve[0, :2] = 0, 4095
+    expected = np.floor(twelve.astype(float) * 255 / 4095 + 0.5)
+    for tag in (281, 341):  # MaxSampleValue, SMaxSampleValue.
+        image = tiff(twelve, tiffinfo={tag: 4095})
+        assert np.array_equal(prepare(image, 16, 1)[..., 0], expected)
+    # Without a tag: neither black nor a guess. The same in a PNG, and in three colours.
+    for image in (tiff(twelve), encoded(Image.fromarray(twelve), "PNG"), deep_rgb(twelve)):
+        with pytest.raises(ImageError, match="16-bit pixels of which none reaches a sixteenth"):
+            prepare(image, 16, 3)
+    # A largest value that is a statistic moves nothing, and black is black.
+    sixteen = twelve * 16
+    scaled = np.round(sixteen / 257)
+    for image in (tiff(sixteen, tiffinfo={281: int(sixteen.max())}), tiff(sixteen)):
+        assert np.array_equal(prepare(image, 16, 1)[..., 0], scaled)
+    assert np.array_equal(prepare(deep_rgb(sixteen), 16)[..., 1], sixteen >> 8)
+    assert not prepare(tiff(np.zeros((9, 9), np.uint16)), 9).any()
+
+
+def deep_rgb(grey: np.ndarray) -> Image.Image:
+    """A PNG of three times 16 bits, which Pillow reads but does not write."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    height, width = grey.shape
+    rows = np.stack([grey] * 3, axis=-1).astype(">u2").reshape(height, -1).view(np.uint8)
+    lines = np.pad(rows, ((0, 0), (1, 0)))  # Filter 0 in front of every line.
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    return Image.open(io.BytesIO(data))
+
+
+def test_integers_without_a_known_white_are_refused():
+    pixels = np.random.default_rng(0).integers(0, 2**20, (8, 8)).astype(np.int32)
+    with pytest.raises(ImageError, match="32-bit integer pixels, whose white is unknown"):
+        prepare(tiff(pixels), 8)
+    expected = np.floor(pixels.astype(float) * 255 / (2**20 - 1) + 0.5)
+    image = tiff(pixels, tiffinfo={341: 2**20 - 1})
+    assert np.array_equal(prepare(image, 8, 1)[..., 0], expected)

@@ -199,6 +199,15 @@ def test_shard_of_other_records_is_named(tmp_path):
         next(make_loader(tmp_path / "a", 5, 0))
 
 
+def test_labels_of_no_class_are_refused(tmp_path):
+    write_tokens(tmp_path, {"train": [9], "validation": [3]}, class_names=("cat", "dog"))
+    message = r"-00000-of-00001.array_record holds label 2, but there are 2 classes"
+    with pytest.raises(UserError, match=f"train{message}"):
+        next(make_loader(tmp_path, 9, seed=0))
+    with pytest.raises(UserError, match=f"validation{message}"):
+        next(validation_batches(tmp_path, 3))
+
+
 def test_empty_shards_are_passed_over(tmp_path):
     write_tokens(tmp_path, {"train": [0, 4, 0]})
     names = numbered(make_info(), 4)

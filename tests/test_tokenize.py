@@ -239,6 +239,30 @@ def test_broken_pictures_are_named_counted_and_left_out(partly_broken, workdir, 
     assert info.statistics["train"]["latents"] == 25 * 2 * 64 * 4
 
 
+def test_pictures_without_a_class_are_refused(workdir, images, monkeypatch):
+    """As TFDS has them: -1 in a split of its own, or anywhere."""
+    label, load = sources.FolderSource.label, sources.FolderSource.load
+    unlabelled = {3, 26}
+
+    def some_label(source, i):
+        return -1 if i in unlabelled else label(source, i)
+
+    monkeypatch.setattr(sources.FolderSource, "label", some_label)
+    message = r"train split: 2 of 27 pictures have no class, such as class0/09.png with label -1 of"
+    with pytest.raises(UserError, match=message):
+        tokenize(make_config(images), workdir)
+    assert not (workdir / "tokens").exists()
+    # One that is not among those looked at before.
+    monkeypatch.setattr(sources.FolderSource, "label", label)
+    monkeypatch.setattr(
+        sources.FolderSource, "load", lambda self, i: (load(self, i)[0], 3 if i == 26 else 0)
+    )
+    message = r"train split: a picture has no class, class2/26.png with label 3 of 3 classes"
+    with pytest.raises(UserError, match=message):
+        tokenize(make_config(images), workdir)
+    assert not (workdir / "tokens" / "dataset.json").exists()
+
+
 def test_strict_stops_at_a_broken_picture(partly_broken, workdir):
     with pytest.raises(UserError, match=r"broken image class1/01\.png: .*--strict"):
         tokenize(make_config(partly_broken), workdir, strict=True)

@@ -10,12 +10,14 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
+from tiny_model import TINY
 from token_shards import TRAINING, make_info, write_tokens, write_workdir
 
 from tokenbridge_jax import io, parallel
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.commands import runner, train
 from tokenbridge_jax.data import shards
+from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.pipeline import ModelDescription, abstract_sharded_params
 from tokenbridge_jax.training import checkpoints
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
@@ -184,6 +186,32 @@ def test_it_says_what_it_leaves_out(tmp_path):
     config.training.update(eval_every=0, sample_every=0)
     config.evaluation.every = 0
     assert list(train._left_out(config, epath.Path(tmp_path), info)) == []
+
+
+def test_the_classes_of_a_model_and_of_shards_are_compared(tmp_path):
+    """Training that goes on from an import, whose classes are numbers, and from a model's own."""
+    workdir = epath.Path(tmp_path)
+    config = ConfigDict({"data": {"num_classes": 3}})
+
+    def agreed(before, now, num_classes=3):
+        config.data.num_classes = num_classes
+        ModelDescription(TINY, before, "").save(workdir)
+        return train.agree_on_classes(config, workdir, make_info(class_names=now))
+
+    names, numbers = ("cat", "dog", "owl"), ("0", "1", "2")
+    assert agreed(("x", "y", "z"), names) == (names, [])  # There is no checkpoint to go on from.
+    for part in ("params", "ema_params", "opt_state", "run"):
+        (tmp_path / "checkpoints" / "0" / part).mkdir(parents=True)
+    assert agreed(names, names) == (names, [])
+    kept, (note,) = agreed(numbers, names)
+    assert kept == names
+    assert "the classes of the model are numbers: they are taken for cat, dog, owl" in note
+    assert agreed(names, numbers)[0] == names
+    for before, now in ((numbers, ("0", "2", "1")), (names, ("dog", "cat", "owl"))):
+        with pytest.raises(UserError, match=r"in another order: label [01] is"):
+            agreed(before, now)
+    other = ("a", "b", "c", "d")
+    assert agreed(names, other, 4) == (other, ["4 classes instead of 3: a new class table"])
 
 
 def test_missing_folders_are_named(tmp_path, capsys):

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from tokenbridge_jax import checks, editing, io, parallel, pretrained
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
+from tokenbridge_jax.class_names import class_number
 from tokenbridge_jax.codec import Codec, in_batches, padded_size
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.loss import position_nll
@@ -456,8 +457,8 @@ class Pipeline:
         """Classes as the model takes them: numbers, or weights if one is a mixture or None.
 
         Args:
-          class_ids: each a number, a name, a dict of classes with weights, whose embeddings are
-            mixed, or None: no class, where guidance changes nothing.
+          class_ids: each a number or a name, which `class_id` looks up, a dict of classes with
+            weights, whose embeddings are mixed, or None: no class, where guidance changes nothing.
 
         Raises:
           UserError: a class does not exist, or there is none, or a mixture has no weight.
@@ -468,8 +469,8 @@ class Pipeline:
         class_ids = listed
         if not len(class_ids):
             raise UserError("no classes were asked for; name at least one")
-        plain = [c for c in class_ids if isinstance(c, int | str)]
-        if len(plain) == len(class_ids):
+        if not any(c is None or isinstance(c, Mapping) for c in class_ids):
+            plain: Any = class_ids
             return np.array([self.class_id(c) for c in plain], np.int32)
         weights = np.zeros((len(class_ids), self.config.classes), np.float32)
         for row, class_id in zip(weights, class_ids, strict=True):
@@ -483,23 +484,12 @@ class Pipeline:
         return weights
 
     def class_id(self, class_id: int | str) -> int:
-        """The number of a class given by number or name.
+        """The number of a class given by number or name (see `class_names.class_number`).
 
         Raises:
           UserError: there is no such class.
         """
-        names = self.description.class_names
-        if class_id in names:
-            return names.index(str(class_id))
-        try:
-            number = int(class_id)
-        except ValueError:
-            raise UserError(f"there is no class named '{class_id}' among {len(names)}") from None
-        if not 0 <= number < self.config.classes:
-            raise UserError(
-                f"class {number} does not exist; classes are 0..{self.config.classes - 1}"
-            )
-        return number
+        return class_number(class_id, self.description.class_names, self.config.classes)
 
 
 def abstract_sharded_params(config: TokenBridgeConfig, mesh: Mesh) -> Any:

@@ -45,6 +45,9 @@ from tokenbridge_jax.quantizer import (
     resolve_channel_order,
 )
 
+# Of a split, before its pictures are encoded.
+LABELS_LOOKED_AT = 200
+
 # Makes batches out of shards; the strictness, sizes and threads are those of the run.
 Prepare = Callable[[list[ShardPlan]], Iterator[Batch]]
 
@@ -97,6 +100,7 @@ def tokenize(
         _check_settings(config)
         autoencoder, params = _load_autoencoder(io.as_path(workdir) / "autoencoder", config)
         subsets = make_subsets(config)
+        _check_labels(subsets)
         info = _describe(config, autoencoder, params, subsets)
         mesh = parallel.make_mesh(devices=jax.local_devices())
         codec = Codec(autoencoder, params, info.quantizer, mesh, info.precision)
@@ -192,6 +196,33 @@ def make_subsets(config: ConfigDict) -> dict[str, Subset]:
             "training; lower it"
         )
     return {"train": Subset(source, train), "validation": Subset(source, validation)}
+
+
+def _check_labels(subsets: dict[str, Subset]) -> None:
+    """Looks for pictures without a class, for which TFDS writes -1, before the long work.
+
+    Labels of an archive are read together with pictures: of many, some are looked at, and the rest
+    when they are written.
+    """
+    for split, subset in subsets.items():
+        looked_at = subset.spread(LABELS_LOOKED_AT)
+        classes = len(subset.source.class_names)
+        labels = np.array([subset.source.label(int(i)) for i in looked_at.images])
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        if len(wrong):
+            image = int(looked_at.images[wrong[0]])
+            of = "" if len(labels) == len(subset.images) else " looked at"
+            raise UserError(
+                f"{split} split: {len(wrong)} of {len(labels)} pictures{of} have no class, such as "
+                + _without_class(subset.source, image, int(labels[wrong[0]]))
+            )
+
+
+def _without_class(source: Source, image: int, label: int) -> str:
+    return (
+        f"{source.name(image)} with label {label} of {len(source.class_names)} classes; name "
+        "splits without such pictures in --config.data.split and --config.data.validation_split"
+    )
 
 
 def plan_shards(folder: Path, info: DatasetInfo, subsets: dict[str, Subset]) -> list[ShardPlan]:
@@ -391,6 +422,10 @@ def _write_shard(
                     f"the latents of {plan.source.name(image)} hold NaN: the autoencoder's "
                     "weights are damaged, or overflow in config.tokenize.dtype"
                 )
+            for image, label in zip(batch.images[good], batch.labels[good], strict=True):
+                if not 0 <= label < len(info.class_names):
+                    without = _without_class(plan.source, int(image), int(label))
+                    raise UserError(f"{plan.split} split: a picture has no class, {without}")
             records = np.empty(len(good), info.record)
             records["image"] = batch.images[good]
             records["label"] = batch.labels[good]

@@ -7,6 +7,7 @@ original, the mask, the edits. How to draw is `config.sampling`, as for `tokenbr
 """
 
 import glob
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,12 @@ import numpy as np
 from absl import flags
 from etils import epath
 from jaxtyping import Bool, UInt8
-from PIL import Image
 
 from tokenbridge_jax import io, parallel, pictures
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.data.images import ImageError, prepare, upright
-from tokenbridge_jax.data.sources import EXTENSIONS
+from tokenbridge_jax.data.images import ImageError, center_crop, decode, open_picture
+from tokenbridge_jax.data.listing import EXTENSIONS, is_junk, is_picture, list_pictures
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.pipeline import ClassId, Pipeline
 
@@ -155,9 +155,10 @@ def picture_paths(given: str | None) -> list[Path]:
         return [Path(given)]
     if not Path(given).is_dir() and not glob.has_magic(given):
         raise UserError(f"--input={given} does not exist")
-    pattern = f"{glob.escape(given)}/*" if Path(given).is_dir() else given
-    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    paths = [path for path in found if path.suffix.lower() in EXTENSIONS and path.is_file()]
+    if Path(given).is_dir():
+        paths = [Path(given) / name for name in list_pictures(given, deep=False)]
+    else:
+        paths = _matching(given)
     if not paths:
         raise UserError(f"--input={given} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
     by_name: dict[str, Path] = {}
@@ -202,6 +203,19 @@ def check_output(
             raise UserError(
                 f"--output={output}: {path} would be overwritten by an edit; name another folder"
             )
+
+
+def _matching(pattern: str) -> list[Path]:
+    """The pictures that a glob names, each once; those in junk folders must be named in full."""
+    found: dict[str, Path] = {}
+    for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
+        wild = set(path.parent.parts) - set(Path(pattern).parts)
+        if is_picture(path.name) and path.is_file() and not any(map(is_junk, wild)):
+            place = os.path.join(os.path.realpath(path.parent), path.name)
+            other = found.setdefault(place, path)
+            if len(path.parts) < len(other.parts):
+                found[place] = path
+    return sorted(found.values())
 
 
 def parse_classes(parts: list[str]) -> list[ClassId]:
@@ -250,9 +264,9 @@ def read_picture(
       UserError: it cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            pixels = prepare(image, side, channels)
-            return pixels, upright(image).size
+        with open_picture(path) as image:
+            whole = decode(image, channels)
+            return center_crop(whole, side), whole.size
     except (OSError, ImageError) as error:
         raise UserError(f"cannot read the picture {path} ({error})") from error
 

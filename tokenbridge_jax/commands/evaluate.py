@@ -409,7 +409,8 @@ def measure_likelihood(args: flags.FlagValues) -> None:
     }
     if _first():
         print(likelihood.table(found))
-        _tell(args, found, facts, plot=likelihood.plot)
+        said = [found.pop("classes")] if "classes" in found else []
+        _tell(args, found, facts, said, plot=likelihood.plot)
 
 
 def measure_tokens(args: flags.FlagValues) -> None:

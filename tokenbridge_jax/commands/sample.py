@@ -46,12 +46,10 @@ def main(args: flags.FlagValues) -> None:
         args.workdir, step=args.step, mesh=parallel.make_mesh(**args.config.mesh)
     )
     # By default those of the training images; the model may have room for more.
-    classes = args.classes or range(len(pipeline.description.class_names))
-    labels = np.array([pipeline.class_id(c) for c in classes], np.int32)
-    labels = np.resize(labels, args.num_images)
-    images = pipeline.generate(
-        labels.tolist(), seed=args.seed, progress=True, **args.config.sampling
-    )
+    classes = args.classes or pipeline.description.class_names
+    class_ids = np.resize(np.array(classes, object), args.num_images).tolist()
+    labels = pipeline.labels(class_ids)
+    images = pipeline.generate(class_ids, seed=args.seed, progress=True, **args.config.sampling)
     if jax.process_index() > 0:
         return  # Every process has all the images; one writes them.
     io.write_npz(output / "samples.npz", {"arr_0": images, "labels": labels})

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import parallel, pictures
+from tokenbridge_jax import class_names, parallel, pictures
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
@@ -31,11 +31,12 @@ from tokenbridge_jax.evaluation.generation import decoded_images, make_labels
 from tokenbridge_jax.evaluation.networks import default_folder, make_extractor
 from tokenbridge_jax.evaluation.scores import find_reference, generation_scores
 from tokenbridge_jax.model import TokenBridgeConfig
-from tokenbridge_jax.pipeline import ModelDescription, sample_indices
+from tokenbridge_jax.pipeline import MODEL_FILE, ModelDescription, sample_indices
 from tokenbridge_jax.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
 from tokenbridge_jax.sampling import SamplingSettings
 from tokenbridge_jax.tokenizing import make_quantizer
+from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.loop import (
     EXIT_INTERRUPTED,
     Hook,
@@ -84,13 +85,14 @@ def main(args: flags.FlagValues) -> int:
     check_training(config, "training", mesh)
     info = read_tokens(config, workdir)
     model = make_model_config(config, info.quantizer, info.channel_order, info.positions)
+    names, notes = agree_on_classes(config, workdir, info)
     run = make_run(config, workdir, info, model, mesh)
 
     def begin() -> None:
         if jax.process_index() == 0:
-            for note in _left_out(config, workdir, info):
+            for note in [*notes, *_left_out(config, workdir, info)]:
                 say(f"train: {note}")
-            ModelDescription(model, info.class_names, info.autoencoder_hash).save(workdir)
+            ModelDescription(model, names, info.autoencoder_hash).save(workdir)
             runner.remember_config(args)
 
     with runner.locked(args.workdir):
@@ -125,6 +127,28 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
     if (workdir / "autoencoder" / "config.json").exists():
         info.check(autoencoder_hash=read_description(workdir / "autoencoder")["hash"])
     return info
+
+
+def agree_on_classes(
+    config: ConfigDict, workdir: epath.Path, info: DatasetInfo
+) -> tuple[tuple[str, ...], list[str]]:
+    """The names of the classes, which are those of the model that training goes on with.
+
+    Returns:
+      Names by label, and what to tell of them.
+
+    Raises:
+      UserError: the shards have the model's classes in another order, or more or fewer.
+    """
+    latest = Checkpoints(workdir / "checkpoints").latest
+    if latest is None or not (workdir / MODEL_FILE).exists():
+        return info.class_names, []
+    model = ModelDescription.load(workdir)
+    before, now = model.config.classes, config.data.num_classes
+    if before != now:
+        return info.class_names, [f"{now} classes instead of {before}: a new class table"]
+    names, remark = class_names.match(model.class_names, info.class_names)
+    return names, [remark] if remark else []
 
 
 def make_model_config(

@@ -7,27 +7,45 @@ FID, so nothing is approximated: JPEG draft mode, for one, is faster and not the
 
 What comes before the cut, for pictures that are not plain RGB:
 
-- Pixels are decoded in full first; a truncated file is an `ImageError`, never a half-grey picture.
+- Pixels are decoded in full first. A picture whose file ends early is an `ImageError`, never half
+  grey, even a JPEG with an end mark (see `jpeg.py`). What was overwritten in the middle of a JPEG
+  cannot always be told.
 - EXIF orientation is applied: pictures are stored the way a viewer shows them. (ADM ignores the
   tag; on pictures without one, so on nearly all of ImageNet, both agree.)
-- 16-bit grey is scaled to 8 bits (Pillow alone would clip it to white).
+- 16-bit pictures are scaled to 8 bits (Pillow alone would clip grey ones to white). White is 65535,
+  or what a grey TIFF says of its bits or its largest value. Where it says nothing and no value
+  reaches a sixteenth of white, the picture is an `ImageError`: most likely it has 12 bits. One of
+  14 bits that says nothing comes out four times too dark.
+- Integers of 32 bits, signed and floating-point ones are an `ImageError`, as their white is
+  unknown, unless they are integers and a TIFF says the largest value.
 - Everything else goes through Pillow's conversion to RGB (or grey) as in ADM: CMYK, palettes,
   grey; transparency is dropped and the colours beneath it are kept.
 """
+
+import io
+import os
+import struct
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image
 
+from tokenbridge_jax.data import jpeg
+
 # Above this many pixels, in the file or on the way, a picture is refused as broken: half a
 # gigapixel already takes 1.6 GB as RGB.
 MAX_PIXELS = 2**29
 
-# Pillow warns from 89 megapixels on and refuses from 179; legitimate scans are larger. Its limit
-# is a global without a thread-safe way around, so it is lifted here and `MAX_PIXELS` checked.
-Image.MAX_IMAGE_PIXELS = None
+# Tags of TIFF; those of the largest value in the order of their weight.
+_BITS, _SAMPLE_FORMAT, _LARGEST = 258, 339, (341, 281)
 
 _MODES = {1: "L", 3: "RGB"}
+
+_DARK = (
+    "16-bit pixels of which none reaches a sixteenth of white: most likely they have 12 bits or "
+    "fewer; convert it to 8 bits"
+)
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,6 +62,36 @@ class ImageError(Exception):
     """A picture that cannot be used, and why."""
 
 
+def open_picture(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
+    """As `Image.open`, but for its guard against large pictures.
+
+    Pillow warns from 89 megapixels on and refuses from 179; legitimate scans are larger, and
+    `decode` has a limit of its own. Pillow's is a global, which is left alone for others.
+
+    Raises:
+      OSError: the file cannot be read or is no picture.
+      ImageError: it is a picture of a kind that cannot be that large.
+    """
+    try:
+        return Image.open(file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        pass  # Known by now to be a picture: its format's reader is called without the guard.
+    stream = io.BytesIO(Path(file).read_bytes()) if isinstance(file, str | os.PathLike) else file
+    stream.seek(0)
+    start = stream.read(16)
+    for reader, accepts in [Image.OPEN[name] for name in Image.ID]:
+        accepted = accepts is None or accepts(start)
+        if accepted and not isinstance(accepted, str):
+            stream.seek(0)
+            try:
+                return reader(stream, "")
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                continue  # Of another format, as `Image.open` has it.
+            except Image.DecompressionBombError as error:
+                raise ImageError(str(error)) from error
+    raise ImageError("too large a picture")
+
+
 def prepare(image: Image.Image, size: int, channels: int = 3) -> UInt8[np.ndarray, "size size c"]:
     """Decodes, turns upright, converts and cuts one picture.
 
@@ -55,14 +103,42 @@ def prepare(image: Image.Image, size: int, channels: int = 3) -> UInt8[np.ndarra
     Raises:
       ImageError: the picture is damaged, far too large or of a kind without a known white.
     """
+    return center_crop(decode(image, channels), size)
+
+
+def decode(image: Image.Image, channels: int = 3) -> Image.Image:
+    """Decodes one picture, turns it upright and converts it to 8-bit `RGB` or `L`.
+
+    Args: and Raises: as of `prepare`.
+    """
     _check_size(image.size)
     try:
+        data = _jpeg_data(image)
+        # What is known only before: Pillow drops the lower 8 of 16 bits of colours.
+        is_deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
         image.load()
-        return center_crop(to_8bit(upright(image), channels), size)
+        reason = jpeg.missing_data(data, image) if data else None
+        if reason:
+            raise ImageError(reason)
+        if is_deep and not image.mode.startswith("I") and _brightest(image) <= 255 // 16:
+            raise ImageError(_DARK)
+        return _upright(_to_8bit(image, channels), image)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files.
         raise ImageError(str(error) or type(error).__name__) from error
+
+
+def _jpeg_data(image: Image.Image) -> bytes | None:
+    """The file of a JPEG that is not decoded yet."""
+    file = getattr(image, "fp", None)
+    if image.format not in ("JPEG", "MPO") or not getattr(image, "tile", ()) or file is None:
+        return None
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    return data
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size c"]:
@@ -87,12 +163,15 @@ def _resize(image: Image.Image, size: tuple[int, int], filter: Image.Resampling)
     return image.resize((size[0], image.height), filter).resize(size, filter)
 
 
-def to_8bit(image: Image.Image, channels: int) -> Image.Image:
+def _to_8bit(image: Image.Image, channels: int) -> Image.Image:
     """Converts a decoded picture of any mode to 8-bit `RGB` (`channels` 3) or `L` (1)."""
     if image.mode.startswith("I"):
+        white = _white(image)
         # 16-bit grey; PNGs of that kind open as `I;16` or, with older Pillow, as 32-bit `I`.
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, white)
+        if white == 65535 and 0 < grey.max() <= white // 16:
+            raise ImageError(_DARK)
+        image = Image.fromarray(((grey * 255 + white // 2) // white).astype(np.uint8))
     elif image.mode == "F":
         raise ImageError("floating-point pixels, whose white is unknown; convert it to 8 bits")
     elif image.mode == "P" and "transparency" in image.info:
@@ -101,7 +180,30 @@ def to_8bit(image: Image.Image, channels: int) -> Image.Image:
     return image.convert(_MODES[channels])
 
 
-def upright(image: Image.Image) -> Image.Image:
+def _white(image: Image.Image) -> int:
+    """The value of white in grey pixels of more than 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    # Of the largest value only what is all ones in some bits: others are statistics.
+    for tag in _LARGEST:
+        value = int(np.ravel(tags.get(tag, 0))[0])
+        if value > 255 and value & (value + 1) == 0:
+            return value
+    bits = int(np.ravel(tags.get(_BITS, 16))[0])
+    signed = int(np.ravel(tags.get(_SAMPLE_FORMAT, 1))[0]) != 1
+    if bits > 16 or signed:
+        kind = f"{'signed ' if signed else ''}{bits}-bit integer pixels"
+        raise ImageError(f"{kind}, whose white is unknown; convert it to 8 bits")
+    return 2**bits - 1
+
+
+def _brightest(image: Image.Image) -> int:
+    """The largest value of a colour or grey."""
+    extrema = np.reshape(image.getextrema(), (-1, 2))
+    bands = zip(image.getbands(), extrema, strict=True)
+    return max(int(high) for band, (_, high) in bands if band != "A")
+
+
+def _upright(converted: Image.Image, image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation of a decoded picture; unreadable EXIF data counts as none."""
     # Read after decoding: for TIFF, Pillow itself turns the picture then and drops the tag.
     try:
@@ -109,7 +211,7 @@ def upright(image: Image.Image) -> Image.Image:
     except Exception:  # A damaged tag says nothing about the pixels.
         orientation = None
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+    return converted if method is None else converted.transpose(method)
 
 
 def _check_size(size: tuple[int, int]) -> None:

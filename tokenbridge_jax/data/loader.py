@@ -44,7 +44,7 @@ class TokenRecords:
         sizes = np.array([records for _, records in self._files], np.int64)
         self._ends = np.cumsum(sizes)
         self._starts = self._ends - sizes
-        self._dtype = info.record
+        self._dtype, self._classes = info.record, len(info.class_names)
         self._readers: list[ArrayRecordReader | None] = [None] * len(self._files)
 
     def __len__(self) -> int:
@@ -54,12 +54,22 @@ class TokenRecords:
         """The records of these numbers, in this order.
 
         Raises:
-          UserError: a shard is damaged or of another dataset; the message names it.
+          UserError: a shard is damaged, of another dataset, or holds a label of no class; the
+            message names it.
         """
         shard = np.searchsorted(self._ends, numbers, side="right")
         place = numbers - self._starts[shard]
         data = map(self._read, shard.tolist(), place.tolist())
-        return np.frombuffer(b"".join(data), self._dtype)
+        records = np.frombuffer(b"".join(data), self._dtype)
+        wrong = np.flatnonzero((records["label"] < 0) | (records["label"] >= self._classes))
+        if len(wrong):
+            path, _ = self._files[shard[wrong[0]]]
+            raise UserError(
+                f"token shard {path} holds label {records['label'][wrong[0]]}, but there are "
+                f"{self._classes} classes: a picture without a class was tokenized; tokenize again "
+                "with another --workdir, without the split it is from"
+            )
+        return records
 
     def _read(self, shard: int, place: int) -> bytes:
         path, _ = self._files[shard]

@@ -8,7 +8,7 @@ resumed `tokenize` relies on index i meaning the same picture as before.
 import hashlib
 import io
 import os
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,12 +17,12 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from tokenbridge_jax.class_names import readable_names
 from tokenbridge_jax.data import images
 from tokenbridge_jax.data.images import ImageError
+from tokenbridge_jax.data.listing import EXTENSIONS, list_classes
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.io import expand
-
-EXTENSIONS = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 # What a picture of its own can be ill with; any other failure to read is the storage's.
 _FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -44,6 +44,10 @@ class Source(Protocol):
         """Picture i, perhaps not decoded yet, and its label."""
         ...
 
+    def label(self, i: int) -> int:
+        """The label of picture i; outside of the classes where the picture has none."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """JSON that tells two sources apart; `path` is for people and may change."""
         ...
@@ -52,41 +56,45 @@ class Source(Protocol):
 class FolderSource:
     """A tree with one folder a class: `root/CLASS/**/picture.jpg`.
 
-    Labels follow the sorted folder names. Pictures are recognised by extension, sorted by path;
-    hidden files and folders are ignored. A file `root/classes.txt` with lines `FOLDER human name`
-    gives classes readable names.
+    Labels follow the sorted folder names; names that are all whole numbers are sorted as numbers.
+    `listing.py` says what counts as a picture and as a class folder; pictures are sorted by path.
+    A file `root/classes.txt` gives classes readable names (see `class_names.py`).
+
+    Args:
+      root: the folder.
+      every_class: refuse class folders without pictures, such as a download leaves that stopped.
 
     Raises:
-      UserError: the folder is missing or holds no class folders or no pictures.
+      UserError: the folder is missing or holds no class folders or no pictures, or cannot be
+        listed; or `classes.txt` names a folder twice.
     """
 
-    def __init__(self, root: str | os.PathLike[str]):
+    def __init__(self, root: str | os.PathLike[str], *, every_class: bool = True):
         self.root = Path(root)
         if not self.root.is_dir():
             raise UserError(
                 f"image folder {self.root} does not exist; set --config.data.path and "
                 "--config.data.split (a subfolder, or empty)"
             )
-        folders = sorted(
-            entry.name
-            for entry in self.root.iterdir()
-            if not entry.name.startswith(".") and entry.is_dir()
-        )
-        if not folders:
+        classes = list_classes(self.root)
+        if not classes:
             raise UserError(f"{self.root} holds no class folders; pictures go into ROOT/CLASS/")
-        self._files: list[str] = []
-        labels: list[int] = []
-        for label, folder in enumerate(folders):
-            found = sorted(_image_files(self.root, folder))
-            self._files += found
-            labels += [label] * len(found)
+        self._files = [name for files in classes.values() for name in files]
         if not self._files:
             raise UserError(
-                f"{self.root} holds {len(folders)} class folders but no pictures "
+                f"{self.root} holds {len(classes)} class folders but no pictures "
                 f"({', '.join(sorted(EXTENSIONS))})"
             )
-        self._labels = np.array(labels, np.int32)
-        self.class_names = _readable_names(self.root / "classes.txt", folders)
+        empty = [name for name, files in classes.items() if not files]
+        if empty and every_class:
+            more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+            raise UserError(
+                f"{self.root} has class folders without pictures: {', '.join(empty[:3])}{more}; "
+                "fill them, or remove them if they are no classes"
+            )
+        counts = [len(files) for files in classes.values()]
+        self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+        self.class_names = readable_names(self.root / "classes.txt", list(classes))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -95,7 +103,10 @@ class FolderSource:
         return self._files[i]
 
     def load(self, i: int) -> tuple[Image.Image, int]:
-        return Image.open(self.root / self._files[i]), int(self._labels[i])
+        return images.open_picture(self.root / self._files[i]), self.label(i)
+
+    def label(self, i: int) -> int:
+        return int(self._labels[i])
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -107,34 +118,6 @@ class FolderSource:
             "images": len(self),
             "names_sha256": digest.hexdigest(),
         }
-
-
-def _image_files(root: Path, folder: str) -> list[str]:
-    found = []
-    for directory, subfolders, files in os.walk(root / folder, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = Path(directory).relative_to(root)
-        found += [
-            (relative / name).as_posix()
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-        ]
-    return found
-
-
-def _readable_names(path: Path, folders: list[str]) -> tuple[str, ...]:
-    if not path.is_file():
-        return tuple(folders)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    pairs = (line.split(maxsplit=1) for line in lines)
-    names = {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
-    readable = [names.get(folder, folder) for folder in folders]
-    # Two classes of ImageNet are both a "crane": such names keep their folder as well.
-    counts = Counter(readable)
-    return tuple(
-        name if counts[name] == 1 else f"{name} ({folder})"
-        for name, folder in zip(readable, folders, strict=True)
-    )
 
 
 class TfdsSource:
@@ -149,13 +132,19 @@ class TfdsSource:
         with `dataset_info.json`.
       split: `train`, `validation`, or any TFDS split expression such as `train[:10%]`.
       name: the dataset, if `path` is the data directory: `imagenet2012`, `name/config`, ...
+      num_classes: how many classes there are where labels are plain integers: 0, 1, ...
 
     Raises:
-      UserError: no such archive, split or format, or the package is not installed.
+      UserError: no such archive, split or format, no pictures or classes in it, or the package is
+        not installed.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], split: str = "train", name: str = "imagenet2012"
+        self,
+        path: str | os.PathLike[str],
+        split: str = "train",
+        name: str = "imagenet2012",
+        num_classes: int = 0,
     ):
         try:
             import tensorflow_datasets as tfds
@@ -166,16 +155,18 @@ class TfdsSource:
         folder = _tfds_version_folder(Path(expand(path)), name)
         try:
             builder = tfds.builder_from_directory(str(folder))
+            self.class_names = _tfds_classes(folder, builder.info.features, num_classes)
+            size = builder.info.splits[split].num_examples
+            if not size:
+                raise UserError(f"split '{split}' of {folder} holds no pictures; name a larger one")
             self._records = builder.as_data_source(
                 split, decoders={"image": tfds.decode.SkipDecoding()}
             )
-            size = len(self._records)
         except (ValueError, NotImplementedError, RuntimeError, KeyError) as error:
             reason = str(error).strip("'\"").splitlines()[0]
             raise UserError(f"cannot read split '{split}' of {folder}: {reason}") from error
         self._size, self._split, self._folder = size, split, folder
         self._dataset = builder.info.full_name
-        self.class_names = tuple(builder.info.features["label"].names)
 
     def __len__(self) -> int:
         return self._size
@@ -186,7 +177,10 @@ class TfdsSource:
 
     def load(self, i: int) -> tuple[Image.Image, int]:
         record = self._records[i]
-        return Image.open(io.BytesIO(record["image"])), int(record["label"])
+        return images.open_picture(io.BytesIO(record["image"])), int(record["label"])
+
+    def label(self, i: int) -> int:
+        return int(self._records[i]["label"])
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -196,6 +190,30 @@ class TfdsSource:
             "split": self._split,
             "images": len(self),
         }
+
+
+def _tfds_classes(folder: Path, features: Any, num_classes: int) -> tuple[str, ...]:
+    """Names of an archive's classes, once it is known to be of pictures with classes."""
+    import tensorflow_datasets as tfds
+
+    named = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
+    image, label = named.get("image"), named.get("label")
+    if not isinstance(image, tfds.features.Image):
+        raise UserError(f"{folder} has no feature 'image' of pictures, only {_list(named)}")
+    if label is None:
+        raise UserError(
+            f"{folder} has no feature 'label', only {_list(named)}: its pictures have no classes; "
+            "write them to class folders, for --config.data.source=folder"
+        )
+    if isinstance(label, tfds.features.ClassLabel) and label.names:
+        return tuple(label.names)
+    if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
+        raise UserError(f"the labels of {folder} are no classes but {type(label).__name__}")
+    return tuple(map(str, range(num_classes)))
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def _tfds_version_folder(path: Path, name: str) -> Path:
@@ -248,7 +266,10 @@ class DigitsSource:
         return f"digit {self._rows[i]}"
 
     def load(self, i: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[i, :, :, 0]), int(self.labels[i])
+        return Image.fromarray(self.images[i, :, :, 0]), self.label(i)
+
+    def label(self, i: int) -> int:
+        return int(self.labels[i])
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "digits", "split": self._split, "images": len(self)}
@@ -256,6 +277,8 @@ class DigitsSource:
 
 def make_source(data: ConfigDict, split: str | None = None) -> Source:
     """The source that `config.data` describes, or another `split` of it.
+
+    Another split may lack pictures of some classes.
 
     Keys: `source` ("folder", "tfds", "digits"), `path`, `split`, `name` (of a TFDS dataset),
     `num_classes` and `image_channels`. For a folder, `split` names a subfolder of `path`, or is
@@ -270,6 +293,7 @@ def make_source(data: ConfigDict, split: str | None = None) -> Source:
         raise UserError(
             f"config.data.image_channels is {data.image_channels}; it must be 3 (RGB) or 1 (grey)"
         )
+    every_class = split is None
     split = data.split if split is None else split
     kind = data.source
     if kind in ("folder", "tfds") and not data.path:
@@ -278,9 +302,9 @@ def make_source(data: ConfigDict, split: str | None = None) -> Source:
     if kind == "folder":
         root = Path(expand(data.path))
         only_train = split == "train" and not (root / split).is_dir()
-        source = FolderSource(root if only_train else root / split)
+        source = FolderSource(root if only_train else root / split, every_class=every_class)
     elif kind == "tfds":
-        source = TfdsSource(data.path, split or "train", data.name)
+        source = TfdsSource(data.path, split or "train", data.name, data.num_classes)
     elif kind == "digits":
         source = DigitsSource(split or "train")
     else:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenbridge_jax import pictures
+from tokenbridge_jax.class_names import class_at
 from tokenbridge_jax.data.images import ImageError, prepare
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.pipeline import ClassId, Pipeline
@@ -63,13 +64,14 @@ class Choices(NamedTuple):
     num_iter: int
     order: str
 
-    def mixture(self) -> ClassId:
-        """The class, or both with their weights where they are two."""
+    def mixture(self, names: tuple[str, ...]) -> ClassId:
+        """The class, or both with their weights where they are two; `names` are all by number."""
         if self.class_id == NO_CLASS:
             return None
+        first = class_at(self.class_id, names)
         if self.second in (NO_CLASS, self.class_id):
-            return self.class_id
-        return {self.class_id: 1 - self.share, self.second: self.share}
+            return first
+        return {first: 1 - self.share, class_at(self.second, names): self.share}
 
 
 class Frame(NamedTuple):
@@ -87,6 +89,7 @@ class Demo:
         """The page starts with the settings of `sampling`, a config's section of this name."""
         self.pipeline = pipeline
         self.defaults = SamplingSettings.from_section(sampling)
+        self._names = pipeline.description.class_names
         self.side = pipeline.image_size
         self.image_channels = pipeline.codec.config.image_channels
         self.max_guidance = max(MAX_GUIDANCE, self.defaults.guidance)
@@ -107,7 +110,7 @@ class Demo:
           UserError: a choice is out of range.
         """
         settings = self._settings(choices)
-        class_ids = [choices.mixture()] * choices.images
+        class_ids = [choices.mixture(self._names)] * choices.images
         return self._frames(lambda preview: self.pipeline.generate(
             class_ids, preview=preview, **settings
         ))  # fmt: skip
@@ -146,7 +149,7 @@ class Demo:
         return self._frames(lambda preview: self.pipeline.edit(
             images,
             mask if mask.any() else None,
-            choices.mixture(),
+            choices.mixture(self._names),
             keep=keep or None,
             encode_hidden=encode_hidden or None,
             blend=blend,
@@ -173,7 +176,7 @@ class Demo:
         """Checked arguments of `Pipeline.generate` and `edit`."""
         for class_id in (choices.class_id, choices.second):
             if class_id != NO_CLASS:
-                self.pipeline.class_id(class_id)
+                self.pipeline.class_id(class_at(class_id, self._names))
         if choices.class_id == NO_CLASS != choices.second:
             raise UserError("a second class needs a first one to be mixed with")
         if choices.images not in NUMBERS_OF_IMAGES:

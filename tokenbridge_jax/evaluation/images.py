@@ -16,16 +16,15 @@ import numpy as np
 from etils import epath
 from jaxtyping import Integer, Shaped, UInt8
 from ml_collections import ConfigDict
-from PIL import Image
 
 from tokenbridge_jax import io
-from tokenbridge_jax.data.images import ImageError, to_8bit, upright
+from tokenbridge_jax.data.images import ImageError, decode, open_picture
+from tokenbridge_jax.data.listing import EXTENSIONS, list_pictures
 from tokenbridge_jax.data.shards import INFO_FILE, read_info
 from tokenbridge_jax.data.sources import load_prepared
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.tokenizing import make_subsets
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 ARRAY = "arr_0"
 
 
@@ -74,10 +73,10 @@ def open_images(path: str | Path) -> ImageSet:
 class _Folder(ImageSet):
     def __init__(self, path: Path):
         self.path = path
-        self._files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        self._files = [path / name for name in list_pictures(path)]
         self.count = len(self._files)
         if not self._files:
-            raise UserError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
+            raise UserError(f"{path} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
         self.shape = self._read(self._files[0]).shape
         self.facts = {"image_size": _size(self.shape)}
 
@@ -106,8 +105,8 @@ class _Folder(ImageSet):
 
     def _read(self, file: Path) -> UInt8[np.ndarray, "H W 3"]:
         try:
-            with Image.open(file) as image:
-                return np.asarray(to_8bit(upright(image), 3))
+            with open_picture(file) as image:
+                return np.asarray(decode(image, 3))
         except (OSError, SyntaxError, ValueError, ImageError) as error:
             raise UserError(f"{file} cannot be read as a picture: {error}") from error
 

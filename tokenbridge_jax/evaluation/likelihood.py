@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from tokenbridge_jax import parallel
+from tokenbridge_jax import class_names, parallel
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import TokenRecords
 from tokenbridge_jax.data.shards import DatasetInfo
@@ -31,7 +31,7 @@ from tokenbridge_jax.evaluation.calibration import Calibration
 from tokenbridge_jax.loss import scored_slots, split_slots
 from tokenbridge_jax.model import TokenBridgeConfig, make_head, merge
 from tokenbridge_jax.orders import make_orders
-from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline import ModelDescription, Pipeline
 from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.schedule import MAX_STAGES, MAX_STAGES_SCANNED, SamplingSettings, make_plan
 
@@ -216,7 +216,8 @@ def likelihood(
       progress: print rate and ETA to stderr.
 
     Returns:
-      Plain numbers and lists for JSON: what was scored, `first_token_quirk`, whether the model
+      Plain numbers and lists for JSON: what was scored (`classes` is a remark on the names of the
+      shards' classes, if they are others than the model's), `first_token_quirk`, whether the model
       samples with it and was scored so, and
       `bits_per_index` and `bits_per_pixel` (an image's bits over its pixels), each with
         `..._standard_error` (over images; None for one), and `raw_bits_per_index`, log2 V, and
@@ -227,12 +228,12 @@ def likelihood(
       `calibration`: of all indices; see `calibration.Calibration.summary`.
 
     Raises:
-      UserError: the shards are missing or damaged, not of this model, or a setting is out of range;
-        or the model's probabilities are NaN.
+      UserError: the shards are missing or damaged, not of this model, have its classes in another
+        order, or a setting is out of range; or the model's probabilities are NaN.
     """
     config = pipeline.config
     info = shards.read_info(folder)
-    _check_settings(config, pipeline.description.autoencoder_hash, info)
+    remark = _check_settings(pipeline.description, info)
     if order not in ("random", "raster", "halton"):
         raise UserError(f"order='{order}' is not one of random, raster, halton")
     if num_orders < 1 or (num_orders > 1 and order != "random"):
@@ -288,21 +289,21 @@ def likelihood(
         "first_token_quirk": config.first_token_quirk,
         "channel_order": list(config.channel_order),
     }
+    if remark:
+        described["classes"] = remark
     return described | totals.summary(info.image_size**2)
 
 
-def _check_settings(config: TokenBridgeConfig, autoencoder_hash: str, info: DatasetInfo) -> None:
+def _check_settings(description: ModelDescription, info: DatasetInfo) -> str:
+    """A remark on the names of the classes, if there is one to make."""
+    config = description.config
     info.check(
         levels=config.levels,
         channels=config.channels,
         positions=config.positions,
-        autoencoder_hash=autoencoder_hash,
+        autoencoder_hash=description.autoencoder_hash,
     )
-    if len(info.class_names) > config.classes:
-        raise UserError(
-            f"the token shards have {len(info.class_names)} classes, the model {config.classes}; "
-            "evaluate on those it was trained on"
-        )
+    _, remark = class_names.match(description.class_names, info.class_names)
     theirs, ours = info.quantizer, config.quantizer
     # Levels that were imported may differ in their last bits.
     if not np.allclose(theirs.dequantized_levels, ours.dequantized_levels, rtol=0, atol=1e-3):
@@ -310,6 +311,7 @@ def _check_settings(config: TokenBridgeConfig, autoencoder_hash: str, info: Data
             "the quantizer of the token shards has other levels than the model's; tokenize again "
             "with another --workdir"
         )
+    return remark
 
 
 def _batches(numbers: Int[np.ndarray, " N"], size: int) -> Iterator[Int[np.ndarray, " B"]]:
