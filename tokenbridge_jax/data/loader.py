@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int64, Shaped
 
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.images import ImageError
+from tokenbridge_jax.data.readers import ShardReaders, damaged
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.sources import Source, load_prepared
 from tokenbridge_jax.errors import UserError
@@ -45,7 +45,7 @@ class TokenRecords:
         self._ends = np.cumsum(sizes)
         self._starts = self._ends - sizes
         self._dtype = info.record
-        self._readers: list[ArrayRecordReader | None] = [None] * len(self._files)
+        self._readers = ShardReaders(self._files)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -54,39 +54,19 @@ class TokenRecords:
         """The records of these numbers, in this order.
 
         Raises:
-          UserError: a shard is damaged or of another dataset; the message names it.
+          UserError: a shard is damaged, of another dataset or cannot be read; the message names it.
         """
-        shard = np.searchsorted(self._ends, numbers, side="right")
-        place = numbers - self._starts[shard]
-        data = map(self._read, shard.tolist(), place.tolist())
-        return np.frombuffer(b"".join(data), self._dtype)
-
-    def _read(self, shard: int, place: int) -> bytes:
-        path, _ = self._files[shard]
-        try:
-            reader = self._readers[shard] or self._open(shard)
-            # A range of one: a list of places costs several times as much, for it goes through the
-            # reader's thread pool and a table of all the shard's records.
-            (record,) = reader.read(place, place + 1)
-        except RuntimeError as error:
-            raise shards.damaged(path, f"is damaged ({str(error).split(';')[0]})") from error
-        if len(record) != self._dtype.itemsize:
-            raise shards.damaged(path, "holds records of another size than dataset.json says")
-        return record
-
-    def _open(self, shard: int) -> ArrayRecordReader:
-        """Opens a shard when it is first read, for all threads."""
-        path, records = self._files[shard]
-        # With a buffer smaller than a record, no more than the record is read from the file.
-        reader = ArrayRecordReader(
-            str(path), "readahead_buffer_size:0", file_reader_buffer_size=1024
-        )
-        if reader.num_records() != records:
-            raise shards.damaged(
-                path, f"is damaged (it lists {reader.num_records()} records, not {records})"
-            )
-        self._readers[shard] = reader
-        return reader
+        # Shard by shard: not all of them may be open at once.
+        order = np.argsort(numbers, kind="stable")
+        shard = np.searchsorted(self._ends, numbers[order], side="right")
+        place = numbers[order] - self._starts[shard]
+        records = [b""] * len(numbers)
+        for row, s, p in zip(order.tolist(), shard.tolist(), place.tolist(), strict=True):
+            records[row] = self._readers.read(s, p)
+            if len(records[row]) != self._dtype.itemsize:
+                path, _ = self._files[s]
+                raise damaged(path, "holds records of another size than dataset.json says")
+        return np.frombuffer(b"".join(records), self._dtype)
 
 
 def make_loader(
