@@ -179,6 +179,42 @@ def read_error(path: epath.PathLike, error: OSError) -> UserError:
     return UserError(f"cannot read {path}: {_reason_and_mend(error)}")
 
 
+def refusal(path: epath.PathLike, said: str = "") -> OSError | None:
+    """The system's reason not to let a file be read; None if it can be read to its end.
+
+    Args:
+      path: of the file.
+      said: the text of a library's error, which may hold the reason.
+    """
+    for number in _MENDS:
+        if os.strerror(number) in said:
+            return OSError(number, os.strerror(number))
+    try:
+        with epath.Path(path).open("rb") as file:
+            while file.read(2**20):
+                pass
+    except OSError as error:
+        return error
+    return None
+
+
+def exists(path: epath.PathLike) -> bool:
+    """Whether there is something at `path`.
+
+    Raises:
+      UserError: the system does not say, as in a folder that this user may not look into.
+    """
+    if in_object_store(path):
+        return epath.Path(path).exists()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise read_error(path, error) from error
+    return True
+
+
 def _reason_and_mend(error: OSError) -> str:
     mend = _MENDS.get(error.errno or 0)
     return f"{error.strerror or error}" + (f"; {mend}" if mend else "")

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int64, Shaped
 
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.images import ImageError
+from tokenbridge_jax.data.readers import ShardReaders, damaged
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.sources import Source, load_prepared
 from tokenbridge_jax.errors import UserError
@@ -45,7 +45,7 @@ class TokenRecords:
         self._ends = np.cumsum(sizes)
         self._starts = self._ends - sizes
         self._dtype, self._classes = info.record, len(info.class_names)
-        self._readers: list[ArrayRecordReader | None] = [None] * len(self._files)
+        self._readers = ShardReaders(self._files)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -54,49 +54,30 @@ class TokenRecords:
         """The records of these numbers, in this order.
 
         Raises:
-          UserError: a shard is damaged, of another dataset, or holds a label of no class; the
-            message names it.
+          UserError: a shard is damaged, of another dataset, holds a label of no class or cannot be
+            read; the message names it.
         """
-        shard = np.searchsorted(self._ends, numbers, side="right")
-        place = numbers - self._starts[shard]
-        data = map(self._read, shard.tolist(), place.tolist())
+        # Shard by shard: not all of them may be open at once.
+        order = np.argsort(numbers, kind="stable")
+        shard = np.searchsorted(self._ends, numbers[order], side="right")
+        place = numbers[order] - self._starts[shard]
+        data = [b""] * len(numbers)
+        for row, s, p in zip(order.tolist(), shard.tolist(), place.tolist(), strict=True):
+            data[row] = self._readers.read(s, p)
+            if len(data[row]) != self._dtype.itemsize:
+                path, _ = self._files[s]
+                raise damaged(path, "holds records of another size than dataset.json says")
         records = np.frombuffer(b"".join(data), self._dtype)
-        wrong = np.flatnonzero((records["label"] < 0) | (records["label"] >= self._classes))
-        if len(wrong):
-            path, _ = self._files[shard[wrong[0]]]
+        wrong = (records["label"] < 0) | (records["label"] >= self._classes)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            path, _ = self._files[int(np.searchsorted(self._ends, numbers[row], side="right"))]
             raise UserError(
-                f"token shard {path} holds label {records['label'][wrong[0]]}, but there are "
+                f"token shard {path} holds label {records['label'][row]}, but there are "
                 f"{self._classes} classes: a picture without a class was tokenized; tokenize again "
                 "with another --workdir, without the split it is from"
             )
         return records
-
-    def _read(self, shard: int, place: int) -> bytes:
-        path, _ = self._files[shard]
-        try:
-            reader = self._readers[shard] or self._open(shard)
-            # A range of one: a list of places costs several times as much, for it goes through the
-            # reader's thread pool and a table of all the shard's records.
-            (record,) = reader.read(place, place + 1)
-        except RuntimeError as error:
-            raise shards.damaged(path, f"is damaged ({str(error).split(';')[0]})") from error
-        if len(record) != self._dtype.itemsize:
-            raise shards.damaged(path, "holds records of another size than dataset.json says")
-        return record
-
-    def _open(self, shard: int) -> ArrayRecordReader:
-        """Opens a shard when it is first read, for all threads."""
-        path, records = self._files[shard]
-        # With a buffer smaller than a record, no more than the record is read from the file.
-        reader = ArrayRecordReader(
-            str(path), "readahead_buffer_size:0", file_reader_buffer_size=1024
-        )
-        if reader.num_records() != records:
-            raise shards.damaged(
-                path, f"is damaged (it lists {reader.num_records()} records, not {records})"
-            )
-        self._readers[shard] = reader
-        return reader
 
 
 def make_loader(

@@ -49,7 +49,9 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
             f"{remote} holds no finished token shards; run `tokenbridge tokenize` with a --workdir "
             "of a file system and copy its `tokens` there"
         ) from error
-    except (PermissionError, ImportError) as error:
+    except PermissionError as error:
+        raise io.read_error(remote, error) from error
+    except ImportError as error:
         raise UserError(f"cannot read {remote}: {error}") from error
     splits = json.loads(described)["splits"].values()
     shards = [shard for split in splits for shard in split["shards"]]
@@ -61,6 +63,11 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
     if _size(copy / INFO_FILE) != len(described):
         io.write_bytes(copy / INFO_FILE, described)
     return copy
+
+
+def is_copy(shard: Path) -> bool:
+    """Whether a shard is a copy of one in an object store."""
+    return _cache() in shard.parents
 
 
 def _cache() -> Path:
@@ -105,4 +112,4 @@ def _copy_shard(remote: epath.Path, copy: Path, shard: dict[str, object]) -> Non
 
 
 def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.exists() else None
+    return path.stat().st_size if io.exists(path) else None

@@ -47,6 +47,7 @@ from etils import epath
 from tokenbridge_jax import io
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.data.local_copy import INFO_FILE, local_copy
+from tokenbridge_jax.data.readers import damaged
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
 
@@ -261,7 +262,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
       UserError: there is none, it is unfinished, or it cannot be read.
     """
     path = io.as_path(folder) / INFO_FILE
-    if not path.exists():
+    if not io.exists(path):
         state = (
             "is not finished; run `tokenbridge tokenize` again, it goes on where it stopped"
             if (path.parent / PARTIAL_INFO_FILE).exists()
@@ -274,7 +275,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
 def read_begun_info(folder: str | os.PathLike[str]) -> DatasetInfo | None:
     """Reads the description of shards that are finished or being written, if there are any."""
     for name in (INFO_FILE, PARTIAL_INFO_FILE):
-        if (Path(folder) / name).exists():
+        if io.exists(Path(folder) / name):
             return _read_info_file(Path(folder) / name)
     return None
 
@@ -416,7 +417,18 @@ def _summary_path(shard: Path) -> Path:
 
 
 def read_summary(shard: Path) -> ShardSummary | None:
-    """The summary of a complete shard; None if it has to be written (again)."""
+    """The summary of a complete shard; None if it has to be written (again).
+
+    Raises:
+      UserError: the system does not let one of its two files be read.
+    """
+    try:
+        for path in (shard, _summary_path(shard)):
+            path.open("rb").close()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise io.read_error(path, error) from error
     try:
         value = io.read_json(_summary_path(shard))
         summary = ShardSummary(
@@ -451,17 +463,13 @@ def shard_files(
     files, folder = [], local_copy(folder)
     for shard in info.splits[split]["shards"]:
         path = folder / shard["file"]
-        size = path.stat().st_size if path.exists() else None
+        if not io.exists(path):
+            raise UserError(
+                f"token shard {path} is missing; put it back, or run `tokenbridge tokenize` again, "
+                "which writes only what is missing"
+            )
+        size = path.stat().st_size
         if size != shard["bytes"]:
-            state = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
-            raise damaged(path, state)
+            raise damaged(path, f"has {size} bytes, not {shard['bytes']}")
         files.append((path, shard["records"]))
     return files
-
-
-def damaged(shard: Path, reason: str) -> UserError:
-    """What to tell a user about a shard that cannot be read."""
-    return UserError(
-        f"token shard {shard} {reason}; delete it and run `tokenbridge tokenize` again, which "
-        "writes only what is missing"
-    )
