@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import flipped, no_more_files, outcome
 from toy import ToyTask, toy_batch, toy_training
 
 from tokenbridge_jax import io, parallel
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.training import checkpoints as ckpt
+from tokenbridge_jax.training import checksums
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import TrainState, abstract_state
@@ -163,6 +166,83 @@ def test_damaged_files_are_named(trained, saved, part):
     with pytest.raises(UserError, match=f"{saved.directory}/2 is missing or damaged.*{part}"):
         saved.restore(trained[0], 2)
     assert_equal(saved.restore(trained[0], 1).params, trained[1].params)
+
+
+def files_of(checkpoint, *parts):
+    paths = [path for part in parts for path in (checkpoint / part).rglob("*") if path.is_file()]
+    return sorted([checkpoint / checksums.FILE, *paths])
+
+
+def is_told(read, path, checkpoint, expected):
+    """Whether the damage of `path` is told; if not, what is read must be what was saved."""
+    found, message = outcome(read)
+    if not message:
+        assert_equal(found, expected)
+        return False
+    name = re.escape(str(path.relative_to(checkpoint)))
+    assert re.fullmatch(rf"checkpoint {checkpoint} is missing or damaged \(.*{name}.*", message)
+    assert "--step=1" in message
+    assert not re.search("remove|delete", message)
+    return True
+
+
+@unread_futures
+def test_a_flipped_bit_is_told_or_does_no_harm(trained, saved):
+    """In every file; most bits of the arrays' file are those of arrays."""
+    abstract, state = trained
+    checkpoint, rng = Path(saved.directory / "2"), np.random.default_rng(0)
+    on_device = on_one_device(abstract.ema_params)
+
+    def read():
+        record = ckpt.run_record(saved.directory)
+        return record, ckpt.load_params(saved.directory, on_device)
+
+    told = {}
+    for path in files_of(checkpoint, "ema_params", "run"):
+        in_arrays = "ocdbt.process_0/d" in str(path)
+        for bit in rng.choice(8 * path.stat().st_size, 8 if in_arrays else 2, replace=False):
+            with flipped(path, int(bit)):
+                expected = {"seed": 7, "order": [1, 0]}, state.ema_params
+                found = is_told(read, path, checkpoint, expected)
+            told.setdefault(path.relative_to(checkpoint).as_posix(), []).append(found)
+    arrays = next(found for name, found in told.items() if "ocdbt.process_0/d" in name)
+    assert sum(arrays) >= 4  # The rest are nodes that others have replaced.
+    harmless = {name for name, found in told.items() if not all(found)} - {
+        name for name in told if "ocdbt.process_0/" in name
+    }
+    assert not harmless
+    assert len(told) >= 8
+
+
+@unread_futures
+def test_a_bit_of_an_array_is_told_where_orbax_cannot_be_told_to_check(trained, saved, monkeypatch):
+    """Then the files of arrays are in the list, too."""
+    monkeypatch.setattr(checksums, "protect_arrays", lambda: False)
+    checksums.write(saved.directory / "2")
+    checkpoint = Path(saved.directory / "2")
+    (path,) = (checkpoint / "params" / "ocdbt.process_0" / "d").iterdir()
+    read = lambda: saved.restore(trained[0], 2)  # noqa: E731
+    for bit in (100, 8 * path.stat().st_size - 1):
+        with flipped(path, bit):
+            assert is_told(read, path, checkpoint, None)
+
+
+def test_other_parts_and_checkpoints_without_checksums_load(trained, saved):
+    abstract, state = trained
+    (path,) = (saved.directory / "2" / "opt_state" / "ocdbt.process_0" / "d").iterdir()
+    with flipped(Path(path), 1000):
+        loaded = ckpt.load_params(saved.directory, abstract.ema_params)
+    assert_equal(loaded, state.ema_params)
+    (saved.directory / "2" / checksums.FILE).unlink()  # As earlier versions wrote them.
+    assert_equal(saved.restore(abstract, 2).opt_state, state.opt_state)
+
+
+def test_a_checkpoint_that_the_system_refuses_is_not_called_damaged(trained, saved):
+    with pytest.raises(UserError) as caught, no_more_files():
+        ckpt.load_params(saved.directory, trained[0].ema_params, step=2)
+    assert re.match(r"cannot read .*/2/.*: Too many open files; .*ulimit -n", str(caught.value))
+    with pytest.raises(UserError, match="Too many open files"), no_more_files():
+        ckpt.latest_step(saved.directory)
 
 
 @unread_futures

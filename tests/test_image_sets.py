@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from refusals import flipped, outcome
 from token_shards import SETTINGS, make_info
 
 from tokenbridge_jax.data.shards import write_info
@@ -38,6 +39,30 @@ def test_npz_is_read_in_parts(tmp_path, save):
     assert [len(batch) for batch in batches] == [4, 4, 3]
     np.testing.assert_array_equal(np.concatenate(batches), IMAGES)
     np.testing.assert_array_equal(np.concatenate(read(images, 2, 3, 8)), IMAGES[3:8])
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_flipped_bit_of_an_npz_is_told_whatever_is_read_of_it(tmp_path, save):
+    """Also where the images that are asked for are whole: nobody knows which are."""
+    path = tmp_path / "x.npz"
+    save(path, IMAGES)
+    whole = open_images(path)
+    whole.take(2)
+    expected = read(whole, 1)
+
+    def some():
+        images = open_images(path)
+        images.take(2)
+        return read(images, 1)
+
+    told = 0
+    for bit in np.random.default_rng(0).choice(8 * path.stat().st_size, 60, replace=False):
+        with flipped(path, int(bit)):
+            found, message = outcome(some)
+        assert bool(message) or np.array_equal(found, expected)
+        assert "\n" not in message
+        told += bool(message)
+    assert told > 30
 
 
 def test_folder_is_read_in_the_order_of_its_names(tmp_path):

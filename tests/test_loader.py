@@ -2,13 +2,21 @@
 
 import collections
 import itertools
+import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from refusals import no_more_files, open_files
 from token_shards import make_info, random_records, write_tokens
 
-from tokenbridge_jax.data import sources
-from tokenbridge_jax.data.loader import make_image_loader, make_loader, validation_batches
+from tokenbridge_jax.data import readers, shards, sources
+from tokenbridge_jax.data.loader import (
+    TokenRecords,
+    make_image_loader,
+    make_loader,
+    validation_batches,
+)
 from tokenbridge_jax.errors import UserError
 
 
@@ -170,6 +178,39 @@ def test_damaged_shard_is_named(tmp_path):
     loader = make_loader(tmp_path, 10, 0)
     with pytest.raises(UserError, match=r"train-00001-of-00002\.array_record is damaged"):
         list(itertools.islice(loader, 2))
+
+
+def test_few_shards_are_open_at_once_for_any_number_of_threads(tmp_path, monkeypatch):
+    info = write_tokens(tmp_path, {"train": [2] * 40})
+    expected = random_records(info, range(80))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))  # macOS's default.
+    try:
+        before = open_files()
+        records = TokenRecords(tmp_path, info, "train")
+        order = np.random.default_rng(0).permutation(80)
+        assert np.array_equal(records.read(order), expected[order])
+        assert open_files() - before <= 32
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    monkeypatch.setattr(readers, "_MOST", 1)
+    records = TokenRecords(tmp_path, info, "train")
+    with ThreadPoolExecutor(8) as threads:
+        orders = [np.random.default_rng(seed).permutation(80) for seed in range(16)]
+        for order, found in zip(orders, threads.map(records.read, orders), strict=True):
+            assert np.array_equal(found, expected[order])
+
+
+def test_a_shard_that_the_system_refuses_is_not_called_damaged(tmp_path):
+    info = write_tokens(tmp_path, {"train": [4]})
+    records = TokenRecords(tmp_path, info, "train")
+    summary = tmp_path / "train-00000-of-00001.array_record"
+    for read in (lambda: records.read(np.arange(4)), lambda: shards.read_summary(summary)):
+        with pytest.raises(UserError) as caught, no_more_files():
+            read()
+        assert "array_record: Too many open files; " in str(caught.value)
+        assert "ulimit" in str(caught.value)
+    assert len(records.read(np.arange(4))) == 4
 
 
 @pytest.mark.parametrize("damage", ["footer", "fewer"])

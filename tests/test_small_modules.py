@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import flipped, no_more_files, outcome
 
-from tokenbridge_jax import io, pictures, progress
+from tokenbridge_jax import arrays, io, pictures, progress
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.filling import fill_hidden
 from tokenbridge_jax.progress import Progress, format_seconds
@@ -143,6 +144,52 @@ def test_json_that_cannot_be_read_is_named(tmp_path, text):
     with pytest.raises(UserError, match=r"x\.json is not valid JSON") as raised:
         io.read_json(path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_flipped_bit_of_an_npz_is_told_or_does_no_harm(tmp_path, save):
+    path, rng = tmp_path / "x.npz", np.random.default_rng(0)
+    saved = {"mu": rng.normal(size=20), "sigma": rng.integers(3, size=(20, 20))}
+    save(path, **saved)
+    told = 0
+    for bit in rng.choice(8 * path.stat().st_size, 60, replace=False):
+        with flipped(path, int(bit)):
+            found, message = outcome(lambda: io.read_npz(path))
+        if message:
+            assert re.fullmatch(rf"{path} cannot be read: .*", message)
+            told += 1
+        else:  # In the archive's list, where a name may now be another, or a date.
+            for name in found.keys() & saved.keys():
+                assert np.array_equal(found[name], saved[name])
+    assert told > 40
+
+
+def test_a_flipped_bit_of_safetensors_is_told_or_does_no_harm(tmp_path):
+    path, rng = tmp_path / "x.safetensors", np.random.default_rng(0)
+    saved = {"layer": {"kernel": rng.normal(size=(8, 9)), "bias": np.arange(3, dtype=np.float32)}}
+    arrays.write(path, saved)
+    told = 0
+    for bit in rng.choice(8 * path.stat().st_size, 60, replace=False):
+        with flipped(path, int(bit)):
+            found, message = outcome(lambda: arrays.read(path)["layer"])
+        if message:
+            assert re.fullmatch(rf"{path} is damaged: .*", message)
+            told += 1
+        else:
+            for name, array in saved["layer"].items():
+                np.testing.assert_array_equal(found[name], array, strict=True)
+    assert told > 48
+
+
+def test_what_the_system_refuses_is_told_with_its_reason(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.zeros(3))
+    for read in (io.read_npz, io.read_json, io.sha256, arrays.read):
+        with pytest.raises(UserError) as caught, no_more_files():
+            read(path)
+        assert str(caught.value).startswith(f"cannot read {path}: Too many open files; ")
+        with pytest.raises(UserError, match=r"y\.npz does not exist"):
+            read(tmp_path / "y.npz")
 
 
 # --- progress -------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -225,6 +226,57 @@ def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = bytes_io.BytesIO()
     np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
     write_bytes(path, buffer.getvalue())
+
+
+def read_npz(path: epath.PathLike, *, without: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of a `.npz` file by name, every byte of them checked by its CRC.
+
+    Args:
+      path: of the file.
+      without: names of arrays to leave out.
+
+    Raises:
+      UserError: it is missing, cannot be read, or is damaged or something else.
+    """
+    arrays = {}
+    with open_npz(path) as archive:
+        for member in archive.namelist():
+            name = member.removesuffix(".npy")
+            if name != member and name not in without:
+                # `np.load` need not read to the end of a member, where zipfile compares the CRC.
+                file = bytes_io.BytesIO(archive.read(member))
+                arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
+
+
+@contextlib.contextmanager
+def open_npz(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
+    """A `.npz` file as an archive of `.npy` files.
+
+    Raises:
+      UserError: within its body, too: the file is missing, cannot be read, or is damaged or
+        something else.
+    """
+    with npy_errors(path), epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+@contextlib.contextmanager
+def npy_errors(path: epath.PathLike) -> Iterator[None]:
+    """Tells in one line whatever reading a `.npz` or `.npy` file raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # A damaged one makes zipfile, zlib and numpy raise nearly anything.
+        # An offset that is damaged is an invalid argument.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise read_error(path, error) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"{path} cannot be read: {reason}; it is no {epath.Path(path).suffix} file of numbers, "
+            "or a damaged one: put back a copy of it"
+        ) from error
 
 
 def sha256(path: epath.PathLike) -> str:

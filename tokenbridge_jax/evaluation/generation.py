@@ -152,10 +152,8 @@ def draw(
 def _read_parts(folder: epath.Path) -> list[Integer[np.ndarray, "n L C"]]:
     parts: list[np.ndarray] = []
     for path in sorted(folder.glob("indices_*.npy")):
-        try:
+        with io.npy_errors(path):
             part = np.load(bytes_io.BytesIO(path.read_bytes()), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it and run again") from error
         if path.name != _part_name(sum(map(len, parts))):
             raise UserError(f"samples before {path} are missing; remove it and those after it")
         parts.append(part)

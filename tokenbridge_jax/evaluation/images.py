@@ -26,6 +26,7 @@ from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.tokenizing import make_subsets
 
 ARRAY = "arr_0"
+_BLOCK_BYTES = 2**20
 
 
 class ImageSet(abc.ABC):
@@ -114,6 +115,7 @@ class _Folder(ImageSet):
 class _Npz(ImageSet):
     def __init__(self, path: Path):
         self.path = path
+        self._checked = False
         with self._open() as file:
             version = np.lib.format.read_magic(file)
             shape, fortran, dtype = (
@@ -134,10 +136,10 @@ class _Npz(ImageSet):
         self._images: np.ndarray | None = None
         self._chosen = np.arange(self.count)
         if mapped is not None and self.count:
-            try:
+            if mapped + np.prod(shape, dtype=object) > path.stat().st_size:
+                raise UserError(f"{path} is damaged: {ARRAY} ends too early")
+            with io.npy_errors(path):
                 self._images = np.memmap(path, np.uint8, "r", mapped, shape)
-            except ValueError as error:
-                raise UserError(f"{path} is damaged: {ARRAY} ends too early") from error
         if not self.count:
             raise UserError(f"{path}: {ARRAY} holds no images")
 
@@ -148,6 +150,7 @@ class _Npz(ImageSet):
 
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         if self._images is not None:
+            self._check()
             for start in range(first, last, size):
                 yield rgb(self._images[self._chosen[start : min(start + size, last)]])
             return
@@ -159,7 +162,20 @@ class _Npz(ImageSet):
                 data = file.read(count * bytes_each)
                 if len(data) < count * bytes_each:
                     raise UserError(f"{self.path} is damaged: {ARRAY} ends too early")
+                if start + count == last and not self._checked:
+                    self._read_to_end(file)
                 yield rgb(np.frombuffer(data, np.uint8).reshape(count, *self._stored))
+
+    def _check(self) -> None:
+        """Compares the images with their CRC, once: a memory map checks nothing."""
+        if not self._checked:
+            with self._open() as file:
+                self._read_to_end(file)
+
+    def _read_to_end(self, file: Any) -> None:
+        while file.read(_BLOCK_BYTES):
+            pass  # Raises where the end does not agree with the CRC.
+        self._checked = True
 
     def _place_in_file(self, file: Any) -> int | None:
         """Where the array's data begin in the file, if they are not compressed."""
@@ -173,13 +189,11 @@ class _Npz(ImageSet):
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{ARRAY}.npy") as file:
+        with io.open_npz(self.path) as archive:
+            if f"{ARRAY}.npy" not in archive.namelist():
+                raise UserError(f"{self.path} has no array {ARRAY}")
+            with archive.open(f"{ARRAY}.npy") as file:
                 yield file
-        except KeyError:
-            raise UserError(f"{self.path} has no array {ARRAY}") from None
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path} cannot be read: {error}") from error
 
 
 def _size(shape: tuple[int, ...]) -> str:

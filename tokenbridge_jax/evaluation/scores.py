@@ -1,7 +1,6 @@
 """Samples against a reference: all numbers of generation at once."""
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,14 +151,9 @@ def save_reference(path: epath.PathLike, reference: Reference, extractor: Extrac
 
 def _statistics(path: Path) -> dict[str, Any]:
     """The arrays of a file but for its images, of which is told only whether there are any."""
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name != ARRAY}
-            return arrays | {ARRAY: ARRAY in file.files}
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: it is no .npz file of numbers") from error
+    with io.open_npz(path) as archive:
+        has_images = f"{ARRAY}.npy" in archive.namelist()
+    return io.read_npz(path, without=[ARRAY]) | {ARRAY: has_images}
 
 
 def _gaussian(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, str]) -> Gaussian:
