@@ -13,6 +13,7 @@ from flax import traverse_util
 from goldens_autoencoder import read_autoencoder_golden
 from tiny_model import bfloat16_sums
 
+from tokenbridge_jax import arrays
 from tokenbridge_jax.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
@@ -285,6 +286,9 @@ def test_damaged_files_are_named(tmp_path: Path):
         load_autoencoder(tmp_path)
     data[-3] ^= 1
     path.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged: its arrays are not those that were written"):
+        load_autoencoder(tmp_path)
+    arrays.write(path, init_params(TINY, jax.random.key(1)))
     with pytest.raises(UserError, match="is not the file"):
         load_autoencoder(tmp_path)
     path.unlink()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tokenbridge_jax import pictures
 from tokenbridge_jax.class_names import class_at
-from tokenbridge_jax.data.images import ImageError, prepare
+from tokenbridge_jax.data.images import ImageError, open_picture, prepare
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.pipeline import ClassId, Pipeline
 from tokenbridge_jax.sampling import Preview
@@ -164,11 +164,11 @@ class Demo:
           UserError: it is no picture, or too large.
         """
         try:
-            with Image.open(path) as picture:
+            with open_picture(path) as picture:
                 if picture.width * picture.height > MAX_UPLOAD_PIXELS:
                     raise ImageError(f"more than {MAX_UPLOAD_PIXELS} pixels")
                 return prepare(picture, self.side, self.image_channels)
-        except (ImageError, OSError, Image.DecompressionBombError) as error:
+        except (ImageError, OSError) as error:
             reason = "not a picture" if isinstance(error, OSError) else error
             raise UserError(f"this file cannot be used: {reason}") from error
 
