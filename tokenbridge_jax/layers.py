@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from tokenbridge_jax.parallel import named_axes
@@ -22,12 +23,14 @@ xavier = nn.initializers.xavier_uniform()
 lecun = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
-def copies(x: Float[Array, "..."], shape: tuple[int, ...], dtype: Any) -> Float[Array, "..."]:
+def copies(
+    x: Float[Array | np.ndarray, "..."], shape: tuple[int, ...], dtype: Any
+) -> Float[Array, "..."]:
     """x broadcast to a shape, in `dtype`; the gradients of the copies are summed in float32."""
     return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(dtype)
 
 
-def add_bias(x: Float[Array, "..."], bias: Float[Array, "..."]) -> Float[Array, "..."]:
+def add_bias(x: Float[Array, "..."], bias: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
     """x + bias in x's dtype, for a bias of x's last axes; see `copies`."""
     return x + copies(bias, x.shape, x.dtype)
 
