@@ -13,7 +13,7 @@ from tiny_model import AUTOENCODER
 
 from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import init_params
-from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.codec import Codec, in_batches
 from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import lpips, pixels
 from tokenbridge_jax.evaluation import reconstruction as module
@@ -104,7 +104,8 @@ def test_rows_are_those_of_all_images_at_once(codec, decoded):
     assert found["latent_variance"] == pytest.approx(variance, rel=1e-6)
     for row, (variant, indices) in zip(found["rows"], made, strict=True):
         changed = latents if indices is None else levels_of(variant.quantizer, indices)
-        images = np.asarray(codec.decode_latents(changed))
+        # In the same batches: in others a pixel may be rounded to the next level.
+        images = in_batches(lambda some: np.asarray(codec.decode_latents(some)), changed, 5)
         expected = {
             "psnr": pixels.psnr(GREY, images).mean(),
             "ssim": pixels.ssim(GREY, images).mean(),
