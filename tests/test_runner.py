@@ -392,7 +392,8 @@ def test_a_defect_is_one_line_and_a_file_with_its_traceback(probe, run, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("code", "status"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EIO, 1), (errno.ESTALE, 1)]
+    ("code", "status"),
+    [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EIO, 1), (errno.ESTALE, 1), (errno.ENOENT, 1)],
 )
 def test_what_the_system_refuses_is_named(probe, run, tmp_path, monkeypatch, code, status):
     def fail(args):

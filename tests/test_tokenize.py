@@ -327,12 +327,14 @@ def test_own_validation_split(workdir, finished, images, tmp_path):
 
     # Shards that an earlier version began are finished as it would have.
     described = workdir / "tokens" / "dataset.json"
-    described.write_text(described.read_text().replace('"split_noise": true', '"ignored": 0'))
+    text = described.read_text().replace('"split_noise": true', '"ignored": 0')
+    described.write_text(text.replace('"precision": "float32"', '"dtype": "float32"'))
     for shard in described.parent.glob("validation-*"):
         shard.unlink()
     tokenize(config, workdir)
     assert np.mean(read_split(workdir, "validation")["indices"] != train[:26]) < 0.002
     assert "split_noise" not in described.read_text()
+    assert shards.read_info(described.parent).precision == "unstated"
 
 
 def test_channel_order_is_measured_once(workdir, images, monkeypatch):

@@ -39,8 +39,11 @@ def read(path: epath.PathLike) -> dict[str, Any]:
         raise io.read_error(path, error) from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"{path} holds numbers of a type that numpy lacks, {error}") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    if header.get("__metadata__", {}).get("crc32") not in (None, _crc32(flat)):
+    stored = header.get("__metadata__", {}).get("crc32")
+    if stored is not None and stored != _crc32(flat):
         raise UserError(
             f"{path} is damaged: its arrays are not those that were written; put back a copy of it"
         )

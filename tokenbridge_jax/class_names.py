@@ -182,10 +182,14 @@ def match(model: tuple[str, ...], shards: tuple[str, ...]) -> tuple[tuple[str, .
       UserError: a label stands for another class, or the numbers of classes differ.
     """
     ours, theirs = _comparable(model), _comparable(shards)
-    if theirs == ours[: len(theirs)]:
+    if theirs == ours:
         return model, ""
+    if theirs and theirs == ours[: len(theirs)]:
+        return model, (
+            f"the token shards have the first {len(shards)} of the model's {len(model)} classes"
+        )
     numbers = list(range(len(ours)))
-    both_numbers = all(isinstance(names[0], int) for names in (ours, theirs))
+    both_numbers = all(isinstance(name, int) for name in (*ours[:1], *theirs[:1]))
     if ours == numbers and not both_numbers and len(theirs) < len(ours):
         return shards, (
             f"the token shards have {len(shards)} classes, the model {len(model)} without names: "

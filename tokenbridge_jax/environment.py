@@ -1,5 +1,6 @@
 """What JAX finds in the environment and on the machine, before a command relies on it."""
 
+import importlib.util
 import os
 
 import jax
@@ -26,13 +27,16 @@ def check_devices() -> None:
         variables = ("JAX_PLATFORM_NAME", "JAX_PLATFORMS")
         asked_by = next((x for x in variables if os.environ.get(x)), "")
         asked = os.environ.get(asked_by, "")
-        installed = sorted(xla_bridge._backend_factories)
+        installed = set(getattr(xla_bridge, "_backend_factories", ()))
+        if importlib.util.find_spec("libtpu") is None:
+            installed.discard("tpu")  # Which JAX lists everywhere.
         # What a job's processes cannot find out about each other's devices may come later.
-        if not asked or not (processes.alone() or set(asked.split(",")) - set(installed)):
+        if not asked or not (processes.alone() or set(asked.split(",")) - installed):
             raise
         reason = next(iter(str(error).splitlines()), "").partition(" (")[0].rstrip(". ")
         raise UserError(
             f"{asked_by}={asked} asks for devices that JAX does not find here"
-            f"{f' ({reason})' if reason else ''}; it is installed for {', '.join(installed)}: name "
-            "one of these, or unset the variable to take what there is"
+            f"{f' ({reason})' if reason else ''}; it is installed for "
+            f"{', '.join(sorted(installed))}: name one of these, or unset the variable to take "
+            "what there is"
         ) from error

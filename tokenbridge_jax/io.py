@@ -262,8 +262,8 @@ def open_npz(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
 
 
 @contextlib.contextmanager
-def npy_errors(path: epath.PathLike) -> Iterator[None]:
-    """Tells in one line whatever reading a `.npz` or `.npy` file raises."""
+def npy_errors(path: epath.PathLike, mend: str = "put back a copy of it") -> Iterator[None]:
+    """Tells in one line whatever reading a `.npz` or `.npy` file raises, and the mend."""
     try:
         yield
     except UserError:
@@ -275,7 +275,7 @@ def npy_errors(path: epath.PathLike) -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             f"{path} cannot be read: {reason}; it is no {epath.Path(path).suffix} file of numbers, "
-            "or a damaged one: put back a copy of it"
+            f"or a damaged one: {mend}"
         ) from error
 
 

@@ -64,7 +64,7 @@ class ModelDescription:
           UserError: there is none, or it is damaged.
         """
         path = io.as_path(workdir) / MODEL_FILE
-        if not path.exists():
+        if not io.exists(path):
             raise UserError(f"{workdir} holds no trained model; run `tokenbridge train` first")
         value = io.read_json(path)
         try:
@@ -246,7 +246,7 @@ class Pipeline:
         checks.mesh(mesh)
         step = None if step is None else checks.at_least("step", step, 0)
         workdir = io.as_path(workdir)
-        if not workdir.exists():
+        if not io.exists(workdir):
             raise UserError(f"workdir {workdir} does not exist; check --workdir")
         mesh = mesh or parallel.make_mesh(devices=jax.local_devices())
         description = ModelDescription.load(workdir)

@@ -340,13 +340,16 @@ def _agree_on_making(
     if begun is not None:
         # What an earlier version began goes on as it did.
         info = dataclasses.replace(info, split_noise=begun.split_noise)
+        if begun.precision == shards.UNSTATED:
+            info = dataclasses.replace(info, precision=shards.UNSTATED)
         try:
             begun.check_same_making(info)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
     elif any(folder.glob("*.array_record")):
         raise UserError(
-            f"{folder} holds shards without a {shards.INFO_FILE}; delete that folder to start over"
+            f"{folder} holds shards without a {shards.INFO_FILE}; put that file back, or use "
+            "another --workdir"
         )
     else:
         shards.write_info(folder, info, partial=True)
@@ -420,7 +423,7 @@ def _write_shard(
                 image = int(batch.images[good[np.argmax(nan.any(axis=1))]])
                 raise UserError(
                     f"the latents of {plan.source.name(image)} hold NaN: the autoencoder's "
-                    "weights are damaged, or overflow in config.tokenize.dtype"
+                    "weights are damaged, or overflow in config.tokenize.precision"
                 )
             for image, label in zip(batch.images[good], batch.labels[good], strict=True):
                 if not 0 <= label < len(info.class_names):

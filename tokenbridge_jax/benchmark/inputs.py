@@ -51,7 +51,7 @@ def make_info(config: ConfigDict) -> DatasetInfo:
         posterior_samples=VIEWS,
         flips=False,
         seed=config.seed,
-        precision=config.tokenize.precision,
+        precision=config.tokenize.get("precision", "float32"),
         class_names=tuple(map(str, range(config.data.num_classes))),
         records_per_shard=config.tokenize.records_per_shard,
         sources={},

@@ -208,7 +208,7 @@ def _remembered_config(
     if first["config"].present or not workdir:
         return None
     path = io.as_path(workdir) / CONFIG_FILE
-    return ConfigDict(_complete(_from_json(io.read_json(path)))) if path.exists() else None
+    return ConfigDict(_complete(_from_json(io.read_json(path)))) if io.exists(path) else None
 
 
 def _complete(config: Any) -> Any:

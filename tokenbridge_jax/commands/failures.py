@@ -6,19 +6,16 @@ import sys
 import tempfile
 import traceback
 
-# Failures of files that a user can mend; the same would happen again until then.
+# Failures of files that only a user can mend. (One that is missing may be there again when a job is
+# started anew, after a hiccup of a network file system.)
 _MENDABLE = {
     errno.EACCES,
     errno.EDQUOT,
-    errno.EEXIST,
     errno.EFBIG,
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
-    errno.ENOENT,
     errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.ENOTEMPTY,
     errno.EPERM,
     errno.EROFS,
 }

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import class_names, parallel, pictures
+from tokenbridge_jax import class_names, io, parallel, pictures
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
@@ -110,7 +110,7 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
     Raises:
       UserError: there are none, or they are others; the message names the field.
     """
-    if not workdir.exists():
+    if not io.exists(workdir):
         raise UserError(f"workdir {workdir} does not exist; check --workdir")
     info = shards.read_info(workdir / "tokens")
     info.check(image_size=config.data.image_size, quantizer=make_quantizer(config))
@@ -141,7 +141,7 @@ def agree_on_classes(
       UserError: the shards have the model's classes in another order, or more or fewer.
     """
     latest = Checkpoints(workdir / "checkpoints").latest
-    if latest is None or not (workdir / MODEL_FILE).exists():
+    if latest is None or not io.exists(workdir / MODEL_FILE):
         return info.class_names, []
     model = ModelDescription.load(workdir)
     before, now = model.config.classes, config.data.num_classes

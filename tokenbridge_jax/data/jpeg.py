@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 # A marker that ends the data of a scan: neither a stuffed byte nor one that lies between data.
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
@@ -88,7 +88,8 @@ def _read(data: bytes) -> tuple[int, list[tuple[int, int]], bool]:
 def _is_same(data: bytes | bytearray, image: Image.Image) -> bool:
     """Whether these data are decoded to the same pixels, or not at all."""
     try:
-        with Image.open(io.BytesIO(data)) as other:
+        # Not `Image.open`, which refuses large ones.
+        with JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as other:
             return np.array_equal(np.asarray(other), np.asarray(image))
     except Exception:  # Pillow's decoders raise nearly anything.
         return True

@@ -177,7 +177,9 @@ class DatasetInfo:
                 f"it says format '{value.get('format')}', version {value.get('format_version')}; "
                 f"this program reads '{FORMAT}', version {FORMAT_VERSION}"
             )
-        value = {"precision": UNSTATED, "split_noise": False} | dict(value)
+        # Before there was a precision there was a dtype, whose bfloat16 meant what it means now.
+        earlier = "bfloat16" if value.get("dtype") == "bfloat16" else UNSTATED
+        value = {"precision": earlier, "split_noise": False} | dict(value)
         try:
             fields: dict[str, Any] = {
                 field.name: value[field.name] for field in dataclasses.fields(cls)

@@ -152,7 +152,7 @@ def draw(
 def _read_parts(folder: epath.Path) -> list[Integer[np.ndarray, "n L C"]]:
     parts: list[np.ndarray] = []
     for path in sorted(folder.glob("indices_*.npy")):
-        with io.npy_errors(path):
+        with io.npy_errors(path, "remove it, and run this again to draw its samples anew"):
             part = np.load(bytes_io.BytesIO(path.read_bytes()), allow_pickle=False)
         if path.name != _part_name(sum(map(len, parts))):
             raise UserError(f"samples before {path} are missing; remove it and those after it")

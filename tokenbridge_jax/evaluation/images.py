@@ -279,7 +279,7 @@ def data_images(
 
 def _left_out(tokens: epath.PathLike, split: str, source: Mapping[str, Any]) -> list[int]:
     """The images of a split that token shards of the same images lack."""
-    if not (io.as_path(tokens) / INFO_FILE).exists():
+    if not io.exists(io.as_path(tokens) / INFO_FILE):
         return []
     info = read_info(tokens)
     found = info.sources.get(split, {})

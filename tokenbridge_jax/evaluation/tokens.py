@@ -97,7 +97,8 @@ def token_statistics(
             if chosen.max() >= levels:
                 raise UserError(
                     f"the token shards in {folder} hold index {chosen.max()}, but have "
-                    f"{levels} levels; delete that folder and tokenize again"
+                    f"{levels} levels; put back a copy of that folder, or tokenize again with "
+                    "another --workdir"
                 )
             counts.update(chosen.reshape(-1, info.grid, info.grid, info.channels))
             bar.update(len(chosen))
