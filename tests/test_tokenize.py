@@ -1,5 +1,6 @@
 """Tokenizing as a whole: content, restarts after kill -9, broken pictures, refusals, processes."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -334,7 +335,13 @@ def test_own_validation_split(workdir, finished, images, tmp_path):
     tokenize(config, workdir)
     assert np.mean(read_split(workdir, "validation")["indices"] != train[:26]) < 0.002
     assert "split_noise" not in described.read_text()
-    assert shards.read_info(described.parent).precision == "unstated"
+    info = shards.read_info(described.parent)
+    assert info.precision == "unstated"
+    # A model that was trained on them goes on: it knows them by this hash of their description.
+    earlier = json.loads(described.read_text()) | {"sources": None}
+    assert {"dtype": "float32"}.items() <= earlier.items()
+    assert "precision" not in earlier
+    assert info.sha256 == hashlib.sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()
 
 
 def test_channel_order_is_measured_once(workdir, images, monkeypatch):

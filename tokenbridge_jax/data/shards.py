@@ -56,7 +56,8 @@ FORMAT_VERSION = 1
 # The description of shards still being written; a resumed run must match it.
 PARTIAL_INFO_FILE = "dataset.json.partial"
 
-# The precision of shards from before there was a setting: the platform's, whichever it was.
+# The precision of shards from before there was a setting, whose description says dtype = float32:
+# the platform's, whichever it was.
 UNSTATED = "unstated"
 
 # Depends on where the pictures lie, not on what they are.
@@ -158,8 +159,12 @@ class DatasetInfo:
         }
         for field in dataclasses.fields(self):
             described[field.name] = getattr(self, field.name)
-        if not self.split_noise:  # Shards that are as they have always been keep their name.
+        # Shards that are as they have always been keep their name, `sha256`.
+        if not self.split_noise:
             del described["split_noise"]
+        if self.precision == UNSTATED:
+            described["dtype"] = "float32"
+            del described["precision"]
         described["quantizer"] = self.quantizer.to_json()
         described["autoencoder"] = self.autoencoder.to_json()
         # Tuples become lists, so that it equals what is read back.
