@@ -42,7 +42,7 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     if header.get("__metadata__", {}).get("crc32") not in (None, _crc32(flat)):
         raise UserError(
-            f"{path} is damaged: its arrays are not those that were written; put back a copy of it"
+            f"{path} is damaged: it is not the file that was written; put back a copy of it"
         )
     return traverse_util.unflatten_dict(flat, sep="/")
 
