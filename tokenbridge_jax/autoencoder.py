@@ -434,7 +434,7 @@ def read_description(directory: epath.PathLike) -> dict[str, Any]:
       UserError: it is missing or damaged.
     """
     path = epath.Path(directory) / "config.json"
-    if not path.exists():
+    if not io.exists(path):
         raise UserError(
             f"there is no autoencoder in {directory}: `tokenbridge train-vae` trains one, "
             "`import-torch` imports one"

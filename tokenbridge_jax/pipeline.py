@@ -63,7 +63,7 @@ class ModelDescription:
           UserError: there is none, or it is damaged.
         """
         path = epath.Path(workdir) / MODEL_FILE
-        if not path.exists():
+        if not io.exists(path):
             raise UserError(f"{workdir} holds no trained model; run `tokenbridge train` first")
         value = io.read_json(path)
         try:
