@@ -45,7 +45,7 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     stored = header.get("__metadata__", {}).get("crc32")
     if stored is not None and stored != _crc32(flat):
         raise UserError(
-            f"{path} is damaged: its arrays are not those that were written; put back a copy of it"
+            f"{path} is damaged: it is not the file that was written; put back a copy of it"
         )
     return traverse_util.unflatten_dict(flat, sep="/")
 

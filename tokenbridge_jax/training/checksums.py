@@ -1,9 +1,10 @@
 """Checksums of a checkpoint: a flipped bit in any of its files is told instead of loaded.
 
-The chunks of its arrays carry their CRC-32C. TensorStore computes it while it writes and verifies
-it while it reads, in every process for what that one needs: nothing is read twice, and that in an
-object store too. The other files are small. Their CRC-32 are in `checksums.json`, which a
-checkpoint gets before it counts as complete; older checkpoints have none and are not verified.
+The chunks of its arrays are compressed, and carry zstd's checksum of what they hold, XXH64.
+TensorStore computes it while it writes and verifies it while it reads, in every process for what
+that one needs: nothing is read twice, in an object store neither. The other files are small. Their
+CRC-32 are in `checksums.json`, which a checkpoint gets before it counts as complete; older
+checkpoints have none and are not verified.
 """
 
 import functools
@@ -34,20 +35,22 @@ def protect_arrays() -> bool:
     Returns:
       Whether this version of Orbax can be told to. `write` covers the arrays, too, where it cannot.
     """
-    plain = getattr(tensorstore_utils, "_build_zarr3_metadata", None)
+    plain = getattr(tensorstore_utils, "build_array_write_spec", None)
     if plain is None:
         return False
 
     @functools.wraps(plain)
-    def with_checksums(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        metadata: dict[str, Any] = plain(*args, **kwargs)
-        codecs = metadata["codecs"]
-        if codecs[0]["name"] == "sharding_indexed":
-            codecs = codecs[0]["configuration"]["codecs"]
-        codecs.append({"name": "crc32c"})
-        return metadata
+    def with_checksums(*args: Any, **kwargs: Any) -> Any:
+        spec = plain(*args, **kwargs)
+        (sharding,) = spec.json.get("base", spec.json)["metadata"]["codecs"]
+        compression = sharding["configuration"]["codecs"][-1]
+        if compression["name"] != "zstd":
+            raise ValueError(f"no checksum is known for arrays stored as {compression['name']}")
+        options = {"level": 3} | compression.get("configuration", {})
+        compression["configuration"] = options | {"checksum": True}
+        return spec
 
-    tensorstore_utils._build_zarr3_metadata = with_checksums
+    tensorstore_utils.build_array_write_spec = with_checksums
     return True
 
 
