@@ -169,7 +169,7 @@ def _to_8bit(image: Image.Image, channels: int) -> Image.Image:
         white = _white(image)
         # 16-bit grey; PNGs of that kind open as `I;16` or, with older Pillow, as 32-bit `I`.
         grey = np.clip(np.asarray(image).astype(np.int64), 0, white)
-        if white == 65535 and 0 < grey.max() <= white // 16:
+        if white == 65535 and 0 < np.max(grey) <= white // 16:
             raise ImageError(_DARK)
         image = Image.fromarray(((grey * 255 + white // 2) // white).astype(np.uint8))
     elif image.mode == "F":
