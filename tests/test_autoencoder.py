@@ -286,7 +286,7 @@ def test_damaged_files_are_named(tmp_path: Path):
         load_autoencoder(tmp_path)
     data[-3] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="is damaged: its arrays are not those that were written"):
+    with pytest.raises(UserError, match="is damaged: it is not the file that was written"):
         load_autoencoder(tmp_path)
     arrays.write(path, init_params(TINY, jax.random.key(1)))
     with pytest.raises(UserError, match="is not the file"):

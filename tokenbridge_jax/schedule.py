@@ -1,6 +1,7 @@
 """The sampler's settings and its steps: what every step reveals, its guidance, and its stage."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -93,6 +94,7 @@ def _is_interval(value: Any) -> bool:
         return False
 
 
+@functools.cache
 def hidden_counts(positions: int, num_iter: int) -> np.ndarray:
     """How many positions are still hidden after each step: a cosine that ends in 0.
 
@@ -100,7 +102,7 @@ def hidden_counts(positions: int, num_iter: int) -> np.ndarray:
     that would reveal nothing are left out. The floor is taken in float64, as the reference does.
 
     Returns:
-      int32 array `[steps]`, strictly decreasing, `steps <= num_iter`.
+      int32 array `[steps]`, strictly decreasing, `steps <= num_iter`. Not to be written to.
     """
     counts: list[int] = []
     hidden = positions
@@ -110,7 +112,9 @@ def hidden_counts(positions: int, num_iter: int) -> np.ndarray:
         if hidden_next < hidden:
             counts.append(hidden_next)
         hidden = hidden_next
-    return np.array([*counts, 0], np.int32)
+    result = np.array([*counts, 0], np.int32)
+    result.flags.writeable = False
+    return result
 
 
 def guidance_scales(
