@@ -35,7 +35,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.config import parse_arg
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 
 class Row(NamedTuple):

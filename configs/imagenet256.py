@@ -24,8 +24,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from tokenbridge_jax.config import parse_arg
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import SIZES
+from tokenbridge_jax.runtime.errors import UserError
 
 # Guidance and temperature of the published figures; B's were not published.
 SAMPLING = {"B": (3.1, 0.97), "L": (3.1, 0.97), "H": (3.45, 0.91)}

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import Pipeline, io, parallel
+from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.codec import Codec, in_batches
 from tokenbridge_jax.commands import runner
@@ -38,14 +38,15 @@ from tokenbridge_jax.commands.arguments import config_from
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import validation_batches
 from tokenbridge_jax.data.sources import load_prepared, make_source
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.data.tokenizing import make_subsets
 from tokenbridge_jax.evaluation.features import thumbnails
 from tokenbridge_jax.evaluation.metrics import frechet_distance
 from tokenbridge_jax.evaluation.moments import gaussian
 from tokenbridge_jax.quantizer import Quantizer
-from tokenbridge_jax.sampling import SamplingSettings
-from tokenbridge_jax.tokenizing import make_subsets
-from tokenbridge_jax.training.metrics import read_metrics
+from tokenbridge_jax.runtime import meshes, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.sampler import SamplingSettings
+from tokenbridge_jax.training.metric_writer import read_metrics
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "ablations.py"
 ROWS, get_config = (runpy.run_path(str(CONFIG))[name] for name in ("ROWS", "get_config"))
@@ -124,8 +125,8 @@ def main() -> int:
         print(f"ablations.py: error: {error}", file=sys.stderr)
         return runner.EXIT_USER_ERROR
     text = tables(results)
-    io.write_json(study.workdir / "ablations.json", results)
-    io.write_bytes(study.workdir / "ablations.md", text.encode())
+    storage.write_json(study.workdir / "ablations.json", results)
+    storage.write_bytes(study.workdir / "ablations.md", text.encode())
     print(text)
     return 0
 
@@ -152,9 +153,9 @@ def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, 
     study.workdir.mkdir(parents=True, exist_ok=True)
     settings = {"flags": list(study.flags), "samples": study.samples}
     path = study.workdir / "study.json"
-    if path.exists() and io.read_json(path) != settings:
+    if path.exists() and storage.read_json(path) != settings:
         raise UserError(f"{path} tells of other settings; use another --workdir")
-    io.write_json(path, settings)
+    storage.write_json(path, settings)
 
     # Rows that are the same experiment, by the name of the first.
     first: dict[str, str] = {}
@@ -193,11 +194,11 @@ def _do(pool: Executor, task: Callable[..., Any], arguments: list[tuple[Any, ...
 def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `make` returned, now or in an earlier run."""
     if path.exists():
-        return io.read_json(path)
+        return storage.read_json(path)
     started = time.monotonic()
     result = make()
     result["seconds"] = round(time.monotonic() - started, 1)
-    io.write_json(path, result)
+    storage.write_json(path, result)
     print(json.dumps(result), flush=True)
     return result
 
@@ -253,7 +254,7 @@ def _tokenize(study: Study, name: str) -> dict[str, Any]:
             )
             for split in info.splits
         }
-        mesh = parallel.make_mesh(devices=jax.local_devices())
+        mesh = meshes.make_mesh(devices=jax.local_devices())
         codec = Codec(*load_autoencoder(folder / "autoencoder"), info.quantizer, mesh)
         everything = np.concatenate(list(indices.values()))
         images = in_batches(lambda x: np.asarray(codec.decode(x)), everything, BATCH)
@@ -303,7 +304,7 @@ def _row(study: Study, name: str, seed: int) -> dict[str, Any]:
             "head": f"{config.head_width}x{config.head_layers}",
             "head_parameters": sum(x.size for x in jax.tree.leaves(pipeline.params["head"])),
             "bits_per_index": nll[-1],
-            "density_bits": nll[-1] + io.read_json(tokens / "result.json")["log2_cell"],
+            "density_bits": nll[-1] + storage.read_json(tokens / "result.json")["log2_cell"],
             "frechet_distance": study.frechet_distance(images),
         }
 

@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import AutoencoderConfig, init_params, load_autoencoder
 from tokenbridge_jax.codec import Codec, in_batches
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.data.sources import FolderSource
-from tokenbridge_jax.precision import PRECISIONS
+from tokenbridge_jax.ops.precision import PRECISIONS
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import meshes
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--range", type=float, default=5.0)
     args = parser.parse_args()
     quantizer = Quantizer.gaussian(args.levels, args.range)
-    cpu = parallel.make_mesh(devices=jax.devices("cpu")[:1])
+    cpu = meshes.make_mesh(devices=jax.devices("cpu")[:1])
     on_cpu = functools.partial(Codec, quantizer=quantizer, mesh=cpu)
     config = AutoencoderConfig(scale=1.0)
     if args.autoencoder:
@@ -50,7 +50,7 @@ def main() -> None:
         params = standardized(params, latents.mean((0, 1, 2)), latents.std((0, 1, 2)))
     codec = on_cpu(config, params)
     expected = in_batches(functools.partial(encoded, codec), images, 16)
-    mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
+    mesh = meshes.make_mesh(devices=jax.local_devices()[:1])
     device = jax.local_devices()[0].device_kind
     for precision in PRECISIONS:
         codec = Codec(config, params, quantizer, mesh, precision)

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from sklearn.svm import SVC
 
-from tokenbridge_jax import Pipeline, pictures
+from tokenbridge_jax import Pipeline
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.data.sources import DigitsSource
-from tokenbridge_jax.training.metrics import read_metrics
+from tokenbridge_jax.runtime import pictures
+from tokenbridge_jax.training.metric_writer import read_metrics
 
 
 def main() -> None:

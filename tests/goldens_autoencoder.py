@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, Posterior, abstract_params
-from tokenbridge_jax.torch_bridge.autoencoder import table
+from tokenbridge_jax.torch_bridge.ldm import table
 from tokenbridge_jax.torch_bridge.table import from_torch, to_torch
 
 

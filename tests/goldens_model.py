@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.loss import loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
-from tokenbridge_jax.sampling import SamplingSettings, generate
-from tokenbridge_jax.torch_bridge.model import BUFFERS, table
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.sampling.sampler import SamplingSettings, generate
+from tokenbridge_jax.torch_bridge.official import BUFFERS, table
 from tokenbridge_jax.torch_bridge.table import from_torch, to_torch
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import abstract_state, create_state
@@ -204,13 +204,13 @@ def _check_training(golden: dict[str, np.ndarray], config: TokenBridgeConfig, pa
             clip=clip,
         )
     )
-    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
     task = _GoldenTask(config, params, golden)
     abstract = abstract_state(task.init, optimizer, mesh)
     state = create_state(task.init, optimizer, abstract, seed=0)
     step = make_train_step(task, optimizer, schedule, abstract, mesh, seed=0, ema_decay=ema_decay)
     losses, norms = [], []
-    with parallel.use_mesh(mesh):
+    with meshes.use_mesh(mesh):
         for _ in range(3):
             state, metrics = step(state, None, None)
             losses.append(float(metrics["loss"]))

@@ -29,10 +29,10 @@ from absl import app, flags
 from jobs import start_job
 from token_shards import TRAINING, write_workdir
 
-from tokenbridge_jax.processes import EXIT_LOST
+from tokenbridge_jax.runtime.processes import EXIT_LOST
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
-from tokenbridge_jax.training.metrics import read_metrics
+from tokenbridge_jax.training.metric_writer import read_metrics
 
 WAYS = ("start", "all", "writing", "one", "term")
 

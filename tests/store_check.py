@@ -26,7 +26,7 @@ import soak
 from etils import epath
 from token_shards import write_workdir
 
-from tokenbridge_jax import io
+from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.training.checkpoints import Checkpoints
 
 STEPS, EVERY = 40, 5
@@ -40,7 +40,7 @@ def main(store: epath.Path) -> int:
     local, log = folder / "run", folder / "log.txt"
     write_workdir(local)
     for path in filter(Path.is_file, sorted(local.rglob("*"))):
-        io.write_bytes(store / path.relative_to(local).as_posix(), path.read_bytes())
+        storage.write_bytes(store / path.relative_to(local).as_posix(), path.read_bytes())
     config = {"training.steps": STEPS, "training.checkpoint_every": EVERY, "training.eval_every": 0}
     job = soak.start(store, 1, log, **config)
     while not (saved := Checkpoints(store / "checkpoints").latest) and job[0].poll() is None:

@@ -13,7 +13,6 @@ from flax import traverse_util
 from goldens_autoencoder import read_autoencoder_golden
 from tiny_model import bfloat16_sums
 
-from tokenbridge_jax import arrays
 from tokenbridge_jax.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
@@ -27,9 +26,10 @@ from tokenbridge_jax.autoencoder import (
     load_autoencoder,
     save_autoencoder,
 )
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.parallel import logical_shardings, make_mesh
-from tokenbridge_jax.torch_bridge.autoencoder import table
+from tokenbridge_jax.runtime import safetensors_file
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.meshes import logical_shardings, make_mesh
+from tokenbridge_jax.torch_bridge.ldm import table
 from tokenbridge_jax.torch_bridge.table import Entry, from_torch, to_torch
 
 GOLDEN = Path(__file__).parent / "goldens" / "kl_vae_tiny.npz"
@@ -288,7 +288,7 @@ def test_damaged_files_are_named(tmp_path: Path):
     path.write_bytes(data)
     with pytest.raises(UserError, match="is damaged: it is not the file that was written"):
         load_autoencoder(tmp_path)
-    arrays.write(path, init_params(TINY, jax.random.key(1)))
+    safetensors_file.write(path, init_params(TINY, jax.random.key(1)))
     with pytest.raises(UserError, match="is not the file"):
         load_autoencoder(tmp_path)
     path.unlink()

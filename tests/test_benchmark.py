@@ -15,18 +15,18 @@ from test_configs import CONFIGS, load
 from tiny_model import equations, tiny
 from token_shards import write_tokens
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig
 from tokenbridge_jax.autoencoder import abstract_params as abstract_autoencoder
-from tokenbridge_jax.benchmark import profiles, programs, timing, training
+from tokenbridge_jax.benchmark import profiles, programs, timing, training_speed
 from tokenbridge_jax.benchmark.ceilings import measure_ceilings
-from tokenbridge_jax.benchmark.flops import decode_flops, encode_flops, sampling_flops
 from tokenbridge_jax.benchmark.measure import Case, Reporter
 from tokenbridge_jax.benchmark.timing import time_calls
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.flops import decode_flops, encode_flops, sampling_flops
 from tokenbridge_jax.model import SIZES, TokenBridge, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
-from tokenbridge_jax.sampling import SamplingSettings
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.sampling.sampler import SamplingSettings
 from tokenbridge_jax.training import model_task
 
 # The profiler's types lack a module on Python 3.12, and cannot be made where that is an error.
@@ -89,8 +89,8 @@ def test_a_training_step(benchmark):
 def test_training_weights_its_programs_by_their_probabilities():
     config = load("digits").get_config()
     config.training.hidden_bucket = 14
-    mesh = parallel.make_mesh()
-    cases = training.cases(config, mesh, [8, 16], all_buckets=True)
+    mesh = meshes.make_mesh()
+    cases = training_speed.cases(config, mesh, [8, 16], all_buckets=True)
     # The ratio is a normal about 1 with deviation 0.25, cut to [0.7, 1]; h is ceil(16 ratio).
     normal = statistics.NormalDist(1, 0.25)
     cuts = [normal.cdf(ratio) for ratio in (0.7, 14 / 16, 1)]
@@ -112,7 +112,7 @@ def test_training_weights_its_programs_by_their_probabilities():
         }
         for case, median in zip(cases, (2.0, 3.0, 4.0, 5.0), strict=True)
     ]
-    for batch, first, line in zip((8, 16), (2, 4), training.expectations(lines), strict=True):
+    for batch, first, line in zip((8, 16), (2, 4), training_speed.expectations(lines), strict=True):
         median = chances @ [first, first + 1]
         flops = batch * training_flops(config, mesh)
         assert line["settings"]["batch"] == batch
@@ -125,14 +125,14 @@ def test_training_weights_its_programs_by_their_probabilities():
         assert [p["hidden_slots"] for p in line["programs"]] == [14, 16]
 
     failed = [{"settings": lines[0]["settings"], "error": "no memory"}, *lines[1:]]
-    first, second = training.expectations(failed)
+    first, second = training_speed.expectations(failed)
     assert "seconds" not in first
     assert "error" in first
     assert "error" not in second
 
 
 def training_flops(config, mesh) -> float:
-    trainer = training.Trainer(config, mesh)
+    trainer = training_speed.Trainer(config, mesh)
     return model_task.training_flops(trainer.model, trainer.masks)
 
 

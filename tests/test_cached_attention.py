@@ -9,14 +9,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import TINY, random_params, relative_error
 
-from tokenbridge_jax import parallel
-from tokenbridge_jax.kernels.cached_attention import (
+from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.ops.cached_attention import (
     cached_attention,
     kernel_cached_attention,
     plain_cached_attention,
 )
-from tokenbridge_jax.kernels.channel_attention import plain_channel_attention
-from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.ops.channel_attention import plain_channel_attention
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.transformer import unstack
 
 STEPS = {
@@ -79,12 +79,12 @@ def test_the_kernel_is_the_same_on_any_mesh(count: int, heads: int):
     expected = STEPS["kernel"](qkv[:, 2:3], bias, norms, keys, values, jnp.int32(2))
     batch = ("data", "fsdp") if count % 4 == 0 else None
     split_heads = "tensor" if heads % 2 == 0 else None
-    mesh = parallel.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(2, 2, 2)
 
     def put(x, *spec):
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    with parallel.use_mesh(mesh):
+    with meshes.use_mesh(mesh):
         actual = STEPS["kernel"](
             put(qkv[:, 2:3], batch, None, None, split_heads),
             put(bias, None, split_heads),

@@ -13,8 +13,8 @@ import pytest
 from refusals import flipped, no_more_files, outcome
 from toy import ToyTask, toy_batch, toy_training
 
-from tokenbridge_jax import io, parallel
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime import meshes, storage
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import checkpoints as ckpt
 from tokenbridge_jax.training import checksums
 from tokenbridge_jax.training.checkpoints import Checkpoints
@@ -28,10 +28,10 @@ unread_futures = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExce
 @pytest.fixture(scope="module")
 def trained():
     """A toy state after one update on a 2 x 2 x 2 mesh, and its abstract counterpart."""
-    mesh = parallel.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(2, 2, 2)
     abstract, state, step = toy_training(ToyTask(), mesh)
-    with parallel.use_mesh(mesh):
-        state, _ = step(state, parallel.to_global(toy_batch(0), mesh), None)
+    with meshes.use_mesh(mesh):
+        state, _ = step(state, meshes.to_global(toy_batch(0), mesh), None)
     return abstract, state
 
 
@@ -66,8 +66,8 @@ def abstract_of(tree):
 
 
 def on_one_device(abstract):
-    mesh = parallel.make_mesh(1, 1, 1, devices=jax.devices()[3:4])
-    replicated = parallel.replicated(mesh)
+    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[3:4])
+    replicated = meshes.replicated(mesh)
     return jax.tree.map(lambda leaf: leaf.update(sharding=replicated), abstract)
 
 
@@ -108,7 +108,7 @@ def test_ema_loads_alone_in_another_dtype(trained, saved):
 def test_run_record_is_a_json_file(saved):
     record = {"seed": 7, "order": [1, 0]}
     assert saved.run_record(1) == ckpt.run_record(saved.directory) == record
-    assert io.read_json(next((saved.directory / "2" / "run").glob("*.json"))) == record
+    assert storage.read_json(next((saved.directory / "2" / "run").glob("*.json"))) == record
 
 
 def test_only_the_latest_are_kept(trained, tmp_path):
@@ -132,7 +132,7 @@ def test_in_an_object_store_a_checkpoint_counts_once_it_is_committed(
     trained, tmp_path, monkeypatch
 ):
     """On a local folder, with what an object store is written with."""
-    monkeypatch.setattr(io, "in_object_store", lambda path: True)
+    monkeypatch.setattr(storage, "in_object_store", lambda path: True)
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
         checkpoints.save(trained[1], step, {"seed": 7})
@@ -149,7 +149,7 @@ def test_in_an_object_store_a_checkpoint_counts_once_it_is_committed(
 
 def test_every_leaf_that_does_not_fit_is_named(trained, saved):
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=0.1, total_steps=1))
-    abstract = abstract_state(ToyTask(width=16).init, optimizer, parallel.make_mesh(2, 2, 2))
+    abstract = abstract_state(ToyTask(width=16).init, optimizer, meshes.make_mesh(2, 2, 2))
     params = dict(abstract.params)
     params["third"] = params.pop("second")
     params["first"] = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16), params["first"])

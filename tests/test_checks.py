@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from test_editing import CONFIG, images, params, pipeline  # noqa: F401
 
-from tokenbridge_jax import Pipeline, checks
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.pipeline import sample_indices
-from tokenbridge_jax.schedule import SamplingSettings
+from tokenbridge_jax import Pipeline
+from tokenbridge_jax.pipeline.pipeline import sample_indices
+from tokenbridge_jax.runtime import checks
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NAN = float("nan")
 IMAGES = np.zeros((2, 8, 8, 1), np.uint8)

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from tokenbridge_jax.class_names import class_at, class_number, match, readable_names
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.data.class_names import class_at, class_number, match, readable_names
+from tokenbridge_jax.runtime.errors import UserError
 
 FOLDERS = ("Golden Retriever", "n01", "n02")
 NAMES = ("golden retriever", "tench", "coucal de côte")

@@ -9,9 +9,9 @@ import pytest
 
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, Posterior, init_params
 from tokenbridge_jax.codec import Codec, padded_size
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.parallel import make_mesh
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.meshes import make_mesh
 
 CONFIG = AutoencoderConfig(
     image_size=8,

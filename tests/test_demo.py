@@ -37,8 +37,8 @@ from tokenbridge_jax.demo.drawing import (
     painted,
     write_archive,
 )
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.pipeline import ModelDescription
+from tokenbridge_jax.pipeline.pipeline import ModelDescription
+from tokenbridge_jax.runtime.errors import UserError
 
 SAMPLING = dict(
     num_iter=2,
@@ -253,7 +253,7 @@ def test_mistakes_in_an_edit_are_told(demo, image):
     ],
 )
 def test_mistakes_in_a_flag_are_told_in_one_line(workdir, capsys, monkeypatch, flags, message):
-    monkeypatch.setattr("tokenbridge_jax.processes.join", lambda *x, **y: None)
+    monkeypatch.setattr("tokenbridge_jax.runtime.processes.join", lambda *x, **y: None)
     assert runner.run("demo", [f"--workdir={workdir}", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -8,7 +8,7 @@ from scipy import special, stats
 from tiny_model import TINY, random_params, tiny
 
 from tokenbridge_jax.model import TokenBridge
-from tokenbridge_jax.sampling import SamplingSettings, generate
+from tokenbridge_jax.sampling.sampler import SamplingSettings, generate
 from tokenbridge_jax.transformer import unstack
 
 

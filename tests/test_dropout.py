@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tokenbridge_jax import parallel
-from tokenbridge_jax.dropout import (
+from tokenbridge_jax.ops.dropout import (
     PAIR_STRIDE,
     dropout,
     keep,
@@ -17,6 +16,7 @@ from tokenbridge_jax.dropout import (
     pair_rate,
     seed_words,
 )
+from tokenbridge_jax.runtime import meshes
 
 GROUP = 8
 GROUPS = 2**15
@@ -217,8 +217,8 @@ def test_what_is_dropped_does_not_depend_on_the_devices():
         return y, backward(y)[0]
 
     expected = jax.jit(run)(x)
-    mesh = parallel.make_mesh(2, 2, 2)
-    with parallel.use_mesh(mesh):
+    mesh = meshes.make_mesh(2, 2, 2)
+    with meshes.use_mesh(mesh):
         spec = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
         sharding = jax.sharding.NamedSharding(mesh, spec)
         actual = jax.jit(run, out_shardings=sharding)(jax.device_put(x, sharding))

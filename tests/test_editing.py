@@ -10,16 +10,17 @@ import pytest
 from scipy import special
 from tiny_model import random_batch, random_params, tiny, tiny_pipeline
 
-from tokenbridge_jax import parallel, sampling
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.editing import blend_images, hidden_positions
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.filling import fill_hidden
 from tokenbridge_jax.model import TokenBridge, init_params
-from tokenbridge_jax.orders import ORDERS, random_orders
-from tokenbridge_jax.pipeline import Pipeline, sample_indices
-from tokenbridge_jax.sampling import Known, generate
-from tokenbridge_jax.schedule import SamplingSettings, hidden_counts
+from tokenbridge_jax.pipeline.editing import blend_images, hidden_positions
+from tokenbridge_jax.pipeline.filling import fill_hidden
+from tokenbridge_jax.pipeline.pipeline import Pipeline, sample_indices
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling import sampler
+from tokenbridge_jax.sampling.orders import ORDERS, random_orders
+from tokenbridge_jax.sampling.sampler import Known, generate
+from tokenbridge_jax.sampling.schedule import SamplingSettings, hidden_counts
 
 CONFIG = tiny(positions=16)
 NUMBERS = np.array([4, 0, 9], np.int32)
@@ -140,10 +141,10 @@ def test_confidence_order_over_several_stages_is_that_of_brute_force():
     )
     np.testing.assert_array_equal(run(), expected)
     # Previews compile one program for every stage. (A model that scans its layers has two.)
-    compiled = sampling._step._cache_size()
+    compiled = sampler._step._cache_size()
     for _ in range(2):
         np.testing.assert_array_equal(run(preview=lambda done, steps, shown: None), expected)
-    assert sampling._step._cache_size() == compiled + 2
+    assert sampler._step._cache_size() == compiled + 2
 
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
@@ -154,14 +155,14 @@ def test_many_masks_share_a_few_programs(order: str):
     settings = SamplingSettings(num_iter=7, guidance=1.6, order=order)
     labels = np.array([1], np.int32)
     run = functools.partial(generate, config, params, labels, NUMBERS[:1], settings, seed=3)
-    compiled = sampling._edit._cache_size()
+    compiled = sampler._edit._cache_size()
     for num_hidden in (20, 1, 2, 5, 13, 21, 40, 33):
         known = _random_known(config, 1, num_hidden, seed=num_hidden)
         drawn = run(known=known)
         if num_hidden in (1, 5, 20, 33):
             expected = _brute_force(config, params, labels, NUMBERS[:1], settings, 3, known)
             np.testing.assert_array_equal(drawn, expected)
-    assert sampling._edit._cache_size() == compiled + 2
+    assert sampler._edit._cache_size() == compiled + 2
 
 
 # --- What is kept, what is shown ------------------------------------------------------------------
@@ -272,7 +273,7 @@ def test_weights_of_classes_mix_their_embeddings(params):
 
 
 def test_weights_are_checked(params):
-    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
     run = functools.partial(sample_indices, CONFIG, params, settings=SamplingSettings(2), mesh=mesh)
     with pytest.raises(UserError, match=r"classes must sum to 1, not to 0\.7"):
         run(labels=np.array([[0, 0, 1], [0.5, 0.2, 0]]))
@@ -301,8 +302,8 @@ def test_batch_size_and_devices_change_no_edit(params):
     boxed = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
 
     def run(sizes: tuple[int, ...], batch_size: int) -> np.ndarray:
-        mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-        placed = jax.device_put(params, parallel.logical_shardings(boxed, mesh))
+        mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+        placed = jax.device_put(params, meshes.logical_shardings(boxed, mesh))
         return sample_indices(
             CONFIG,
             placed,
@@ -446,7 +447,7 @@ def test_blending_puts_the_original_pixels_back(pipeline, images):
 def test_previews_of_a_model_on_fewer_devices_than_the_autoencoder(pipeline):
     """And of a batch that these do not divide."""
     codec = pipeline.codec
-    everywhere = parallel.make_mesh(devices=jax.devices()[:2])
+    everywhere = meshes.make_mesh(devices=jax.devices()[:2])
     codec = Codec(codec.config, codec.params, codec.quantizer, everywhere)
     other = Pipeline(pipeline.description, pipeline.params, codec, pipeline.mesh)
     shown: list[np.ndarray] = []

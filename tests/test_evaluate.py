@@ -13,10 +13,10 @@ from scipy import linalg
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import generation, inception, networks, scores
 from tokenbridge_jax.evaluation.features import SetFeatures, ThumbnailExtractor
 from tokenbridge_jax.evaluation.moments import gaussian
+from tokenbridge_jax.runtime.errors import UserError
 
 SETTINGS = {"num_iter": 3, "guidance": 2.0, "temperature": 0.9}
 COUNT = 22

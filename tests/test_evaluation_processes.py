@@ -9,11 +9,11 @@ import numpy as np
 from evaluated import save_tiny, write_pictures
 from jobs import start_job
 
-from tokenbridge_jax import processes
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.evaluation import features
 from tokenbridge_jax.evaluation.features import ThumbnailExtractor, extract
-from tokenbridge_jax.evaluation.images import open_images
+from tokenbridge_jax.evaluation.image_sets import open_images
+from tokenbridge_jax.runtime import processes
 
 
 def found_in(folder: Path) -> list[str]:

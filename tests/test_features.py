@@ -9,7 +9,7 @@ from torch_networks import random_inception_state
 
 from tokenbridge_jax.evaluation import features, inception
 from tokenbridge_jax.evaluation.features import InceptionExtractor, ThumbnailExtractor, extract
-from tokenbridge_jax.evaluation.images import open_images
+from tokenbridge_jax.evaluation.image_sets import open_images
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special, stats
 from tiny_model import relative_error
 
-from tokenbridge_jax import parallel
-from tokenbridge_jax.dropout import PAIR_STRIDE, keep_units
-from tokenbridge_jax.kernels import gelu
-from tokenbridge_jax.kernels.gelu import gelu_dropout
+from tokenbridge_jax.ops import gelu
+from tokenbridge_jax.ops.dropout import PAIR_STRIDE, keep_units
+from tokenbridge_jax.ops.gelu import gelu_dropout
+from tokenbridge_jax.runtime import meshes
 
 SEED = jnp.array([123, 456], jnp.uint32)
 PAIRS = 2 * PAIR_STRIDE
@@ -168,8 +168,8 @@ def test_units_are_the_same_on_any_mesh(mesh, function, images: int, width: int)
     x, bias, d_y = inputs(images, 2, width)
     expected = function(x, bias, d_y, 0.1)
     batch = ("data", "fsdp") if images == 8 else None
-    made = parallel.make_mesh(*mesh)
-    with parallel.use_mesh(made):
+    made = meshes.make_mesh(*mesh)
+    with meshes.use_mesh(made):
         units = NamedSharding(made, PartitionSpec(batch, None, "tensor"))
         of_bias = NamedSharding(made, PartitionSpec("tensor"))
         placed = jax.device_put((x, bias, d_y), (units, of_bias, units))
@@ -204,7 +204,7 @@ def test_gpus_run_one_kernel_forward_and_one_backward(rows, width, dtype, tensor
         # Of squares: else the forward pass would be dead code.
         return both_ways(x, bias, both_ways(x, bias, d_y, 0.1)[0], 0.1)[1:]
 
-    with parallel.use_mesh(parallel.make_mesh(-1, 1, tensor)):
+    with meshes.use_mesh(meshes.make_mesh(-1, 1, tensor)):
         traced = jax.jit(gradients).trace(*inputs(8 // tensor, rows, width, dtype=dtype))
         for platform, expected in (("cuda", kernels), ("cpu", 0), ("tpu", 0)):
             text = traced.lower(lowering_platforms=(platform,)).as_text()

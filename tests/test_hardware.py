@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenbridge_jax.training.hardware import listed_flops
+from tokenbridge_jax.runtime.hardware import listed_flops
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,9 @@ from tiny_model import (
     tiny_pipeline,
 )
 
-from tokenbridge_jax import Pipeline, parallel
+from tokenbridge_jax import Pipeline
 from tokenbridge_jax.commands.train import make_model_config
 from tokenbridge_jax.config import ConfigDict
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import (
     SIZES,
     TokenBridge,
@@ -31,7 +30,9 @@ from tokenbridge_jax.model import (
     make_head,
 )
 from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
-from tokenbridge_jax.torch_bridge.model import export_model
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.torch_bridge.official import export_model
 from tokenbridge_jax.transformer import unstack
 
 HEADS = {
@@ -208,9 +209,9 @@ def test_images_and_likelihoods_on_a_mesh():
     config = HEADS["parallel, grouped"]
     params = random_params(config, seed=1, spread=0.2)
     one = tiny_pipeline(config, params)
-    mesh = parallel.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(2, 2, 2)
     boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    placed = jax.device_put(params, parallel.logical_shardings(boxed, mesh))
+    placed = jax.device_put(params, meshes.logical_shardings(boxed, mesh))
     many = Pipeline(one.description, placed, one.codec, mesh)
     settings = dict(num_iter=2, guidance=1.0, order="confidence")
     classes = [0, 1, 2, 0]

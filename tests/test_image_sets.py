@@ -9,10 +9,10 @@ from token_shards import SETTINGS, make_info
 
 from tokenbridge_jax.data.shards import write_info
 from tokenbridge_jax.data.sources import make_source
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation.features import ThumbnailExtractor
-from tokenbridge_jax.evaluation.images import data_images, open_images
+from tokenbridge_jax.evaluation.image_sets import data_images, open_images
 from tokenbridge_jax.evaluation.scores import load_reference
+from tokenbridge_jax.runtime.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 6, 5, 3), dtype=np.uint8)
 

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from tokenbridge_jax.data import images, sources
 from tokenbridge_jax.data.images import ImageError, center_crop, prepare
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 SAMPLE = Path(
     os.environ.get("TOKENBRIDGE_IMAGENET_SAMPLE")

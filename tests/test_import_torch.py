@@ -15,15 +15,15 @@ import torch
 from token_shards import write_tokens
 from torch_states import TINY, assert_same, in_diffusers, module_of
 
-from tokenbridge_jax import io, parallel
 from tokenbridge_jax.autoencoder import init_params, load_autoencoder, read_description
 from tokenbridge_jax.commands import import_torch, runner
-from tokenbridge_jax.pipeline import ModelDescription, Pipeline
+from tokenbridge_jax.pipeline.pipeline import ModelDescription, Pipeline
 from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
-from tokenbridge_jax.sampling import SamplingSettings, generate
-from tokenbridge_jax.torch_bridge import files
-from tokenbridge_jax.torch_bridge.autoencoder import table
-from tokenbridge_jax.torch_bridge.model import BUFFERS, export_model
+from tokenbridge_jax.runtime import meshes, storage
+from tokenbridge_jax.sampling.sampler import SamplingSettings, generate
+from tokenbridge_jax.torch_bridge import state_dicts
+from tokenbridge_jax.torch_bridge.ldm import table
+from tokenbridge_jax.torch_bridge.official import BUFFERS, export_model
 from tokenbridge_jax.torch_bridge.table import to_torch
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -42,7 +42,7 @@ def run(command, workdir, *argv):
 
 @pytest.fixture(scope="module")
 def state():
-    return files.read(MODEL)["model"]
+    return state_dicts.read(MODEL)["model"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def without_average(tmp_path_factory):
 
 
 def test_an_imported_model_samples_as_the_release(without_average):
-    pipeline = Pipeline.load(without_average, mesh=parallel.make_mesh(devices=jax.devices()[:1]))
+    pipeline = Pipeline.load(without_average, mesh=meshes.make_mesh(devices=jax.devices()[:1]))
     assert pipeline.config.first_token_quirk
     assert pipeline.codec.config.scale == 0.5
     golden = np.load(MODEL)
@@ -93,7 +93,7 @@ def test_an_imported_autoencoder_is_the_golden_one(imported, state):
     config, params = load_autoencoder(imported / "autoencoder")
     # Three levels of a 4x4 grid; attention at the coarsest.
     assert (config.image_size, config.attention_resolutions) == (16, (4,))
-    assert_same(to_torch(table(config), params), files.read(AUTOENCODER)["model"])
+    assert_same(to_torch(table(config), params), state_dicts.read(AUTOENCODER)["model"])
     assert read_description(imported / "autoencoder")["extra"] == {
         "imported_from": "kl_vae_tiny.npz"
     }
@@ -101,21 +101,21 @@ def test_an_imported_autoencoder_is_the_golden_one(imported, state):
 
 @pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
 def test_an_export_is_what_was_imported(imported, checkpoint, tmp_path, capsys, name):
-    original = files.read(checkpoint)
+    original = state_dicts.read(checkpoint)
     out, autoencoder = tmp_path / name, tmp_path / f"autoencoder{Path(name).suffix}"
     assert run("export-torch", imported, "--out", out, "--autoencoder", autoencoder) == 0
     assert "first_token_quirk is on" in capsys.readouterr().out
-    exported = files.read(out)
+    exported = state_dicts.read(out)
     assert_same(exported["model"], original["model"])
     if name.endswith(".pth"):
         assert_same(exported["model_ema"], original["model_ema"])
-    assert_same(files.read(autoencoder)["model"], files.read(AUTOENCODER)["model"])
+    assert_same(state_dicts.read(autoencoder)["model"], state_dicts.read(AUTOENCODER)["model"])
 
     assert run("export-torch", imported, "--out", out, "--ema") == 2
     assert f"{out} is there already; name another file" in capsys.readouterr().err
     out.unlink()
     assert run("export-torch", imported, "--out", out, "--ema") == 0
-    averaged = files.read(out)["model"]
+    averaged = state_dicts.read(out)["model"]
     buffers = {name: original["model"][name] for name in BUFFERS}
     assert_same(averaged, original["model_ema"] | buffers)
     # Names, shapes and buffers are those that the release's code asks for.
@@ -130,10 +130,10 @@ def test_an_import_of_an_export_is_the_same_workdir(imported, tmp_path, capsys):
     argv = ["--checkpoint", out, "--autoencoder", tmp_path / "a.ckpt", "--scale=0.5", *FLAGS]
     assert run("import-torch", again, *argv) == 0
     assert ModelDescription.load(again) == ModelDescription.load(imported)
-    assert io.read_json(again / "config.json") == io.read_json(imported / "config.json")
+    assert storage.read_json(again / "config.json") == storage.read_json(imported / "config.json")
     assert run("export-torch", again, "--out", tmp_path / "twice.pth") == 0
-    for part, arrays in files.read(out).items():
-        assert_same(files.read(tmp_path / "twice.pth")[part], arrays)
+    for part, arrays in state_dicts.read(out).items():
+        assert_same(state_dicts.read(tmp_path / "twice.pth")[part], arrays)
     # Weights that were trained here come back, with the flags that the export prints, without the
     # quirk of the release's.
     own = tmp_path / "own"
@@ -184,7 +184,7 @@ def test_training_begins_with_what_was_imported(without_average, state, tmp_path
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "1"]
     assert ModelDescription.load(tmp_path).config.first_token_quirk
     assert run("export-torch", tmp_path, "--out", tmp_path / "out.pth") == 0
-    for exported in files.read(tmp_path / "out.pth").values():
+    for exported in state_dicts.read(tmp_path / "out.pth").values():
         expected = {name: state[name] for name in exported}
         if classes == 12:
             drawn = expected["class_emb.weight"] = exported["class_emb.weight"]
@@ -222,7 +222,7 @@ def test_an_autoencoder_of_diffusers_by_itself(tmp_path, described, argv, scale,
     assert config == dataclasses.replace(TINY, scale=scale)
     expected = np.zeros(8, np.float32) - np.repeat(np.float32([shift, 0]), 4)
     np.testing.assert_array_equal(params["quant_conv"]["bias"], expected)
-    remembered = io.read_json(tmp_path / "w" / "config.json")
+    remembered = storage.read_json(tmp_path / "w" / "config.json")
     assert remembered["quantizer"]["channel_order"] == "frequency"
     assert remembered["autoencoder"]["multipliers"] == [1, 2]
     # The same again changes nothing, another autoencoder is refused.
@@ -239,7 +239,9 @@ def test_what_lies_deep_in_its_file_in_half_precision_is_imported(
     other = {name.replace("ema.", ""): tensor for name, tensor in other.items()}
     checkpoint, autoencoder = tmp_path / "m.ckpt", tmp_path / "sd.bin"
     safetensors.torch.save_file(average | other, checkpoint)
-    first_stage = {f"first_stage_model.{k}": v for k, v in files.read(AUTOENCODER)["model"].items()}
+    first_stage = {
+        f"first_stage_model.{k}": v for k, v in state_dicts.read(AUTOENCODER)["model"].items()
+    }
     first_stage |= {"first_stage_model.loss.logvar": np.zeros(1, "f4"), "betas": np.ones(1, "f4")}
     safetensors.numpy.save_file(first_stage, autoencoder)
     written = {}
@@ -256,7 +258,7 @@ def test_what_lies_deep_in_its_file_in_half_precision_is_imported(
     assert "sd.bin: took first_stage_model.*" in said
     assert "sd.bin: left out betas.* (1), first_stage_model.loss.* (1)" in said
     config, params = load_autoencoder(tmp_path / "w" / "autoencoder")
-    assert_same(to_torch(table(config), params), files.read(AUTOENCODER)["model"])
+    assert_same(to_torch(table(config), params), state_dicts.read(AUTOENCODER)["model"])
     model = written["model"]
     assert ModelDescription.load(tmp_path / "w").config == model
     assert model.quantizer == Quantizer.gaussian(model.levels)

@@ -12,12 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special
 from tiny_model import relative_error
 
-from tokenbridge_jax import parallel
-from tokenbridge_jax.kernels import attention as over_positions
-from tokenbridge_jax.kernels import channel_attention as over_channels
-from tokenbridge_jax.kernels import common
-from tokenbridge_jax.kernels.attention import attention, plain_attention
-from tokenbridge_jax.kernels.channel_attention import channel_attention, plain_channel_attention
+from tokenbridge_jax.ops import attention as over_positions
+from tokenbridge_jax.ops import channel_attention as over_channels
+from tokenbridge_jax.ops import pallas
+from tokenbridge_jax.ops.attention import attention, plain_attention
+from tokenbridge_jax.ops.channel_attention import channel_attention, plain_channel_attention
+from tokenbridge_jax.runtime import meshes
 
 SEED = jnp.array([123, 456], jnp.uint32)
 BLOCK, TILE = over_positions.BLOCK, over_channels.TILE
@@ -228,8 +228,8 @@ def test_channel_attention_kernels_agree_with_plain_channel_attention(
 
 def on_mesh(function, dropout, *arguments):
     """`function` on a 2 x 2 x 2 mesh, each argument `(array, how it lies there)`."""
-    mesh = parallel.make_mesh(2, 2, 2)
-    with parallel.use_mesh(mesh):
+    mesh = meshes.make_mesh(2, 2, 2)
+    with meshes.use_mesh(mesh):
         placed = [
             jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
             for array, spec in arguments
@@ -383,8 +383,8 @@ def test_a_kernel_that_cannot_be_made_is_given_up(name: str, monkeypatch, capsys
     def changed(*arguments, **others):
         raise TypeError("pallas_call() takes\nsomething else now")
 
-    monkeypatch.setattr(common, "_given_up", [])
-    monkeypatch.setattr(common.pl, "pallas_call", changed)
+    monkeypatch.setattr(pallas, "_given_up", [])
+    monkeypatch.setattr(pallas.pl, "pallas_call", changed)
     for _ in range(2):
         traced = gradients_and_output(FUNCTIONS[name][0]).trace(*inputs(jnp.bfloat16))
         assert "triton" not in traced.lower(lowering_platforms=("cuda",)).as_text()

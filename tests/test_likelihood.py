@@ -13,20 +13,21 @@ from PIL import Image
 from tiny_model import AUTOENCODER, random_batch, random_params, tiny
 from token_shards import random_records, write_tokens
 
-from tokenbridge_jax import Pipeline, parallel
+from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import init_params as init_autoencoder
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.data import shards
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import likelihood as module
 from tokenbridge_jax.evaluation import tokens
 from tokenbridge_jax.evaluation.calibration import Calibration
 from tokenbridge_jax.evaluation.likelihood import Scorer, likelihood
 from tokenbridge_jax.evaluation.reconstruction import reconstruction
 from tokenbridge_jax.model import init_params
-from tokenbridge_jax.orders import random_orders
-from tokenbridge_jax.pipeline import ModelDescription
+from tokenbridge_jax.pipeline.pipeline import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.orders import random_orders
 
 # That of `token_shards.write_tokens`.
 CONFIG = tiny(
@@ -43,8 +44,8 @@ def make_pipeline(mesh, params=None) -> Pipeline:
     """A model of random weights on a mesh, for shards of `write_tokens`."""
     boxed = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     params = random_params(CONFIG, spread=0.2) if params is None else params
-    placed = jax.device_put(jax.device_get(params), parallel.logical_shardings(boxed, mesh))
-    local = parallel.make_mesh(devices=jax.local_devices()[:1])
+    placed = jax.device_put(jax.device_get(params), meshes.logical_shardings(boxed, mesh))
+    local = meshes.make_mesh(devices=jax.local_devices()[:1])
     weights = init_autoencoder(AUTOENCODER, jax.random.key(0))
     codec = Codec(AUTOENCODER, weights, CONFIG.quantizer, local)
     description = ModelDescription(CONFIG, ("cat", "dog", "owl"), "0" * 64)
@@ -53,7 +54,7 @@ def make_pipeline(mesh, params=None) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def one_device():
-    return parallel.make_mesh(devices=jax.devices()[:1])
+    return meshes.make_mesh(devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def assert_alike(found, expected) -> None:
 
 
 def test_batch_size_and_devices_change_nothing(folder, found):
-    on_many = make_pipeline(parallel.make_mesh(2, 2, 2))
+    on_many = make_pipeline(meshes.make_mesh(2, 2, 2))
     assert_alike(likelihood(on_many, folder, **SETTINGS, batch_size=5), found)
 
 

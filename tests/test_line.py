@@ -8,12 +8,13 @@ from PIL import Image
 from test_configs import CONFIGS
 from test_evaluate import means, scipys_distance
 
-from tokenbridge_jax import Pipeline, parallel
+from tokenbridge_jax import Pipeline
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.data.sources import DigitsSource
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation.generation import make_labels
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 
 SMALL = [
     f"--config={CONFIGS / 'digits.py'}:quick",
@@ -99,7 +100,7 @@ def test_an_image_depends_on_its_number_class_and_seed_alone(pipeline):
 
 
 def test_a_mesh_changes_nothing(workdir, pipeline):
-    other = Pipeline.load(workdir, mesh=parallel.make_mesh(data=2, fsdp=2, tensor=2))
+    other = Pipeline.load(workdir, mesh=meshes.make_mesh(data=2, fsdp=2, tensor=2))
     np.testing.assert_array_equal(
         pipeline.generate_indices([1, 2, 3], num_iter=3, guidance=2.0),
         other.generate_indices([1, 2, 3], num_iter=3, guidance=2.0),

@@ -10,8 +10,8 @@ from tokenbridge_jax.commands import edit
 from tokenbridge_jax.data import listing, sources
 from tokenbridge_jax.data.listing import list_classes, list_pictures
 from tokenbridge_jax.data.sources import FolderSource
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.evaluation.images import open_images
+from tokenbridge_jax.evaluation.image_sets import open_images
+from tokenbridge_jax.runtime.errors import UserError
 
 
 def plant(root, *names):
@@ -66,8 +66,10 @@ def test_every_command_lists_alike(tmp_path, monkeypatch):
     assert [tmp_path / source.name(i) for i in range(len(source))] == expected
     assert edit.picture_paths(str(tmp_path / "0")) == expected
     assert edit.picture_paths(f"{tmp_path}/**/*") == expected
-    monkeypatch.setattr("tokenbridge_jax.evaluation.images._Folder._read", lambda self, file: file)
-    monkeypatch.setattr("tokenbridge_jax.evaluation.images._size", lambda shape: "")
+    monkeypatch.setattr(
+        "tokenbridge_jax.evaluation.image_sets._Folder._read", lambda self, file: file
+    )
+    monkeypatch.setattr("tokenbridge_jax.evaluation.image_sets._size", lambda shape: "")
     monkeypatch.setattr(type(tmp_path), "shape", (1, 1, 3), raising=False)
     assert open_images(tmp_path)._files == expected
 

@@ -17,7 +17,7 @@ from tokenbridge_jax.data.loader import (
     make_loader,
     validation_batches,
 )
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from token_shards import write_tokens
 
 from tokenbridge_jax.data.loader import make_loader
 from tokenbridge_jax.data.local_copy import local_copy
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 FOLDER = "gs://bucket/run/tokens"
 

@@ -12,9 +12,9 @@ import pytest
 from jobs import start_job
 from token_shards import TRAINING, write_workdir
 
-from tokenbridge_jax import io
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
 
 TRAIN = [f"--config.{name}={value}" for name, value in TRAINING.items()]
 TRAIN += ["--config.mesh.data=-1", "--config.mesh.fsdp=1"]
@@ -38,7 +38,7 @@ except UserError:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(io, "LOCK_SECONDS", 1)
+    monkeypatch.setattr(storage, "LOCK_SECONDS", 1)
 
 
 def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path, capsys):
@@ -64,13 +64,13 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path, capsys):
             assert (tmp_path / "config.json").read_bytes() == config
         finally:
             first.kill()
-    with io.lock(tmp_path):
+    with storage.lock(tmp_path):
         assert (tmp_path / "config.json").read_bytes() == config
 
 
 @pytest.mark.parametrize(("held", "status"), [("this", 2), ("another", 0)])
 def test_a_job_has_one_lock_and_is_refused_as_a_whole(tmp_path, held, status):
-    with io.lock(tmp_path / held), (tmp_path / "log.txt").open("w") as log:
+    with storage.lock(tmp_path / held), (tmp_path / "log.txt").open("w") as log:
         job = start_job(["-c", MEMBER], [[tmp_path / "this"]] * 2, devices=1, output=log)
         assert [process.wait(60) for process in job] == [status] * 2
 
@@ -81,18 +81,18 @@ def test_where_there_are_no_locks_a_line_says_so(tmp_path, monkeypatch, capsys, 
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with io.lock(tmp_path):
+    with storage.lock(tmp_path):
         (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path) in line
     assert os.strerror(number) in line
 
 
 def test_an_object_store_has_no_lock():
-    with io.lock("gs://bucket/run"):
+    with storage.lock("gs://bucket/run"):
         pass
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"), io.lock(tmp_path / "file" / "work"):
+    with pytest.raises(UserError, match="cannot write"), storage.lock(tmp_path / "file" / "work"):
         pass

@@ -9,9 +9,10 @@ import pytest
 from scipy import special
 from tiny_model import in_order, jitted, random_batch, random_params, tiny, tiny_pipeline
 
-from tokenbridge_jax import Pipeline, parallel
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax import Pipeline
 from tokenbridge_jax.model import init_params
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 
 # Its sampler adds something that is not there in training.
 CONFIG = tiny(positions=16, first_token_quirk=True)
@@ -68,9 +69,9 @@ def test_probabilities_of_a_position_sum_to_one(pipeline, batch):
 
 def test_devices_change_nothing(pipeline, batch):
     indices, hidden = batch
-    mesh = parallel.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(2, 2, 2)
     boxed = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-    placed = jax.device_put(pipeline.params, parallel.logical_shardings(boxed, mesh))
+    placed = jax.device_put(pipeline.params, meshes.logical_shardings(boxed, mesh))
     other = Pipeline(pipeline.description, placed, pipeline.codec, mesh)
     expected = pipeline.log_probs(indices, [{0: 0.5, 2: 0.5}] * 5, hidden=hidden)
     found = other.log_probs(indices, [{0: 0.5, 2: 0.5}] * 5, hidden=hidden)

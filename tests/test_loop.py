@@ -13,11 +13,11 @@ import pytest
 from etils import epath
 from toy import ToyTask, toy_batch, toy_batches
 
-from tokenbridge_jax import parallel
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.checkpoints import latest_step
 from tokenbridge_jax.training.loop import Hook, Interrupted, Run, fit, flat_fields
-from tokenbridge_jax.training.metrics import read_metrics
+from tokenbridge_jax.training.metric_writer import read_metrics
 
 TOTAL = 6
 
@@ -57,7 +57,7 @@ def make_run(directory, **changes):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return parallel.make_mesh(2, 2, 2)
+    return meshes.make_mesh(2, 2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_killed_between_checkpoints_it_repeats_the_lost_steps_exactly(straight, 
 def test_a_resumed_run_may_change_its_mesh(straight, mesh, tmp_path):
     with pytest.raises(Interrupted):
         fit(make_run(tmp_path, hooks=[signal_at(2, signal.SIGTERM)]), mesh)
-    one = parallel.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    one = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     fit(make_run(tmp_path), one)
     np.testing.assert_allclose(losses(tmp_path), losses(straight[0]), rtol=1e-5)
 

@@ -20,10 +20,10 @@ from tiny_model import (
     tree_error,
 )
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.loss import image_nll, loss, sum_over_chunks
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params, init_params
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import meshes
 
 BATCH = 3
 HIDDEN = 6
@@ -365,13 +365,13 @@ def test_dropout_of_the_same_chunks_does_not_depend_on_the_devices():
     one = tiny(dropout=0.2, scan_layers=False, head_chunk=4 * images)
     expected, expected_gradients = loss_and_gradients(one, 8, 8)(params, batch, *rest)
 
-    mesh = parallel.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(2, 2, 2)
     # Each of the four batch shards has a quarter of the images.
     eight = dataclasses.replace(one, head_chunk=images)
     boxed = jax.eval_shape(lambda: init_params(eight, jax.random.key(0)))
-    placed = jax.device_put(params, parallel.logical_shardings(boxed, mesh))
-    with parallel.use_mesh(mesh):
+    placed = jax.device_put(params, meshes.logical_shardings(boxed, mesh))
+    with meshes.use_mesh(mesh):
         function = loss_and_gradients(eight, 8, 8)
-        value, gradients = function(placed, parallel.to_global(batch, mesh), *rest)
+        value, gradients = function(placed, meshes.to_global(batch, mesh), *rest)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     assert tree_error(gradients, expected_gradients) < 5e-5

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.masking import MaskSampler, draw_orders
 
 RATIO = stats.truncnorm((0.7 - 1) / 0.25, 0.0, loc=1.0, scale=0.25)

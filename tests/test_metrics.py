@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from object_store import ObjectStore, register
 
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.training import metrics
-from tokenbridge_jax.training.metrics import MetricWriter, read_metrics
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training import metric_writer
+from tokenbridge_jax.training.metric_writer import MetricWriter, read_metrics
 
 
 def write(folder, start, steps):
@@ -41,7 +41,7 @@ def test_an_object_store_has_every_line_before_a_checkpoint(monkeypatch):
     writer.flush()
     assert files.cat(path) == b'{"step": 1, "loss": 1.0}\n'
     writer.write(2, {"loss": 1 / 2})
-    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0)
+    monkeypatch.setattr(metric_writer, "UPLOAD_SECONDS", 0)
     writer.write(3, {"loss": 1 / 3})
     # Killed here, after a checkpoint of step 2.
     write("gs://bucket/run", 2, range(3, 5))

@@ -8,7 +8,6 @@ import torch
 from scipy import linalg
 from scipy.spatial import distance
 
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation.metrics import (
     adm_inception_score,
     frechet_distance,
@@ -17,6 +16,7 @@ from tokenbridge_jax.evaluation.metrics import (
     precision_recall,
 )
 from tokenbridge_jax.evaluation.moments import Gaussian, gaussian
+from tokenbridge_jax.runtime.errors import UserError
 
 
 def features(count: int, size: int, shift: float = 0.0, seed: int = 0) -> np.ndarray:

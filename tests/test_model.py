@@ -20,8 +20,8 @@ from tiny_model import (
     without_key_bias,
 )
 
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.runtime.errors import UserError
 
 BATCH = 3
 HIDDEN = 6

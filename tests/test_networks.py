@@ -16,8 +16,8 @@ from torch_networks import (
     torch_fidelity_extractor,
 )
 
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import inception, lpips, pixels
+from tokenbridge_jax.runtime.errors import UserError
 
 
 def pictures(*shape: int) -> np.ndarray:

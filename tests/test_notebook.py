@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from checkout import LAUNCH, ROOT
 
-from tokenbridge_jax.training.metrics import read_metrics
+from tokenbridge_jax.training.metric_writer import read_metrics
 
 NOTEBOOK = LAUNCH / "colab.ipynb"
 SETTINGS = """

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_global_norm,

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.orders import ORDERS, halton_order, hidden_first, make_orders, random_orders
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.orders import (
+    ORDERS,
+    halton_order,
+    hidden_first,
+    make_orders,
+    random_orders,
+)
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (1, 1), (5, 7), (8, 3)])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny_model import random_params, tiny, tiny_pipeline
 
-from tokenbridge_jax.editing import draw_windows
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.pipeline.editing import draw_windows
+from tokenbridge_jax.runtime.errors import UserError
 
 SETTINGS = dict(num_iter=2, temperature=0.8)
 

@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_model import TINY as CONFIG
 from tiny_model import leaf_names
 
-from tokenbridge_jax import parallel
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import init_params
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -28,15 +28,15 @@ from tokenbridge_jax.model import init_params
     ],
 )
 def test_one_size_may_be_left_to_the_mesh(asked: dict[str, int], got: tuple[int, ...]):
-    mesh = parallel.make_mesh(**asked)
+    mesh = meshes.make_mesh(**asked)
     assert mesh.axis_names == ("data", "fsdp", "tensor")
     assert tuple(mesh.shape.values()) == got
     assert sorted(d.id for d in mesh.devices.ravel()) == sorted(d.id for d in jax.devices())
-    assert parallel.batch_shards(mesh) == got[0] * got[1]
+    assert meshes.batch_shards(mesh) == got[0] * got[1]
 
 
 def test_a_mesh_of_some_devices():
-    mesh = parallel.make_mesh(devices=jax.devices()[2:5])
+    mesh = meshes.make_mesh(devices=jax.devices()[2:5])
     assert mesh.devices.ravel().tolist() == jax.devices()[2:5]
 
 
@@ -54,13 +54,13 @@ def test_a_mesh_of_some_devices():
 )
 def test_sizes_that_do_not_fit_are_named(asked: dict[str, int], message: str):
     with pytest.raises(UserError, match=message):
-        parallel.make_mesh(**asked)
+        meshes.make_mesh(**asked)
 
 
 def test_batches_are_split_and_come_back():
-    mesh = parallel.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(2, 2, 2)
     batch = {"a": np.arange(24).reshape(8, 3), "b": np.arange(8, dtype=np.uint8)}
-    placed = parallel.to_global(batch, mesh)
+    placed = meshes.to_global(batch, mesh)
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])
         assert array.dtype == jax.dtypes.canonicalize_dtype(batch[name].dtype)
@@ -68,11 +68,11 @@ def test_batches_are_split_and_come_back():
         starts = sorted(shard.index[0].start for shard in array.addressable_shards)
         assert starts == [0, 0, 2, 2, 4, 4, 6, 6]
     with pytest.raises(UserError, match="6 rows of a batch do not divide over the 4 batch shards"):
-        parallel.to_global(np.zeros((6, 1)), mesh)
+        meshes.to_global(np.zeros((6, 1)), mesh)
 
 
 def test_logical_names_become_shardings_where_sizes_divide():
-    mesh = parallel.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(2, 2, 2)
     shapes = {
         "both": ((16, 32), ("embed", "mlp"), ("fsdp", "tensor")),
         "odd_embed": ((15, 32), ("embed", "mlp"), (None, "tensor")),
@@ -88,12 +88,12 @@ def test_logical_names_become_shardings_where_sizes_divide():
     def make():
         zeros = nn.initializers.zeros
         boxed = {
-            name: parallel.named_axes(zeros, *axes)(jax.random.key(0), shape)
+            name: meshes.named_axes(zeros, *axes)(jax.random.key(0), shape)
             for name, (shape, axes, _) in shapes.items()
         }
         return boxed | {"unnamed": jnp.zeros((4, 4))}
 
-    shardings = parallel.logical_shardings(jax.eval_shape(make), mesh)
+    shardings = meshes.logical_shardings(jax.eval_shape(make), mesh)
     assert shardings.keys() == shapes.keys() | {"unnamed"}
     for name, (shape, _, expected) in shapes.items():
         expected = NamedSharding(mesh, PartitionSpec(*expected))
@@ -106,21 +106,21 @@ def test_every_logical_name_of_the_model_is_in_the_rules():
     specs = nn.get_partition_spec(boxed)
     is_spec = dict(is_leaf=lambda x: isinstance(x, PartitionSpec))
     names = {name for spec in jax.tree.leaves(specs, **is_spec) for name in spec if name}
-    assert {"embed", "heads", "mlp", "layers"} <= names <= dict(parallel.RULES).keys()
+    assert {"embed", "heads", "mlp", "layers"} <= names <= dict(meshes.RULES).keys()
 
 
 def test_constrain_does_nothing_outside_a_mesh():
     x = jnp.ones((3, 5))
-    np.testing.assert_array_equal(parallel.constrain(x, "batch", "embed"), x)
+    np.testing.assert_array_equal(meshes.constrain(x, "batch", "embed"), x)
 
 
 def test_parameters_are_made_sharded_and_equal_on_every_mesh():
     draws = []
     for sizes in [(8, 1, 1), (1, 4, 2)]:
-        mesh = parallel.make_mesh(*sizes)
+        mesh = meshes.make_mesh(*sizes)
         boxed = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-        shardings = parallel.logical_shardings(boxed, mesh)
-        with parallel.use_mesh(mesh):
+        shardings = meshes.logical_shardings(boxed, mesh)
+        with meshes.use_mesh(mesh):
             init = jax.jit(
                 lambda: nn.unbox(init_params(CONFIG, jax.random.key(0))), out_shardings=shardings
             )
@@ -154,7 +154,7 @@ def chips(slices, count, a_process, **fields):
 
 @pytest.mark.parametrize("sizes", [(-1, 1, 1), (4, 2, 2), (2, 2, -1), (-1, 8, 1), (8, 1, 2)])
 def test_only_data_goes_from_slice_to_slice(sizes):
-    mesh = parallel.make_mesh(*sizes, devices=chips(2, 8, 4))
+    mesh = meshes.make_mesh(*sizes, devices=chips(2, 8, 4))
     seen = mesh.devices
     assert sorted(chip.id for chip in seen.ravel()) == list(range(16))
     slices = np.vectorize(lambda chip: chip.slice_index)(seen)
@@ -165,15 +165,15 @@ def test_only_data_goes_from_slice_to_slice(sizes):
 
 def test_slices_may_be_told():
     devices = chips(2, 8, 4)
-    assert parallel.make_mesh(slices=2, devices=devices) == parallel.make_mesh(devices=devices)
-    crossing = parallel.make_mesh(1, 16, 1, slices=1, devices=devices)
+    assert meshes.make_mesh(slices=2, devices=devices) == meshes.make_mesh(devices=devices)
+    crossing = meshes.make_mesh(1, 16, 1, slices=1, devices=devices)
     assert [chip.id for chip in crossing.devices.ravel()] == list(range(16))
     with pytest.raises(UserError, match="slices=4, but the devices are of 2 slices"):
-        parallel.make_mesh(slices=4, devices=devices)
+        meshes.make_mesh(slices=4, devices=devices)
     with pytest.raises(UserError, match="slices=2, but the devices are of 1 slice"):
-        parallel.make_mesh(slices=2)
+        meshes.make_mesh(slices=2)
     with pytest.raises(UserError, match="data=1 does not divide over 2 slices"):
-        parallel.make_mesh(1, 8, 2, devices=devices)
+        meshes.make_mesh(1, 8, 2, devices=devices)
 
 
 def test_a_mesh_need_not_follow_the_axes_of_a_torus():
@@ -182,7 +182,7 @@ def test_a_mesh_need_not_follow_the_axes_of_a_torus():
         Chip(i, coords=coords, platform="tpu", device_kind="TPU v4")
         for i, coords in enumerate(itertools.product(range(4), repeat=3))
     ]
-    mesh = parallel.make_mesh(8, 8, 1, devices=torus)
+    mesh = meshes.make_mesh(8, 8, 1, devices=torus)
     assert sorted(chip.id for chip in mesh.devices.ravel()) == list(range(64))
 
 
@@ -190,7 +190,7 @@ def test_a_mesh_need_not_follow_the_axes_of_a_torus():
 @pytest.mark.parametrize("a_process", [2, 4, 8])
 def test_a_process_reads_the_rows_of_its_devices(monkeypatch, sizes, a_process):
     """Row by row: also where processes share rows, and where the mesh does not follow them."""
-    mesh = parallel.make_mesh(*sizes, devices=chips(1, 16, a_process))
+    mesh = meshes.make_mesh(*sizes, devices=chips(1, 16, a_process))
     batch_size = 2 * sizes[0] * sizes[1]
     expected = {process: set() for process in range(16 // a_process)}
     for (data, fsdp, _), chip in np.ndenumerate(mesh.devices):
@@ -198,6 +198,6 @@ def test_a_process_reads_the_rows_of_its_devices(monkeypatch, sizes, a_process):
         expected[chip.process_index] |= {2 * shard, 2 * shard + 1}
     for process, rows in expected.items():
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        assert parallel.local_rows(mesh, batch_size).tolist() == sorted(rows)
+        assert meshes.local_rows(mesh, batch_size).tolist() == sorted(rows)
     with pytest.raises(UserError, match=f"batch of {batch_size + 1} does not divide over"):
-        parallel.local_rows(mesh, batch_size + 1)
+        meshes.local_rows(mesh, batch_size + 1)

@@ -11,14 +11,14 @@ import pytest
 from scipy.signal import correlate
 from tiny_model import random_batch, random_params, tiny
 
-from tokenbridge_jax import precision
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.loss import loss
 from tokenbridge_jax.model import TokenBridge
-from tokenbridge_jax.parallel import make_mesh
+from tokenbridge_jax.ops import precision
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.meshes import make_mesh
 from tokenbridge_jax.transformer import unstack
 
 AUTOENCODER = AutoencoderConfig(

@@ -11,16 +11,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import imagenet256
-from tokenbridge_jax import parallel
 from tokenbridge_jax.benchmark.inputs import make_model
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import abstract_params
-from tokenbridge_jax.preflight import chips, programs, text
-from tokenbridge_jax.preflight import report as reports
+from tokenbridge_jax.preflight import chips, lowering, text
+from tokenbridge_jax.preflight import estimate as reports
 from tokenbridge_jax.preflight.hlo import Collective, Program, read_program
 from tokenbridge_jax.preflight.roofline import estimate, links
 from tokenbridge_jax.preflight.suggestions import candidates, with_changes
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 needs_libtpu = pytest.mark.skipif(
@@ -146,17 +146,17 @@ def test_products_count_as_often_as_they_run():
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     jaxpr = gradient.trace(jnp.ones((6, 6)), jnp.ones((2, 6))).jaxpr.jaxpr
     # Forward, forward again, and two products of the same size backward; five times each.
-    assert programs.matmul_flops(jaxpr) == 5 * 4 * (2 * 2 * 6 * 6)
+    assert lowering.matmul_flops(jaxpr) == 5 * 4 * (2 * 2 * 6 * 6)
 
 
 def test_products_in_a_shard_map_count_for_every_device():
-    mesh = parallel.make_mesh(data=4, fsdp=2)
+    mesh = meshes.make_mesh(data=4, fsdp=2)
     spec = PartitionSpec(("data", "fsdp"))
     product = jax.shard_map(
         lambda x, w: x @ w, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec
     )
     jaxpr = jax.jit(product).trace(jnp.ones((16, 6)), jnp.ones((6, 6))).jaxpr.jaxpr
-    assert programs.matmul_flops(jaxpr) == 2 * 16 * 6 * 6
+    assert lowering.matmul_flops(jaxpr) == 2 * 16 * 6 * 6
 
 
 def test_of_the_platforms_branches_the_default_counts():
@@ -164,7 +164,7 @@ def test_of_the_platforms_branches_the_default_counts():
         return jax.lax.platform_dependent(x, cuda=lambda x: x @ x @ x, default=lambda x: x @ x)
 
     jaxpr = jax.jit(twice_or_once).trace(jnp.ones((6, 6))).jaxpr.jaxpr
-    assert programs.matmul_flops(jaxpr) == 2 * 6**3
+    assert lowering.matmul_flops(jaxpr) == 2 * 6**3
 
 
 @pytest.mark.parametrize(
@@ -229,10 +229,10 @@ def test_estimate_by_hand():
 
 def test_what_the_compiler_wanted():
     long = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.15G of 15.75G hbm."
-    assert programs.wanted_memory(long) == int(23.15 * 2**30)
+    assert lowering.wanted_memory(long) == int(23.15 * 2**30)
     short = "required for HLO temporaries (512.00M) exceeds available HBM (15.75G)."
-    assert programs.wanted_memory(short) == 512 * 2**20
-    assert programs.wanted_memory("INTERNAL: something else") is None
+    assert lowering.wanted_memory(short) == 512 * 2**20
+    assert lowering.wanted_memory("INTERNAL: something else") is None
 
 
 def big_config():
@@ -272,13 +272,13 @@ def test_fsdp_is_left_out_where_it_cannot_help():
 @needs_libtpu
 def test_a_compiled_program_against_counts_by_hand():
     where = chips.parse_slice("v5e:2x2")
-    mesh = parallel.make_mesh(data=4, devices=chips.slice_devices(where))
+    mesh = meshes.make_mesh(data=4, devices=chips.slice_devices(where))
 
     def gradient(w, x):
         return jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w)
 
     work = toy_work(mesh, gradient, (256, 512), (1024, 256))
-    compiled = programs.compile_work(work, 4)
+    compiled = lowering.compile_work(work, 4)
     # Forward and backward, on a quarter of the rows each.
     assert compiled.flops == 2 * (2 * 1024 * 256 * 512) // 4
     (reduced,) = compiled.program.collectives
@@ -296,19 +296,19 @@ def toy_work(mesh, function, *shapes):
     ]
     with jax.set_mesh(mesh):
         traced = jax.jit(function).trace(*arrays)
-    state = programs._bytes_on_device(arrays)
-    return programs.Work(
+    state = lowering._bytes_on_device(arrays)
+    return lowering.Work(
         traced, 4, {"parameters": state, "EMA": 0, "optimizer": 0}, 1e12, 1.0, "a toy"
     )
 
 
 @needs_libtpu
 def test_what_fits_and_what_does_not():
-    mesh = parallel.make_mesh(data=4, devices=chips.slice_devices(chips.parse_slice("v5e:2x2")))
+    mesh = meshes.make_mesh(data=4, devices=chips.slice_devices(chips.parse_slice("v5e:2x2")))
 
     def compile_copy(gib):
         work = toy_work(mesh, lambda x: x + 1, (4, gib, 2**28))
-        return programs.compile_work(work, 4)
+        return lowering.compile_work(work, 4)
 
     # A copy holds what it reads and what it writes: 14 and 16 of 15.75 GiB.
     fitting, too_large = compile_copy(7), compile_copy(8)
@@ -361,7 +361,7 @@ def small_config():
 
 def test_training_step_before_it_is_compiled():
     config = small_config()
-    work = programs.training_work(config, parallel.make_mesh(data=4, fsdp=2))
+    work = lowering.training_work(config, meshes.make_mesh(data=4, fsdp=2))
     model = make_model(config)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
     # Every fsdp chip holds half, but for a few small leaves; the optimizer has two moments.
@@ -372,7 +372,7 @@ def test_training_step_before_it_is_compiled():
     # Forward, and twice that backward; attention's weights are computed once more, and slots are
     # padded. All 16 positions are hidden in the program that needs the most memory.
     forward = 8 * model.forward_flops(16)
-    assert 3 <= programs.matmul_flops(work.traced.jaxpr.jaxpr) / forward <= 4.5
+    assert 3 <= lowering.matmul_flops(work.traced.jaxpr.jaxpr) / forward <= 4.5
     assert 0.7 * 3 * forward < work.model_flops < 3 * forward
     assert 0.9 < work.mean <= 1
 
@@ -380,9 +380,9 @@ def test_training_step_before_it_is_compiled():
 def test_sampler_before_it_is_compiled():
     config = small_config()
     config.sampling.num_iter = 2
-    work = programs.sampling_work(config, parallel.make_mesh(data=8))
+    work = lowering.sampling_work(config, meshes.make_mesh(data=8))
     assert list(work.state) == ["parameters"]
-    assert 1 <= programs.matmul_flops(work.traced.jaxpr.jaxpr) / work.model_flops <= 2
+    assert 1 <= lowering.matmul_flops(work.traced.jaxpr.jaxpr) / work.model_flops <= 2
 
 
 @needs_libtpu

@@ -15,11 +15,12 @@ from flax import traverse_util
 from jobs import REPOSITORY, start_job
 from test_import_torch import AUTOENCODER, FLAGS, MODEL, run
 
-from tokenbridge_jax import Pipeline, io, parallel
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.pipeline import ModelDescription
-from tokenbridge_jax.pretrained import model_card
-from tokenbridge_jax.torch_bridge import files
+from tokenbridge_jax import Pipeline
+from tokenbridge_jax.pipeline.pipeline import ModelDescription
+from tokenbridge_jax.pipeline.pretrained import model_card
+from tokenbridge_jax.runtime import meshes, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.torch_bridge import state_dicts
 
 SETTINGS = {"num_iter": 3, "guidance": 2.0}
 SAMPLING = [f"--config.sampling.{name}={value}" for name, value in SETTINGS.items()]
@@ -29,11 +30,11 @@ SAMPLING = [f"--config.sampling.{name}={value}" for name, value in SETTINGS.item
 def workdir(tmp_path_factory):
     """The golden model, its average of other weights, made on a machine of eight devices."""
     root = tmp_path_factory.mktemp("workdir")
-    state = files.read(MODEL)["model"]
+    state = state_dicts.read(MODEL)["model"]
     average = {name: array + 0.01 for name, array in state.items()}
     for name in ("channel_mask", "reconstruction_values", "boundaries"):
         del average[name]
-    files.write(root / "model.pth", {"model": state, "model_ema": average})
+    state_dicts.write(root / "model.pth", {"model": state, "model_ema": average})
     argv = ["--checkpoint", root / "model.pth", "--autoencoder", AUTOENCODER, "--scale=0.5", *FLAGS]
     argv += [*SAMPLING, "--config.data.path=/home/me/secret"]
     argv += ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
@@ -92,7 +93,7 @@ def test_64_bits_of_other_programs_change_nothing(pipeline, tmp_path, monkeypatc
 
 
 def test_how_the_arrays_lie_changes_nothing(saved, tmp_path):
-    other = Pipeline.load(saved, mesh=parallel.make_mesh(data=2, fsdp=2, tensor=2))
+    other = Pipeline.load(saved, mesh=meshes.make_mesh(data=2, fsdp=2, tensor=2))
     split = [leaf for leaf in jax.tree.leaves(other.params) if not leaf.is_fully_replicated]
     assert len(split) > 10
     other.save_pretrained(tmp_path / "tiny-model")
@@ -107,7 +108,7 @@ def test_the_files_of_a_folder(saved):
     assert [path.name for path in saved.parent.iterdir()] == ["tiny-model"]
     # Nothing of the machine it was made on.
     assert not any(b"secret" in content for content in contents(saved).values())
-    mesh = io.read_json(saved / "config.json")["mesh"]
+    mesh = storage.read_json(saved / "config.json")["mesh"]
     assert mesh == {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
 
 
@@ -147,7 +148,9 @@ def test_commands_take_it_as_a_workdir(workdir, saved, tmp_path, capsys):
     samples = [np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("before", "after")]
     np.testing.assert_array_equal(*samples)
     for suffix in ("pth", "ckpt"):
-        before, after = (files.read(tmp_path / f"{name}.{suffix}") for name in ("before", "after"))
+        before, after = (
+            state_dicts.read(tmp_path / f"{name}.{suffix}") for name in ("before", "after")
+        )
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
     capsys.readouterr()
@@ -206,7 +209,7 @@ def test_it_is_written_whole_or_not_at_all(pipeline, saved, tmp_path, monkeypatc
     def full(path, value):
         raise UserError(f"cannot write {path}: the disk is full")
 
-    monkeypatch.setattr(io, "write_json", full)
+    monkeypatch.setattr(storage, "write_json", full)
     with pytest.raises(UserError, match="disk is full"):
         pipeline.save_pretrained(tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "empty"}
@@ -245,7 +248,7 @@ def test_processes_of_a_job_write_one_folder(workdir, saved, tmp_path):
     script.write_text(
         "import sys\n"
         "from tokenbridge_jax import Pipeline, parallel, processes\n"
-        "from tokenbridge_jax.errors import UserError\n"
+        "from tokenbridge_jax.runtime.errors import UserError\n"
         "processes.join(True, asks_for_signals=False)\n"
         "pipeline = Pipeline.load(sys.argv[1], mesh=parallel.make_mesh(data=1, fsdp=-1))\n"
         "pipeline.save_pretrained(sys.argv[2])\n"

@@ -10,7 +10,7 @@ import pytest
 import soak
 from jobs import start_job
 
-from tokenbridge_jax.processes import EXIT_LOST
+from tokenbridge_jax.runtime.processes import EXIT_LOST
 
 STEPS = 30
 CONFIG = {"training.steps": STEPS, "training.checkpoint_every": 5, "training.eval_every": 10}

@@ -12,7 +12,6 @@ import pytest
 from goldens_quantizer import quantizer_groups
 from scipy import integrate, stats
 
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.quantizer import (
     KL16_CHANNEL_ORDER,
     ChannelSpectrum,
@@ -22,6 +21,7 @@ from tokenbridge_jax.quantizer import (
     gaussian_boundaries,
     resolve_channel_order,
 )
+from tokenbridge_jax.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parent / "goldens" / "quantizer.npz"
 

@@ -11,18 +11,18 @@ from PIL import Image
 from scipy import stats
 from tiny_model import AUTOENCODER
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import init_params
 from tokenbridge_jax.codec import Codec, in_batches
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import lpips, pixels
 from tokenbridge_jax.evaluation import reconstruction as module
 from tokenbridge_jax.evaluation.features import Extractor, Features
-from tokenbridge_jax.evaluation.images import MadeImages, rgb
+from tokenbridge_jax.evaluation.image_sets import MadeImages, rgb
 from tokenbridge_jax.evaluation.metrics import frechet_distance, inception_score
 from tokenbridge_jax.evaluation.moments import gaussian
 from tokenbridge_jax.evaluation.reconstruction import Variant, perturb, reconstruction, sweep
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 
 # Three deviations of an untrained autoencoder's latents.
 OWN = Quantizer.gaussian(16, 0.4)
@@ -50,7 +50,7 @@ class Projection(Extractor):
 
 
 def make_codec(devices: int = 1) -> Codec:
-    mesh = parallel.make_mesh(devices=jax.local_devices()[:devices])
+    mesh = meshes.make_mesh(devices=jax.local_devices()[:devices])
     return Codec(AUTOENCODER, init_params(AUTOENCODER, jax.random.key(0)), OWN, mesh)
 
 

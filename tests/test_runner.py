@@ -12,9 +12,9 @@ import jax
 import pytest
 from absl import flags
 
-from tokenbridge_jax import io, processes
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime import processes, storage
+from tokenbridge_jax.runtime.errors import UserError
 
 # How ml_collections imports a config file.
 
@@ -124,7 +124,7 @@ def test_the_workdir_remembers_its_config(probe, run, config_file, tmp_path):
     probe.then = runner.remember_config
     assert run(f"--config={config_file}", "--config.training.steps=7")[0] == 0
     first = probe.args.config
-    assert io.read_json(tmp_path / "work" / "config.json")["training"]["steps"] == 7
+    assert storage.read_json(tmp_path / "work" / "config.json")["training"]["steps"] == 7
 
     probe.then = lambda args: None
     assert run("--config.training.rate=0.25")[0] == 0
@@ -168,7 +168,7 @@ def test_a_config_of_an_earlier_version_gets_the_keys_that_have_come_since(probe
     ):
         del config[section][key]
     config["model"]["head_chunk"] = 16  # slots of an image, then
-    io.write_json(tmp_path / "work" / "config.json", config)
+    storage.write_json(tmp_path / "work" / "config.json", config)
     assert run("--config.training.head_fraction=0.5")[0] == 0
     found = probe.args.config
     assert found.model.scan_layers
@@ -186,7 +186,7 @@ def test_a_config_of_an_earlier_version_gets_the_keys_that_have_come_since(probe
     [(b'{"training": ', "config.json is not valid JSON"), (b"{}", "the config has no seed, data")],
 )
 def test_a_damaged_remembered_config_is_named(run, tmp_path, content, message):
-    io.write_bytes(tmp_path / "work" / "config.json", content)
+    storage.write_bytes(tmp_path / "work" / "config.json", content)
     status, _, err = run()
     assert status == 2
     assert message in err
@@ -276,7 +276,7 @@ def test_a_home_is_found_behind_an_equals_sign(probe, run, config_file, tmp_path
     probe.then = runner.remember_config
     assert run("--workdir=~/work", "--config=~/config.py:steps=12", workdir=None)[0] == 0
     assert probe.args.workdir == str(tmp_path / "work")
-    assert io.read_json(tmp_path / "work" / "config.json")["training"]["steps"] == 12
+    assert storage.read_json(tmp_path / "work" / "config.json")["training"]["steps"] == 12
     probe.then = lambda args: None
     assert run("--workdir=~/work", workdir=None)[0] == 0
     assert probe.args.config.training.steps == 12  # And so is what the workdir remembers.

@@ -12,18 +12,14 @@ import pytest
 from scipy import stats
 from tiny_model import TINY, equations, random_batch, random_params, tiny
 
-from tokenbridge_jax import parallel, sampling
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridge, init_params
-from tokenbridge_jax.orders import random_orders
-from tokenbridge_jax.pipeline import sample_indices
-from tokenbridge_jax.sampling import (
-    SamplingSettings,
-    generate,
-    guidance_scales,
-    make_plan,
-)
-from tokenbridge_jax.schedule import hidden_counts
+from tokenbridge_jax.pipeline.pipeline import sample_indices
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling import sampler
+from tokenbridge_jax.sampling.orders import random_orders
+from tokenbridge_jax.sampling.sampler import SamplingSettings, generate, guidance_scales, make_plan
+from tokenbridge_jax.sampling.schedule import hidden_counts
 from tokenbridge_jax.transformer import unstack
 
 GREEDY = SamplingSettings(num_iter=4, temperature=0.0)
@@ -194,7 +190,7 @@ class Recorder:
 def test_every_position_is_drawn_once_with_the_state_of_its_step(
     monkeypatch, positions: int, num_iter: int
 ):
-    monkeypatch.setattr(sampling, "TokenBridge", Recorder)
+    monkeypatch.setattr(sampler, "TokenBridge", Recorder)
     # No other test has this many classes: the jitted program is not shared with the real model.
     config = tiny(positions=positions, classes=977)
     numbers = np.arange(2, dtype=np.int32)
@@ -379,9 +375,9 @@ def test_batch_size_changes_nothing(params, eight, size: int):
 def test_devices_change_nothing(params, eight, sizes, batch_size: int):
     """Through the pipeline's batches, the last of them padded; parameters split over the mesh."""
     labels, images = eight
-    mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     boxed = jax.eval_shape(lambda: init_params(TINY, jax.random.key(0)))
-    placed = jax.device_put(params, parallel.logical_shardings(boxed, mesh))
+    placed = jax.device_put(params, meshes.logical_shardings(boxed, mesh))
     drawn = sample_indices(
         TINY, placed, labels[:7], STOCHASTIC, mesh, seed=21, batch_size=batch_size
     )
@@ -404,9 +400,7 @@ def test_weights_are_cast_before_the_loops_and_nothing_else_changes():
     model = TokenBridge(config, unrolled=True)
     logits = jax.jit(lambda params, *arguments: model.apply({"params": params}, *arguments))
     exact = logits(unstack(params), *arguments)
-    np.testing.assert_array_equal(
-        logits(sampling.prepare_params(params, config), *arguments), exact
-    )
+    np.testing.assert_array_equal(logits(sampler.prepare_params(params, config), *arguments), exact)
 
     numbers = np.arange(7, dtype=np.int32)
     run = functools.partial(generate, config, params, settings=STOCHASTIC)
@@ -424,13 +418,13 @@ def test_weights_are_cast_before_the_loops_and_nothing_else_changes():
 
 def test_data_parallel_sampling_needs_no_communication(params):
     """Compiled for eight devices with whole parameters, no device waits for another."""
-    mesh = parallel.make_mesh(data=8)
+    mesh = meshes.make_mesh(data=8)
     settings = SamplingSettings(num_iter=3, guidance=2.0)
     images = np.zeros(16, np.int32), np.arange(16, dtype=np.int32)
-    with parallel.use_mesh(mesh):
-        lowered = sampling._generate.lower(
-            jax.device_put(params, parallel.replicated(mesh)),
-            *jax.device_put(images, parallel.batch_sharding(mesh)),
+    with meshes.use_mesh(mesh):
+        lowered = sampler._generate.lower(
+            jax.device_put(params, meshes.replicated(mesh)),
+            *jax.device_put(images, meshes.batch_sharding(mesh)),
             None,
             np.uint32(0),
             guidance_scales(TINY.positions, settings),

@@ -3,8 +3,8 @@
 import ml_collections
 import pytest
 
-from tokenbridge_jax import parallel
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.settings import check_ranges, check_training
 
 
@@ -38,10 +38,10 @@ def test_values_that_make_no_sense_are_named(key, value, message):
 def test_values_at_the_edge_will_do():
     section = dict(batch_size=8, clip=0.0, ema_decay=0.0, eval_every=0, epochs=None, keep=1)
     section |= dict(head_fraction=1.0)
-    check_training(ml_collections.ConfigDict({"x": section}), "x", parallel.make_mesh(2, 2, 2))
+    check_training(ml_collections.ConfigDict({"x": section}), "x", meshes.make_mesh(2, 2, 2))
 
 
 def test_a_batch_that_does_not_divide_is_told_what_does():
     config = ml_collections.ConfigDict({"training": {"batch_size": 12, "accumulation": 2}})
     with pytest.raises(UserError, match=r"^training.batch_size 12 .* multiple of 8"):
-        check_training(config, "training", parallel.make_mesh(2, 2, 2))
+        check_training(config, "training", meshes.make_mesh(2, 2, 2))

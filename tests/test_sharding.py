@@ -17,8 +17,8 @@ from test_step import assert_trees_close
 from tiny_model import random_batch, random_params, tiny, tree_error
 from toy import ToyTask, first_devices, toy_batch, toy_training
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.training.autoencoder_task import AutoencoderTask
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.masking import MaskSampler
@@ -67,9 +67,9 @@ def train(sizes, config, accumulation):
     batch = random_batch(config, BATCH)
     batch = {name: batch[name] for name in ("indices", "labels")}
     history = []
-    with parallel.use_mesh(mesh):
+    with meshes.use_mesh(mesh):
         for i in range(2):
-            state, metrics = step(state, parallel.to_global(batch, mesh), masks.draw(0, i))
+            state, metrics = step(state, meshes.to_global(batch, mesh), masks.draw(0, i))
             history.append({name: float(value) for name, value in metrics.items()})
         batch["weights"] = np.ones(BATCH, np.float32)
         nll = make_validation(config, masks, mesh, ratios=1)(state.ema_params, [batch])
@@ -111,8 +111,8 @@ def train_autoencoder(sizes):
     task = AutoencoderTask(config, "float32", kl_weight=1e-3)
     images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1), np.uint8)
     _, state, step = toy_training(task, mesh := first_devices(*sizes))
-    with parallel.use_mesh(mesh):
-        state, metrics = step(state, parallel.to_global({"images": images}, mesh), None)
+    with meshes.use_mesh(mesh):
+        state, metrics = step(state, meshes.to_global({"images": images}, mesh), None)
     # After one step Adam's first moment is the gradient, but for a factor.
     (moments,) = [s.mu for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s)]
     return {name: float(value) for name, value in metrics.items()}, moments, state.params
@@ -150,7 +150,7 @@ def wide(layers):
 
 
 def test_no_device_ever_holds_the_whole_state():
-    mesh = parallel.make_mesh(1, 8, 1)
+    mesh = meshes.make_mesh(1, 8, 1)
     task = ModelTask(wide(2), class_dropout=0.5)
     abstract = abstract_state(task.init, OPTIMIZER, mesh)
     make = jax.jit(_initial_state(task.init, OPTIMIZER), out_shardings=state_shardings(abstract))
@@ -163,7 +163,7 @@ def test_no_device_ever_holds_the_whole_state():
 @pytest.fixture(scope="module")
 def fsdp_programs():
     """The compiled step of two layers and of four, parameters split over eight devices."""
-    mesh = parallel.make_mesh(1, 8, 1)
+    mesh = meshes.make_mesh(1, 8, 1)
     masks = MaskSampler(4, bucket=4)
 
     def compiled(layers):
@@ -171,9 +171,9 @@ def fsdp_programs():
         abstract, step = make_step(config, mesh)
         batch = random_batch(config, 8)
         batch = {name: batch[name] for name in ("indices", "labels")}
-        with parallel.use_mesh(mesh):
+        with meshes.use_mesh(mesh):
             return abstract, step.lower(
-                abstract, parallel.to_global(batch, mesh), masks.draw(0, 0)
+                abstract, meshes.to_global(batch, mesh), masks.draw(0, 0)
             ).compile()
 
     return {layers: compiled(layers) for layers in (2, 4)}
@@ -210,16 +210,16 @@ def test_twice_the_layers_need_no_second_copy_of_the_parameters(fsdp_programs):
 
 
 def test_the_step_after_a_restore_is_not_compiled_again(tmp_path):
-    mesh = parallel.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(2, 2, 2)
     abstract, state, step = toy_training(ToyTask(), mesh)
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.open()
-    with parallel.use_mesh(mesh):
-        state, _ = step(state, parallel.to_global(toy_batch(0), mesh), None)
+    with meshes.use_mesh(mesh):
+        state, _ = step(state, meshes.to_global(toy_batch(0), mesh), None)
         checkpoints.save(state, 1, {})
         checkpoints.wait()
         restored = checkpoints.restore(abstract, 1)
-        step(restored, parallel.to_global(toy_batch(1), mesh), None)
+        step(restored, meshes.to_global(toy_batch(1), mesh), None)
     checkpoints.close()
     assert step._cache_size() == 1
 

@@ -13,8 +13,8 @@ from token_shards import make_info, random_records, write_tokens
 
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.shards import DatasetInfo, ShardWriter
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
+from tokenbridge_jax.runtime.errors import UserError
 
 
 def statistics_of(info, records) -> ChannelStatistics:

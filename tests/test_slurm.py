@@ -2,7 +2,7 @@
 
 import pytest
 
-from tokenbridge_jax import slurm
+from tokenbridge_jax.runtime import slurm
 
 TASK = {
     "SLURM_JOB_ID": "77",

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from refusals import flipped, no_more_files, outcome
 
-from tokenbridge_jax import arrays, io, pictures, progress
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.filling import fill_hidden
-from tokenbridge_jax.progress import Progress, format_seconds
+from tokenbridge_jax.pipeline.filling import fill_hidden
+from tokenbridge_jax.runtime import pictures, progress, safetensors_file, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress, format_seconds
 
 # --- io -------------------------------------------------------------------------------------------
 
@@ -25,46 +25,46 @@ from tokenbridge_jax.progress import Progress, format_seconds
 def test_json_comes_back_and_is_for_people_too(tmp_path):
     value = {"a": [1, 2.5, None], "b": {"ü": True}, "c": 0.1 + 0.2}
     path = tmp_path / "deep" / "er" / "x.json"
-    io.write_json(path, value)
-    assert io.read_json(path) == value
+    storage.write_json(path, value)
+    assert storage.read_json(path) == value
     assert path.read_text().count("\n") > 5
     assert path.read_text().endswith("}\n")
 
 
 def test_writing_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "x"
-    io.write_bytes(path, b"old, and longer")
-    io.write_bytes(str(path), b"new")
+    storage.write_bytes(path, b"old, and longer")
+    storage.write_bytes(str(path), b"new")
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["x"]
 
 
 def test_a_name_may_be_as_long_as_the_file_system_has_it(tmp_path):
-    path = tmp_path / ("x" * io.NAME_BYTES)
-    io.write_bytes(path, b"here")
+    path = tmp_path / ("x" * storage.NAME_BYTES)
+    storage.write_bytes(path, b"here")
     assert os.listdir(tmp_path) == [path.name]
 
 
 def test_homes_are_where_the_system_says(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert io.expand("~/run") == "/home/me/run"
-    assert io.expand(Path("~/run")) == "/home/me/run"
-    assert io.expand("~root/x") == f"{pwd.getpwnam('root').pw_dir}/x"
-    assert io.user_cache() == Path("/home/me/.cache")
+    assert storage.expand("~/run") == "/home/me/run"
+    assert storage.expand(Path("~/run")) == "/home/me/run"
+    assert storage.expand("~root/x") == f"{pwd.getpwnam('root').pw_dir}/x"
+    assert storage.user_cache() == Path("/home/me/.cache")
     for same in ("/a/~b", "a~/b", "gs://bucket/~a", "", "gs://bucket/" + "x" * 300):
-        assert io.expand(same) == same
+        assert storage.expand(same) == same
     # What is called so all the same, stays itself, also as a path.
     monkeypatch.chdir(tmp_path)
-    assert io.expand("./~run") == str(tmp_path / "~run")
+    assert storage.expand("./~run") == str(tmp_path / "~run")
     # A user that nobody knows, in a container say.
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
     with pytest.raises(UserError, match="HOME is not set; write the whole path"):
-        io.expand("~/run")
-    assert io.user_cache() is None
+        storage.expand("~/run")
+    assert storage.user_cache() is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert io.user_cache() == tmp_path
+    assert storage.user_cache() == tmp_path
 
 
 @pytest.mark.parametrize("existed", [False, True])
@@ -86,11 +86,11 @@ def test_a_failed_write_changes_nothing_and_says_why(monkeypatch, tmp_path, exis
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UserError, match=message) as raised:
-        io.write_json(path, [2])
+        storage.write_json(path, [2])
     assert str(path) in str(raised.value)
     assert os.listdir(tmp_path) == (["x.json"] if existed else [])
     if existed:
-        assert io.read_json(path) == [1]
+        assert storage.read_json(path) == [1]
 
 
 def test_bytes_are_on_disk_before_the_name_is(monkeypatch, tmp_path):
@@ -100,36 +100,36 @@ def test_bytes_are_on_disk_before_the_name_is(monkeypatch, tmp_path):
     monkeypatch.setattr(
         os, "fsync", lambda fd: at_fsync.append((path.exists(), os.fstat(fd).st_size))
     )
-    io.write_bytes(path, b"12345")
+    storage.write_bytes(path, b"12345")
     assert at_fsync == [(False, 5)]
 
 
 def test_a_file_where_a_folder_should_be_is_a_users_mistake(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file/x\.json"):
-        io.write_json(tmp_path / "file" / "x.json", {})
+        storage.write_json(tmp_path / "file" / "x.json", {})
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*folder"):
-        io.write_json(tmp_path / "folder", {})
+        storage.write_json(tmp_path / "folder", {})
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 def test_a_reader_beside_a_writer_sees_whole_files_only(tmp_path):
     path = tmp_path / "x.json"
-    io.write_json(path, [0] * 1000)
+    storage.write_json(path, [0] * 1000)
     stop = threading.Event()
 
     def write():
         number = 0
         while not stop.is_set():
             number += 1
-            io.write_json(path, [number] * (1000 + number % 100))
+            storage.write_json(path, [number] * (1000 + number % 100))
 
     writer = threading.Thread(target=write)
     writer.start()
     try:
         for _ in range(300):
-            assert len(set(io.read_json(path))) == 1
+            assert len(set(storage.read_json(path))) == 1
     finally:
         stop.set()
         writer.join()
@@ -139,10 +139,10 @@ def test_a_reader_beside_a_writer_sees_whole_files_only(tmp_path):
 def test_json_that_cannot_be_read_is_named(tmp_path, text):
     path = tmp_path / "x.json"
     with pytest.raises(UserError, match=r"x\.json does not exist"):
-        io.read_json(path)
+        storage.read_json(path)
     path.write_text(text)
     with pytest.raises(UserError, match=r"x\.json is not valid JSON") as raised:
-        io.read_json(path)
+        storage.read_json(path)
     assert "\n" not in str(raised.value)
 
 
@@ -154,7 +154,7 @@ def test_a_flipped_bit_of_an_npz_is_told_or_does_no_harm(tmp_path, save):
     told = 0
     for bit in rng.choice(8 * path.stat().st_size, 60, replace=False):
         with flipped(path, int(bit)):
-            found, message = outcome(lambda: io.read_npz(path))
+            found, message = outcome(lambda: storage.read_npz(path))
         if message:
             assert re.fullmatch(rf"{path} cannot be read: .*", message)
             told += 1
@@ -167,11 +167,11 @@ def test_a_flipped_bit_of_an_npz_is_told_or_does_no_harm(tmp_path, save):
 def test_a_flipped_bit_of_safetensors_is_told_or_does_no_harm(tmp_path):
     path, rng = tmp_path / "x.safetensors", np.random.default_rng(0)
     saved = {"layer": {"kernel": rng.normal(size=(8, 9)), "bias": np.arange(3, dtype=np.float32)}}
-    arrays.write(path, saved)
+    safetensors_file.write(path, saved)
     told = 0
     for bit in rng.choice(8 * path.stat().st_size, 60, replace=False):
         with flipped(path, int(bit)):
-            found, message = outcome(lambda: arrays.read(path)["layer"])
+            found, message = outcome(lambda: safetensors_file.read(path)["layer"])
         if message:
             assert re.fullmatch(rf"{path} is damaged: .*", message)
             told += 1
@@ -184,7 +184,7 @@ def test_a_flipped_bit_of_safetensors_is_told_or_does_no_harm(tmp_path):
 def test_what_the_system_refuses_is_told_with_its_reason(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, x=np.zeros(3))
-    for read in (io.read_npz, io.read_json, io.sha256, arrays.read):
+    for read in (storage.read_npz, storage.read_json, storage.sha256, safetensors_file.read):
         with pytest.raises(UserError) as caught, no_more_files():
             read(path)
         assert str(caught.value).startswith(f"cannot read {path}: Too many open files; ")

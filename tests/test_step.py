@@ -7,23 +7,18 @@ import pytest
 from tiny_model import loss_and_gradients, random_batch, random_params, tiny
 from toy import ToyTask, first_devices, toy_batch, toy_training
 
-from tokenbridge_jax import parallel
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.training.masking import MaskSampler
-from tokenbridge_jax.training.model_task import (
-    Examples,
-    ModelTask,
-    make_validation,
-    training_flops,
-)
+from tokenbridge_jax.training.model_task import Examples, ModelTask, make_validation, training_flops
 
 
 def train(task, mesh, batches, draws=None, **settings):
     _, state, step = toy_training(task, mesh, **settings)
     history = []
-    with parallel.use_mesh(mesh):
+    with meshes.use_mesh(mesh):
         for i, batch in enumerate(batches):
             draw = draws[i] if draws else None
-            state, metrics = step(state, parallel.to_global(batch, mesh), draw)
+            state, metrics = step(state, meshes.to_global(batch, mesh), draw)
             history.append({name: float(value) for name, value in metrics.items()})
     return state, history, step
 
@@ -40,20 +35,20 @@ def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
 
 
 @pytest.fixture(scope="module")
-def meshes():
-    one = parallel.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    return {"1x1x1": one, "2x2x2": parallel.make_mesh(2, 2, 2)}
+def mesh_of():
+    one = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    return {"1x1x1": one, "2x2x2": meshes.make_mesh(2, 2, 2)}
 
 
-def test_first_step_by_hand(meshes):
+def test_first_step_by_hand(mesh_of):
     """Loss, gradient norm, update and average of one step, from numpy."""
     task = ToyTask(dropout=0.0, noise=0.0)
-    mesh = meshes["2x2x2"]
+    mesh = mesh_of["2x2x2"]
     abstract, state, step = toy_training(task, mesh, clip=0.05, weight_decay=0.5)
     before = jax.device_get(state.params)
     batch = toy_batch(0)
-    with parallel.use_mesh(mesh):
-        state, metrics = step(state, parallel.to_global(batch, mesh), None)
+    with meshes.use_mesh(mesh):
+        state, metrics = step(state, meshes.to_global(batch, mesh), None)
 
     def loss(params):
         return task.loss(params, batch, None, None)[0]
@@ -82,10 +77,10 @@ def test_first_step_by_hand(meshes):
 
 
 @pytest.fixture(scope="module")
-def whole_batches(meshes):
+def whole_batches(mesh_of):
     """Three updates with noise in the examples and no dropout, on one device."""
     task = ToyTask(dropout=0.0, noise=0.5)
-    return train(task, meshes["1x1x1"], [toy_batch(i) for i in range(3)])
+    return train(task, mesh_of["1x1x1"], [toy_batch(i) for i in range(3)])
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 1), (2, 1, 2), (2, 2, 2)])
@@ -108,12 +103,12 @@ def test_nothing_depends_on_the_mesh_and_the_state_lies_on_it(whole_batches, siz
     assert [moment.sharding for moment in moments] == [kernel.sharding] * 2
 
 
-def test_accumulation_equals_the_whole_batch(meshes, whole_batches):
+def test_accumulation_equals_the_whole_batch(mesh_of, whole_batches):
     # Noise belongs to the examples: cutting the batch must not change it.
     whole_state, whole, _ = whole_batches
     task = ToyTask(dropout=0.0, noise=0.5)
     batches = [toy_batch(i) for i in range(3)]
-    cut_state, cut, step = train(task, meshes["2x2x2"], batches, accumulation=4)
+    cut_state, cut, step = train(task, mesh_of["2x2x2"], batches, accumulation=4)
     for mine, other in zip(cut, whole, strict=True):
         # `largest` becomes a mean over micro-batches of their maxima.
         assert mine | {"largest": 0} == pytest.approx(other | {"largest": 0}, rel=1e-5)
@@ -121,11 +116,11 @@ def test_accumulation_equals_the_whole_batch(meshes, whole_batches):
     assert step._cache_size() == 1
 
 
-def test_dropout_differs_between_steps_and_micro_batches(meshes):
+def test_dropout_differs_between_steps_and_micro_batches(mesh_of):
     """Every example alike: only dropout can tell steps and micro-batches apart."""
     batch = jax.tree.map(lambda x: np.repeat(x[:1], 16, axis=0), toy_batch(0))
     _, history, _ = train(
-        ToyTask(noise=0.0), meshes["1x1x1"], [batch] * 3, learning_rate=0.0, accumulation=2
+        ToyTask(noise=0.0), mesh_of["1x1x1"], [batch] * 3, learning_rate=0.0, accumulation=2
     )
     losses = [metrics["loss"] for metrics in history]
     assert len(set(losses)) == 3
@@ -140,12 +135,12 @@ def model_batch(size=8):
     return {name: batch[name] for name in ("indices", "labels")}
 
 
-def test_validation_ignores_padding_and_batching_and_repeats(meshes):
+def test_validation_ignores_padding_and_batching_and_repeats(mesh_of):
     params = random_params(CONFIG, spread=0.02)
     batch = model_batch(12) | {"weights": np.ones(12, np.float32)}
-    mesh = meshes["2x2x2"]
+    mesh = mesh_of["2x2x2"]
     validate = make_validation(CONFIG, MASKS, mesh)
-    with parallel.use_mesh(mesh):
+    with meshes.use_mesh(mesh):
         whole = validate(params, [batch])
         assert validate(params, [batch]) == whole
         first = {name: value[:8] for name, value in batch.items()}

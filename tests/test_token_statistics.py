@@ -12,9 +12,9 @@ from scipy import stats
 from sklearn.metrics import mutual_info_score
 from token_shards import random_records, write_tokens
 
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import tokens
 from tokenbridge_jax.evaluation.tokens import entropies, mutual_information, zipf_fit
+from tokenbridge_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -26,13 +26,13 @@ from token_shards import (
     write_pictures,
 )
 
-from tokenbridge_jax import io, tokenizing
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.data import shards, sources
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.data import shards, sources, tokenizing
+from tokenbridge_jax.data.tokenizing import tokenize
 from tokenbridge_jax.quantizer import channel_order_by_frequency
-from tokenbridge_jax.tokenizing import tokenize
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -512,7 +512,9 @@ def test_command(workdir, images, tmp_path, capsys):
     table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:4:2])
     assert table["images"] == "27 (train 27)"
     assert table["rate"].endswith("img/s")
-    assert io.read_json(workdir / runner.CONFIG_FILE) == json.loads(json.dumps(config.to_dict()))
+    assert storage.read_json(workdir / runner.CONFIG_FILE) == json.loads(
+        json.dumps(config.to_dict())
+    )
     assert runner.run("tokenize", ["--strict", f"--workdir={workdir}"]) == 0
     assert capsys.readouterr().out.startswith("all shards are there already: nothing to do")
     assert runner.run("tokenize", [*arguments, "--config.quantizer.levels=8"]) == 2
@@ -522,7 +524,7 @@ def test_command(workdir, images, tmp_path, capsys):
 
 
 def test_description_is_written_whole(finished):
-    written = io.read_json(finished / "tokens" / shards.INFO_FILE)
+    written = storage.read_json(finished / "tokens" / shards.INFO_FILE)
     assert shards.DatasetInfo.from_json(written).to_json() == written
     assert written["splits"]["train"]["images"] == 27
     assert len(written["statistics"]["train"]["bits_by_channel"]) == 4

@@ -18,18 +18,18 @@ from goldens_model import config_of
 from torch_states import ATTENTION, TINY, assert_same, in_diffusers
 
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, abstract_params, init_params
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
-from tokenbridge_jax.torch_bridge import files
-from tokenbridge_jax.torch_bridge.autoencoder import NETWORK as AUTOENCODER
-from tokenbridge_jax.torch_bridge.autoencoder import (
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.torch_bridge import state_dicts
+from tokenbridge_jax.torch_bridge.ldm import NETWORK as AUTOENCODER
+from tokenbridge_jax.torch_bridge.ldm import (
     diffusers_table,
     import_autoencoder,
     infer_config,
     table,
 )
-from tokenbridge_jax.torch_bridge.model import (
+from tokenbridge_jax.torch_bridge.official import (
     BUFFERS,
     buffers,
     export_model,
@@ -37,7 +37,7 @@ from tokenbridge_jax.torch_bridge.model import (
     infer_sizes,
     level_values,
 )
-from tokenbridge_jax.torch_bridge.model import NETWORK as MODEL
+from tokenbridge_jax.torch_bridge.official import NETWORK as MODEL
 from tokenbridge_jax.torch_bridge.parts import find
 from tokenbridge_jax.torch_bridge.table import to_torch
 
@@ -225,7 +225,7 @@ def test_a_model_is_found_wherever_it_lies(tmp_path, content):
         return torch.as_tensor(value) if isinstance(value, np.ndarray | np.generic) else value
 
     torch.save(tensors(content), tmp_path / "m.pth")
-    found = files.read_network(tmp_path / "m.pth", MODEL)
+    found = state_dicts.read_network(tmp_path / "m.pth", MODEL)
     assert found.parts.keys() == {"model"}
     assert_same(found.parts["model"], SMALL)
 
@@ -363,7 +363,7 @@ def test_both_layouts_complain_in_their_own_names(autoencoder_params):
 def test_one_misshapen_tensor_of_an_autoencoder_is_named_alone(autoencoder_params, monkeypatch):
     """Whichever it is: no size is read off a single tensor."""
     cached = functools.cache(abstract_params)
-    monkeypatch.setattr("tokenbridge_jax.torch_bridge.autoencoder.abstract_params", cached)
+    monkeypatch.setattr("tokenbridge_jax.torch_bridge.ldm.abstract_params", cached)
     state = to_torch(table(TINY), autoencoder_params)
     for name, array in state.items():
         broken = state | {name: array[1:]}

@@ -21,9 +21,9 @@ import safetensors.torch
 import torch
 from torch_states import assert_same, module_of
 
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.torch_bridge import files
-from tokenbridge_jax.torch_bridge.model import BUFFERS
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.torch_bridge import state_dicts
+from tokenbridge_jax.torch_bridge.official import BUFFERS
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -49,21 +49,21 @@ def test_a_checkpoint_of_the_release_is_read(state, tmp_path):
     }
     for is_zip in (True, False):
         torch.save(content, tmp_path / "m.pth", _use_new_zipfile_serialization=is_zip)
-        parts = files.read(tmp_path / "m.pth")
+        parts = state_dicts.read(tmp_path / "m.pth")
         assert list(parts) == ["model", "model_ema"]
         assert_same(parts["model"], state)
         assert_same(parts["model_ema"], state)
     torch.save(tensors, tmp_path / "plain.pt")
-    assert_same(files.read(tmp_path / "plain.pt")["model"], state)
+    assert_same(state_dicts.read(tmp_path / "plain.pt")["model"], state)
 
 
 def test_other_kinds_of_files(state, tmp_path):
-    assert_same(files.read(GOLDENS / "tokenbridge_tiny.npz")["model"], state)
+    assert_same(state_dicts.read(GOLDENS / "tokenbridge_tiny.npz")["model"], state)
     np.savez(tmp_path / "bare.npz", **state)
-    assert_same(files.read(tmp_path / "bare.npz")["model"], state)
+    assert_same(state_dicts.read(tmp_path / "bare.npz")["model"], state)
     halves = {name: torch.from_numpy(array).bfloat16() for name, array in state.items()}
     safetensors.torch.save_file(halves, tmp_path / "half.safetensors")
-    read = files.read(tmp_path / "half.safetensors")["model"]
+    read = state_dicts.read(tmp_path / "half.safetensors")["model"]
     assert_same(read, {name: tensor.float().numpy() for name, tensor in halves.items()})
 
 
@@ -71,7 +71,7 @@ def test_other_kinds_of_files(state, tmp_path):
 def test_torch_loads_what_is_written(state, tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
     parameters = {k: v for k, v in state.items() if k not in BUFFERS}
-    files.write(path, {"model": state, "model_ema": parameters})
+    state_dicts.write(path, {"model": state, "model_ema": parameters})
     if suffix == ".pth":
         content = torch.load(path, weights_only=True)
         assert content["model_ema"].keys() == parameters.keys()
@@ -81,7 +81,7 @@ def test_torch_loads_what_is_written(state, tmp_path, suffix):
     module = module_of(state)
     module.load_state_dict(loaded, strict=True)
     assert_same({k: v.numpy() for k, v in module.state_dict().items()}, state)
-    assert_same(files.read(path)["model"], state)
+    assert_same(state_dicts.read(path)["model"], state)
 
 
 class Hostile:
@@ -105,7 +105,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, how):
         content = {"model": Hostile(trace)}
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
     with pytest.raises(UserError, match=rf"model.pth is refused: .*holds {held}, ") as caught:
-        files.read(path)
+        state_dicts.read(path)
     assert "\n" not in str(caught.value)
     assert not trace.exists()
 
@@ -116,7 +116,7 @@ def test_damaged_files_are_named_in_one_line(tmp_path, suffix, content):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"model\.\w+ (cannot be read|is refused)") as caught:
-        files.read(path)
+        state_dicts.read(path)
     assert "\n" not in str(caught.value)
 
 
@@ -136,7 +136,7 @@ def test_files_of_another_kind_are_named_in_one_line(tmp_path):
     (tmp_path / "folder.pth").mkdir()
     for path in tmp_path.iterdir():
         with pytest.raises(UserError, match=path.name) as caught:
-            files.read(path)
+            state_dicts.read(path)
         assert "\n" not in str(caught.value)
 
 
@@ -183,7 +183,7 @@ def test_what_is_no_file_of_weights_is_told_for_what_it_is(tmp_path, suffix):
     ]:
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"model{suffix} cannot be read: it .*{message}") as e:
-            files.read(path)
+            state_dicts.read(path)
         assert "\n" not in str(e.value)
 
 
@@ -206,12 +206,12 @@ def test_a_file_is_what_its_content_says(tmp_path, kind):
     for suffix in (".pth", ".ckpt", ".safetensors", ".npz", ".ckpt?dl=1", ""):
         path = tmp_path / f"model{suffix}"
         save_as(kind, path, {"a": torch.from_numpy(array)})
-        assert_same(files.read(path)["model"], {"a": array})
+        assert_same(state_dicts.read(path)["model"], {"a": array})
     content = path.read_bytes()
     for length in (1, 2, 7, 9, 30, 500, len(content) // 2, len(content) - 700, len(content) - 1):
         path.write_bytes(content[:length])
         with pytest.raises(UserError, match="model cannot be read: ") as caught:
-            files.read(path)
+            state_dicts.read(path)
         assert "\n" not in str(caught.value)
 
 
@@ -222,16 +222,16 @@ def test_the_index_of_several_files_is_all_of_them(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     places = {"one": "1-of-2.safetensors", "other": "2-of-2.safetensors"}
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    assert_same(files.read(index)["model"], {"one": one, "other": other})
+    assert_same(state_dicts.read(index)["model"], {"one": one, "other": other})
     (tmp_path / "2-of-2.safetensors").write_bytes(POINTER)
     with pytest.raises(UserError, match=r"2-of-2.safetensors .* is a Git LFS pointer"):
-        files.read(index)
+        state_dicts.read(index)
     (tmp_path / "2-of-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"there is no file .*2-of-2.safetensors"):
-        files.read(index)
+        state_dicts.read(index)
     index.write_text(json.dumps({"weight_map": {"one": index.name}}))
     with pytest.raises(UserError, match=r"index.json cannot be read"):
-        files.read(index)
+        state_dicts.read(index)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -244,21 +244,21 @@ def test_any_floating_type_is_read_from_any_kind(tmp_path, dtype):
     for kind in ("zip", "safetensors"):
         save_as(kind, tmp_path / f"m.{kind}", tensors)
     for path in tmp_path.iterdir():
-        assert_same(files.read(path)["model"], expected)
+        assert_same(state_dicts.read(path)["model"], expected)
 
 
 def test_what_holds_no_state_dict_is_told(tmp_path):
     path = tmp_path / "model.pth"
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="holds no state dict but a list"):
-        files.read(path)
+        state_dicts.read(path)
     torch.save({"model": {"a": 3}}, path)
     with pytest.raises(UserError, match="holds no state dict in 'model'"):
-        files.read(path)
+        state_dicts.read(path)
     with pytest.raises(UserError, match=r"model.foo ends in none of .pth"):
-        files.read(tmp_path / "model.foo")
+        state_dicts.read(tmp_path / "model.foo")
     with pytest.raises(UserError, match=r"there is no file .*other.pth"):
-        files.read(tmp_path / "other.pth")
+        state_dicts.read(tmp_path / "other.pth")
 
 
 def test_without_torch_only_its_own_files_are_out_of_reach(state, tmp_path, monkeypatch):
@@ -266,10 +266,13 @@ def test_without_torch_only_its_own_files_are_out_of_reach(state, tmp_path, monk
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name)
     )
-    for call in (lambda: files.read(tmp_path / "m.ckpt"), lambda: files.write("m.pth", {})):
+    for call in (
+        lambda: state_dicts.read(tmp_path / "m.ckpt"),
+        lambda: state_dicts.write("m.pth", {}),
+    ):
         with pytest.raises(
             UserError, match=r"needs PyTorch: pip install 'tokenbridge_jax\[torch\]"
         ):
             call()
-    files.write(tmp_path / "m.safetensors", {"model": state})
-    assert_same(files.read(tmp_path / "m.safetensors")["model"], state)
+    state_dicts.write(tmp_path / "m.safetensors", {"model": state})
+    assert_same(state_dicts.read(tmp_path / "m.safetensors")["model"], state)

@@ -13,15 +13,15 @@ from PIL import Image
 from tiny_model import TINY
 from token_shards import TRAINING, make_info, write_tokens, write_workdir
 
-from tokenbridge_jax import io, parallel
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.commands import runner, train
 from tokenbridge_jax.data import shards
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.pipeline import ModelDescription, abstract_sharded_params
+from tokenbridge_jax.pipeline.pipeline import ModelDescription, abstract_sharded_params
+from tokenbridge_jax.runtime import meshes, storage
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import checkpoints
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
-from tokenbridge_jax.training.metrics import read_metrics
+from tokenbridge_jax.training.metric_writer import read_metrics
 
 STEPS = 6
 FLAGS = TRAINING | {
@@ -81,7 +81,7 @@ def rows(workdir):
 def ema_params(workdir):
     """The EMA parameters as they lie in the last checkpoint."""
     config = ModelDescription.load(workdir).config
-    mesh = parallel.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     abstract = abstract_sharded_params(config, mesh)
     return checkpoints.load_params(workdir / "checkpoints", abstract)
 
@@ -107,7 +107,7 @@ def test_what_a_run_leaves_behind(straight):
     assert description.config.channel_order == (2, 0, 1)
     assert description.config.positions == 16
     assert any((straight / "tensorboard").iterdir())
-    assert io.read_json(straight / "config.json")["training"]["steps"] == STEPS
+    assert storage.read_json(straight / "config.json")["training"]["steps"] == STEPS
     picture = Image.open(
         bytes_io.BytesIO((straight / "samples" / f"step_{STEPS:07d}.png").read_bytes())
     )

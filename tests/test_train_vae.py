@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 from toy import toy_training
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import (
     AutoencoderConfig,
     init_params,
@@ -24,11 +23,12 @@ from tokenbridge_jax.autoencoder import (
 from tokenbridge_jax.commands import runner, train_vae
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.data.sources import DigitsSource
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import autoencoder_task
 from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, Pictures
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
-from tokenbridge_jax.training.metrics import read_metrics
+from tokenbridge_jax.training.metric_writer import read_metrics
 
 # What ml_collections does to load a config file.
 
@@ -218,11 +218,11 @@ def test_bfloat16_computes_the_loss_but_not_the_parameters():
     losses = {}
     for precision in ("float32", "bfloat16"):
         task = AutoencoderTask(TINY, precision, kl_weight=1e-3)
-        mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+        mesh = meshes.make_mesh(1, devices=jax.devices()[:1])
         _, state, step = toy_training(task, mesh)
         images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
-        with parallel.use_mesh(mesh):
-            state, metrics = step(state, parallel.to_global({"images": images}, mesh), None)
+        with meshes.use_mesh(mesh):
+            state, metrics = step(state, meshes.to_global({"images": images}, mesh), None)
         assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
         losses[precision] = float(metrics["loss"])
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
@@ -272,7 +272,7 @@ def test_flops_are_those_that_the_compiler_counts():
 
 
 def test_pictures_pad_the_last_batch_with_weight_zero():
-    mesh = parallel.make_mesh(2, 2, 2)
+    mesh = meshes.make_mesh(2, 2, 2)
     pictures = Pictures(DigitsSource("train"), np.arange(6), 8, 1, mesh)
     first, second = (jax.device_get(batch) for batch in pictures.batches(3))
     assert first["weights"].tolist() == [1, 1, 1, 1]  # 3 rounded up to the 4 batch shards.

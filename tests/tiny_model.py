@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from tokenbridge_jax import Pipeline, parallel
+from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.autoencoder import init_params as init_autoencoder
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.loss import loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
-from tokenbridge_jax.pipeline import ModelDescription
+from tokenbridge_jax.pipeline.pipeline import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import meshes
 
 # Widths differ from part to part, and the channel order is its own inverse nowhere.
 TINY = TokenBridgeConfig(
@@ -84,7 +85,7 @@ def random_batch(config: TokenBridgeConfig, size: int, seed: int = 0) -> dict[st
 
 def tiny_pipeline(config: TokenBridgeConfig, params: dict[str, Any]) -> Pipeline:
     """Grey images, a position 2x2 pixels; classes "cat", "dog" and "7"."""
-    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
     weights = init_autoencoder(AUTOENCODER, jax.random.key(0))
     codec = Codec(AUTOENCODER, weights, config.quantizer, mesh)
     return Pipeline(ModelDescription(config, ("cat", "dog", "7"), ""), params, codec, mesh)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
-from tokenbridge_jax.torch_bridge.model import BUFFERS
+from tokenbridge_jax.torch_bridge.official import BUFFERS
 
 # Two levels, of different widths; attention at the coarser one; widths that groups divide.
 TINY = AutoencoderConfig(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tokenbridge_jax.parallel import constrain, make_mesh, named_axes
+from tokenbridge_jax.runtime.meshes import constrain, make_mesh, named_axes
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import abstract_state, create_state
 from tokenbridge_jax.training.step import make_train_step

@@ -20,12 +20,12 @@ from etils import epath
 from flax import traverse_util
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
-from tokenbridge_jax import arrays, io
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.kernels.attention import plain_attention
 from tokenbridge_jax.layers import Conv
-from tokenbridge_jax.parallel import constrain
-from tokenbridge_jax.precision import compute_dtype
+from tokenbridge_jax.ops.attention import plain_attention
+from tokenbridge_jax.ops.precision import compute_dtype
+from tokenbridge_jax.runtime import safetensors_file, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.meshes import constrain
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -389,7 +389,7 @@ def autoencoder_hash(config: AutoencoderConfig, params: Mapping[str, Any]) -> st
 
     It names an autoencoder in token shards and checkpoints whatever file it came from.
     """
-    return arrays.sha256(params, json.dumps(config.to_json(), sort_keys=True).encode())
+    return safetensors_file.sha256(params, json.dumps(config.to_json(), sort_keys=True).encode())
 
 
 def save_autoencoder(
@@ -409,11 +409,11 @@ def save_autoencoder(
     Returns:
       The content hash, which `config.json` records too.
     """
-    directory = io.as_path(directory)
+    directory = storage.as_path(directory)
     content_hash = autoencoder_hash(config, params)
-    arrays.write(directory / "params.safetensors", params)
+    safetensors_file.write(directory / "params.safetensors", params)
     described = {"config": config.to_json(), "hash": content_hash, "extra": dict(extra or {})}
-    io.write_json(directory / "config.json", described)
+    storage.write_json(directory / "config.json", described)
     return content_hash
 
 
@@ -423,13 +423,13 @@ def read_description(directory: epath.PathLike) -> dict[str, Any]:
     Raises:
       UserError: it is missing or damaged.
     """
-    path = io.as_path(directory) / "config.json"
-    if not io.exists(path):
+    path = storage.as_path(directory) / "config.json"
+    if not storage.exists(path):
         raise UserError(
             f"there is no autoencoder in {directory}: `tokenbridge train-vae` trains one, "
             "`import-torch` imports one"
         )
-    described = io.read_json(path)
+    described = storage.read_json(path)
     if not isinstance(described, dict) or not {"config", "hash", "extra"} <= described.keys():
         raise UserError(f"{path} does not describe an autoencoder; it may be damaged")
     return described
@@ -444,11 +444,11 @@ def load_autoencoder(directory: epath.PathLike) -> tuple[AutoencoderConfig, dict
     Raises:
       UserError: a file is missing or damaged, or the two do not belong together.
     """
-    directory = io.as_path(directory)
+    directory = storage.as_path(directory)
     described = read_description(directory)
     config = AutoencoderConfig.from_json(described["config"])
     path = directory / "params.safetensors"
-    params = arrays.read(path)
+    params = safetensors_file.read(path)
     if autoencoder_hash(config, params) != described["hash"]:
         raise UserError(f"{path} is not the file that {directory / 'config.json'} describes")
     return config, params

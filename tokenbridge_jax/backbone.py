@@ -12,16 +12,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.layers import Dense, add_bias, copies
-from tokenbridge_jax.parallel import named_axes
-from tokenbridge_jax.transformer import (
-    Block,
-    Window,
-    embedding_init,
-    layer_norm,
-    stack_layers,
-)
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.meshes import named_axes
+from tokenbridge_jax.transformer import Block, Window, embedding_init, layer_norm, stack_layers
 
 
 class Backbone(nn.Module):
@@ -78,7 +72,7 @@ class Backbone(nn.Module):
         table = self.param(name, init, (count, width))
         # Gathered before it is looked up in: a look-up in a part of the width would give a part of
         # every image's tokens, which are much larger than the table and would have to travel.
-        return parallel.constrain(table, None, None)
+        return meshes.constrain(table, None, None)
 
     def class_latent(
         self,
@@ -100,7 +94,7 @@ class Backbone(nn.Module):
         else:
             embedding = self.class_embedding[labels]
         latent = jnp.where(drop_class[:, None], self.null_latent, embedding)
-        return parallel.constrain(latent.astype(self.dtype), "batch", None)
+        return meshes.constrain(latent.astype(self.dtype), "batch", None)
 
     def encode(
         self,
@@ -127,12 +121,12 @@ class Backbone(nn.Module):
                     copies(class_latent[:, None], shape, self.dtype),
                     self.encoder_position[: self.buffer],
                 ),
-                parallel.constrain(self.z_proj(values), "batch", None, None)
+                meshes.constrain(self.z_proj(values), "batch", None, None)
                 + self.encoder_position[position].astype(self.dtype),
             ],
             axis=1,
         )
-        x = parallel.constrain(self.z_proj_norm(x), "batch", None, None)
+        x = meshes.constrain(self.z_proj_norm(x), "batch", None, None)
         visible = self._visible(slots, num_hidden)
         mask = jnp.pad(visible, ((0, 0), (self.buffer, 0)), constant_values=True)
         x, _ = self.encoder_blocks(x, mask)
@@ -154,7 +148,7 @@ class Backbone(nn.Module):
           window: the slots whose features are asked for, of an unrolled model; all by default.
         """
         batch, slots = len(encoded), encoded.shape[1] - self.buffer
-        x = parallel.constrain(self.decoder_embed(encoded), "batch", None, None)
+        x = meshes.constrain(self.decoder_embed(encoded), "batch", None, None)
         shape = (batch, self.positions, self.decoder_width)
         mask_token = copies(self.mask_token, shape, self.dtype)
         visible = self._visible(slots, num_hidden)[..., None]
@@ -172,7 +166,7 @@ class Backbone(nn.Module):
             ],
             axis=1,
         )
-        x = parallel.constrain(x, "batch", None, None)
+        x = meshes.constrain(x, "batch", None, None)
         if window is None:
             x, _ = self.decoder_blocks(x, None)
             x = x[:, self.buffer :]
@@ -181,7 +175,7 @@ class Backbone(nn.Module):
             x, _ = self.decoder_blocks(x, None, after_buffer)
             order = window.cut(order)
         x = self.decoder_norm(x) + self.output_position[order].astype(self.dtype)
-        return parallel.constrain(x, "batch", None, None)
+        return meshes.constrain(x, "batch", None, None)
 
     def __call__(
         self,

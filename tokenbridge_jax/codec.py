@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer, Shaped, UInt8
 
-from tokenbridge_jax import checks, parallel
 from tokenbridge_jax.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
@@ -19,9 +18,10 @@ from tokenbridge_jax.autoencoder import (
     images_to_uint8,
     unflatten_positions,
 )
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.precision import check_precision
+from tokenbridge_jax.ops.precision import check_precision
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import checks, meshes
+from tokenbridge_jax.runtime.errors import UserError
 
 
 class Encoded(NamedTuple):
@@ -62,7 +62,7 @@ class Codec:
           config: of the autoencoder.
           params: of the autoencoder, unboxed; copied to every device of the mesh.
           quantizer: indices are its.
-          mesh: as `parallel.make_mesh(devices=jax.local_devices())` gives it.
+          mesh: as `meshes.make_mesh(devices=jax.local_devices())` gives it.
           precision: of the autoencoder, one of `precision.PRECISIONS`: the same on every platform.
             Against float32 on a CPU, tensorfloat32 moves 2 indices in 100 and bfloat16 17;
             docs/performance.md says how that was measured.
@@ -71,7 +71,7 @@ class Codec:
           UserError: there is no such precision.
         """
         self.config, self.quantizer, self.mesh = config, quantizer, mesh
-        self.params = jax.device_put(dict(params), parallel.replicated(mesh))
+        self.params = jax.device_put(dict(params), meshes.replicated(mesh))
         check_precision(precision, "precision")
         module = Autoencoder(config, precision)
         self._encode = self._on_mesh(functools.partial(_encode, module, quantizer))
@@ -125,7 +125,7 @@ class Codec:
                 f"indices of {indices.shape[1]} positions, {indices.shape[2]} channels do not fit "
                 f"this autoencoder: a square number and {self.config.latent_channels} are needed"
             )
-        with parallel.use_mesh(self.mesh):
+        with meshes.use_mesh(self.mesh):
             return self.decode_maps(unflatten_positions(indices, grid))
 
     def decode_maps(
@@ -134,7 +134,7 @@ class Codec:
         """As `decode`, of images of any height and width."""
         shape = "B", "h", "w", self.config.latent_channels
         indices = checks.indices(indices, shape, self.quantizer)
-        with parallel.use_mesh(self.mesh):
+        with meshes.use_mesh(self.mesh):
             latents = self._dequantize(indices)
         return self.decode_latents(latents)
 
@@ -152,7 +152,7 @@ class Codec:
 
     def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Jits `function(params, *batched)` with batches split and parameters copied."""
-        batch = parallel.batch_sharding(self.mesh)
+        batch = meshes.batch_sharding(self.mesh)
         jitted = jax.jit(function, out_shardings=batch)
 
         def run(*batched: Any) -> Any:
@@ -162,8 +162,8 @@ class Codec:
 
     def _run(self, function: Callable[..., Any], *batched: Any) -> Any:
         size = len(batched[0])
-        padded = padded_size(size, parallel.batch_shards(self.mesh))
-        with parallel.use_mesh(self.mesh):
+        padded = padded_size(size, meshes.batch_shards(self.mesh))
+        with meshes.use_mesh(self.mesh):
             result = function(*jax.tree.map(lambda x: _pad(x, padded), batched))
             return jax.tree.map(lambda x: x[:size], result) if padded > size else result
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tokenbridge_jax.parallel import named_axes
-from tokenbridge_jax.precision import convolution, of_products
+from tokenbridge_jax.ops.precision import convolution, of_products
+from tokenbridge_jax.runtime.meshes import named_axes
 
 xavier = nn.initializers.xavier_uniform()
 # No initialisation of the autoencoder is published; `autoencoder.init_params` draws the same.

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, make_head, merge
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.transformer import unstack
 
 
@@ -266,7 +266,7 @@ def split_slots(config: TokenBridgeConfig, batch: int, *arrays: jax.Array) -> li
     Slots are cut, not images: every chunk has its share of every device's images.
     """
     slots = arrays[0].shape[1]
-    count, size = head_chunks(config, slots, batch, parallel.batch_shards_in_use())
+    count, size = head_chunks(config, slots, batch, meshes.batch_shards_in_use())
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, count * size - slots), *((0, 0),) * (x.ndim - 2)))

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
 from tokenbridge_jax.backbone import Backbone
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.heads.channel_ar import ChannelAR
 from tokenbridge_jax.heads.grouped import GroupedHead
 from tokenbridge_jax.heads.head import Head
-from tokenbridge_jax.heads.parallel import ParallelHead
+from tokenbridge_jax.heads.independent import ParallelHead
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.transformer import REMAT_POLICIES, Window
 
 SIZES = {

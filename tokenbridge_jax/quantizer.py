@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 from scipy import special
 
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 # Levels and boundaries live on this scale: standard normal, clipped.
 SCALE_LIMIT = 3.0

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tokenbridge_jax.dropout import dropout, seed_words
-from tokenbridge_jax.kernels.attention import attention, plain_attention, split_heads
-from tokenbridge_jax.kernels.cached_attention import cached_attention
-from tokenbridge_jax.kernels.channel_attention import channel_attention
-from tokenbridge_jax.kernels.common import NORM_EPSILON
-from tokenbridge_jax.kernels.gelu import gelu_dropout
 from tokenbridge_jax.layers import Dense, add_bias, xavier
-from tokenbridge_jax.parallel import named_axes
-from tokenbridge_jax.precision import of_products
+from tokenbridge_jax.ops.attention import attention, plain_attention, split_heads
+from tokenbridge_jax.ops.cached_attention import cached_attention
+from tokenbridge_jax.ops.channel_attention import channel_attention
+from tokenbridge_jax.ops.dropout import dropout, seed_words
+from tokenbridge_jax.ops.gelu import gelu_dropout
+from tokenbridge_jax.ops.pallas import NORM_EPSILON
+from tokenbridge_jax.ops.precision import of_products
+from tokenbridge_jax.runtime.meshes import named_axes
 
 # What the backward pass keeps of a block's forward pass; the rest it computes again. `None` keeps
 # everything.

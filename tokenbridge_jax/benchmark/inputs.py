@@ -15,15 +15,15 @@ from flax.core import meta
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.commands import train
 from tokenbridge_jax.data.shards import DatasetInfo
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig
-from tokenbridge_jax.pipeline import abstract_sharded_params
+from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.quantizer import resolve_channel_order
-from tokenbridge_jax.tokenizing import make_quantizer
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.settings import check_ranges
 
 VIEWS = 2
@@ -81,11 +81,11 @@ def describe_model(config: ConfigDict) -> dict[str, Any]:
 
 def check_batches(batches: Sequence[int], mesh: Mesh, accumulation: int = 1) -> None:
     """Raises `UserError` unless every batch divides over the mesh and into micro-batches."""
-    parts = parallel.batch_shards(mesh) * accumulation
+    parts = meshes.batch_shards(mesh) * accumulation
     for batch in batches:
         if batch % parts:
             raise UserError(
-                f"--batch={batch} does not divide over {parallel.batch_shards(mesh)} batch shards "
+                f"--batch={batch} does not divide over {meshes.batch_shards(mesh)} batch shards "
                 f"of the mesh, {accumulation} micro-batches each; make it a multiple of {parts}"
             )
 
@@ -127,11 +127,11 @@ def random_params(model: TokenBridgeConfig, mesh: Mesh) -> Any:
 
 def random_batch(model: TokenBridgeConfig, batch: int, mesh: Mesh) -> dict[str, jax.Array]:
     """Random indices and labels of a global batch, as a loader gives them, on the devices."""
-    rng, rows = np.random.default_rng(0), parallel.local_rows(mesh, batch)
+    rng, rows = np.random.default_rng(0), meshes.local_rows(mesh, batch)
     indices = rng.integers(model.levels, size=(batch, model.positions, model.channels))
     labels = rng.integers(model.classes, size=batch)
     local = {
         "indices": indices[rows].astype(model.quantizer.index_dtype),
         "labels": labels[rows].astype(np.int32),
     }
-    return parallel.to_global(local, mesh)
+    return meshes.to_global(local, mesh)

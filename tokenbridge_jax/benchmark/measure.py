@@ -29,10 +29,10 @@ from typing import Any
 
 import jax
 
-from tokenbridge_jax import io
 from tokenbridge_jax.benchmark import profiles, programs
 from tokenbridge_jax.benchmark.ceilings import Ceilings
 from tokenbridge_jax.benchmark.timing import time_calls
+from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.training.loop import say
 
 # A profile is of this many calls; of one, where that is long.
@@ -101,7 +101,7 @@ class Reporter:
                 with self._out.open("a", encoding="utf-8") as file:
                     file.write(text + "\n")
             except OSError as error:
-                raise io.write_error(self._out, error) from error
+                raise storage.write_error(self._out, error) from error
         print(text, flush=True)
 
     def measure(self, case: Case) -> Line:
@@ -151,7 +151,7 @@ class Reporter:
         except jax.errors.JaxRuntimeError as error:  # The numbers are good without it.
             return say(f"benchmark: no {path}: {error}")
         if jax.process_index() == 0:
-            io.write_bytes(path, table.encode())
+            storage.write_bytes(path, table.encode())
 
 
 def _rounded(value: Any) -> Any:

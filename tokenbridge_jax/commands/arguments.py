@@ -14,8 +14,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from tokenbridge_jax import io
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
 
 HELP = {"-h", "--help", "-help", "--helpfull"}
 
@@ -55,7 +55,7 @@ class _Path(flags.ArgumentParser):
 
     def parse(self, argument: str) -> str:
         try:
-            return io.expand(argument)
+            return storage.expand(argument)
         except UserError as error:
             raise UserError(f"--{self._name}: {error}") from error
 
@@ -207,8 +207,10 @@ def _remembered_config(
         raise UserError("a --workdir in gs:// needs gcsfs: pip install 'tokenbridge_jax[gcs]'")
     if first["config"].present or not workdir:
         return None
-    path = io.as_path(workdir) / CONFIG_FILE
-    return ConfigDict(_complete(_from_json(io.read_json(path)))) if io.exists(path) else None
+    path = storage.as_path(workdir) / CONFIG_FILE
+    return (
+        ConfigDict(_complete(_from_json(storage.read_json(path)))) if storage.exists(path) else None
+    )
 
 
 def _complete(config: Any) -> Any:

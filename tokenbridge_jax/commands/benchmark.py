@@ -23,14 +23,14 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from tokenbridge_jax import parallel
-from tokenbridge_jax.benchmark import codec, loader, sampling, training
+from tokenbridge_jax.benchmark import codec_speed, loader_speed, sampling_speed, training_speed
 from tokenbridge_jax.benchmark.ceilings import measure_ceilings
 from tokenbridge_jax.benchmark.measure import Case, Reporter
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.precision import PRECISIONS
+from tokenbridge_jax.ops.precision import PRECISIONS
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 
 WORDS = ("train", "sample", "head", "autoencoder", "quantize", "loader")
 
@@ -81,7 +81,7 @@ def main(args: flags.FlagValues, what: str) -> None:
     )
     lines = [reporter.measure(case) for case in cases]
     if what == "train" and args.all_buckets:
-        for line in training.expectations(lines):
+        for line in training_speed.expectations(lines):
             reporter.emit(line)
 
 
@@ -103,19 +103,23 @@ def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
         return [int(text) for text in given]
 
     if what == "head":
-        return sampling.head_cases(config, numbers("positions", DEFAULT_POSITIONS))
+        return sampling_speed.head_cases(config, numbers("positions", DEFAULT_POSITIONS))
     if what == "quantize":
-        return codec.quantize_cases(config, QUANTIZED_VALUES[platform])
+        return codec_speed.quantize_cases(config, QUANTIZED_VALUES[platform])
     batches = numbers("batch", DEFAULT_BATCH[what])
     if what == "autoencoder":
-        return codec.autoencoder_cases(config, batches, args.precision)
+        return codec_speed.autoencoder_cases(config, batches, args.precision)
     if what == "loader":
-        return loader.cases(config, batches, args.records, Path(args.data) if args.data else None)
-    mesh = parallel.make_mesh(**config.mesh)
+        return loader_speed.cases(
+            config, batches, args.records, Path(args.data) if args.data else None
+        )
+    mesh = meshes.make_mesh(**config.mesh)
     if what == "sample":
         steps = numbers("steps", DEFAULT_STEPS)
-        return sampling.sample_cases(config, mesh, batches, steps, args.guidance)
-    return training.cases(config, mesh, batches, hidden=args.hidden, all_buckets=args.all_buckets)
+        return sampling_speed.sample_cases(config, mesh, batches, steps, args.guidance)
+    return training_speed.cases(
+        config, mesh, batches, hidden=args.hidden, all_buckets=args.all_buckets
+    )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import tempfile
 
 from absl import flags
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.demo.drawing import Demo
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.pipeline import Pipeline
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -47,10 +47,10 @@ def main(args: flags.FlagValues) -> None:
         raise UserError("demo runs in one process; leave out --distributed")
     port = free_port(args.host, args.port)
     pipeline = Pipeline.load(
-        args.workdir, step=args.step, mesh=parallel.make_mesh(**args.config.mesh)
+        args.workdir, step=args.step, mesh=meshes.make_mesh(**args.config.mesh)
     )
     demo = Demo(pipeline, args.config.sampling)
-    from tokenbridge_jax.demo import page  # Takes seconds to import.
+    from tokenbridge_jax.demo import page
 
     with tempfile.TemporaryDirectory(prefix="tokenbridge-demo-") as folder:
         served = page.launch(demo, args.host, port, folder)

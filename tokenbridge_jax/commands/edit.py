@@ -18,13 +18,13 @@ from absl import flags
 from etils import epath
 from jaxtyping import Bool, UInt8
 
-from tokenbridge_jax import io, parallel, pictures
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.data.images import ImageError, center_crop, decode, open_picture
 from tokenbridge_jax.data.listing import EXTENSIONS, is_junk, is_picture, list_pictures
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.pipeline import ClassId, Pipeline
+from tokenbridge_jax.pipeline.pipeline import ClassId, Pipeline
+from tokenbridge_jax.runtime import meshes, pictures, storage
+from tokenbridge_jax.runtime.errors import UserError
 
 ROWS_OF_SHEET = 20
 SHEET = "edits.png"
@@ -84,12 +84,12 @@ def main(args: flags.FlagValues) -> None:
     if not (args.mask or args.box or args.outpaint or args.keep is not None):
         raise UserError("say what to draw anew: --mask, --box, --keep or --outpaint")
     paths = picture_paths(args.input)
-    output = io.check_folder(args.output or epath.Path(args.workdir) / "edits")
+    output = storage.check_folder(args.output or epath.Path(args.workdir) / "edits")
     check_output(output, args.input, paths, args.num_images, args.mask)
     class_ids = parse_classes(args.classes)
     box, outpaint = (parse_shares(name, args[name].value) for name in ("box", "outpaint"))
     pipeline = Pipeline.load(
-        args.workdir, step=args.step, mesh=parallel.make_mesh(**args.config.mesh)
+        args.workdir, step=args.step, mesh=meshes.make_mesh(**args.config.mesh)
     )
 
     patch, side = pipeline.patch_size, pipeline.image_size
@@ -191,8 +191,8 @@ def check_output(
         edited the next time, or a name would be too long.
     """
     for path in paths:
-        io.check_name(edit_name(path, count - 1))
-    if io.in_object_store(output):
+        storage.check_name(edit_name(path, count - 1))
+    if storage.in_object_store(output):
         return
     folder = Path(output).resolve()
     if Path(given).is_dir() and Path(given).resolve() == folder:

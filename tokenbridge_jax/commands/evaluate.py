@@ -26,13 +26,12 @@ import jax
 from absl import flags
 from etils import epath
 
-from tokenbridge_jax import io, parallel, pictures, processes
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.data.shards import read_info
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.evaluation import (
     generation,
     inception,
@@ -44,7 +43,7 @@ from tokenbridge_jax.evaluation import (
     tokens,
 )
 from tokenbridge_jax.evaluation.features import Extractor, extract
-from tokenbridge_jax.evaluation.images import ImageSet, data_images, open_images, write_images
+from tokenbridge_jax.evaluation.image_sets import ImageSet, data_images, open_images, write_images
 from tokenbridge_jax.evaluation.networks import FEATURES, load_network, make_extractor
 from tokenbridge_jax.evaluation.scores import (
     OF_DATA,
@@ -55,9 +54,10 @@ from tokenbridge_jax.evaluation.scores import (
     remarks,
     save_reference,
 )
-from tokenbridge_jax.pipeline import MODEL_FILE, ModelDescription, Pipeline
-from tokenbridge_jax.schedule import SamplingSettings
-from tokenbridge_jax.tokenizing import make_quantizer
+from tokenbridge_jax.pipeline.pipeline import MODEL_FILE, ModelDescription, Pipeline
+from tokenbridge_jax.runtime import meshes, pictures, processes, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NEEDS_WORKDIR = False
 
@@ -216,11 +216,11 @@ def _check(args: flags.FlagValues) -> None:
             "name what to compare with: --reference FILE (statistics, .npz, or a folder of "
             f"pictures); '{OF_DATA}' are the images of a --workdir's config"
         )
-    output = io.check_folder(_output(args))
+    output = storage.check_folder(_output(args))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise io.write_error(output, error) from error
+        raise storage.write_error(output, error) from error
 
 
 def measure_generation(args: flags.FlagValues) -> None:
@@ -300,7 +300,7 @@ def measure_reference(args: flags.FlagValues) -> None:
     extractor = _extractor(args)
     name = Path(args.images).stem if args.images else args.split or "train"
     path = _output(args) / f"reference_{name}_{extractor.name}.npz"
-    io.check_name(path.name)
+    storage.check_name(path.name)
     images = _images(args, "train")
     reference = reference_of(images, extractor, progress=_first())
     if _first():
@@ -311,7 +311,7 @@ def measure_reference(args: flags.FlagValues) -> None:
 
 def load_pipeline(args: flags.FlagValues) -> Pipeline:
     """The workdir's, on the config's mesh."""
-    mesh = parallel.make_mesh(**args.config.mesh)
+    mesh = meshes.make_mesh(**args.config.mesh)
     return Pipeline.load(args.workdir, step=args.step, mesh=mesh)
 
 
@@ -324,7 +324,7 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
     quantizer = (
         ModelDescription.load(workdir).config.quantizer if trained else make_quantizer(args.config)
     )
-    codec = Codec(config, params, quantizer, parallel.make_mesh(devices=jax.local_devices()))
+    codec = Codec(config, params, quantizer, meshes.make_mesh(devices=jax.local_devices()))
     images = _images(args, "validation", "train")
     reference = _reference(args, extractor) if args.reference else None
     networks = {name: load_network(f"lpips_{name}", _networks(args)) for name in lpips.NETWORKS}

@@ -16,17 +16,17 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import TokenBridgeConfig
-from tokenbridge_jax.pipeline import ModelDescription, abstract_sharded_params
-from tokenbridge_jax.pretrained import load_weights
-from tokenbridge_jax.torch_bridge import files
-from tokenbridge_jax.torch_bridge.autoencoder import table as autoencoder_table
-from tokenbridge_jax.torch_bridge.model import BUFFERS, export_model
+from tokenbridge_jax.pipeline.pipeline import ModelDescription, abstract_sharded_params
+from tokenbridge_jax.pipeline.pretrained import load_weights
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.torch_bridge import state_dicts
+from tokenbridge_jax.torch_bridge.ldm import table as autoencoder_table
+from tokenbridge_jax.torch_bridge.official import BUFFERS, export_model
 from tokenbridge_jax.torch_bridge.table import to_torch
 
 
@@ -54,7 +54,7 @@ def main(args: flags.FlagValues) -> None:
     ):
         raise UserError("--out and --autoencoder name one file; give each its own")
     for path in filter(None, (args.out, args.autoencoder)):
-        files.check_suffix(path, files.WRITTEN_SUFFIXES)
+        state_dicts.check_suffix(path, state_dicts.WRITTEN_SUFFIXES)
         if epath.Path(path).exists():
             raise UserError(f"{path} is there already; name another file, or remove it")
     if args.autoencoder:  # Before anything is written: there may be none.
@@ -62,23 +62,23 @@ def main(args: flags.FlagValues) -> None:
     if args.out:
         _export_model(workdir, args.out, args.ema)
     if args.autoencoder:
-        files.write(args.autoencoder, {"model": to_torch(autoencoder_table(config), params)})
+        state_dicts.write(args.autoencoder, {"model": to_torch(autoencoder_table(config), params)})
         print(f"wrote {args.autoencoder}; import it with --scale={config.scale!r}")
 
 
 def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
     config = ModelDescription.load(workdir).config
-    mesh = parallel.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
+    mesh = meshes.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
     abstract = abstract_sharded_params(config, mesh)
 
-    def state_dict(part: str) -> files.StateDict:
+    def state_dict(part: str) -> state_dicts.StateDict:
         params, _ = load_weights(workdir, abstract, part=part)
         return export_model(config, jax.tree.map(np.asarray, params))
 
     averaged = state_dict("ema_params")
     model = averaged if ema else state_dict("params")
     parameters = {name: array for name, array in averaged.items() if name not in BUFFERS}
-    files.write(out, {"model": model, "model_ema": parameters})
+    state_dicts.write(out, {"model": model, "model_ema": parameters})
     print(f"wrote {out}, the {'averaged' if ema else 'plain'} parameters as `model`")
     if config.first_token_quirk:
         print("model.first_token_quirk is on: the release's code samples from it as here")

@@ -17,8 +17,8 @@ from absl import flags
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import networks
+from tokenbridge_jax.runtime.errors import UserError
 
 NEEDS_WORKDIR = False
 

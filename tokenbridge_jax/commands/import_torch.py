@@ -34,7 +34,6 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import io, parallel
 from tokenbridge_jax.autoencoder import (
     AutoencoderConfig,
     autoencoder_hash,
@@ -45,22 +44,20 @@ from tokenbridge_jax.autoencoder import (
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.commands.train import make_model_config
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, init_params
-from tokenbridge_jax.pipeline import ModelDescription
-from tokenbridge_jax.pretrained import WEIGHTS_FILE
+from tokenbridge_jax.pipeline.pipeline import ModelDescription
+from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
-from tokenbridge_jax.tokenizing import make_quantizer
-from tokenbridge_jax.torch_bridge import files
-from tokenbridge_jax.torch_bridge.autoencoder import NETWORK as AUTOENCODER
-from tokenbridge_jax.torch_bridge.autoencoder import (
-    import_autoencoder,
-    infer_config,
-    is_diffusers,
-)
-from tokenbridge_jax.torch_bridge.model import NETWORK as MODEL
-from tokenbridge_jax.torch_bridge.model import import_model, infer_sizes, level_values
+from tokenbridge_jax.runtime import meshes, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.torch_bridge import state_dicts
+from tokenbridge_jax.torch_bridge.ldm import NETWORK as AUTOENCODER
+from tokenbridge_jax.torch_bridge.ldm import import_autoencoder, infer_config, is_diffusers
+from tokenbridge_jax.torch_bridge.official import NETWORK as MODEL
+from tokenbridge_jax.torch_bridge.official import import_model, infer_sizes, level_values
 from tokenbridge_jax.torch_bridge.parts import unwrapped
+from tokenbridge_jax.torch_bridge.state_dicts import StateDict
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import TrainState, abstract_state, state_shardings
@@ -145,7 +142,9 @@ def main(args: flags.FlagValues) -> None:
             )
 
 
-def read_files(args: flags.FlagValues) -> tuple[dict[str, files.StateDict], files.StateDict]:
+def read_files(
+    args: flags.FlagValues,
+) -> tuple[dict[str, StateDict], StateDict]:
     """The parts of --checkpoint and the state dict of --autoencoder, empty if not given.
 
     Prints what was taken of them, where that is not plain.
@@ -153,12 +152,12 @@ def read_files(args: flags.FlagValues) -> tuple[dict[str, files.StateDict], file
     Raises:
       UserError: a file cannot be read, or holds no such network or several; or none has a --prefix.
     """
-    parts: dict[str, files.StateDict] = {}
-    autoencoder: files.StateDict = {}
+    parts: dict[str, StateDict] = {}
+    autoencoder: StateDict = {}
     prefixes = set(map(unwrapped, args.prefix or ()))
     places: set[str] = set()
     if args.checkpoint:
-        found = files.read_network(args.checkpoint, MODEL, prefixes)
+        found = state_dicts.read_network(args.checkpoint, MODEL, prefixes)
         parts = found.parts
         if not infer_sizes(parts["model"]):
             few = ", ".join(list(parts["model"])[:3])
@@ -166,7 +165,7 @@ def read_files(args: flags.FlagValues) -> tuple[dict[str, files.StateDict], file
         places.update(found.places)
         _print_notes(args.checkpoint, found.notes)
     if args.autoencoder:
-        found = files.read_network(args.autoencoder, AUTOENCODER, prefixes)
+        found = state_dicts.read_network(args.autoencoder, AUTOENCODER, prefixes)
         autoencoder = found.parts["model"]
         places.update(found.places)
         _print_notes(args.autoencoder, found.notes)
@@ -179,7 +178,7 @@ def read_files(args: flags.FlagValues) -> tuple[dict[str, files.StateDict], file
 
 
 def read_autoencoder(
-    args: flags.FlagValues, state: files.StateDict, positions: int | None
+    args: flags.FlagValues, state: StateDict, positions: int | None
 ) -> tuple[AutoencoderConfig, dict[str, Any]]:
     """The autoencoder of --autoencoder, or else the one that is there.
 
@@ -221,7 +220,7 @@ def latent_scaling(
     scale, shift = args.scale, args.shift or 0.0
     path = Path(args.autoencoder).with_name("config.json")
     if diffusers and path.exists():
-        described = io.read_json(path)
+        described = storage.read_json(path)
         if described.get("norm_num_groups", 32) != 32 or described.get("latents_mean"):
             raise UserError(f"{path} asks for norm_num_groups or latents_mean unlike KL-16's")
         if scale is None:
@@ -326,7 +325,7 @@ def write_checkpoint(
     """
     # The optimizer's state is laid out alike whatever its settings.
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=0.0, total_steps=1))
-    mesh = parallel.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
+    mesh = meshes.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
     abstract = abstract_state(functools.partial(init_params, model), optimizer, mesh)
     shardings = state_shardings(abstract)
     raw = jax.device_put(params["model"], shardings.params)

@@ -21,10 +21,10 @@ import jax
 from absl import flags
 
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.preflight.chips import check_libtpu, parse_slice
-from tokenbridge_jax.preflight.report import check_apart, run_length, suggest
+from tokenbridge_jax.preflight.estimate import check_apart, run_length, suggest
 from tokenbridge_jax.preflight.text import as_text
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.loop import say
 
 NEEDS_WORKDIR = False

@@ -18,12 +18,12 @@ import jax
 from absl import flags
 from etils import epath
 
-from tokenbridge_jax import environment, io, processes
 from tokenbridge_jax.commands import arguments, failures
 from tokenbridge_jax.commands.arguments import CONFIG_FILE as CONFIG_FILE
 from tokenbridge_jax.commands.arguments import SECTIONS as SECTIONS
 from tokenbridge_jax.commands.arguments import default_config_file as default_config_file
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime import environment, processes, storage
+from tokenbridge_jax.runtime.errors import UserError
 
 # Name -> (module, what it does). Modules are imported only when run: `tokenbridge` alone is quick.
 COMMANDS = {
@@ -115,12 +115,12 @@ def run(name: str, argv: list[str]) -> int:
 
 def remember_config(args: flags.FlagValues) -> None:
     """Makes this command's config the default of later commands in the same workdir."""
-    io.write_json(epath.Path(args.workdir) / CONFIG_FILE, args.config.to_dict())
+    storage.write_json(epath.Path(args.workdir) / CONFIG_FILE, args.config.to_dict())
 
 
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
-    """Keeps other jobs out of a workdir (`io.lock`); process 0 does it for all.
+    """Keeps other jobs out of a workdir (`storage.lock`); process 0 does it for all.
 
     Raises:
       UserError: another job is using it.
@@ -129,7 +129,7 @@ def locked(workdir: str) -> Iterator[None]:
         refusal = ""
         if jax.process_index() == 0:
             try:
-                stack.enter_context(io.lock(workdir))
+                stack.enter_context(storage.lock(workdir))
             except UserError as error:
                 refusal = str(error)
         if refusal := processes.gather(refusal)[0]:

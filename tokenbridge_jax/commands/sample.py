@@ -12,11 +12,11 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from tokenbridge_jax import io, parallel, pictures
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.pipeline import Pipeline
+from tokenbridge_jax.runtime import meshes, pictures, storage
+from tokenbridge_jax.runtime.errors import UserError
 
 IN_GRID = 100
 
@@ -41,9 +41,9 @@ def main(args: flags.FlagValues) -> None:
     """Samples and writes the files."""
     if not 1 <= args.num_images < 2**31:
         raise UserError(f"--num_images={args.num_images} must be at least 1 and below 2**31")
-    output = io.check_folder(args.output or epath.Path(args.workdir) / "samples")
+    output = storage.check_folder(args.output or epath.Path(args.workdir) / "samples")
     pipeline = Pipeline.load(
-        args.workdir, step=args.step, mesh=parallel.make_mesh(**args.config.mesh)
+        args.workdir, step=args.step, mesh=meshes.make_mesh(**args.config.mesh)
     )
     # By default those of the training images; the model may have room for more.
     classes = args.classes or pipeline.description.class_names
@@ -52,7 +52,7 @@ def main(args: flags.FlagValues) -> None:
     images = pipeline.generate(class_ids, seed=args.seed, progress=True, **args.config.sampling)
     if jax.process_index() > 0:
         return  # Every process has all the images; one writes them.
-    io.write_npz(output / "samples.npz", {"arr_0": images, "labels": labels})
+    storage.write_npz(output / "samples.npz", {"arr_0": images, "labels": labels})
     columns = min(len(classes), 10)
     pictures.write_png(output / "grid.png", pictures.grid(images[:IN_GRID], columns))
     print(f"wrote {output / 'samples.npz'} ({len(images)} images) and {output / 'grid.png'}")

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 from absl import flags
 
-from tokenbridge_jax import tokenizing
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.data import tokenizing
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:

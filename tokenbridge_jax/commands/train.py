@@ -17,25 +17,25 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import class_names, io, parallel, pictures
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.data import shards
+from tokenbridge_jax.data import class_names, shards
 from tokenbridge_jax.data.loader import make_loader, validation_batches
 from tokenbridge_jax.data.local_copy import local_copy
 from tokenbridge_jax.data.shards import DatasetInfo
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.evaluation.features import extract
 from tokenbridge_jax.evaluation.generation import decoded_images, make_labels
 from tokenbridge_jax.evaluation.networks import default_folder, make_extractor
 from tokenbridge_jax.evaluation.scores import find_reference, generation_scores
 from tokenbridge_jax.model import TokenBridgeConfig
-from tokenbridge_jax.pipeline import MODEL_FILE, ModelDescription, sample_indices
-from tokenbridge_jax.pretrained import WEIGHTS_FILE
+from tokenbridge_jax.pipeline.pipeline import MODEL_FILE, ModelDescription, sample_indices
+from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
-from tokenbridge_jax.sampling import SamplingSettings
-from tokenbridge_jax.tokenizing import make_quantizer
+from tokenbridge_jax.runtime import meshes, pictures, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.sampler import SamplingSettings
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.loop import (
     EXIT_INTERRUPTED,
@@ -47,13 +47,8 @@ from tokenbridge_jax.training.loop import (
     say,
 )
 from tokenbridge_jax.training.masking import MaskSampler
-from tokenbridge_jax.training.metrics import MetricWriter
-from tokenbridge_jax.training.model_task import (
-    ModelTask,
-    bits,
-    make_validation,
-    training_flops,
-)
+from tokenbridge_jax.training.metric_writer import MetricWriter
+from tokenbridge_jax.training.model_task import ModelTask, bits, make_validation, training_flops
 from tokenbridge_jax.training.settings import check_ranges, check_training
 from tokenbridge_jax.training.state import TrainState
 
@@ -79,7 +74,7 @@ def main(args: flags.FlagValues) -> int:
             f"{workdir} is a saved pipeline, not a run: `export-torch --ema` from it, then "
             "`import-torch` to the --workdir to train in"
         )
-    mesh = parallel.make_mesh(**config.mesh)
+    mesh = meshes.make_mesh(**config.mesh)
     check_ranges(config, "model")
     check_ranges(config, "evaluation")
     check_training(config, "training", mesh)
@@ -110,7 +105,7 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
     Raises:
       UserError: there are none, or they are others; the message names the field.
     """
-    if not io.exists(workdir):
+    if not storage.exists(workdir):
         raise UserError(f"workdir {workdir} does not exist; check --workdir")
     info = shards.read_info(workdir / "tokens")
     info.check(image_size=config.data.image_size, quantizer=make_quantizer(config))
@@ -141,7 +136,7 @@ def agree_on_classes(
       UserError: the shards have the model's classes in another order, or more or fewer.
     """
     latest = Checkpoints(workdir / "checkpoints").latest
-    if latest is None or not io.exists(workdir / MODEL_FILE):
+    if latest is None or not storage.exists(workdir / MODEL_FILE):
         return info.class_names, []
     model = ModelDescription.load(workdir)
     before, now = model.config.classes, config.data.num_classes
@@ -218,7 +213,7 @@ def make_run(
             section.batch_size,
             seed,
             start_step=start,
-            rows=parallel.local_rows(mesh, section.batch_size),
+            rows=meshes.local_rows(mesh, section.batch_size),
         ),
         draw=lambda step: masks.draw(seed, step),
         flops_per_image=training_flops(model, masks, config.training.head_fraction),
@@ -239,13 +234,13 @@ def _validation_hook(
 ) -> Hook:
     """Negative log-likelihood of the validation split under the EMA, in bits an index."""
     validate = make_validation(model, masks, mesh)
-    shards_of_batch = parallel.batch_shards(mesh)
+    shards_of_batch = meshes.batch_shards(mesh)
     images = info.splits["validation"]["images"]
     whole = -(-images // shards_of_batch) * shards_of_batch
     batch_size = min(config.training.batch_size, whole)
 
     def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-        rows = parallel.local_rows(mesh, batch_size)
+        rows = meshes.local_rows(mesh, batch_size)
         batches = validation_batches(tokens, batch_size, rows=rows)
         return {"val_nll_bits_per_index": bits(validate(state.ema_params, batches))}
 
@@ -329,7 +324,7 @@ def _sampler(
 def _codec(workdir: epath.Path, model: TokenBridgeConfig) -> Codec:
     """Decodes what is sampled in training, in the model's precision."""
     autoencoder, params = load_autoencoder(workdir / "autoencoder")
-    local_mesh = parallel.make_mesh(devices=jax.local_devices())
+    local_mesh = meshes.make_mesh(devices=jax.local_devices())
     return Codec(autoencoder, params, model.quantizer, local_mesh, model.dtype)
 
 

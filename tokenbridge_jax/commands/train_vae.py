@@ -16,25 +16,18 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import io, parallel, pictures
 from tokenbridge_jax.autoencoder import AutoencoderConfig, read_description, save_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.data.loader import make_image_loader
 from tokenbridge_jax.data.shards import INFO_FILE, PARTIAL_INFO_FILE
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.pipeline import MODEL_FILE
-from tokenbridge_jax.tokenizing import Subset, make_subsets
+from tokenbridge_jax.data.tokenizing import Subset, make_subsets
+from tokenbridge_jax.pipeline.pipeline import MODEL_FILE
+from tokenbridge_jax.runtime import meshes, pictures, storage
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import autoencoder_task
 from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, Pictures
-from tokenbridge_jax.training.loop import (
-    EXIT_INTERRUPTED,
-    Hook,
-    Interrupted,
-    Run,
-    fit,
-    flat_fields,
-)
-from tokenbridge_jax.training.metrics import MetricWriter
+from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Run, fit, flat_fields
+from tokenbridge_jax.training.metric_writer import MetricWriter
 from tokenbridge_jax.training.settings import check_training
 from tokenbridge_jax.training.state import TrainState
 
@@ -53,7 +46,7 @@ def main(args: flags.FlagValues) -> int:
     """Trains, measures the latents' scale and writes the autoencoder."""
     config, directory = args.config, epath.Path(args.workdir) / "autoencoder"
     _check_directory(directory)
-    mesh = parallel.make_mesh(**config.mesh)
+    mesh = meshes.make_mesh(**config.mesh)
     check_training(config, "vae_training", mesh)
     subsets = make_subsets(config)
     task = make_task(config)
@@ -123,7 +116,7 @@ def make_run(
             subset=train.images,
             flip=data.flip,
             start_step=start,
-            rows=parallel.local_rows(mesh, section.batch_size),
+            rows=meshes.local_rows(mesh, section.batch_size),
         ),
         flops_per_image=autoencoder_task.training_flops(task.module.config),
         fields=fields,
@@ -142,10 +135,10 @@ def write_autoencoder(
 ) -> dict[str, Any]:
     """Measures the latents and writes the EMA parameters; returns what it wrote beside them."""
     measured = _pictures(config, subsets["train"].spread(SCALE_IMAGES), mesh)
-    with parallel.use_mesh(mesh):
+    with meshes.use_mesh(mesh):
         batches = measured.batches(config.vae_training.batch_size)
         std = autoencoder_task.latent_std(task.module, state.ema_params, batches, mesh)
-        gather = jax.jit(lambda params: params, out_shardings=parallel.replicated(mesh))
+        gather = jax.jit(lambda params: params, out_shardings=meshes.replicated(mesh))
         params = jax.tree.map(np.asarray, gather(state.ema_params))
     sizes = task.module.config.to_json() | {"scale": 1 / std}
     extra = {"step": int(state.step), "latent_std": std}
@@ -168,7 +161,7 @@ def _validation_hook(
     shown = _pictures(config, in_picture, mesh)
     reconstruct = autoencoder_task.make_reconstruction(task.module, mesh)
     psnr = autoencoder_task.make_psnr(reconstruct, mesh)
-    copy = jax.jit(lambda images: images, out_shardings=parallel.replicated(mesh))
+    copy = jax.jit(lambda images: images, out_shardings=meshes.replicated(mesh))
 
     def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
         batch = next(shown.batches(IN_PICTURE))
@@ -207,7 +200,7 @@ def _check_unused(workdir: epath.Path) -> None:
     present = read_description(workdir / "autoencoder")["hash"]
     tokens = workdir / "tokens"
     for user in (tokens / INFO_FILE, tokens / PARTIAL_INFO_FILE, workdir / MODEL_FILE):
-        if user.exists() and io.read_json(user).get("autoencoder_hash") == present:
+        if user.exists() and storage.read_json(user).get("autoencoder_hash") == present:
             raise UserError(
                 f"{user} depends on the autoencoder that is there, and training would replace it; "
                 f"use another --workdir, or remove {tokens} and {workdir / MODEL_FILE}"

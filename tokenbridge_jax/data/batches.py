@@ -12,7 +12,7 @@ import numpy as np
 
 from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.data.sources import Source, load_prepared
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 # Batches being decoded while the device works on another.
 _BATCHES_AHEAD = 3

@@ -24,7 +24,7 @@ from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.data.readers import ShardReaders, damaged
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.sources import Source, load_prepared
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 # Threads wait for the disk, not for Python; a buffer counts batches.
 _READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from etils import epath
 
-from tokenbridge_jax import io
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.progress import Progress
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress
 
 INFO_FILE = "dataset.json"
 # Shards copied at once: one connection does not fill a host's network.
@@ -39,8 +39,8 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
         length that `dataset.json` says, or the disk is full. Whatever else an object store raises,
         a fault of the network say, is passed on: trying again may help.
     """
-    if not io.in_object_store(folder):
-        return Path(io.expand(folder))
+    if not storage.in_object_store(folder):
+        return Path(storage.expand(folder))
     remote = epath.Path(folder)
     try:
         described = (remote / INFO_FILE).read_bytes()
@@ -50,7 +50,7 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
             "of a file system and copy its `tokens` there"
         ) from error
     except PermissionError as error:
-        raise io.read_error(remote, error) from error
+        raise storage.read_error(remote, error) from error
     except ImportError as error:
         raise UserError(f"cannot read {remote}: {error}") from error
     splits = json.loads(described)["splits"].values()
@@ -61,7 +61,7 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
         remote, copy, [shard for shard in shards if _size(copy / shard["file"]) != shard["bytes"]]
     )
     if _size(copy / INFO_FILE) != len(described):
-        io.write_bytes(copy / INFO_FILE, described)
+        storage.write_bytes(copy / INFO_FILE, described)
     return copy
 
 
@@ -72,8 +72,8 @@ def is_copy(shard: Path) -> bool:
 
 def _cache() -> Path:
     if folder := os.environ.get("TOKENBRIDGE_CACHE"):
-        return Path(io.expand(folder))
-    if cache := io.user_cache():
+        return Path(storage.expand(folder))
+    if cache := storage.user_cache():
         return cache / "tokenbridge"
     raise UserError(
         "token shards of an object store are copied to this machine, but its user has no home: set "
@@ -108,8 +108,8 @@ def _copy_shard(remote: epath.Path, copy: Path, shard: dict[str, object]) -> Non
         raise UserError(
             f"token shard {source} has {len(data)} bytes, not {shard['bytes']}; copy it there again"
         )
-    io.write_bytes(copy / source.name, data)
+    storage.write_bytes(copy / source.name, data)
 
 
 def _size(path: Path) -> int | None:
-    return path.stat().st_size if io.exists(path) else None
+    return path.stat().st_size if storage.exists(path) else None

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader
 
-from tokenbridge_jax import io
 from tokenbridge_jax.data.local_copy import is_copy
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
 
 # Readers of a split that stay open: each has a descriptor. To open one costs some 50 microseconds.
 _MOST = 128
@@ -45,8 +45,8 @@ class ShardReaders:
             (record,) = self._reader(shard).read(place, place + 1)
         except RuntimeError as error:
             path, _ = self._files[shard]
-            if reason := io.refusal(path, str(error)):
-                raise io.read_error(path, reason) from error
+            if reason := storage.refusal(path, str(error)):
+                raise storage.read_error(path, reason) from error
             raise damaged(path, f"is damaged ({str(error).split(';')[0]})") from error
         return record
 
@@ -71,8 +71,8 @@ class ShardReaders:
             if found == records:
                 return reader
             # The reader does not tell what the system refused, and that may have passed by now.
-            if reason := io.refusal(path):
-                raise io.read_error(path, reason)
+            if reason := storage.refusal(path):
+                raise storage.read_error(path, reason)
         raise damaged(path, f"is damaged (it lists {found} records, not {records})")
 
 

@@ -44,12 +44,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from tokenbridge_jax import io
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.data.local_copy import INFO_FILE, local_copy
 from tokenbridge_jax.data.readers import damaged
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
 
 FORMAT = "tokenbridge index shards"
 FORMAT_VERSION = 1
@@ -259,7 +259,7 @@ def _short(value: Any) -> str:
 
 def write_info(folder: str | os.PathLike[str], info: DatasetInfo, *, partial: bool = False) -> None:
     """Writes `dataset.json`, or its forerunner while shards are still being written."""
-    io.write_json(Path(folder) / (PARTIAL_INFO_FILE if partial else INFO_FILE), info.to_json())
+    storage.write_json(Path(folder) / (PARTIAL_INFO_FILE if partial else INFO_FILE), info.to_json())
 
 
 def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
@@ -268,8 +268,8 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     Raises:
       UserError: there is none, it is unfinished, or it cannot be read.
     """
-    path = io.as_path(folder) / INFO_FILE
-    if not io.exists(path):
+    path = storage.as_path(folder) / INFO_FILE
+    if not storage.exists(path):
         state = (
             "is not finished; run `tokenbridge tokenize` again, it goes on where it stopped"
             if (path.parent / PARTIAL_INFO_FILE).exists()
@@ -282,14 +282,14 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
 def read_begun_info(folder: str | os.PathLike[str]) -> DatasetInfo | None:
     """Reads the description of shards that are finished or being written, if there are any."""
     for name in (INFO_FILE, PARTIAL_INFO_FILE):
-        if io.exists(Path(folder) / name):
+        if storage.exists(Path(folder) / name):
             return _read_info_file(Path(folder) / name)
     return None
 
 
 def _read_info_file(path: epath.PathLike) -> DatasetInfo:
     try:
-        return DatasetInfo.from_json(io.read_json(path))
+        return DatasetInfo.from_json(storage.read_json(path))
     except UserError as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
@@ -300,12 +300,12 @@ def local_folder(folder: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: it is in an object store, which ArrayRecord cannot write to.
     """
-    if io.in_object_store(folder):
+    if storage.in_object_store(folder):
         raise UserError(
             f"token shards are written to a folder of the file system, not to {folder}: mount the "
             "bucket (gcsfuse), or tokenize into a local --workdir and copy its `tokens` there"
         )
-    return Path(io.expand(folder))
+    return Path(storage.expand(folder))
 
 
 def shard_name(split: str, number: int, count: int) -> str:
@@ -345,7 +345,7 @@ class ShardWriter:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise io.write_error(path, error) from error
+            raise storage.write_error(path, error) from error
         self._temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
         # Group size 1: single records are read in random order.
         self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
@@ -389,7 +389,7 @@ class ShardWriter:
                 os.close(descriptor)
             size = self._temporary.stat().st_size
             summary = ShardSummary(self._records, size, skipped, statistics)
-            io.write_json(
+            storage.write_json(
                 _summary_path(self._path),
                 {
                     "records": summary.records,
@@ -410,12 +410,12 @@ class ShardWriter:
                 "time write to this folder"
             )
         if isinstance(error, OSError):
-            return io.write_error(self._path, error)
+            return storage.write_error(self._path, error)
         # ArrayRecord has no error numbers, only a chain of messages.
         reason = str(error).split(";")[0]
         full = os.strerror(errno.ENOSPC)
         if full in reason:
-            return io.write_error(self._path, OSError(errno.ENOSPC, full))
+            return storage.write_error(self._path, OSError(errno.ENOSPC, full))
         return UserError(f"cannot write {self._path}: {reason}")
 
 
@@ -435,9 +435,9 @@ def read_summary(shard: Path) -> ShardSummary | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise io.read_error(path, error) from error
+        raise storage.read_error(path, error) from error
     try:
-        value = io.read_json(_summary_path(shard))
+        value = storage.read_json(_summary_path(shard))
         summary = ShardSummary(
             value["records"],
             value["bytes"],
@@ -470,7 +470,7 @@ def shard_files(
     files, folder = [], local_copy(folder)
     for shard in info.splits[split]["shards"]:
         path = folder / shard["file"]
-        if not io.exists(path):
+        if not storage.exists(path):
             raise UserError(
                 f"token shard {path} is missing; put it back, or run `tokenbridge tokenize` again, "
                 "which writes only what is missing"

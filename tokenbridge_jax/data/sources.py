@@ -17,12 +17,12 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenbridge_jax.class_names import readable_names
 from tokenbridge_jax.data import images
+from tokenbridge_jax.data.class_names import readable_names
 from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.data.listing import EXTENSIONS, list_classes
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.io import expand
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.storage import expand
 
 # What a picture of its own can be ill with; any other failure to read is the storage's.
 _FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -58,7 +58,7 @@ class FolderSource:
 
     Labels follow the sorted folder names; names that are all whole numbers are sorted as numbers.
     `listing.py` says what counts as a picture and as a class folder; pictures are sorted by path.
-    A file `root/classes.txt` gives classes readable names (see `class_names.py`).
+    A file `root/classes.txt` gives classes readable names (see `data/class_names.py`).
 
     Args:
       root: the folder.

@@ -16,13 +16,13 @@ from jaxtyping import Bool, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from tokenbridge_jax import pictures
-from tokenbridge_jax.class_names import class_at
+from tokenbridge_jax.data.class_names import class_at
 from tokenbridge_jax.data.images import ImageError, open_picture, prepare
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.pipeline import ClassId, Pipeline
-from tokenbridge_jax.sampling import Preview
-from tokenbridge_jax.schedule import SamplingSettings
+from tokenbridge_jax.pipeline.pipeline import ClassId, Pipeline
+from tokenbridge_jax.runtime import pictures
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.sampler import Preview
+from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NO_CLASS = -1
 # Every number of images is a program to compile.

@@ -15,7 +15,6 @@ from gradio.components import Component
 from jaxtyping import UInt8
 from PIL import Image
 
-from tokenbridge_jax import pictures
 from tokenbridge_jax.demo.drawing import (
     MAX_KEEP,
     MAX_SEED,
@@ -29,8 +28,9 @@ from tokenbridge_jax.demo.drawing import (
     painted,
     write_archive,
 )
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.orders import ORDERS
+from tokenbridge_jax.runtime import pictures
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.orders import ORDERS
 
 MAX_UPLOAD = "20mb"
 MAX_WAITING = 8

@@ -14,12 +14,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Shaped, UInt8, UInt64
 
-from tokenbridge_jax import parallel
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import inception
-from tokenbridge_jax.evaluation.images import ImageSet
+from tokenbridge_jax.evaluation.image_sets import ImageSet
 from tokenbridge_jax.evaluation.moments import Gaussian, Moments
-from tokenbridge_jax.progress import Progress
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress
 
 # Most images a process takes before all exchange their features: 20 MB of Inception's.
 _SHARE = 1024
@@ -86,7 +86,7 @@ class InceptionExtractor(Extractor):
           precision: of the convolutions; see `inception.features`.
           facts: about the weights.
         """
-        self._mesh = parallel.make_mesh(devices=jax.local_devices())
+        self._mesh = meshes.make_mesh(devices=jax.local_devices())
         self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
         self.facts = {
             "features": "inception-2015-12-05 (pool 2048, mixed_6/conv 7 x 17 x 17, logits 1008)",
@@ -96,15 +96,13 @@ class InceptionExtractor(Extractor):
             **(facts or {}),
         }
         self._network = jax.jit(functools.partial(inception.features, precision=precision))
-        self._params = jax.device_put(dict(params), parallel.replicated(self._mesh))
+        self._params = jax.device_put(dict(params), meshes.replicated(self._mesh))
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> Features:
         """See `Extractor`."""
         count = len(images)
         full = np.pad(images, [(0, self.batch_size - count), (0, 0), (0, 0), (0, 0)])
-        found = self._network(
-            self._params, jax.device_put(full, parallel.batch_sharding(self._mesh))
-        )
+        found = self._network(self._params, jax.device_put(full, meshes.batch_sharding(self._mesh)))
         return Features(*(np.asarray(x)[:count] for x in found))
 
 

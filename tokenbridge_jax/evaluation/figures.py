@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from tokenbridge_jax import io
+from tokenbridge_jax.runtime import storage
 
 # Colours that stay apart for the colour-blind (Okabe & Ito, 2008).
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#808080"
@@ -36,5 +36,5 @@ def save(ax: Any, path: epath.PathLike) -> epath.Path:
     """Writes the figure of some axes as PNG, whole or not at all."""
     buffer = bytes_io.BytesIO()
     ax.figure.savefig(buffer, format="png")
-    io.write_bytes(path, buffer.getvalue())
+    storage.write_bytes(path, buffer.getvalue())
     return epath.Path(path)

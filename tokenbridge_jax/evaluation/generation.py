@@ -17,14 +17,14 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, Integer
 
-from tokenbridge_jax import arrays, io, parallel, processes
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.evaluation.images import MadeImages, rgb
-from tokenbridge_jax.pipeline import Pipeline, sample_indices
-from tokenbridge_jax.pretrained import on_host
-from tokenbridge_jax.progress import Progress
-from tokenbridge_jax.schedule import SamplingSettings
+from tokenbridge_jax.evaluation.image_sets import MadeImages, rgb
+from tokenbridge_jax.pipeline.pipeline import Pipeline, sample_indices
+from tokenbridge_jax.pipeline.pretrained import on_host
+from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress
+from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 # Who gets how many images: every class as many (or one more), as ADM, MAR and TokenBridge have it,
 # or each image a random class, as LlamaGen.
@@ -84,7 +84,7 @@ def weights_sha256(params: Any, step: int) -> str:
     whole = jax.tree.map(on_host, params)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(whole)):
         raise UserError(f"the weights of step {step} hold NaN or infinity; name another --step")
-    return arrays.sha256(whole)
+    return safetensors_file.sha256(whole)
 
 
 def sample_folder(folder: epath.PathLike, facts: dict[str, Any]) -> epath.Path:
@@ -124,7 +124,7 @@ def draw(
     if len(set(processes.gather(str(done)))) > 1:
         raise UserError(f"the processes of this job see different files in {folder}: share it")
     size = min(batch_size, len(labels))
-    size = -(-size // parallel.batch_shards(pipeline.mesh)) * parallel.batch_shards(pipeline.mesh)
+    size = -(-size // meshes.batch_shards(pipeline.mesh)) * meshes.batch_shards(pipeline.mesh)
     with Progress(len(labels), desc="sample", done=done, visible=progress) as bar:
         for start in range(done, len(labels), size):
             wanted = labels[start : start + size]
@@ -144,7 +144,7 @@ def draw(
             if jax.process_index() == 0:
                 buffer = bytes_io.BytesIO()
                 np.save(buffer, indices)
-                io.write_bytes(folder / _part_name(start), buffer.getvalue())
+                storage.write_bytes(folder / _part_name(start), buffer.getvalue())
             bar.update(len(wanted))
     return np.concatenate(parts)[: len(labels)]
 
@@ -152,7 +152,7 @@ def draw(
 def _read_parts(folder: epath.Path) -> list[Integer[np.ndarray, "n L C"]]:
     parts: list[np.ndarray] = []
     for path in sorted(folder.glob("indices_*.npy")):
-        with io.npy_errors(path, "remove it, and run this again to draw its samples anew"):
+        with storage.npy_errors(path, "remove it, and run this again to draw its samples anew"):
             part = np.load(bytes_io.BytesIO(path.read_bytes()), allow_pickle=False)
         if path.name != _part_name(sum(map(len, parts))):
             raise UserError(f"samples before {path} are missing; remove it and those after it")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 SIZE = 299
 POOL_FEATURES, CLASSES = 2048, 1008

@@ -21,19 +21,24 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from tokenbridge_jax import class_names, parallel
-from tokenbridge_jax.data import shards
+from tokenbridge_jax.data import class_names, shards
 from tokenbridge_jax.data.loader import TokenRecords
 from tokenbridge_jax.data.shards import DatasetInfo
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import calibration, figures, report
 from tokenbridge_jax.evaluation.calibration import Calibration
 from tokenbridge_jax.loss import scored_slots, split_slots
 from tokenbridge_jax.model import TokenBridgeConfig, make_head, merge
-from tokenbridge_jax.orders import make_orders
-from tokenbridge_jax.pipeline import ModelDescription, Pipeline
-from tokenbridge_jax.progress import Progress
-from tokenbridge_jax.schedule import MAX_STAGES, MAX_STAGES_SCANNED, SamplingSettings, make_plan
+from tokenbridge_jax.pipeline.pipeline import ModelDescription, Pipeline
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress
+from tokenbridge_jax.sampling.orders import make_orders
+from tokenbridge_jax.sampling.schedule import (
+    MAX_STAGES,
+    MAX_STAGES_SCANNED,
+    SamplingSettings,
+    make_plan,
+)
 
 
 class Scores(NamedTuple):
@@ -90,7 +95,7 @@ class Scorer:
         """
         parts = []
         steps = itertools.pairwise(self.hidden)
-        with parallel.use_mesh(self._mesh):
+        with meshes.use_mesh(self._mesh):
             for stage, first, end in zip(
                 self._plan.stages, (0, *self._plan.ends), self._plan.ends, strict=False
             ):
@@ -117,7 +122,7 @@ def _step_on(mesh: Mesh, config: TokenBridgeConfig) -> Callable[..., Scores]:
     return jax.jit(
         functools.partial(_score_step, config),
         static_argnames=("hidden_slots", "visible_slots"),
-        out_shardings=parallel.replicated(mesh),
+        out_shardings=meshes.replicated(mesh),
     )
 
 
@@ -253,9 +258,9 @@ def likelihood(
     scorer = Scorer(config, pipeline.mesh, num_iter)
     totals = _Totals(config, scorer.hidden)
     draw = jax.jit(make_orders, static_argnums=(0, 3))
-    shares = parallel.batch_shards(pipeline.mesh)
+    shares = meshes.batch_shards(pipeline.mesh)
     size = -(-min(batch_size, count) // shares) * shares
-    rows = parallel.local_rows(pipeline.mesh, size)
+    rows = meshes.local_rows(pipeline.mesh, size)
     visible = progress and jax.process_index() == 0
     with Progress(count * num_orders, desc="likelihood", visible=visible) as bar:
         for batch in _batches(numbers, size):
@@ -272,7 +277,7 @@ def likelihood(
                     chosen["label"].astype(np.int32),
                     orders[rows],
                 )
-                scores = scorer(pipeline.params, *parallel.to_global(local, pipeline.mesh))
+                scores = scorer(pipeline.params, *meshes.to_global(local, pipeline.mesh))
                 found.append(Scores(*(field[:new] for field in scores)))
                 bar.update(new)
             totals.add(found, [orders[:new] for orders in drawn])

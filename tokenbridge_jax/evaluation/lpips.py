@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation.inception import shortened
+from tokenbridge_jax.runtime.errors import UserError
 
 
 class Conv(NamedTuple):

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from scipy.special import log_softmax, logsumexp
 
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation.moments import Gaussian
+from tokenbridge_jax.runtime.errors import UserError
 
 # Rows of a block of distances: with 50,000 columns 0.4 GB.
 _BLOCK = 1000

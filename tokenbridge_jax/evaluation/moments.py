@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 # Rows that are float64 at a time: 50,000 x 2048 of them would be 0.8 GB.
 _BLOCK = 1024

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tokenbridge_jax import arrays, io
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import inception, lpips
 from tokenbridge_jax.evaluation.features import Extractor, InceptionExtractor, ThumbnailExtractor
-from tokenbridge_jax.torch_bridge import files
+from tokenbridge_jax.runtime import safetensors_file, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.torch_bridge import state_dicts
 from tokenbridge_jax.torch_bridge.kinds import recognise
 
 # What the SHA-256 of the published files begin with: their names say it, or it was computed.
@@ -59,8 +59,8 @@ class Network(NamedTuple):
 def default_folder() -> Path | None:
     """$TOKENBRIDGE_NETWORKS, or a folder of the user's cache; None for a user without a home."""
     if folder := os.environ.get(FOLDER_VARIABLE):
-        return Path(io.expand(folder))
-    cache = io.user_cache()
+        return Path(storage.expand(folder))
+    cache = storage.user_cache()
     return cache and cache / "tokenbridge_jax" / "networks"
 
 
@@ -79,7 +79,7 @@ def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublishe
     """
     for path in paths.values():
         recognise(Path(path))
-    digests = {part: io.sha256(path) for part, path in paths.items()}
+    digests = {part: storage.sha256(path) for part, path in paths.items()}
     published = all(digests[part].startswith(PUBLISHED[part]) for part in digests)
     for part, digest in digests.items():
         if not unpublished and not digest.startswith(PUBLISHED[part]):
@@ -87,7 +87,7 @@ def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublishe
                 f"{paths[part]} is not the published file: its SHA-256 begins with {digest[:8]}, "
                 f"not {PUBLISHED[part][:8]}; download it again (--unpublished takes a conversion)"
             )
-    tensors = [files.read(path)["model"] for path in paths.values()]
+    tensors = [state_dicts.read(path)["model"] for path in paths.values()]
     try:
         if name == "inception":
             params = inception.import_inception(tensors[0])
@@ -99,8 +99,8 @@ def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublishe
         if not all(np.isfinite(array).all() for array in values.values()):
             raise UserError(f"{', '.join(paths.values())}: {layer} holds NaN or infinity")
     target = folder / f"{name}.safetensors"
-    arrays.write(target, params)
-    io.write_json(_facts_file(target), {"published": published, "sha256": digests})
+    safetensors_file.write(target, params)
+    storage.write_json(_facts_file(target), {"published": published, "sha256": digests})
     return target
 
 
@@ -116,9 +116,9 @@ def load_network(name: str, folder: Path | None) -> Network | None:
     # Where a home may not be looked into, `Path.exists` would raise.
     if not os.path.exists(path) or not os.path.exists(_facts_file(path)):
         return None
-    facts = io.read_json(_facts_file(path))
+    facts = storage.read_json(_facts_file(path))
     weights = {f"{part}_sha256": digest for part, digest in facts["sha256"].items()}
-    return Network(arrays.read(path), weights | {f"{name}_published": facts["published"]})
+    return Network(safetensors_file.read(path), weights | {f"{name}_published": facts["published"]})
 
 
 def make_extractor(

@@ -17,16 +17,16 @@ from etils import epath
 from jaxtyping import Bool, Float, Int, Integer, UInt8
 from scipy.special import log_softmax
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import figures, lpips, pixels, report
 from tokenbridge_jax.evaluation.features import Extractor, gather_rows
-from tokenbridge_jax.evaluation.images import ImageSet, rgb
+from tokenbridge_jax.evaluation.image_sets import ImageSet, rgb
 from tokenbridge_jax.evaluation.metrics import frechet_distance
 from tokenbridge_jax.evaluation.moments import Gaussian, Moments
-from tokenbridge_jax.progress import Progress
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress
 
 # Images that all processes take together before they exchange what they found, at least: with
 # Inception's features 3 MB a variant.
@@ -288,15 +288,15 @@ def _distance(
     codec: Codec, network: str, params: lpips.Params, batch_size: int
 ) -> Callable[..., Float[np.ndarray, " n"]]:
     """LPIPS of pairs of at most `batch_size` images, on the codec's devices."""
-    shards = parallel.batch_shards(codec.mesh)
+    shards = meshes.batch_shards(codec.mesh)
     size = -(-batch_size // shards) * shards
-    held = jax.device_put(dict(params), parallel.replicated(codec.mesh))
+    held = jax.device_put(dict(params), meshes.replicated(codec.mesh))
     compiled = jax.jit(functools.partial(lpips.distance, network=network))
 
     def distance(*pair: UInt8[np.ndarray, "n H W C"]) -> Float[np.ndarray, " n"]:
         count = len(pair[0])
         full = [np.pad(rgb(x), [(0, size - count), (0, 0), (0, 0), (0, 0)]) for x in pair]
-        found = compiled(held, *jax.device_put(full, parallel.batch_sharding(codec.mesh)))
+        found = compiled(held, *jax.device_put(full, meshes.batch_sharding(codec.mesh)))
         return np.asarray(found)[:count].astype(np.float64)
 
     return distance

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tokenbridge_jax import io
+from tokenbridge_jax.runtime import storage
 
 # Names of metrics as people write them, with the direction that is better.
 _TITLES = {
@@ -48,7 +48,7 @@ def write(
     remarks: Sequence[str] = (),
 ) -> None:
     """Writes a result, whole or not at all: `metrics`, `facts` they depend on, `remarks`."""
-    io.write_json(
+    storage.write_json(
         path,
         plain({"metrics": metrics, "remarks": list(remarks), "facts": facts, "machine": machine()}),
     )

@@ -10,12 +10,12 @@ from etils import epath
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import io
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import metrics
 from tokenbridge_jax.evaluation.features import Extractor, SetFeatures, extract
-from tokenbridge_jax.evaluation.images import ARRAY, ImageSet, data_images, open_images
+from tokenbridge_jax.evaluation.image_sets import ARRAY, ImageSet, data_images, open_images
 from tokenbridge_jax.evaluation.moments import Gaussian
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
 
 # Names of mean and covariance in files of statistics: ADM's, the release's, and those of JAX ports.
 _POOL_NAMES = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
@@ -82,7 +82,7 @@ def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = F
     Raises:
       UserError: there are neither statistics nor images, or the statistics are of other features.
     """
-    path = Path(io.expand(path))
+    path = Path(storage.expand(path))
     arrays = _statistics(path) if path.suffix == ".npz" and path.is_file() else {}
     names = next((pair for pair in _POOL_NAMES if set(pair) <= set(arrays)), None)
     if names is None:
@@ -99,7 +99,7 @@ def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = F
             f"{path} has statistics of {len(pool.mean)} features, not of the {extractor.size} "
             "compared here; check --features"
         )
-    facts: dict[str, Any] = {"reference": path.name, "reference_sha256": io.sha256(path)}
+    facts: dict[str, Any] = {"reference": path.name, "reference_sha256": storage.sha256(path)}
     if _FACTS in arrays:
         told = json.loads(str(arrays[_FACTS]))
         for name, value in extractor.facts.items():
@@ -125,7 +125,7 @@ def reference_of(images: ImageSet, extractor: Extractor, *, progress: bool = Fal
     found = extract(images, extractor, keep=MANIFOLD_IMAGES, progress=progress)
     facts = {
         "reference": images.path.name,
-        "reference_sha256": io.sha256(images.path) if images.path.is_file() else found.digest,
+        "reference_sha256": storage.sha256(images.path) if images.path.is_file() else found.digest,
         "reference_images": found.count,
         "reference_manifold_images": len(found.kept),
         **{f"reference_{name}": value for name, value in images.facts.items()},
@@ -146,14 +146,14 @@ def save_reference(path: epath.PathLike, reference: Reference, extractor: Extrac
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     if reference.features is not None:
         arrays[_FEATURES] = reference.features
-    io.write_npz(path, arrays)
+    storage.write_npz(path, arrays)
 
 
 def _statistics(path: Path) -> dict[str, Any]:
     """The arrays of a file but for its images, of which is told only whether there are any."""
-    with io.open_npz(path) as archive:
+    with storage.open_npz(path) as archive:
         has_images = f"{ARRAY}.npy" in archive.namelist()
-    return io.read_npz(path, without=[ARRAY]) | {ARRAY: has_images}
+    return storage.read_npz(path, without=[ARRAY]) | {ARRAY: has_images}
 
 
 def _gaussian(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, str]) -> Gaussian:

@@ -20,10 +20,10 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import TokenRecords
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.evaluation import figures, report
 from tokenbridge_jax.evaluation.token_counts import PLACES, Table, TokenCounts, all_tables
-from tokenbridge_jax.progress import Progress
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress
 
 _BATCH = 64
 # Pairs of levels that are counted at a time, over all tables: about a gigabyte.

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.heads.channel_transformer import ChannelTransformer, tempered_log_prob
-from tokenbridge_jax.parallel import named_axes
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.meshes import named_axes
 from tokenbridge_jax.transformer import Cache
 
 
@@ -31,7 +31,7 @@ class ChannelAR(ChannelTransformer):
             (len(self.channel_order) - 1, self.levels, self.width),
         )
         # Gathered before it is looked up in, like the backbone's tables.
-        self.token_embeddings = parallel.constrain(token_embeddings, None, None, None)
+        self.token_embeddings = meshes.constrain(token_embeddings, None, None, None)
         super().setup()
 
     def logits(
@@ -75,7 +75,7 @@ class ChannelAR(ChannelTransformer):
             return jax.tree.map(lambda x: x[:1], drawn)
         condition = self._condition(feature)
         empty = jnp.zeros((count, self.heads, channels, self.width // self.heads), self.dtype)
-        empty = parallel.constrain(empty, "batch", "heads", None, None)
+        empty = meshes.constrain(empty, "batch", "heads", None, None)
         caches = [Cache(empty, empty, jnp.int32(0))] * self.layers
 
         # What does not depend on indices is computed for all channels at once. The embedding of a
@@ -84,7 +84,7 @@ class ChannelAR(ChannelTransformer):
         first = self._sampled_first(condition) + embed[:1]
         tokens = self.token_embeddings.astype(self.dtype) + embed[1:, None]
         conditions = condition[None] + self.timestep_embed.astype(self.dtype)[:, None]
-        conditions = nn.silu(parallel.constrain(conditions, None, "batch", None))[:, :, None]
+        conditions = nn.silu(meshes.constrain(conditions, None, "batch", None))[:, :, None]
         modulations = [block.modulation(conditions) for block in self.blocks.blocks]
         modulations.append(self.final_modulation(conditions))
         # argmax(logits / T + gumbel) = argmax(logits + T * gumbel), and the latter knows T = 0.
@@ -97,7 +97,7 @@ class ChannelAR(ChannelTransformer):
             place, modulations, noise = xs
             # Cut out by themselves once, or XLA cuts in front of every norm and splits the norm.
             *modulations, final_modulation = jax.lax.optimization_barrier(modulations)
-            x = parallel.constrain(token[:, None], "batch", None, None)
+            x = meshes.constrain(token[:, None], "batch", None, None)
             for i, (block, modulation) in enumerate(
                 zip(head.blocks.blocks, modulations, strict=True)
             ):

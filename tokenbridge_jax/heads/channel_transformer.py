@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.heads.head import Head
 from tokenbridge_jax.layers import Dense, add_bias, copies
-from tokenbridge_jax.parallel import named_axes
-from tokenbridge_jax.precision import of_products
+from tokenbridge_jax.ops.precision import of_products
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.meshes import named_axes
 from tokenbridge_jax.transformer import (
     ConditionedBlock,
     Modulation,
@@ -50,13 +50,13 @@ class ChannelTransformer(Head):
 
     def _condition(self, feature: Float[Array, "N Z"]) -> Float[Array, "N D"]:
         # Positions stay where their images are, whatever the parameters' layout suggests.
-        return parallel.constrain(self.condition_proj(feature), "batch", None)
+        return meshes.constrain(self.condition_proj(feature), "batch", None)
 
     def _transform(
         self, tokens: Float[Array, "N C D"], condition: Float[Array, "N 1 D"]
     ) -> Float[Array, "N C V"]:
         """Logits of all places, from what each is given besides its place."""
-        x = parallel.constrain(add_bias(tokens, self.channel_embed), "batch", None, None)
+        x = meshes.constrain(add_bias(tokens, self.channel_embed), "batch", None, None)
         condition = copies(condition, tokens.shape, self.dtype)
         condition = nn.silu(add_bias(condition, self.timestep_embed))
         x, _ = self.blocks(x, condition)

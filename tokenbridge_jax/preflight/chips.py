@@ -21,8 +21,8 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.training.hardware import listed_flops
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.hardware import listed_flops
 
 GIB = 2**30
 

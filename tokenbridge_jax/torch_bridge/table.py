@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 # How a PyTorch tensor's axes are permuted to become ours.
 _PERMUTATIONS = {

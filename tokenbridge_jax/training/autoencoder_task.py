@@ -23,7 +23,6 @@ from flax.core import meta
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
@@ -33,10 +32,11 @@ from tokenbridge_jax.autoencoder import (
     images_to_uint8,
     init_params,
 )
-from tokenbridge_jax.benchmark.flops import decode_flops, encode_flops
 from tokenbridge_jax.data.batches import ShardPlan, prepared_batches
 from tokenbridge_jax.data.sources import Source
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.flops import decode_flops, encode_flops
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 
 Batch = Mapping[str, Any]
 Images = UInt8[Array | np.ndarray, "B H W I"]
@@ -139,9 +139,9 @@ class Pictures:
 
         `batch_size` is rounded up to what divides over the mesh; the last batch is padded.
         """
-        shards = parallel.batch_shards(self._mesh)
+        shards = meshes.batch_shards(self._mesh)
         batch_size = -(-batch_size // shards) * shards
-        rows = parallel.local_rows(self._mesh, batch_size)
+        rows = meshes.local_rows(self._mesh, batch_size)
         last = len(self._numbers) - 1
         # Of every batch this process's rows, in which the last picture stands for the missing ones.
         mine = np.arange(0, last + 1, batch_size)[:, None] + rows
@@ -152,7 +152,7 @@ class Pictures:
                 weights = np.zeros(len(rows), np.float32)
                 weights[batch.good] = 1
                 arrays = {"images": batch.pixels, "weights": weights * (places <= last)}
-                yield parallel.to_global(arrays, self._mesh)
+                yield meshes.to_global(arrays, self._mesh)
 
 
 def latent_std(module: Autoencoder, params: Any, batches: Iterator[Batch], mesh: Mesh) -> float:
@@ -169,7 +169,7 @@ def latent_std(module: Autoencoder, params: Any, batches: Iterator[Batch], mesh:
         count = jnp.sum(weights) * posterior.mean[0].size
         return jnp.stack([jnp.sum(weights * posterior.mean), jnp.sum(weights * square), count])
 
-    jitted = jax.jit(moments, out_shardings=parallel.replicated(mesh))
+    jitted = jax.jit(moments, out_shardings=meshes.replicated(mesh))
     total, square, count = _sum(jitted(params, batch) for batch in batches)
     return float(np.sqrt(square / count - np.square(total / count)))
 
@@ -185,7 +185,7 @@ def make_reconstruction(module: Autoencoder, mesh: Mesh) -> Callable[[Any, Any],
         decoded: Any = module.apply({"params": params}, latents, method="decode")
         return images_to_uint8(decoded)
 
-    return jax.jit(reconstruct, out_shardings=parallel.replicated(mesh))
+    return jax.jit(reconstruct, out_shardings=meshes.replicated(mesh))
 
 
 def make_psnr(
@@ -205,7 +205,7 @@ def make_psnr(
         weights = batch["weights"]
         return jnp.stack([jnp.sum(weights * ratio), jnp.sum(weights)])
 
-    jitted = jax.jit(decibels, out_shardings=parallel.replicated(mesh))
+    jitted = jax.jit(decibels, out_shardings=meshes.replicated(mesh))
 
     def psnr(params: Any, batches: Iterator[Batch]) -> float:
         total, weight = _sum(jitted(params, batch) for batch in batches)

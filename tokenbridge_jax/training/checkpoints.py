@@ -20,8 +20,8 @@ from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from tokenbridge_jax import io, parallel
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime import meshes, storage
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import checksums, orbax_errors
 from tokenbridge_jax.training.state import TrainState
 
@@ -171,7 +171,7 @@ class Checkpoints:
             if reason is None:
                 raise
             self._remove_leftovers()
-            raise io.write_error(self.directory, reason) from error
+            raise storage.write_error(self.directory, reason) from error
 
     def _remove_leftovers(self) -> None:
         """Frees what a failed write took of the disk, while its other threads may still write."""
@@ -236,7 +236,7 @@ def load_params(
 def _absolute(directory: epath.PathLike) -> epath.Path:
     """Orbax takes absolute paths only."""
     path = epath.Path(directory)
-    return path if io.in_object_store(path) else path.absolute()
+    return path if storage.in_object_store(path) else path.absolute()
 
 
 def _load(
@@ -283,7 +283,7 @@ def _as_stored(wanted: Any, stored: Any, leaves: Collection[str]) -> Any:
         names = _names(path)
         if names[-1] not in leaves or names not in shapes or shapes[names].shape == leaf.shape:
             return leaf
-        everywhere = parallel.replicated(leaf.sharding.mesh)
+        everywhere = meshes.replicated(leaf.sharding.mesh)
         return jax.ShapeDtypeStruct(shapes[names].shape, leaf.dtype, sharding=everywhere)
 
     return jax.tree.map_with_path(of_leaf, wanted)
@@ -310,10 +310,10 @@ def _read_errors(path: epath.Path, parts: Iterable[str]) -> Iterator[list[BaseEx
 
 def _read_error(path: epath.Path, parts: Iterable[str], error: Exception) -> UserError:
     if refused := orbax_errors.refused(path / part for part in parts):
-        return io.read_error(*refused)
+        return storage.read_error(*refused)
     reason = orbax_errors.system_error(error)
     if reason is not None and reason.errno not in (None, errno.ENOENT):
-        return io.read_error(reason.filename or path, reason)
+        return storage.read_error(reason.filename or path, reason)
     earlier = max((s for s in _steps(path.parent) if s < int(path.name)), default=None)
     mend = (
         "there is none before it; put back a copy of it"
@@ -369,7 +369,7 @@ def _names(path: Any) -> tuple[str, ...]:
 def _context(path: epath.Path) -> ocp.Context:
     """Orbax's options: `run` is a JSON file one can read."""
     context = ocp.Context()
-    if io.in_object_store(path):  # Of its own accord only in gs://.
+    if storage.in_object_store(path):  # Of its own accord only in gs://.
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     registry = ocp.handlers.local_registry(include_global_registry=True)
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
@@ -387,12 +387,12 @@ def _steps(directory: epath.Path, *, complete: bool = True) -> list[int]:
     """
     if not directory.is_dir():
         return []
-    signs = {*PARTS, "run"} | ({COMMIT_FILE} if io.in_object_store(directory) else set())
+    signs = {*PARTS, "run"} | ({COMMIT_FILE} if storage.in_object_store(directory) else set())
     try:
         names = [path.name for path in directory.iterdir() if path.name.isdigit()]
         return [int(n) for n in names if (_names_in(directory / n) >= signs) == complete]
     except OSError as error:
-        raise io.read_error(error.filename or directory, error) from error
+        raise storage.read_error(error.filename or directory, error) from error
 
 
 def _names_in(path: epath.Path) -> set[str]:

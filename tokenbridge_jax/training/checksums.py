@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from tokenbridge_jax import io
+from tokenbridge_jax.runtime import storage
 
 FILE = "checksums.json"
 
@@ -64,7 +64,7 @@ def write(checkpoint: epath.Path) -> None:
     parts = [path for path in checkpoint.iterdir() if path.is_dir()]
     files = sorted(str(file.relative_to(checkpoint)) for part in parts for file in _files(part))
     sums = dict(zip(files, _sums(checkpoint, files), strict=True))
-    io.write_json(checkpoint / FILE, {"crc32": sums, "crc32_of_these": _crc32_of_json(sums)})
+    storage.write_json(checkpoint / FILE, {"crc32": sums, "crc32_of_these": _crc32_of_json(sums)})
 
 
 def verify(checkpoint: epath.Path, parts: Iterable[str]) -> None:

@@ -29,12 +29,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from tokenbridge_jax import parallel, processes
-from tokenbridge_jax.errors import UserError
-from tokenbridge_jax.progress import Progress
-from tokenbridge_jax.training import hardware
+from tokenbridge_jax.runtime import hardware, meshes, processes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress
 from tokenbridge_jax.training.checkpoints import Checkpoints
-from tokenbridge_jax.training.metrics import MetricWriter, read_metrics
+from tokenbridge_jax.training.metric_writer import MetricWriter, read_metrics
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import TrainState, abstract_state, create_state, redraw
 from tokenbridge_jax.training.step import Task, make_train_step
@@ -137,7 +136,7 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
     abstract = abstract_state(run.task.init, optimizer, mesh)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(parallel.use_mesh(mesh))
+        stack.enter_context(meshes.use_mesh(mesh))
         checkpoints = Checkpoints(
             run.directory / "checkpoints", section.get("keep", 2), section.get("keep_every", 0)
         )
@@ -180,7 +179,7 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
         stack.callback(report.close)
 
         for step in range(start + 1, total + 1):
-            batch = parallel.to_global(next(batches), mesh)
+            batch = meshes.to_global(next(batches), mesh)
             state, metrics = train_step(state, batch, run.draw(step - 1))
             # Update `step` runs on the device while the host looks at the one before it.
             report.settle()

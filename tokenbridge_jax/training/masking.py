@@ -30,7 +30,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 from scipy import special
 
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 
 @flax.struct.dataclass

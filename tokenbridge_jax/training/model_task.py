@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tokenbridge_jax import parallel
 from tokenbridge_jax.loss import image_nll, loss
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.training.masking import MaskDraw, MaskSampler, draw_orders
 
 Batch = Mapping[str, Any]
@@ -122,7 +122,7 @@ def make_validation(
     # Slots for any ratio: one program for all.
     draws = [masks.all_slots(num_hidden) for num_hidden in masks.quantiles(ratios)]
 
-    @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
+    @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
     def batch_nll(
         params: Any, batch: Batch, first: Int[Array, ""], draw: MaskDraw
     ) -> Float[Array, "2"]:
@@ -147,7 +147,7 @@ def make_validation(
         sums: list[jax.Array] = []
         first = 0
         for local in batches:
-            batch = parallel.to_global(local, mesh)
+            batch = meshes.to_global(local, mesh)
             sums += [batch_nll(params, batch, np.int32(first), draw) for draw in draws]
             first += len(batch["labels"])
         total = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)

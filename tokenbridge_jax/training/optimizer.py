@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.runtime.errors import UserError
 
 # Leaves of these names are biases and the scales of norms: one number a feature, which decay would
 # only pull away from 0 and 1. Everything else decays: matrices, embeddings, mask token, null

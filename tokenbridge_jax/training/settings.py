@@ -7,9 +7,9 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax import parallel
-from tokenbridge_jax.errors import UserError
 from tokenbridge_jax.model import DTYPES
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
 
 # What a value must be: in words, and as a test (which NaN fails).
 _Rule = tuple[str, Callable[[Any], bool]]
@@ -71,7 +71,7 @@ def check_training(config: ConfigDict, name: str, mesh: Mesh) -> None:
       UserError: a value makes no sense, or the batch does not divide over the mesh.
     """
     check_ranges(config, name)
-    section, shards = config[name], parallel.batch_shards(mesh)
+    section, shards = config[name], meshes.batch_shards(mesh)
     accumulation = section.get("accumulation", 1)
     if section.batch_size % (accumulation * shards):
         raise UserError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tokenbridge_jax import parallel
+from tokenbridge_jax.runtime import meshes
 
 # Makes the boxed parameters of a model (their logical axis names on them) from a random key.
 InitFunction = Callable[[jax.Array], Any]
@@ -50,10 +50,10 @@ def abstract_state(
     Returns:
       A TrainState of `jax.ShapeDtypeStruct`, each with its sharding.
     """
-    params = parallel.abstract_arrays(jax.eval_shape(init, jax.random.key(0)), mesh)
+    params = meshes.abstract_arrays(jax.eval_shape(init, jax.random.key(0)), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     shapes = jax.eval_shape(_initial_state(init, optimizer), jax.random.key(0))
-    replicated = parallel.replicated(mesh)
+    replicated = meshes.replicated(mesh)
 
     def place(shape: jax.ShapeDtypeStruct, sharding: Any = replicated) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

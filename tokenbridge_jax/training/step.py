@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from tokenbridge_jax import parallel
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.training.state import TrainState, state_shardings
 
 Metrics = dict[str, Float[Array, ""]]
@@ -64,7 +64,7 @@ def make_train_step(
       optimizer: see `optimizer.make_optimizer`.
       schedule: its learning rate, for the report.
       abstract: shardings of the state (`state.abstract_state`).
-      mesh: the devices; batches come split along data x fsdp (`parallel.to_global`).
+      mesh: the devices; batches come split along data x fsdp (`meshes.to_global`).
       seed: of examples' choices and dropout.
       ema_decay: d in `ema <- d ema + (1 - d) params`, applied after every update.
       accumulation: micro-batches a batch is computed in, one after the other.
@@ -109,7 +109,7 @@ def make_train_step(
         metrics = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
 
 
 def _accumulate(

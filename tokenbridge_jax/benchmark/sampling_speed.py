@@ -1,0 +1,108 @@
+"""Sampling whole images, and the channel head alone."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tokenbridge_jax.benchmark import inputs
+from tokenbridge_jax.benchmark.measure import Call, Case
+from tokenbridge_jax.flops import head_flops, sampling_flops
+from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.sampling.sampler import SamplingSettings, generate, prepare_params
+
+
+def sample_cases(
+    config: ConfigDict,
+    mesh: Mesh,
+    batches: Sequence[int],
+    steps: Sequence[int],
+    guidance: float | None = None,
+) -> list[Case]:
+    """`generate` for every batch size and number of reveal steps; the indices, not the images.
+
+    Args:
+      config: the experiment; its section `sampling` says what the arguments do not.
+      mesh: the devices.
+      batches: images at once, over all devices.
+      steps: numbers of reveal steps.
+      guidance: scale; the config's by default.
+
+    Raises:
+      UserError: a batch does not fit the mesh, or a setting makes no sense.
+    """
+    inputs.check_batches(batches, mesh)
+    model = inputs.make_model(config)
+    changes = {} if guidance is None else {"guidance": guidance}
+    make_params = functools.cache(lambda: inputs.random_params(model, mesh))
+
+    def case(batch: int, settings: SamplingSettings) -> Case:
+        def prepare(stack: contextlib.ExitStack) -> Call:
+            stack.enter_context(meshes.use_mesh(mesh))
+            params = make_params()
+            labels = inputs.random_batch(model, batch, mesh)["labels"]
+            numbers = jax.device_put(np.arange(batch, dtype=np.int32), labels.sharding)
+            return lambda: generate(model, params, labels, numbers, settings)
+
+        return Case(
+            name=f"sample_batch{batch}_steps{settings.num_iter}",
+            settings={
+                **inputs.describe_model(config),
+                "batch": batch,
+                "mesh": dict(mesh.shape),
+                **dataclasses.asdict(settings),
+            },
+            prepare=prepare,
+            work={"images": batch},
+            flops=batch * sampling_flops(model, settings),
+            devices=mesh.size,
+        )
+
+    section = config.sampling
+    chosen = [SamplingSettings.from_section(section, num_iter=n, **changes) for n in steps]
+    return [case(batch, settings) for batch, settings in itertools.product(batches, chosen)]
+
+
+def head_cases(config: ConfigDict, positions: Sequence[int]) -> list[Case]:
+    """The head drawing all channels of so many positions, on one device."""
+    model = inputs.make_model(config)
+    mesh = meshes.make_mesh(devices=jax.local_devices()[:1])
+    module = TokenBridge(model, unrolled=True)
+
+    @functools.cache
+    def make_params():
+        prepare = jax.jit(functools.partial(prepare_params, config=model))
+        return prepare(inputs.random_params(model, mesh))
+
+    @jax.jit
+    def draw(params, feature, keys):
+        return module.apply(
+            {"params": params}, feature, keys, jnp.float32(1), method=TokenBridge.sample_positions
+        )
+
+    def case(count: int) -> Case:
+        def prepare(stack: contextlib.ExitStack) -> Call:
+            stack.enter_context(meshes.use_mesh(mesh))
+            params = make_params()
+            key, keys_key = jax.random.split(jax.random.key(1))
+            feature = jax.random.normal(key, (count, 1, model.decoder_width))
+            keys = jax.random.split(keys_key, (count, 1))
+            return lambda: draw(params, feature, keys)
+
+        return Case(
+            name=f"head_positions{count}",
+            settings={**inputs.describe_model(config), "positions": count},
+            prepare=prepare,
+            work={"positions": count},
+            flops=count * head_flops(model),
+        )
+
+    return [case(count) for count in positions]

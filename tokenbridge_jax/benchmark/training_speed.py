@@ -1,0 +1,208 @@
+"""The training step: loss and gradients with dropout, clip, AdamW, EMA, on random indices.
+
+The number of hidden positions decides which program a step runs (see `training/masking.py`), and
+each is a case of its own. By default it is the one whose number lies nearest the expected; with all
+of them, `expectations` says what a step of training takes on average.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tokenbridge_jax.benchmark import inputs
+from tokenbridge_jax.benchmark.measure import Call, Case, Line
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training.masking import MaskDraw, MaskSampler
+from tokenbridge_jax.training.model_task import ModelTask
+from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tokenbridge_jax.training.settings import check_ranges
+from tokenbridge_jax.training.state import abstract_state, create_state
+from tokenbridge_jax.training.step import make_train_step
+
+
+class Trainer:
+    """The training step of a config and its state, which every step replaces."""
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        section = config.training
+        check_ranges(config, "training")
+        self._mesh = mesh
+        self.model = inputs.make_model(config)
+        self.masks = MaskSampler.from_config(config, self.model.positions)
+        task = ModelTask(self.model, config.model.class_dropout, section.head_fraction)
+        # The length of an epoch moves the learning rate and nothing else.
+        recipe = OptimizerConfig.from_section(section, 1000, "training")
+        self._optimizer, schedule = make_optimizer(recipe)
+        self._init = inputs.random_init(task.init)
+        self.abstract = abstract_state(self._init, self._optimizer, mesh)
+        self._step: Any = make_train_step(
+            task,
+            self._optimizer,
+            schedule,
+            self.abstract,
+            mesh,
+            seed=config.seed,
+            ema_decay=section.ema_decay,
+            accumulation=section.accumulation,
+        )
+        self._state: Any = None
+
+    def prepare(self, stack: contextlib.ExitStack) -> None:
+        """Makes the state, unless an earlier case left one."""
+        stack.push(self._on_exit)
+        if self._state is None:
+            self._state = create_state(self._init, self._optimizer, self.abstract, seed=0)
+
+    def trace(self, batch: int, draw: MaskDraw) -> jax.stages.Traced:
+        """The step for so many images over all devices, which need not exist."""
+        model, sharding = self.model, meshes.batch_sharding(self._mesh)
+        shape = (batch, model.positions, model.channels)
+        images = {
+            "indices": jax.ShapeDtypeStruct(shape, model.quantizer.index_dtype, sharding=sharding),
+            "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
+        }
+        with meshes.use_mesh(self._mesh):
+            return self._step.trace(self.abstract, images, draw)
+
+    def _on_exit(self, error: Any, *_: Any) -> None:
+        """A step that fails takes the state with it."""
+        if error is not None:
+            self._state = None
+
+    def step(self, batch: Any, draw: MaskDraw) -> Any:
+        """One update; returns its metrics, which are there when all of it is."""
+        self._state, metrics = self._step(self._state, batch, draw)
+        return metrics
+
+
+def cases(
+    config: ConfigDict,
+    mesh: Mesh,
+    batches: Sequence[int],
+    *,
+    hidden: int | None = None,
+    all_buckets: bool = False,
+) -> list[Case]:
+    """A case for every batch size and program.
+
+    Args:
+      config: the experiment.
+      mesh: the devices.
+      batches: images of a step, over all devices.
+      hidden: positions hidden; by default the number nearest the expected.
+      all_buckets: every program instead.
+
+    Raises:
+      UserError: a batch does not fit the mesh, or so many positions are never hidden.
+    """
+    inputs.check_batches(batches, mesh, config.training.accumulation)
+    trainer = Trainer(config, mesh)
+    chances = trainer.masks.probabilities()
+    if all_buckets:
+        chosen = _buckets(trainer.masks)
+    else:
+        expected = sum(number * chance for number, chance in chances.items())
+        chosen = [{round(expected) if hidden is None else hidden: 1.0}]
+    for number in chosen[0]:
+        if number not in chances:
+            raise UserError(
+                f"--hidden={number} never occurs; a batch hides {min(chances)} to {max(chances)} "
+                "positions"
+            )
+    return [_case(config, mesh, trainer, batch, bucket) for batch in batches for bucket in chosen]
+
+
+def _buckets(masks: MaskSampler) -> list[dict[int, float]]:
+    """The numbers of hidden positions that share a program, with their probabilities."""
+    buckets: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
+    for number, chance in masks.probabilities().items():
+        draw = masks.slots(number)
+        buckets[draw.hidden_slots, draw.visible_slots][number] = chance
+    return list(buckets.values())
+
+
+def _case(
+    config: ConfigDict, mesh: Mesh, trainer: Trainer, batch: int, bucket: dict[int, float]
+) -> Case:
+    """The step at the mean number of a bucket; its FLOPs are expected over the bucket."""
+    total = sum(bucket.values())
+    hidden = round(sum(number * chance for number, chance in bucket.items()) / total)
+    draw = trainer.masks.slots(hidden)
+    fraction = config.training.head_fraction
+    forward = sum(
+        chance * trainer.model.forward_flops(number, fraction * number)
+        for number, chance in bucket.items()
+    )
+
+    def prepare(stack: contextlib.ExitStack) -> Call:
+        stack.enter_context(meshes.use_mesh(mesh))
+        trainer.prepare(stack)
+        images = inputs.random_batch(trainer.model, batch, mesh)
+        return lambda: trainer.step(images, draw)
+
+    return Case(
+        name=f"train_batch{batch}_hidden{hidden}",
+        settings={
+            **inputs.describe_model(config),
+            "batch": batch,
+            "accumulation": config.training.accumulation,
+            "head_fraction": fraction,
+            "mesh": dict(mesh.shape),
+            "hidden": hidden,
+            "hidden_slots": draw.hidden_slots,
+            "visible_slots": draw.visible_slots,
+            "probability": total,
+        },
+        prepare=prepare,
+        work={"images": batch},
+        flops=3 * batch * forward / total,
+        devices=mesh.size,
+        overlapped=True,
+    )
+
+
+def expectations(lines: Sequence[Line]) -> list[Line]:
+    """One line a batch size from those of all its programs, weighted by their probabilities."""
+    by_batch: dict[int, list[Line]] = defaultdict(list)
+    for line in lines:
+        by_batch[line["settings"]["batch"]].append(line)
+    return [_expectation(group) for group in by_batch.values()]
+
+
+def _expectation(lines: list[Line]) -> Line:
+    one_program = ("hidden", "hidden_slots", "visible_slots", "probability", "calls_per_timing")
+    settings = {k: v for k, v in lines[0]["settings"].items() if k not in one_program}
+    line: Line = {"what": "train", "settings": settings | {"hidden": "as drawn in training"}}
+    if any("error" in other for other in lines):
+        return line | {"error": "not every program could be measured"}
+
+    chances = np.array([other["settings"]["probability"] for other in lines])
+    flops = np.array([other["flops_by_hand"] for other in lines])
+    seconds = {
+        name: float(chances @ [other["seconds"][name] for other in lines])
+        for name in ("median", "min", "max")
+    }
+    # The same for all: what share_of_peak is a share of.
+    peak = flops[0] / lines[0]["seconds"]["median"] / lines[0]["share_of_peak"]
+    return line | {
+        "seconds": seconds | {"repeats": lines[0]["seconds"]["repeats"]},
+        "images_per_second": settings["batch"] / seconds["median"],
+        "flops_by_hand": float(chances @ flops),
+        "share_of_peak": float(chances @ flops / seconds["median"] / peak),
+        "programs": [
+            {
+                name: other["settings"][name]
+                for name in ("hidden_slots", "visible_slots", "probability")
+            }
+            | {name: other[name] for name in ("seconds", "compile_seconds")}
+            for other in lines
+        ],
+    }

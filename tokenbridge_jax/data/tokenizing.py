@@ -1,0 +1,480 @@
+"""Images -> latents -> index shards: what `tokenbridge tokenize` does.
+
+Every picture has a fixed place: shard k of a split holds `records_per_shard` neighbouring pictures
+of its source, is encoded in the same batches every time, and draws its posterior noise from the
+seed, the picture's number and its source. A shard appears only when complete, so a run that was
+killed is finished by running it again: it skips what is there and writes the rest as it would have
+been.
+
+Host and device overlap: threads decode the pictures of the next batches while the device encodes
+one and the host stores the one before. Several processes share the shards between them and
+otherwise work alone, each on its own devices; where one fails, all stop.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from tokenbridge_jax.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder
+from tokenbridge_jax.codec import Codec, Encoded
+from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.batches import Batch, ShardPlan, prepared_batches
+from tokenbridge_jax.data.shards import DatasetInfo, ShardWriter
+from tokenbridge_jax.data.sources import Source, hold_out, make_source
+from tokenbridge_jax.ops.precision import check_precision
+from tokenbridge_jax.quantizer import (
+    ChannelSpectrum,
+    ChannelStatistics,
+    Quantizer,
+    resolve_channel_order,
+)
+from tokenbridge_jax.runtime import meshes, processes, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress
+
+# Of a split, before its pictures are encoded.
+LABELS_LOOKED_AT = 200
+
+# Makes batches out of shards; the strictness, sizes and threads are those of the run.
+Prepare = Callable[[list[ShardPlan]], Iterator[Batch]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """The pictures of one split: indices into a source."""
+
+    source: Source
+    images: np.ndarray
+
+    def spread(self, count: int) -> "Subset":
+        """At most `count` of the pictures, evenly spaced: sources are sorted by class."""
+        places = np.linspace(0, len(self.images) - 1, min(count, len(self.images)))
+        return Subset(self.source, self.images[places.astype(np.int64)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run did: `images` encoded by this process in `seconds`, and all there is now."""
+
+    info: DatasetInfo
+    folder: Path
+    images: int
+    seconds: float
+
+
+def tokenize(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    *,
+    strict: bool = False,
+    begin: Callable[[], None] = lambda: None,
+) -> Result:
+    """Writes `WORKDIR/tokens` from the images of `config.data` and `WORKDIR/autoencoder`.
+
+    Args:
+      config: sections `data`, `quantizer`, `tokenize`, and `seed`.
+      workdir: holds `autoencoder/`; gets `tokens/`.
+      strict: stop at the first broken picture instead of leaving it out.
+      begin: called on process 0 when all settings are accepted, before the long work.
+
+    Raises:
+      UserError: something is missing, does not fit together, or differs from what the folder was
+        begun with; or the disk is full; or another process failed.
+    """
+    first = jax.process_index() == 0
+    with _all_or_none():
+        folder = shards.local_folder(workdir) / "tokens"
+        _check_settings(config)
+        autoencoder, params = _load_autoencoder(storage.as_path(workdir) / "autoencoder", config)
+        subsets = make_subsets(config)
+        _check_labels(subsets)
+        info = _describe(config, autoencoder, params, subsets)
+        mesh = meshes.make_mesh(devices=jax.local_devices())
+        codec = Codec(autoencoder, params, info.quantizer, mesh, info.precision)
+    pool = ThreadPoolExecutor(config.tokenize.decode_workers or os.cpu_count())
+
+    def prepare(plans: list[ShardPlan]) -> Iterator[Batch]:
+        size, channels = config.data.image_size, config.data.image_channels
+        batch_size = config.tokenize.batch_size
+        return prepared_batches(plans, batch_size, size, channels, pool, strict=strict)
+
+    def measure() -> ChannelSpectrum:
+        calibration = subsets["train"].spread(config.quantizer.calibration_images)
+        return _measure_spectrum(calibration, codec, prepare)
+
+    try:
+        # Process 0 goes first; the others find the description it left.
+        for turn in (True, False):
+            with _all_or_none():
+                if turn == first:
+                    info = _agree_on_making(folder, info, config.quantizer.channel_order, measure)
+                    if first:
+                        begin()
+        with _all_or_none():
+            planned = plan_shards(folder, info, subsets)
+            mine = planned[jax.process_index() :: jax.process_count()]
+            todo = [plan for plan in mine if shards.read_summary(plan.path) is None]
+            start = time.monotonic()
+            _write_shards(todo, sum(len(plan.images) for plan in mine), info, codec, prepare)
+            seconds = time.monotonic() - start
+    finally:
+        pool.shutdown(cancel_futures=True)
+    with _all_or_none():
+        if first:
+            _finish(folder, info, planned)
+    images = sum(len(plan.images) for plan in todo)
+    return Result(shards.read_info(folder), folder, images, seconds)
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[None]:
+    """Ends its body on all processes together: if one fails there, all raise.
+
+    Without this the others would wait for ever for the one that failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() > 1:
+            reason = str(error) or type(error).__name__
+            index = jax.process_index()
+            print(f"process {index} failed, the others follow: {reason}", file=sys.stderr)
+        processes.gather("failed")
+        raise
+    outcomes = processes.gather("succeeded")
+    if "failed" in outcomes:
+        raise UserError(
+            f"process {outcomes.index('failed')} of this job failed (its own output says why); "
+            "mend that and run again: it goes on where it stopped"
+        )
+
+
+def make_subsets(config: ConfigDict) -> dict[str, Subset]:
+    """The pictures of the splits "train" and, if one is asked for, "validation".
+
+    Validation is the source's own split `data.validation_split`, or else a share
+    `tokenize.validation_fraction` of the training pictures, chosen by a hash of their names.
+
+    Raises:
+      UserError: a source is missing or empty, or the two have different classes.
+    """
+    source = make_source(config.data)
+    own = config.data.validation_split
+    fraction = config.tokenize.validation_fraction
+    if not 0 <= fraction < 1:
+        raise UserError(
+            f"config.tokenize.validation_fraction is {fraction}; it must be 0 or more and below 1"
+        )
+    train = np.arange(len(source))
+    if own:
+        other = make_source(config.data, own)
+        if other.class_names != source.class_names:
+            raise UserError(
+                f"validation split '{own}' has {len(other.class_names)} classes whose names are "
+                f"not those of the {len(source.class_names)} training classes"
+            )
+        return {"train": Subset(source, train), "validation": Subset(other, np.arange(len(other)))}
+    if not fraction:
+        return {"train": Subset(source, train)}
+    train, validation = hold_out(source, fraction)
+    if not len(train):
+        raise UserError(
+            f"tokenize.validation_fraction = {fraction} leaves none of {len(source)} images for "
+            "training; lower it"
+        )
+    return {"train": Subset(source, train), "validation": Subset(source, validation)}
+
+
+def _check_labels(subsets: dict[str, Subset]) -> None:
+    """Looks for pictures without a class, for which TFDS writes -1, before the long work.
+
+    Labels of an archive are read together with pictures: of many, some are looked at, and the rest
+    when they are written.
+    """
+    for split, subset in subsets.items():
+        looked_at = subset.spread(LABELS_LOOKED_AT)
+        classes = len(subset.source.class_names)
+        labels = np.array([subset.source.label(int(i)) for i in looked_at.images])
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        if len(wrong):
+            image = int(looked_at.images[wrong[0]])
+            of = "" if len(labels) == len(subset.images) else " looked at"
+            raise UserError(
+                f"{split} split: {len(wrong)} of {len(labels)} pictures{of} have no class, such as "
+                + _without_class(subset.source, image, int(labels[wrong[0]]))
+            )
+
+
+def _without_class(source: Source, image: int, label: int) -> str:
+    return (
+        f"{source.name(image)} with label {label} of {len(source.class_names)} classes; name "
+        "splits without such pictures in --config.data.split and --config.data.validation_split"
+    )
+
+
+def plan_shards(folder: Path, info: DatasetInfo, subsets: dict[str, Subset]) -> list[ShardPlan]:
+    """Assigns every picture to its shard, neighbours together.
+
+    A split gets shards of `records_per_shard`, or smaller ones (a multiple of 64) if that would
+    make fewer than about eight: what a killed run has to do again is one shard.
+    """
+    planned = []
+    for split, subset in subsets.items():
+        images = len(subset.images)
+        size = min(info.records_per_shard, -(-images // (8 * 64)) * 64)
+        count = -(-images // size)
+        for number in range(count):
+            path = folder / shards.shard_name(split, number, count)
+            chosen = subset.images[number * size : (number + 1) * size]
+            planned.append(ShardPlan(path, split, subset.source, chosen))
+    return planned
+
+
+def make_quantizer(config: ConfigDict) -> Quantizer:
+    """The quantizer that `config.quantizer` asks for."""
+    return Quantizer.gaussian(config.quantizer.levels, config.quantizer.range)
+
+
+def _check_settings(config: ConfigDict) -> None:
+    for section, name, minimum in [
+        ("tokenize", "batch_size", 1),
+        ("tokenize", "records_per_shard", 1),
+        ("tokenize", "posterior_samples", 0),
+        ("tokenize", "decode_workers", 0),
+        ("quantizer", "calibration_images", 1),
+    ]:
+        if config[section][name] < minimum:
+            raise UserError(
+                f"config.{section}.{name} is {config[section][name]}, must be at least {minimum}"
+            )
+    if "precision" not in config.tokenize:
+        raise UserError("the config has no tokenize.precision; add precision='float32'")
+    check_precision(config.tokenize.precision, "config.tokenize.precision")
+
+
+def _load_autoencoder(folder: epath.Path, config: ConfigDict) -> tuple[AutoencoderConfig, Any]:
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"there is no autoencoder in {folder}; run `tokenbridge train-vae` or `import-torch` "
+            "with this --workdir first"
+        )
+    autoencoder, params = load_autoencoder(folder)
+    autoencoder.check_image_size(config.data.image_size, config.data.image_size)
+    if autoencoder.image_channels != config.data.image_channels:
+        raise UserError(
+            f"the autoencoder in {folder} takes {autoencoder.image_channels} image channels but "
+            f"config.data.image_channels is {config.data.image_channels}"
+        )
+    return autoencoder, params
+
+
+def _describe(
+    config: ConfigDict, autoencoder: AutoencoderConfig, params: Any, subsets: dict[str, Subset]
+) -> DatasetInfo:
+    """How the shards are going to be made; the channel order is still to be found."""
+    rule = config.quantizer.channel_order
+    if rule == "frequency":
+        calibration = subsets["train"].spread(config.quantizer.calibration_images)
+        rule = f"frequency, over {len(calibration.images)} images"
+    elif rule not in ("kl16", "identity"):
+        rule = "given"
+    return DatasetInfo(
+        quantizer=make_quantizer(config),
+        autoencoder=autoencoder,
+        autoencoder_hash=autoencoder_hash(autoencoder, params),
+        channel_order=(),
+        channel_order_rule=rule,
+        image_size=config.data.image_size,
+        posterior_samples=config.tokenize.posterior_samples,
+        flips=config.data.flip,
+        seed=config.seed,
+        precision=config.tokenize.precision,
+        class_names=subsets["train"].source.class_names,
+        records_per_shard=config.tokenize.records_per_shard,
+        split_noise=config.tokenize.posterior_samples > 0
+        and any(subset.source is not subsets["train"].source for subset in subsets.values()),
+        sources={
+            split: {**subset.source.describe(), "chosen": len(subset.images)}
+            for split, subset in subsets.items()
+        },
+    )
+
+
+def _measure_spectrum(subset: Subset, codec: Codec, prepare: Prepare) -> ChannelSpectrum:
+    """Low-frequency shares of the channels, over the posterior means of some pictures."""
+    spectrum = ChannelSpectrum(codec.config.latent_channels)
+    plan = ShardPlan(Path(), "train", subset.source, subset.images)
+    with Progress(len(subset.images), desc="channel order") as progress:
+        for batch in prepare([plan]):
+            latents = np.asarray(codec.encode(batch.pixels).latents)[batch.good]
+            if len(latents):
+                spectrum.update(latents)
+            progress.update(len(batch.images))
+    return spectrum
+
+
+def _agree_on_making(
+    folder: Path, info: DatasetInfo, setting: Any, measure: Callable[[], ChannelSpectrum]
+) -> DatasetInfo:
+    """Settles the channel order, and checks against what the folder was begun with."""
+    begun = shards.read_begun_info(folder)
+    if begun is not None and setting == "frequency":
+        order = begun.channel_order
+    else:
+        spectrum = measure() if setting == "frequency" else None
+        order = resolve_channel_order(setting, info.channels, spectrum)
+    info = dataclasses.replace(info, channel_order=order)
+    if begun is not None:
+        # What an earlier version began goes on as it did.
+        info = dataclasses.replace(info, split_noise=begun.split_noise)
+        if begun.precision == shards.UNSTATED:
+            info = dataclasses.replace(info, precision=shards.UNSTATED)
+        try:
+            begun.check_same_making(info)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+    elif any(folder.glob("*.array_record")):
+        raise UserError(
+            f"{folder} holds shards without a {shards.INFO_FILE}; put that file back, or use "
+            "another --workdir"
+        )
+    else:
+        shards.write_info(folder, info, partial=True)
+    return info
+
+
+def _write_shards(
+    todo: list[ShardPlan], total: int, info: DatasetInfo, codec: Codec, prepare: Prepare
+) -> None:
+    """Writes the shards that are missing; `total` counts the pictures of those there as well."""
+    if not todo:
+        return
+    done = total - sum(len(plan.images) for plan in todo)
+    with Progress(total, desc="tokenize", done=done) as progress:
+        encoded = _encoded_batches(prepare(todo), codec, info)
+        for plan, of_shard in itertools.groupby(encoded, key=lambda pair: pair[0].shard):
+            _write_shard(plan, of_shard, info, progress)
+
+
+def _encoded_batches(
+    batches: Iterator[Batch], codec: Codec, info: DatasetInfo
+) -> Iterator[tuple[Batch, list[Encoded]]]:
+    """Gives every batch to the device before the results of the one before are asked for."""
+    previous = None
+    for batch in batches:
+        encoded = _encode(batch, codec, info)
+        if previous is not None:
+            yield previous
+        previous = batch, encoded
+    if previous is not None:
+        yield previous
+
+
+def _encode(batch: Batch, codec: Codec, info: DatasetInfo) -> list[Encoded]:
+    """Starts encoding a batch: an item a posterior sample, of `[B x flips]` pictures each."""
+    pixels = batch.pixels
+    flips = 2 if info.flips else 1
+    if info.flips:
+        pixels = np.stack([pixels, pixels[:, :, ::-1]], axis=1).reshape(-1, *pixels.shape[1:])
+    if info.posterior_samples == 0:
+        return [codec.encode(pixels)]
+    numbers = np.zeros(len(batch.pixels), np.int64)
+    numbers[: len(batch.images)] = batch.images
+    # Every view of every picture has its own noise, whatever it is batched with.
+    views = numbers[:, None] * info.views + np.arange(flips)
+    split = batch.shard.split
+    stream = zlib.crc32(split.encode()) if info.split_noise and split != "train" else 0
+    return [
+        codec.encode(pixels, (views + sample * flips).ravel(), info.seed, stream)
+        for sample in range(info.posterior_samples)
+    ]
+
+
+def _write_shard(
+    plan: ShardPlan,
+    batches: Iterator[tuple[Batch, list[Encoded]]],
+    info: DatasetInfo,
+    progress: Progress,
+) -> None:
+    """Writes one shard from the batches it is made of."""
+    statistics = ChannelStatistics(info.channels, info.quantizer.levels)
+    skipped: list[dict[str, Any]] = []
+    with ShardWriter(plan.path) as writer:
+        for batch, encoded in batches:
+            good = batch.good
+            indices, clipped, nan = (
+                _views(batch, [getattr(sample, name) for sample in encoded])[good]
+                for name in ("indices", "clipped", "broken")
+            )
+            if nan.any():
+                image = int(batch.images[good[np.argmax(nan.any(axis=1))]])
+                raise UserError(
+                    f"the latents of {plan.source.name(image)} hold NaN: the autoencoder's "
+                    "weights are damaged, or overflow in config.tokenize.precision"
+                )
+            for image, label in zip(batch.images[good], batch.labels[good], strict=True):
+                if not 0 <= label < len(info.class_names):
+                    without = _without_class(plan.source, int(image), int(label))
+                    raise UserError(f"{plan.split} split: a picture has no class, {without}")
+            records = np.empty(len(good), info.record)
+            records["image"] = batch.images[good]
+            records["label"] = batch.labels[good]
+            records["indices"] = indices
+            writer.write(records)
+            statistics.update(indices, clipped)
+            for place, reason in batch.broken.items():
+                progress.note(f"broken image left out: {reason}")
+                image = int(batch.images[place])
+                skipped.append({"split": plan.split, "image": image, "reason": reason})
+            progress.update(len(batch.images))
+        writer.commit(skipped, statistics)
+
+
+def _views(batch: Batch, samples: list[Any]) -> np.ndarray:
+    """`[B x flips, ...]` for every sample -> `[B, samples x flips, ...]`, the order of a record."""
+    by_picture = [np.asarray(x).reshape(len(batch.pixels), -1, *x.shape[1:]) for x in samples]
+    return np.concatenate(by_picture, axis=1)
+
+
+def _finish(folder: Path, info: DatasetInfo, planned: list[ShardPlan]) -> None:
+    """Joins what the shards counted into `dataset.json`, the sign that everything is there."""
+    splits: dict[str, Any] = {}
+    totals: dict[str, ChannelStatistics] = {}
+    skipped: list[dict[str, Any]] = []
+    for plan in planned:
+        summary = shards.read_summary(plan.path)
+        if summary is None:
+            raise UserError(f"shard {plan.path} is missing; do all processes see the same folder?")
+        split = splits.setdefault(plan.split, {"images": 0, "shards": []})
+        split["images"] += summary.records
+        split["shards"].append(
+            {"file": plan.path.name, "records": summary.records, "bytes": summary.size}
+        )
+        empty = ChannelStatistics(info.channels, info.quantizer.levels)
+        totals.setdefault(plan.split, empty).merge(summary.statistics)
+        skipped += summary.skipped
+    if not splits["train"]["images"]:
+        raise UserError(f"none of the images could be used; the first: {skipped[0]['reason']}")
+    info = dataclasses.replace(
+        info,
+        splits=splits,
+        statistics={split: statistics.summary() for split, statistics in totals.items()},
+        skipped=tuple(skipped),
+    )
+    shards.write_info(folder, info)
+    (folder / shards.PARTIAL_INFO_FILE).unlink(missing_ok=True)
+    for temporary in [*folder.glob(".*.tmp"), *folder.glob("statistics/.*.tmp")]:
+        temporary.unlink(missing_ok=True)  # Of runs that were killed.

@@ -1,0 +1,86 @@
+"""Matmul FLOPs that the mathematics asks for, counted by hand as `TokenBridgeConfig.forward_flops`.
+
+A product of [m, k] with [k, n] is 2mkn, and a convolution is one with k the kernel's places and
+input channels, borders included; embeddings, norms and the softmax count nothing; no slot is
+padding, and nothing is computed twice.
+"""
+
+from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.sampling.schedule import SamplingSettings, guidance_scales, hidden_counts
+
+
+def head_flops(config: TokenBridgeConfig) -> int:
+    """The head on one position: C tokens, whether at once (training) or one by one (sampling)."""
+    return int(config.forward_flops(1, 1) - config.forward_flops(1, 0))
+
+
+def backbone_flops(config: TokenBridgeConfig, hidden: int) -> int:
+    """The backbone on one image: the visible positions through the encoder, all the decoder."""
+    return int(config.forward_flops(hidden, 0))
+
+
+def sampling_flops(config: TokenBridgeConfig, settings: SamplingSettings) -> int:
+    """One image: the backbone at every step, twice with guidance, and the head.
+
+    It draws every position once, or in confidence order all that are hidden at every step.
+    """
+    before = [config.positions, *hidden_counts(config.positions, settings.num_iter)[:-1].tolist()]
+    branches = 1 + (guidance_scales(config.positions, settings) != 1)
+    steps = sum(
+        copies * backbone_flops(config, hidden)
+        for hidden, copies in zip(before, branches.tolist(), strict=True)
+    )
+    drawn = sum(before) if settings.order == "confidence" else config.positions
+    return steps + drawn * head_flops(config)
+
+
+def encode_flops(config: AutoencoderConfig) -> int:
+    """The autoencoder on one image of the nominal size, to the moments of its latents."""
+    side, width = config.image_size, config.channels
+    total = _conv(side, 3, config.image_channels, width)
+    for level, multiplier in enumerate(config.multipliers):
+        if level:
+            side //= 2
+            total += _conv(side, 3, width, width)
+        for _ in range(config.blocks):
+            total += _residual(side, width, config.channels * multiplier)
+            width = config.channels * multiplier
+            total += _attention(side, width) * config.has_attention(level)
+    moments = 2 * config.latent_channels
+    total += _middle(side, width)
+    return total + _conv(side, 3, width, moments) + _conv(side, 1, moments, moments)
+
+
+def decode_flops(config: AutoencoderConfig) -> int:
+    """The autoencoder from the latents of one image to its pixels."""
+    side, width = config.grid, config.channels * config.multipliers[-1]
+    latents = config.latent_channels
+    total = _conv(side, 1, latents, latents) + _conv(side, 3, latents, width)
+    total += _middle(side, width)
+    for level, multiplier in reversed(list(enumerate(config.multipliers))):
+        for _ in range(config.blocks + 1):
+            total += _residual(side, width, config.channels * multiplier)
+            width = config.channels * multiplier
+        if level:
+            side *= 2
+            total += _conv(side, 3, width, width)
+    return total + _conv(side, 3, width, config.image_channels)
+
+
+def _conv(side: int, kernel: int, inputs: int, outputs: int) -> int:
+    """`side` is that of the output, in pixels."""
+    return 2 * side**2 * kernel**2 * inputs * outputs
+
+
+def _residual(side: int, inputs: int, outputs: int) -> int:
+    shortcut = _conv(side, 1, inputs, outputs) if inputs != outputs else 0
+    return _conv(side, 3, inputs, outputs) + _conv(side, 3, outputs, outputs) + shortcut
+
+
+def _attention(side: int, width: int) -> int:
+    return 4 * _conv(side, 1, width, width) + 4 * side**4 * width
+
+
+def _middle(side: int, width: int) -> int:
+    return 2 * _residual(side, width, width) + _attention(side, width)

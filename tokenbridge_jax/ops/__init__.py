@@ -1,0 +1,1 @@
+"""Operations with a fast version for some devices and a plain one for all others."""

@@ -1,0 +1,178 @@
+"""Attention over the channels of a position while they are drawn one by one.
+
+Keys and values of the channels so far are cached. One step adds a key and a value, and the newest
+channel asks. On GPUs that is one Pallas kernel; a program does one head of one position, too little
+for a matrix product: rows are multiplied and summed. Everything else, and the small float32 models
+of tests, runs the plain version.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tokenbridge_jax.ops.attention import normed_heads, plain_attention
+from tokenbridge_jax.ops.pallas import (
+    MASKED,
+    NORM_EPSILON,
+    by_platform,
+    gpu_call,
+    has_kernel,
+    on_shards,
+    pl,
+    pl_triton,
+)
+
+# Of a program. One needs no shared memory for its sums, and a position has enough programs.
+WARPS = 1
+
+
+def cached_attention(
+    qkv: Float[Array, "N 1 3 H K"],
+    bias: Float[Array, "3 H K"],
+    norms: tuple[Float[Array, " K"], ...],
+    keys: Float[Array, "N H T K"],
+    values: Float[Array, "N H T K"],
+    place: Int[Array, ""],
+) -> tuple[Float[Array, "N 1 H K"], Float[Array, "N H T K"], Float[Array, "N H T K"]]:
+    """`channel_attention` at one place, given the keys and values of the places before it.
+
+    Args:
+      qkv: the place's query, key and value, without their bias.
+      bias: of query, key and value.
+      norms: float32 scale and bias of the query's LayerNorm, then of the key's; apart, since
+        joining them would be work of its own.
+      keys: normed keys of all T places. What they hold from `place` on counts for nothing.
+      values: likewise.
+      place: which one it is.
+
+    Returns:
+      The attention's result, and keys and values with those of `place` written, in their place if
+      the compiler can see that the old ones are not needed again.
+    """
+    arguments = (qkv, bias, norms, keys, values, place)
+    return by_platform(plain_cached_attention, kernel_cached_attention, has_kernel(qkv), *arguments)
+
+
+def plain_cached_attention(
+    qkv: Float[Array, "N 1 3 H K"],
+    bias: Float[Array, "3 H K"],
+    norms: tuple[Float[Array, " K"], ...],
+    keys: Float[Array, "N H T K"],
+    values: Float[Array, "N H T K"],
+    place: Int[Array, ""],
+) -> tuple[Float[Array, "N 1 H K"], Float[Array, "N H T K"], Float[Array, "N H T K"]]:
+    """`cached_attention` in plain operations."""
+    q, k, v = normed_heads(qkv, bias, norms)
+
+    def write(cache: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(cache, x.swapaxes(1, 2), place, axis=2)
+
+    keys, values = write(keys, k), write(values, v)
+    seen = jnp.arange(keys.shape[2]) <= place
+    out = plain_attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen[None, None])
+    return out, keys, values
+
+
+def kernel_cached_attention(
+    qkv: Float[Array, "N 1 3 H K"],
+    bias: Float[Array, "3 H K"],
+    norms: tuple[Float[Array, " K"], ...],
+    keys: Float[Array, "N H T K"],
+    values: Float[Array, "N H T K"],
+    place: Int[Array, ""],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "N 1 H K"], Float[Array, "N H T K"], Float[Array, "N H T K"]]:
+    """`cached_attention` on a GPU."""
+
+    def call(_: jax.Array, place: jax.Array, *arrays: jax.Array) -> Any:
+        *norms, bias, qkv, keys, values = arrays
+        count, heads, width = qkv.shape[0], *qkv.shape[3:]
+        run = gpu_call(
+            _kernel,
+            grid=(count, heads),
+            out_shape=(
+                jax.ShapeDtypeStruct((count, heads, width), qkv.dtype),
+                jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+                jax.ShapeDtypeStruct(values.shape, values.dtype),
+            ),
+            input_output_aliases={7: 1, 8: 2},
+            warps=WARPS,
+            interpret=interpret,
+        )
+        bias, qkv = bias.reshape(-1, width), qkv.reshape(count, -1, width)
+        out, keys, values = run(place, *norms, bias, qkv, keys, values)
+        return out[:, None], keys, values
+
+    inputs = (*[(None,)] * 5, (None, "heads", None), _QKV, _CACHE, _CACHE)
+    outputs = (("batch", None, "heads", None), _CACHE, _CACHE)
+    arrays = place[None], *norms, bias, qkv, keys, values
+    return on_shards(call, inputs, outputs, jnp.zeros(2, jnp.uint32), *arrays)
+
+
+_QKV = ("batch", None, None, "heads", None)
+_CACHE = ("batch", "heads", None, None)
+
+
+def _kernel(
+    place_ref: Any,
+    q_scale_ref: Any,
+    q_bias_ref: Any,
+    k_scale_ref: Any,
+    k_bias_ref: Any,
+    bias_ref: Any,
+    qkv_ref: Any,
+    keys_ref: Any,
+    values_ref: Any,
+    out_ref: Any,
+    new_keys_ref: Any,
+    new_values_ref: Any,
+) -> None:
+    """One head of one position. Rows and columns fill tiles up to powers of two."""
+    position, head = pl.program_id(0), pl.program_id(1)
+    heads, length, width = keys_ref.shape[1:]
+    place = place_ref[0]
+    rows = jnp.arange(pl.next_power_of_2(length))[:, None]
+    columns = jnp.arange(pl.next_power_of_2(width))
+    exists = columns < width
+
+    def load(ref: Any) -> jax.Array:
+        return pl_triton.load(ref, mask=exists, other=0.0)
+
+    def store(ref: Any, x: jax.Array) -> None:
+        pl_triton.store(ref, x.astype(out_ref.dtype), mask=exists)
+
+    def load_part(part: int) -> jax.Array:
+        row = part * heads + head
+        return load(qkv_ref.at[position, row, columns]) + load(bias_ref.at[row, columns])
+
+    def mean(x: jax.Array) -> jax.Array:
+        return jnp.sum(x) / width
+
+    def norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        normal = x.astype(jnp.float32)
+        normal = jnp.where(exists, normal - mean(normal), 0.0)
+        normal *= jax.lax.rsqrt(mean(normal * normal) + NORM_EPSILON)
+        return (normal * scale + bias).astype(x.dtype)
+
+    def load_cache(ref: Any) -> jax.Array:
+        earlier = (rows < place) & exists[None]
+        return pl_triton.load(ref.at[position, head, rows, columns[None]], mask=earlier, other=0.0)
+
+    def extend(cache: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(rows == place, new[None], cache).astype(jnp.float32)
+
+    # All loads first: memory answers while queries and keys are normalized.
+    keys, values = load_cache(keys_ref), load_cache(values_ref)
+    q, k, v = (load_part(part) for part in range(3))
+    norms = [load(ref.at[columns]) for ref in (q_scale_ref, q_bias_ref, k_scale_ref, k_bias_ref)]
+    q, k = norm(q, *norms[:2]), norm(k, *norms[2:])
+    scores = jnp.sum(extend(keys, k) * q.astype(jnp.float32)[None], axis=1, keepdims=True)
+    scores = jnp.where(rows <= place, scores * width**-0.5, MASKED)
+    weights = jnp.exp(scores - jnp.max(scores))
+    weights = (weights / jnp.sum(weights)).astype(v.dtype).astype(jnp.float32)
+    store(out_ref.at[position, head, columns], jnp.sum(weights * extend(values, v), axis=0))
+    store(new_keys_ref.at[position, head, place, columns], k)
+    store(new_values_ref.at[position, head, place, columns], v)

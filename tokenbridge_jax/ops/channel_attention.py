@@ -1,0 +1,306 @@
+"""Causal attention over the channels of a position, with normalized queries and keys.
+
+A position's sequence is short (16 channels), and there are hundreds of thousands of them in a
+batch: as plain operations their many small products leave a GPU mostly idle and every step between
+two of them is another pass over memory. The kernels pack whole sequences into one tile, whose
+product of queries and keys is masked to the blocks on its diagonal. As with `attention`, the
+function and its gradient are one and the platform chooses how they are computed.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt32
+
+from tokenbridge_jax.ops.attention import normed_heads, plain_attention
+from tokenbridge_jax.ops.dropout import keep
+from tokenbridge_jax.ops.pallas import (
+    LOG2_E,
+    MASKED,
+    NORM_EPSILON,
+    by_platform,
+    gpu_call,
+    has_kernel,
+    on_shards,
+    pl,
+    pl_triton,
+    product,
+)
+
+# Tokens of a tile: small, since the gradients of a tile live in registers.
+TILE = 32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def channel_attention(
+    qkv: Float[Array, "N T 3 H K"],
+    bias: Float[Array, "3 H K"],
+    norms: Float[Array, "4 K"],
+    seed: UInt32[Array, "2"],
+    dropout: float,
+) -> Float[Array, "N T H K"]:
+    """Causal softmax(norm(q) norm(k)^T / sqrt(K)) v, with float32 norms, scores and sums.
+
+    Args:
+      qkv: queries, keys and values, without their bias.
+      bias: of queries, keys and values.
+      norms: float32 scale and bias of the queries' LayerNorm, then of the keys'.
+      seed: of the dropout; see `dropout.seed_words`.
+      dropout: the probability that a weight is dropped.
+    """
+    return _forward(qkv, bias, norms, seed, dropout)[0]
+
+
+def plain_channel_attention(
+    qkv: Float[Array, "N T 3 H K"],
+    bias: Float[Array, "3 H K"],
+    norms: Float[Array, "4 K"],
+    seed: UInt32[Array, "2"],
+    dropout: float,
+) -> Float[Array, "N T H K"]:
+    """`channel_attention` in plain operations."""
+    q, k, v = normed_heads(qkv, bias, norms)
+    causal = jnp.asarray(np.tri(q.shape[1], dtype=bool))
+    return plain_attention(q, k, v, causal[None], seed, dropout)
+
+
+def _forward(
+    qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, dropout: float
+) -> tuple[jax.Array, Any]:
+    plain = functools.partial(plain_channel_attention, dropout=dropout)
+    kernel = functools.partial(kernel_forward, dropout=dropout)
+    arguments = (qkv, bias, norms, seed)
+    return by_platform(plain, kernel, _has_kernel(qkv), *arguments), arguments
+
+
+def _backward(dropout: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, Any, None]:
+    qkv, bias = residuals[:2]
+
+    def plain(
+        qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, d_out: jax.Array
+    ) -> Any:
+        def function(qkv: jax.Array, norms: jax.Array) -> jax.Array:
+            return plain_channel_attention(qkv, bias, norms, seed, dropout)
+
+        return jax.vjp(function, qkv, norms)[1](d_out)
+
+    kernel = functools.partial(kernel_backward, dropout=dropout)
+    d_qkv, d_norms = by_platform(plain, kernel, _has_kernel(qkv), *residuals, d_out)
+    d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
+    return d_qkv, d_bias, d_norms, None
+
+
+channel_attention.defvjp(_forward, _backward)
+
+
+def _has_kernel(qkv: jax.Array) -> bool:
+    """Whole sequences must fill a tile."""
+    return has_kernel(qkv) and TILE % qkv.shape[1] == 0
+
+
+def kernel_forward(
+    qkv: Float[Array, "N T 3 H K"],
+    bias: Float[Array, "3 H K"],
+    norms: Float[Array, "4 K"],
+    seed: UInt32[Array, "2"],
+    *,
+    dropout: float,
+    interpret: bool = False,
+) -> Float[Array, "N T H K"]:
+    """`channel_attention` on a GPU."""
+    total_heads = qkv.shape[3]
+
+    def call(seed: jax.Array, norms: jax.Array, bias: jax.Array, qkv: jax.Array) -> jax.Array:
+        count, length, _, heads, width = qkv.shape
+        return gpu_call(
+            functools.partial(
+                _forward_kernel,
+                length=length,
+                heads=heads,
+                width=width,
+                total_heads=total_heads,
+                dropout=dropout,
+            ),
+            grid=(pl.cdiv(count * length, TILE), heads),
+            out_shape=jax.ShapeDtypeStruct((count * length, heads * width), qkv.dtype),
+            warps=4,
+            interpret=interpret,
+        )(seed, norms, bias.ravel(), qkv.reshape(count * length, -1)).reshape(
+            count, length, heads, width
+        )
+
+    inputs = (_NORMS, _QKV[2:], _QKV)
+    return on_shards(call, inputs, _OUT, seed, _pad(norms), bias, qkv)
+
+
+def kernel_backward(
+    qkv: Float[Array, "N T 3 H K"],
+    bias: Float[Array, "3 H K"],
+    norms: Float[Array, "4 K"],
+    seed: UInt32[Array, "2"],
+    d_out: Float[Array, "N T H K"],
+    *,
+    dropout: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "N T 3 H K"], Float[Array, "4 K"]]:
+    """The gradients of `channel_attention` with respect to `qkv` and `norms`."""
+    total_heads = qkv.shape[3]
+
+    def call(
+        seed: jax.Array, norms: jax.Array, bias: jax.Array, qkv: jax.Array, d_out: jax.Array
+    ) -> Any:
+        count, length, _, heads, width = qkv.shape
+        tiles = pl.cdiv(count * length, TILE)
+        d_qkv, d_norms = gpu_call(
+            functools.partial(
+                _backward_kernel,
+                length=length,
+                heads=heads,
+                width=width,
+                total_heads=total_heads,
+                dropout=dropout,
+            ),
+            grid=(tiles, heads),
+            out_shape=(
+                jax.ShapeDtypeStruct((count * length, 3 * heads * width), qkv.dtype),
+                jax.ShapeDtypeStruct((tiles, heads, norms.size), jnp.float32),
+            ),
+            warps=4,
+            interpret=interpret,
+        )(seed, norms, bias.ravel(), *(x.reshape(count * length, -1) for x in (qkv, d_out)))
+        return d_qkv.reshape(qkv.shape), d_norms
+
+    outputs = (_QKV, ("batch", "heads", None))
+    d_qkv, d_norms = on_shards(
+        call, (_NORMS, _QKV[2:], _QKV, _OUT), outputs, seed, _pad(norms), bias, qkv, d_out
+    )
+    d_norms = jnp.sum(d_norms, axis=(0, 1)).reshape(4, -1)
+    return d_qkv, d_norms[:, : norms.shape[1]]
+
+
+_NORMS = (None, None)
+_QKV = ("batch", None, None, "heads", None)
+_OUT = ("batch", None, "heads", None)
+
+
+def _pad(norms: Float[Array, "4 K"]) -> Float[Array, "4 columns"]:
+    width = norms.shape[1]
+    return jnp.pad(norms, ((0, 0), (0, pl.next_power_of_2(width) - width)))
+
+
+class _Tile:
+    """The attention of one head in one tile of whole sequences, and what its gradient needs."""
+
+    def __init__(
+        self,
+        seed_ref: Any,
+        norms_ref: Any,
+        bias_ref: Any,
+        qkv_ref: Any,
+        length: int,
+        heads: int,
+        width: int,
+        total_heads: int,
+        dropout: float,
+    ):
+        self.tile, self.head = pl.program_id(0), pl.program_id(1)
+        self._heads, self.width, self._dropout = heads, width, dropout
+        self._columns = norms_ref.shape[1]
+        self._rows = self.tile * TILE + jnp.arange(TILE)
+        self._inside = (self._rows < qkv_ref.shape[0])[:, None] & self.real_columns[None]
+        self.norms = [norms_ref[pl.ds(i, 1), :] for i in range(4)]
+
+        q, k, self.v = (
+            self.load(qkv_ref, part) + self._load_bias(bias_ref, part) for part in range(3)
+        )
+        self.normal_q, self.scale_q = self._normalize(q)
+        self.normal_k, self.scale_k = self._normalize(k)
+        self.q = (self.normal_q * self.norms[0] + self.norms[1]).astype(q.dtype)
+        self.k = (self.normal_k * self.norms[2] + self.norms[3]).astype(k.dtype)
+
+        row = jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), 0)
+        column = jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), 1)
+        seen = (row // length == column // length) & (column <= row)
+        scores = product(self.q, self.k, transpose_b=True) * (self.width**-0.5 * LOG2_E)
+        scores = jnp.where(seen, scores, MASKED)
+        weights = jnp.exp2(scores - jnp.max(scores, axis=1, keepdims=True))
+        self.weights = weights * (1 / jnp.sum(weights, axis=1, keepdims=True))
+
+        sequence = (self.tile * TILE + row) // length + seed_ref[2].astype(jnp.int32)
+        sequence = sequence * total_heads + self.head + seed_ref[3].astype(jnp.int32)
+        counter = (sequence * length + row % length) * length + column % length
+        self._kept = keep(seed_ref[0], seed_ref[1], counter.astype(jnp.uint32), dropout)
+
+    @property
+    def real_columns(self) -> jax.Array:
+        return jnp.arange(self._columns) < self.width
+
+    def drop(self, x: jax.Array) -> jax.Array:
+        """Dropout of an array over the tile, the same for weights and for their gradients."""
+        return jnp.where(self._kept, x * (1 / (1 - self._dropout)), 0.0)
+
+    def load(self, ref: Any, part: int = 0) -> jax.Array:
+        return pl_triton.load(ref.at[self._place(part)], mask=self._inside, other=0.0)
+
+    def _load_bias(self, bias_ref: Any, part: int) -> jax.Array:
+        place = bias_ref.at[self._place(part)[1]]
+        return pl_triton.load(place, mask=self.real_columns, other=0.0)[None]
+
+    def store(self, ref: Any, x: jax.Array, part: int = 0) -> None:
+        pl_triton.store(ref.at[self._place(part)], x.astype(ref.dtype), mask=self._inside)
+
+    def _place(self, part: int) -> tuple[Any, Any]:
+        first = (part * self._heads + self.head) * self.width
+        return pl.ds(self.tile * TILE, TILE), pl.ds(first, self._columns)
+
+    def _normalize(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rows of mean 0 and variance 1, and what they were multiplied with; 0 beyond K."""
+        x = x.astype(jnp.float32)
+        x = jnp.where(self.real_columns[None], x - self.mean(x), 0.0)
+        scale = jax.lax.rsqrt(self.mean(x * x) + NORM_EPSILON)
+        return x * scale, scale
+
+    def mean(self, x: jax.Array) -> jax.Array:
+        return jnp.sum(x, axis=1, keepdims=True) / self.width
+
+
+def _forward_kernel(
+    seed_ref: Any, norms_ref: Any, bias_ref: Any, qkv_ref: Any, out_ref: Any, **settings: Any
+) -> None:
+    tile = _Tile(seed_ref, norms_ref, bias_ref, qkv_ref, **settings)
+    tile.store(out_ref, product(tile.drop(tile.weights).astype(tile.v.dtype), tile.v))
+
+
+def _backward_kernel(
+    seed_ref: Any,
+    norms_ref: Any,
+    bias_ref: Any,
+    qkv_ref: Any,
+    d_out_ref: Any,
+    d_qkv_ref: Any,
+    d_norms_ref: Any,
+    **settings: Any,
+) -> None:
+    tile = _Tile(seed_ref, norms_ref, bias_ref, qkv_ref, **settings)
+    d_out = tile.load(d_out_ref)
+    dropped = tile.drop(tile.weights).astype(d_out.dtype)
+    tile.store(d_qkv_ref, product(dropped, d_out, transpose_a=True), 2)
+
+    d_weights = tile.drop(product(d_out, tile.v, transpose_b=True))
+    mean = jnp.sum(d_weights * tile.weights, axis=1, keepdims=True)
+    d_scores = (tile.weights * (d_weights - mean) * tile.width**-0.5).astype(d_out.dtype)
+
+    def through_norm(d_y: jax.Array, normal: jax.Array, scale: jax.Array, norm: int) -> None:
+        """Writes what the gradient of a normalized tensor says of the tensor and of its norm."""
+        for i, d_norm in ((norm, d_y * normal), (norm + 1, d_y)):
+            columns = tile.real_columns.shape[0]
+            d_norms_ref[tile.tile, tile.head, pl.ds(i * columns, columns)] = jnp.sum(d_norm, axis=0)
+        d_normal = d_y * tile.norms[norm]
+        d_x = d_normal - tile.mean(d_normal) - normal * tile.mean(d_normal * normal)
+        tile.store(d_qkv_ref, d_x * scale, norm // 2)
+
+    through_norm(product(d_scores, tile.k), tile.normal_q, tile.scale_q, 0)
+    through_norm(product(d_scores, tile.q, transpose_a=True), tile.normal_k, tile.scale_k, 2)

@@ -1,0 +1,213 @@
+"""What the GPU kernels share, and whether they can be used at all.
+
+Pallas, through Triton, compiles them; JAX says that it will drop that. Where it is gone or has
+changed, or does not know the GPU, plain operations take over, and one line says so.
+"""
+
+import concurrent.futures
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, UInt32
+
+from tokenbridge_jax.runtime.meshes import RULES, axis_size
+
+_import_error: Exception | None = None
+try:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as pl_triton
+except Exception as error:  # Whatever a later JAX does there.
+    pl = pl_triton = None  # type: ignore[assignment]
+    _import_error = error
+
+NORM_EPSILON = 1e-6
+
+# Kernels compute exp(x) as 2^(x LOG2_E): GPUs have an instruction for powers of two only.
+LOG2_E = math.log2(math.e)
+
+# Below the log of any weight that counts, and far from float32's own limit.
+MASKED = -1e30
+
+
+def gpu_call(
+    kernel: Callable[..., None], *, warps: int, stages: int = 2, interpret: bool, **arguments: Any
+) -> Any:
+    """`pl.pallas_call` through Triton; `interpret` runs the kernel's Python on any platform.
+
+    `warps` work on a program, whose loops load `stages` - 1 steps ahead.
+    """
+    parameters = pl_triton.CompilerParams(num_warps=warps, num_stages=stages)
+    return pl.pallas_call(
+        kernel, interpret=interpret, compiler_params=None if interpret else parameters, **arguments
+    )
+
+
+def has_kernel(qkv: Float[Array, "N T 3 H K"]) -> bool:
+    """Float32, which only tests and the quickstart use, is left to XLA's exact products."""
+    return qkv.dtype == jnp.bfloat16 and qkv.shape[-1] >= 16
+
+
+def by_platform(
+    plain: Callable[..., Any],
+    kernel: Callable[..., Any],
+    has_kernel: bool,
+    *arguments: Any,
+    **others: Callable[..., Any],
+) -> Any:
+    """`kernel(*arguments)` where the program is compiled for an NVIDIA GPU, else `plain`.
+
+    A kernel that cannot be made is given up, and all others with it: a gradient's kernel takes
+    what its forward kernel leaves.
+
+    Args:
+      plain: runs anywhere.
+      kernel: the same function for GPUs.
+      has_kernel: whether it takes arguments like these.
+      arguments: arrays.
+      others: the same function for further platforms, by their names.
+    """
+
+    def kernel_or_plain(*arguments: Any) -> Any:
+        try:
+            return kernel(*arguments)
+        except Exception as error:  # Of an interface that has changed: it can be any.
+            _give_up(error)
+            return plain(*arguments)
+
+    branches = others | {"default": plain}
+    if has_kernel and _kernels_work():
+        branches["cuda"] = kernel_or_plain
+    return jax.lax.platform_dependent(*arguments, **branches)
+
+
+# The first reason not to use the kernels; at most one.
+_given_up: list[str] = []
+
+
+def _kernels_work() -> bool:
+    if _import_error:
+        _give_up(_import_error)
+    elif jax.default_backend() == "gpu":
+        _try_gpu()
+    return not _given_up
+
+
+def _give_up(error: Exception) -> None:
+    """No kernel is used any more, in this process."""
+    if not _given_up:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _given_up.append(reason)
+        told = "the fast GPU kernels cannot be used, plain operations take their place"
+        print(f"{told} (jax {jax.__version__}, {reason})", file=sys.stderr)
+
+
+@functools.cache
+def _try_gpu() -> None:
+    """Compiles a small kernel for the GPU of this process."""
+    device = jax.local_devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    try:
+        if capability.partition(".")[0] in {"5", "6", "7"}:
+            raise NotImplementedError(f"{device.device_kind} is {capability}, they need 8.0")
+        # A thread of its own knows nothing of the mesh and the program that is being traced.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: _small_kernel().lower().compile()).result()
+    except Exception as error:
+        _give_up(error)
+
+
+def _small_kernel() -> jax.stages.Traced:
+    def square(x_ref: Any, out_ref: Any) -> None:
+        x = pl_triton.load(x_ref.at[:, :], mask=jnp.ones(x_ref.shape, bool), other=0.0)
+        pl_triton.store(out_ref.at[:, :], product(x, x).astype(x.dtype))
+
+    x = jax.ShapeDtypeStruct((16, 16), jnp.bfloat16)
+    return jax.jit(gpu_call(square, out_shape=x, warps=1, interpret=False)).trace(x)
+
+
+def product(
+    a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False
+) -> jax.Array:
+    """A matrix product with float32 sums, inside a kernel."""
+    contracted = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
+    return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
+
+
+def normalize(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"]
+) -> Float[Array, "... D"]:
+    """LayerNorm over the last axis, in float32 throughout; the result is float32."""
+    x = x.astype(jnp.float32)
+    x -= jnp.mean(x, axis=-1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
+    return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
+
+
+def on_shards(
+    function: Callable[..., Any],
+    inputs: tuple[tuple[str | None, ...], ...],
+    outputs: Any,
+    seed: UInt32[Array, "2"],
+    *arrays: jax.Array,
+    numbered: tuple[str, str] = ("batch", "heads"),
+) -> Any:
+    """Runs `function(seed, *arrays)` on each device's part of the arrays.
+
+    The compiler cannot divide a kernel as it divides other operations: without this every device
+    would be given whole arrays. To the seed are added where a device's part begins along the two
+    `numbered` axes, so that random draws can be numbered as if there were one device.
+
+    Args:
+      function: works on any part of the axes that are divided.
+      inputs: the logical axes (see `parallel.RULES`) of every array. Axes of size 1 are copied.
+      outputs: the logical axes of the result, or of every result.
+      seed: words of a random key.
+      arrays: the inputs.
+      numbered: the logical axes whose places are added to the seed.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(jnp.append(seed, jnp.zeros(2, jnp.uint32)), *arrays)
+    sizes = {
+        name: size
+        for names, array in zip(inputs, arrays, strict=True)
+        for name, size in zip(names, array.shape, strict=True)
+        if size > 1
+    }
+    divided = {
+        name: axes
+        for name, axes in RULES
+        if axes and name in sizes and sizes[name] % axis_size(mesh, axes) == 0
+    }
+
+    def spec(names: tuple[str | None, ...], shape: tuple[int, ...] | None = None) -> PartitionSpec:
+        whole = shape or (2,) * len(names)
+        return PartitionSpec(
+            *(
+                divided.get(name) if name and n > 1 else None
+                for name, n in zip(names, whole, strict=True)
+            )
+        )
+
+    def on_shard(seed: jax.Array, *parts: jax.Array) -> Any:
+        first = [
+            jax.lax.axis_index(divided[name]) * (sizes[name] // axis_size(mesh, divided[name]))
+            if name in divided
+            else jnp.int32(0)
+            for name in numbered
+        ]
+        return function(jnp.append(seed, jnp.stack(first).astype(jnp.uint32)), *parts)
+
+    several = isinstance(outputs[0], tuple)
+    return jax.shard_map(
+        on_shard,
+        in_specs=(PartitionSpec(), *map(spec, inputs, (array.shape for array in arrays))),
+        out_specs=tuple(map(spec, outputs)) if several else spec(outputs),
+        check_vma=False,
+    )(seed, *arrays)

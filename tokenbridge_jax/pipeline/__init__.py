@@ -1,0 +1,1 @@
+"""The trained line as one object, and what it does with pictures."""

@@ -1,0 +1,228 @@
+"""A trained pipeline as a folder that stands alone, laid out as on a model hub.
+
+  README.md           the model card: what is known of the model and its training, how to use it
+  model.json          what the arrays do not say (`pipeline.ModelDescription`), and the step
+  model.safetensors   the averaged parameters, by the names they have here, `backbone/z_proj/kernel`
+  autoencoder/        `config.json` and `params.safetensors`, as in a workdir
+  config.json         the run's settings, as in a workdir, but for its images' path and its mesh
+
+It is a workdir with one file for its checkpoints: commands that only read take it as --workdir.
+Parameters are float32 whatever the model computes in: samples stay the same, bit for bit, and
+numpy, which has no bfloat16, reads them.
+"""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from tokenbridge_jax.autoencoder import save_autoencoder
+from tokenbridge_jax.runtime import processes, safetensors_file, storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training.checkpoints import differences, latest_step, load_params
+
+if TYPE_CHECKING:
+    from tokenbridge_jax.pipeline.pipeline import Pipeline
+
+WEIGHTS_FILE = "model.safetensors"
+
+# `config.mesh` where nothing is known of the devices.
+ANY_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
+
+
+def save(pipeline: "Pipeline", directory: epath.PathLike) -> None:
+    """Writes the folder, whole or not at all. Every process of a job calls it, and one writes.
+
+    Raises:
+      UserError: the folder is there and not empty, or cannot be written.
+    """
+    directory = storage.as_path(directory)
+    if not storage.in_object_store(directory):
+        directory = directory.absolute()
+    params = jax.tree.map(on_host, pipeline.params)
+    mistake = ""
+    if jax.process_index() == 0:
+        try:
+            _write(pipeline, params, directory)
+        except UserError as error:
+            mistake = str(error)
+    if mistake := processes.gather(mistake)[0]:
+        raise UserError(mistake)
+
+
+def load_weights(
+    workdir: epath.PathLike, abstract: Any, *, part: str = "ema_params", step: int | None = None
+) -> tuple[Any, int]:
+    """The model's parameters of a workdir or a saved folder, and the updates they have seen.
+
+    Args:
+      workdir: with `model.json`, and `checkpoints/` or `model.safetensors`.
+      abstract: tree of `jax.ShapeDtypeStruct` with shardings, on any mesh.
+      part: "ema_params" or, of checkpoints, "params".
+      step: which checkpoint; None is the latest.
+
+    Raises:
+      UserError: there is no such checkpoint, arrays differ (all are named), or a file is missing or
+        damaged.
+    """
+    workdir = storage.as_path(workdir)
+    saved = storage.read_json(workdir / "model.json").get("step")
+    if saved is None:
+        return _from_checkpoints(workdir / "checkpoints", abstract, part, step)
+    if step not in (None, saved):
+        raise UserError(f"there is no checkpoint of step {step}; {workdir} holds step {saved}")
+    if part != "ema_params":
+        raise UserError(f"{workdir} holds the averaged parameters alone: ask for those (--ema)")
+    path = workdir / WEIGHTS_FILE
+    stored = safetensors_file.read(path)
+    if found := differences("params", stored, abstract):
+        raise UserError(f"{path} does not fit {workdir / 'model.json'}: {'; '.join(found)}")
+
+    def place(leaf: jax.ShapeDtypeStruct, array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+    return jax.tree.map(place, abstract, stored), saved
+
+
+def _from_checkpoints(
+    checkpoints: epath.Path, abstract: Any, part: str, step: int | None
+) -> tuple[Any, int]:
+    latest = latest_step(checkpoints)
+    if step is not None and not (checkpoints / str(step)).exists():
+        there = sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+        raise UserError(
+            f"there is no checkpoint of step {step}; there are {', '.join(map(str, there))}"
+        )
+    step = latest if step is None else step
+    return load_params(checkpoints, abstract, part=part, step=step), step
+
+
+def on_host(leaf: jax.Array) -> np.ndarray:
+    if not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def _write(pipeline: "Pipeline", params: Any, directory: epath.Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is there already; name a new folder, or empty it")
+    # What takes the folder's name is complete. In an object store `model.json`, the last, says so.
+    folder = directory
+    if not storage.in_object_store(directory):
+        folder = directory.with_name(f".{uuid.uuid4().hex}.tmp")
+    codec, config = pipeline.codec, dict(pipeline.facts.get("config", {}))
+    try:
+        storage.write_bytes(folder / "README.md", model_card(pipeline, directory.name).encode())
+        if config:
+            elsewhere = {"data": config["data"] | {"path": ""}, "mesh": ANY_DEVICES}
+            storage.write_json(folder / "config.json", config | elsewhere)
+        extra = pipeline.facts.get("autoencoder")
+        save_autoencoder(folder / "autoencoder", codec.config, codec.params, extra)
+        safetensors_file.write(folder / WEIGHTS_FILE, params)
+        storage.write_json(
+            folder / "model.json", pipeline.description.to_json() | {"step": pipeline.step}
+        )
+        if folder != directory:
+            os.replace(folder, directory)
+    except OSError as error:
+        raise storage.write_error(directory, error) from error
+    finally:
+        if folder != directory:
+            with contextlib.suppress(OSError):
+                folder.rmtree(missing_ok=True)
+
+
+def model_card(pipeline: "Pipeline", name: str) -> str:
+    """`README.md` of the folder `name`, with the YAML header that model hubs read."""
+    model, codec = pipeline.config, pipeline.codec
+    config: Mapping[str, Any] = pipeline.facts.get("config", {})
+    autoencoder = codec.config
+    sampling = {k: v for k, v in config.get("sampling", {}).items() if k != "batch_size"}
+    used = [f"{k}={tuple(v) if isinstance(v, list) else v!r}" for k, v in sampling.items()]
+    side = pipeline.image_size
+    quirk = (
+        "on: when sampling, the first timestep embedding is added to the head's first token"
+        if model.first_token_quirk
+        else "off"
+    )
+    names = pipeline.description.class_names
+    facts = {
+        "images": f"{side}x{side} pixels, {autoencoder.image_channels} channels",
+        "classes": f"{model.classes:,} ({', '.join(names[:5])}{', ...' if names[5:] else ''})",
+        "parameters": f"{_count(pipeline.params):,}, averaged (EMA), float32",
+        "updates trained": f"{pipeline.step:,}" if pipeline.step else "none, imported weights",
+        "computes in": model.dtype,
+        "backbone": f"encoder {_size(model, 'encoder')}; decoder {_size(model, 'decoder')}",
+        "channel head": f"{model.head}, {_size(model, 'head')}"
+        + f", {model.channels_per_group} channels a class" * (model.channels_per_group > 1),
+        "positions, channels, levels": f"{model.positions}, {model.channels}, {model.levels}",
+        "quantizer": f"{model.levels} levels, latents in "
+        f"[{model.quantizer.minimum:g}, {model.quantizer.maximum:g}]",
+        "channel order": ", ".join(map(str, model.channel_order)),
+        "first-token quirk": quirk,
+        "autoencoder": f"{_count(codec.params):,} parameters, latents scaled by "
+        f"{autoencoder.scale:g}, {_listed(pipeline.facts.get('autoencoder', {}))}",
+        "autoencoder's hash": pipeline.description.autoencoder_hash,
+        "training": _listed(config.get("training", {})) if pipeline.step else "",
+        "sampling": _listed(sampling),
+    }
+    rows = "\n".join(
+        f"| {name} | {value.replace('|', '&#124;')} |" for name, value in facts.items() if value
+    )
+    return f"""---
+library_name: tokenbridge_jax
+tags:
+- arxiv:2503.16430
+- class-conditional-image-generation
+- jax
+- tokenbridge
+---
+
+# {name}
+
+A class-conditional [TokenBridge](https://arxiv.org/abs/2503.16430) and its autoencoder, for
+`tokenbridge_jax`.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from tokenbridge_jax import Pipeline
+
+pipeline = Pipeline.load("{name}")
+images = pipeline.generate({", ".join(["[0, 1]", *used])})  # uint8 NHWC
+```
+
+`tokenbridge sample --workdir {name}` does the same. With numpy alone, from inside the folder:
+
+```python
+import json
+from safetensors.numpy import load_file
+
+model = json.load(open("model.json"))
+weights = load_file("model.safetensors")
+autoencoder = load_file("autoencoder/params.safetensors")
+```
+"""
+
+
+def _count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _size(model: Any, part: str) -> str:
+    width, layers, heads = (
+        getattr(model, f"{part}_{name}") for name in ("width", "layers", "heads")
+    )
+    return f"{layers} layers of width {width}, {heads} heads"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value is not None)

@@ -1,0 +1,229 @@
+"""What `tokenbridge preflight` finds out, as JSON values."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from tokenbridge_jax.data import shards
+from tokenbridge_jax.preflight.chips import Slice, peak_flops, slice_devices
+from tokenbridge_jax.preflight.lowering import (
+    Compiled,
+    Work,
+    compile_work,
+    sampling_work,
+    training_work,
+)
+from tokenbridge_jax.preflight.roofline import ASSUMPTIONS, estimate
+from tokenbridge_jax.preflight.suggestions import candidates, with_changes
+from tokenbridge_jax.preflight.text import gib, listed
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training.loop import say
+from tokenbridge_jax.training.optimizer import OptimizerConfig
+
+# Images of ImageNet's training split (ILSVRC 2012).
+IMAGENET_IMAGES = 1_281_167
+
+Report = dict[str, Any]
+
+
+def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Report:
+    """`check` in a process of its own, which libtpu may take with it when it crashes.
+
+    The report of a crash has no memory and no time: `fits` is False and `crashed` says what to do.
+
+    Raises:
+      UserError: as `check`.
+    """
+    spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not take.
+    receiver, sender = spawn.Pipe(duplex=False)
+    child = spawn.Process(target=_check_as_child, args=(sender, config, where, sample))
+    child.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        child.join()
+        if not (child.exitcode and child.exitcode < 0):
+            raise UserError(
+                f"the process that compiles ended with status {child.exitcode}; its last words, "
+                "above, say why"
+            ) from None
+        if child.exitcode == -signal.SIGKILL:
+            raise UserError(
+                "the process that compiles was killed, most likely for want of memory"
+            ) from None
+        return _crash(config, where, -child.exitcode, sample=sample)
+    finally:
+        child.kill()
+        child.join()
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _check_as_child(sender: Connection, config: ConfigDict, where: Slice, sample: bool) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    jax.config.update("jax_platforms", "cpu")  # Whatever this machine has is left alone.
+    try:
+        sender.send(check(config, where, slice_devices(where), sample=sample))
+    except UserError as error:
+        sender.send(error)
+
+
+def _end_with_parent() -> None:
+    """Nobody waits for minutes of compiling once the parent has been killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _crash(config: ConfigDict, where: Slice, number: int, *, sample: bool) -> Report:
+    devices = where.chips * where.figures.devices
+    axes = ("data", "fsdp", "tensor")
+    sizes = meshes.axis_sizes(devices, *(config.mesh[axis] for axis in axes))
+    settings = _settings(config, dict(zip(axes, sizes, strict=True)), sample=sample)
+    return {
+        "what": "sample" if sample else "train",
+        "topology": where.name,
+        "chips": where.chips,
+        "devices": devices,
+        "settings": settings,
+        "fits": False,
+        "crashed": f"libtpu died of {signal.Signals(number).name} compiling for {where.name}: "
+        f"{listed(settings)}; try another model.remat, model.head_chunk or mesh.fsdp, or another "
+        "version of libtpu",
+    }
+
+
+def _settings(config: ConfigDict, mesh: dict[str, int], *, sample: bool) -> Report:
+    """What a report says of the settings."""
+    settings: Report = {
+        "batch": (config.sampling if sample else config.training).batch_size,
+        "mesh": mesh,
+        "remat": config.model.remat,
+        "head_chunk": config.model.head_chunk,
+    }
+    return settings if sample else settings | {"accumulation": config.training.accumulation}
+
+
+def check(config: ConfigDict, where: Slice, devices: list[Any], *, sample: bool = False) -> Report:
+    """Compiles the program of a config and says what it needs.
+
+    Raises:
+      UserError: a value makes no sense, or the compiler refuses for another reason than memory.
+    """
+    mesh = meshes.make_mesh(**config.mesh, devices=devices)
+    work = (sampling_work if sample else training_work)(config, mesh)
+    settings = _settings(config, dict(mesh.shape), sample=sample)
+    say(f"preflight: compiling for {where.name}: {listed(settings)}")
+    try:
+        compiled = compile_work(work, len(devices))
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"libtpu cannot compile it: {str(error).splitlines()[0]}") from error
+    report: Report = {
+        "what": "sample" if sample else "train",
+        "topology": where.name,
+        "device": devices[0].device_kind,
+        "chips": where.chips,
+        "devices": len(devices),
+        "settings": settings,
+        "program": work.about,
+        "compile_seconds": round(compiled.seconds),
+        "fits": compiled.fits,
+        "memory": {"available": where.figures.memory, "needed": compiled.needed, **work.state},
+    }
+    if compiled.program is not None:
+        report["memory"] |= {"temporaries": compiled.temporaries, "program": compiled.code}
+        report |= _time(work, compiled, where, devices)
+    return report
+
+
+def _time(work: Work, compiled: Compiled, where: Slice, devices: list[Any]) -> Report:
+    program, peak = compiled.program, peak_flops(devices[0])
+    assert program is not None
+    spent = estimate(program, compiled.flops, peak, where)
+    step = work.mean * spent.step
+    return {
+        "a_device": {
+            "product_flops": compiled.flops,
+            "memory_traffic": program.traffic,
+            "cycles": program.cycles,
+            "collectives": [
+                dataclasses.asdict(collective) | {"sent": round(collective.sent)}
+                for collective in program.collectives
+            ],
+        },
+        "seconds": {
+            "products_at_peak": spent.products,
+            "memory_traffic": spent.memory,
+            "collectives": spent.network,
+            "instructions": spent.instructions,
+            "at_best": work.mean * spent.bound,
+            "mean_over_this": work.mean,
+            "expected": step,
+        },
+        "model_flops": work.model_flops,
+        "share_of_peak": work.model_flops / (step * peak * len(devices)),
+        "images_per_second": work.batch / step,
+        "assumptions": ASSUMPTIONS,
+    }
+
+
+def run_length(report: Report, config: ConfigDict, workdir: str | None) -> Report:
+    """Steps of the whole run, its days and chip-hours.
+
+    Raises:
+      UserError: the config gives no length.
+    """
+    images, whose = IMAGENET_IMAGES, "ImageNet's, as there are no shards"
+    if workdir and (epath.Path(workdir) / "tokens").exists():
+        info = shards.read_info(epath.Path(workdir) / "tokens")
+        images, whose = info.splits["train"]["images"], f"of {workdir}"
+    section = config.training
+    per_epoch = images // section.batch_size
+    steps = OptimizerConfig.from_section(section, per_epoch, "training").total_steps
+    run: Report = {"images": images, "whose_images": whose, "steps": steps}
+    if report["fits"]:
+        seconds = steps * report["seconds"]["expected"]
+        run |= {"days": seconds / 86400, "chip_hours": seconds / 3600 * report["chips"]}
+    return {"run": run}
+
+
+def suggest(config: ConfigDict, where: Slice, report: Report) -> Report | None:
+    """The report of the first settings that fit, with what was changed; None if there are none.
+
+    Settings that the compiler refuses or crashes at are named and left out.
+    """
+    memory = report["memory"]
+    excess = memory["needed"] - memory["available"]
+    # Gradients are as large as the parameters.
+    state = sum(memory[name] for name in ("parameters", "parameters", "EMA", "optimizer"))
+
+    def saved(fsdp: int) -> float:
+        return state * (1 - report["settings"]["mesh"]["fsdp"] / fsdp)
+
+    say(f"preflight: {gib(memory['needed'])} of {gib(memory['available'])}: does not fit")
+    config = with_changes(config, {f"mesh.{k}": n for k, n in report["settings"]["mesh"].items()})
+    for changes in candidates(config, report["devices"], excess, saved):
+        try:
+            found = check_apart(with_changes(config, changes), where)
+        except UserError as error:
+            say(f"preflight: {error}")
+            continue
+        if found["fits"]:
+            return {"flags": [f"--config.{k}={value}" for k, value in changes.items()]} | found
+        if "crashed" in found:
+            say(f"preflight: {found['crashed']}")
+        else:
+            say(f"preflight: wants {gib(found['memory']['needed'])}")
+    return None

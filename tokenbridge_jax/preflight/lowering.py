@@ -1,0 +1,210 @@
+"""Compiles a config's training step or sampler for a slice, and says what it needs of a device.
+
+The training step is a program for every bucket of hidden positions (`training/masking.py`). Only
+the one that needs the most memory is compiled: what holds it holds all of them, and its time is
+scaled to the mean of all by their products.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tokenbridge_jax.benchmark.inputs import check_batches, make_model
+from tokenbridge_jax.benchmark.training_speed import Trainer
+from tokenbridge_jax.flops import sampling_flops
+from tokenbridge_jax.loss import head_chunks
+from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
+from tokenbridge_jax.preflight.hlo import Program, read_program
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.sampling.sampler import SamplingSettings, generate
+from tokenbridge_jax.training.masking import MaskDraw
+from tokenbridge_jax.training.model_task import training_flops
+from tokenbridge_jax.training.settings import check_training
+
+# Bytes of libtpu's units.
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A traced program and what is known of it before it is compiled.
+
+    Attributes:
+      traced: the program.
+      batch: images of a run, over all devices.
+      state: bytes of a device for what the program is given, by what it is.
+      model_flops: of the mathematics, over all devices; no padding, nothing computed twice.
+      mean: time of the mean program over the time of this one.
+      about: which program it is.
+    """
+
+    traced: jax.stages.Traced
+    batch: int
+    state: dict[str, int]
+    model_flops: int | float
+    mean: int | float
+    about: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What libtpu says of a program.
+
+    Attributes:
+      fits: whether it could be compiled for the memory there is.
+      needed: bytes of a device that the program holds at once, or wants.
+      temporaries: bytes of a device for all but the state; 0 unless it fits.
+      code: bytes of the program itself; 0 unless it fits.
+      flops: of a device's products, padding and recomputation included.
+      program: what it does; None unless it fits.
+      seconds: that compiling took.
+    """
+
+    fits: bool
+    needed: int
+    temporaries: int
+    code: int
+    flops: int
+    program: Program | None
+    seconds: float
+
+
+def training_work(config: ConfigDict, mesh: Mesh) -> Work:
+    """The training step of a config.
+
+    Raises:
+      UserError: a value makes no sense, or the batch does not divide over the mesh.
+    """
+    section = config.training
+    check_training(config, "training", mesh)
+    trainer = Trainer(config, mesh)
+    model, masks, batch = trainer.model, trainer.masks, section.batch_size
+    chances = masks.probabilities()
+    draws = {number: masks.slots(number) for number in chances}
+    micro_batch = batch // section.accumulation
+
+    def activations(draw: MaskDraw) -> int:
+        """In tokens times layers times width: those of the encoder and of one of head's chunks."""
+        slots = _scored(draw, section.head_fraction)
+        _, chunk = head_chunks(model, slots, micro_batch, meshes.batch_shards(mesh))
+        head = chunk * model.channels * model.head_layers * model.head_width
+        return head + draw.visible_slots * model.encoder_layers * model.encoder_width
+
+    def padded_flops(draw: MaskDraw) -> int | float:
+        slots = _scored(draw, section.head_fraction)
+        return model.forward_flops(model.positions - draw.visible_slots, slots)
+
+    chosen = max(draws.values(), key=activations)
+    mean = sum(chance * padded_flops(draws[number]) for number, chance in chances.items())
+    state, images = trainer.abstract, batch * model.positions * model.channels
+    return Work(
+        trainer.trace(batch, chosen),
+        batch,
+        {
+            "parameters": _bytes_on_device(state.params),
+            "EMA": _bytes_on_device(state.ema_params),
+            "optimizer": _bytes_on_device(state.opt_state),
+            "batch": images * model.quantizer.index_dtype.itemsize // meshes.batch_shards(mesh),
+        },
+        batch * training_flops(model, masks, section.head_fraction),
+        mean / padded_flops(chosen),
+        f"{chosen.hidden_slots} of {model.positions} positions hidden, the training step that needs"
+        " the most memory; its time is scaled to the mean of all by their products",
+    )
+
+
+def sampling_work(config: ConfigDict, mesh: Mesh) -> Work:
+    """The sampler as `config.sampling` sets it, indices only.
+
+    Raises:
+      UserError: a value makes no sense, or the batch does not divide over the mesh.
+    """
+    model, batch = make_model(config), config.sampling.batch_size
+    settings = SamplingSettings.from_section(config.sampling)
+    check_batches([batch], mesh)
+    params = abstract_sharded_params(model, mesh)
+
+    @jax.jit
+    def sample(params: Any, labels: jax.Array, sample_indices: jax.Array) -> jax.Array:
+        return generate(model, params, labels, sample_indices, settings)
+
+    numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=meshes.batch_sharding(mesh))
+    with meshes.use_mesh(mesh):
+        traced = sample.trace(params, numbers, numbers)
+    return Work(
+        traced,
+        batch,
+        {"parameters": _bytes_on_device(params)},
+        batch * sampling_flops(model, settings),
+        1.0,
+        f"{settings.num_iter} steps, guidance {settings.guidance}; indices, without decoding them",
+    )
+
+
+def compile_work(work: Work, devices: int) -> Compiled:
+    """Compiles a program for the devices of its shardings.
+
+    Raises:
+      jax.errors.JaxRuntimeError: it cannot be compiled, for another reason than memory.
+    """
+    start = time.monotonic()
+    flops = matmul_flops(work.traced.jaxpr.jaxpr) // devices
+    try:
+        compiled = work.traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (wanted := wanted_memory(str(error))) is None:
+            raise
+        return Compiled(False, wanted, 0, 0, flops, None, time.monotonic() - start)
+    memory: Any = compiled.memory_analysis()
+    code = memory.generated_code_size_in_bytes
+    needed = memory.peak_memory_in_bytes + code
+    program = read_program(compiled.as_text())
+    seconds = time.monotonic() - start
+    temporaries = needed - code - sum(work.state.values())
+    return Compiled(True, needed, temporaries, code, flops, program, seconds)
+
+
+def wanted_memory(message: str) -> int | None:
+    """The bytes that a program wanted, from libtpu's words that it does not fit."""
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    required = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available", message)
+    found = used or required
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def matmul_flops(jaxpr: Any) -> int:
+    """FLOPs of the products in a traced program, on all devices: a sum of n products is 2n."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * equation.outvars[0].aval.size * terms
+        inner = list(jaxprs_in_params(params))
+        if params.get("branches_platforms"):
+            inner = inner[-1:]  # The default one; all do the same products.
+        runs = params["length"] if name == "scan" else 1
+        if name == "shard_map":  # Inside, shapes are those of one device.
+            runs = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+        total += runs * sum(map(matmul_flops, inner))
+    return total
+
+
+def _scored(draw: MaskDraw, head_fraction: float) -> int:
+    return max(1, round(head_fraction * draw.hidden_slots))
+
+
+def _bytes_on_device(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

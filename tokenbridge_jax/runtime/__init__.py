@@ -1,0 +1,1 @@
+"""What everything stands on: devices, processes, storage, progress, errors. Knows no model."""

@@ -1,0 +1,275 @@
+"""Devices and how arrays lie on them: the mesh and one table of logical rules.
+
+Arrays are annotated with logical axis names where they are made; `RULES` alone says which mesh
+axis each name is split over. Mesh axes:
+
+  data    copies of the parameters, each with its share of the batch; slices are joined along it
+  fsdp    the batch is split further, and parameters, EMA and optimizer state are split too
+  tensor  attention heads and MLP units are split
+"""
+
+import collections
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Int64
+
+from tokenbridge_jax.runtime.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axis. Names that do not occur here are replicated.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("conv_out", "fsdp"),
+    ("layers", None),
+    ("positions", None),
+    ("channels", None),
+    ("levels", None),
+    ("head_width", None),
+    ("qkv", None),
+    ("conv_in", None),
+    ("kernel_h", None),
+    ("kernel_w", None),
+)
+
+
+def axis_sizes(devices: int, data: int, fsdp: int, tensor: int) -> list[int]:
+    """The sizes of the three axes over so many devices; -1 has become what is left.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    given = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise UserError(f"mesh sizes {sizes} must be positive, with at most one -1")
+    if -1 in sizes and devices % given == 0:
+        sizes[sizes.index(-1)] = devices // given
+    if math.prod(sizes) != devices:
+        raise UserError(
+            f"a mesh of data={data} fsdp={fsdp} tensor={tensor} does not fit {devices} "
+            "devices; set --config.mesh.* so that the sizes multiply to that number"
+        )
+    return sizes
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    slices: int = -1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """Arranges the devices as a (data, fsdp, tensor) mesh.
+
+    Devices of one slice (a TPU slice, the GPUs of one NVLink domain) reach each other by a fast
+    network, slices by the data-centre network. Only `data`, which sums gradients once an update,
+    goes from slice to slice: fsdp and tensor stay inside.
+
+    Args:
+      data: size of the axis; one of data, fsdp and tensor may be -1, for what is left.
+      fsdp: likewise.
+      tensor: likewise.
+      slices: how many there are; -1 for as many as the devices say. 1 lays the axes over all
+        devices as if one network joined them.
+      devices: of `jax.devices()`, all of the job's by default, or of a topology.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or do not fit the slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = axis_sizes(len(devices), data, fsdp, tensor)
+    of_slice = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    found = len(of_slice)
+    if slices != 1 and len(set(of_slice.values())) > 1:
+        raise UserError(
+            f"the slices have different numbers of devices: {sorted(of_slice.values())}; use equal "
+            "ones, or set --config.mesh.slices=1 to lay the mesh over all devices alike"
+        )
+    if slices not in (-1, 1, found):
+        raise UserError(f"config.mesh.slices={slices}, but the devices are of {found} slices")
+    if slices == -1:
+        slices = found
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} does not divide over {slices} slices; make it a multiple, or "
+            "set --config.mesh.slices=1 to let the other axes cross the data-centre network"
+        )
+    # Physical axes may be split: else many sizes fit no torus.
+    if slices > 1:
+        inside = (sizes[0] // slices, *sizes[1:])
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    elif found > 1:
+        arranged = np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
+    else:
+        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Auto: the compiler propagates shardings from the annotations, where Explicit axes would turn
+    # `with_logical_constraint` into an assertion.
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
+    """Makes `mesh` and the logical rules the ones that `constrain` and `jax.jit` see.
+
+    What is computed inside has 32 bits, as it is meant, also where the caller's own has 64.
+    """
+    with jax.enable_x64(False), jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield mesh
+
+
+class NamedAxes(nn.LogicallyPartitioned):
+    """A parameter boxed with the logical names of its axes, and nothing more.
+
+    Flax's own box also constrains the layout whenever it is opened under a mesh, which fails for
+    sizes the mesh does not divide and for initialisers that work on a flattened shape. Layouts are
+    set in one place instead: `out_shardings`, from `logical_shardings`.
+    """
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        del apply_constraint
+        return self.value
+
+
+def named_axes(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
+    """An initialiser whose parameter carries the logical names of its axes (see `RULES`)."""
+
+    def init_named(*arguments: Any) -> NamedAxes:
+        return NamedAxes(init(*arguments), names)
+
+    return init_named
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Pins the layout of an activation; outside `use_mesh` it does nothing."""
+    return nn.with_logical_constraint(x, logical_axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose first axis is the global batch."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the batch is split: a batch size must be a multiple of it."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_shards_in_use() -> int:
+    """Into how many parts the batch is split by the mesh of `use_mesh`; 1 outside it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else batch_shards(mesh)
+
+
+def logical_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """The shardings of a tree of parameters, from the logical names they were made with.
+
+    Args:
+      boxed: the abstract tree `jax.eval_shape(module.init, ...)` gives, boxes and all.
+      mesh: the mesh to lay them on.
+
+    Returns:
+      A tree of `NamedSharding` with the structure of the unboxed parameters. An axis that its mesh
+      axes do not divide is replicated: tiny models run on any mesh.
+    """
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+
+    def sharding(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
+        names = tuple(spec) + (None,) * (len(leaf.shape) - len(spec))
+        kept = [
+            name if name and size % axis_size(mesh, name) == 0 else None
+            for size, name in zip(leaf.shape, names, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*kept))
+
+    return jax.tree.map(sharding, nn.unbox(boxed), specs)
+
+
+def abstract_arrays(boxed: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of boxed abstract parameters on a mesh, without the boxes."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        logical_shardings(boxed, mesh),
+    )
+
+
+def axis_size(mesh: Mesh | AbstractMesh, name: str | tuple[str, ...]) -> int:
+    """Into how many parts a mesh axis, or several together, split an array's axis."""
+    return math.prod(mesh.shape[n] for n in ((name,) if isinstance(name, str) else name))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> Int64[np.ndarray, " b"]:
+    """The rows of a global batch that this process's devices hold, in ascending order.
+
+    Processes that share a tensor group hold the same rows, and the rows of one process need not be
+    neighbours: a mesh follows the network between the devices, not the numbers of their processes.
+
+    Args:
+      mesh: the devices.
+      batch_size: B of the whole job.
+
+    Raises:
+      UserError: the batch does not divide over the mesh.
+    """
+    parts = batch_shards(mesh)
+    if batch_size < 1 or batch_size % parts:
+        raise UserError(
+            f"a batch of {batch_size} does not divide over the {parts} batch shards of the mesh; "
+            "change the batch size"
+        )
+    return np.flatnonzero(np.repeat(_local_shards(mesh), batch_size // parts))
+
+
+def to_global(local: Any, mesh: Mesh) -> Any:
+    """Turns this process's rows of a batch into global arrays, split along the first axis.
+
+    Args:
+      local: a tree of numpy arrays `[b, ...]`, whose rows are those of `local_rows`.
+      mesh: the mesh.
+
+    Raises:
+      UserError: the rows do not divide over the batch shards that this process holds.
+    """
+    sharding, held = batch_sharding(mesh), _local_shards(mesh)
+    parts, place_of_shard = int(np.sum(held)), np.cumsum(held) - 1
+
+    def place(x: np.ndarray) -> jax.Array:
+        size, rest = divmod(len(x), parts)
+        if rest:
+            raise UserError(
+                f"{len(x)} rows of a batch do not divide over the {parts} batch shards of this "
+                "process; change the batch size"
+            )
+
+        def rows(index: Any) -> np.ndarray:
+            start = size * int(place_of_shard[(index[0].start or 0) // size])
+            return x[start : start + size]
+
+        return jax.make_array_from_callback((size * len(held), *x.shape[1:]), sharding, rows)
+
+    return jax.tree.map(place, local)
+
+
+def _local_shards(mesh: Mesh) -> Bool[np.ndarray, " shards"]:
+    """Which of the batch shards are on devices of this process."""
+    processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return np.any(processes.reshape(batch_shards(mesh), -1) == jax.process_index(), axis=1)

@@ -1,0 +1,55 @@
+"""Pictures for people: grids of images as PNG files."""
+
+import io as bytes_io
+import math
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
+
+from tokenbridge_jax.runtime import storage
+
+GAP = 2
+GAP_VALUE = 96
+# Smaller images are enlarged by a whole factor until their side is at least this.
+SMALLEST_SIDE = 48
+
+
+def grid(
+    images: UInt8[np.ndarray, "B H W I"], columns: int | None = None
+) -> UInt8[np.ndarray, "gridH gridW I"]:
+    """Lays images out row by row with a thin line between them; small ones are enlarged.
+
+    Args:
+      images: uint8, 1 or 3 channels.
+      columns: images a row; about the square root of B if not given.
+    """
+    factor = -(-SMALLEST_SIDE // images.shape[1])
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    canvas = np.full(
+        (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), GAP_VALUE, np.uint8
+    )
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + GAP), (i % columns) * (width + GAP)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def to_pil(image: UInt8[np.ndarray, "H W I"]) -> Image.Image:
+    """An image of 1 or 3 channels as Pillow has it."""
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
+def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "H W I"]) -> None:
+    """Writes an image of 1 or 3 channels as PNG, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    buffer = bytes_io.BytesIO()
+    to_pil(image).save(buffer, "PNG")
+    storage.write_bytes(path, buffer.getvalue())

@@ -1,0 +1,72 @@
+"""Parameters as a safetensors file, which needs neither this package nor JAX to be read.
+
+Its metadata hold a CRC-32 of the arrays, `crc32`, which reading here verifies.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from flax import traverse_util
+
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
+
+
+def write(path: epath.PathLike, tree: Mapping[str, Any]) -> None:
+    """Writes nested arrays as safetensors, named `outer/inner`, whole or not at all."""
+    flat = traverse_util.flatten_dict(dict(tree), sep="/")
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+    storage.write_bytes(path, safetensors.numpy.save(tensors, {"crc32": _crc32(tensors)}))
+
+
+def read(path: epath.PathLike) -> dict[str, Any]:
+    """Reads what `write` wrote, or safetensors of others, which have no checksum.
+
+    Raises:
+      UserError: the file is missing, cannot be read or is damaged.
+    """
+    path = epath.Path(path)
+    try:
+        data = path.read_bytes()
+        flat = safetensors.numpy.load(data)
+    except OSError as error:
+        raise storage.read_error(path, error) from error
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"{path} holds numbers of a type that numpy lacks, {error}") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    stored = header.get("__metadata__", {}).get("crc32")
+    if stored is not None and stored != _crc32(flat):
+        raise UserError(
+            f"{path} is damaged: it is not the file that was written; put back a copy of it"
+        )
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def sha256(tree: Mapping[str, Any], start: bytes = b"") -> str:
+    """SHA-256 of `start` and every array's name, shape, dtype and bytes, in the names' order."""
+    digest = hashlib.sha256(start)
+    for piece in _pieces(traverse_util.flatten_dict(dict(tree), sep="/")):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _crc32(flat: Mapping[str, Any]) -> str:
+    value = 0
+    for piece in _pieces(flat):
+        value = zlib.crc32(piece, value)
+    return f"{value:08x}"
+
+
+def _pieces(flat: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
+    for name, leaf in sorted(flat.items()):
+        array = np.ascontiguousarray(leaf)
+        yield f"{name} {array.shape} {array.dtype}".encode()
+        yield array.data

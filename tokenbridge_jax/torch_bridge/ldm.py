@@ -1,0 +1,239 @@
+"""Name table of the KL autoencoder: LDM/MAR state dicts (`kl16.ckpt`) <-> our parameters.
+
+The `diffusers` library keeps the same network (`AutoencoderKL`) under other names, which are a
+rewriting of these; it can be read, not written.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from tokenbridge_jax.autoencoder import AutoencoderConfig, abstract_params
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.torch_bridge.parts import Network
+from tokenbridge_jax.torch_bridge.table import Entry, from_torch, size
+
+Path = tuple[str, ...]
+State = Mapping[str, np.ndarray]
+
+# By what it is known among a file's tensors, in either layout. LDM keeps with it a loss, which
+# has a discriminator and LPIPS, and an average under names without dots.
+NETWORK = Network(
+    (
+        "encoder.conv_in.weight",
+        "encoder.conv_out.weight",
+        "decoder.conv_in.weight",
+        "decoder.conv_out.weight",
+    ),
+    extras=("loss", "model_ema"),
+)
+
+# Names of LDM -> those of diffusers, which counts the decoder's levels from the coarsest.
+_DIFFUSERS = (
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.down\.(\d+)\.attn\.", r".down_blocks.\1.attentions."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+)
+_ENCODER_BLOCK = re.compile(
+    r"encoder\.down(?:_blocks)?\.(\d+)\.(block|attn|resnets|attentions)\.(\d+)\."
+)
+# Projections of attention in diffusers, of now and of its first versions.
+_NEW = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_OLD = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
+
+
+def table(config: AutoencoderConfig) -> list[Entry]:
+    """Every tensor of the state dict, in the published order, and where it lives here."""
+    return [*_encoder(config), *_decoder(config), *_conv("quant_conv"), *_conv("post_quant_conv")]
+
+
+def is_diffusers(state: Mapping[str, Any]) -> bool:
+    """Whether a state dict has the names of diffusers."""
+    return any(".down_blocks." in name or ".up_blocks." in name for name in state)
+
+
+def diffusers_table(config: AutoencoderConfig, old: bool = False) -> list[Entry]:
+    """As `table`, in the names of diffusers; `old`: attention has those of its first versions."""
+    levels, projections = len(config.multipliers), _OLD if old else _NEW
+
+    def rename(name: str) -> str:
+        name = re.sub(r"\.up\.(\d+)", lambda match: f".up.{levels - 1 - int(match[1])}", name)
+        for pattern, replacement in _DIFFUSERS:
+            name = re.sub(pattern, replacement, name)
+        return re.sub(
+            r"(attentions\.\d+)\.(q|k|v|proj_out)\.",
+            lambda match: f"{match[1]}.{projections[match[2]]}.",
+            name,
+        )
+
+    return [dataclasses.replace(e, torch_name=rename(e.torch_name)) for e in table(config)]
+
+
+def infer_config(
+    state: Mapping[str, Any], image_size: int, grid: int | None = None
+) -> AutoencoderConfig:
+    """Reads an autoencoder's sizes off the shapes of a state dict in either layout.
+
+    Args:
+      state: the state dict.
+      image_size: side of the training images in pixels, which no tensor shows.
+      grid: that side in positions, if it is known instead.
+
+    Returns:
+      The config, its scale 1: no tensor shows that either.
+
+    Raises:
+      UserError: the state dict is of another network.
+    """
+    widths: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+    blocks, attention = 0, set()
+    for name, tensor in state.items():
+        place = _ENCODER_BLOCK.match(name)
+        if place is None:
+            continue
+        level, is_attention = int(place[1]), place[2].startswith("att")
+        if is_attention:
+            attention.add(level)
+        else:
+            blocks = max(blocks, int(place[3]) + 1)
+        if not is_attention and name.endswith(("conv1.bias", "norm2.bias", "conv2.bias")):
+            widths[level][tensor.shape[0]] += 1
+    channels = size(
+        state,
+        ("encoder.conv_in.bias", 0),
+        ("encoder.conv_in.weight", 0),
+        ("decoder.conv_out.weight", 1),
+    )
+    image_channels = size(state, ("encoder.conv_in.weight", 1), ("decoder.conv_out.bias", 0))
+    latents = size(state, ("decoder.conv_in.weight", 1), ("post_quant_conv.bias", 0))
+    if not (widths and channels and image_channels and latents):
+        few = ", ".join(list(state)[:3]) or "nothing"
+        raise UserError(f"these are not the tensors of a KL autoencoder, but {few}, ...")
+    if grid is not None:
+        image_size = grid * 2 ** (len(widths) - 1)
+    by_level = [widths[level].most_common(1)[0][0] for level in sorted(widths)]
+    return AutoencoderConfig(
+        image_size=image_size,
+        image_channels=image_channels,
+        channels=channels,
+        multipliers=tuple(max(1, width // channels) for width in by_level),
+        blocks=blocks,
+        attention_resolutions=tuple(image_size // 2**level for level in sorted(attention)),
+        latent_channels=latents,
+        scale=1.0,
+    )
+
+
+def import_autoencoder(
+    config: AutoencoderConfig, state: State, shift: float = 0.0
+) -> dict[str, Any]:
+    """State dict in either layout -> parameters here.
+
+    Args:
+      config: from `infer_config`.
+      state: the state dict. An autoencoder without the 1x1 convolutions between its halves (SD3,
+        FLUX) gets ones that change nothing.
+      shift: what is subtracted from a posterior sample before it is scaled. It goes into those
+        convolutions, so that a latent is `sample x scale` here as well.
+
+    Raises:
+      UserError: naming every tensor that is missing, unexpected or misshapen.
+    """
+    state = dict(state)
+    if not any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in state):
+        for name, width in (("quant_conv", 2), ("post_quant_conv", 1)):
+            identity = np.eye(width * config.latent_channels, dtype=np.float32)
+            state[f"{name}.weight"] = identity[:, :, None, None]
+            state[f"{name}.bias"] = np.zeros(len(identity), np.float32)
+    entries = table(config)
+    if is_diffusers(state):
+        # Its attention has linear layers where LDM has 1x1 convolutions.
+        state = {k: v[:, :, None, None] if v.ndim == 2 else v for k, v in state.items()}
+        old = any(".mid_block.attentions.0.query." in name for name in state)
+        entries = diffusers_table(config, old)
+    params = from_torch(entries, state, nn.unbox(abstract_params(config)))
+    if shift:
+        params["quant_conv"]["bias"][: config.latent_channels] -= shift
+        post = params["post_quant_conv"]
+        post["bias"] += shift * post["kernel"].sum(axis=(0, 1, 2))
+    return params
+
+
+def _encoder(config: AutoencoderConfig) -> Iterator[Entry]:
+    yield from _conv("encoder.conv_in")
+    width = config.channels
+    for level, multiplier in enumerate(config.multipliers):
+        theirs, ours = f"encoder.down.{level}", f"level_{level}"
+        for i in range(config.blocks):
+            wider = width != config.channels * multiplier
+            yield from _block(f"{theirs}.block.{i}", ("encoder", f"{ours}_block_{i}"), wider)
+            width = config.channels * multiplier
+        if config.has_attention(level):
+            for i in range(config.blocks):
+                yield from _attention(f"{theirs}.attn.{i}", ("encoder", f"{ours}_attention_{i}"))
+        if level < len(config.multipliers) - 1:
+            yield from _conv(f"{theirs}.downsample.conv", ("encoder", f"{ours}_downsample"))
+    yield from _middle("encoder")
+    yield from _end("encoder")
+
+
+def _decoder(config: AutoencoderConfig) -> Iterator[Entry]:
+    yield from _conv("decoder.conv_in")
+    yield from _middle("decoder")
+    # Published order: finest level first, although the decoder runs from the coarsest.
+    for level, multiplier in enumerate(config.multipliers):
+        theirs, ours = f"decoder.up.{level}", f"level_{level}"
+        coarser = config.multipliers[min(level + 1, len(config.multipliers) - 1)]
+        for i in range(config.blocks + 1):
+            narrower = i == 0 and coarser != multiplier
+            yield from _block(f"{theirs}.block.{i}", ("decoder", f"{ours}_block_{i}"), narrower)
+        if level > 0:
+            yield from _conv(f"{theirs}.upsample.conv", ("decoder", f"{ours}_upsample"))
+    yield from _end("decoder")
+
+
+def _middle(half: str) -> Iterator[Entry]:
+    yield from _block(f"{half}.mid.block_1", (half, "middle", "block_1"))
+    yield from _attention(f"{half}.mid.attn_1", (half, "middle", "attention"))
+    yield from _block(f"{half}.mid.block_2", (half, "middle", "block_2"))
+
+
+def _end(half: str) -> Iterator[Entry]:
+    yield from _norm(f"{half}.norm_out", (half, "norm_out"))
+    yield from _conv(f"{half}.conv_out")
+
+
+def _block(name: str, path: Path, shortcut: bool = False) -> Iterator[Entry]:
+    for i in (1, 2):
+        yield from _norm(f"{name}.norm{i}", (*path, f"norm{i}"))
+        yield from _conv(f"{name}.conv{i}", (*path, f"conv{i}"))
+    if shortcut:
+        yield from _conv(f"{name}.nin_shortcut", (*path, "shortcut"))
+
+
+def _attention(name: str, path: Path) -> Iterator[Entry]:
+    yield from _norm(f"{name}.norm", (*path, "norm"))
+    for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("proj_out", "out")):
+        yield from _conv(f"{name}.{theirs}", (*path, ours))
+
+
+def _conv(name: str, path: Path | None = None) -> Iterator[Entry]:
+    path = path or tuple(name.split("."))
+    yield Entry(f"{name}.weight", (*path, "kernel"), "conv")
+    yield Entry(f"{name}.bias", (*path, "bias"))
+
+
+def _norm(name: str, path: Path) -> Iterator[Entry]:
+    yield Entry(f"{name}.weight", (*path, "scale"))
+    yield Entry(f"{name}.bias", (*path, "bias"))

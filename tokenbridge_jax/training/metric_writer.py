@@ -1,0 +1,138 @@
+"""Where numbers and pictures of a run go: `metrics.jsonl`, TensorBoard, PNG files."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from tokenbridge_jax.runtime import storage
+
+# Between two uploads of a file that grows, which an object store takes as a whole only.
+UPLOAD_SECONDS = 60
+
+
+class MetricWriter:
+    """Writes one line of JSON a step, and the same to TensorBoard; process 0 alone writes.
+
+    `metrics.jsonl` holds every step once, in order: on resume, lines of steps after the checkpoint
+    (and a last line that a kill cut short) are dropped before new ones are appended. In an object
+    store new lines are there every UPLOAD_SECONDS, and before every checkpoint.
+    """
+
+    def __init__(self, workdir: epath.PathLike, start_step: int):
+        """Opens `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard/` to go on after `start_step`.
+
+        Raises:
+          UserError: the disk is full or the folder is not writable.
+        """
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            kept = _drop_steps_after(self._path, start_step)
+            stored = storage.in_object_store(self._path)
+            self._file = StoredFile(self._path, kept) if stored else self._path.open("ab")
+            # Slow to import: it imports PyTorch, where that is installed.
+            from tensorboardX import SummaryWriter, record_writer
+
+            record_writer.register_writer_factory("gs", _StoredFiles())
+            self._tensorboard = SummaryWriter(
+                str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1
+            )
+        except OSError as error:
+            raise storage.write_error(self._path.parent, error) from error
+
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Appends `{"step": step, **values}`.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        if not self._writes:
+            return
+        try:
+            self._file.write((json.dumps({"step": step, **values}) + "\n").encode())
+            if not isinstance(self._file, StoredFile):
+                self._file.flush()
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            raise storage.write_error(self._path, error) from error
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W I"]) -> None:
+        """Shows a picture in TensorBoard."""
+        if self._writes:
+            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Writes out all lines: a checkpoint that follows may be where a run goes on."""
+        if self._writes:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        if self._writes:
+            self._tensorboard.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                raise storage.write_error(self._path, error) from error
+
+
+class StoredFile:
+    """A file in an object store, to append to."""
+
+    def __init__(self, path: epath.PathLike, content: bytes = b""):
+        self._path, self._content, self._uploaded = path, content, time.monotonic()
+
+    def write(self, data: bytes) -> None:
+        """Appends `data`, which is uploaded UPLOAD_SECONDS after the last upload, or by `flush`."""
+        self._content += data
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Uploads the whole file."""
+        storage.write_bytes(self._path, self._content)
+        self._uploaded = time.monotonic()
+
+    close = flush
+
+
+class _StoredFiles:
+    """How TensorBoard's files get into object stores; its own way needs yet another package."""
+
+    def open(self, path: str) -> StoredFile:
+        return StoredFile(path)
+
+    def directory_check(self, path: str) -> None:
+        """There are no folders to make."""
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    rows = []
+    for line in epath.Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _drop_steps_after(path: epath.Path, step: int) -> bytes:
+    """Returns what is left."""
+    if not path.exists():
+        return b""
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    content = "".join(json.dumps(row) + "\n" for row in kept).encode()
+    if content != path.read_bytes():
+        storage.write_bytes(path, content)
+    return content
