@@ -164,8 +164,7 @@ def test_lost_and_damaged_shards_are_made_again(finished, workdir, images):
 KILLED_RUN = """
 import os, signal, sys
 from token_shards import make_config
-from tokenbridge_jax import io, tokenizing
-from tokenbridge_jax.data import shards
+from tokenbridge_jax.data import shards, tokenizing
 
 images, workdir, moment = sys.argv[1:]
 
