@@ -29,7 +29,7 @@ from token_shards import (
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.channels import ChannelSpectrum
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.data import shards, sources, tokenizing
+from tokenbridge_jax.data import shard_writer, shards, sources, tokenizing
 from tokenbridge_jax.data.tokenizing import tokenize
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -164,7 +164,7 @@ def test_lost_and_damaged_shards_are_made_again(finished, workdir, images):
 KILLED_RUN = """
 import os, signal, sys
 from token_shards import make_config
-from tokenbridge_jax.data import shards, tokenizing
+from tokenbridge_jax.data import shard_writer, shards, tokenizing
 
 images, workdir, moment = sys.argv[1:]
 
@@ -172,13 +172,13 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "in the middle of a shard":
-    write, calls = shards.ShardWriter.write, []
+    write, calls = shard_writer.ShardWriter.write, []
     def write_some(self, records):
         write(self, records)
         calls.append(1)
         if len(calls) == 3:
             die()
-    shards.ShardWriter.write = write_some
+    shard_writer.ShardWriter.write = write_some
 elif moment == "between summary and shard":
     os.replace = die
 elif moment == "before the description":
@@ -257,7 +257,7 @@ def test_pictures_without_a_class_are_refused(workdir, images, monkeypatch):
     monkeypatch.setattr(
         sources.FolderSource, "load", lambda self, i: (load(self, i)[0], 3 if i == 26 else 0)
     )
-    message = r"train split: a picture has no class, class2/26.png with label 3 of 3 classes"
+    message = "train split: 1 of 7 pictures have no class, such as class2/26.png with label 3 of 3"
     with pytest.raises(UserError, match=message):
         tokenize(make_config(images), workdir)
     assert not (workdir / "tokens" / "dataset.json").exists()
@@ -285,10 +285,10 @@ def test_validation_is_held_out_by_name(workdir, images):
 
 
 def test_small_splits_have_several_shards(images):
-    source = tokenizing.make_source(make_config(images).data)
+    source = sources.make_source(make_config(images).data)
     info = make_info(records_per_shard=1000)
     for count, size in [(1, 64), (64, 64), (250, 64), (513, 128), (7000, 896), (100_000, 1000)]:
-        subset = tokenizing.Subset(source, np.arange(5, 5 + count))
+        subset = sources.Subset(source, np.arange(5, 5 + count))
         planned = tokenizing.plan_shards(Path("x"), info, {"train": subset})
         assert np.array_equal(np.concatenate([plan.images for plan in planned]), subset.images)
         assert len(planned) == -(-count // size)
@@ -297,11 +297,11 @@ def test_small_splits_have_several_shards(images):
 
 def test_spread_covers_a_subset_evenly():
     source = sources.DigitsSource()
-    subset = tokenizing.Subset(source, np.arange(10, 40))
+    subset = sources.Subset(source, np.arange(10, 40))
     assert subset.spread(4).images.tolist() == [10, 19, 29, 39]
     assert subset.spread(1).images.tolist() == [10]
     assert np.array_equal(subset.spread(100).images, subset.images)
-    assert not len(tokenizing.Subset(source, np.arange(0)).spread(3).images)
+    assert not len(sources.Subset(source, np.arange(0)).spread(3).images)
 
 
 def test_own_validation_split(workdir, finished, images, tmp_path):
@@ -439,14 +439,14 @@ def test_nan_names_the_picture(workdir, images):
 
 
 def test_full_disk_leaves_nothing_half_written(workdir, images, finished, monkeypatch):
-    create = shards.ArrayRecordWriter
+    create = shard_writer.ArrayRecordWriter
 
     def on_full_disk(path, options):
         if "train-00001" in path:
             os.symlink("/dev/full", path)
         return create(path, options)
 
-    monkeypatch.setattr(shards, "ArrayRecordWriter", on_full_disk)
+    monkeypatch.setattr(shard_writer, "ArrayRecordWriter", on_full_disk)
     with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record: the disk is full"):
         tokenize(make_config(images), workdir)
     left = contents(workdir)
@@ -456,7 +456,7 @@ def test_full_disk_leaves_nothing_half_written(workdir, images, finished, monkey
         "statistics/train-00000-of-00003.json",
     }
     assert json.loads(partial)["splits"] == {}
-    monkeypatch.setattr(shards, "ArrayRecordWriter", create)
+    monkeypatch.setattr(shard_writer, "ArrayRecordWriter", create)
     assert tokenize(make_config(images), workdir).images == 17
     assert contents(workdir) == contents(finished)
 
@@ -464,8 +464,9 @@ def test_full_disk_leaves_nothing_half_written(workdir, images, finished, monkey
 PROCESS = """
 import sys
 from token_shards import make_config
-from tokenbridge_jax import processes, tokenizing
-from tokenbridge_jax.errors import UserError
+from tokenbridge_jax.data import tokenizing
+from tokenbridge_jax.runtime import processes
+from tokenbridge_jax.runtime.errors import UserError
 images, workdir = sys.argv[1:]
 processes.join(True)
 try:

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -17,6 +18,7 @@ from tokenbridge_jax.autoencoder import (
 )
 from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.shard_writer import ShardWriter
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.quantizer import Quantizer
 
@@ -105,7 +107,7 @@ def write_tokens(folder: Path, counts: dict[str, list[int]], **settings) -> Data
         listed, start = [], 0
         for number, size in enumerate(sizes):
             path = folder / shards.shard_name(split, number, len(sizes))
-            with shards.ShardWriter(path) as writer:
+            with ShardWriter(path) as writer:
                 writer.write(random_records(info, range(start, start + size)))
                 statistics = ChannelStatistics(info.channels, info.quantizer.levels)
                 summary = writer.commit([], statistics)
@@ -165,7 +167,7 @@ def read_split(workdir: Path, split: str = "train") -> np.ndarray:
     info = shards.read_info(workdir / "tokens")
     parts = []
     for path, _ in shards.shard_files(workdir / "tokens", info, split):
-        reader = shards.ArrayRecordReader(str(path))
+        reader = ArrayRecordReader(str(path))
         parts.append(np.frombuffer(b"".join(reader.read_all()), info.record))
     return np.concatenate(parts)
 
