@@ -133,6 +133,15 @@ def write_workdir(workdir: Path) -> None:
     )
 
 
+def write_autoencoder(workdir: Path) -> Path:
+    """A random autoencoder whose latents have about unit variance."""
+    params = jax.tree.map(np.array, init_params(AUTOENCODER, jax.random.key(0)))
+    # Posterior noise of about a tenth: large enough to move indices.
+    params["quant_conv"]["bias"][AUTOENCODER.latent_channels :] = -4.0
+    save_autoencoder(workdir / "autoencoder", AUTOENCODER, params)
+    return workdir
+
+
 def make_config(images: Path, **changes) -> ConfigDict:
     """The settings above with some replaced, `data__flip=False` say."""
     config = ConfigDict(SETTINGS)
