@@ -141,10 +141,6 @@ class Posterior(NamedTuple):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return cls(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 
-    def mode(self) -> Float[Array, "B h w C"]:
-        """The mean."""
-        return self.mean
-
     def sample(self, key: Key[Array, ""]) -> Float[Array, "B h w C"]:
         """One draw for the whole batch from one key."""
         return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape)

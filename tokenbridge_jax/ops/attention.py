@@ -77,22 +77,15 @@ def plain_attention(
 
 
 def _plain(
-    qkv: jax.Array,
-    bias: jax.Array,
-    visible: jax.Array | None,
-    seed: jax.Array,
-    rate: float,
+    qkv: jax.Array, bias: jax.Array, visible: jax.Array | None, seed: jax.Array, *, rate: float
 ) -> jax.Array:
     q, k, v = _biased_heads(qkv, bias)
     return plain_attention(q, k, v, None if visible is None else visible[:, None], seed, rate)
 
 
 def image_by_image(
-    qkv: Float[Array, "N T 3 H K"],
-    bias: Float[Array, "3 H K"],
-    visible: Bool[Array, "#N T"] | None,
-    seed: UInt32[Array, "2"],
-) -> Float[Array, "N T H K"]:
+    qkv: jax.Array, bias: jax.Array, visible: jax.Array | None, seed: jax.Array
+) -> jax.Array:
     """`attend` without dropout, one image at a time on every device.
 
     The scores of one image fit into a TPU's fast memory (VMEM); those of a whole batch do not.
@@ -101,7 +94,7 @@ def image_by_image(
     def call(seed: jax.Array, visible: jax.Array, bias: jax.Array, qkv: jax.Array) -> jax.Array:
         def on_image(image: tuple[jax.Array, jax.Array]) -> jax.Array:
             visible, qkv = image
-            return _plain(qkv[None], bias, visible[None], seed[:2], 0.0)[0]
+            return _plain(qkv[None], bias, visible[None], seed[:2], rate=0.0)[0]
 
         return jax.lax.map(on_image, (jnp.broadcast_to(visible, qkv.shape[:2]) != 0, qkv))
 
@@ -135,19 +128,14 @@ def normed_heads(
 
 
 def _forward(
-    qkv: jax.Array,
-    bias: jax.Array,
-    visible: jax.Array | None,
-    seed: jax.Array,
-    rate: float,
+    qkv: jax.Array, bias: jax.Array, visible: jax.Array | None, seed: jax.Array, rate: float
 ) -> tuple[jax.Array, Any]:
     batch, length, _, heads, _ = qkv.shape
     # Only the backward kernel needs the log of every row's normalizer.
     no_normalizer = jnp.zeros((batch, heads, length))
 
     def plain(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-        qkv, bias, visible, seed = arguments
-        return _plain(qkv, bias, visible, seed, rate), no_normalizer
+        return _plain(*arguments, rate=rate), no_normalizer
 
     def tpu(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         return image_by_image(*arguments), no_normalizer
@@ -163,8 +151,8 @@ def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, 
     qkv, bias = residuals[:2]
 
     def plain(*arguments: Any) -> jax.Array:
-        qkv, bias, visible, seed, _, _, d_out = arguments
-        return jax.vjp(lambda x: _plain(x, bias, visible, seed, rate), qkv)[1](d_out)[0]
+        qkv, *others, _, _, d_out = arguments
+        return jax.vjp(lambda x: _plain(x, *others, rate=rate), qkv)[1](d_out)[0]
 
     kernel = functools.partial(kernel_backward, rate=rate)
     d_qkv = by_platform(plain, kernel, has_kernel(qkv), *residuals, d_out)
@@ -176,10 +164,10 @@ attend.defvjp(_forward, _backward)
 
 
 def kernel_forward(
-    qkv: Float[Array, "N T 3 H K"],
-    bias: Float[Array, "3 H K"],
-    visible: Bool[Array, "#N T"] | None,
-    seed: UInt32[Array, "2"],
+    qkv: jax.Array,
+    bias: jax.Array,
+    visible: jax.Array | None,
+    seed: jax.Array,
     *,
     rate: float,
     interpret: bool = False,
@@ -225,15 +213,8 @@ def kernel_backward(
     """The gradient of `attend` with respect to `qkv` (its sum over tokens is that of `bias`)."""
     kernel = functools.partial(_backward_kernel, width=qkv.shape[4], heads=qkv.shape[3], rate=rate)
 
-    def call(
-        seed: jax.Array,
-        visible: jax.Array,
-        bias: jax.Array,
-        qkv: jax.Array,
-        normalizer: jax.Array,
-        mean: jax.Array,
-        d_out: jax.Array,
-    ) -> Any:
+    def call(*arrays: jax.Array) -> Any:
+        seed, visible, bias, qkv, normalizer, mean, d_out = arrays
         batch, length, _, heads, _ = qkv.shape
         shape = jax.ShapeDtypeStruct((batch, length, qkv[0, 0].size), qkv.dtype)
         grid = (batch, pl.cdiv(length, BLOCK), heads)
@@ -267,22 +248,12 @@ class _Tile:
     columns: rows beyond T and columns beyond K are read as 0 and not written.
     """
 
-    def __init__(
-        self,
-        seed_ref: Any,
-        visible_ref: Any,
-        bias_ref: Any,
-        qkv_ref: Any,
-        normalizer_ref: Any,
-        width: int,
-        heads: int,
-        rate: float,
-    ):
+    def __init__(self, refs: tuple[Any, ...], *, width: int, heads: int, rate: float):
+        """`refs` are those of seed, visible, bias, qkv and normalizer."""
+        self._seed_ref, self._visible_ref, self._bias_ref, self._qkv_ref, normalizer_ref = refs
         self.row, self.head = pl.program_id(0), pl.program_id(2)
         self._local_heads, self.length = normalizer_ref.shape[1:]
         self.width, self.columns = width, pl.next_power_of_2(width)
-        self._seed_ref, self._visible_ref = seed_ref, visible_ref
-        self._bias_ref, self._qkv_ref = bias_ref, qkv_ref
         self._heads, self._rate = heads, rate
 
     def load(self, ref: Any, block: jax.Array, part: int = 0) -> jax.Array:
@@ -348,13 +319,10 @@ def _forward_kernel(
     qkv_ref: Any,
     out_ref: Any,
     normalizer_ref: Any,
-    *,
-    width: int,
-    heads: int,
-    rate: float,
+    **settings: Any,
 ) -> None:
     """One block of queries against all keys."""
-    tile = _Tile(seed_ref, visible_ref, bias_ref, qkv_ref, normalizer_ref, width, heads, rate)
+    tile = _Tile((seed_ref, visible_ref, bias_ref, qkv_ref, normalizer_ref), **settings)
     mine = pl.program_id(1)
     q = tile.load_part(mine, 0)
 
@@ -387,13 +355,10 @@ def _backward_kernel(
     mean_ref: Any,
     d_out_ref: Any,
     d_qkv_ref: Any,
-    *,
-    width: int,
-    heads: int,
-    rate: float,
+    **settings: Any,
 ) -> None:
     """The gradients of one block of queries, then of the same block of keys and values."""
-    tile = _Tile(seed_ref, visible_ref, bias_ref, qkv_ref, normalizer_ref, width, heads, rate)
+    tile = _Tile((seed_ref, visible_ref, bias_ref, qkv_ref, normalizer_ref), **settings)
     mine, blocks = pl.program_id(1), pl.cdiv(tile.length, BLOCK)
     scale = tile.width**-0.5 * tile.kept_scale
     q, k, v = (tile.load_part(mine, part) for part in range(3))

@@ -64,11 +64,8 @@ def attend_cached(
 
 
 def plain_cached_attention(
-    qkv: Float[Array, "N 1 3 H K"],
-    bias: Float[Array, "3 H K"],
-    norms: tuple[Float[Array, " K"], ...],
-    cache: Cache,
-) -> tuple[Float[Array, "N 1 H K"], Cache]:
+    qkv: jax.Array, bias: jax.Array, norms: tuple[jax.Array, ...], cache: Cache
+) -> tuple[jax.Array, Cache]:
     """`attend_cached` in plain operations."""
     q, k, v = normed_heads(qkv, bias, norms)
 
@@ -82,13 +79,13 @@ def plain_cached_attention(
 
 
 def kernel_cached_attention(
-    qkv: Float[Array, "N 1 3 H K"],
-    bias: Float[Array, "3 H K"],
-    norms: tuple[Float[Array, " K"], ...],
+    qkv: jax.Array,
+    bias: jax.Array,
+    norms: tuple[jax.Array, ...],
     cache: Cache,
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "N 1 H K"], Cache]:
+) -> tuple[jax.Array, Cache]:
     """`attend_cached` on a GPU."""
 
     def call(_: jax.Array, place: jax.Array, *arrays: jax.Array) -> Any:

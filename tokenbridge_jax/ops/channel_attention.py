@@ -57,12 +57,8 @@ def attend_channels(
 
 
 def plain_channel_attention(
-    qkv: Float[Array, "N T 3 H K"],
-    bias: Float[Array, "3 H K"],
-    norms: Float[Array, "4 K"],
-    seed: UInt32[Array, "2"],
-    rate: float,
-) -> Float[Array, "N T H K"]:
+    qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, rate: float
+) -> jax.Array:
     """`attend_channels` in plain operations."""
     q, k, v = normed_heads(qkv, bias, norms)
     causal = jnp.asarray(np.tri(q.shape[1], dtype=bool))
@@ -81,13 +77,10 @@ def _forward(
 def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, Any, None]:
     qkv, bias = residuals[:2]
 
-    def plain(
-        qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, d_out: jax.Array
-    ) -> Any:
-        def function(qkv: jax.Array, norms: jax.Array) -> jax.Array:
-            return plain_channel_attention(qkv, bias, norms, seed, rate)
-
-        return jax.vjp(function, qkv, norms)[1](d_out)
+    def plain(*arguments: Any) -> Any:
+        qkv, bias, norms, seed, d_out = arguments
+        run = functools.partial(plain_channel_attention, seed=seed, rate=rate)
+        return jax.vjp(lambda x, norms: run(x, bias, norms), qkv, norms)[1](d_out)
 
     kernel = functools.partial(kernel_backward, rate=rate)
     d_qkv, d_norms = by_platform(plain, kernel, _has_kernel(qkv), *residuals, d_out)
@@ -104,10 +97,10 @@ def _has_kernel(qkv: jax.Array) -> bool:
 
 
 def kernel_forward(
-    qkv: Float[Array, "N T 3 H K"],
-    bias: Float[Array, "3 H K"],
-    norms: Float[Array, "4 K"],
-    seed: UInt32[Array, "2"],
+    qkv: jax.Array,
+    bias: jax.Array,
+    norms: jax.Array,
+    seed: jax.Array,
     *,
     rate: float,
     interpret: bool = False,

@@ -77,21 +77,15 @@ def _has_kernel(x: jax.Array) -> bool:
     return x.dtype == jnp.bfloat16 and pairs and rows >= FEWEST_ROWS
 
 
-def plain_gelu_dropout(
-    x: Float[Array, "... F"], bias: Float[Array, " F"], seed: UInt32[Array, "2"], rate: float
-) -> Float[Array, "... F"]:
+def plain_gelu_dropout(x: jax.Array, bias: jax.Array, seed: jax.Array, rate: float) -> jax.Array:
     """`gelu_dropout` in plain operations."""
     wide = (x + jnp.broadcast_to(bias, x.shape)).astype(jnp.float32)
     return _drop(wide * _normal_cdf(wide), seed, rate).astype(x.dtype)
 
 
 def plain_gradients(
-    x: Float[Array, "... F"],
-    bias: Float[Array, " F"],
-    seed: UInt32[Array, "2"],
-    d_y: Float[Array, "... F"],
-    rate: float,
-) -> tuple[Float[Array, "... F"], Float[Array, " F"]]:
+    x: jax.Array, bias: jax.Array, seed: jax.Array, d_y: jax.Array, rate: float
+) -> tuple[jax.Array, jax.Array]:
     """The gradients of `gelu_dropout` with respect to `x` and `bias`, in plain operations."""
     wide = (x + jnp.broadcast_to(bias, x.shape)).astype(jnp.float32)
     density = jnp.exp(-0.5 * wide * wide) * np.float32((2 * math.pi) ** -0.5)
@@ -114,13 +108,8 @@ def _kept_scale(rate: float) -> np.float32:
 
 
 def kernel_forward(
-    x: Float[Array, "... F"],
-    bias: Float[Array, " F"],
-    seed: UInt32[Array, "2"],
-    *,
-    rate: float,
-    interpret: bool = False,
-) -> Float[Array, "... F"]:
+    x: jax.Array, bias: jax.Array, seed: jax.Array, *, rate: float, interpret: bool = False
+) -> jax.Array:
     """`gelu_dropout` on a GPU."""
     kernel = functools.partial(_forward_kernel, total=x.shape[-1], rate=rate, interpret=interpret)
 
@@ -139,14 +128,14 @@ def kernel_forward(
 
 
 def kernel_backward(
-    x: Float[Array, "... F"],
-    bias: Float[Array, " F"],
-    seed: UInt32[Array, "2"],
-    d_y: Float[Array, "... F"],
+    x: jax.Array,
+    bias: jax.Array,
+    seed: jax.Array,
+    d_y: jax.Array,
     *,
     rate: float,
     interpret: bool = False,
-) -> tuple[Float[Array, "... F"], Float[Array, " F"]]:
+) -> tuple[jax.Array, jax.Array]:
     """The gradients of `gelu_dropout` with respect to `x` and `bias`, on a GPU."""
     kernel = functools.partial(_backward_kernel, total=x.shape[-1], rate=rate, interpret=interpret)
 
