@@ -62,7 +62,7 @@ def _time_lines(report: Report, device: str) -> list[str]:
         f"  memory traffic       {seconds['memory_traffic']:.3f}",
         f"  collectives          {seconds['collectives']:.3f}",
         f"  instructions         {seconds['instructions']:.3f}  estimated by libtpu",
-        f"  expected             {seconds['expected']:.3f}  includes x {mean:.3f} for the mean program",
+        f"  expected             {seconds['expected']:.3f}  scaled by {mean:.3f} for the mean",
         f"  at best              {seconds['at_best']:.3f}",
         f"{report['images_per_second']:,.0f} images/s, {report['share_of_peak']:.1%} of peak "
         f"(the mathematics of a step has {model:.1f} TFLOP on average)",
