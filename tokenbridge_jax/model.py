@@ -165,14 +165,9 @@ class TokenBridgeConfig:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TokenBridgeConfig":
         """Inverse of `to_json`."""
-        fields = value | {
-            "quantizer": Quantizer.from_json(value["quantizer"]),
-            "channel_order": tuple(value["channel_order"]),
-        }
-        if "scan_layers" not in fields:
-            # Written by a version whose `head_chunk` counted slots of an image.
-            del fields["head_chunk"]
-        return cls(**fields)
+        quantizer = Quantizer.from_json(value["quantizer"])
+        order = tuple(value["channel_order"])
+        return cls(**value | {"quantizer": quantizer, "channel_order": order})
 
     def forward_flops(self, hidden: float | int, scored: float | int | None = None) -> float | int:
         """Matmul FLOPs of one image's forward pass with `hidden` positions hidden, no padding.
@@ -297,8 +292,7 @@ class TokenBridge(nn.Module):
         temperature: Float[Array, ""],
     ) -> Int[Array, "B R C"]:
         """Draws the indices of R positions per image from their features."""
-        indices: Any = self.head.sample(merge(feature), keys.reshape(-1), temperature)
-        return indices.reshape(*keys.shape, -1)
+        return self.sample_with_log_probs(feature, keys, temperature)[0]
 
     def sample_with_log_probs(
         self,
@@ -307,8 +301,7 @@ class TokenBridge(nn.Module):
         temperature: Float[Array, ""],
     ) -> tuple[Int[Array, "B R C"], Float[Array, "B R"]]:
         """As `sample_positions`, with the positions' log-probabilities (see `Head.sample`)."""
-        drawn = self.head.sample(merge(feature), keys.reshape(-1), temperature, log_probs=True)
-        indices, log_probs = drawn
+        indices, log_probs = self.head.sample(merge(feature), keys.reshape(-1), temperature)
         return indices.reshape(*keys.shape, -1), log_probs.reshape(keys.shape)
 
 
