@@ -107,7 +107,7 @@ def test_ema_loads_alone_in_another_dtype(trained, saved):
 
 def test_run_record_is_a_json_file(saved):
     record = {"seed": 7, "order": [1, 0]}
-    assert saved.run_record(1) == ckpt.run_record(saved.directory) == record
+    assert ckpt.run_record(saved.directory, 1) == ckpt.run_record(saved.directory) == record
     assert storage.read_json(next((saved.directory / "2" / "run").glob("*.json"))) == record
 
 
@@ -271,7 +271,7 @@ def test_a_checkpoint_that_the_system_refuses_is_not_called_damaged(trained, sav
 def test_damaged_run_record_and_missing_step_are_named(trained, saved):
     truncate(saved.directory / "2" / "run")
     with pytest.raises(UserError, match=f"{saved.directory}/2 is missing or damaged"):
-        saved.run_record(2)
+        ckpt.run_record(saved.directory, 2)
     with pytest.raises(UserError, match=f"{saved.directory}/9 is missing or damaged"):
         saved.restore(trained[0], 9)
     with pytest.raises(UserError, match="there is no checkpoint in"):

@@ -19,8 +19,7 @@ from tiny_model import (
 )
 
 from tokenbridge_jax import Pipeline
-from tokenbridge_jax.commands.train import make_model_config
-from tokenbridge_jax.config import ConfigDict
+from tokenbridge_jax.config import ConfigDict, model_config
 from tokenbridge_jax.model import (
     SIZES,
     TokenBridge,
@@ -288,7 +287,7 @@ def test_a_description_from_before_there_were_other_heads_is_read():
 
 def test_orders_of_the_head_on_the_same_shards():
     config = ConfigDict({"data": {"num_classes": 3}, "model": {}})
-    make = lambda: make_model_config(config, TINY.quantizer, (2, 0, 3, 1), 8)  # noqa: E731
+    make = lambda: model_config(config, TINY.quantizer, (2, 0, 3, 1), 8)  # noqa: E731
     assert make().channel_order == (2, 0, 3, 1)
     for rule, order in [
         ("tokens", (2, 0, 3, 1)),

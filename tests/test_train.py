@@ -150,9 +150,9 @@ def test_another_run_is_refused_and_changes_nothing(straight, capsys, changes, m
         ({"training__batch_size": 20}, "make it a multiple of 8"),
         ({"training__batch_size": 0}, "training.batch_size is 0"),
         ({"training__head_fraction": 0.0}, "training.head_fraction is 0.0"),
-        ({"model__class_dropout": 1.0}, "model.class_dropout is 1.0"),
+        ({"training__class_dropout": 1.0}, "training.class_dropout is 1.0"),
         ({"training__batch_size": 64}, "a batch of 64 needs as many images"),
-        ({"model__mask_min": 1.5}, "mask_min is 1.5"),
+        ({"training__mask_min": 1.5}, "mask_min is 1.5"),
     ],
 )
 def test_what_does_not_fit_is_named(straight, tmp_path, capsys, changes, message):

@@ -1,15 +1,15 @@
 """The TPU generations: their figures, and the names of their slices.
 
-Compute, memory and bandwidths are those of Google's pages https://cloud.google.com/tpu/docs/v4,
-v5e, v5p, v6e and tpu7x. Three things are from elsewhere:
+Compute, memory and bandwidths are from Google's pages https://cloud.google.com/tpu/docs/v4, v5e,
+v5p, v6e and tpu7x, except:
 
-  memory         what libtpu's compiler calls available: the data sheet's less what it keeps back
-  ici of v4      1.1 PB/s of all-reduce on a pod of 4096 chips, on the page of v4; pages of the
-                 others give a chip's bandwidth in both directions, of which half is one direction
+  memory         what libtpu's compiler calls available, less than the data sheet says
+  ici of v4      from 1.1 PB/s of all-reduce on a pod of 4096 chips, on the page of v4; the other
+                 pages give a chip's bandwidth in both directions, which is halved here
   cycle_flops    a bfloat16 product's FLOPs in a cycle, from the number and size of the matrix
-                 units (on v6e and tpu7x the fewest that libtpu's cycles allow); peak FLOP/s divided
-                 by it is the clock that turns cycles into seconds. By libtpu's cycles a product of
-                 8192 x 8192 matrices reaches 70 to 93 % of it
+                 units (on v6e and tpu7x the fewest that libtpu's cycles allow). Peak FLOP/s divided
+                 by it is the clock, which turns cycles into seconds. With it, libtpu's cycles of a
+                 product of 8192 x 8192 matrices give 70 to 93 % of the peak
 """
 
 import dataclasses
@@ -71,28 +71,10 @@ GENERATIONS = {
     ),
 }  # fmt: skip
 
-# Shapes that can be had, by dimensions and chips.
+# The shapes that clouds offer, by the number of dimensions.
 SHAPES = {
-    2: {
-        1: "1x1",
-        4: "2x2",
-        8: "2x4",
-        16: "4x4",
-        32: "4x8",
-        64: "8x8",
-        128: "8x16",
-        256: "16x16",
-    },
-    3: {
-        4: "2x2x1",
-        8: "2x2x2",
-        16: "2x2x4",
-        32: "2x4x4",
-        64: "4x4x4",
-        128: "4x4x8",
-        256: "4x8x8",
-        512: "8x8x8",
-    },
+    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
 }
 
 
@@ -134,24 +116,28 @@ def parse_slice(name: str) -> Slice:
       UserError: there is no such slice; the message lists those there are.
     """
     wanted = name.lower().replace("v5litepod", "v5e")
-    shaped = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", wanted)
-    counted = re.fullmatch(r"(\w+)-(\d+)", wanted)
-    generation = (shaped or counted or [""] * 2)[1]
+    generation, colon, text = wanted.partition(":")
+    if not colon:
+        generation, _, cores = wanted.partition("-")
     if figures := GENERATIONS.get(generation):
-        text = shaped[2] if shaped else ""
-        if counted and int(counted[2]) % figures.cores == 0:
-            text = SHAPES[figures.dimensions].get(int(counted[2]) // figures.cores, "")
-        shape = tuple(map(int, text.split("x"))) if text else ()
-        if len(shape) == figures.dimensions and 0 not in shape:
-            return Slice(f"{generation}:{text}", generation, shape)
-        valid = [f"{generation}:{text}" for text in SHAPES[figures.dimensions].values()]
-        valid += [f"{generation}-{chips * figures.cores}" for chips in SHAPES[figures.dimensions]]
+        shapes = SHAPES[figures.dimensions]
+        by_cores = {str(math.prod(_sizes(text)) * figures.cores): text for text in shapes}
+        if not colon:
+            text = by_cores.get(cores, "")
+        if re.fullmatch(r"\d+(x\d+)*", text):
+            shape = _sizes(text)
+            if len(shape) == figures.dimensions and 0 not in shape:
+                return Slice(f"{generation}:{text}", generation, shape)
+        valid = [f"{generation}:{text}" for text in shapes]
+        valid += [f"{generation}-{cores}" for cores in by_cores]
     else:
-        valid = [
-            f"{key}:{next(iter(SHAPES[g.dimensions].values()))}" for key, g in GENERATIONS.items()
-        ]
+        valid = [f"{key}:{SHAPES[g.dimensions][0]}" for key, g in GENERATIONS.items()]
         valid += ["v5litepod-256", "v5p-128"]
     raise UserError(f"there is no topology '{name}'; there are {', '.join(valid)}")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("x")))
 
 
 def check_libtpu() -> None:
