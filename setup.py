@@ -13,7 +13,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    # The experiment files stand at the top of the repository and travel inside the package.
+    # The experiment files are at the top of the repository, and inside the installed package.
     packages=[
         *find_packages(include=["tokenbridge_jax", "tokenbridge_jax.*"]),
         "tokenbridge_jax.configs",

@@ -29,12 +29,11 @@ model's own distribution: settings tuned for one row would favour it. `launch/ab
 all rows.
 """
 
-import runpy
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from tokenbridge_jax.config import experiments, parse_arg
+from tokenbridge_jax.config import experiment, parse_arg
 from tokenbridge_jax.runtime.errors import UserError
 
 
@@ -83,7 +82,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if on not in ("imagenet256", "digits"):
         raise UserError(f"on={on} is not one of imagenet256, digits")
     row = ROWS[name]
-    config = runpy.run_path(str(experiments()[on]))["get_config"]()
+    config = experiment(on)
     if on == "digits":
         layers = round(row.layers * 2 / 3)
         row = row._replace(levels=row.levels // 2, width=row.width // 16, layers=layers)

@@ -12,18 +12,18 @@ channels, 32 levels a channel. Most commands use this config where none is named
 classifier that recognises 96.2% of real held-out digits finds the requested class in 98.3% of 1,000
 samples; 3.59 bits an index on the held-out digits.
 
-Keys that are not here have the values of `tokenbridge_jax.config.default_config`.
+Keys that are not here have the values of `configs/base.py`.
 """
 
 from ml_collections import ConfigDict
 
-from tokenbridge_jax.config import default_config, parse_arg
+from tokenbridge_jax.config import experiment, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """`quick` trains for seconds, to see that everything works."""
     arguments = parse_arg(arg, quick=False)
-    config = default_config()
+    config = experiment("base")
     config.data.update(
         source="digits",
         validation_split="validation",

@@ -18,12 +18,12 @@ hours for 400 epochs. Nothing of this size has been trained with this code yet.
 
 Arguments: `size=B|L|H`; `tfds` reads TFDS `imagenet2012` instead of class folders; `quick` shrinks
 everything to laptop size, to try a data set or a machine. Keys that are not here, the autoencoder's
-among them, have the values of `tokenbridge_jax.config.default_config`.
+among them, have the values of `configs/base.py`.
 """
 
 from ml_collections import ConfigDict
 
-from tokenbridge_jax.config import default_config, parse_arg
+from tokenbridge_jax.config import experiment, parse_arg
 from tokenbridge_jax.model import SIZES
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arguments = parse_arg(arg, size="L", tfds=False, quick=False)
     if arguments.size not in SIZES:
         raise UserError(f"size={arguments.size} is not one of {', '.join(SIZES)}")
-    config = default_config()
+    config = experiment("base")
     config.data.update(
         source="tfds" if arguments.tfds else "folder", name="imagenet2012", flip=True
     )

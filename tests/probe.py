@@ -11,11 +11,11 @@ from tokenbridge_jax.commands import runner
 CONFIG = """
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
-from tokenbridge_jax.config import default_config, parse_arg
+from tokenbridge_jax.config import experiment, parse_arg
 
 def get_config(arg=None):
     argument = parse_arg(arg, steps=10)
-    sections = {name: {} for name in default_config()}
+    sections = {name: {} for name in experiment("base")}
     return ConfigDict(sections | dict(
         seed=0, name="plain", sizes=(1, 2, 4), nested=((1, 2), (3,)), empty=(),
         epochs=placeholder(float),

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tokenbridge_jax.config import default_config
+from tokenbridge_jax.config import experiment
 from tokenbridge_jax.runtime import storage
 
 pytest_plugins = ["probe"]
@@ -39,8 +39,8 @@ def test_experiments_by_name(probe, run, mistake):
     config = probe.args.config
     assert (config.data.source, config.data.image_size, config.training.steps) == ("folder", 64, 5)
     assert mistake("--config=imagenet:size=L") == (
-        "there is no experiment 'imagenet'; the built-in ones are ablations, digits, imagenet256, "
-        "and a file's name ends in .py"
+        "there is no experiment 'imagenet'; the built-in ones are ablations, base, digits, "
+        "imagenet256, and a file's name ends in .py"
     )
 
 
@@ -74,7 +74,7 @@ def test_the_workdir_remembers_its_config(probe, run, remember, config_file, tmp
     assert probe.args.config.training.steps == 7
 
 
-OLD = default_config().to_dict() | {"model": {"mask_mean": 1.0, "class_dropout": 0.1}}
+OLD = experiment("base").to_dict() | {"model": {"mask_mean": 1.0, "class_dropout": 0.1}}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from token_shards import (
 
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.config import default_config
+from tokenbridge_jax.config import experiment
 from tokenbridge_jax.data import shards, sources, tokenizing
 from tokenbridge_jax.data.tokenizing import tokenize
 from tokenbridge_jax.quantizer import channel_order_by_frequency
@@ -500,7 +500,7 @@ def test_where_one_process_fails_all_stop(workdir, images, tmp_path):
 
 def test_command(workdir, images, tmp_path, capsys):
     config = make_config(images)
-    for section in default_config():
+    for section in experiment("base"):
         if section not in config:
             config[section] = {}
     config_file = tmp_path / "config.py"

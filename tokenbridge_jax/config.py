@@ -1,24 +1,24 @@
-"""A config: its keys and their default values, its checks, and the typed parts made from it.
+"""Configs: the built-in experiments, the checks of values, and the typed parts made from them.
 
-An experiment is a file of `configs/` whose `get_config(arg)` changes `default_config()`. Commands
-turn a config into what the modules below take: the config of a model, a training recipe. Sections
-`data`, `tokenize` and `quantizer` are read by `data/`, which turns them into images and shards.
+An experiment is a file of `configs/` whose `get_config(arg)` changes values of `configs/base.py`.
+Commands turn a config into what the modules below take: the config of a model, a training recipe.
+Sections `data`, `tokenize` and `quantizer` are read by `data/`, which makes images and shards.
 """
 
 import dataclasses
 import json
 import math
 import os
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
-from tokenbridge_jax.model import DTYPES, SIZES, TokenBridgeConfig
+from tokenbridge_jax.model import DTYPES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
@@ -28,114 +28,7 @@ from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import ModelTask
 from tokenbridge_jax.training.optimizer import OptimizerConfig
 
-# --- Keys and default values ----------------------------------------------------------------------
-
-
-def default_config() -> ConfigDict:
-    """Every key that a config has. It is locked: an experiment changes values and adds no key.
-
-    The values are those of the paper's recipe where experiments share it, else a middling choice.
-    """
-    config = ConfigDict()
-    config.seed = 0
-    config.data = dict(
-        source="folder",  # class folders of images; or tfds, digits
-        path="",
-        name="",  # of the TFDS data set
-        split="train",
-        validation_split="",
-        image_size=256,
-        image_channels=3,  # or 1, grey
-        num_classes=1000,
-        flip=False,  # stores every image mirrored, too
-    )
-    config.autoencoder = dict(
-        channels=128,
-        multipliers=(1, 1, 2, 2, 4),  # of `channels`, one a level
-        blocks=2,
-        attention_resolutions=(16,),
-        latent_channels=16,
-    )
-    config.vae_training = _training_section() | dict(
-        kl_weight=1e-6,
-        reconstruction="l1",  # or l2
-        dtype="float32",
-    )
-    config.quantizer = dict(
-        levels=64,
-        range=5.0,
-        channel_order="identity",  # or kl16, frequency (measured), or numbers: 2,0,1,...
-        calibration_images=1000,
-    )
-    config.tokenize = dict(
-        batch_size=32,
-        posterior_samples=1,
-        records_per_shard=4096,
-        validation_fraction=0.0,
-        decode_workers=0,  # threads; 0: one for every core
-        # Shards are kept. 5 of 100,000 indices differ from a CPU's (on an H200); with
-        # tensorfloat32 2 of 100, with bfloat16 17.
-        precision="float32",
-    )
-    config.model = dict(
-        SIZES["L"],  # encoder_width, encoder_layers, encoder_heads, decoder_..., head_...
-        head="channel_ar",  # or parallel
-        channels_per_group=1,
-        channel_order="tokens",  # the shards' own; or reverse, identity
-        buffer=64,
-        dropout=0.0,
-        first_token_quirk=False,
-        dtype="float32",
-        remat="none",  # or dots, full
-        scan_layers=False,
-        head_chunk=4096,
-    )
-    config.training = _training_section() | dict(
-        class_dropout=0.1,
-        mask_mean=1.0,
-        mask_std=0.25,
-        mask_min=0.7,
-        head_fraction=1.0,
-        hidden_bucket=16,
-        eval_every=1000,  # updates; 0: never
-        sample_every=1000,
-    )
-    config.sampling = dict(
-        num_iter=64,
-        guidance=1.0,
-        guidance_schedule="linear",  # or constant
-        guidance_interval=(0.0, 1.0),
-        temperature=1.0,
-        order="random",  # or raster, halton, confidence
-        choice_temperature=1.0,
-        batch_size=64,
-    )
-    # Scores of samples while training, at every so many updates; 0: never.
-    config.evaluation = dict(every=0, num_images=1000, reference="", features="inception")
-    config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=-1)
-    return config.lock()
-
-
-def _training_section() -> dict[str, Any]:
-    return dict(
-        batch_size=64,
-        steps=placeholder(int),  # or epochs; steps win
-        epochs=placeholder(float),
-        learning_rate=1e-3,
-        schedule="cosine",  # or constant
-        warmup_steps=placeholder(int),  # or warmup_epochs
-        warmup_epochs=placeholder(float),
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.0,
-        clip=1.0,
-        ema_decay=0.999,
-        accumulation=1,
-        log_every=100,
-        checkpoint_every=1000,
-        keep=2,
-        keep_every=0,
-    )
+# --- Experiments ----------------------------------------------------------------------------------
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -178,15 +71,20 @@ def experiments() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
 
 
-def experiment_file(experiment: str) -> str:
+def experiment(name: str) -> ConfigDict:
+    """The config of a built-in experiment without argument; `base` holds every key."""
+    return runpy.run_path(str(experiments()[name]))["get_config"]()
+
+
+def experiment_file(text: str) -> str:
     """`NAME[:arg]` of a built-in experiment or `FILE.py[:arg]` -> `FILE.py[:arg]`.
 
     Raises:
       UserError: there is no experiment of this name; the message lists the built-in ones.
     """
-    name, colon, argument = experiment.partition(":")
+    name, colon, argument = text.partition(":")
     if name.endswith(".py") or os.sep in name:
-        return experiment
+        return text
     found = experiments()
     if name not in found:
         raise UserError(
@@ -235,7 +133,7 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       UserError: a section is missing, the seed is out of range, or `model` has an unknown key.
     """
-    known = default_config()
+    known = experiment("base")
     if missing := [section for section in known if section not in config]:
         raise UserError(
             f"the config has no {', '.join(missing)}; give a whole one: --config NAME or FILE.py "
@@ -390,7 +288,7 @@ def optimizer_config(config: ConfigDict, name: str, steps_per_epoch: int) -> Opt
             f"warm-up of {warmup} steps does not fit a run of {total}; "
             f"change {name}.warmup_steps or {name}.warmup_epochs"
         )
-    # A whole number may stand for a float.
+    # A user may give a whole number where a float is meant.
     numbers = ("learning_rate", "beta1", "beta2", "weight_decay", "clip")
     return OptimizerConfig(
         total_steps=total,
@@ -401,7 +299,7 @@ def optimizer_config(config: ConfigDict, name: str, steps_per_epoch: int) -> Opt
 
 
 def recipe(config: ConfigDict, name: str, images: int) -> Recipe:
-    """How section `name`, `training` or `vae_training`, trains on so many images.
+    """How section `name`, `training` or `vae_training`, trains on this number of images.
 
     Raises:
       UserError: a length is missing or makes no sense.

@@ -72,7 +72,7 @@ def sample_cases(
 
 
 def head_cases(config: ConfigDict, positions: Sequence[int]) -> list[Case]:
-    """The head drawing all channels of so many positions, on one device."""
+    """The head drawing all channels of some positions, on one device."""
     model = inputs.make_model(config)
     mesh = meshes.make_mesh(devices=jax.local_devices()[:1])
     module = TokenBridge(model, unrolled=True)

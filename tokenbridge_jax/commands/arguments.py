@@ -163,7 +163,7 @@ def _remembered_config(
     """The workdir's config, if there is one and no --config replaces it.
 
     Raises:
-      UserError: the workdir is in an object store other than gs://, which is all that Orbax writes
+      UserError: the workdir is in an object store that is not gs://, the only one that Orbax writes
         checkpoints to, or the package for it is not installed.
     """
     first = flags.FlagValues()
@@ -208,8 +208,8 @@ def _mistakes_in_config() -> Iterator[None]:
         raise UserError(f"the config has no such key: {' '.join(str(reason).split())}") from error
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None:  # absl and ml_collections may have wrapped it.
-            if isinstance(cause, UserError):
+        while cause is not None:  # absl and ml_collections may have wrapped a line in a traceback.
+            if isinstance(cause, UserError) and "\n" not in str(cause):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

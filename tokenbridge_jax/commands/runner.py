@@ -34,7 +34,7 @@ COMMANDS = {
     "export-torch": ("export_torch", "a workdir -> PyTorch checkpoints"),
     "sample": ("sample", "trained model + autoencoder -> images"),
     "evaluate": ("evaluate", "trained model, tokens or samples -> scores and where they come from"),
-    "edit": ("edit", "pictures + trained model -> pictures with parts drawn anew"),
+    "edit": ("edit", "pictures + trained model -> pictures with parts drawn again"),
     "import-metrics": ("import_metrics", "weights of FID's and LPIPS's networks -> this machine"),
     "demo": ("demo", "trained model + autoencoder -> a page in the browser"),
     "benchmark": ("benchmark", "a config -> speed, share of the device's peak, memory"),

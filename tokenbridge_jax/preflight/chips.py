@@ -41,10 +41,10 @@ class Generation:
       cycle_flops: FLOPs of a bfloat16 product in a clock cycle.
       devices: in a chip. (A chip of v4 or v5p has two cores that are one device.)
       cores: in a chip, for the cloud's names: v4-32 is sixteen chips.
-      ring: an axis of so many chips, or a multiple, is closed to a ring; others are lines. (In
+      ring: an axis of this many chips, or a multiple, is closed to a ring; others are lines. (In
         three dimensions all axes or none: slices are made of cubes of 4 x 4 x 4.)
       dimensions: of a slice's shape.
-      options: what libtpu must be told beside the name.
+      options: further arguments for libtpu.
     """
 
     memory: int
@@ -103,7 +103,7 @@ class Slice:
         return math.prod(self.shape)
 
     def is_ring(self, size: int) -> bool:
-        """Whether an axis of so many chips is closed to a ring."""
+        """Whether an axis of `size` chips is closed to a ring."""
         ring = self.figures.ring
         made_of_cubes = all(other % ring == 0 for other in self.shape)
         return size % ring == 0 and (self.figures.dimensions == 2 or made_of_cubes)
@@ -158,7 +158,7 @@ def slice_devices(wanted: Slice) -> list[Any]:
     Raises:
       UserError: libtpu knows no such slice.
     """
-    # Several processes may load libtpu; it is told what it would ask a TPU's host for.
+    # Several processes may load libtpu; these replace its questions to a TPU's host.
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
     os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
     # The stacks it gives its own threads overflow on some programs (0.0.42.1: L on v6e-64).

@@ -91,29 +91,32 @@ def _crash(config: ConfigDict, where: Slice, number: int, *, sample: bool) -> Re
     devices = where.chips * where.figures.devices
     axes = ("data", "fsdp", "tensor")
     sizes = meshes.axis_sizes(devices, *(config.mesh[axis] for axis in axes))
-    settings = _settings(config, dict(zip(axes, sizes, strict=True)), sample=sample)
-    return {
-        "what": "sample" if sample else "train",
-        "topology": where.name,
-        "chips": where.chips,
-        "devices": devices,
-        "settings": settings,
+    report = _begun(config, where, dict(zip(axes, sizes, strict=True)), sample=sample)
+    return report | {
         "fits": False,
         "crashed": f"libtpu died of {signal.Signals(number).name} compiling for {where.name}: "
-        f"{listed(settings)}; try another model.remat, model.head_chunk or mesh.fsdp, or another "
-        "version of libtpu",
+        f"{listed(report['settings'])}; try another model.remat, model.head_chunk or mesh.fsdp, or "
+        "another version of libtpu",
     }
 
 
-def _settings(config: ConfigDict, mesh: dict[str, int], *, sample: bool) -> Report:
-    """The settings, for a report."""
+def _begun(config: ConfigDict, where: Slice, mesh: dict[str, int], *, sample: bool) -> Report:
+    """What a report says before anything is compiled."""
     settings: Report = {
         "batch": (config.sampling if sample else config.training).batch_size,
         "mesh": mesh,
         "remat": config.model.remat,
         "head_chunk": config.model.head_chunk,
     }
-    return settings if sample else settings | {"accumulation": config.training.accumulation}
+    return {
+        "what": "sample" if sample else "train",
+        "topology": where.name,
+        "chips": where.chips,
+        "devices": where.chips * where.figures.devices,
+        "settings": settings
+        if sample
+        else settings | {"accumulation": config.training.accumulation},
+    }
 
 
 def check(config: ConfigDict, where: Slice, devices: list[Any], *, sample: bool = False) -> Report:
@@ -124,19 +127,14 @@ def check(config: ConfigDict, where: Slice, devices: list[Any], *, sample: bool 
     """
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
     work = (sampling_work if sample else training_work)(config, mesh)
-    settings = _settings(config, dict(mesh.shape), sample=sample)
-    say(f"preflight: compiling for {where.name}: {listed(settings)}")
+    report = _begun(config, where, dict(mesh.shape), sample=sample)
+    say(f"preflight: compiling for {where.name}: {listed(report['settings'])}")
     try:
         compiled = compile_work(work, len(devices))
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"libtpu cannot compile it: {str(error).splitlines()[0]}") from error
-    report: Report = {
-        "what": "sample" if sample else "train",
-        "topology": where.name,
+    report |= {
         "device": devices[0].device_kind,
-        "chips": where.chips,
-        "devices": len(devices),
-        "settings": settings,
         "program": work.about,
         "compile_seconds": round(compiled.seconds),
         "fits": compiled.fits,

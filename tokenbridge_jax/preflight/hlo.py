@@ -150,7 +150,7 @@ def _traffic(instruction: Instruction, body: Body, bodies: dict[str, Body]) -> i
     if opcode == "slice-start":  # ((operand), result, context)
         return 2 * _sizes(instruction.result)[1]
     written = _sizes(instruction.result, in_memory=True)
-    if opcode.endswith("-start"):  # Operand and result both stand in the result.
+    if opcode.endswith("-start"):  # The result contains operand and result.
         return sum(written)
     read = [sum(_sizes(body[name].result, in_memory=True)) for name in instruction.operands]
     if opcode == "dynamic-slice":

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from clu import parameter_overview
+from clu import parameter_overview  # Only this: clu's writers and actions import TensorFlow.
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -72,8 +72,8 @@ class Recipe:
       batch_size: images of an update, over all processes.
       ema_decay: of the average of the parameters; see `step.make_train_step`.
       accumulation: micro-batches of a batch.
-      log_every: a line of `metrics.jsonl` after every so many updates, and after the last.
-      checkpoint_every: likewise a checkpoint.
+      log_every: updates between two lines of `metrics.jsonl`; there is one after the last.
+      checkpoint_every: updates between two checkpoints; there is one after the last.
       keep: the latest checkpoints that stay; see `Checkpoints`.
       keep_every: checkpoints of multiples of this stay, too; 0 is none.
     """
