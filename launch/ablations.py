@@ -38,8 +38,7 @@ from tokenbridge_jax.commands.arguments import config_from
 from tokenbridge_jax.config import experiments, sampling_settings
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import validation_batches
-from tokenbridge_jax.data.sources import load_prepared, make_source
-from tokenbridge_jax.data.tokenizing import make_subsets
+from tokenbridge_jax.data.sources import load_prepared, make_source, make_subsets
 from tokenbridge_jax.evaluation.features import thumbnails
 from tokenbridge_jax.evaluation.metrics import frechet_distance
 from tokenbridge_jax.evaluation.moments import gaussian
@@ -102,7 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=storage.as_path, required=True)
     parser.add_argument("--data", default="digits", help="digits, or a folder of class folders")
     parser.add_argument("--rows", default=",".join(ROWS), help="names, by default all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every row")

@@ -11,9 +11,10 @@ from tiny_model import equations, tiny
 
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig
 from tokenbridge_jax.autoencoder import abstract_params as abstract_autoencoder
+from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.flops import decode_flops, encode_flops, sampling_flops
 from tokenbridge_jax.model import SIZES, TokenBridge, TokenBridgeConfig, abstract_params
-from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -21,9 +22,11 @@ from tokenbridge_jax.autoencoder import (
     load_autoencoder,
     save_autoencoder,
 )
+from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.shard_writer import ShardWriter
 from tokenbridge_jax.data.shards import DatasetInfo
-from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 AUTOENCODER = AutoencoderConfig(
@@ -111,7 +114,7 @@ def write_tokens(folder: Path, counts: dict[str, list[int]], **settings) -> Data
         listed, start = [], 0
         for number, size in enumerate(sizes):
             path = folder / shards.shard_name(split, number, len(sizes))
-            with shards.ShardWriter(path) as writer:
+            with ShardWriter(path) as writer:
                 writer.write(random_records(info, range(start, start + size)))
                 statistics = ChannelStatistics(info.channels, info.quantizer.levels)
                 summary = writer.commit([], statistics)
@@ -162,6 +165,15 @@ def stopped_at_the_third_batch(command: Any, loader: str) -> Iterator[None]:
         yield
 
 
+def write_autoencoder(workdir: Path) -> Path:
+    """A random autoencoder whose latents have about unit variance."""
+    params = jax.tree.map(np.array, init_params(AUTOENCODER, jax.random.key(0)))
+    # Posterior noise of about a tenth: large enough to move indices.
+    params["quant_conv"]["bias"][AUTOENCODER.latent_channels :] = -4.0
+    save_autoencoder(workdir / "autoencoder", AUTOENCODER, params)
+    return workdir
+
+
 def make_config(images: Path, **changes) -> ConfigDict:
     """The settings above with some replaced, `data__flip=False` say."""
     config = ConfigDict(SETTINGS)
@@ -196,7 +208,7 @@ def read_split(workdir: Path, split: str = "train") -> np.ndarray:
     info = shards.read_info(workdir / "tokens")
     parts = []
     for path, _ in shards.shard_files(workdir / "tokens", info, split):
-        reader = shards.ArrayRecordReader(str(path))
+        reader = ArrayRecordReader(str(path))
         parts.append(np.frombuffer(b"".join(reader.read_all()), info.record))
     return np.concatenate(parts)
 

@@ -15,12 +15,12 @@ from flax.core import meta
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.config import autoencoder_config, model_config
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig
 from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
-from tokenbridge_jax.quantizer import resolve_channel_order
 from tokenbridge_jax.runtime import meshes
 
 VIEWS = 2

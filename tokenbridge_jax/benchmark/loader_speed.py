@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from tokenbridge_jax.benchmark import inputs
 from tokenbridge_jax.benchmark.measure import Call, Case
+from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import make_loader
+from tokenbridge_jax.data.shard_writer import ShardWriter
 from tokenbridge_jax.data.shards import DatasetInfo
-from tokenbridge_jax.quantizer import ChannelStatistics
 from tokenbridge_jax.runtime.errors import UserError
 
 # The loader reads several batches at once, so they come in bursts: one call takes several.
@@ -83,7 +84,7 @@ def write_random_tokens(folder: Path, info: DatasetInfo, records: int) -> None:
         shard["label"] = rng.integers(len(info.class_names), size=len(shard))
         shard["indices"] = rng.integers(info.quantizer.levels, size=shard["indices"].shape)
         path = folder / shards.shard_name("train", number, len(starts))
-        with shards.ShardWriter(path) as writer:
+        with ShardWriter(path) as writer:
             writer.write(shard)
             summary = writer.commit([], ChannelStatistics(info.channels, info.quantizer.levels))
         listed.append({"file": path.name, "records": len(shard), "bytes": summary.size})

@@ -25,9 +25,10 @@ from tokenbridge_jax.config import (
     model_task,
     optimizer_config,
 )
+from tokenbridge_jax.loss import MaskDraw
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.training.masking import MaskDraw, MaskSampler
+from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.optimizer import make_optimizer
 from tokenbridge_jax.training.state import abstract_state, create_state
 from tokenbridge_jax.training.step import make_train_step

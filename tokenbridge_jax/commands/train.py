@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
+from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.config import (
@@ -41,7 +42,6 @@ from tokenbridge_jax.evaluation.scores import find_reference, generation_scores
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline.pipeline import MODEL_FILE, ModelDescription, sample_indices
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
-from tokenbridge_jax.quantizer import resolve_channel_order
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say

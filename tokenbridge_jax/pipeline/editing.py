@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Integer, UInt8
 from scipy.ndimage import distance_transform_edt
 
-from tokenbridge_jax.codec import in_batches
+from tokenbridge_jax.codec import check_image_side, check_images, in_batches
 from tokenbridge_jax.data.images import MAX_PIXELS
 from tokenbridge_jax.pipeline.filling import fill_hidden
 from tokenbridge_jax.runtime import checks
@@ -80,7 +80,7 @@ def edit(
     """
     images, single = _batch(pipeline, images)
     batch_size, seed, blend = _check(batch_size, seed, blend, preview)
-    checks.image_side(images, pipeline.image_size, "outpaint takes others")
+    check_image_side(images, pipeline.image_size, "outpaint takes others")
     mask = None if mask is None else np.asarray(checks.to_array("mask", mask))
     hidden = hidden_positions(mask, images.shape[:3], pipeline.patch_size, keep, seed)
     class_ids = _class_list(class_id, len(images))
@@ -340,7 +340,7 @@ def blend_images(
 
 def _batch(pipeline: "Pipeline", images: Any) -> tuple[UInt8[np.ndarray, "B H W I"], bool]:
     """Images on the host, and whether they are one without a batch axis."""
-    images = np.asarray(checks.images(images, pipeline.codec.config, single=True))
+    images = np.asarray(check_images(images, pipeline.codec.config, single=True))
     single = images.ndim == 3
     return (images[None] if single else images), single
 

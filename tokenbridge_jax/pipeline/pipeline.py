@@ -13,7 +13,15 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Integer, UInt8
 
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
-from tokenbridge_jax.codec import Codec, in_batches, padded_size
+from tokenbridge_jax.codec import (
+    Codec,
+    check_image_side,
+    check_images,
+    check_index_range,
+    check_indices,
+    in_batches,
+    padded_size,
+)
 from tokenbridge_jax.data.class_names import class_number
 from tokenbridge_jax.loss import position_nll
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
@@ -135,7 +143,7 @@ def sample_indices(
         known = np.asarray(checks.array("known", known, "integers", shape))
     if known is not None and hidden is not None:
         hidden = np.asarray(checks.array("hidden", hidden, "bool", shape[:2]))
-        checks.index_range(known[~hidden], config.levels)
+        check_index_range(known[~hidden], config.levels)
     shards = meshes.batch_shards(mesh)
     sharding = meshes.batch_sharding(mesh)
     known = np.zeros(shape) if known is None else known
@@ -313,9 +321,9 @@ class Pipeline:
           UserError: the images are not uint8, not of this size or the autoencoder's channels, or
             there are none. (`data.images.prepare` cuts a picture; `codec.encode` takes any size.)
         """
-        given = checks.images(images, self.codec.config)
+        given = check_images(images, self.codec.config)
         mend = "tokenbridge_jax.data.images.prepare cuts a picture to a size"
-        checks.image_side(given, self.image_size, mend)
+        check_image_side(given, self.image_size, mend)
         return np.asarray(self.codec.encode(given).indices)
 
     def decode(self, indices: Integer[np.ndarray, "B L C"] | Any) -> UInt8[np.ndarray, "B H W I"]:
@@ -325,7 +333,7 @@ class Pipeline:
           UserError: they are no integers from 0 to V - 1 of the model's shape, or there are none.
         """
         shape = "B", self.config.positions, self.config.channels
-        return np.asarray(self.codec.decode(checks.indices(indices, shape, self.config.quantizer)))
+        return np.asarray(self.codec.decode(check_indices(indices, shape, self.config.quantizer)))
 
     def generate(
         self,
@@ -430,7 +438,7 @@ class Pipeline:
         labels = checks.labels(self.labels(class_ids), self.config.classes)
         shape = (len(labels), self.config.positions)
         each = "B", *shape[1:], self.config.channels
-        indices = np.asarray(checks.indices(indices, each, self.config.quantizer))
+        indices = np.asarray(check_indices(indices, each, self.config.quantizer))
         if hidden is None:
             hidden = np.ones(shape, bool)
         hidden = np.asarray(checks.array("hidden", hidden, "bool", each[:2]))

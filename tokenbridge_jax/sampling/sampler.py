@@ -319,7 +319,7 @@ def _make_reveal(
     by_confidence = choice_temperature is not None
     batch, positions = slots.orders.shape
     # Nothing is differentiated, so there is nothing to rematerialise.
-    model = TokenBridge(dataclasses.replace(config, remat="none"), unrolled=True)
+    model = TokenBridge(dataclasses.replace(config, remat="none", scan_layers=False))
 
     def apply(method: Callable[..., Any], *arguments: Any) -> Any:
         return model.apply({"params": params}, *arguments, method=method)
