@@ -20,8 +20,7 @@ from tiny_model import (
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
-from tokenbridge_jax.commands.train import make_model_config
-from tokenbridge_jax.config import ConfigDict
+from tokenbridge_jax.config import ConfigDict, model_config
 from tokenbridge_jax.model import (
     SIZES,
     TokenBridge,
@@ -279,7 +278,7 @@ def test_descriptions(kind: str):
 
 def test_orders_of_the_head_on_the_same_shards():
     config = ConfigDict({"data": {"num_classes": 3}, "model": {}})
-    make = lambda: make_model_config(config, TINY.quantizer, (2, 0, 3, 1), 8)  # noqa: E731
+    make = lambda: model_config(config, TINY.quantizer, (2, 0, 3, 1), 8)  # noqa: E731
     assert make().channel_order == (2, 0, 3, 1)
     for rule, order in [
         ("tokens", (2, 0, 3, 1)),

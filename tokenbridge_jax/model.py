@@ -45,6 +45,11 @@ MAX_JOINT_CLASSES = 2**16
 DTYPES = ("float32", "bfloat16")
 
 
+def _changeable(default: Any) -> Any:
+    """A field that may change while a model is trained: the parameters still fit."""
+    return dataclasses.field(default=default, metadata={"changeable": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenBridgeConfig:
     """The function that a set of parameters computes, and how to compute it.
@@ -80,12 +85,12 @@ class TokenBridgeConfig:
     head: str = "channel_ar"
     channels_per_group: int = 1
     buffer: int = 64
-    dropout: float = 0.1
+    dropout: float = _changeable(0.1)
     first_token_quirk: bool = False
-    dtype: str = "bfloat16"
-    remat: str = "none"
-    scan_layers: bool = True
-    head_chunk: int = 4096
+    dtype: str = _changeable("bfloat16")
+    remat: str = _changeable("none")
+    scan_layers: bool = _changeable(True)
+    head_chunk: int = _changeable(4096)
 
     def __post_init__(self) -> None:
         if sorted(self.channel_order) != list(range(self.channels)) or self.channels < 2:

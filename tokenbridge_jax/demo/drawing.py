@@ -16,13 +16,13 @@ from jaxtyping import Bool, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.data.class_names import class_at
 from tokenbridge_jax.data.images import ImageError, open_picture, prepare
 from tokenbridge_jax.pipeline.pipeline import ClassId, Pipeline
 from tokenbridge_jax.runtime import pictures
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.sampler import Preview
-from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NO_CLASS = -1
 # Every number of images is a program to compile.
@@ -88,7 +88,7 @@ class Demo:
     def __init__(self, pipeline: Pipeline, sampling: ConfigDict):
         """The page starts with the settings of `sampling`, a config's section of this name."""
         self.pipeline = pipeline
-        self.defaults = SamplingSettings.from_section(sampling)
+        self.defaults = sampling_settings(sampling)
         self._names = pipeline.description.class_names
         self.side = pipeline.image_size
         self.image_channels = pipeline.codec.config.image_channels

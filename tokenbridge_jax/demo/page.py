@@ -52,7 +52,7 @@ CSS = """
 
 
 class Drawing(NamedTuple):
-    """The part of a tab that draws: its buttons, and where images appear."""
+    """The part of a tab that draws: its buttons, and the gallery of images."""
 
     start: gr.Button
     stop: gr.Button
@@ -81,7 +81,7 @@ def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
     page = build(demo, Path(folder))
     page.queue(max_size=MAX_WAITING, api_open=False)
     page.launch(
-        server_name=f"[{host}]" if ":" in host else host,  # As a URL has IPv6 addresses.
+        server_name=f"[{host}]" if ":" in host else host,  # The form of IPv6 addresses in URLs.
         server_port=port,
         theme=gr.themes.Default(
             primary_hue="indigo",
@@ -176,7 +176,7 @@ def _about(demo: Demo) -> str:
 
 
 def _settings(demo: Demo) -> list[Component]:
-    """One component for each of `Choices`, in this order."""
+    """One component for each field of `Choices`, in the same order."""
     defaults, positions = demo.defaults, demo.pipeline.config.positions
     classes = _classes(demo)
     with gr.Row():
@@ -200,18 +200,18 @@ def _settings(demo: Demo) -> list[Component]:
     with gr.Accordion("How to sample", open=False):
         guidance = gr.Slider(
             0, demo.max_guidance, value=defaults.guidance, step=0.1, label="Guidance",
-            info="1 is none; more is more like the class, and more alike",
+            info="1 is none; more makes images closer to the class, and less varied",
         )  # fmt: skip
         temperature = gr.Slider(
             0, MAX_TEMPERATURE, value=defaults.temperature, step=0.05, label="Temperature",
-            info="less is safer and more alike",
+            info="less makes images more typical, and less varied",
         )  # fmt: skip
         steps = gr.Slider(
             1, positions, value=min(defaults.num_iter, positions), step=1, label="Steps"
         )
         order = gr.Dropdown(
             list(ORDERS), value=defaults.order, label="Order",
-            info="in which positions are revealed",
+            info="the order in which positions are drawn",
         )  # fmt: skip
     return [class_id, second, share, images, seed, guidance, temperature, steps, order]
 
@@ -241,13 +241,13 @@ def _edit_inputs(demo: Demo) -> tuple[gr.UploadButton, gr.ImageEditor, Any, Any,
     )
     keep = gr.Slider(
         0, MAX_KEEP, value=0, step=0.05, label="Keep",
-        info="share of the painted positions, at random; with nothing painted, of the whole image",
+        info="share of the painted positions that stay, at random; of all if nothing is painted",
     )  # fmt: skip
     encode_hidden = gr.Checkbox(
-        False, label="Take after what is painted over",
-        info="for touch-ups; otherwise it is not looked at, but with Keep",
+        False, label="Resemble what is painted over",
+        info="for touch-ups; otherwise the painted part is ignored, except with Keep",
     )  # fmt: skip
-    blend = gr.Checkbox(False, label="Original pixels outside", info="not the autoencoder's")
+    blend = gr.Checkbox(False, label="Original pixels outside", info="instead of the autoencoder's")
     ramp = gr.Slider(
         0, demo.side // 4, value=0, step=1, label="Blended over (pixels)", visible=False
     )
@@ -293,7 +293,7 @@ def _connect(
     inputs: Sequence[Component],
     archive: Path,
 ) -> None:
-    """Makes the buttons start and stop `draw(*values of inputs)`."""
+    """Lets the buttons start and stop `draw(*values of inputs)`."""
 
     def run(*values: Any) -> Iterator[dict[Component, Any]]:
         started = time.monotonic()
@@ -345,7 +345,7 @@ def _tiled(images: UInt8[np.ndarray, "B H W I"]) -> gr.Gallery:
 
 def _progress(frame: Frame | None, seconds: float) -> str:
     if frame is None:
-        return f"starting, {seconds:.0f} s; with new settings it takes longer the first time"
+        return f"starting, {seconds:.0f} s; the first request with new settings takes longer"
     width = f"width: {frame.done / frame.steps:.0%}"
     text = f"step {frame.done} of {frame.steps}, {seconds:.1f} s"
     return f'{text}<div class="bar"><div style="{width}"></div></div>'

@@ -1,4 +1,4 @@
-"""Reports as text: one for a reader, several as a table in Markdown.
+"""Reports as text: one in full, several as a table in Markdown.
 
 python -m tokenbridge_jax.preflight.text runs/preflight/TYPE_SIZE_*.json
 """
@@ -41,7 +41,7 @@ def as_text(report: Report) -> str:
         lines += ["", f"These fit: {' '.join(report['suggestion']['flags'])}", ""]
         lines.append(as_text(report["suggestion"]))
     elif "suggestion" in report:
-        lines.append("No settings were found that fit: more chips, or a smaller batch")
+        lines.append("No settings were found that fit: use more chips, or a smaller batch")
     return "\n".join(lines)
 
 
@@ -61,11 +61,11 @@ def _time_lines(report: Report, device: str) -> list[str]:
         f"  products at peak     {seconds['products_at_peak']:.3f}",
         f"  memory traffic       {seconds['memory_traffic']:.3f}",
         f"  collectives          {seconds['collectives']:.3f}",
-        f"  instructions         {seconds['instructions']:.3f}  by libtpu's estimate",
-        f"  expected             {seconds['expected']:.3f}  with x {mean:.3f} for the mean program",
+        f"  instructions         {seconds['instructions']:.3f}  estimated by libtpu",
+        f"  expected             {seconds['expected']:.3f}  scaled by {mean:.3f} for the mean",
         f"  at best              {seconds['at_best']:.3f}",
         f"{report['images_per_second']:,.0f} images/s, {report['share_of_peak']:.1%} of peak "
-        f"(of a step's mathematics: {model:.1f} TFLOP on average)",
+        f"(the mathematics of a step has {model:.1f} TFLOP on average)",
         *(f"assumed: {assumption}" for assumption in report["assumptions"]),
     ]
 
@@ -89,7 +89,7 @@ COLUMNS = (
 
 
 def table(reports: dict[str, Report]) -> str:
-    """One row a report; its name stands in front."""
+    """One row for each report, its name first."""
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(_row(name, r) for name, r in reports.items())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

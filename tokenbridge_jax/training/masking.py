@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
-from ml_collections import ConfigDict
 from scipy import special
 
 from tokenbridge_jax.loss import MaskDraw
@@ -52,20 +51,9 @@ class MaskSampler:
 
     def __post_init__(self):
         if not 0 < self.minimum < 1:
-            raise UserError(f"model.mask_min is {self.minimum}; it must lie between 0 and 1")
+            raise UserError(f"training.mask_min is {self.minimum}; it must lie between 0 and 1")
         if self.std <= 0:
-            raise UserError(f"model.mask_std is {self.std}; it must be above 0")
-
-    @classmethod
-    def from_config(cls, config: ConfigDict, positions: int) -> "MaskSampler":
-        """The draws of a run, from `config.model.mask_*` and `config.training.hidden_bucket`."""
-        return cls(
-            positions,
-            mean=config.model.mask_mean,
-            std=config.model.mask_std,
-            minimum=config.model.mask_min,
-            bucket=config.training.hidden_bucket,
-        )
+            raise UserError(f"training.mask_std is {self.std}; it must be above 0")
 
     @property
     def fewest_hidden(self) -> int:
