@@ -6,9 +6,9 @@ import pytest
 from test_editing import CONFIG, images, params, pipeline  # noqa: F401
 
 from tokenbridge_jax import Pipeline
-from tokenbridge_jax.pipeline.pipeline import sample_indices
 from tokenbridge_jax.runtime import checks
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.batches import generate_in_batches
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NAN = float("nan")
@@ -20,7 +20,9 @@ RAGGED = [IMAGES[0], IMAGES[0, :4]]
 
 def _sample(pipeline, labels=(0, 1), **arguments):  # noqa: F811
     settings = SamplingSettings(2)
-    return sample_indices(CONFIG, pipeline.params, labels, settings, pipeline.mesh, **arguments)
+    return generate_in_batches(
+        CONFIG, pipeline.params, labels, settings, pipeline.mesh, **arguments
+    )
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from tokenbridge_jax.demo.drawing import (
     painted,
     write_archive,
 )
-from tokenbridge_jax.pipeline.pipeline import ModelDescription
+from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.runtime.errors import UserError
 
 SAMPLING = dict(

@@ -8,7 +8,7 @@ from scipy import special, stats
 from tiny_model import TINY, random_params, tiny
 
 from tokenbridge_jax.model import TokenBridge
-from tokenbridge_jax.sampling.sampler import SamplingSettings, generate
+from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate
 from tokenbridge_jax.transformer import unstack
 
 
@@ -73,10 +73,9 @@ def test_draws_have_the_probabilities_of_the_tempered_softmax(temperature: float
     config = tiny(positions=1)
     params = random_params(config, seed=1, spread=0.15)
     count = 6000
-    labels = np.zeros(count, np.int32)
+    request = Request(np.zeros(count, np.int32), np.arange(count, dtype=np.int32), seed=11)
     settings = SamplingSettings(1, temperature=temperature)
-    numbers = np.arange(count, dtype=np.int32)
-    drawn = np.asarray(generate(config, params, labels, numbers, settings, seed=11))[:, 0]
+    drawn = np.asarray(generate(config, params, request, settings))[:, 0]
     drawn = drawn[:, config.channel_order]
 
     # Exact probabilities of all 5^4 outcomes, from the training logits.
@@ -113,8 +112,8 @@ def test_noise_of_positions_channels_and_samples_is_independent(params):
     """At a huge temperature nothing but noise is left: every pair of draws must be independent."""
     count = 500
     settings = SamplingSettings(3, temperature=1e6)
-    labels, numbers = np.zeros(count, np.int32), np.arange(count, dtype=np.int32)
-    drawn = np.asarray(generate(TINY, params, labels, numbers, settings, seed=5))
+    request = Request(np.zeros(count, np.int32), np.arange(count, dtype=np.int32), seed=5)
+    drawn = np.asarray(generate(TINY, params, request, settings))
     levels, flat = TINY.levels, drawn.reshape(count, -1)
     assert stats.chisquare(np.bincount(flat.ravel(), minlength=levels)).pvalue > 1e-3
     values = []

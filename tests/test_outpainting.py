@@ -28,14 +28,11 @@ def images():
 def _canvas_of(images, pipeline, monkeypatch, *arguments, **keywords):
     """What `outpaint` decodes last: the whole canvas of indices, and its picture."""
     canvases: list = []
-    decode = pipeline.codec.decode_latents
+    decode = pipeline.codec.decode_maps
     with monkeypatch.context() as patch:
-        patch.setattr(
-            pipeline.codec, "decode_latents", lambda x: canvases.append(np.asarray(x)) or decode(x)
-        )
+        patch.setattr(pipeline.codec, "decode_maps", lambda x: canvases.append(x) or decode(x))
         drawn = pipeline.outpaint(images, *arguments, **keywords)
-    levels = pipeline.config.quantizer.dequantized_levels
-    return np.abs(canvases[-1][..., None] - levels).argmin(axis=-1), drawn
+    return canvases[-1], drawn
 
 
 def test_a_canvas_is_that_of_edits_window_by_window(pipeline, images, monkeypatch):
@@ -91,10 +88,8 @@ def test_every_hidden_position_is_drawn_once(pipeline, monkeypatch, overlap: flo
 
     monkeypatch.setattr(pipeline, "generate_indices", draw)
     before, shown = canvas.copy(), []
-    draw_windows(
-        pipeline, [0] * 3, canvas, hidden, overlap=overlap, seed=3,
-        shown=lambda done, most: shown.append((done, most, (canvas >= 100).all(axis=3))),
-    )  # fmt: skip
+    for done, most in draw_windows(pipeline, [0] * 3, canvas, hidden, overlap=overlap, seed=3):
+        shown.append((done, most, (canvas >= 100).all(axis=3)))
     np.testing.assert_array_equal((canvas >= 100).all(axis=3), hidden)
     np.testing.assert_array_equal(canvas[~hidden], before[~hidden])
     assert len(set(seeds)) == len(seeds)

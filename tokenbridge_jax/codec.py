@@ -84,6 +84,7 @@ class Codec:
         noise_ids: Integer[np.ndarray, " B"] | Any = None,
         seed: int | Any = 0,
         stream: int = 0,
+        side: int | None = None,
     ) -> Encoded:
         """Encodes images without waiting for the device: read the fields when they are needed.
 
@@ -93,12 +94,14 @@ class Codec:
             the same noise in any batch. None takes the posterior's mean.
           seed: of the noise.
           stream: tells apart images with the same ids, a number below 2^32.
+          side: height and width that the images must have; any by default.
 
         Raises:
           UserError: the images are not uint8, or do not have the autoencoder's channels or a
-            divisible size, or there are none; `noise_ids` or `seed` is not integers.
+            divisible size, or that of `side`, or there are none; `noise_ids` or `seed` is not
+            integers.
         """
-        images = checks.images(images, self.config)
+        images = checks.images(images, self.config, side=side)
         keys = None
         if noise_ids is not None:
             ids = checks.array("noise_ids", noise_ids, "integers", (len(images),))
@@ -110,15 +113,21 @@ class Codec:
         return self._run(self._encode, images, keys)
 
     def decode(
-        self, indices: Integer[np.ndarray | Array, "B L C"] | Any
+        self, indices: Integer[np.ndarray | Array, "B L C"] | Any, grid: int | None = None
     ) -> UInt8[Array, "B H W I"]:
         """Indices in the autoencoder's channel order, of square images -> uint8 images.
 
+        Args:
+          indices: integers.
+          grid: side in positions that the images must have; any by default.
+
         Raises:
-          UserError: they are no integers from 0 to V - 1, there are none, or the positions are no
-            square number, or the channels not the autoencoder's.
+          UserError: the indices are not integers from 0 to V - 1, there are none, the number of
+            positions is not a square number or that of `grid`, or the channels are not the
+            autoencoder's.
         """
-        indices = checks.indices(indices, ("B", "L", "C"), self.quantizer)
+        shape = ("B", "L", "C") if grid is None else ("B", grid**2, self.config.latent_channels)
+        indices = checks.indices(indices, shape, self.quantizer)
         grid = round(indices.shape[1] ** 0.5)
         if grid * grid != indices.shape[1] or indices.shape[2] != self.config.latent_channels:
             raise UserError(
@@ -126,17 +135,15 @@ class Codec:
                 f"this autoencoder: a square number and {self.config.latent_channels} are needed"
             )
         with meshes.use_mesh(self.mesh):
-            return self.decode_maps(unflatten_positions(indices, grid))
+            maps = unflatten_positions(indices, grid)
+        return self._decode_indices(maps)
 
     def decode_maps(
         self, indices: Integer[np.ndarray | Array, "B h w C"] | Any
     ) -> UInt8[Array, "B H W I"]:
         """As `decode`, of images of any height and width."""
         shape = "B", "h", "w", self.config.latent_channels
-        indices = checks.indices(indices, shape, self.quantizer)
-        with meshes.use_mesh(self.mesh):
-            latents = self._dequantize(indices)
-        return self.decode_latents(latents)
+        return self._decode_indices(checks.indices(indices, shape, self.quantizer))
 
     def decode_latents(
         self, latents: Float[np.ndarray | Array, "B h w C"] | Any
@@ -148,6 +155,13 @@ class Codec:
         """
         shape = "B", "h", "w", self.config.latent_channels
         latents = checks.array("latents", latents, "floats", shape)
+        return self._run(self._decode, latents)
+
+    def _decode_indices(
+        self, indices: Integer[np.ndarray | Array, "B h w C"]
+    ) -> UInt8[Array, "B H W I"]:
+        with meshes.use_mesh(self.mesh):
+            latents = self._dequantize(indices)
         return self._run(self._decode, latents)
 
     def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from absl import flags
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.demo.drawing import Demo
-from tokenbridge_jax.pipeline.pipeline import Pipeline
+from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 

@@ -22,7 +22,8 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.data.images import ImageError, center_crop, decode, open_picture
 from tokenbridge_jax.data.listing import EXTENSIONS, is_junk, is_picture, list_pictures
-from tokenbridge_jax.pipeline.pipeline import ClassId, Pipeline
+from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.description import ClassId
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 

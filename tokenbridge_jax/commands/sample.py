@@ -14,7 +14,7 @@ from etils import epath
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.pipeline.pipeline import Pipeline
+from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 

@@ -30,12 +30,13 @@ from tokenbridge_jax.evaluation.generation import decoded_images, make_labels
 from tokenbridge_jax.evaluation.networks import default_folder, make_extractor
 from tokenbridge_jax.evaluation.scores import find_reference, generation_scores
 from tokenbridge_jax.model import TokenBridgeConfig
-from tokenbridge_jax.pipeline.pipeline import MODEL_FILE, ModelDescription, sample_indices
+from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.sampling.sampler import SamplingSettings
+from tokenbridge_jax.sampling.batches import generate_in_batches
+from tokenbridge_jax.sampling.schedule import SamplingSettings
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.loop import (
     EXIT_INTERRUPTED,
@@ -308,7 +309,7 @@ def _sampler(
     settings = SamplingSettings.from_section(config.sampling)
 
     def draw(state: TrainState) -> np.ndarray:
-        return sample_indices(
+        return generate_in_batches(
             model,
             state.ema_params,
             labels,

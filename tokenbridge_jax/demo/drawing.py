@@ -18,10 +18,11 @@ from PIL import Image
 
 from tokenbridge_jax.data.class_names import class_at
 from tokenbridge_jax.data.images import ImageError, open_picture, prepare
-from tokenbridge_jax.pipeline.pipeline import ClassId, Pipeline
+from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.description import ClassId
 from tokenbridge_jax.runtime import pictures
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.sampling.sampler import Preview
+from tokenbridge_jax.sampling.batches import Preview
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NO_CLASS = -1

@@ -72,7 +72,7 @@ def array(
 
 
 def images(
-    value: Any, config: "AutoencoderConfig", *, single: bool = False
+    value: Any, config: "AutoencoderConfig", *, single: bool = False, side: int | None = None
 ) -> UInt8[np.ndarray | Array, "*B H W I"]:
     """Images that an autoencoder takes.
 
@@ -80,10 +80,11 @@ def images(
       value: what was given.
       config: of the autoencoder.
       single: whether one image without a batch axis will do.
+      side: height and width that they must have; any by default.
 
     Raises:
       UserError: they are not uint8, do not have the autoencoder's channels or a size that it
-        divides, or there are none.
+        divides, or the given one, or there are none.
     """
     found = to_array("images", value)
     shapes = "[B, H, W, channels]" + " or [H, W, channels]" * single
@@ -103,17 +104,14 @@ def images(
             f"images have {found.shape[-1]} channels, the autoencoder takes "
             f"{config.image_channels}; set --config.data.image_channels"
         )
-    config.check_image_size(*found.shape[-3:-1])
-    return found
-
-
-def image_side(images: UInt8[np.ndarray | Array, "B H W I"], side: int, mend: str) -> None:
-    """Raises `UserError`, with this mend, unless images are `side` pixels high and wide."""
-    height, width = images.shape[1:3]
-    if (height, width) != (side, side):
+    height, width = found.shape[-3:-1]
+    config.check_image_size(height, width)
+    if side not in (None, height) or side not in (None, width):
         raise UserError(
-            f"images are {height}x{width}, the model draws {side}x{side} pixels; {mend}"
+            f"images are {height}x{width}, the model draws {side}x{side} pixels; "
+            "tokenbridge_jax.data.images.prepare cuts a picture to a size, outpaint takes others"
         )
+    return found
 
 
 def indices(
