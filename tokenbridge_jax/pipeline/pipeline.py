@@ -124,7 +124,9 @@ class Pipeline:
             meshes.make_mesh(devices=jax.local_devices()),
             precision,
         )
-        params, step = load_weights(workdir, abstract_sharded_params(config, mesh), step=step)
+        params, step = pretrained.load_weights(
+            workdir, abstract_sharded_params(config, mesh), step=step
+        )
         if (workdir / "config.json").exists():
             facts["config"] = storage.read_json(workdir / "config.json")
         return cls(description, params, codec, mesh, step, facts)
