@@ -102,7 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=storage.as_path, required=True)
     parser.add_argument("--data", default="digits", help="digits, or a folder of class folders")
     parser.add_argument("--rows", default=",".join(ROWS), help="names, by default all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every row")

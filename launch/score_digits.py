@@ -10,7 +10,6 @@ samples: the share assigned to the class that was asked for. The last line is JS
 import argparse
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 from sklearn.svm import SVC
@@ -18,14 +17,14 @@ from sklearn.svm import SVC
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.data.sources import DigitsSource
-from tokenbridge_jax.runtime import pictures
+from tokenbridge_jax.runtime import pictures, storage
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 
 def main() -> None:
     """Prints the table and the JSON line; writes `WORKDIR/samples/reconstruction.png`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=storage.as_path, required=True)
     parser.add_argument("--started", type=float, help="when the run began, in Unix seconds")
     args = parser.parse_args()
     started = time.time() if args.started is None else args.started

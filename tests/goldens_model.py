@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.loss import loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
-from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate
 from tokenbridge_jax.torch_bridge.official import BUFFERS, table

@@ -21,10 +21,11 @@ from tokenbridge_jax.benchmark import profiles, programs, timing, training_speed
 from tokenbridge_jax.benchmark.ceilings import measure_ceilings
 from tokenbridge_jax.benchmark.measure import Case, Reporter
 from tokenbridge_jax.benchmark.timing import time_calls
+from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.flops import decode_flops, encode_flops, sampling_flops
 from tokenbridge_jax.model import SIZES, TokenBridge, TokenBridgeConfig, abstract_params
-from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.sampling.sampler import SamplingSettings
 from tokenbridge_jax.training import model_task

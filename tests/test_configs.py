@@ -8,12 +8,13 @@ import jax
 import pytest
 
 from tokenbridge_jax.benchmark.inputs import make_model
+from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.commands.runner import SECTIONS
 from tokenbridge_jax.commands.train_vae import make_task
 from tokenbridge_jax.config import parse_arg
 from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
-from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.sampler import SamplingSettings
 from tokenbridge_jax.training.optimizer import OptimizerConfig

@@ -19,6 +19,7 @@ from tiny_model import (
 )
 
 from tokenbridge_jax import Pipeline
+from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.commands.train import make_model_config
 from tokenbridge_jax.config import ConfigDict
 from tokenbridge_jax.model import (
@@ -29,7 +30,7 @@ from tokenbridge_jax.model import (
     init_params,
     make_head,
 )
-from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge.official import export_model

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +243,8 @@ def test_truncated_files_are_named(tmp_path, format):
     (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "elsewhere.png")
     source = sources.FolderSource(tmp_path)
     assert len(source) == 4
+    with pytest.raises(ImageError, match=f"cannot identify image file '{tmp_path}/cat/junk.png'"):
+        sources.load_prepared(source, 2, 16, 3)
     for i in range(4):
         with pytest.raises(ImageError, match=f"^{source.name(i)}: "):
             sources.load_prepared(source, i, 16, 3)
@@ -263,12 +266,14 @@ def write_tree(root: Path, files: dict[str, np.ndarray]) -> None:
         Image.fromarray(pixels).save(path)
 
 
-def test_folder_source(tmp_path):
+def test_folder_source(tmp_path, monkeypatch):
     files = {
         f"{name}.png": np.full((4, 4), value, np.uint8)
         for value, name in enumerate(["b/2", "b/10", "a/z", "a/deep/y", "c/x"])
     }
     write_tree(tmp_path, files)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(sources.FolderSource("~")) == len(files)
     write_tree(tmp_path, {".hidden/no.png": noise(4, 4), "a/.no.png": noise(4, 4)})
     (tmp_path / "a" / "notes.txt").write_text("no picture")
     (tmp_path / "a" / "UPPER.PNG").write_bytes((tmp_path / "a" / "z.png").read_bytes())
@@ -529,10 +534,14 @@ def test_tfds_needs_no_tensorflow(tfds_archive):
 
 def test_pillows_own_limit_is_left_alone(monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # 100 pixels are warned of.
     file = io.BytesIO()
     Image.fromarray(noise(10, 10)).save(file, "BMP")
-    assert np.array_equal(images.decode(images.open_picture(file)), noise(10, 10))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(images.decode(images.open_picture(file)), noise(10, 10))
     with pytest.raises(OSError, match="cannot identify"):
         images.open_picture(io.BytesIO(b"no picture"))
 

@@ -16,10 +16,11 @@ from token_shards import write_tokens
 from torch_states import TINY, assert_same, in_diffusers, module_of
 
 from tokenbridge_jax.autoencoder import init_params, load_autoencoder, read_description
+from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.commands import import_torch, runner
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import ModelDescription
-from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate
 from tokenbridge_jax.torch_bridge import state_dicts

@@ -15,9 +15,10 @@ from flax import traverse_util
 from scipy import stats
 from tiny_model import equations, leaf_names, tiny
 
+from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.loss import loss
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, abstract_params, init_params
-from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge.official import BUFFERS, table
 

@@ -1,4 +1,4 @@
-"""The quantizer against brute force, and the channel order and statistics against plain numpy."""
+"""The quantizer against brute force."""
 
 import json
 import math
@@ -12,15 +12,7 @@ import pytest
 from goldens_quantizer import quantizer_groups
 from scipy import integrate, stats
 
-from tokenbridge_jax.quantizer import (
-    KL16_CHANNEL_ORDER,
-    ChannelSpectrum,
-    ChannelStatistics,
-    Quantizer,
-    channel_order_by_frequency,
-    gaussian_boundaries,
-    resolve_channel_order,
-)
+from tokenbridge_jax.quantizer import Quantizer, gaussian_boundaries
 from tokenbridge_jax.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parent / "goldens" / "quantizer.npz"
@@ -41,9 +33,8 @@ def hard_points(quantizer: Quantizer, rng: np.random.Generator) -> np.ndarray:
     """Levels, midpoints, thresholds, range ends, zeros, infinities and the floats beside each."""
     levels = quantizer.dequantized_levels
     midpoints = ((levels[1:].astype(np.float64) + levels[:-1]) / 2).astype(np.float32)
-    thresholds = quantizer.thresholds[~np.isnan(quantizer.thresholds)]
     ends = np.float32([quantizer.minimum, quantizer.maximum, 0.0, -0.0, 1e30, -1e30])
-    points = np.concatenate([levels, midpoints, thresholds, ends])
+    points = np.concatenate([levels, midpoints, quantizer.thresholds, ends])
     beside = [points]
     for direction in (-np.inf, np.inf):
         beside.append(np.nextafter(points, np.float32(direction)))
@@ -145,7 +136,7 @@ def test_no_array_of_distances():
     shapes += [s.replace(",", "x") for s in re.findall(r"\w\[([\d,]+)\]", compiled.as_text())]
     sizes = [math.prod(map(int, shape.split("x"))) for shape in shapes]
     assert max(sizes) == x.size  # distances to all levels would be 4096 times that
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+    assert compiled.memory_analysis().temp_size_in_bytes <= 32 * x.size
 
 
 def test_json_is_exact_and_equality_is_by_value():
@@ -178,94 +169,3 @@ def test_nonsense_is_refused(values, limits, message):
 def test_number_of_levels_is_limited(levels: int):
     with pytest.raises(UserError, match="2 to 4096"):
         Quantizer.gaussian(levels)
-
-
-def _waves(frequencies: list[float], rng: np.random.Generator, size: int = 16) -> np.ndarray:
-    """Latents whose channel c is a wave of `frequencies[c]` cycles an image, and noise."""
-    places = np.arange(size) / size
-    phase = rng.uniform(0, 2 * np.pi, (6, 1, 1, len(frequencies)))
-    waves = np.sin(2 * np.pi * places[None, :, None, None] * np.array(frequencies) + phase)
-    waves = np.broadcast_to(waves, (6, size, size, len(frequencies)))
-    # The finer the wave, the more white noise: shares are then all different.
-    noise = rng.normal(size=waves.shape) * (0.1 + 0.05 * np.array(frequencies))
-    return (waves + noise).astype(np.float32)
-
-
-def test_channel_order_of_known_channels():
-    rng = np.random.default_rng(0)
-    latents = _waves([7, 1, 2, 0], rng)
-    latents[..., 3] = rng.normal(size=latents.shape[:3])  # white: a few low of many frequencies
-    latents[..., 0] += 100.0  # a constant says nothing about an image
-    assert channel_order_by_frequency(latents) == (1, 2, 3, 0)
-
-
-def test_spectrum_equals_direct_sums_and_streams():
-    rng = np.random.default_rng(1)
-    latents = (rng.normal(size=(12, 8, 6, 5)) + np.arange(5)).astype(np.float32)
-    latents[..., 1] = np.cumsum(latents[..., 1], axis=1)
-    streamed = ChannelSpectrum(5)
-    for part in np.split(latents, [1, 2, 7]):
-        streamed.update(part)
-
-    centred = latents.astype(np.float64) - latents.astype(np.float64).mean(axis=(0, 1, 2))
-    low, total = np.zeros(5), np.zeros(5)
-    for y in range(8):
-        for x in range(6):
-            wave = np.exp(-2j * np.pi * (np.arange(8)[:, None] * y / 8 + np.arange(6) * x / 6))
-            energy = (np.abs(np.einsum("bhwc,hw->bc", centred, wave)) ** 2).sum(axis=0)
-            total += energy
-            if np.hypot(min(y, 8 - y) / 4, min(x, 6 - x) / 3) <= 0.25:
-                low += energy
-    np.testing.assert_allclose(streamed.shares(), low / total, rtol=1e-9)
-
-
-def test_channel_order_settings():
-    assert resolve_channel_order("kl16", 16) == KL16_CHANNEL_ORDER
-    assert sorted(KL16_CHANNEL_ORDER) == list(range(16))
-    assert resolve_channel_order("identity", 3) == (0, 1, 2)
-    for setting in ([2, 0, 1], "(2,0,1)", "[2, 0, 1]"):
-        assert resolve_channel_order(setting, 3) == (2, 0, 1)
-    spectrum = ChannelSpectrum(3)
-    spectrum.update(_waves([5, 1, 2], np.random.default_rng(2)))
-    assert resolve_channel_order("frequency", 3, spectrum) == (1, 2, 0)
-    wrong = ["frequencies", "frequency", (0, 0, 1), "(0, 0, 1)", "(0.0, 1, 2)", "7", "('a', 1)"]
-    wrong += [("2", "0", "1"), (2, "0", 1), (0.0, 1, 2)]
-    for setting, channels in [("kl16", 4), *((setting, 3) for setting in wrong)]:
-        with pytest.raises(UserError):
-            resolve_channel_order(setting, channels)
-
-
-def test_statistics_against_direct_numpy():
-    rng = np.random.default_rng(3)
-    indices = np.minimum(rng.geometric(0.3, (40, 9, 3)), 15).astype(np.uint8)
-    indices[..., 2] = 7
-    clipped = rng.random((40, 9, 3)) < 0.1
-    first, second = ChannelStatistics(3, 16), ChannelStatistics(3, 16)
-    first.update(indices[:11], clipped[:11])
-    second.update(indices[11:30], clipped[11:30].sum(axis=1))  # counts do as well as flags
-    second.update(indices[30:], clipped[30:])
-    first.merge(ChannelStatistics.from_json(json.loads(json.dumps(second.to_json()))))
-
-    summary = first.summary()
-    entropies = [
-        stats.entropy(np.bincount(indices[..., c].ravel(), minlength=16), base=2) for c in range(3)
-    ]
-    assert summary["latents"] == indices.size
-    np.testing.assert_allclose(summary["bits_by_channel"], entropies, atol=1e-12)
-    assert summary["bits_per_channel"] == pytest.approx(np.mean(entropies))
-    assert summary["clipped_share"] == pytest.approx(clipped.mean())
-    np.testing.assert_allclose(summary["clipped_share_by_channel"], clipped.mean(axis=(0, 1)))
-    used = [len(np.unique(indices[..., c])) for c in range(3)]
-    assert summary["levels_used_by_channel"] == used
-    assert used[2] == 1
-    assert summary["bits_by_channel"][2] == 0
-    json.dumps(summary)
-
-
-def test_statistics_refuse_what_does_not_fit():
-    statistics = ChannelStatistics(2, 4)
-    with pytest.raises(ValueError, match="4 levels"):
-        statistics.update(np.array([[0, 4]]), np.zeros((1, 2), bool))
-    with pytest.raises(ValueError, match="merge"):
-        statistics.merge(ChannelStatistics(2, 8))
-    assert ChannelStatistics(2, 4).summary()["clipped_share"] == 0

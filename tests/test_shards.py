@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from token_shards import make_info, random_records, write_tokens
 
+from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.shards import DatasetInfo, ShardWriter
-from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 
 

@@ -27,10 +27,10 @@ from token_shards import (
 )
 
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
+from tokenbridge_jax.channels import ChannelSpectrum
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.data import shards, sources, tokenizing
 from tokenbridge_jax.data.tokenizing import tokenize
-from tokenbridge_jax.quantizer import channel_order_by_frequency
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -164,8 +164,7 @@ def test_lost_and_damaged_shards_are_made_again(finished, workdir, images):
 KILLED_RUN = """
 import os, signal, sys
 from token_shards import make_config
-from tokenbridge_jax import io, tokenizing
-from tokenbridge_jax.data import shards
+from tokenbridge_jax.data import shards, tokenizing
 
 images, workdir, moment = sys.argv[1:]
 
@@ -351,7 +350,9 @@ def test_channel_order_is_measured_once(workdir, images, monkeypatch):
     for path in sorted(images.rglob("*.png")):
         pixels = np.asarray(Image.open(path).resize((20, 16), Image.BICUBIC))[:, 2:18]
         means.append(posterior_of(workdir, pixels)[0].reshape(8, 8, 4))
-    assert info.channel_order == channel_order_by_frequency(np.stack(means))
+    spectrum = ChannelSpectrum(info.channels)
+    spectrum.update(np.stack(means))
+    assert info.channel_order == spectrum.order()
     assert info.channel_order_rule == "frequency, over 27 images"
     monkeypatch.setattr(tokenizing, "_measure_spectrum", None)  # Calling it would raise.
     (workdir / "tokens" / "train-00000-of-00003.array_record").unlink()

@@ -18,8 +18,9 @@ from goldens_model import config_of
 from torch_states import ATTENTION, TINY, assert_same, in_diffusers
 
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, abstract_params, init_params
+from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig
-from tokenbridge_jax.quantizer import KL16_CHANNEL_ORDER, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge import state_dicts
 from tokenbridge_jax.torch_bridge.ldm import NETWORK as AUTOENCODER

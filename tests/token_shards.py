@@ -15,9 +15,10 @@ from tokenbridge_jax.autoencoder import (
     load_autoencoder,
     save_autoencoder,
 )
+from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.shards import DatasetInfo
-from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 
 AUTOENCODER = AutoencoderConfig(
     image_size=16, image_channels=3, channels=32, multipliers=(1, 2), blocks=1,

@@ -25,13 +25,13 @@ from tokenbridge_jax.runtime.errors import UserError
 
 
 class Encoded(NamedTuple):
-    """Latents of a batch and what the quantizer makes of them; on the device until `np.asarray`.
+    """Latents and indices of a batch. They are on the device until `np.asarray`.
 
     Attributes:
       latents: scaled, float32.
-      indices: of the quantizer's `index_dtype`, channels in the autoencoder's order.
-      clipped: which latents were out of the quantizer's range, counted over an image's positions.
-      broken: images with a NaN among their latents; their indices mean nothing.
+      indices: in the quantizer's `index_dtype`; channels are in the autoencoder's order.
+      clipped: how many of an image's positions were outside the quantizer's range, per channel.
+      broken: which images have a NaN among their latents; their indices mean nothing.
     """
 
     latents: Float[Array | np.ndarray, "B h w C"]
@@ -43,9 +43,9 @@ class Encoded(NamedTuple):
 class Codec:
     """Encodes and decodes batches of any size, split over the data and fsdp axes of a mesh.
 
-    A batch is padded to the next of a few fixed sizes, so a last, partial batch compiles at most
-    once more. Every image's result is its own: neither the rest of the batch nor the padding nor
-    the number of devices enters it.
+    A batch is padded to the next of a few fixed sizes, so that a last, partial batch compiles at
+    most one more program. The result of an image does not depend on the other images of the batch,
+    the padding or the number of devices.
     """
 
     def __init__(
@@ -56,16 +56,17 @@ class Codec:
         mesh: Mesh,
         precision: str = "float32",
     ):
-        """`mesh` holds this process's devices only: processes encode different images.
+        """Copies the parameters to every device of the mesh.
 
         Args:
-          config: of the autoencoder.
-          params: of the autoencoder, unboxed; copied to every device of the mesh.
-          quantizer: indices are its.
-          mesh: as `meshes.make_mesh(devices=jax.local_devices())` gives it.
-          precision: of the autoencoder, one of `precision.PRECISIONS`: the same on every platform.
-            Against float32 on a CPU, tensorfloat32 moves 2 indices in 100 and bfloat16 17;
-            docs/performance.md says how that was measured.
+          config: the autoencoder's.
+          params: the autoencoder's, unboxed.
+          quantizer: turns latents into indices.
+          mesh: this process's devices only, because processes encode different images:
+            `meshes.make_mesh(devices=jax.local_devices())`.
+          precision: the autoencoder's, one of `precision.PRECISIONS`. It means the same on every
+            platform. Compared with float32 on a CPU, tensorfloat32 changes 2 indices in 100 and
+            bfloat16 17; docs/performance.md says how that was measured.
 
         Raises:
           UserError: there is no such precision.
@@ -86,22 +87,20 @@ class Codec:
         stream: int = 0,
         side: int | None = None,
     ) -> Encoded:
-        """Encodes images without waiting for the device: read the fields when they are needed.
+        """Encodes images. It does not wait for the device: reading a field of the result does.
 
         Args:
-          images: uint8, height and width multiples of the autoencoder's downsampling.
-          noise_ids: names the draw from each image's posterior: the same `(seed, stream, id)` draws
-            the same noise in any batch. None takes the posterior's mean.
+          images: uint8; height and width are multiples of the autoencoder's downsampling.
+          noise_ids: a number for the draw from each image's posterior. The same (seed, stream, id)
+            draws the same noise in any batch. With None, latents are the posterior's mean.
           seed: of the noise.
-          stream: tells apart images with the same ids, a number below 2^32.
-          side: height and width that the images must have; any by default.
+          stream: distinguishes images with the same ids; below 2^32.
+          side: as for `check_images`.
 
         Raises:
-          UserError: the images are not uint8, or do not have the autoencoder's channels or a
-            divisible size, or that of `side`, or there are none; `noise_ids` or `seed` is not
-            integers.
+          UserError: as `check_images`; or `noise_ids` or `seed` is not integers.
         """
-        images = checks.images(images, self.config, side=side)
+        images = check_images(images, self.config, side=side)
         keys = None
         if noise_ids is not None:
             ids = checks.array("noise_ids", noise_ids, "integers", (len(images),))
@@ -115,19 +114,18 @@ class Codec:
     def decode(
         self, indices: Integer[np.ndarray | Array, "B L C"] | Any, grid: int | None = None
     ) -> UInt8[Array, "B H W I"]:
-        """Indices in the autoencoder's channel order, of square images -> uint8 images.
+        """Indices of square images, in the autoencoder's channel order -> uint8 images.
 
         Args:
           indices: integers.
           grid: side in positions that the images must have; any by default.
 
         Raises:
-          UserError: the indices are not integers from 0 to V - 1, there are none, the number of
-            positions is not a square number or that of `grid`, or the channels are not the
-            autoencoder's.
+          UserError: they are not integers from 0 to V - 1, there are none, the number of positions
+            is not a square or that of `grid`, or the channels are not the autoencoder's.
         """
         shape = ("B", "L", "C") if grid is None else ("B", grid**2, self.config.latent_channels)
-        indices = checks.indices(indices, shape, self.quantizer)
+        indices = check_indices(indices, shape, self.quantizer)
         grid = round(indices.shape[1] ** 0.5)
         if grid * grid != indices.shape[1] or indices.shape[2] != self.config.latent_channels:
             raise UserError(
@@ -141,9 +139,9 @@ class Codec:
     def decode_maps(
         self, indices: Integer[np.ndarray | Array, "B h w C"] | Any
     ) -> UInt8[Array, "B H W I"]:
-        """As `decode`, of images of any height and width."""
+        """Like `decode`, for images of any height and width."""
         shape = "B", "h", "w", self.config.latent_channels
-        return self._decode_indices(checks.indices(indices, shape, self.quantizer))
+        return self._decode_indices(check_indices(indices, shape, self.quantizer))
 
     def decode_latents(
         self, latents: Float[np.ndarray | Array, "B h w C"] | Any
@@ -151,7 +149,7 @@ class Codec:
         """Scaled latents -> uint8 images.
 
         Raises:
-          UserError: they are no floats, do not have the autoencoder's channels, or there are none.
+          UserError: they are not floats, do not have the autoencoder's channels, or there are none.
         """
         shape = "B", "h", "w", self.config.latent_channels
         latents = checks.array("latents", latents, "floats", shape)
@@ -212,17 +210,82 @@ def _decode(
     return images_to_uint8(images)
 
 
+def check_images(
+    images: Any, config: AutoencoderConfig, *, single: bool = False, side: int | None = None
+) -> UInt8[np.ndarray | Array, "*B H W I"]:
+    """Checks images for an autoencoder.
+
+    Args:
+      images: an array, or anything that numpy makes an array of.
+      config: the autoencoder's.
+      single: also accept one image without a batch axis.
+      side: height and width that the images must have; any by default.
+
+    Raises:
+      UserError: the images are not uint8, or do not have the autoencoder's channels or a size that
+        its downsampling divides, or that of `side`, or there are none.
+    """
+    found = checks.to_array("images", images)
+    shapes = "[B, H, W, channels]" + " or [H, W, channels]" * single
+    if found.dtype != np.uint8 or found.ndim not in (3, 4)[not single :]:
+        advice = ""
+        if jnp.issubdtype(found.dtype, jnp.floating):
+            advice = "; scale them to 0..255, round, and take .astype(np.uint8)"
+        elif found.dtype == np.uint8 and found.ndim == 3:
+            advice = "; images[None] is a batch of one"
+        raise UserError(
+            f"images must be uint8 of shape {shapes}, not {found.dtype} {list(found.shape)}{advice}"
+        )
+    if not found.size:
+        raise UserError(f"images of shape {list(found.shape)} are none; give one at least")
+    if found.shape[-1] != config.image_channels:
+        raise UserError(
+            f"images have {found.shape[-1]} channels, the autoencoder takes "
+            f"{config.image_channels}; set --config.data.image_channels"
+        )
+    height, width = found.shape[-3:-1]
+    config.check_image_size(height, width)
+    if side not in (None, height) or side not in (None, width):
+        raise UserError(
+            f"images are {height}x{width}, the model draws {side}x{side} pixels; "
+            "tokenbridge_jax.data.images.prepare cuts a picture to a size, outpaint takes others"
+        )
+    return found
+
+
+def check_indices(
+    indices: Any, shape: tuple[int | str, ...], quantizer: Quantizer
+) -> Integer[np.ndarray | Array, "..."]:
+    """Checks indices, and returns them in the quantizer's `index_dtype`.
+
+    Raises:
+      UserError: they are not integers of this shape (see `checks.array`), or not from 0 to V - 1.
+    """
+    found = checks.array("indices", indices, "integers", shape)
+    check_index_range(found, quantizer.levels)
+    return found.astype(quantizer.index_dtype)
+
+
+def check_index_range(indices: Integer[np.ndarray | Array, "..."], levels: int) -> None:
+    """Raises `UserError` unless all indices are from 0 to V - 1."""
+    indices = np.asarray(indices)
+    if indices.size and (indices.min() < 0 or indices.max() >= levels):
+        raise UserError(
+            f"indices must be from 0 to {levels - 1}, not from {indices.min()} to {indices.max()}"
+        )
+
+
 def in_batches(
     function: Callable[[np.ndarray], Shaped[np.ndarray | Array, "b ..."]],
     values: Shaped[np.ndarray, "B ..."],
     size: int,
 ) -> Shaped[np.ndarray, "B ..."]:
-    """`function(values)`, of `size` values at a time."""
+    """Applies a function to `size` values at a time, and joins the results."""
     return np.concatenate([function(values[i : i + size]) for i in range(0, len(values), size)])
 
 
 def padded_size(size: int, shards: int) -> int:
-    """The next of the sizes 1, 2, 3, 4, 6, 8, 12, 16, 24, ... a shard.
+    """The next of the sizes 1, 2, 3, 4, 6, 8, 12, 16, 24, ... per shard.
 
     At most a third of a batch is then padding, and few programs are compiled.
     """
@@ -232,7 +295,7 @@ def padded_size(size: int, shards: int) -> int:
 
 
 def _pad(x: Any, size: int) -> Any:
-    """Repeats the first entry behind the batch until it has `size`."""
+    """Appends copies of the first entry until the batch has `size` entries."""
     if len(x) == size:
         return x
     numpy = np if isinstance(x, np.ndarray) else jnp

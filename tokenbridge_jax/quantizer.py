@@ -1,25 +1,23 @@
-"""Post-training quantizer: every latent channel to one of V levels, without training anything.
+"""Post-training quantizer: maps every latent channel to one of V levels, without training.
 
-Levels are the means of V equally likely bins of a standard normal clipped to +-3 (paper, section
-3.2). A latent x in [minimum, maximum] is mapped to that scale,
-`(x - minimum) / (maximum - minimum) * 6 - 3`, clipped, and takes the nearest level value, the
-lowest index on a tie; an index comes back as `(v + 3) / 6 * (maximum - minimum) + minimum`. Both
-in float32, in that order of operations.
+The levels are the means of V equally likely bins of a standard normal clipped to +-3 (paper,
+section 3.2). A latent x in [minimum, maximum] is moved to that scale,
+`(x - minimum) / (maximum - minimum) * 6 - 3`, and clipped. It takes the nearest level value, and
+the lowest index on a tie. An index comes back as `(v + 3) / 6 * (maximum - minimum) + minimum`.
+Both formulas are evaluated in float32, in that order of operations.
 
-Only numpy does that arithmetic, once, on the host. The map from x to its index never decreases,
-so it is V - 1 thresholds: the smallest float32 x of every index, found by bisection over float32
-bit patterns. On a device quantizing is then a search among the thresholds and dequantizing a table
-lookup: no compiler or accelerator can round them differently, and no `[..., V]` array exists. The
-search starts from a polynomial's guess, which leaves one comparison for the paper's levels.
+Only numpy evaluates them, once, on the host. The map from x to its index never decreases, so it is
+given by V - 1 thresholds: the smallest float32 x of every index, found by bisection over float32
+bit patterns. On a device, quantizing is a binary search among the thresholds and dequantizing is a
+table lookup. No compiler or accelerator can round these differently, and no `[..., V]` array
+exists.
 """
 
-import ast
 import dataclasses
 import functools
 import math
-import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,28 +27,15 @@ from scipy import special
 
 from tokenbridge_jax.runtime.errors import UserError
 
-# Levels and boundaries live on this scale: standard normal, clipped.
+# Levels and boundaries are on the scale of a standard normal, clipped to +- this.
 SCALE_LIMIT = 3.0
 MAX_LEVELS = 4096
 
-# Two different levels closer than this could tie after rounding, as seen from the far end of the
-# scale, and a tie with a lower index would break the order that thresholds rest on.
+# Two levels closer than this could tie after rounding, for a latent at the far end of the scale.
+# The lower index would win the tie, and indices would no longer increase with the latent.
 _MIN_GAP = 2e-6
-# Bins narrower than this (only V > 740 has any, cut off by the clipping) hold no probability.
+# A bin narrower than this holds no probability. Clipping makes such bins where V > 740.
 _MIN_BIN = 1e-4
-
-# The polynomial that guesses how many thresholds a latent has passed has odd powers only, since the
-# paper's levels are symmetric. Of 64 levels x, x^3 and x^5 are 0.21 off at most; below 0.4 one
-# comparison is left. Other levels take the powers, up to so many, that leave the fewest.
-_FEWEST_POWERS, _MOST_POWERS = 3, 8
-# By how much float32 arithmetic may move a guess, besides the roundings of terms that cancel.
-_GUESS_MARGIN = 0.1
-
-# Published order of KL-16's channels: falling share of low-frequency energy.
-KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
-
-# Frequencies up to this share of Nyquist's count as low: 2 of 8 cycles an image on a 16x16 grid.
-LOW_FREQUENCY = 0.25
 
 
 def gaussian_boundaries(levels: int) -> np.ndarray:
@@ -62,12 +47,12 @@ def gaussian_boundaries(levels: int) -> np.ndarray:
 def gaussian_levels(levels: int) -> np.ndarray:
     """Mean of the standard normal within every bin, in float32 arithmetic: `[V]` on the +-3 scale.
 
-    For V > 740 the outermost bins lie wholly beyond +-3. They take +-3 as their value; of equal
-    levels the lowest index is the one ever used.
+    For V > 740 the outermost bins are wholly beyond +-3, and their value is +-3. Of several equal
+    levels only the lowest index is ever used.
     """
     edges = gaussian_boundaries(levels)
-    # Each operation is rounded to float32. exp and erf go through float64, so that they are rounded
-    # correctly on every machine rather than by whichever float32 routine it has.
+    # Each operation is rounded to float32. exp and erf are computed in float64, because the float32
+    # routines of different machines round differently.
     exponential = np.exp(-(edges * edges / np.float32(2)).astype(np.float64)).astype(np.float32)
     density = exponential / np.float32(math.sqrt(2 * math.pi))
     erf = special.erf((edges / np.float32(math.sqrt(2))).astype(np.float64)).astype(np.float32)
@@ -77,7 +62,7 @@ def gaussian_levels(levels: int) -> np.ndarray:
     empty = high - low < _MIN_BIN
     mass = np.where(empty, np.float32(1), np.diff(cumulative))
     outermost = np.where(low < 0, np.float32(-SCALE_LIMIT), np.float32(SCALE_LIMIT))
-    # Where clipping cuts a bin thin, its mass is so small that rounding could carry the mean out.
+    # The mass of a bin that clipping made thin is small: rounding could put the mean outside of it.
     return np.where(empty, outermost, np.clip(-np.diff(density) / mass, low, high))
 
 
@@ -87,12 +72,12 @@ class Quantizer:
 
     Attributes:
       level_values: the V level values on the +-3 scale, exact float32 numbers, never decreasing. An
-        imported model brings its own.
-      minimum: latent that maps to -3; anything below is clipped.
-      maximum: latent that maps to +3; anything above is clipped.
+        imported model has values of its own.
+      minimum: the latent that maps to -3; lower ones are clipped.
+      maximum: the latent that maps to +3; higher ones are clipped.
 
     Raises:
-      UserError: on construction, if any of them makes no sense.
+      UserError: on construction, if one of them is not valid.
     """
 
     level_values: tuple[float, ...]
@@ -151,7 +136,7 @@ class Quantizer:
         return np.dtype(np.uint8 if self.levels <= 256 else np.uint16)
 
     def boundaries(self) -> np.ndarray:
-        """Bin edges of the paper's quantizer of as many levels: float32 `[V + 1]`, +-3 scale."""
+        """Bin edges of the paper's quantizer of V levels: float32 `[V + 1]`, +-3 scale."""
         return gaussian_boundaries(self.levels)
 
     @functools.cached_property
@@ -163,7 +148,10 @@ class Quantizer:
 
     @functools.cached_property
     def thresholds(self) -> np.ndarray:
-        """Smallest float32 latent whose index is k or more, k = 1 .. V-1; NaN where none has it."""
+        """Smallest float32 latent whose index is k or more, for k = 1, 2, ...: float32 `[V - 1]`.
+
+        It is shorter where the last levels are equal: no latent reaches those indices.
+        """
         distinct, first = np.unique(np.asarray(self.level_values, np.float32), return_index=True)
 
         def takes_upper(x: np.ndarray) -> np.ndarray:
@@ -172,40 +160,28 @@ class Quantizer:
             return np.abs(scaled - distinct[1:]) < np.abs(scaled - distinct[:-1])
 
         # Bisection over all float32 at once: `no` never takes the upper level, `yes` always does.
-        no = np.full(distinct.size - 1, _ordered_bits(np.float32(-np.inf)))
-        yes = np.full(distinct.size - 1, _ordered_bits(np.float32(np.inf)))
+        infinity = np.float32(np.inf).view(np.int32).astype(np.int64)
+        no, yes = (np.full(distinct.size - 1, end) for end in (-infinity, infinity))
         while (yes - no > 1).any():
             middle = (no + yes) // 2
             upper = takes_upper(_from_ordered_bits(middle))
             no, yes = np.where(upper, no, middle), np.where(upper, middle, yes)
-        # Of equal levels the first is used: index k is reached with the next distinct level.
-        reached_with = np.searchsorted(first[1:], np.arange(1, self.levels))
-        return np.append(_from_ordered_bits(yes), np.float32(np.nan))[reached_with]
+        # Of equal levels the first is used, so the next distinct level passes several indices.
+        return np.repeat(_from_ordered_bits(yes), np.diff(first))
 
     def quantize(self, latents: Float[Array | np.ndarray, "..."]) -> Integer[Array, "..."]:
         """Latents (scaled, float32) -> indices of `index_dtype`; +-inf clips.
 
         Raises:
-          UserError: a latent is NaN. Only outside jit, where values can be seen; inside, NaN takes
-            the last index that any latent has.
+          UserError: a latent is NaN. This is only checked outside jit. Inside jit, NaN takes the
+            last index that any latent has.
         """
         latents = jnp.asarray(latents, jnp.float32)
         if not isinstance(latents, jax.core.Tracer) and jnp.isnan(latents).any():
             raise UserError("latents hold NaN: the autoencoder's weights or input are damaged")
-        search = self._search
-        inside = jnp.where(latents < search.last, latents, search.last)  # NaN too
-        inside = jnp.maximum(inside, search.first)
-        u = (inside - search.center) * search.scale
-        odd = functools.reduce(lambda total, c: total * (u * u) + c, search.coefficients) * u
-        # A sum beyond 2^23 has no bits for fractions: the place is rounded, and in the lowest bits.
-        # The mask promises that the table has it, which else would be checked every time.
-        bits = jax.lax.bitcast_convert_type(odd + search.middle, jnp.uint32)
-        place = bits & np.uint32(len(search.thresholds) - 1)
-        # Halving: it lies between this place and the last that the guess may stand for.
-        for step in reversed([2**i for i in range(search.halvings)]):
-            threshold = _look_up(search.thresholds, place + np.uint32(step - 1))
-            place = jnp.where(inside < threshold, place, place + np.uint32(step))
-        return (place - np.uint32(search.before)).astype(self.index_dtype)
+        # Unrolled, the search is one fused operation: 6 lookups for 64 levels.
+        indices = jnp.searchsorted(self.thresholds, latents, side="right", method="scan_unrolled")
+        return indices.astype(self.index_dtype)
 
     def dequantize(self, indices: Integer[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
         """Indices -> float32 latents; NaN for an index of V or above."""
@@ -217,258 +193,16 @@ class Quantizer:
 
     @property
     def _extent(self) -> np.float32:
-        return np.float32(self.maximum - self.minimum)  # rounded once, as PyTorch does with scalars
-
-    @functools.cached_property
-    def _search(self) -> "_Search":
-        thresholds = self.thresholds[~np.isnan(self.thresholds)]
-        counts = range(_FEWEST_POWERS, _MOST_POWERS + 1)
-        return min((_make_search(thresholds, count) for count in counts), key=lambda s: s.halvings)
+        return np.float32(self.maximum - self.minimum)  # Rounded once, as PyTorch does.
 
     def _to_scale(self, x: np.ndarray) -> np.ndarray:
-        """Latents -> clipped +-3 scale, numpy float32: the definition that everything follows."""
+        """Latents -> clipped +-3 scale, in numpy's float32: the definition of the quantizer."""
         with np.errstate(over="ignore"):
             scaled = (x - np.float32(self.minimum)) / self._extent * np.float32(6) - np.float32(3)
         return np.clip(scaled, np.float32(-3), np.float32(3))
 
 
-class _Search(NamedTuple):
-    """Where to look for a latent among the thresholds, around a polynomial's guess.
-
-    Attributes:
-      first: largest latent that has passed no threshold; smaller ones count as this one.
-      last: the last threshold; larger latents count as this one.
-      center: with `scale`, what maps latents to the polynomial's [-1, 1].
-      scale: see `center`.
-      coefficients: of the polynomial's odd powers, the highest first.
-      middle: the place in `thresholds` from which the polynomial counts, and 2^23. Their sum is the
-        first place where the search looks.
-      halvings: steps from there to any place that it may have.
-      thresholds: the quantizer's between infinities, for places and steps beyond the ends; as many
-        as a power of two.
-      before: infinities before the first.
-    """
-
-    first: np.float32
-    last: np.float32
-    center: np.float32
-    scale: np.float32
-    coefficients: np.ndarray
-    middle: np.float32
-    halvings: int
-    thresholds: np.ndarray
-    before: int
-
-
-def _make_search(thresholds: np.ndarray, count: int) -> _Search:
-    """The search that starts from a polynomial of `count` odd powers."""
-    # Around the thresholds, wherever they are in the range, and rounded as devices have it.
-    first, last = np.nextafter(thresholds[0], np.float32(-np.inf)), thresholds[-1]
-    low, high = float(thresholds[0]), float(last)
-    center, scale = np.float32((low + high) / 2), np.float32(2 / ((high - low) or 1.0))
-    u = (thresholds.astype(np.float64) - center) * scale
-    u_first = (np.float64(first) - center) * scale
-    passed = np.arange(1, len(u) + 1)
-    powers = np.arange(1, 2 * count, 2)
-    fit = np.linalg.lstsq(u[:, None] ** powers, passed - passed.mean())[0].astype(np.float32)
-    polynomial = np.polynomial.Polynomial(np.zeros(powers[-1] + 1))
-    polynomial.coef[powers] = fit
-
-    # Where k thresholds are passed the guess should lie between k and k + 1. It is farthest off
-    # at a threshold, seen from either side, or at an extremum.
-    turns = polynomial.deriv().roots()
-    turns = turns[np.isreal(turns)].real
-    turns = turns[(u[0] < turns) & (turns < u[-1])]
-    points = np.concatenate([[u_first], u, u, turns])
-    k = np.concatenate([[0], passed, passed - 1, np.searchsorted(u, turns, side="right")])
-    middle = math.ceil(passed.mean())
-    guess = middle + polynomial(points)
-    off = max((k - guess).max(), (guess - k - 1).max()) + _GUESS_MARGIN
-    off += 2.0**-20 * float(np.abs(fit).sum())
-
-    below, above = math.ceil(off + 0.5), math.ceil(off - 0.5)
-    halvings = (below + above).bit_length()
-    before, after = 2 * below, 2**halvings + above
-    size = 1 << (before + len(thresholds) + after - 1).bit_length()
-    pad = before, size - before - len(thresholds)
-    return _Search(
-        first=first,
-        last=last,
-        center=center,
-        scale=scale,
-        coefficients=fit[::-1],
-        middle=np.float32(2**23 + middle + below),
-        halvings=halvings,
-        thresholds=np.pad(thresholds, pad, constant_values=(-np.inf, np.inf)),
-        before=before,
-    )
-
-
-def _look_up(table: np.ndarray, places: Array) -> Array:
-    """Entries of a small table, whose places are known to exist."""
-    return jnp.asarray(table).at[places].get(mode="promise_in_bounds")
-
-
-def _ordered_bits(x: np.float32) -> np.int64:
-    """Float32 -> integers in the same order, neighbours to neighbours (both zeros to 0)."""
-    bits = np.int64(x.view(np.int32))
-    return np.int64(bits if bits >= 0 else -(bits + 2**31))
-
-
 def _from_ordered_bits(ordered: np.ndarray) -> np.ndarray:
-    """Inverse of `_ordered_bits`."""
+    """Integers -> float32 in the same order, neighbours to neighbours; 0 stands for both zeros."""
     bits = np.where(ordered >= 0, ordered, -(2**31) - ordered)
     return bits.astype(np.int32).view(np.float32)
-
-
-class ChannelSpectrum:
-    """Streaming share of low-frequency energy of every channel (paper, appendix).
-
-    Energy is that of the 2D FFT over positions; frequencies whose radius `hypot(f_y, f_x)` is at
-    most `low` times Nyquist's are low. A channel's mean over all the data says nothing about any
-    image, so its energy is left out; how an image's own mean departs from it counts as low.
-    """
-
-    def __init__(self, channels: int, low: float = LOW_FREQUENCY):
-        self._low = low
-        self._images = 0
-        self._low_energy = np.zeros(channels, np.float64)
-        self._energy = np.zeros(channels, np.float64)
-        self._mean = np.zeros(channels, np.float64)  # per channel, of the images so far
-
-    def update(self, latents: Float[np.ndarray, "B h w C"]) -> None:
-        """Adds a batch; every batch must have the same h and w."""
-        batch, height, width, _ = latents.shape
-        # Energies are taken about the running mean and corrected as it moves (Chan et al.).
-        latents = latents.astype(np.float64)
-        mean = latents.mean(axis=(0, 1, 2))
-        energy_BhwC = np.abs(np.fft.fft2(latents - mean, axes=(1, 2), norm="ortho")) ** 2
-        f_y, f_x = np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing="ij")
-        is_low = np.hypot(f_y, f_x) <= self._low * 0.5 + 1e-9
-
-        total = self._images + batch
-        moved = (mean - self._mean) ** 2 * height * width * self._images * batch / total
-        self._low_energy += energy_BhwC[:, is_low].sum(axis=(0, 1)) + moved
-        self._energy += energy_BhwC.sum(axis=(0, 1, 2)) + moved
-        self._mean += (mean - self._mean) * batch / total
-        self._images = total
-
-    def shares(self) -> Float[np.ndarray, " C"]:
-        """Share of low-frequency energy of every channel; 0 for a channel that never changes."""
-        return self._low_energy / np.where(self._energy > 0, self._energy, 1.0)
-
-    def order(self) -> tuple[int, ...]:
-        """Channels from the highest share to the lowest; the lower channel first on a tie."""
-        return tuple(np.argsort(-self.shares(), kind="stable").tolist())
-
-
-def channel_order_by_frequency(latents: Float[np.ndarray, "B h w C"]) -> tuple[int, ...]:
-    """Channel order of one array of latents; `ChannelSpectrum` does the same batch by batch."""
-    spectrum = ChannelSpectrum(latents.shape[-1])
-    spectrum.update(latents)
-    return spectrum.order()
-
-
-class ChannelStatistics:
-    """Streaming counts of how every channel uses its levels, and how many latents were clipped."""
-
-    def __init__(self, channels: int, levels: int):
-        self.counts = np.zeros((channels, levels), np.int64)
-        self.clipped = np.zeros(channels, np.int64)
-
-    def update(
-        self,
-        indices: Integer[np.ndarray, "... C"],
-        clipped: Bool[np.ndarray, "... C"] | Integer[np.ndarray, "... C"],
-    ) -> None:
-        """Adds indices, and which of their latents were clipped (flags, or counts in any shape).
-
-        Raises:
-          ValueError: an index is not a level.
-        """
-        channels, levels = self.counts.shape
-        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < levels:
-            raise ValueError(f"index {indices.max()} among indices of {levels} levels")
-        cells = indices.reshape(-1, channels).astype(np.int64) + np.arange(channels) * levels
-        counts = np.bincount(cells.ravel(), minlength=channels * levels)
-        self.counts += counts.reshape(channels, levels)
-        self.clipped += clipped.reshape(-1, channels).sum(axis=0, dtype=np.int64)
-
-    def merge(self, other: "ChannelStatistics") -> None:
-        """Adds what another process or an earlier run counted."""
-        if other.counts.shape != self.counts.shape:
-            raise ValueError(f"cannot merge {other.counts.shape} into {self.counts.shape}")
-        self.counts += other.counts
-        self.clipped += other.clipped
-
-    def to_json(self) -> dict[str, Any]:
-        """The counts themselves, to go on from."""
-        return {"counts": self.counts.tolist(), "clipped": self.clipped.tolist()}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "ChannelStatistics":
-        """Inverse of `to_json`."""
-        statistics = cls(*np.shape(value["counts"]))
-        statistics.counts += np.asarray(value["counts"], np.int64)
-        statistics.clipped += np.asarray(value["clipped"], np.int64)
-        return statistics
-
-    def summary(self) -> dict[str, Any]:
-        """Report as plain numbers and lists.
-
-        Returns:
-          `latents` counted; `clipped_share` over all; and for every channel
-          `clipped_share_by_channel`, `bits_by_channel` (entropy of its index) and
-          `levels_used_by_channel`; `bits_per_channel` is the mean of the bits.
-        """
-        totals = np.maximum(self.counts.sum(axis=1), 1)
-        p = self.counts / totals[:, None]
-        bits = -np.sum(p * np.log2(np.where(p > 0, p, 1.0)), axis=1) + 0.0
-        return {
-            "latents": int(self.counts.sum()),
-            "clipped_share": int(self.clipped.sum()) / int(totals.sum()),
-            "clipped_share_by_channel": (self.clipped / totals).tolist(),
-            "bits_per_channel": float(bits.mean()),
-            "bits_by_channel": bits.tolist(),
-            "levels_used_by_channel": np.count_nonzero(self.counts, axis=1).tolist(),
-        }
-
-
-def resolve_channel_order(
-    setting: str | Sequence[Any], channels: int, spectrum: ChannelSpectrum | None = None
-) -> tuple[int, ...]:
-    """Turns `config.quantizer.channel_order` into a channel order.
-
-    Args:
-      setting: "kl16", "identity", "frequency" (needs `spectrum`), or the order itself, also as
-        text such as "(2, 0, 1)": a flag's value.
-      channels: C.
-      spectrum: what was measured on the data.
-
-    Raises:
-      UserError: the setting is unknown, or not an order of these channels.
-    """
-    if setting == "frequency":
-        if spectrum is None:
-            raise UserError('channel_order "frequency" is measured on latents: run tokenize first')
-        order = spectrum.order()
-    elif isinstance(setting, str):
-        named = {"kl16": KL16_CHANNEL_ORDER, "identity": tuple(range(channels))}
-        order = named.get(setting) or _as_order(setting)
-    else:
-        order = _as_order(setting)
-    if sorted(order) != list(range(channels)):
-        raise UserError(
-            f"channel order {list(order)} does not list channels 0..{channels - 1} once"
-        )
-    return order
-
-
-def _as_order(setting: str | Sequence[Any]) -> tuple[int, ...]:
-    try:
-        listed = ast.literal_eval(setting) if isinstance(setting, str) else setting
-        return tuple(map(operator.index, listed))
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise UserError(
-            f'channel_order "{setting}" must be "kl16", "frequency", "identity" or a list'
-        ) from error

@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.commands import train
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig
 from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
-from tokenbridge_jax.quantizer import resolve_channel_order
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.settings import check_ranges

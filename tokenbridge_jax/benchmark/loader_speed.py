@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from tokenbridge_jax.benchmark import inputs
 from tokenbridge_jax.benchmark.measure import Call, Case
+from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import make_loader
 from tokenbridge_jax.data.shards import DatasetInfo
-from tokenbridge_jax.quantizer import ChannelStatistics
 from tokenbridge_jax.runtime.errors import UserError
 
 # Batches are read some at a time and come in bursts: a call takes as many.

@@ -41,6 +41,7 @@ from tokenbridge_jax.autoencoder import (
     read_description,
     save_autoencoder,
 )
+from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.commands.train import make_model_config
@@ -48,7 +49,7 @@ from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, init_params
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
-from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge import state_dicts

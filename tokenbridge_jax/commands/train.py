@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
+from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.data import class_names, shards
@@ -32,7 +33,7 @@ from tokenbridge_jax.evaluation.scores import find_reference, generation_scores
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
-from tokenbridge_jax.quantizer import Quantizer, resolve_channel_order
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.batches import generate_in_batches

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tokenbridge_jax.data import jpeg
 
@@ -63,33 +63,36 @@ class ImageError(Exception):
 
 
 def open_picture(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
-    """As `Image.open`, but for its guard against large pictures.
+    """Like `Image.open`, without its guard against large pictures.
 
-    Pillow warns from 89 megapixels on and refuses from 179; legitimate scans are larger, and
-    `decode` has a limit of its own. Pillow's is a global, which is left alone for others.
+    Pillow warns from 89 megapixels on and refuses more than 179. Legitimate scans are larger, and
+    `decode` has a limit of its own. Pillow's limit is global, and other code may rely on it, so
+    Pillow's readers are called here without the guard around them.
 
     Raises:
-      OSError: the file cannot be read or is no picture.
-      ImageError: it is a picture of a kind that cannot be that large.
+      OSError: the file cannot be read or is not a picture.
+      ImageError: the picture is of a kind that cannot be that large.
     """
-    try:
-        return Image.open(file)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        pass  # Known by now to be a picture: its format's reader is called without the guard.
-    stream = io.BytesIO(Path(file).read_bytes()) if isinstance(file, str | os.PathLike) else file
+    if isinstance(file, io.BytesIO):
+        stream = file
+    else:
+        file = os.fspath(file)
+        stream = io.BytesIO(Path(file).read_bytes())
     stream.seek(0)
     start = stream.read(16)
-    for reader, accepts in [Image.OPEN[name] for name in Image.ID]:
-        accepted = accepts is None or accepts(start)
-        if accepted and not isinstance(accepted, str):
-            stream.seek(0)
-            try:
-                return reader(stream, "")
-            except (SyntaxError, IndexError, TypeError, struct.error):
-                continue  # Of another format, as `Image.open` has it.
-            except Image.DecompressionBombError as error:
-                raise ImageError(str(error)) from error
-    raise ImageError("too large a picture")
+    for load_readers in (Image.preinit, Image.init):  # Of the common formats, then of all.
+        load_readers()
+        for reader, accepts in [Image.OPEN[name] for name in Image.ID]:
+            accepted = accepts is None or accepts(start)
+            if accepted and not isinstance(accepted, str):
+                stream.seek(0)
+                try:
+                    return reader(stream, "")
+                except (SyntaxError, IndexError, TypeError, struct.error):
+                    continue  # The file has another format, as in `Image.open`.
+                except Image.DecompressionBombError as error:
+                    raise ImageError(str(error)) from error
+    raise UnidentifiedImageError(f"cannot identify image file {file!r}")
 
 
 def prepare(image: Image.Image, size: int, channels: int = 3) -> UInt8[np.ndarray, "size size c"]:

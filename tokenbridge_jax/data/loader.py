@@ -10,6 +10,8 @@ elsewhere too.
 """
 
 import functools
+import itertools
+import operator
 import os
 import sys
 import threading
@@ -57,17 +59,20 @@ class TokenRecords:
           UserError: a shard is damaged, of another dataset, holds a label of no class or cannot be
             read; the message names it.
         """
-        # Shard by shard: not all of them may be open at once.
+        # Shard by shard: those that do not stay open are then opened once.
         order = np.argsort(numbers, kind="stable")
         shard = np.searchsorted(self._ends, numbers[order], side="right")
         place = numbers[order] - self._starts[shard]
-        data = [b""] * len(numbers)
-        for row, s, p in zip(order.tolist(), shard.tolist(), place.tolist(), strict=True):
-            data[row] = self._readers.read(s, p)
-            if len(data[row]) != self._dtype.itemsize:
+        data: list[bytes] = []
+        pairs = zip(shard.tolist(), place.tolist(), strict=True)
+        for s, of_shard in itertools.groupby(pairs, key=operator.itemgetter(0)):
+            found = self._readers.read(s, [place for _, place in of_shard])
+            if any(len(record) != self._dtype.itemsize for record in found):
                 path, _ = self._files[s]
                 raise damaged(path, "holds records of another size than dataset.json says")
-        records = np.frombuffer(b"".join(data), self._dtype)
+            data += found
+        records = np.empty(len(numbers), self._dtype)
+        records[order] = np.frombuffer(b"".join(data), self._dtype)
         wrong = (records["label"] < 0) | (records["label"] >= self._classes)
         if wrong.any():
             row = int(np.argmax(wrong))

@@ -1,8 +1,6 @@
 """Single records of many shards, with a bounded number of open files."""
 
-import collections
 import resource
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,55 +10,48 @@ from tokenbridge_jax.data.local_copy import is_copy
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
-# Readers of a split that stay open: each has a descriptor. To open one costs some 50 microseconds.
-_MOST = 128
-# Nor more than one in so many of the files that this process may open: there are other splits, and
-# checkpoints open many at once.
-_SHARE = 8
+# How many readers of a split stay open. Each has a descriptor. Opening one takes some 50
+# microseconds.
+_MOST = 4096
+# And at most this share of the files that the system lets this process open (1,024 on most Linux
+# systems, 256 on macOS), since there are other splits, and checkpoints open many at once.
+_SHARE = 1 / 3
 # Nothing is read ahead: neither records nor, on opening, the last megabyte of the file.
 _OPTIONS = "readahead_buffer_size:0,footer_prefetch_bytes:0"
 
 
 class ShardReaders:
-    """Reads records from any thread; those shards stay open that were read last."""
+    """Reads records from any thread. The shards that are read first stay open."""
 
     def __init__(self, files: Sequence[tuple[Path, int]]):
         """`files` are the shards' paths and numbers of records."""
         self._files = files
-        # On macOS a process may open 256 files, elsewhere 1,024 or more.
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = _MOST if soft == resource.RLIM_INFINITY else min(_MOST, soft // _SHARE)
-        self._open: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._most = _MOST if soft == resource.RLIM_INFINITY else min(_MOST, int(soft * _SHARE))
+        self._open: dict[int, ArrayRecordReader] = {}
 
-    def read(self, shard: int, place: int) -> bytes:
-        """The record at `place` of a shard.
+    def read(self, shard: int, places: Sequence[int]) -> list[bytes]:
+        """The records at these places of a shard.
 
         Raises:
           UserError: the shard is damaged, or the system does not let it be read.
         """
+        reader = self._open.get(shard)
+        if reader is None:
+            reader = self._opened(shard)
+            # No other shard is closed for this one. Each is as likely to be read next, and where
+            # all are read in turn, the one that was not read for longest is the next.
+            if len(self._open) < self._most:
+                self._open[shard] = reader
         try:
-            # A range of one: a list of places costs several times as much, for it goes through the
-            # reader's thread pool and a table of all the shard's records.
-            (record,) = self._reader(shard).read(place, place + 1)
+            # A range of one record each: a list of places costs several times as much, because it
+            # goes through the reader's thread pool and a table of all the shard's records.
+            return [reader.read(place, place + 1)[0] for place in places]
         except RuntimeError as error:
             path, _ = self._files[shard]
             if reason := storage.refusal(path, str(error)):
                 raise storage.read_error(path, reason) from error
             raise damaged(path, f"is damaged ({str(error).split(';')[0]})") from error
-        return record
-
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
-        reader = self._opened(shard)
-        with self._lock:
-            self._open[shard] = reader
-            if len(self._open) > self._most:
-                self._open.popitem(last=False)  # Closes when no thread reads from it any more.
-        return reader
 
     def _opened(self, shard: int) -> ArrayRecordReader:
         path, records = self._files[shard]
@@ -70,18 +61,18 @@ class ShardReaders:
             found = reader.num_records()
             if found == records:
                 return reader
-            # The reader does not tell what the system refused, and that may have passed by now.
+            # The reader does not say what the system refused, and by now it may work again.
             if reason := storage.refusal(path):
                 raise storage.read_error(path, reason)
         raise damaged(path, f"is damaged (it lists {found} records, not {records})")
 
 
 def damaged(shard: Path, reason: str) -> UserError:
-    """What to tell a user about a shard that is not what was written."""
-    mend = (
+    """The error for a shard whose content is not what was written."""
+    advice = (
         "move it elsewhere and run again, which copies it again"
         if is_copy(shard)
         else "put back a copy of it, or move it elsewhere and run `tokenbridge tokenize` again, "
         "which writes only what is missing"
     )
-    return UserError(f"token shard {shard} {reason}; {mend}")
+    return UserError(f"token shard {shard} {reason}; {advice}")

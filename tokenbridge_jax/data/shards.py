@@ -45,9 +45,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data.local_copy import INFO_FILE, local_copy
 from tokenbridge_jax.data.readers import damaged
-from tokenbridge_jax.quantizer import ChannelStatistics, Quantizer
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 

@@ -70,7 +70,7 @@ class FolderSource:
     """
 
     def __init__(self, root: str | os.PathLike[str], *, every_class: bool = True):
-        self.root = Path(root)
+        self.root = Path(expand(root))
         if not self.root.is_dir():
             raise UserError(
                 f"image folder {self.root} does not exist; set --config.data.path and "

@@ -29,18 +29,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder
+from tokenbridge_jax.channels import ChannelSpectrum, ChannelStatistics, resolve_channel_order
 from tokenbridge_jax.codec import Codec, Encoded
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.batches import Batch, ShardPlan, prepared_batches
 from tokenbridge_jax.data.shards import DatasetInfo, ShardWriter
 from tokenbridge_jax.data.sources import Source, hold_out, make_source
 from tokenbridge_jax.ops.precision import check_precision
-from tokenbridge_jax.quantizer import (
-    ChannelSpectrum,
-    ChannelStatistics,
-    Quantizer,
-    resolve_channel_order,
-)
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress

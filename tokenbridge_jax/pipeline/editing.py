@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Integer, UInt8
 from scipy.ndimage import distance_transform_edt
 
-from tokenbridge_jax.codec import Codec, in_batches
+from tokenbridge_jax.codec import Codec, check_images, in_batches
 from tokenbridge_jax.data.images import MAX_PIXELS
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import ClassId
@@ -347,7 +347,7 @@ def _batch(
     pipeline: Drawer, images: Any, side: int | None = None
 ) -> tuple[UInt8[np.ndarray, "B H W I"], bool]:
     """Images on the host, and whether a single one was given, without a batch axis."""
-    images = np.asarray(checks.images(images, pipeline.codec.config, single=True, side=side))
+    images = np.asarray(check_images(images, pipeline.codec.config, single=True, side=side))
     single = images.ndim == 3
     return (images[None] if single else images), single
 

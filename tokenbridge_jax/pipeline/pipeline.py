@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8
 import tokenbridge_jax.pipeline.editing as editing
 import tokenbridge_jax.pipeline.pretrained as pretrained
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
-from tokenbridge_jax.codec import Codec, in_batches
+from tokenbridge_jax.codec import Codec, check_indices, in_batches
 from tokenbridge_jax.data.class_names import class_number
 from tokenbridge_jax.loss import position_nll
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
@@ -265,7 +265,7 @@ class Pipeline:
         labels = checks.labels(self.labels(class_ids), self.config.classes)
         shape = (len(labels), self.config.positions)
         each = "B", *shape[1:], self.config.channels
-        indices = np.asarray(checks.indices(indices, each, self.config.quantizer))
+        indices = np.asarray(check_indices(indices, each, self.config.quantizer))
         if hidden is None:
             hidden = np.ones(shape, bool)
         hidden = np.asarray(checks.array("hidden", hidden, "bool", each[:2]))

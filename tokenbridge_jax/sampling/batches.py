@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, Integer
 
-from tokenbridge_jax.codec import padded_size
+from tokenbridge_jax.codec import check_index_range, padded_size
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
@@ -82,7 +82,7 @@ def generate_in_batches(
         known = np.asarray(checks.array("known", known, "integers", shape))
     if known is not None and hidden is not None:
         hidden = np.asarray(checks.array("hidden", hidden, "bool", shape[:2]))
-        checks.index_range(known[~hidden], config.levels)
+        check_index_range(known[~hidden], config.levels)
     dtype = config.quantizer.index_dtype
     result = np.zeros(shape, dtype) if known is None else known.astype(dtype)
     shards = meshes.batch_shards(mesh)
