@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_model import random_params, tiny, tiny_pipeline
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.commands import edit, runner
@@ -11,12 +10,6 @@ from tokenbridge_jax.data.images import prepare
 
 SAMPLING = dict(num_iter=2, guidance=1.5, temperature=0.8)
 FLAGS = [f"--config.sampling.{name}={value}" for name, value in SAMPLING.items()]
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    config = tiny(positions=16)
-    return tiny_pipeline(config, random_params(config))
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +118,9 @@ def test_variations_and_margins(run, pipeline, folder, tmp_path):
         (["--box=0.5,0,0.6,1"], "--box=0.5,0.0,0.6,1.0 ends outside the picture"),
         (["--box=0,0,0,1"], "--box=0.0,0.0,0.0,1.0 is smaller than one of 8 pixels"),
         (["--box=0,0,1,1"], "covers all positions of image 0"),
-        (["--keep=1.5"], "keep=1.5 must be a share above 0 and below 1"),
         (["--keep=0.5", "--num_images=0"], "--num_images=0 must be at least 1"),
-        (["--keep=0.5", "--classes=cow"], "there is no class named 'cow' among 3"),
         (["--keep=0.5", "--classes=cat:1,dog"], "--classes=cat:1,dog is no mixture"),
-        (["--keep=0.5", "--classes=cat:1,dog:1"], "must sum to 1, not to 2"),
         (["--keep=0.5", "--blend=-1"], "blend=-1 must be 0 or more pixels"),
-        (["--keep=0.5", "--seed=-1"], "seed=-1 must be from 0 to 2**32 - 1"),
         (["--keep=0.5", "--config.sampling.batch_size=0"], "batch_size=0 must be at least 1"),
         (["--box=0,0,1,0.5", '--classes="a, b",cat'], "there is no class named 'a, b' among 3"),
         (["--keep=0.5", "--input="], "--input is not set; name a picture"),

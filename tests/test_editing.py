@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_sampling import brute_force
-from tiny_model import random_batch, random_params, tiny, tiny_pipeline
+from tiny_model import random_batch, random_params, tiny
 
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.model import init_params
@@ -28,8 +28,8 @@ NUMBERS = np.array([4, 0, 9], np.int32)
 
 
 @pytest.fixture(scope="module")
-def params():
-    return random_params(CONFIG)
+def params(pipeline):
+    return pipeline.params
 
 
 def _random_known(config, count: int, num_hidden: int, seed: int = 0) -> Known:
@@ -241,16 +241,6 @@ def test_batch_size_and_devices_change_no_edit(params):
 
 
 # --- From pixels on -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pipeline(params):
-    return tiny_pipeline(CONFIG, params)
-
-
-@pytest.fixture(scope="module")
-def images():
-    return np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uint8)
 
 
 SETTINGS = dict(num_iter=2, temperature=0.8)

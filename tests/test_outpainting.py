@@ -5,24 +5,11 @@ import itertools
 
 import numpy as np
 import pytest
-from tiny_model import random_params, tiny, tiny_pipeline
 
 from tokenbridge_jax.pipeline.editing import draw_windows
 from tokenbridge_jax.runtime.errors import UserError
 
 SETTINGS = dict(num_iter=2, temperature=0.8)
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    """Windows of 4x4 positions of 2x2 pixels."""
-    config = tiny(positions=16)
-    return tiny_pipeline(config, random_params(config))
-
-
-@pytest.fixture(scope="module")
-def images():
-    return np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uint8)
 
 
 def _canvas_of(images, pipeline, monkeypatch, *arguments, **keywords):

@@ -1,4 +1,4 @@
 """A page that draws and edits images with a trained model (`tokenbridge demo`).
 
-`drawing.py` is what it does, `page.py` what it looks like; the latter alone needs Gradio.
+`drawing.py` says what it does, `page.py` what it looks like; only `page.py` needs Gradio.
 """

@@ -1,4 +1,4 @@
-"""What the page asks for: checked, drawn in a thread of its own, and shown while it is drawn."""
+"""The page's requests: checked, drawn in a thread of their own, and shown while they are drawn."""
 
 import dataclasses
 import io as bytes_io
@@ -26,30 +26,30 @@ from tokenbridge_jax.sampling.batches import Preview
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NO_CLASS = -1
-# Every number of images is a program to compile.
+# Every number of images needs a program of its own.
 NUMBERS_OF_IMAGES = (1, 4, 9, 16)
 MAX_SEED = 2**32 - 1
 MAX_TEMPERATURE = 2.0
-# More if the config's own is.
+# Or that of the config, if it is larger.
 MAX_GUIDANCE = 10.0
 MAX_KEEP = 0.95
 MAX_UPLOAD_PIXELS = 2**26
-# Decoding takes its time, too.
+# Decoding takes time as well.
 MAX_PREVIEWS = 16
 # Seconds.
 TICK = 1.0
 
 
 class Choices(NamedTuple):
-    """What the page's settings say, in their order.
+    """The values of the page's settings, in their order.
 
     Attributes:
       class_id: number of a class, or NO_CLASS for the model's unconditional images.
       second: number of a class to mix in, or NO_CLASS.
       share: of the second class, from 0 to 1.
-      images: how many, one of NUMBERS_OF_IMAGES.
+      images: their number, one of NUMBERS_OF_IMAGES.
       seed: from 0 to MAX_SEED.
-      guidance: as `SamplingSettings` has it; so are the rest.
+      guidance: as in `SamplingSettings`, like the rest.
       temperature: at most MAX_TEMPERATURE.
       num_iter: at most L.
       order: one of ORDERS.
@@ -66,7 +66,7 @@ class Choices(NamedTuple):
     order: str
 
     def mixture(self, names: tuple[str, ...]) -> ClassId:
-        """The class, or both with their weights where they are two; `names` are all by number."""
+        """The class, or two classes with their weights; `names` lists all classes by number."""
         if self.class_id == NO_CLASS:
             return None
         first = class_at(self.class_id, names)
@@ -76,7 +76,7 @@ class Choices(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Images on their way: steps done, their number, uint8 `[B, H, W, I]`."""
+    """Images in progress: steps done, number of all steps, uint8 `[B, H, W, I]`."""
 
     done: int
     steps: int
@@ -84,10 +84,10 @@ class Frame(NamedTuple):
 
 
 class Demo:
-    """Draws what the page asks for, one request at a time."""
+    """Serves the page's requests, one at a time."""
 
     def __init__(self, pipeline: Pipeline, sampling: ConfigDict):
-        """The page starts with the settings of `sampling`, a config's section of this name."""
+        """The page starts with the settings of `sampling`, the section of a config."""
         self.pipeline = pipeline
         self.defaults = SamplingSettings.from_section(sampling)
         self._names = pipeline.description.class_names
@@ -98,14 +98,14 @@ class Demo:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Ends what is being drawn, at its next step."""
+        """Ends the request in progress at its next step."""
         self._closed.set()
         self._sampler.shutdown(wait=False, cancel_futures=True)
 
     def generate(self, choices: Choices) -> Iterator[Frame | None]:
-        """Yields images on their way, and last those of `Pipeline.generate`.
+        """Yields images in progress, and last those of `Pipeline.generate`.
 
-        While there is nothing new, it yields None now and then, so that it can be closed.
+        It also yields None from time to time when there is nothing new, so that it can be closed.
 
         Raises:
           UserError: a choice is out of range.
@@ -125,15 +125,15 @@ class Demo:
         blend: int | None,
         encode_hidden: bool = False,
     ) -> Iterator[Frame | None]:
-        """As `generate`, of `Pipeline.edit`: several edits of one image.
+        """As `generate`, for `Pipeline.edit`: several edits of one image.
 
         Args:
           choices: the settings.
-          image: to be edited, of the model's size.
-          mask: True where it was painted; nothing painted stands for the whole image.
+          image: the image to edit, of the model's size.
+          mask: True where it was painted; if nothing was painted, the whole image is masked.
           keep: share of the masked positions to keep; 0 draws all of them.
           blend: as for `Pipeline.edit`.
-          encode_hidden: likewise; False leaves it to `keep`.
+          encode_hidden: True as for `Pipeline.edit`; False lets `keep` decide.
 
         Raises:
           UserError: there is no image or nothing to draw anew, or a choice is out of range.
@@ -159,10 +159,10 @@ class Demo:
         ))  # fmt: skip
 
     def read(self, path: str) -> UInt8[np.ndarray, "H W I"]:
-        """A picture of any size as the model takes it: cut as `tokenize` does.
+        """Reads a picture of any size, and cuts it to the model's size like `tokenize`.
 
         Raises:
-          UserError: it is no picture, or too large.
+          UserError: it is not a picture, or too large.
         """
         try:
             with open_picture(path) as picture:
@@ -201,7 +201,7 @@ class Demo:
         )
 
     def _frames(self, draw: Callable[[Preview], np.ndarray]) -> Iterator[Frame | None]:
-        """Runs `draw` in the sampler's thread; closing this ends it at its next step."""
+        """Runs `draw` in the sampler's thread; closing the iterator ends it at its next step."""
         frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         left = threading.Event()
 
@@ -230,10 +230,10 @@ class Demo:
 
 
 def painted(layers: Sequence[np.ndarray], side: int) -> Bool[np.ndarray, "H W"]:
-    """The pixels of an image that a brush has covered to a quarter at least.
+    """The pixels of an image of which a brush has covered at least a quarter.
 
     Args:
-      layers: RGBA, of any size: whatever is not transparent was painted.
+      layers: RGBA, of any size; everything that is not transparent was painted.
       side: of the image, in pixels.
     """
     mask = np.zeros((side, side), bool)

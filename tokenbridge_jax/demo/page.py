@@ -1,4 +1,4 @@
-"""The page, in Gradio: settings on the left; on the right what is generated, and edited."""
+"""The page, in Gradio: settings on the left, generated and edited images on the right."""
 
 import html
 import math
@@ -36,9 +36,9 @@ MAX_UPLOAD = "20mb"
 MAX_WAITING = 8
 # Seconds until a file of the page is deleted.
 KEEP_FILES = 3600
-# Pixels a side of what is painted on: small images are enlarged by a whole factor.
+# Side of the canvas in pixels: small images are enlarged by a whole factor.
 CANVAS = 512
-# Images of fewer pixels a side are shown with sharp pixels.
+# Images with a side of fewer pixels are shown with sharp pixels.
 PIXELATED_BELOW = 128
 
 CSS = """
@@ -67,7 +67,7 @@ class Drawing(NamedTuple):
 def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
     """Starts to serve the page and returns.
 
-    Nothing is told to other servers, and the page loads nothing from any.
+    It sends nothing to other servers, and the page loads nothing from them.
 
     Args:
       demo: draws.
@@ -76,7 +76,7 @@ def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
       folder: for the page's files.
     """
     os.environ["GRADIO_TEMP_DIR"] = folder  # Read when components are made.
-    # What is painted is decoded before anybody can look at its size.
+    # A painted picture is decoded before its size can be checked.
     Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS
     page = build(demo, Path(folder))
     page.queue(max_size=MAX_WAITING, api_open=False)
@@ -105,7 +105,7 @@ def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
 
 
 def build(demo: Demo, folder: Path) -> gr.Blocks:
-    """The page and what its buttons do; `folder` is for its files."""
+    """The page and the actions of its buttons; `folder` is for its files."""
     with gr.Blocks(
         title="TokenBridge", analytics_enabled=False, delete_cache=(KEEP_FILES, KEEP_FILES)
     ) as page:
@@ -154,7 +154,7 @@ def build(demo: Demo, folder: Path) -> gr.Blocks:
 
         for drawing in generated, edited:
             given = [drawing.images, drawing.selected]
-            # The editor takes a picture only where it is seen already.
+            # The editor accepts a picture only when it is already visible.
             drawing.take.click(take, given, [original, tabs], api_visibility="private").then(
                 on_canvas, original, editor, api_visibility="private"
             )
@@ -162,7 +162,7 @@ def build(demo: Demo, folder: Path) -> gr.Blocks:
 
 
 def on_canvas(image: UInt8[np.ndarray, "H W I"]) -> Image.Image:
-    """An image as large as it is painted on."""
+    """An image enlarged to the size of the canvas."""
     factor = max(1, CANVAS // len(image))
     return pictures.to_pil(image.repeat(factor, axis=0).repeat(factor, axis=1))
 
@@ -308,7 +308,7 @@ def _connect(
             yield {drawing.status: ""}
             raise _shown(error) from None
         assert last is not None
-        # Gradio makes a copy of its own for whoever asked for it.
+        # Gradio makes a copy for the user who asked for it.
         write_archive(archive, last.images, dict(zip(Choices._fields, values, strict=False)))
         yield {
             drawing.images: last.images,
@@ -338,7 +338,7 @@ def _connect(
 
 
 def _tiled(images: UInt8[np.ndarray, "B H W I"]) -> gr.Gallery:
-    """With none selected."""
+    """The images as a square gallery, with none selected."""
     shown = [pictures.to_pil(image) for image in images]
     return gr.Gallery(shown, columns=math.isqrt(len(images)), selected_index=None)
 
@@ -352,5 +352,5 @@ def _progress(frame: Frame | None, seconds: float) -> str:
 
 
 def _shown(error: UserError) -> gr.Error:
-    """A mistake as the page tells it; the page takes it for HTML."""
+    """A mistake as the page shows it; the page expects HTML."""
     return gr.Error(html.escape(str(error), quote=False), print_exception=False)

@@ -245,9 +245,8 @@ class Pipeline:
         """How likely the model finds the indices at hidden positions, given the visible ones.
 
         Every position is predicted by itself, each of its channels given those before it in the
-        channel order. The sum over channels is what confidence order compares, at temperature 1
-        and without guidance: the probabilities are those of sampling, with `first_token_quirk`
-        where that is on.
+        channel order. Confidence order compares the sum over channels, at temperature 1 and without
+        guidance: these are the probabilities of sampling, with `first_token_quirk` if it is on.
 
         Args:
           indices: of whole images.
@@ -263,29 +262,20 @@ class Pipeline:
         """
         batch_size = checks.at_least("batch_size", batch_size, 1)
         labels = checks.labels(self.labels(class_ids), self.config.classes)
-        shape = (len(labels), self.config.positions)
-        each = "B", *shape[1:], self.config.channels
-        indices = np.asarray(check_indices(indices, each, self.config.quantizer))
-        if hidden is None:
-            hidden = np.ones(shape, bool)
-        hidden = np.asarray(checks.array("hidden", hidden, "bool", each[:2]))
-        if indices.shape != (*shape, self.config.channels) or hidden.shape != shape:
-            raise UserError(
-                f"for {len(labels)} classes there must be indices of shape "
-                f"{[*shape, self.config.channels]} and hidden of {list(shape)}, not "
-                f"{list(indices.shape)} and {list(hidden.shape)}"
-            )
-        shards = meshes.batch_shards(self.mesh)
+        shape = len(labels), self.config.positions, self.config.channels
+        indices = np.asarray(check_indices(indices, shape, self.config.quantizer))
+        hidden = np.ones(shape[:2], bool) if hidden is None else hidden
+        hidden = np.asarray(checks.array("hidden", hidden, "bool", shape[:2]))
+        shards, sharding = meshes.batch_shards(self.mesh), meshes.batch_sharding(self.mesh)
         size = -(-min(batch_size, len(labels)) // shards) * shards
-        parts = []
+
+        def score(rows: np.ndarray) -> np.ndarray:
+            full = np.pad(rows, (0, size - len(rows)), mode="edge")
+            batch = jax.device_put((indices[full], labels[full], hidden[full]), sharding)
+            return -np.asarray(self._position_nll(self.params, *batch))[: len(rows)]
+
         with meshes.use_mesh(self.mesh):
-            for start in range(0, len(labels), size):
-                rows = np.minimum(np.arange(start, start + size), len(labels) - 1)
-                batch = jax.device_put(
-                    (indices[rows], labels[rows], hidden[rows]), meshes.batch_sharding(self.mesh)
-                )
-                parts.append(-np.asarray(self._position_nll(self.params, *batch)))
-        return np.concatenate(parts)[: len(labels)]
+            return in_batches(score, np.arange(len(labels)), size)
 
     def labels(
         self, class_ids: Sequence[ClassId] | Any
@@ -302,18 +292,16 @@ class Pipeline:
         listed = checks.items(class_ids)
         if listed is None:
             raise UserError(f"{class_ids!r} is no list of classes; write [{class_ids!r}] for one")
-        class_ids = listed
-        if not len(class_ids):
+        if not listed:
             raise UserError("no classes were asked for; name at least one")
-        if not any(c is None or isinstance(c, Mapping) for c in class_ids):
-            plain: Any = class_ids
-            return np.array([self.class_id(c) for c in plain], np.int32)
-        weights = np.zeros((len(class_ids), self.config.classes), np.float32)
-        for row, class_id in zip(weights, class_ids, strict=True):
+        if not any(c is None or isinstance(c, Mapping) for c in listed):
+            return np.array([self.class_id(c) for c in listed], np.int32)
+        weights = np.zeros((len(listed), self.config.classes), np.float32)
+        for row, class_id in zip(weights, listed, strict=True):
             if isinstance(class_id, Mapping):
                 for part, weight in class_id.items():
                     row[self.class_id(part)] += weight
-                if not row.any():  # Which would stand for no class.
+                if not row.any():  # Zeros stand for no class.
                     raise UserError("the weights of an image's classes must sum to 1, not to 0")
             elif class_id is not None:
                 row[self.class_id(class_id)] = 1
