@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
-from tokenbridge_jax.loss import loss
+from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
@@ -93,18 +93,19 @@ def _sorted_order(mask: np.ndarray) -> np.ndarray:
     return np.argsort(1 - mask, axis=1, kind="stable").astype(np.int32)
 
 
-def _loss_arguments(golden: dict[str, np.ndarray]) -> tuple:
+def _loss_arguments(golden: dict[str, np.ndarray]) -> tuple[Examples, jax.Array]:
+    """The golden's batch, and how many positions of it are hidden."""
     mask = golden["in/mask"]
     hidden = mask.sum(axis=1).astype(np.int32)
     assert (hidden == hidden[0]).all(), "one mask ratio a batch"
     labels = golden["in/labels"].astype(np.int32)
-    return (
+    examples = Examples(
         jnp.asarray(golden["out/indices"]),
         jnp.asarray(labels),
         jnp.asarray(_sorted_order(mask)),
-        jnp.int32(hidden[0]),
         jnp.zeros(len(labels), bool),
     )
+    return examples, jnp.int32(hidden[0])
 
 
 def _check_quantization(golden: dict[str, np.ndarray], config: TokenBridgeConfig) -> None:
@@ -114,7 +115,9 @@ def _check_quantization(golden: dict[str, np.ndarray], config: TokenBridgeConfig
 
 
 def _check_forward(golden: dict[str, np.ndarray], config: TokenBridgeConfig, params: dict) -> None:
-    indices, labels, order, num_hidden, drop_class = _loss_arguments(golden)
+    examples, num_hidden = _loss_arguments(golden)
+    indices, labels = examples.indices, examples.labels
+    order, drop_class = examples.order, examples.drop_class
     hidden = int(num_hidden)
     model, variables = TokenBridge(config), {"params": params}
 
@@ -142,9 +145,9 @@ def _check_forward(golden: dict[str, np.ndarray], config: TokenBridgeConfig, par
 
 
 def _loss(config: TokenBridgeConfig, params: dict, golden: dict[str, np.ndarray]) -> jax.Array:
-    arguments = _loss_arguments(golden)
-    slots = dict(hidden_slots=config.positions, visible_slots=config.positions)
-    return loss(config, params, *arguments, **slots)
+    examples, num_hidden = _loss_arguments(golden)
+    draw = MaskDraw(num_hidden, config.positions, config.positions)
+    return training_loss(config, params, examples, draw)
 
 
 def _is_rounding_noise(name: str, gradient: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ from tiny_model import bfloat16_sums
 from tokenbridge_jax.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
-    GroupNorm,
     Posterior,
     abstract_params,
     autoencoder_hash,
@@ -26,6 +25,7 @@ from tokenbridge_jax.autoencoder import (
     load_autoencoder,
     save_autoencoder,
 )
+from tokenbridge_jax.layers import GroupNorm
 from tokenbridge_jax.runtime import safetensors_file
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.meshes import logical_shardings, make_mesh

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny_model import TINY, random_params, relative_error
+from tiny_model import TINY, random_params, relative_error, tiny
 
 from tokenbridge_jax.model import TokenBridge
 from tokenbridge_jax.ops.cached_attention import (
-    cached_attention,
+    Cache,
+    attend_cached,
     kernel_cached_attention,
     plain_cached_attention,
 )
@@ -52,7 +53,8 @@ def test_place_after_place_it_is_causal_attention(
     expected = whole(qkv, bias, jnp.stack(norms), seed, 0.0)
     for place in range(channels):
         step = qkv[:, place : place + 1]
-        out, keys, values = STEPS[name](step, bias, norms, keys, values, jnp.int32(place))
+        cache = Cache(keys, values, jnp.int32(place))
+        out, (keys, values, _) = STEPS[name](step, bias, norms, cache)
         assert out.dtype == keys.dtype == values.dtype == dtype
         limit = 3e-6 if dtype == jnp.float32 else 0.01
         assert relative_error(out[:, 0], expected[:, place]) < limit
@@ -62,11 +64,11 @@ def test_place_after_place_it_is_causal_attention(
 @pytest.mark.parametrize("place", [0, 2, 5])
 def test_the_kernel_writes_one_row_and_agrees_with_the_plain_version(place: int):
     qkv, bias, norms, *caches = arguments(7, 6, 3, 16, jnp.bfloat16)
-    of_place = (qkv[:, place, None], bias, norms, *caches, jnp.int32(place))
+    of_place = (qkv[:, place, None], bias, norms, Cache(*caches, jnp.int32(place)))
     actual, expected = (STEPS[name](*of_place) for name in ("kernel", "plain"))
     assert relative_error(actual[0], expected[0]) < 4e-3
     others = np.arange(6) != place
-    for before, mine, other in zip(caches, actual[1:], expected[1:], strict=True):
+    for before, mine, other in zip(caches, actual[1][:2], expected[1][:2], strict=True):
         np.testing.assert_array_equal(mine[:, :, others], before[:, :, others])
         assert relative_error(mine[:, :, place], other[:, :, place]) < 4e-3
         assert not np.array_equal(mine[:, :, place], before[:, :, place])
@@ -76,7 +78,7 @@ def test_the_kernel_writes_one_row_and_agrees_with_the_plain_version(place: int)
 def test_the_kernel_is_the_same_on_any_mesh(count: int, heads: int):
     """Also where the mesh does not divide the positions or the heads."""
     qkv, bias, norms, keys, values = arguments(count, 4, heads, 16)
-    expected = STEPS["kernel"](qkv[:, 2:3], bias, norms, keys, values, jnp.int32(2))
+    expected = STEPS["kernel"](qkv[:, 2:3], bias, norms, Cache(keys, values, jnp.int32(2)))
     batch = ("data", "fsdp") if count % 4 == 0 else None
     split_heads = "tensor" if heads % 2 == 0 else None
     mesh = meshes.make_mesh(2, 2, 2)
@@ -89,11 +91,10 @@ def test_the_kernel_is_the_same_on_any_mesh(count: int, heads: int):
             put(qkv[:, 2:3], batch, None, None, split_heads),
             put(bias, None, split_heads),
             tuple(map(put, norms)),
-            put(keys, batch, split_heads),
-            put(values, batch, split_heads),
-            put(jnp.int32(2)),
+            Cache(*(put(x, batch, split_heads) for x in (keys, values)), put(jnp.int32(2))),
         )
-    for mine, other, axis in zip(actual, expected, (2, 1, 1), strict=True):
+    arrays = (jax.tree.leaves(found)[:3] for found in (actual, expected))
+    for mine, other, axis in zip(*arrays, (2, 1, 1), strict=True):
         assert relative_error(mine, other) < 1e-6
         share = list(mine.shape)
         share[0] //= 4 if batch else 1
@@ -108,8 +109,8 @@ def test_the_kernel_is_the_same_on_any_mesh(count: int, heads: int):
     [(jnp.bfloat16, 16, 1), (jnp.float32, 16, 0), (jnp.bfloat16, 8, 0)],
 )
 def test_gpus_run_one_kernel_and_other_platforms_none(dtype, width: int, kernels: int):
-    qkv, *rest = arguments(2, 4, 2, width, dtype)
-    traced = jax.jit(cached_attention).trace(qkv[:, :1], *rest, jnp.int32(0))
+    qkv, bias, norms, *caches = arguments(2, 4, 2, width, dtype)
+    traced = jax.jit(attend_cached).trace(qkv[:, :1], bias, norms, Cache(*caches, jnp.int32(0)))
     for platform, expected in (("cuda", kernels), ("cpu", 0), ("tpu", 0)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert text.count("gpu.triton") == expected, platform
@@ -123,7 +124,7 @@ def test_a_position_alone_is_drawn_as_among_others():
 
     @jax.jit
     def draw(feature, keys):
-        return TokenBridge(TINY, unrolled=True).apply(
+        return TokenBridge(tiny(scan_layers=False)).apply(
             variables, feature[None], keys[None], jnp.float32(1), method="sample_positions"
         )[0]
 

@@ -1,5 +1,7 @@
 """One position's draws: cached channels against the training logits, and their probabilities."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,11 +34,12 @@ def test_cached_channels_equal_the_training_logits(params, quirk: bool, dtype: s
     head = params["head"]
 
     def apply(head, method, *arguments):
-        unrolled = method == "sample"
+        scan_layers = method != "sample"
         tree = params | {"head": head}
         run = lambda model: getattr(model.head, method)(*arguments)  # noqa: E731
-        variables = {"params": unstack(tree) if unrolled else tree}
-        return TokenBridge(config, unrolled).apply(variables, method=run)
+        variables = {"params": tree if scan_layers else unstack(tree)}
+        model = TokenBridge(dataclasses.replace(config, scan_layers=scan_layers))
+        return model.apply(variables, method=run)
 
     sample = jax.jit(lambda head: apply(head, "sample", feature, keys, jnp.float32(0), True))
     drawn, log_probs = sample(head)

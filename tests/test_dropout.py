@@ -8,7 +8,7 @@ from scipy import stats
 
 from tokenbridge_jax.ops.dropout import (
     PAIR_STRIDE,
-    dropout,
+    drop,
     keep,
     keep_elements,
     keep_pair,
@@ -174,7 +174,7 @@ def test_rates_of_pairs_are_multiples_of_two_to_the_minus_16(rate: float, exact:
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_zeroes_or_divides_and_preserves_the_mean(rate: float):
     x = jnp.asarray(np.random.default_rng(0).normal(3, 1, size=(400, 500)), jnp.float32)
-    y = np.asarray(dropout(x, SEED, rate))
+    y = np.asarray(drop(x, SEED, rate))
     kept = np.asarray(keep_elements(SEED, x.shape, rate))
     np.testing.assert_allclose(y, np.where(kept, np.asarray(x) / (1 - rate), 0), rtol=1e-6)
     deviation = np.sqrt(rate / (1 - rate) * np.sum(np.square(x))) / x.size
@@ -184,14 +184,14 @@ def test_dropout_zeroes_or_divides_and_preserves_the_mean(rate: float):
 def test_bfloat16_is_divided_by_the_exact_rate():
     """bfloat16 has no 0.9: dividing by what is nearest would be 0.2 % off everywhere."""
     x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, 100_000), jnp.bfloat16)
-    y = np.asarray(dropout(x, SEED, 0.1), np.float64)
+    y = np.asarray(drop(x, SEED, 0.1), np.float64)
     exact = np.asarray(x, np.float64) / 0.9
     assert np.mean(y[y > 0] / exact[y > 0]) == pytest.approx(1, abs=1e-4)
 
 
 def test_dropout_of_rate_0_is_nothing():
     x = jnp.linspace(-1, 1, 1000)
-    np.testing.assert_array_equal(dropout(x, SEED, 0.0), x)
+    np.testing.assert_array_equal(drop(x, SEED, 0.0), x)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -200,11 +200,11 @@ def test_the_gradient_drops_what_was_dropped(dtype):
         jnp.asarray(np.random.default_rng(i).normal(size=(30, 40)), jnp.float32).astype(dtype)
         for i in range(2)
     )
-    y, backward = jax.vjp(lambda x: dropout(x, SEED, 0.3), x)
+    y, backward = jax.vjp(lambda x: drop(x, SEED, 0.3), x)
     (d_x,) = backward(d_y)
     assert y.dtype == d_x.dtype == dtype
     np.testing.assert_array_equal(d_x != 0, y != 0)
-    np.testing.assert_array_equal(d_x, dropout(d_y, SEED, 0.3))
+    np.testing.assert_array_equal(d_x, drop(d_y, SEED, 0.3))
     # Nothing is kept for it but the seed.
     assert [leaf.shape for leaf in jax.tree.leaves(backward)] == [(2,)]
 
@@ -213,7 +213,7 @@ def test_what_is_dropped_does_not_depend_on_the_devices():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 16)), jnp.float32)
 
     def run(x):
-        y, backward = jax.vjp(lambda x: dropout(x, SEED, 0.3), x)
+        y, backward = jax.vjp(lambda x: drop(x, SEED, 0.3), x)
         return y, backward(y)[0]
 
     expected = jax.jit(run)(x)

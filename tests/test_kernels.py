@@ -15,8 +15,8 @@ from tiny_model import relative_error
 from tokenbridge_jax.ops import attention as over_positions
 from tokenbridge_jax.ops import channel_attention as over_channels
 from tokenbridge_jax.ops import pallas
-from tokenbridge_jax.ops.attention import attention, plain_attention
-from tokenbridge_jax.ops.channel_attention import channel_attention, plain_channel_attention
+from tokenbridge_jax.ops.attention import attend, plain_attention
+from tokenbridge_jax.ops.channel_attention import attend_channels, plain_channel_attention
 from tokenbridge_jax.runtime import meshes
 
 SEED = jnp.array([123, 456], jnp.uint32)
@@ -38,7 +38,7 @@ def visible_tokens(kind: str, images: int, length: int) -> jax.Array | None:
 @functools.partial(jax.jit, static_argnums=5)
 def positions_kernel(qkv, bias, visible, seed, d_out, dropout):
     """Output, normalizer and gradient of the attention over positions, by its kernels."""
-    settings = dict(dropout=dropout, interpret=True)
+    settings = dict(rate=dropout, interpret=True)
     inputs = qkv, bias, visible, seed
     out, normalizer = over_positions.kernel_forward(*inputs, **settings)
     return (
@@ -63,7 +63,7 @@ def attend_plainly(qkv, bias, visible, seed, dropout):
 @functools.partial(jax.jit, static_argnums=5)
 def channels_kernel(qkv, bias, norms, seed, d_out, dropout):
     """Output and gradients of the attention over channels, by its kernels."""
-    settings = dict(dropout=dropout, interpret=True)
+    settings = dict(rate=dropout, interpret=True)
     out = over_channels.kernel_forward(qkv, bias, norms, seed, **settings)
     return out, *over_channels.kernel_backward(qkv, bias, norms, seed, d_out, **settings)
 
@@ -93,7 +93,7 @@ def softmax_by_hand(q, k, v, seen):
 def test_attention_is_a_softmax_over_what_is_visible(kind: str):
     qkv, bias = normal(0, 2, 5, 3, 3, 4), normal(1, 3, 3, 4)
     visible = visible_tokens(kind, 2, 5)
-    out = np.asarray(attention(qkv, bias, visible, SEED, 0.0))
+    out = np.asarray(attend(qkv, bias, visible, SEED, 0.0))
     seen = np.ones((2, 5), bool) if visible is None else np.broadcast_to(visible, (2, 5))
     for image in range(2):
         for head in range(3):
@@ -104,7 +104,7 @@ def test_attention_is_a_softmax_over_what_is_visible(kind: str):
 
 def test_channel_attention_is_causal_and_normalizes_queries_and_keys():
     qkv, bias, norms = 3 * normal(0, 2, 4, 3, 3, 6) + 1, normal(1, 3, 3, 6), normal(2, 4, 6)
-    out = np.asarray(channel_attention(qkv, bias, norms, SEED, 0.0))
+    out = np.asarray(attend_channels(qkv, bias, norms, SEED, 0.0))
     q, k, v = np.moveaxis(np.asarray(qkv + bias[None, None], np.float64), 2, 0)
     scale_q, bias_q, scale_k, bias_k = np.asarray(norms, np.float64)
 
@@ -127,7 +127,7 @@ def test_dropped_weights_are_dropped_after_the_softmax():
     v = jnp.broadcast_to(jnp.eye(length)[None, :, None, None], (3, length, 1, 2, length))
     qkv = jnp.concatenate([qk, v], axis=2)
     nothing = jnp.zeros((3, 2, length))
-    weights, dropped = (attention(qkv, nothing, None, SEED, rate) for rate in (0.0, 0.25))
+    weights, dropped = (attend(qkv, nothing, None, SEED, rate) for rate in (0.0, 0.25))
     kept = np.asarray(dropped) != 0
     assert 0.6 < kept.mean() < 0.9
     np.testing.assert_allclose(dropped, np.where(kept, np.asarray(weights) / 0.75, 0), rtol=1e-5)
@@ -297,11 +297,11 @@ NORMS, VISIBLE = normal(1, 4, 16), jnp.array([[True, False, True, True]])
 # What the model calls, and its plain version.
 FUNCTIONS = {
     "positions": (
-        lambda qkv, bias: attention(qkv, bias, VISIBLE, SEED, 0.2),
+        lambda qkv, bias: attend(qkv, bias, VISIBLE, SEED, 0.2),
         lambda qkv, bias: attend_plainly(qkv, bias, VISIBLE, SEED, 0.2),
     ),
     "channels": (
-        lambda qkv, bias: channel_attention(qkv, bias, NORMS, SEED, 0.2),
+        lambda qkv, bias: attend_channels(qkv, bias, NORMS, SEED, 0.2),
         lambda qkv, bias: plain_channel_attention(qkv, bias, NORMS, SEED, 0.2),
     ),
 }
@@ -345,7 +345,7 @@ def test_gpus_run_one_kernel_forward_and_one_backward(name: str, dtype, kernels:
 @pytest.mark.parametrize(("channels", "width"), [(12, 16), (4, 8)])
 def test_what_does_not_fill_a_tile_has_no_kernel(channels: int, width: int):
     norms = normal(1, 4, width)
-    run = gradients_and_output(lambda *x: channel_attention(*x, norms, SEED, 0.2))
+    run = gradients_and_output(lambda *x: attend_channels(*x, norms, SEED, 0.2))
     traced = run.trace(*inputs(jnp.bfloat16, channels, width))
     assert "triton" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -355,10 +355,10 @@ import sys
 sys.modules["jax.experimental.pallas.triton"] = None
 import jax, jax.numpy as jnp
 import tokenbridge_jax.commands.train, tokenbridge_jax.commands.sample
-from tokenbridge_jax.kernels.attention import attention
-from tokenbridge_jax.kernels.gelu import gelu_dropout
+from tokenbridge_jax.ops.attention import attend
+from tokenbridge_jax.ops.gelu import gelu_dropout
 def function(qkv, bias, seed):
-    mixed = attention(qkv, bias, None, seed, 0.1)
+    mixed = attend(qkv, bias, None, seed, 0.1)
     return mixed, gelu_dropout(mixed[:, :, 0], bias[0, 0], seed, 0.1)
 seed = jnp.zeros(2, jnp.uint32)
 shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 64, 3, 2, 16), (3, 2, 16))]

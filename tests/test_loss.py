@@ -1,6 +1,7 @@
 """The loss against a mean over all logits, whatever its chunks, slots, layers and devices."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,6 +13,7 @@ from tiny_model import (
     TINY,
     bfloat16_sums,
     equations,
+    examples,
     leaf_names,
     loss_and_gradients,
     random_batch,
@@ -20,7 +22,7 @@ from tiny_model import (
     tree_error,
 )
 
-from tokenbridge_jax.loss import image_nll, loss, sum_over_chunks
+from tokenbridge_jax.loss import Examples, MaskDraw, image_nll, sum_over_chunks, training_loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params, init_params
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
@@ -104,14 +106,10 @@ def test_loss_is_the_mean_over_hidden_positions_and_channels(padded, brute_force
 def test_whatever_a_large_batch_adds_up_is_float32(batch, changes):
     """Not only on a platform whose compiler adds bfloat16 numbers up in float32 by itself."""
     config = tiny(dtype="bfloat16", head_chunk=11, **changes)
-    batch = jax.tree.map(jnp.asarray, batch)
 
     def mean(params):
-        slots = dict(num_hidden=jnp.int32(HIDDEN), hidden_slots=8, visible_slots=4)
-        drop_class = jnp.arange(BATCH) == 0
-        return loss(
-            config, params, **batch, drop_class=drop_class, dropout_key=DROPOUT_KEY, **slots
-        )
+        draw = MaskDraw(jnp.int32(HIDDEN), 8, 4)
+        return training_loss(config, params, examples(batch), draw, DROPOUT_KEY)
 
     assert bfloat16_sums(mean, abstract_params(config)) == []
 
@@ -133,17 +131,8 @@ def test_neither_padding_nor_chunks_change_loss_or_gradients(
 
 @pytest.mark.parametrize("config", [TINY, tiny(head_chunk=11, scan_layers=False)])
 def test_image_nll_is_the_mean_of_every_image_and_channel(params, batch, brute_force, config):
-    nll = jax.jit(
-        lambda params, batch: image_nll(
-            config,
-            params,
-            **batch,
-            num_hidden=jnp.int32(HIDDEN),
-            drop_class=jnp.arange(BATCH) == 0,
-            hidden_slots=8,
-            visible_slots=8,
-        )
-    )(params, batch)
+    run = jax.jit(functools.partial(image_nll, config))
+    nll = run(params, examples(batch), MaskDraw(np.int32(HIDDEN), 8, 8))
     np.testing.assert_allclose(nll, brute_force[0], rtol=2e-6)
 
 
@@ -182,22 +171,10 @@ def test_head_chunk_bounds_what_exists_at_once():
 
 def _largest_value(config: TokenBridgeConfig, images: int) -> int:
     """Elements of the largest value in the program of the loss's gradient, loops included."""
-    shape = (images, config.positions, config.channels)
-    slots = dict(hidden_slots=config.positions, visible_slots=config.positions)
-    jaxpr = jax.make_jaxpr(
-        jax.grad(
-            lambda params: loss(
-                config,
-                params,
-                jnp.zeros(shape, jnp.int32),
-                jnp.zeros(images, jnp.int32),
-                jnp.tile(jnp.arange(config.positions), (images, 1)),
-                jnp.int32(config.positions),
-                jnp.zeros(images, bool),
-                **slots,
-            )
-        )
-    )(abstract_params(config))
+    batch, all_slots = random_batch(config, images), (config.positions,) * 2
+    draw = MaskDraw(jnp.int32(config.positions), *all_slots)
+    run = jax.grad(lambda params: training_loss(config, params, examples(batch), draw))
+    jaxpr = jax.make_jaxpr(run)(abstract_params(config))
     values = (v.aval for _, eqn in equations(jaxpr.jaxpr) for v in eqn.outvars)
     return max(math.prod(aval.shape) for aval in values if hasattr(aval, "shape"))
 
@@ -278,15 +255,16 @@ def test_random_orders_make_it_an_unbiased_estimate(params, batch):
 
     def over_orders(fraction):
         @jax.jit
-        def run(orders, indices, labels):
+        def run(orders, batch):
+            draw = MaskDraw(jnp.int32(HIDDEN), 8, 8)
+
             def one(order):
-                no_class = jnp.zeros(BATCH, bool)
-                arguments = TINY, params, indices, labels, order, jnp.int32(HIDDEN), no_class
-                return loss(*arguments, hidden_slots=8, visible_slots=8, head_fraction=fraction)
+                replaced = batch.replace(order=order)
+                return training_loss(TINY, params, replaced, draw, head_fraction=fraction)
 
             return jax.lax.map(one, orders)
 
-        return np.asarray(run(orders, batch["indices"], batch["labels"]))
+        return np.asarray(run(orders, examples(batch)))
 
     share, whole = over_orders(0.25), over_orders(1.0)
     difference = share - whole
@@ -323,8 +301,7 @@ def test_every_chunk_of_the_head_drops_something_else(params):
 
     @jax.jit
     def mean(num_hidden, key):
-        slots = dict(hidden_slots=6, visible_slots=8)
-        return loss(config, params, **batch, num_hidden=num_hidden, dropout_key=key, **slots)
+        return training_loss(config, params, Examples(**batch), MaskDraw(num_hidden, 6, 8), key)
 
     def slot_nll(key):
         """From the sums over the first slots."""

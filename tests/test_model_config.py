@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from scipy import stats
-from tiny_model import equations, leaf_names, tiny
+from tiny_model import equations, examples, leaf_names, random_batch, tiny
 
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
-from tokenbridge_jax.loss import loss
+from tokenbridge_jax.loss import MaskDraw, training_loss
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, abstract_params, init_params
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
@@ -198,25 +198,12 @@ def _matmul_flops(
     config: TokenBridgeConfig, hidden: int, head_fraction: float = 1.0
 ) -> tuple[int, jax.stages.Lowered]:
     """FLOPs of every product in the program of one image's loss, and that program."""
-    shapes = (
-        jax.ShapeDtypeStruct((1, config.positions, config.channels), jnp.int32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-        jax.ShapeDtypeStruct((1, config.positions), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        jax.ShapeDtypeStruct((1,), bool),
-    )
+    draw = MaskDraw(jnp.int32(hidden), hidden, config.positions - hidden)
 
-    def run(params, *arguments):
-        return loss(
-            config,
-            params,
-            *arguments,
-            hidden_slots=hidden,
-            visible_slots=config.positions - hidden,
-            head_fraction=head_fraction,
-        )
+    def run(params, batch):
+        return training_loss(config, params, batch, draw, head_fraction=head_fraction)
 
-    traced = jax.jit(run).trace(abstract_params(config), *shapes)
+    traced = jax.jit(run).trace(abstract_params(config), examples(random_batch(config, 1)))
     flops = 0
     for times, eqn in equations(traced.jaxpr.jaxpr):
         if eqn.primitive.name == "dot_general":

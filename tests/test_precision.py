@@ -1,5 +1,6 @@
 """Products say how exact they are, so that platforms agree: read off what is compiled."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.signal import correlate
-from tiny_model import random_batch, random_params, tiny
+from tiny_model import examples, random_batch, random_params, tiny
 
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.loss import loss
+from tokenbridge_jax.loss import MaskDraw, training_loss
 from tokenbridge_jax.model import TokenBridge
 from tokenbridge_jax.ops import precision
 from tokenbridge_jax.quantizer import Quantizer
@@ -70,16 +71,15 @@ def test_the_autoencoder_compiles_to_its_precision(name, platform, allowed):
 def test_whatever_the_model_computes_in_float32_is_float32_on_tpus(dtype):
     """Training's gradient, and sampling; of a bfloat16 model what is float32 (`z_proj`)."""
     config = tiny(dtype=dtype, dropout=0.1)
-    params, batch = random_params(config), jax.tree.map(jnp.asarray, random_batch(config, 2))
+    params, batch = random_params(config), examples(random_batch(config, 2))
 
     def mean(params):
-        slots = dict(num_hidden=jnp.int32(6), hidden_slots=8, visible_slots=4)
-        key, drop_class = jax.random.key(0), jnp.array([True, False])
-        return loss(config, params, **batch, drop_class=drop_class, dropout_key=key, **slots)
+        draw = MaskDraw(jnp.int32(6), 8, 4)
+        return training_loss(config, params, batch, draw, jax.random.key(0))
 
     def sample(params, feature):
         variables, keys = {"params": unstack(params)}, jax.random.split(jax.random.key(0), (2, 3))
-        model = TokenBridge(config, unrolled=True)
+        model = TokenBridge(dataclasses.replace(config, scan_layers=False))
         return model.apply(variables, feature, keys, jnp.float32(1), method="sample_positions")
 
     forward = products(lower(mean, "tpu", params))

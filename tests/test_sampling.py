@@ -167,7 +167,7 @@ class Recorder:
     exactly the slots before `num_hidden` had never been drawn.
     """
 
-    def __init__(self, config, unrolled):
+    def __init__(self, config):
         pass
 
     def apply(self, variables, *arguments, method):
@@ -410,7 +410,7 @@ def test_weights_are_cast_before_the_loops_and_nothing_else_changes():
     params = random_params(config)
     batch = random_batch(config, 3)
     arguments = *batch.values(), np.int32(5), np.zeros(3, bool)
-    model = TokenBridge(config, unrolled=True)
+    model = TokenBridge(dataclasses.replace(config, scan_layers=False))
     logits = jax.jit(lambda params, *arguments: model.apply({"params": params}, *arguments))
     exact = logits(unstack(params), *arguments)
     np.testing.assert_array_equal(logits(sampler.prepare_params(params, config), *arguments), exact)

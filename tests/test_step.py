@@ -7,9 +7,10 @@ import pytest
 from tiny_model import loss_and_gradients, random_batch, random_params, tiny
 from toy import ToyTask, first_devices, toy_batch, toy_training
 
+from tokenbridge_jax.loss import Examples
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.training.masking import MaskSampler
-from tokenbridge_jax.training.model_task import Examples, ModelTask, make_validation, training_flops
+from tokenbridge_jax.training.model_task import ModelTask, make_validation, training_flops
 
 
 def train(task, mesh, batches, draws=None, **settings):

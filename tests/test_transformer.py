@@ -1,6 +1,5 @@
 """Dropout and rematerialisation: where it drops, that it drops the same when computed again."""
 
-import functools
 import math
 
 import flax.linen as nn
@@ -46,14 +45,14 @@ def test_dropout_is_on_only_with_a_key_and_keeps_the_mean():
     assert abs(kept.mean() - 0.9) < 5 * math.sqrt(0.09 / kept.size)
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_every_layer_drops_something_else(unrolled: bool):
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_every_layer_drops_something_else(scan_layers: bool):
     class Drop(nn.Module):
         @nn.compact
         def __call__(self, x, shared):
             return Dropout(0.5)(x), None
 
-    model = stack_layers(Drop, 2, unrolled=unrolled)()
+    model = stack_layers(Drop, 2, scan_layers=scan_layers)()
     x, _ = model.apply({}, jnp.ones((1, 10, 1000)), None, rngs={"dropout": jax.random.key(0)})
     assert abs(np.mean(np.asarray(x) == 4) - 0.25) < 5 * math.sqrt(0.1875 / 10_000)
 
@@ -61,7 +60,7 @@ def test_every_layer_drops_something_else(unrolled: bool):
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_blocks_drop_attention_weights_projection_and_both_mlp_layers(conditioned: bool):
     x = jnp.ones((2, 3, 8))
-    kind = functools.partial(ConditionedBlock, width=8) if conditioned else Block
+    kind = ConditionedBlock if conditioned else Block
     arguments = (x, x if conditioned else jnp.ones((1, 3), bool))
 
     def block(dropout):
@@ -95,16 +94,16 @@ def test_blocks_drop_attention_weights_projection_and_both_mlp_layers(conditione
     assert not np.isclose(block(0.9).apply(variables, *arguments)[0], x).any()
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_rematerialisation_changes_no_gradient(params, batch, unrolled: bool):
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_rematerialisation_changes_no_gradient(params, batch, scan_layers: bool):
     """With dropout on, so that what is dropped has to be the same again."""
 
     def gradient(remat):
-        config = tiny(dropout=0.2, remat=remat)
+        config = tiny(dropout=0.2, remat=remat, scan_layers=scan_layers)
 
         def projected(params):
-            feature = TokenBridge(config, unrolled).apply(
-                {"params": unstack(params) if unrolled else params},
+            feature = TokenBridge(config).apply(
+                {"params": params if scan_layers else unstack(params)},
                 jnp.asarray(in_order(batch["indices"], batch["order"])),
                 jnp.asarray(batch["labels"]),
                 jnp.asarray(batch["order"]),

@@ -15,7 +15,7 @@ from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.autoencoder import init_params as init_autoencoder
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.loss import loss
+from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer
@@ -108,26 +108,21 @@ def relative_error(actual: Any, expected: Any) -> float:
     return np.max(np.abs(actual - expected)) / np.max(np.abs(expected))
 
 
+def examples(batch: dict[str, Any]) -> Examples:
+    """A batch as the loss takes it: the first image's class is dropped, unless the batch says."""
+    first = jnp.arange(len(batch["labels"])) == 0
+    return Examples(**{"drop_class": first} | jax.tree.map(jnp.asarray, batch))
+
+
 @functools.cache
 def loss_and_gradients(
     config: TokenBridgeConfig, hidden_slots: int, visible_slots: int, head_fraction: float = 1.0
 ):
-    """Jitted `(params, batch, num_hidden, dropout key) -> loss, gradients`.
-
-    The first image's class is dropped, unless `batch` has a `drop_class`.
-    """
+    """Jitted `(params, batch, num_hidden, dropout key) -> loss, gradients`; see `examples`."""
 
     def run(params, batch, num_hidden, key):
-        return loss(
-            config,
-            params,
-            **{"drop_class": jnp.arange(len(batch["labels"])) == 0} | batch,
-            num_hidden=num_hidden,
-            dropout_key=key,
-            hidden_slots=hidden_slots,
-            visible_slots=visible_slots,
-            head_fraction=head_fraction,
-        )
+        draw = MaskDraw(num_hidden, hidden_slots, visible_slots)
+        return training_loss(config, params, examples(batch), draw, key, head_fraction)
 
     return jax.jit(jax.value_and_grad(run))
 

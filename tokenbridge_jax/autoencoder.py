@@ -20,7 +20,7 @@ from etils import epath
 from flax import traverse_util
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
-from tokenbridge_jax.layers import Conv
+from tokenbridge_jax.layers import Conv, GroupNorm
 from tokenbridge_jax.ops.attention import plain_attention
 from tokenbridge_jax.ops.precision import compute_dtype
 from tokenbridge_jax.runtime import safetensors_file, storage
@@ -152,40 +152,6 @@ class Posterior(NamedTuple):
         """Divergence in nats from the standard normal, summed over an image's latents."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
-
-
-class GroupNorm(nn.Module):
-    """Group normalisation, 32 groups or fewer, float32 inside and out whatever comes in.
-
-    The statistics take one pass: every channel's sum and sum of squares, counted from the value of
-    its middle pixel lest a mean far from zero cancel the variance, then those of the groups.
-    """
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        batch, height, width, channels = x.shape
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        x = x.astype(jnp.float32)
-
-        # The statistics do not depend on where they are counted from, nor do their gradients.
-        origin = jax.lax.stop_gradient(x[:, height // 2, width // 2])
-        shifted = x - origin[:, None, None]
-        channel_mean = jnp.mean(shifted, axis=(1, 2))
-        channel_variance = jnp.mean(jnp.square(shifted), axis=(1, 2)) - jnp.square(channel_mean)
-        # Where the middle pixel is far from all others, rounding can carry this below 0.
-        channel_variance = jnp.maximum(channel_variance, 0)
-
-        groups = min(32, channels)
-        means = (origin + channel_mean).reshape(batch, groups, -1)
-        variances = channel_variance.reshape(batch, groups, -1)
-        mean = jnp.mean(means, axis=-1, keepdims=True)
-        variance = jnp.mean(variances + jnp.square(means - mean), axis=-1, keepdims=True)
-
-        factors = jax.lax.rsqrt(variance + 1e-6) * scale.reshape(1, groups, -1)
-        shape = (batch, 1, 1, channels)
-        group_mean = jnp.broadcast_to(mean, factors.shape).reshape(shape)
-        return (x - group_mean) * factors.reshape(shape) + bias.reshape(1, 1, 1, channels)
 
 
 class ResidualBlock(nn.Module):

@@ -1,9 +1,9 @@
 """Masked encoder-decoder over positions (paper section 3.3; the layout of MAR).
 
-Everything inside lives in *order layout*: slot j of image b is position `order[b, j]`, and an
-order's first `num_hidden` slots are the hidden ones. Attention does not care how positions are
-arranged as long as each carries its own position embedding, so hidden slots are a plain slice at
-the front and visible slots one at the end: nothing is scattered, and every shape is static.
+All arrays are in *order layout*: slot j of image b is position `order[b, j]`, and the first
+`num_hidden` slots of an order are hidden. Attention does not depend on the arrangement of
+positions, because each has its own position embedding. So the hidden slots are a slice at the
+front and the visible slots a slice at the end: nothing is scattered, and every shape is static.
 """
 
 from typing import Any
@@ -12,16 +12,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenbridge_jax.layers import Dense, add_bias, copies
+from tokenbridge_jax.layers import Dense, LayerNorm, add_bias, copies
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.meshes import named_axes
-from tokenbridge_jax.transformer import Block, Window, embedding_init, layer_norm, stack_layers
+from tokenbridge_jax.transformer import Block, Window, embedding_init, stack_layers
 
 
 class Backbone(nn.Module):
-    """Predicts a feature for every position from the visible ones and the class.
+    """Predicts a feature for every position from the visible positions and the class.
 
-    The encoder sees `buffer` copies of the class latent and the visible positions only; the decoder
+    The encoder sees `buffer` copies of the class latent and the visible positions only. The decoder
     sees all positions, with a learned mask token at the hidden ones.
     """
 
@@ -37,41 +37,41 @@ class Backbone(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     remat: str = "none"
-    unrolled: bool = False
+    scan_layers: bool = True
 
     def setup(self) -> None:
         encoder_length = self.buffer + self.positions
         self.class_embedding = self._embedding("class_embedding", self.classes, self.encoder_width)
         self.null_latent = self._embedding("null_latent", 1, self.encoder_width)
-        # In float32, which costs nothing at this width: bfloat16 tells few of 4096 levels apart.
-        self.z_proj = Dense(self.encoder_width, (None, "embed"))
+        # In float32, which is cheap at this width: bfloat16 cannot distinguish 4096 levels.
+        self.z_proj = Dense((self.encoder_width,), (None, "embed"))
         self.encoder_position = self._embedding(
             "encoder_position", encoder_length, self.encoder_width
         )
-        self.z_proj_norm = layer_norm(self.dtype)
-        self.encoder_blocks = stack_layers(Block, self.encoder_layers, self.remat, self.unrolled)(
-            self.encoder_heads, self.dropout, self.dtype
-        )
-        self.encoder_norm = layer_norm(self.dtype)
+        self.z_proj_norm = LayerNorm(self.dtype)
+        self.encoder_blocks = self._blocks(self.encoder_layers, self.encoder_heads)
+        self.encoder_norm = LayerNorm(self.dtype)
 
-        self.decoder_embed = Dense(self.decoder_width, (None, "embed"), self.dtype)
+        self.decoder_embed = Dense((self.decoder_width,), (None, "embed"), self.dtype)
         self.mask_token = self._embedding("mask_token", 1, self.decoder_width)
         self.decoder_position = self._embedding(
             "decoder_position", encoder_length, self.decoder_width
         )
-        self.decoder_blocks = stack_layers(Block, self.decoder_layers, self.remat, self.unrolled)(
-            self.decoder_heads, self.dropout, self.dtype
-        )
-        self.decoder_norm = layer_norm(self.dtype)
+        self.decoder_blocks = self._blocks(self.decoder_layers, self.decoder_heads)
+        self.decoder_norm = LayerNorm(self.dtype)
         self.output_position = self._embedding(
             "output_position", self.positions, self.decoder_width
         )
 
+    def _blocks(self, layers: int, heads: int) -> Any:
+        stack = stack_layers(Block, layers, self.remat, self.scan_layers)
+        return stack(heads, self.dropout, self.dtype)
+
     def _embedding(self, name: str, count: int, width: int) -> Float[Array, "T D"]:
         init = named_axes(embedding_init, "positions", "embed")
         table = self.param(name, init, (count, width))
-        # Gathered before it is looked up in: a look-up in a part of the width would give a part of
-        # every image's tokens, which are much larger than the table and would have to travel.
+        # All-gathered before the look-up. A look-up in a part of the width would give each device
+        # a part of every image's tokens, and those are much larger than the table.
         return meshes.constrain(table, None, None)
 
     def class_latent(
@@ -79,15 +79,15 @@ class Backbone(nn.Module):
         labels: Int[Array, " B"] | Float[Array, "B {self.classes}"],
         drop_class: Bool[Array, " B"],
     ) -> Float[Array, "B E"]:
-        """What fills the buffer: the class embedding, or the null latent where it is dropped.
+        """The content of the buffer: the class embedding, or the null latent if that is dropped.
 
         Args:
-          labels: a class an image, or weights that mix the classes' embeddings; no class at all
-            where they are all zero.
-          drop_class: where the null latent takes the place of the class.
+          labels: one class per image, or weights that mix the classes' embeddings. An image whose
+            weights are all zero gets the null latent.
+          drop_class: which images get the null latent instead of their class.
         """
         if labels.ndim == 2:
-            # As exact as looking up: a weight of 1 has to give the embedding itself.
+            # Exact, because a weight of 1 must give the same embedding as a look-up.
             table = self.class_embedding.astype(self.dtype)
             embedding = jnp.dot(labels, table, precision="highest")
             drop_class |= ~labels.any(axis=1)
@@ -107,10 +107,10 @@ class Backbone(nn.Module):
 
         Args:
           values: dequantized latents of the last S slots of `order`.
-          class_latent: what fills the buffer.
+          class_latent: the content of the buffer.
           order: a permutation of the positions for each image.
-          num_hidden: how many slots at the front are hidden, one number or one an image. Slots of
-            `values` that are hidden all the same are padding: nothing attends to them.
+          num_hidden: how many slots at the front are hidden, one number or one per image. Hidden
+            slots among those of `values` are padding: nothing attends to them.
         """
         batch, slots, _ = values.shape
         position = self.buffer + order[:, self.positions - slots :]
@@ -139,13 +139,13 @@ class Backbone(nn.Module):
         num_hidden: Int[Array, "*b"],
         window: Window | None = None,
     ) -> Float[Array, "B W D"]:
-        """Features in order layout, from what `encode` returned (T slots).
+        """Features in order layout, from the result of `encode` (T slots).
 
         Args:
           encoded: buffer and visible slots.
           order: as for `encode`.
           num_hidden: as for `encode`.
-          window: the slots whose features are asked for, of an unrolled model; all by default.
+          window: the slots to compute, all by default; only without `scan_layers`.
         """
         batch, slots = len(encoded), encoded.shape[1] - self.buffer
         x = meshes.constrain(self.decoder_embed(encoded), "batch", None, None)

@@ -1,9 +1,10 @@
-"""Linear layers, and copies of parameters, whose gradients are summed in float32.
+"""The layers that all networks share. Gradients of parameters are summed in float32.
 
 The gradient of a bias, or of an embedding, is a sum over all positions of all images. In bfloat16
-it would stop growing once it is 256 times as large as what is still to be added. So a parameter is
-copied, or looked up, in float32, and the copies are cast to what the model computes in: backwards,
-each is cast before they are added. (Compilers do that on the way: it costs no pass over memory.)
+the sum would stop growing once it is 256 times as large as its next term. So a parameter is copied,
+or looked up, in float32 and then cast to the dtype of the model: in the backward pass the copies'
+gradients are cast to float32 before they are summed. (Compilers fuse the casts: they cost no pass
+over memory.)
 """
 
 import math
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.ops.precision import convolution, of_products
 from tokenbridge_jax.runtime.meshes import named_axes
 
@@ -36,28 +38,91 @@ def add_bias(x: Float[Array, "..."], bias: Float[Array | np.ndarray, "..."]) -> 
 
 
 class Dense(nn.Module):
-    """`x @ kernel + bias` over as many of x's last axes as the kernel has in front of its last one.
+    """`x @ kernel + bias` over x's last axes, as many as the kernel has input axes.
 
-    `axes` are the logical axes of the kernel; the last one is the bias' too.
+    Attributes:
+      features: the sizes of the output axes.
+      axes: the logical axes of the kernel, input axes first. The bias has the output axes.
+      dtype: of the result.
     """
 
-    width: int
+    features: tuple[int, ...]
     axes: tuple[str | None, ...]
     dtype: Any = jnp.float32
 
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return add_bias(*self._product(x))
+
+    def terms(self, x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """The product and the bias in `dtype`, for an operation of `ops/` that adds them itself."""
+        product, bias = self._product(x)
+        return product, bias.astype(self.dtype)
+
     @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "... {self.width}"]:
-        inputs = x.shape[x.ndim + 1 - len(self.axes) :]
+    def _product(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The product in `dtype` and the bias in float32."""
+        outputs = len(self.features)
+        contracted = len(self.axes) - outputs
+        inputs = x.shape[x.ndim - contracted :]
 
         def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return xavier(key, (math.prod(inputs), self.width)).reshape(shape)
+            return xavier(key, (math.prod(inputs), math.prod(self.features))).reshape(shape)
 
-        kernel = self.param("kernel", named_axes(init, *self.axes), (*inputs, self.width))
-        zeros = named_axes(nn.initializers.zeros, self.axes[-1])
-        bias = self.param("bias", zeros, (self.width,))
+        kernel = self.param("kernel", named_axes(init, *self.axes), (*inputs, *self.features))
+        zeros = named_axes(nn.initializers.zeros, *self.axes[contracted:])
+        bias = self.param("bias", zeros, self.features)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        product = jnp.tensordot(x, kernel, len(inputs), precision=of_products(self.dtype))
-        return add_bias(product, bias)
+        return jnp.tensordot(x, kernel, contracted, precision=of_products(self.dtype)), bias
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis with float32 statistics; the result has `dtype`."""
+
+    dtype: Any = jnp.float32
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return normalize(x, *self.weights(x.shape[-1])).astype(self.dtype)
+
+    @nn.compact
+    def weights(self, width: int) -> tuple[Float[Array, " D"], Float[Array, " D"]]:
+        """Scale and bias, for an operation of `ops/` that normalizes by itself."""
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        return scale, self.param("bias", nn.initializers.zeros, (width,))
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with 32 groups or fewer; the result is float32.
+
+    The statistics take one pass: first every channel's sum and sum of squares, then those of the
+    groups. They are sums of differences from the channel's middle pixel, so that a mean far from
+    zero does not cancel the variance.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        batch, height, width, channels = x.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        x = x.astype(jnp.float32)
+
+        # Neither the statistics nor their gradients depend on the origin.
+        origin = jax.lax.stop_gradient(x[:, height // 2, width // 2])
+        shifted = x - origin[:, None, None]
+        channel_mean = jnp.mean(shifted, axis=(1, 2))
+        channel_variance = jnp.mean(jnp.square(shifted), axis=(1, 2)) - jnp.square(channel_mean)
+        # Rounding can make this negative if the middle pixel is far from all others.
+        channel_variance = jnp.maximum(channel_variance, 0)
+
+        groups = min(32, channels)
+        means = (origin + channel_mean).reshape(batch, groups, -1)
+        variances = channel_variance.reshape(batch, groups, -1)
+        mean = jnp.mean(means, axis=-1, keepdims=True)
+        variance = jnp.mean(variances + jnp.square(means - mean), axis=-1, keepdims=True)
+
+        factors = jax.lax.rsqrt(variance + 1e-6) * scale.reshape(1, groups, -1)
+        shape = (batch, 1, 1, channels)
+        group_mean = jnp.broadcast_to(mean, factors.shape).reshape(shape)
+        return (x - group_mean) * factors.reshape(shape) + bias.reshape(1, 1, 1, channels)
 
 
 class Conv(nn.Module):

@@ -1,116 +1,114 @@
-"""The training loss: backbone once, head chunk by chunk (paper eq. 6).
+"""The training loss and likelihoods: backbone once, head chunk by chunk (paper eq. 6).
 
-The head holds three quarters of the FLOPs and nearly all of the activations: sixteen tokens a
-hidden position. They never exist for more than a chunk of positions.
+The head has three quarters of the FLOPs and nearly all activations: sixteen tokens per hidden
+position. They never exist for more than a chunk of positions.
 
 Shapes are static: of the L slots of an order (see `backbone.py`), the last S go to the encoder and
 the first M to the head. A batch hides `num_hidden` positions, a traced number with
-`L - S <= num_hidden <= M`; slots beyond it are padding, which no attention and no loss counts.
+`L - S <= num_hidden <= M`. All other slots are padding, which attention and the loss ignore.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, make_head, merge
+from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.transformer import unstack
 
 
-def loss(
+@flax.struct.dataclass
+class Examples:
+    """Images with every random choice made, except how many positions are hidden.
+
+    Attributes:
+      indices: `[B, L, C]`, positions row-major, channels in autoencoder order.
+      labels: `[B]` classes, or `[B, classes]` weights of them (see `Backbone.class_latent`).
+      order: `[B, L]`, a permutation of the positions per image; the first ones are hidden.
+      drop_class: `[B]`, true for images that get the null latent instead of their class.
+    """
+
+    indices: Any
+    labels: Any
+    order: Any
+    drop_class: Any
+
+
+@flax.struct.dataclass
+class MaskDraw:
+    """How many positions are hidden. The slots are static: each pair has its own program.
+
+    Attributes:
+      num_hidden: hidden positions of every image, one number or one per image (traced).
+      hidden_slots: M, at least `num_hidden`.
+      visible_slots: S, at least L - `num_hidden`.
+    """
+
+    num_hidden: Any
+    hidden_slots: int = flax.struct.field(pytree_node=False)
+    visible_slots: int = flax.struct.field(pytree_node=False)
+
+    def share(self, fraction: float) -> "MaskDraw":
+        """The same draw, with only this share of the hidden slots (at least one) in the head."""
+        slots = max(1, round(fraction * self.hidden_slots))
+        return dataclasses.replace(self, hidden_slots=slots)
+
+
+def training_loss(
     config: TokenBridgeConfig,
     params: dict[str, Any],
-    indices: Integer[Array, "B L C"],
-    labels: Int[Array, " B"],
-    order: Int[Array, "B L"],
-    num_hidden: Int[Array, ""],
-    drop_class: Bool[Array, " B"],
+    examples: Examples,
+    draw: MaskDraw,
     dropout_key: Key[Array, ""] | None = None,
-    *,
-    hidden_slots: int,
-    visible_slots: int,
     head_fraction: float = 1.0,
 ) -> Float[Array, ""]:
     """Mean cross-entropy in nats over hidden positions and channels (paper eq. 6).
 
     Args:
       config: the model.
-      params: its parameters.
-      indices: of whole images, positions row-major, channels in autoencoder order.
-      labels: classes.
-      order: a permutation of the positions for each image.
-      num_hidden: how many slots at the front of `order` are hidden.
-      drop_class: where the null latent takes the place of the class.
-      dropout_key: without it there is no dropout.
-      hidden_slots: M, at least `num_hidden`.
-      visible_slots: S, at least `L - num_hidden`.
-      head_fraction: the share of the hidden slots that goes through the head. Orders are random,
-        so the first slots are a random choice and their mean is an unbiased estimate of the loss.
+      params: its parameters, as stored.
+      examples: the batch.
+      draw: how many positions are hidden.
+      dropout_key: None turns dropout off.
+      head_fraction: the share of the hidden slots that goes through the head. Orders are random, so
+        the first slots are a random choice and their mean is an unbiased estimate of the loss.
     """
-    if not config.scan_layers:
-        params = unstack(params)
+    draw, params = draw.share(head_fraction), _layout(config, params)
     backbone_key, head_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    scored = max(1, round(head_fraction * hidden_slots))
-    feature, slots = scored_slots(
-        config,
-        params,
-        indices,
-        labels,
-        order,
-        num_hidden,
-        drop_class,
-        backbone_key,
-        scored,
-        visible_slots,
-    )
-    batch, _, channels = slots.shape
-    weight = 1 / (batch * channels * jnp.minimum(num_hidden, scored))
-    weights = jnp.where(jnp.arange(scored) < num_hidden, weight, 0)[None]
-    chunks = split_slots(config, batch, feature, slots, weights)
-    keys = None if head_key is None else jax.random.split(head_key, len(chunks[0]))
+    feature_BMD, indices_BMC = _hidden_slots(config, params, examples, draw, backbone_key)
+    batch, slots, channels = indices_BMC.shape
+    weight = 1 / (batch * channels * jnp.minimum(draw.num_hidden, slots))
+    weights_1M = jnp.where(jnp.arange(slots) < draw.num_hidden, weight, 0)[None]
+    features, *targets = split_slots(config, feature_BMD, indices_BMC, weights_1M)
+    keys = None if head_key is None else jax.random.split(head_key, len(features))
 
-    def chunk_loss(head_params: Any, feature: jax.Array, rest: Any) -> jax.Array:
-        indices, weights, key = rest
-        return jnp.sum(_nll(config, head_params, feature, indices, key) * weights[..., None])
+    def chunk_loss(head_params: Any, feature_BmD: jax.Array, rest: Any) -> jax.Array:
+        indices_BmC, weights_1m, key = rest
+        variables = {"params": {"head": head_params}}
+        nll_BmC: Any = TokenBridge(config).apply(
+            variables, feature_BmD, indices_BmC, rngs=_rngs(key), method="nll"
+        )
+        return jnp.sum(nll_BmC * weights_1m[..., None])
 
-    return sum_over_chunks(chunk_loss, params["head"], chunks[0], (*chunks[1:], keys))
+    return sum_over_chunks(chunk_loss, params["head"], features, (*targets, keys))
 
 
 def image_nll(
-    config: TokenBridgeConfig,
-    params: dict[str, Any],
-    indices: Integer[Array, "B L C"],
-    labels: Int[Array, " B"],
-    order: Int[Array, "B L"],
-    num_hidden: Int[Array, ""],
-    drop_class: Bool[Array, " B"],
-    *,
-    hidden_slots: int,
-    visible_slots: int,
+    config: TokenBridgeConfig, params: dict[str, Any], examples: Examples, draw: MaskDraw
 ) -> Float[Array, "B C"]:
-    """Every image's cross-entropy in nats: its mean over hidden positions, for each channel.
+    """Every image's cross-entropy in nats, without dropout: its mean over hidden positions.
 
-    As in training: without `first_token_quirk`.
-
-    Args: as for `loss`. There is no dropout.
+    As in training: without `first_token_quirk`. The arguments are those of `training_loss`.
     """
-    nll = _slot_nll(
-        config,
-        params,
-        indices,
-        labels,
-        order,
-        num_hidden,
-        drop_class,
-        hidden_slots=hidden_slots,
-        visible_slots=visible_slots,
-    )
-    hidden = (jnp.arange(hidden_slots) < num_hidden)[None, :, None]
-    return jnp.sum(jnp.where(hidden, nll, 0), axis=1) / num_hidden
+    nll_BMC = map_slots(TokenBridge.nll, config, params, examples, draw)
+    hidden = (jnp.arange(draw.hidden_slots) < draw.num_hidden)[None, :, None]
+    return jnp.sum(jnp.where(hidden, nll_BMC, 0), axis=1) / draw.num_hidden
 
 
 def position_nll(
@@ -122,69 +120,54 @@ def position_nll(
 ) -> Float[Array, "B L C"]:
     """Cross-entropy in nats of every index at a hidden position; NaN at visible ones.
 
-    It is that of what the model samples, with `first_token_quirk` where that is on.
+    As in sampling: with `first_token_quirk` if it is on.
 
     Args:
       config: the model.
-      params: its parameters.
+      params: its parameters, as stored.
       indices: of whole images, positions row-major, channels in autoencoder order.
       labels: classes, or weights of them (see `Backbone.class_latent`).
-      hidden: which positions are predicted from the others, in any image any number.
+      hidden: the positions to predict from the others; their number may differ between images.
     """
     order = jnp.argsort(~hidden, axis=1, stable=True)
-    nll = _slot_nll(
-        config,
-        params,
-        indices,
-        labels,
-        order,
-        jnp.sum(hidden, axis=1),
-        jnp.zeros(len(indices), bool),
-        hidden_slots=config.positions,
-        visible_slots=config.positions,
-        as_sampled=True,
-    )
-    nll = jnp.take_along_axis(nll, jnp.argsort(order, axis=1)[:, :, None], axis=1)
-    return jnp.where(hidden[:, :, None], nll, jnp.nan)
+    examples = Examples(indices, labels, order, jnp.zeros(len(indices), bool))
+    draw = MaskDraw(jnp.sum(hidden, axis=1), config.positions, config.positions)
+    method = functools.partial(TokenBridge.nll, as_sampled=True)
+    nll_BLC = map_slots(method, config, params, examples, draw)
+    nll_BLC = jnp.take_along_axis(nll_BLC, jnp.argsort(order, axis=1)[:, :, None], axis=1)
+    return jnp.where(hidden[:, :, None], nll_BLC, jnp.nan)
 
 
-def _slot_nll(
+def map_slots(
+    method: Callable[..., Any],
     config: TokenBridgeConfig,
     params: dict[str, Any],
-    indices: Integer[Array, "B L C"],
-    labels: Int[Array, " B"] | Float[Array, "B classes"],
-    order: Int[Array, "B L"],
-    num_hidden: Int[Array, "*b"],
-    drop_class: Bool[Array, " B"],
-    *,
-    hidden_slots: int,
-    visible_slots: int,
-    as_sampled: bool = False,
-) -> Float[Array, "B M C"]:
-    """Cross-entropy of the first M slots, those that are visible included; without dropout."""
-    if not config.scan_layers:
-        params = unstack(params)
-    feature, slots = scored_slots(
-        config,
-        params,
-        indices,
-        labels,
-        order,
-        num_hidden,
-        drop_class,
-        None,
-        hidden_slots,
-        visible_slots,
-    )
-    batch, _, channels = slots.shape
-    chunks = split_slots(config, batch, feature, slots)
+    examples: Examples,
+    draw: MaskDraw,
+) -> Any:
+    """What the model's head says of the first M slots, chunk by chunk, without dropout.
 
-    def chunk_nll(chunk: list[jax.Array]) -> jax.Array:
-        feature, indices = chunk
-        return _nll(config, params["head"], feature, indices, None, as_sampled)
+    Args:
+      method: `(model, feature [B, m, D], indices [B, m, C]) -> tree of arrays [B, m, ...]`.
+      config: the model.
+      params: its parameters, as stored.
+      examples: the images.
+      draw: how many positions are hidden, and M.
 
-    nll = jax.lax.map(chunk_nll, chunks)
-    return nll.swapaxes(0, 1).reshape(batch, -1, channels)[:, :hidden_slots]
+    Returns:
+      The tree of arrays `[B, M, ...]`; visible slots among them have a result too.
+    """
+    params = _layout(config, params)
+    chunks = split_slots(config, *_hidden_slots(config, params, examples, draw, None))
+
+    def on_chunk(chunk: list[jax.Array]) -> Any:
+        return TokenBridge(config).apply({"params": params}, *chunk, method=method)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = x.swapaxes(0, 1)
+        return x.reshape(len(x), -1, *x.shape[3:])[:, : draw.hidden_slots]
+
+    return jax.tree.map(join, jax.lax.map(on_chunk, chunks))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -193,15 +176,15 @@ def sum_over_chunks(
 ) -> Float[Array, ""]:
     """The sum over i of `function(params, inputs[i], rest[i])`, in the memory of one chunk.
 
-    The gradient of a sum needs nothing of the other summands: differentiated, each chunk goes
-    forward and backward before the next one begins. Rematerialising chunks would save as much
-    memory but compute the forward pass twice.
+    The gradient of a sum is a sum of independent gradients. So each chunk goes forward and backward
+    before the next one starts. Rematerialising chunks would save the same memory, but compute the
+    forward pass twice.
 
     Args:
-      function: gives a scalar.
+      function: returns a scalar.
       params: a tree; differentiable.
       inputs: a tree of arrays whose first axis counts chunks; differentiable.
-      rest: another, not differentiable.
+      rest: another such tree, not differentiable.
     """
 
     def add(total: jax.Array, chunk: tuple[Any, Any]) -> tuple[jax.Array, None]:
@@ -233,39 +216,13 @@ def _scale_gradients(
 sum_over_chunks.defvjp(_sum_and_gradients, _scale_gradients)
 
 
-def scored_slots(
-    config: TokenBridgeConfig,
-    params: Any,
-    indices: jax.Array,
-    labels: jax.Array,
-    order: jax.Array,
-    num_hidden: jax.Array,
-    drop_class: jax.Array,
-    dropout_key: jax.Array | None,
-    scored: int,
-    visible_slots: int,
-) -> tuple[Float[Array, "B M D"], Integer[Array, "B M C"]]:
-    """The backbone's features of the first `scored` slots, and their indices."""
-    slots = jnp.take_along_axis(indices, order[:, :, None], axis=1)
-    feature: Any = TokenBridge(config, unrolled=not config.scan_layers).apply(
-        {"params": params},
-        slots[:, config.positions - visible_slots :],
-        labels,
-        order,
-        num_hidden,
-        drop_class,
-        rngs=_rngs(dropout_key),
-        method=TokenBridge.features,
-    )
-    return feature[:, :scored], slots[:, :scored]
-
-
-def split_slots(config: TokenBridgeConfig, batch: int, *arrays: jax.Array) -> list[jax.Array]:
+def split_slots(config: TokenBridgeConfig, *arrays: jax.Array) -> list[jax.Array]:
     """Arrays `[B, M, ...]` as `[chunks, B, M / chunks, ...]`, padded with zeros.
 
-    Slots are cut, not images: every chunk has its share of every device's images.
+    It splits slots, not images, so that every chunk has the same share of every device's images.
+    The first array has the batch size; others may have 1 image.
     """
-    slots = arrays[0].shape[1]
+    batch, slots = arrays[0].shape[:2]
     count, size = head_chunks(config, slots, batch, meshes.batch_shards_in_use())
 
     def split(x: jax.Array) -> jax.Array:
@@ -278,29 +235,44 @@ def split_slots(config: TokenBridgeConfig, batch: int, *arrays: jax.Array) -> li
 def head_chunks(
     config: TokenBridgeConfig, slots: int, batch: int, batch_shards: int
 ) -> tuple[int, int]:
-    """Into how many chunks, of how many slots of an image, the head's work is cut."""
+    """The number of chunks that the head's work is split into, and the slots of an image in each.
+
+    Args:
+      config: the model.
+      slots: of an image, in all chunks together.
+      batch: images over all devices.
+      batch_shards: the number of parts that the mesh splits a batch into.
+    """
     most = max(1, config.head_chunk * batch_shards // batch)
     count = -(-slots // most)
     return count, -(-slots // count)
 
 
-def _nll(
+def _hidden_slots(
     config: TokenBridgeConfig,
-    head_params: Any,
-    feature: Float[Array, "B m D"],
-    indices: Integer[Array, "B m C"],
+    params: dict[str, Any],
+    examples: Examples,
+    draw: MaskDraw,
     dropout_key: Key[Array, ""] | None,
-    as_sampled: bool = False,
-) -> Float[Array, "B m C"]:
-    nll: Any = make_head(config, unrolled=not config.scan_layers).apply(
-        {"params": head_params},
-        merge(feature),
-        merge(indices),
-        as_sampled,
+) -> tuple[Float[Array, "B M D"], Integer[Array, "B M C"]]:
+    """The backbone's features of the first M slots, and their indices."""
+    slots_BLC = jnp.take_along_axis(examples.indices, examples.order[:, :, None], axis=1)
+    feature_BLD: Any = TokenBridge(config).apply(
+        {"params": params},
+        slots_BLC[:, config.positions - draw.visible_slots :],
+        examples.labels,
+        examples.order,
+        draw.num_hidden,
+        examples.drop_class,
         rngs=_rngs(dropout_key),
-        method="nll",
+        method="features",
     )
-    return nll.reshape(indices.shape)
+    return feature_BLD[:, : draw.hidden_slots], slots_BLC[:, : draw.hidden_slots]
+
+
+def _layout(config: TokenBridgeConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """Stored parameters as the model of a config takes them."""
+    return params if config.scan_layers else unstack(params)
 
 
 def _rngs(dropout_key: Key[Array, ""] | None) -> dict[str, Any] | None:

@@ -38,26 +38,27 @@ SIZES = {
 
 HEADS: dict[str, Any] = {"channel_ar": ChannelAR, "parallel": ParallelHead}
 
-# Every class of a group has a classifier's column: of more than these, what a head costs is that.
+# Every joint class has a column of the classifier, which would dominate a head with more of them.
 MAX_JOINT_CLASSES = 2**16
 
-# What activations may be computed in; parameters, norms, softmax and logits are always float32.
+# The dtypes of activations; parameters, norms, softmax and logits are always float32.
 DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenBridgeConfig:
-    """Everything that fixes the function a set of parameters computes, and how it is computed.
+    """The function that a set of parameters computes, and how to compute it.
 
-    `head` is one of `HEADS`. With `channels_per_group` above 1 it predicts so many channels,
-    neighbours in the channel order, as one joint class. (Both are ablations of the paper.)
+    `head` is one of `HEADS`. If `channels_per_group` is above 1, the head predicts groups of so
+    many neighbours in the channel order as joint classes. (Both are ablations of the paper.)
 
-    `dtype`, `remat`, `scan_layers` and `head_chunk` change memory and speed only (and the last two
-    what dropout draws). `scan_layers` makes one small program for all layers, which compiles sooner
-    and runs slower. Of parameters that fsdp splits it gathers a layer's at a time; without it (nor
-    remat) what was gathered in the forward pass is held until the backward pass. `head_chunk` is
-    how many positions of a device go through the head at once in `loss.loss`: activations of the
-    head and logits exist for so many only. (At size L a position takes about 5 MB.)
+    `dtype`, `remat`, `scan_layers` and `head_chunk` only change memory and speed; the last two also
+    change the draws of dropout. `scan_layers` makes one small program for all layers, which
+    compiles faster and runs slower. It gathers parameters that fsdp splits one layer at a time.
+    Without it and without remat, parameters gathered in the forward pass are kept until the
+    backward pass. `head_chunk` is the number of positions of a device that go through the head at
+    once in the loss; the head's activations and logits exist for so many only. (At size L a
+    position takes about 5 MB.)
 
     Raises:
       UserError: on construction, if the sizes make no model.
@@ -130,17 +131,17 @@ class TokenBridgeConfig:
 
     @property
     def is_published(self) -> bool:
-        """Whether the head is of the kind that weights were released for."""
+        """Whether weights were released for this kind of head."""
         return self.head == "channel_ar" and self.channels_per_group == 1
 
     @property
     def groups(self) -> int:
-        """How many places the head's sequence has."""
+        """The number of places in the head's sequence."""
         return self.channels // self.channels_per_group
 
     @property
     def joint_classes(self) -> int:
-        """How many classes each of them has."""
+        """The number of classes of each place."""
         return self.levels**self.channels_per_group
 
     @property
@@ -169,16 +170,16 @@ class TokenBridgeConfig:
             "channel_order": tuple(value["channel_order"]),
         }
         if "scan_layers" not in fields:
-            # Of a version whose `head_chunk` counted slots of an image.
+            # Written by a version whose `head_chunk` counted slots of an image.
             del fields["head_chunk"]
         return cls(**fields)
 
     def forward_flops(self, hidden: float | int, scored: float | int | None = None) -> float | int:
         """Matmul FLOPs of one image's forward pass with `hidden` positions hidden, no padding.
 
-        Of the hidden positions `scored` go through the head, by default all.
-        Counted by hand: a product of [m, k] with [k, n] is 2mkn; embeddings, norms and the softmax
-        count nothing. Attention of the head counts all scores, though half are masked.
+        `scored` of the hidden positions go through the head, all by default. Counted by hand: a
+        product of [m, k] with [k, n] is 2mkn; embeddings, norms and the softmax are not counted.
+        The head's attention counts all scores, though half of them are masked.
         """
 
         def block(tokens: float | int, attended: float | int, width: int, modulation: int = 0):
@@ -204,12 +205,11 @@ class TokenBridgeConfig:
 class TokenBridge(nn.Module):
     """The generator: a distribution over the indices of hidden positions given the visible ones.
 
-    `unrolled`: with layers that have parameters of their own (see `transformer.unstack`), as the
-    sampler wants them.
+    With `config.scan_layers` it takes parameters as they are stored. Without, every layer has its
+    own (see `transformer.unstack`); sampling needs that, whatever the config says.
     """
 
     config: TokenBridgeConfig
-    unrolled: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -227,9 +227,9 @@ class TokenBridge(nn.Module):
             dropout=c.dropout,
             dtype=dtype,
             remat=c.remat,
-            unrolled=self.unrolled,
+            scan_layers=c.scan_layers,
         )
-        self.head = make_head(c, self.unrolled)
+        self.head = make_head(c)
 
     def __call__(
         self,
@@ -245,8 +245,7 @@ class TokenBridge(nn.Module):
         """
         slots = jnp.take_along_axis(indices, order[:, :, None], axis=1)
         feature = self.features(slots, labels, order, num_hidden, drop_class)
-        logits = self.head.logits(merge(feature), merge(slots))
-        return logits.reshape(*indices.shape, self.config.levels)
+        return self.logits(feature, slots)
 
     def features(
         self,
@@ -260,17 +259,36 @@ class TokenBridge(nn.Module):
         """The backbone's features, in order layout.
 
         Args:
-          visible_indices: indices at the last S slots of `order`; hidden ones among them count for
-            nothing.
+          visible_indices: indices at the last S slots of `order`; hidden ones are ignored.
           labels: classes, or weights of them (see `Backbone.class_latent`).
           order: a permutation of the positions for each image.
-          num_hidden: how many slots at the front of `order` are hidden, one number or one an image.
-          drop_class: where the null latent takes the place of the class.
-          window: the slots whose features are asked for, of an unrolled model; all by default.
+          num_hidden: how many slots at the front of `order` are hidden, one number or one per
+            image.
+          drop_class: which images get the null latent instead of their class.
+          window: the slots to compute, all by default; only without `scan_layers`.
         """
         values = self.config.quantizer.dequantize(visible_indices)
         class_latent = self.backbone.class_latent(labels, drop_class)
         return self.backbone(values, class_latent, order, num_hidden, window)
+
+    def logits(
+        self,
+        feature: Float[Array, "B M D"],
+        indices: Integer[Array, "B M C"],
+        as_sampled: bool = False,
+    ) -> Float[Array, "B M C V"]:
+        """The head's teacher-forced logits at M positions per image; see `Head.logits`."""
+        logits = self.head.logits(merge(feature), merge(indices), as_sampled)
+        return logits.reshape(*indices.shape, self.config.levels)
+
+    def nll(
+        self,
+        feature: Float[Array, "B M D"],
+        indices: Integer[Array, "B M C"],
+        as_sampled: bool = False,
+    ) -> Float[Array, "B M C"]:
+        """Every index's negative log-likelihood in nats, in autoencoder order; see `Head.nll`."""
+        return self.head.nll(merge(feature), merge(indices), as_sampled).reshape(indices.shape)
 
     def sample_positions(
         self,
@@ -278,7 +296,7 @@ class TokenBridge(nn.Module):
         keys: Key[Array, "B R"],
         temperature: Float[Array, ""],
     ) -> Int[Array, "B R C"]:
-        """Draws the indices of R positions an image from their features."""
+        """Draws the indices of R positions per image from their features."""
         indices: Any = self.head.sample(merge(feature), keys.reshape(-1), temperature)
         return indices.reshape(*keys.shape, -1)
 
@@ -288,19 +306,19 @@ class TokenBridge(nn.Module):
         keys: Key[Array, "B R"],
         temperature: Float[Array, ""],
     ) -> tuple[Int[Array, "B R C"], Float[Array, "B R"]]:
-        """As `sample_positions`, with the log-probabilities of what was drawn (see the head)."""
+        """As `sample_positions`, with the positions' log-probabilities (see `Head.sample`)."""
         drawn = self.head.sample(merge(feature), keys.reshape(-1), temperature, log_probs=True)
         indices, log_probs = drawn
         return indices.reshape(*keys.shape, -1), log_probs.reshape(keys.shape)
 
 
 def merge(x: Shaped[Array, "B M ..."]) -> Shaped[Array, "B*M ..."]:
-    """Joins the first two axes: images and slots become the head's N positions."""
+    """Joins the first two axes: images and slots become the N positions of the head."""
     return x.reshape(-1, *x.shape[2:])
 
 
-def make_head(config: TokenBridgeConfig, unrolled: bool) -> Head:
-    """The head of a model; its parameters are `params["head"]` of the model's."""
+def make_head(config: TokenBridgeConfig) -> Head:
+    """The head that a config names."""
     is_grouped = config.channels_per_group > 1
     quirk = {"first_token_quirk": True} if config.first_token_quirk else {}
     make = functools.partial(
@@ -312,7 +330,7 @@ def make_head(config: TokenBridgeConfig, unrolled: bool) -> Head:
         heads=config.head_heads,
         dropout=config.dropout,
         dtype=jnp.dtype(config.dtype),
-        unrolled=unrolled,
+        scan_layers=config.scan_layers,
         **quirk,
     )
     if not is_grouped:
@@ -321,10 +339,11 @@ def make_head(config: TokenBridgeConfig, unrolled: bool) -> Head:
 
 
 def init_params(config: TokenBridgeConfig, key: Key[Array, ""]) -> dict[str, Any]:
-    """Draws the model's parameters, boxed with their logical axis names.
+    """Draws the model's parameters as they are stored, boxed with their logical axis names.
 
-    Use it under `jax.eval_shape` or `jax.jit`; traced, its forward pass costs nothing.
+    Use it under `jax.eval_shape` or `jax.jit`, which remove its forward pass.
     """
+    config = dataclasses.replace(config, scan_layers=True)
     order = jnp.arange(config.positions)[None]
     indices = jnp.zeros((1, config.positions, config.channels), jnp.int32)
     label = jnp.zeros(1, jnp.int32)

@@ -1,8 +1,10 @@
 """Transformer blocks: of the backbone (over positions) and of the head (over channels).
 
+Every layer here is an ordinary one. Where an operation of `ops/` includes a layer's bias or norm,
+because that saves passes over memory on GPUs, it is given the layer's `terms` or `weights`.
+
 A block is called as `block(x, shared)` and returns `(x, None)`, so that `stack_layers` can scan
-either over depth. Dropout acts exactly when a "dropout" key is given to `apply`: training gives
-one, nothing else does.
+over depth. Dropout is on if and only if `apply` gets a "dropout" key, which only training gives.
 """
 
 import functools
@@ -14,17 +16,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tokenbridge_jax.layers import Dense, add_bias, xavier
-from tokenbridge_jax.ops.attention import attention, plain_attention, split_heads
-from tokenbridge_jax.ops.cached_attention import cached_attention
-from tokenbridge_jax.ops.channel_attention import channel_attention
-from tokenbridge_jax.ops.dropout import dropout, seed_words
+from tokenbridge_jax.layers import Dense, LayerNorm, add_bias
+from tokenbridge_jax.ops.attention import attend, plain_attention, split_heads
+from tokenbridge_jax.ops.cached_attention import Cache, attend_cached
+from tokenbridge_jax.ops.channel_attention import attend_channels
+from tokenbridge_jax.ops.dropout import drop, seed_words
 from tokenbridge_jax.ops.gelu import gelu_dropout
-from tokenbridge_jax.ops.pallas import NORM_EPSILON
 from tokenbridge_jax.ops.precision import of_products
 from tokenbridge_jax.runtime.meshes import named_axes
 
-# What the backward pass keeps of a block's forward pass; the rest it computes again. `None` keeps
+# What the backward pass keeps of a block's forward pass; it computes the rest again. `None` keeps
 # everything.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
@@ -35,31 +36,16 @@ REMAT_POLICIES: dict[str, Any] = {
 embedding_init = nn.initializers.normal(0.02)
 
 
-def layer_norm(dtype: Any, affine: bool = True, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm over the last axis with float32 statistics.
-
-    In two passes: E[x^2] - E[x]^2 loses all digits where the mean is far above the deviation.
-    """
-    return nn.LayerNorm(
-        epsilon=NORM_EPSILON,
-        dtype=dtype,
-        use_scale=affine,
-        use_bias=affine,
-        use_fast_variance=False,
-        name=name,
-    )
-
-
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """Adaptive normalisation's affine step."""
+    """The affine step of adaptive normalisation."""
     return x * (1 + scale) + shift
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates of a condition, all from one product.
+    """Shifts, scales and gates from a condition, all by one linear layer that starts at zero.
 
-    They come side by side, for `jnp.split`, whose gradient is one concatenation. An axis of parts
-    would cost copies on TPUs, whose tiles span an array's last two axes.
+    They are side by side, for `jnp.split`, whose gradient is one concatenation. A separate axis
+    would cost copies on TPUs, where tiles span an array's last two axes.
     """
 
     parts: int
@@ -77,16 +63,8 @@ class Modulation(nn.Module):
         return add_bias(product, bias.ravel())
 
 
-class Cache(NamedTuple):
-    """Keys and values of the places already seen, and the place being computed."""
-
-    keys: Float[Array, "N H T K"]
-    values: Float[Array, "N H T K"]
-    place: Int[Array, ""]
-
-
 class Window(NamedTuple):
-    """`size` neighbouring places of a sequence from a traced `start` on."""
+    """`size` neighbouring places of a sequence, from a traced `start` on."""
 
     start: Int[Array, ""]
     size: int
@@ -97,57 +75,38 @@ class Window(NamedTuple):
 
 
 class Dropout(nn.Module):
-    """Dropout that is on exactly when the caller of `apply` gave a "dropout" key."""
+    """Dropout that is on if and only if `apply` got a "dropout" key."""
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return dropout(x, *dropout_seed(self, self.rate))
+        return drop(x, *dropout_seed(self, self.rate))
 
 
 def dropout_seed(module: nn.Module, rate: float) -> tuple[UInt32[Array, "2"], float]:
-    """A fresh seed for one use of dropout and its rate; the rate is 0 without a "dropout" key."""
+    """A fresh seed for one use of dropout, and its rate: 0 without a "dropout" key."""
     if not rate or not module.has_rng("dropout"):
         return jnp.zeros(2, jnp.uint32), 0.0
     return seed_words(module.make_rng("dropout")), rate
 
 
-class QKV(nn.Module):
-    """Queries, keys and values of all heads in one product, and their bias, not yet added."""
-
-    heads: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "N T D"]
-    ) -> tuple[Float[Array, "N T 3 H K"], Float[Array, "3 H K"]]:
-        width = x.shape[-1]
-        shape = (3, self.heads, width // self.heads)
-
-        def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return xavier(key, (width, 3 * width)).reshape(shape)
-
-        axes = ("embed", "qkv", "heads", "head_width")
-        kernel = self.param("kernel", named_axes(init, *axes), (width, *shape))
-        bias = self.param("bias", named_axes(nn.initializers.zeros, *axes[1:]), shape)
-        kernel = kernel.astype(self.dtype)
-        precision = of_products(self.dtype)
-        product = jnp.einsum("ntd,dphk->ntphk", x, kernel, precision=precision)
-        return product, bias.astype(self.dtype)
+def qkv_layer(width: int, heads: int, dtype: Any) -> Dense:
+    """Queries, keys and values of all heads: `[N, T, D]` -> `[N, T, 3, H, K]`."""
+    axes = ("embed", "qkv", "heads", "head_width")
+    return Dense((3, heads, width // heads), axes, dtype, name="qkv")
 
 
-def output_projection(width: int, dtype: Any) -> Dense:
-    """All heads' results together: `[N, T, H, K]` -> `[N, T, D]`."""
-    return Dense(width, ("heads", "head_width", "embed"), dtype, name="proj")
+def output_layer(width: int, dtype: Any) -> Dense:
+    """Joins the heads' results: `[N, T, H, K]` -> `[N, T, D]`."""
+    return Dense((width,), ("heads", "head_width", "embed"), dtype, name="proj")
 
 
 class Attention(nn.Module):
     """Multi-head self-attention of the backbone, scale 1/sqrt(K), softmax in float32.
 
-    With a `window`, only its places ask: keys and values are of all places. That is for sampling:
-    weights are not dropped.
+    With a `window`, only its places have queries; all places have keys and values. That is for
+    sampling, so no attention weight is dropped.
     """
 
     heads: int
@@ -162,19 +121,19 @@ class Attention(nn.Module):
         window: Window | None = None,
     ) -> Float[Array, "N W D"]:
         width = x.shape[-1]
-        qkv, bias = QKV(self.heads, self.dtype, name="qkv")(x)
+        qkv = qkv_layer(width, self.heads, self.dtype)
         if window is None:
-            x = attention(qkv, bias, visible, *dropout_seed(self, self.dropout))
+            x = attend(*qkv.terms(x), visible, *dropout_seed(self, self.dropout))
         else:
-            q, k, v = split_heads(qkv, bias)
+            q, k, v = split_heads(qkv(x))
             x = plain_attention(window.cut(q), k, v, None if visible is None else visible[:, None])
-        return Dropout(self.dropout)(output_projection(width, self.dtype)(x))
+        return Dropout(self.dropout)(output_layer(width, self.dtype)(x))
 
 
 class ChannelAttention(nn.Module):
     """Causal multi-head self-attention of the head, with LayerNorm on queries and keys.
 
-    With a `cache`, x holds one place only, which attends to the places cached so far and itself.
+    With a `cache`, x is one place, which attends to the cached places and itself.
     """
 
     heads: int
@@ -186,49 +145,20 @@ class ChannelAttention(nn.Module):
         self, x: Float[Array, "N T D"], cache: Cache | None = None
     ) -> tuple[Float[Array, "N T D"], Cache | None]:
         width = x.shape[-1]
-        qkv, bias = QKV(self.heads, self.dtype, name="qkv")(x)
-        q_norm = NormWeights(name="q_norm")(width // self.heads)
-        k_norm = NormWeights(name="k_norm")(width // self.heads)
+        qkv, bias = qkv_layer(width, self.heads, self.dtype).terms(x)
+        q_norm, k_norm = LayerNorm(name="q_norm"), LayerNorm(name="k_norm")
+        norms = (*q_norm.weights(width // self.heads), *k_norm.weights(width // self.heads))
         if cache is None:
-            norms = jnp.stack([*q_norm, *k_norm])
-            x = channel_attention(qkv, bias, norms, *dropout_seed(self, self.dropout))
+            x = attend_channels(qkv, bias, jnp.stack(norms), *dropout_seed(self, self.dropout))
         else:
-            x, keys, values = cached_attention(qkv, bias, (*q_norm, *k_norm), *cache)
-            cache = Cache(keys, values, cache.place)
-        return Dropout(self.dropout)(output_projection(width, self.dtype)(x)), cache
-
-
-class NormWeights(nn.Module):
-    """Scale and bias of a LayerNorm that is computed together with something else."""
-
-    @nn.compact
-    def __call__(self, width: int) -> tuple[Float[Array, " D"], Float[Array, " D"]]:
-        scale = self.param("scale", nn.initializers.ones, (width,))
-        return scale, self.param("bias", nn.initializers.zeros, (width,))
-
-
-class Units(nn.Module):
-    """The MLP's first product and its bias, not yet added."""
-
-    units: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "N T D"]
-    ) -> tuple[Float[Array, "N T F"], Float[Array, " F"]]:
-        kernel_init = named_axes(xavier, "embed", "mlp")
-        bias_init = named_axes(nn.initializers.zeros, "mlp")
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.units))
-        bias = self.param("bias", bias_init, (self.units,))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return jnp.matmul(x, kernel, precision=of_products(self.dtype)), bias.astype(self.dtype)
+            x, cache = attend_cached(qkv, bias, norms, cache)
+        return Dropout(self.dropout)(output_layer(width, self.dtype)(x)), cache
 
 
 class Mlp(nn.Module):
     """Linear to 4D, exact GELU, linear back, with dropout after GELU and at the end.
 
-    GELU's has the multiple of 2^-16 nearest to the rate; see `dropout.pair_rate`.
+    The first dropout rounds the rate to a multiple of 2^-16; see `dropout.pair_rate`.
     """
 
     dropout: float = 0.0
@@ -237,10 +167,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
         width = x.shape[-1]
-        x, bias = Units(4 * width, self.dtype, name="fc1")(x)
-        x = gelu_dropout(x, bias, *dropout_seed(self, self.dropout))
-        x = Dense(width, ("mlp", "embed"), self.dtype, name="fc2")(x)
-        return Dropout(self.dropout)(x)
+        fc1 = Dense((4 * width,), ("embed", "mlp"), self.dtype, name="fc1")
+        fc2 = Dense((width,), ("mlp", "embed"), self.dtype, name="fc2")
+        x = gelu_dropout(*fc1.terms(x), *dropout_seed(self, self.dropout))
+        return Dropout(self.dropout)(fc2(x))
 
 
 class Block(nn.Module):
@@ -250,34 +180,36 @@ class Block(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        self.norm1 = LayerNorm(self.dtype)
+        self.attn = Attention(self.heads, self.dropout, self.dtype)
+        self.norm2 = LayerNorm(self.dtype)
+        self.mlp = Mlp(self.dropout, self.dtype)
+
     def __call__(
         self,
         x: Float[Array, "N T D"],
         visible: Bool[Array, "#N T"] | None = None,
         window: Window | None = None,
     ) -> tuple[Float[Array, "N W D"], None]:
-        """Runs the block; with a `window`, for its places only, which see all the others."""
-        attention = Attention(self.heads, self.dropout, self.dtype, name="attn")
-        y = attention(layer_norm(self.dtype, name="norm1")(x), visible, window)
+        """Runs the block; with a `window`, for its places only, which attend to all places."""
+        y = self.attn(self.norm1(x), visible, window)
         x = y + (x if window is None else window.cut(x))
-        mlp = Mlp(self.dropout, self.dtype, name="mlp")
-        return x + mlp(layer_norm(self.dtype, name="norm2")(x)), None
+        return x + self.mlp(self.norm2(x)), None
 
 
 class ConditionedBlock(nn.Module):
     """Block whose norms are modulated and whose branches are gated by a condition (AdaLN-Zero)."""
 
-    width: int
     heads: int
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
         self.modulation = Modulation(6, self.dtype)
-        self.norm1 = layer_norm(self.dtype)
+        self.norm1 = LayerNorm(self.dtype)
         self.attn = ChannelAttention(self.heads, self.dropout, self.dtype)
-        self.norm2 = layer_norm(self.dtype)
+        self.norm2 = LayerNorm(self.dtype)
         self.mlp = Mlp(self.dropout, self.dtype)
 
     def __call__(
@@ -292,7 +224,7 @@ class ConditionedBlock(nn.Module):
         modulation: Float[Array, "N T 6*D"],
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "N T D"], Cache | None]:
-        """The block, with what `modulation` says of the condition."""
+        """The block, given the modulation of its condition."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
         y, cache = self.attn(modulate(self.norm1(x), shift1, scale1), cache)
         x = x + gate1 * y
@@ -300,11 +232,11 @@ class ConditionedBlock(nn.Module):
 
 
 class Unrolled(nn.Module):
-    """Blocks one after another, each with parameters of its own (see `unstack`).
+    """Blocks one after another, each with its own parameters (see `unstack`).
 
-    The program is as large as all of them together and takes the longer to compile. It runs faster:
-    nothing is cut from stacked parameters or put into stacked residuals, and blocks can be called
-    one by one.
+    The program contains every block, so it compiles more slowly than a scan. It runs faster,
+    because nothing is sliced from stacked parameters or written into stacked residuals, and single
+    blocks can be called.
     """
 
     make_block: Callable[[], nn.Module]
@@ -324,7 +256,7 @@ class Unrolled(nn.Module):
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
-    """Turns the parameters of stacked layers, wherever they are in the tree, into `Unrolled`'s."""
+    """Turns the parameters of stacked layers, anywhere in the tree, into those of `Unrolled`."""
     return {
         name: {f"blocks_{i}": layer for i, layer in enumerate(_layers(value))}
         if name.endswith("blocks")
@@ -342,18 +274,22 @@ def _layers(stacked: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def stack_layers(
-    block: type[nn.Module], layers: int, remat: str = "none", unrolled: bool = False
+    block: type[nn.Module], layers: int, remat: str = "none", scan_layers: bool = True
 ) -> Callable[..., Any]:
-    """A block's class over depth: `(x, shared) -> (x, None)`, `shared` the same for all layers.
+    """Makes a block's class over depth: `(x, shared) -> (x, None)`, one `shared` for all layers.
 
-    As a scan, whose parameters have a leading axis of size `layers` and whose program is as large
-    as one block whatever the depth; or with `unrolled` as `Unrolled`.
+    Args:
+      block: the class of one layer.
+      layers: how many.
+      remat: a key of `REMAT_POLICIES`.
+      scan_layers: whether to scan one block, whose program does not grow with the depth and whose
+        parameters have a leading axis of size `layers`; or to make an `Unrolled`.
     """
     policy = REMAT_POLICIES[remat]
     if policy is not None:
-        # In a scan nothing could be merged with the forward pass again; a barrier would only cost.
-        block = nn.remat(block, prevent_cse=unrolled, policy=policy)
-    if unrolled:
+        # A scan's backward pass cannot be merged with its forward pass: it needs no barrier.
+        block = nn.remat(block, prevent_cse=not scan_layers, policy=policy)
+    if not scan_layers:
         return lambda *arguments: Unrolled(functools.partial(block, *arguments), layers)
     return nn.scan(
         block,

@@ -81,7 +81,7 @@ def head_cases(config: ConfigDict, positions: Sequence[int]) -> list[Case]:
     """The head drawing all channels of so many positions, on one device."""
     model = inputs.make_model(config)
     mesh = meshes.make_mesh(devices=jax.local_devices()[:1])
-    module = TokenBridge(model, unrolled=True)
+    module = TokenBridge(dataclasses.replace(model, scan_layers=False))
 
     @functools.cache
     def make_params():

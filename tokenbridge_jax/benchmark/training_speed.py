@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from tokenbridge_jax.benchmark import inputs
 from tokenbridge_jax.benchmark.measure import Call, Case, Line
+from tokenbridge_jax.loss import MaskDraw
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.training.masking import MaskDraw, MaskSampler
+from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import ModelTask
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.settings import check_ranges

@@ -26,8 +26,8 @@ from tokenbridge_jax.data.loader import TokenRecords
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.evaluation import calibration, figures, report
 from tokenbridge_jax.evaluation.calibration import Calibration
-from tokenbridge_jax.loss import scored_slots, split_slots
-from tokenbridge_jax.model import TokenBridgeConfig, make_head, merge
+from tokenbridge_jax.loss import Examples, MaskDraw, map_slots
+from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.runtime import meshes
@@ -101,16 +101,8 @@ class Scorer:
                 self._plan.stages, (0, *self._plan.ends), self._plan.ends, strict=False
             ):
                 for now, after in itertools.islice(steps, end - first):
-                    found = self._step(
-                        params,
-                        indices,
-                        labels,
-                        orders,
-                        np.int32(now),
-                        np.int32(after),
-                        hidden_slots=stage.reveals,
-                        visible_slots=stage.visible_slots,
-                    )
+                    draw = MaskDraw(np.int32(now), stage.reveals, stage.visible_slots)
+                    found = self._step(params, indices, labels, orders, draw, np.int32(after))
                     parts.append((found, now - after))
         # The devices have been given everything; now it is waited for.
         fields = zip(*([np.asarray(x)[:, :n] for x in found] for found, n in parts), strict=True)
@@ -119,12 +111,9 @@ class Scorer:
 
 @functools.lru_cache(maxsize=4)
 def _step_on(mesh: Mesh, config: TokenBridgeConfig) -> Callable[..., Scores]:
-    """`_score_step`, compiled once for a model, however often its images are scored."""
-    return jax.jit(
-        functools.partial(_score_step, config),
-        static_argnames=("hidden_slots", "visible_slots"),
-        out_shardings=meshes.replicated(mesh),
-    )
+    """`_score_step`, compiled once per model, however often its images are scored."""
+    score = functools.partial(_score_step, config)
+    return jax.jit(score, out_shardings=meshes.replicated(mesh))
 
 
 def _score_step(
@@ -133,62 +122,38 @@ def _score_step(
     indices: Integer[Array, "B L C"],
     labels: Int[Array, " B"],
     orders: Int[Array, "B L"],
-    now: Int[Array, ""],
+    draw: MaskDraw,
     after: Int[Array, ""],
-    *,
-    hidden_slots: int,
-    visible_slots: int,
 ) -> Scores:
-    """Scores the slots `after` to before `now`, with those before `now` hidden.
+    """Scores the slots from `after` to `draw.num_hidden`, with all before that hidden.
 
-    They are brought to the front, so that the head sees no other: which of the hidden slots is
-    which means nothing to attention. What it finds behind them, up to `hidden_slots`, is padding.
+    They are moved to the front, so that the head sees only them. (Attention ignores the order of
+    hidden slots.) The slots after them, up to `draw.hidden_slots`, are padding.
     """
-    slot = jnp.arange(config.positions)
+    slot, now = jnp.arange(config.positions), draw.num_hidden
     revealed = now - after
     moved = jnp.where(slot < revealed, slot + after, slot - revealed)
     layout = jnp.where(slot < now, moved, slot)
-    no_drop = jnp.zeros(labels.shape, bool)
-    feature, slots = scored_slots(
-        config,
-        params,
-        indices,
-        labels,
-        orders[:, layout],
-        now,
-        no_drop,
-        None,
-        hidden_slots,
-        visible_slots,
+    examples = Examples(indices, labels, orders[:, layout], jnp.zeros(labels.shape, bool))
+    return map_slots(_score, config, params, examples, draw)
+
+
+def _score(
+    model: TokenBridge, feature: Float[Array, "B m D"], indices: Integer[Array, "B m C"]
+) -> Scores:
+    order = np.array(model.config.channel_order)
+    logits = model.logits(feature, indices, as_sampled=True)
+    target = indices[..., order].astype(jnp.int32)
+    log_probs = jax.nn.log_softmax(logits)
+    probs = jnp.exp(log_probs)
+    lower = jnp.arange(model.config.levels)[None, None, None] < target[..., None]
+    found = Scores(
+        nll=-jnp.take_along_axis(log_probs, target[..., None], axis=-1)[..., 0],
+        confidence=probs.max(axis=-1),
+        correct=logits.argmax(axis=-1) == target,
+        below=jnp.sum(jnp.where(lower, probs, 0), axis=-1),
     )
-    head = make_head(config, unrolled=not config.scan_layers)
-    order = np.array(config.channel_order)
-
-    def score(chunk: list[jax.Array]) -> Scores:
-        feature, indices = chunk
-        target = merge(indices)[:, order].astype(jnp.int32)
-        inputs = merge(feature), merge(indices)
-        logits: Any = head.apply(
-            {"params": params["head"]}, *inputs, as_sampled=True, method="logits"
-        )
-        log_probs = jax.nn.log_softmax(logits)
-        probs = jnp.exp(log_probs)
-        lower = jnp.arange(config.levels)[None, None] < target[..., None]
-        found = Scores(
-            nll=-jnp.take_along_axis(log_probs, target[..., None], axis=-1)[..., 0],
-            confidence=probs.max(axis=-1),
-            correct=logits.argmax(axis=-1) == target,
-            below=jnp.sum(jnp.where(lower, probs, 0), axis=-1),
-        )
-        in_autoencoder_order = np.argsort(order)
-        return Scores(*(x[:, in_autoencoder_order].reshape(indices.shape) for x in found))
-
-    found = jax.lax.map(score, split_slots(config, len(indices), feature, slots))
-
-    def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(len(indices), -1, config.channels)[:, :hidden_slots]
-
-    return jax.tree.map(join, found)
+    return Scores(*(x[..., np.argsort(order)] for x in found))
 
 
 def likelihood(

@@ -1,6 +1,6 @@
-"""Channel heads: what predicts one position's C indices from the backbone's feature.
+"""Channel heads, which predict one position's C indices from the backbone's feature.
 
-`head.Head` says what a head must give. `channel_ar` predicts one channel after another, `parallel`
-all at once; `grouped` makes either predict groups of neighbouring channels as joint classes.
-`model.make_head` makes the one that a config names.
+`head.Head` is their interface. `channel_ar` predicts one channel after another, `independent` all
+at once, and `grouped` makes either predict groups of neighbouring channels as joint classes.
+`model.make_head` builds the head that a config names.
 """

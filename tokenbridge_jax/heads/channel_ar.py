@@ -9,16 +9,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from tokenbridge_jax.heads.channel_transformer import ChannelTransformer, tempered_log_prob
+from tokenbridge_jax.ops.cached_attention import Cache
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.meshes import named_axes
-from tokenbridge_jax.transformer import Cache
 
 
 class ChannelAR(ChannelTransformer):
-    """Sees, at every place, the indices of the channels before it.
+    """At every place, sees the indices of the channels before it.
 
     `first_token_quirk`: the released weights were evaluated with the first timestep embedding added
-    to the first token when sampling, though not in training. On for imported weights only.
+    to the first token in sampling, but not in training. On for imported weights only.
     """
 
     first_token_quirk: bool = False
@@ -30,7 +30,7 @@ class ChannelAR(ChannelTransformer):
             named_axes(nn.initializers.normal(1.0), "channels", "levels", "embed"),
             (len(self.channel_order) - 1, self.levels, self.width),
         )
-        # Gathered before it is looked up in, like the backbone's tables.
+        # All-gathered before the look-up, like the backbone's tables.
         self.token_embeddings = meshes.constrain(token_embeddings, None, None, None)
         super().setup()
 
@@ -50,7 +50,7 @@ class ChannelAR(ChannelTransformer):
         return self._transform(tokens, condition[:, None])
 
     def _sampled_first(self, condition: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        """The first token, but for its place, when sampling."""
+        """The first token in sampling, without its channel embedding."""
         if not self.first_token_quirk:
             return condition
         return condition + self.timestep_embed[:1].astype(self.dtype)
@@ -62,14 +62,14 @@ class ChannelAR(ChannelTransformer):
         temperature: Float[Array, ""],
         log_probs: bool = False,
     ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
-        """See `Head.sample`; with cached keys and values.
+        """See `Head.sample`; uses cached keys and values.
 
-        What does not depend on indices exists for all channels at once: at size L 0.8 MB a
-        position, so 20 GB where one step reveals all of 100 images.
+        Everything that does not depend on indices exists for all channels at once: at size L 0.8 MB
+        per position, so 20 GB when one step reveals all positions of 100 images.
         """
         channels, count = len(self.channel_order), len(feature)
         if count == 1:
-            # XLA makes sums over whole weights of products with a single row.
+            # XLA turns products with a single row into slow sums over whole weights.
             feature, keys = jnp.repeat(feature, 2, axis=0), jnp.repeat(keys, 2)
             drawn = self.sample(feature, keys, temperature, log_probs)
             return jax.tree.map(lambda x: x[:1], drawn)
@@ -78,8 +78,8 @@ class ChannelAR(ChannelTransformer):
         empty = meshes.constrain(empty, "batch", "heads", None, None)
         caches = [Cache(empty, empty, jnp.int32(0))] * self.layers
 
-        # What does not depend on indices is computed for all channels at once. The embedding of a
-        # channel goes with the token before it.
+        # Everything that does not depend on indices is computed for all channels at once. The
+        # embedding of a channel is added to the token before it.
         embed = self.channel_embed.astype(self.dtype)
         first = self._sampled_first(condition) + embed[:1]
         tokens = self.token_embeddings.astype(self.dtype) + embed[1:, None]
@@ -87,7 +87,7 @@ class ChannelAR(ChannelTransformer):
         conditions = nn.silu(meshes.constrain(conditions, None, "batch", None))[:, :, None]
         modulations = [block.modulation(conditions) for block in self.blocks.blocks]
         modulations.append(self.final_modulation(conditions))
-        # argmax(logits / T + gumbel) = argmax(logits + T * gumbel), and the latter knows T = 0.
+        # argmax(logits / T + gumbel) = argmax(logits + T * gumbel), which also works for T = 0.
         noise = temperature * self._gumbel(keys)
 
         def next_channel(
@@ -95,7 +95,7 @@ class ChannelAR(ChannelTransformer):
         ) -> tuple[tuple[jax.Array, list[Cache]], tuple[jax.Array, ...]]:
             token, caches = carry
             place, modulations, noise = xs
-            # Cut out by themselves once, or XLA cuts in front of every norm and splits the norm.
+            # Without the barrier, XLA slices in front of every norm and splits the norm.
             *modulations, final_modulation = jax.lax.optimization_barrier(modulations)
             x = meshes.constrain(token[:, None], "batch", None, None)
             for i, (block, modulation) in enumerate(
@@ -109,7 +109,7 @@ class ChannelAR(ChannelTransformer):
             drawn: tuple[jax.Array, ...] = (index,)
             if log_probs:
                 drawn = index, tempered_log_prob(logits, index, temperature)
-            # The last channel's token is never used; it needs no table of its own.
+            # The last channel's token is never used, so there is no table for it.
             return (tokens[jnp.minimum(place, channels - 2), index], caches), drawn
 
         scan = nn.scan(next_channel, variable_broadcast="params", split_rngs={"params": False})

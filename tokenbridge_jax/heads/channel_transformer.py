@@ -1,4 +1,4 @@
-"""The transformer over a position's channels that the heads have in common."""
+"""The transformer over a position's channels that the heads share."""
 
 import functools
 from typing import Any
@@ -10,7 +10,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from tokenbridge_jax.heads.head import Head
-from tokenbridge_jax.layers import Dense, add_bias, copies
+from tokenbridge_jax.layers import Dense, LayerNorm, add_bias, copies
+from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.ops.precision import of_products
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.meshes import named_axes
@@ -18,7 +19,6 @@ from tokenbridge_jax.transformer import (
     ConditionedBlock,
     Modulation,
     embedding_init,
-    layer_norm,
     modulate,
     stack_layers,
 )
@@ -32,30 +32,28 @@ class ChannelTransformer(Head):
     heads: int
     dropout: float = 0.0
     dtype: Any = jnp.float32
-    unrolled: bool = False
+    scan_layers: bool = True
 
     def setup(self) -> None:
         channels = len(self.channel_order)
-        self.condition_proj = Dense(self.width, (None, "embed"), self.dtype)
+        self.condition_proj = Dense((self.width,), (None, "embed"), self.dtype)
         embedding = named_axes(embedding_init, "channels", "embed")
         self.channel_embed = self.param("channel_embed", embedding, (channels, self.width))
         self.timestep_embed = self.param("timestep_embed", embedding, (channels, self.width))
-        self.blocks = stack_layers(ConditionedBlock, self.layers, unrolled=self.unrolled)(
-            self.width, self.heads, self.dropout, self.dtype
-        )
-        self.norm = layer_norm(self.dtype)
-        self.final_norm = layer_norm(self.dtype, affine=False)
+        stack = stack_layers(ConditionedBlock, self.layers, scan_layers=self.scan_layers)
+        self.blocks = stack(self.heads, self.dropout, self.dtype)
+        self.norm = LayerNorm(self.dtype)
         self.final_modulation = Modulation(2, self.dtype)
         self.classifier = ChannelClassifier(channels, self.levels, self.dtype)
 
     def _condition(self, feature: Float[Array, "N Z"]) -> Float[Array, "N D"]:
-        # Positions stay where their images are, whatever the parameters' layout suggests.
+        # Positions stay on the devices of their images, whatever the parameters' layout suggests.
         return meshes.constrain(self.condition_proj(feature), "batch", None)
 
     def _transform(
         self, tokens: Float[Array, "N C D"], condition: Float[Array, "N 1 D"]
     ) -> Float[Array, "N C V"]:
-        """Logits of all places, from what each is given besides its place."""
+        """Logits of all places, from their tokens without the embeddings of the places."""
         x = meshes.constrain(add_bias(tokens, self.channel_embed), "batch", None, None)
         condition = copies(condition, tokens.shape, self.dtype)
         condition = nn.silu(add_bias(condition, self.timestep_embed))
@@ -75,11 +73,11 @@ class ChannelTransformer(Head):
         self, x: Float[Array, "N T D"], modulation: Float[Array, "N T 2*D"]
     ) -> Float[Array, "N T D"]:
         scale, shift = jnp.split(modulation, 2, axis=-1)
-        return modulate(self.final_norm(self.norm(x)), shift, scale)
+        return modulate(normalize(self.norm(x)).astype(self.dtype), shift, scale)
 
 
 class ChannelClassifier(nn.Module):
-    """One linear classifier a channel, with float32 logits."""
+    """One linear classifier per channel, with float32 logits."""
 
     channels: int
     levels: int
@@ -89,7 +87,7 @@ class ChannelClassifier(nn.Module):
     def __call__(
         self, x: Float[Array, "N T D"], place: Int[Array, ""] | None = None
     ) -> Float[Array, "N T V"]:
-        """Classifies all C places, or with `place` the one that x holds."""
+        """Classifies all C places, or with `place` the only one of x."""
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=0)
         kernel = self.param(
             "kernel",
@@ -103,8 +101,8 @@ class ChannelClassifier(nn.Module):
         )
         if place is not None:
             kernel, bias = kernel[place][None], bias[place][None]
-        # One product a channel with x on the left: einsum puts the kernel there, transposed, and
-        # XLA's CPU backend cannot run that product from bfloat16 to float32.
+        # One product per channel, with x on the left. An einsum would put the transposed kernel
+        # there, and XLA's CPU backend cannot run that product from bfloat16 to float32.
         product = functools.partial(
             jnp.dot, precision=of_products(self.dtype), preferred_element_type=jnp.float32
         )
@@ -115,6 +113,6 @@ class ChannelClassifier(nn.Module):
 def tempered_log_prob(
     logits: Float[Array, "*N V"], index: Int[Array, "*N"], temperature: Float[Array, ""]
 ) -> Float[Array, "*N"]:
-    """Log-probability of what was drawn, as `Head.sample` gives it."""
+    """Log-probability of a drawn index, as `Head.sample` defines it."""
     tempered = logits / jnp.where(temperature > 0, temperature, 1)
     return -optax.softmax_cross_entropy_with_integer_labels(tempered, index)

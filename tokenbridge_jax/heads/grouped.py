@@ -1,7 +1,8 @@
-"""Groups of channels as joint classes (paper, "channels a group").
+"""Groups of channels as joint classes (an ablation of the paper).
 
-A head for C/g channels of V**g levels predicts g neighbours in the channel order at a time, by one
-softmax over all their combinations. A class counts in base V, the group's first channel highest.
+A head for C/g channels of V**g levels predicts g neighbours in the channel order at a time, with
+one softmax over all their combinations. A class is a number in base V, whose highest digit is the
+group's first channel.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from tokenbridge_jax.heads.head import Head
 
 
 class GroupedHead(Head):
-    """Splits joint classes into channels, so that its likelihoods compare with other heads'.
+    """Splits joint classes into channels, so that likelihoods are comparable with other heads'.
 
-    `make_joint` makes the head of the groups, which takes them in the order 0, 1, ...
+    `make_joint` makes the head of the groups, which predicts them in the order 0, 1, ...
     """
 
     group: int
@@ -33,7 +34,7 @@ class GroupedHead(Head):
         indices: Integer[Array, "N C"],
         as_sampled: bool = False,
     ) -> Float[Array, "N C V"]:
-        """See `Head.logits`; the group's later channels are summed over."""
+        """See `Head.logits`; sums over the later channels of a group."""
         levels, groups = self.levels, len(self.channel_order) // self.group
         chosen = indices[:, np.array(self.channel_order)].astype(jnp.int32)
         chosen = chosen.reshape(-1, groups, self.group)
@@ -54,7 +55,7 @@ class GroupedHead(Head):
         temperature: Float[Array, ""],
         log_probs: bool = False,
     ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
-        """See `Head.sample`; the temperature is that of joint classes."""
+        """See `Head.sample`; the temperature applies to joint classes."""
         drawn: Any = self.joint.sample(feature, keys, temperature, log_probs)
         joint, *rest = drawn if log_probs else (drawn,)
         places = self.levels ** np.arange(self.group)[::-1]

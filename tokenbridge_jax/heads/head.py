@@ -1,7 +1,7 @@
-"""What a channel head must give.
+"""The interface of a channel head.
 
-A head works on N positions side by side. Channels come in *channel order*: place c of the sequence
-holds channel `channel_order[c]`. Outside the head, indices are always in autoencoder order.
+A head processes N positions in parallel. It orders channels in *channel order*: place c of its
+sequence is channel `channel_order[c]`. Outside the head, indices are always in autoencoder order.
 """
 
 import flax.linen as nn
@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int, Integer, Key
 class Head(nn.Module):
     """A distribution over one position's C indices, given the backbone's feature.
 
-    A new head has `logits` and `sample`. `model.make_head` makes it, and
-    `TokenBridgeConfig.forward_flops` counts its products. It is called with layers scanned, as
-    parameters are stored, or unrolled (see `transformer.unstack`), as it samples.
+    A new head implements `logits` and `sample`. `model.make_head` builds it, and
+    `TokenBridgeConfig.forward_flops` counts its products. `logits` must work with `scan_layers` on
+    and off; `sample` is only called with `scan_layers` off.
     """
 
     channel_order: tuple[int, ...]
@@ -30,15 +30,13 @@ class Head(nn.Module):
     ) -> Float[Array, "N C V"]:
         """Teacher-forced float32 logits, channels in channel order.
 
-        Their softmax is the distribution of a channel, given the feature and of the channels before
-        it those that the head looks at: log-probabilities of the channels add up to the position's.
+        Their softmax is the distribution of a channel, given the feature and the earlier channels
+        that the head uses. So the log-probabilities of the channels add up to the position's.
 
         Args:
-          feature: what the backbone says of each position.
-          indices: all C indices, in autoencoder order; place c sees none but those of places
-            before c.
-          as_sampled: of the distribution that `sample` draws from, where a head has one of its own
-            for training.
+          feature: the backbone's feature of each position.
+          indices: all C indices, in autoencoder order; place c only sees those of earlier places.
+          as_sampled: use the distribution that `sample` draws from, if training has another one.
         """
         raise NotImplementedError
 
@@ -62,17 +60,17 @@ class Head(nn.Module):
         temperature: Float[Array, ""],
         log_probs: bool = False,
     ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
-        """Draws the C indices of every position; for an unrolled model.
+        """Draws the C indices of every position.
 
         Args:
-          feature: what the backbone says of each position, guidance included.
-          keys: a random key a position; what is drawn depends on nothing else that is random.
-          temperature: divides the logits; 0 takes what is most likely at every place.
-          log_probs: whether the positions' log-probabilities are asked for.
+          feature: the backbone's feature of each position, guidance included.
+          keys: one random key per position, the only source of randomness.
+          temperature: divides the logits; 0 takes the most likely index at every place.
+          log_probs: whether to return log-probabilities too.
 
         Returns:
-          Indices in autoencoder order; with `log_probs` also the log-probability of each position's
-          indices, in nats and float32, among those that this temperature draws. Where it is 0 and
-          draws one outcome only, it is that of temperature 1.
+          Indices in autoencoder order; with `log_probs` also the float32 log-probability of each
+          position's indices, in nats, at this temperature. Temperature 0 has only one outcome, so
+          there it is the log-probability at temperature 1.
         """
         raise NotImplementedError

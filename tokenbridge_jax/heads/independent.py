@@ -1,7 +1,7 @@
 """Parallel head (paper, "parallel prediction"): all C channels at once, independent of each other.
 
-`ChannelAR` without the tokens of previous indices: all else is the same, so that what differs is
-only what a channel may depend on. (Attention stays causal; there is nothing that it could hide.)
+`ChannelAR` without the tokens of previous indices. Everything else is the same, so that the two
+heads differ only in what a channel may depend on. (Attention stays causal, which changes nothing.)
 """
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tokenbridge_jax.layers import copies
 
 
 class ParallelHead(ChannelTransformer):
-    """Sees, at every place, the feature alone."""
+    """At every place, sees the feature alone."""
 
     def logits(
         self,
@@ -21,7 +21,7 @@ class ParallelHead(ChannelTransformer):
         indices: Integer[Array, "N C"],
         as_sampled: bool = False,
     ) -> Float[Array, "N C V"]:
-        """See `Head.logits`; `indices` count for nothing."""
+        """See `Head.logits`; ignores `indices`."""
         del indices, as_sampled
         return self._logits(feature)
 
@@ -32,7 +32,7 @@ class ParallelHead(ChannelTransformer):
         temperature: Float[Array, ""],
         log_probs: bool = False,
     ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
-        """See `Head.sample`; one pass draws all."""
+        """See `Head.sample`; one pass draws all channels."""
         logits = self._logits(feature)
         noise = temperature * self._gumbel(keys).swapaxes(0, 1)
         drawn = jnp.argmax(logits + noise, axis=-1)

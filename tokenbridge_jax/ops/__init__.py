@@ -1,1 +1,1 @@
-"""Operations with a fast version for some devices and a plain one for all others."""
+"""Operations with a plain version, which defines them, and fast ones for GPUs and TPUs."""

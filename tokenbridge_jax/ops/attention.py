@@ -1,9 +1,9 @@
 """Attention over a sequence, with dropout on its weights.
 
-`attention` is one function with one gradient; how the two are computed is the platform's. GPUs run
-two Pallas kernels that never store a [T, T] array (the online softmax of FlashAttention, Dao et al.
-2022; backward, the weights are computed again). Everything else runs `plain_attention`, and in the
-backward pass runs it again for its gradient. Without dropout TPUs take one image after the other.
+`attend` adds the bias of queries, keys and values, and computes attention. Its definition is
+`plain_attention`, which all platforms can run; the backward pass runs it again. GPUs run two Pallas
+kernels that never store a [T, T] array (the online softmax of FlashAttention, Dao et al. 2022; the
+backward kernel computes the weights again). Without dropout, TPUs process one image at a time.
 """
 
 import functools
@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tokenbridge_jax.ops.dropout import dropout as drop
-from tokenbridge_jax.ops.dropout import keep
+from tokenbridge_jax.ops.dropout import drop, keep
+from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.ops.pallas import (
     LOG2_E,
     MASKED,
     by_platform,
     gpu_call,
     has_kernel,
-    normalize,
     on_shards,
     pl,
     pl_triton,
@@ -30,28 +29,28 @@ from tokenbridge_jax.ops.pallas import (
 )
 from tokenbridge_jax.ops.precision import of_products
 
-# Rows of queries, and of keys, that a kernel holds at a time.
+# The number of queries, and of keys, that a kernel holds at a time.
 BLOCK = 64
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attention(
+def attend(
     qkv: Float[Array, "N T 3 H K"],
     bias: Float[Array, "3 H K"],
     visible: Bool[Array, "#N T"] | None,
     seed: UInt32[Array, "2"],
-    dropout: float,
+    rate: float,
 ) -> Float[Array, "N T H K"]:
-    """softmax(q k^T / sqrt(K)) v, with float32 scores and sums.
+    """softmax(q k^T / sqrt(K)) v with q, k, v = qkv + bias, with float32 scores and sums.
 
     Args:
-      qkv: queries, keys and values, without their bias: added here, it costs no pass over memory.
-      bias: of queries, keys and values.
-      visible: which tokens are attended to; all without it.
+      qkv: queries, keys and values, without their bias. Adding it here costs no pass over memory.
+      bias: of queries, keys and values, in the dtype of `qkv`.
+      visible: which tokens are attended to; None means all.
       seed: of the dropout; see `dropout.seed_words`.
-      dropout: the probability that a weight is dropped.
+      rate: the probability that a weight is dropped.
     """
-    return _forward(qkv, bias, visible, seed, dropout)[0]
+    return _forward(qkv, bias, visible, seed, rate)[0]
 
 
 def plain_attention(
@@ -60,11 +59,11 @@ def plain_attention(
     v: Float[Array, "N T H K"],
     mask: Bool[Array, "#N #Q T"] | None,
     seed: UInt32[Array, "2"] | None = None,
-    dropout: float = 0.0,
+    rate: float = 0.0,
 ) -> Float[Array, "N Q H K"]:
     """Attention in plain operations: all [N, H, Q, T] weights exist at once.
 
-    The queries may be fewer than the keys, and each may have a mask of its own.
+    There may be fewer queries than keys, and every query may have its own mask.
     """
     einsum = functools.partial(jnp.einsum, precision=of_products(q.dtype))
     scores = einsum("nqhk,nshk->nhqs", q, k, preferred_element_type=jnp.float32)
@@ -73,7 +72,7 @@ def plain_attention(
         scores = jnp.where(mask[:, None], scores, MASKED)
     weights = jax.nn.softmax(scores)
     if seed is not None:
-        weights = drop(weights, seed, dropout)
+        weights = drop(weights, seed, rate)
     return einsum("nhqs,nshk->nqhk", weights.astype(v.dtype), v)
 
 
@@ -82,10 +81,10 @@ def _plain(
     bias: jax.Array,
     visible: jax.Array | None,
     seed: jax.Array,
-    dropout: float,
+    rate: float,
 ) -> jax.Array:
-    q, k, v = split_heads(qkv, bias)
-    return plain_attention(q, k, v, None if visible is None else visible[:, None], seed, dropout)
+    q, k, v = _biased_heads(qkv, bias)
+    return plain_attention(q, k, v, None if visible is None else visible[:, None], seed, rate)
 
 
 def image_by_image(
@@ -94,9 +93,9 @@ def image_by_image(
     visible: Bool[Array, "#N T"] | None,
     seed: UInt32[Array, "2"],
 ) -> Float[Array, "N T H K"]:
-    """`attention` without dropout, on every device one image after the other.
+    """`attend` without dropout, one image at a time on every device.
 
-    The scores of one image stay in a TPU's fast memory (VMEM); those of a whole batch do not.
+    The scores of one image fit into a TPU's fast memory (VMEM); those of a whole batch do not.
     """
 
     def call(seed: jax.Array, visible: jax.Array, bias: jax.Array, qkv: jax.Array) -> jax.Array:
@@ -110,13 +109,14 @@ def image_by_image(
     return on_shards(call, inputs, _HEADS, seed, _all_visible(visible, qkv), bias, qkv)
 
 
-def split_heads(
-    qkv: Float[Array, "N T 3 H K"], bias: Float[Array, "3 H K"]
-) -> list[Float[Array, "N T H K"]]:
-    """Queries, keys and values with their bias."""
+def split_heads(qkv: Float[Array, "N T 3 H K"]) -> list[Float[Array, "N T H K"]]:
+    """Queries, keys and values."""
     # Split, not indexed: the gradient is one concatenation, not a sum of three padded arrays.
-    parts = jnp.split(qkv, 3, axis=2)
-    return [part[:, :, 0] + bias[None, None, i] for i, part in enumerate(parts)]
+    return [part[:, :, 0] for part in jnp.split(qkv, 3, axis=2)]
+
+
+def _biased_heads(qkv: jax.Array, bias: jax.Array) -> list[jax.Array]:
+    return [part + bias[None, None, i] for i, part in enumerate(split_heads(qkv))]
 
 
 def normed_heads(
@@ -124,8 +124,11 @@ def normed_heads(
     bias: Float[Array, "3 H K"],
     norms: Sequence[jax.Array] | Float[Array, "4 K"],
 ) -> tuple[Float[Array, "N T H K"], ...]:
-    """`split_heads` with LayerNorm on queries and keys, given its scale and bias for each."""
-    q, k, v = split_heads(qkv, bias)
+    """Queries, keys and values of qkv + bias, with LayerNorm on queries and keys.
+
+    `norms` are the scale and the bias of the queries' norm, then those of the keys'.
+    """
+    q, k, v = _biased_heads(qkv, bias)
     q = normalize(q, norms[0], norms[1]).astype(v.dtype)
     k = normalize(k, norms[2], norms[3]).astype(v.dtype)
     return q, k, v
@@ -136,40 +139,40 @@ def _forward(
     bias: jax.Array,
     visible: jax.Array | None,
     seed: jax.Array,
-    dropout: float,
+    rate: float,
 ) -> tuple[jax.Array, Any]:
     batch, length, _, heads, _ = qkv.shape
-    # The kernel's backward pass wants the log of every row's normalizer; the others' do not.
+    # Only the backward kernel needs the log of every row's normalizer.
     no_normalizer = jnp.zeros((batch, heads, length))
 
     def plain(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         qkv, bias, visible, seed = arguments
-        return _plain(qkv, bias, visible, seed, dropout), no_normalizer
+        return _plain(qkv, bias, visible, seed, rate), no_normalizer
 
     def tpu(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         return image_by_image(*arguments), no_normalizer
 
-    kernel = functools.partial(kernel_forward, dropout=dropout)
+    kernel = functools.partial(kernel_forward, rate=rate)
     arguments = (qkv, bias, visible, seed)
-    others = {} if dropout else {"tpu": tpu}
+    others = {} if rate else {"tpu": tpu}
     out, normalizer = by_platform(plain, kernel, has_kernel(qkv), *arguments, **others)
     return out, (*arguments, out, normalizer)
 
 
-def _backward(dropout: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, None, None]:
+def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, None, None]:
     qkv, bias = residuals[:2]
 
     def plain(*arguments: Any) -> jax.Array:
         qkv, bias, visible, seed, _, _, d_out = arguments
-        return jax.vjp(lambda x: _plain(x, bias, visible, seed, dropout), qkv)[1](d_out)[0]
+        return jax.vjp(lambda x: _plain(x, bias, visible, seed, rate), qkv)[1](d_out)[0]
 
-    kernel = functools.partial(kernel_backward, dropout=dropout)
+    kernel = functools.partial(kernel_backward, rate=rate)
     d_qkv = by_platform(plain, kernel, has_kernel(qkv), *residuals, d_out)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return d_qkv, d_bias, None, None
 
 
-attention.defvjp(_forward, _backward)
+attend.defvjp(_forward, _backward)
 
 
 def kernel_forward(
@@ -178,13 +181,11 @@ def kernel_forward(
     visible: Bool[Array, "#N T"] | None,
     seed: UInt32[Array, "2"],
     *,
-    dropout: float,
+    rate: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N T H K"], Float[Array, "N H T"]]:
-    """The output of `attention`, and the log of every row's normalizer."""
-    kernel = functools.partial(
-        _forward_kernel, width=qkv.shape[4], heads=qkv.shape[3], dropout=dropout
-    )
+    """The output of `attend` and the log of every row's normalizer, on a GPU."""
+    kernel = functools.partial(_forward_kernel, width=qkv.shape[4], heads=qkv.shape[3], rate=rate)
 
     def call(seed: jax.Array, visible: jax.Array, bias: jax.Array, qkv: jax.Array) -> Any:
         batch, length, _, heads, width = qkv.shape
@@ -198,7 +199,7 @@ def kernel_forward(
             grid=grid,
             out_shape=shapes,
             warps=4,
-            stages=2 if dropout else 3,  # The faster ones on an H200.
+            stages=2 if rate else 3,  # What is faster on an H200.
             interpret=interpret,
         )
         out, normalizer = run(seed, visible, bias.ravel(), qkv.reshape(batch, length, -1))
@@ -218,13 +219,11 @@ def kernel_backward(
     normalizer: Float[Array, "N H T"],
     d_out: Float[Array, "N T H K"],
     *,
-    dropout: float,
+    rate: float,
     interpret: bool = False,
 ) -> Float[Array, "N T 3 H K"]:
-    """The gradient of `attention` with respect to `qkv` (and, summed over tokens, to `bias`)."""
-    kernel = functools.partial(
-        _backward_kernel, width=qkv.shape[4], heads=qkv.shape[3], dropout=dropout
-    )
+    """The gradient of `attend` with respect to `qkv` (its sum over tokens is that of `bias`)."""
+    kernel = functools.partial(_backward_kernel, width=qkv.shape[4], heads=qkv.shape[3], rate=rate)
 
     def call(
         seed: jax.Array,
@@ -243,7 +242,7 @@ def kernel_backward(
         d_qkv = run(seed, visible, bias.ravel(), flat_qkv, normalizer, mean, flat_d_out)
         return d_qkv.reshape(qkv.shape)
 
-    # What softmax's gradient subtracts from every row: the mean of its weights' gradients.
+    # Softmax's gradient subtracts from every row the weighted mean of the weights' gradients.
     mean = jnp.einsum("nthk,nthk->nht", out, d_out, preferred_element_type=jnp.float32)
     inputs = (_ROWS, _QKV[2:], _QKV, _NORMALIZER, _NORMALIZER, _HEADS)
     return on_shards(
@@ -262,10 +261,10 @@ def _all_visible(visible: jax.Array | None, qkv: jax.Array) -> Int[Array, "#N T"
 
 
 class _Tile:
-    """Where a program stands, and how it reads and writes tiles `[BLOCK, columns]` of one head.
+    """A program's place in the arrays; it reads and writes tiles `[BLOCK, columns]` of one head.
 
-    Arrays come with parts (q, k and v), heads and width as one axis. Rows beyond T and columns
-    beyond K, which fill tiles up to a power of two, are read as 0 and not written.
+    In the arrays, parts (q, k and v), heads and width are one axis. Tiles have powers of two of
+    columns: rows beyond T and columns beyond K are read as 0 and not written.
     """
 
     def __init__(
@@ -277,14 +276,14 @@ class _Tile:
         normalizer_ref: Any,
         width: int,
         heads: int,
-        dropout: float,
+        rate: float,
     ):
         self.row, self.head = pl.program_id(0), pl.program_id(2)
         self._local_heads, self.length = normalizer_ref.shape[1:]
         self.width, self.columns = width, pl.next_power_of_2(width)
         self._seed_ref, self._visible_ref = seed_ref, visible_ref
         self._bias_ref, self._qkv_ref = bias_ref, qkv_ref
-        self._heads, self._dropout = heads, dropout
+        self._heads, self._rate = heads, rate
 
     def load(self, ref: Any, block: jax.Array, part: int = 0) -> jax.Array:
         place, inside = self._place(block, part)
@@ -311,12 +310,12 @@ class _Tile:
         return pl.ds(block * BLOCK, BLOCK), block * BLOCK + jnp.arange(BLOCK) < self.length
 
     def load_rows(self, ref: Any, block: jax.Array, beyond: float) -> jax.Array:
-        """One number a row of block `block`, from `[N, H, T]`; `beyond` for rows beyond T."""
+        """One number per row of a block, from `[N, H, T]`; `beyond` for rows beyond T."""
         rows, inside = self.rows(block)
         return pl_triton.load(ref.at[self.row, self.head, rows], mask=inside, other=beyond)
 
     def scores(self, q: jax.Array, k: jax.Array, block: jax.Array) -> jax.Array:
-        """Masked scores, in bits, of queries and the keys of block `block`: `[BLOCK, BLOCK]`."""
+        """Masked scores `[BLOCK, BLOCK]` of queries and a block of keys, for powers of two."""
         rows, inside = self.rows(block)
         row = jnp.minimum(self.row, self._visible_ref.shape[0] - 1)
         visible = pl_triton.load(self._visible_ref.at[row, rows], mask=inside, other=0)
@@ -325,12 +324,12 @@ class _Tile:
 
     @property
     def kept_scale(self) -> float:
-        """What dropout multiplies the kept with; kernels do so where there is least of it."""
-        return 1 / (1 - self._dropout)
+        """The factor of what dropout keeps; kernels apply it to their smallest arrays."""
+        return 1 / (1 - self._rate)
 
     def zero_dropped(self, x: jax.Array, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """Dropout, but for `kept_scale`, of weights of two blocks or of their gradients."""
-        if not self._dropout:
+        """Dropout without `kept_scale`, of two blocks' weights or of their gradients."""
+        if not self._rate:
             return x
         seed_ref = self._seed_ref
         row = (self.row + seed_ref[2].astype(jnp.int32)) * self._heads
@@ -338,7 +337,7 @@ class _Tile:
         q = queries * BLOCK + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
         k = keys * BLOCK + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
         counter = ((row + q) * self.length + k).astype(jnp.uint32)
-        kept = keep(seed_ref[0], seed_ref[1], counter, self._dropout)
+        kept = keep(seed_ref[0], seed_ref[1], counter, self._rate)
         return jnp.where(kept, x, 0.0)
 
 
@@ -352,10 +351,10 @@ def _forward_kernel(
     *,
     width: int,
     heads: int,
-    dropout: float,
+    rate: float,
 ) -> None:
     """One block of queries against all keys."""
-    tile = _Tile(seed_ref, visible_ref, bias_ref, qkv_ref, normalizer_ref, width, heads, dropout)
+    tile = _Tile(seed_ref, visible_ref, bias_ref, qkv_ref, normalizer_ref, width, heads, rate)
     mine = pl.program_id(1)
     q = tile.load_part(mine, 0)
 
@@ -391,10 +390,10 @@ def _backward_kernel(
     *,
     width: int,
     heads: int,
-    dropout: float,
+    rate: float,
 ) -> None:
-    """The gradients of one block of queries, then those of the same block of keys and values."""
-    tile = _Tile(seed_ref, visible_ref, bias_ref, qkv_ref, normalizer_ref, width, heads, dropout)
+    """The gradients of one block of queries, then of the same block of keys and values."""
+    tile = _Tile(seed_ref, visible_ref, bias_ref, qkv_ref, normalizer_ref, width, heads, rate)
     mine, blocks = pl.program_id(1), pl.cdiv(tile.length, BLOCK)
     scale = tile.width**-0.5 * tile.kept_scale
     q, k, v = (tile.load_part(mine, part) for part in range(3))
@@ -404,8 +403,8 @@ def _backward_kernel(
     def gradients(
         q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array, queries: Any, keys: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """The dropped weights of two blocks, and the gradient of their scores: both unscaled."""
-        # Rows beyond T hold a bias; so large a normalizer takes all weight from them.
+        """The dropped weights of two blocks, and the gradient of their scores, both unscaled."""
+        # Rows beyond T contain a bias; a huge normalizer makes their weights 0.
         normalizer = tile.load_rows(normalizer_ref, queries, -MASKED)[:, None]
         mean = tile.load_rows(mean_ref, queries, 0.0)[:, None] / tile.kept_scale
         weights = jnp.exp2(tile.scores(q, k, keys) - normalizer * LOG2_E)

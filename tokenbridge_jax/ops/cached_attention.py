@@ -1,21 +1,21 @@
 """Attention over the channels of a position while they are drawn one by one.
 
-Keys and values of the channels so far are cached. One step adds a key and a value, and the newest
-channel asks. On GPUs that is one Pallas kernel; a program does one head of one position, too little
-for a matrix product: rows are multiplied and summed. Everything else, and the small float32 models
-of tests, runs the plain version.
+The keys and values of earlier channels are cached. One step adds a key and a value, and computes
+the attention of the newest channel. On GPUs that is one Pallas kernel, whose programs each do one
+head of one position: too little for a matrix product, so rows are multiplied and summed. Other
+platforms, and the small float32 models of tests, run the plain version.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tokenbridge_jax.ops.attention import normed_heads, plain_attention
+from tokenbridge_jax.ops.norm import NORM_EPSILON
 from tokenbridge_jax.ops.pallas import (
     MASKED,
-    NORM_EPSILON,
     by_platform,
     gpu_call,
     has_kernel,
@@ -24,68 +24,72 @@ from tokenbridge_jax.ops.pallas import (
     pl_triton,
 )
 
-# Of a program. One needs no shared memory for its sums, and a position has enough programs.
+# Of a program. A single warp needs no shared memory for its sums, and there are enough programs.
 WARPS = 1
 
 
-def cached_attention(
+class Cache(NamedTuple):
+    """Normed keys and values of the places before `place`, the one to compute.
+
+    What they contain from `place` on is ignored.
+    """
+
+    keys: Float[Array, "N H T K"]
+    values: Float[Array, "N H T K"]
+    place: Int[Array, ""]
+
+
+def attend_cached(
     qkv: Float[Array, "N 1 3 H K"],
     bias: Float[Array, "3 H K"],
     norms: tuple[Float[Array, " K"], ...],
-    keys: Float[Array, "N H T K"],
-    values: Float[Array, "N H T K"],
-    place: Int[Array, ""],
-) -> tuple[Float[Array, "N 1 H K"], Float[Array, "N H T K"], Float[Array, "N H T K"]]:
-    """`channel_attention` at one place, given the keys and values of the places before it.
+    cache: Cache,
+) -> tuple[Float[Array, "N 1 H K"], Cache]:
+    """`channel_attention.attend_channels` at one place, given the places before it.
 
     Args:
       qkv: the place's query, key and value, without their bias.
       bias: of query, key and value.
-      norms: float32 scale and bias of the query's LayerNorm, then of the key's; apart, since
-        joining them would be work of its own.
-      keys: normed keys of all T places. What they hold from `place` on counts for nothing.
-      values: likewise.
-      place: which one it is.
+      norms: float32 scale and bias of the query's LayerNorm, then of the key's. They are separate
+        arrays, because joining them would cost an operation.
+      cache: the places before.
 
     Returns:
-      The attention's result, and keys and values with those of `place` written, in their place if
-      the compiler can see that the old ones are not needed again.
+      The result, and the cache with this place's key and value written. The compiler writes them
+      into the old arrays if those are not needed again.
     """
-    arguments = (qkv, bias, norms, keys, values, place)
-    return by_platform(plain_cached_attention, kernel_cached_attention, has_kernel(qkv), *arguments)
+    return by_platform(
+        plain_cached_attention, kernel_cached_attention, has_kernel(qkv), qkv, bias, norms, cache
+    )
 
 
 def plain_cached_attention(
     qkv: Float[Array, "N 1 3 H K"],
     bias: Float[Array, "3 H K"],
     norms: tuple[Float[Array, " K"], ...],
-    keys: Float[Array, "N H T K"],
-    values: Float[Array, "N H T K"],
-    place: Int[Array, ""],
-) -> tuple[Float[Array, "N 1 H K"], Float[Array, "N H T K"], Float[Array, "N H T K"]]:
-    """`cached_attention` in plain operations."""
+    cache: Cache,
+) -> tuple[Float[Array, "N 1 H K"], Cache]:
+    """`attend_cached` in plain operations."""
     q, k, v = normed_heads(qkv, bias, norms)
 
-    def write(cache: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(cache, x.swapaxes(1, 2), place, axis=2)
+    def write(cached: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(cached, x.swapaxes(1, 2), cache.place, axis=2)
 
-    keys, values = write(keys, k), write(values, v)
-    seen = jnp.arange(keys.shape[2]) <= place
+    keys, values = write(cache.keys, k), write(cache.values, v)
+    seen = jnp.arange(keys.shape[2]) <= cache.place
     out = plain_attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), seen[None, None])
-    return out, keys, values
+    return out, Cache(keys, values, cache.place)
 
 
 def kernel_cached_attention(
     qkv: Float[Array, "N 1 3 H K"],
     bias: Float[Array, "3 H K"],
     norms: tuple[Float[Array, " K"], ...],
-    keys: Float[Array, "N H T K"],
-    values: Float[Array, "N H T K"],
-    place: Int[Array, ""],
+    cache: Cache,
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "N 1 H K"], Float[Array, "N H T K"], Float[Array, "N H T K"]]:
-    """`cached_attention` on a GPU."""
+) -> tuple[Float[Array, "N 1 H K"], Cache]:
+    """`attend_cached` on a GPU."""
 
     def call(_: jax.Array, place: jax.Array, *arrays: jax.Array) -> Any:
         *norms, bias, qkv, keys, values = arrays
@@ -108,8 +112,9 @@ def kernel_cached_attention(
 
     inputs = (*[(None,)] * 5, (None, "heads", None), _QKV, _CACHE, _CACHE)
     outputs = (("batch", None, "heads", None), _CACHE, _CACHE)
-    arrays = place[None], *norms, bias, qkv, keys, values
-    return on_shards(call, inputs, outputs, jnp.zeros(2, jnp.uint32), *arrays)
+    arrays = cache.place[None], *norms, bias, qkv, cache.keys, cache.values
+    out, keys, values = on_shards(call, inputs, outputs, jnp.zeros(2, jnp.uint32), *arrays)
+    return out, Cache(keys, values, cache.place)
 
 
 _QKV = ("batch", None, None, "heads", None)
@@ -130,7 +135,7 @@ def _kernel(
     new_keys_ref: Any,
     new_values_ref: Any,
 ) -> None:
-    """One head of one position. Rows and columns fill tiles up to powers of two."""
+    """One head of one position. Tiles have powers of two of rows and columns."""
     position, head = pl.program_id(0), pl.program_id(1)
     heads, length, width = keys_ref.shape[1:]
     place = place_ref[0]
@@ -164,7 +169,7 @@ def _kernel(
     def extend(cache: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(rows == place, new[None], cache).astype(jnp.float32)
 
-    # All loads first: memory answers while queries and keys are normalized.
+    # All loads come first: memory answers while queries and keys are normalized.
     keys, values = load_cache(keys_ref), load_cache(values_ref)
     q, k, v = (load_part(part) for part in range(3))
     norms = [load(ref.at[columns]) for ref in (q_scale_ref, q_bias_ref, k_scale_ref, k_bias_ref)]

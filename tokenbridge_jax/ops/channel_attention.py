@@ -1,10 +1,10 @@
 """Causal attention over the channels of a position, with normalized queries and keys.
 
-A position's sequence is short (16 channels), and there are hundreds of thousands of them in a
-batch: as plain operations their many small products leave a GPU mostly idle and every step between
-two of them is another pass over memory. The kernels pack whole sequences into one tile, whose
-product of queries and keys is masked to the blocks on its diagonal. As with `attention`, the
-function and its gradient are one and the platform chooses how they are computed.
+A position's sequence is short (16 channels), and a batch has hundreds of thousands of them. As
+plain operations, their many small products leave a GPU mostly idle, and every step between two
+products is another pass over memory. The kernels pack whole sequences into one tile and mask its
+product of queries and keys to the blocks on the diagonal. All platforms but GPUs run the plain
+version, which is the definition.
 """
 
 import functools
@@ -17,10 +17,10 @@ from jaxtyping import Array, Float, UInt32
 
 from tokenbridge_jax.ops.attention import normed_heads, plain_attention
 from tokenbridge_jax.ops.dropout import keep
+from tokenbridge_jax.ops.norm import NORM_EPSILON
 from tokenbridge_jax.ops.pallas import (
     LOG2_E,
     MASKED,
-    NORM_EPSILON,
     by_platform,
     gpu_call,
     has_kernel,
@@ -30,28 +30,30 @@ from tokenbridge_jax.ops.pallas import (
     product,
 )
 
-# Tokens of a tile: small, since the gradients of a tile live in registers.
+# The tokens of a tile: few, because the gradients of a tile are kept in registers.
 TILE = 32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def channel_attention(
+def attend_channels(
     qkv: Float[Array, "N T 3 H K"],
     bias: Float[Array, "3 H K"],
     norms: Float[Array, "4 K"],
     seed: UInt32[Array, "2"],
-    dropout: float,
+    rate: float,
 ) -> Float[Array, "N T H K"]:
-    """Causal softmax(norm(q) norm(k)^T / sqrt(K)) v, with float32 norms, scores and sums.
+    """Causal softmax(norm(q) norm(k)^T / sqrt(K)) v with q, k, v = qkv + bias.
+
+    Norms, scores and sums are float32.
 
     Args:
       qkv: queries, keys and values, without their bias.
-      bias: of queries, keys and values.
+      bias: of queries, keys and values, in the dtype of `qkv`.
       norms: float32 scale and bias of the queries' LayerNorm, then of the keys'.
       seed: of the dropout; see `dropout.seed_words`.
-      dropout: the probability that a weight is dropped.
+      rate: the probability that a weight is dropped.
     """
-    return _forward(qkv, bias, norms, seed, dropout)[0]
+    return _forward(qkv, bias, norms, seed, rate)[0]
 
 
 def plain_channel_attention(
@@ -59,45 +61,45 @@ def plain_channel_attention(
     bias: Float[Array, "3 H K"],
     norms: Float[Array, "4 K"],
     seed: UInt32[Array, "2"],
-    dropout: float,
+    rate: float,
 ) -> Float[Array, "N T H K"]:
-    """`channel_attention` in plain operations."""
+    """`attend_channels` in plain operations."""
     q, k, v = normed_heads(qkv, bias, norms)
     causal = jnp.asarray(np.tri(q.shape[1], dtype=bool))
-    return plain_attention(q, k, v, causal[None], seed, dropout)
+    return plain_attention(q, k, v, causal[None], seed, rate)
 
 
 def _forward(
-    qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, dropout: float
+    qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, rate: float
 ) -> tuple[jax.Array, Any]:
-    plain = functools.partial(plain_channel_attention, dropout=dropout)
-    kernel = functools.partial(kernel_forward, dropout=dropout)
+    plain = functools.partial(plain_channel_attention, rate=rate)
+    kernel = functools.partial(kernel_forward, rate=rate)
     arguments = (qkv, bias, norms, seed)
     return by_platform(plain, kernel, _has_kernel(qkv), *arguments), arguments
 
 
-def _backward(dropout: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, Any, None]:
+def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, Any, None]:
     qkv, bias = residuals[:2]
 
     def plain(
         qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, d_out: jax.Array
     ) -> Any:
         def function(qkv: jax.Array, norms: jax.Array) -> jax.Array:
-            return plain_channel_attention(qkv, bias, norms, seed, dropout)
+            return plain_channel_attention(qkv, bias, norms, seed, rate)
 
         return jax.vjp(function, qkv, norms)[1](d_out)
 
-    kernel = functools.partial(kernel_backward, dropout=dropout)
+    kernel = functools.partial(kernel_backward, rate=rate)
     d_qkv, d_norms = by_platform(plain, kernel, _has_kernel(qkv), *residuals, d_out)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return d_qkv, d_bias, d_norms, None
 
 
-channel_attention.defvjp(_forward, _backward)
+attend_channels.defvjp(_forward, _backward)
 
 
 def _has_kernel(qkv: jax.Array) -> bool:
-    """Whole sequences must fill a tile."""
+    """Whether the kernel takes these arrays: whole sequences must fill a tile."""
     return has_kernel(qkv) and TILE % qkv.shape[1] == 0
 
 
@@ -107,10 +109,10 @@ def kernel_forward(
     norms: Float[Array, "4 K"],
     seed: UInt32[Array, "2"],
     *,
-    dropout: float,
+    rate: float,
     interpret: bool = False,
 ) -> Float[Array, "N T H K"]:
-    """`channel_attention` on a GPU."""
+    """`attend_channels` on a GPU."""
     total_heads = qkv.shape[3]
 
     def call(seed: jax.Array, norms: jax.Array, bias: jax.Array, qkv: jax.Array) -> jax.Array:
@@ -122,7 +124,7 @@ def kernel_forward(
                 heads=heads,
                 width=width,
                 total_heads=total_heads,
-                dropout=dropout,
+                rate=rate,
             ),
             grid=(pl.cdiv(count * length, TILE), heads),
             out_shape=jax.ShapeDtypeStruct((count * length, heads * width), qkv.dtype),
@@ -143,10 +145,10 @@ def kernel_backward(
     seed: UInt32[Array, "2"],
     d_out: Float[Array, "N T H K"],
     *,
-    dropout: float,
+    rate: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N T 3 H K"], Float[Array, "4 K"]]:
-    """The gradients of `channel_attention` with respect to `qkv` and `norms`."""
+    """The gradients of `attend_channels` with respect to `qkv` and `norms`."""
     total_heads = qkv.shape[3]
 
     def call(
@@ -161,7 +163,7 @@ def kernel_backward(
                 heads=heads,
                 width=width,
                 total_heads=total_heads,
-                dropout=dropout,
+                rate=rate,
             ),
             grid=(tiles, heads),
             out_shape=(
@@ -204,10 +206,10 @@ class _Tile:
         heads: int,
         width: int,
         total_heads: int,
-        dropout: float,
+        rate: float,
     ):
         self.tile, self.head = pl.program_id(0), pl.program_id(1)
-        self._heads, self.width, self._dropout = heads, width, dropout
+        self._heads, self.width, self._rate = heads, width, rate
         self._columns = norms_ref.shape[1]
         self._rows = self.tile * TILE + jnp.arange(TILE)
         self._inside = (self._rows < qkv_ref.shape[0])[:, None] & self.real_columns[None]
@@ -232,15 +234,15 @@ class _Tile:
         sequence = (self.tile * TILE + row) // length + seed_ref[2].astype(jnp.int32)
         sequence = sequence * total_heads + self.head + seed_ref[3].astype(jnp.int32)
         counter = (sequence * length + row % length) * length + column % length
-        self._kept = keep(seed_ref[0], seed_ref[1], counter.astype(jnp.uint32), dropout)
+        self._kept = keep(seed_ref[0], seed_ref[1], counter.astype(jnp.uint32), rate)
 
     @property
     def real_columns(self) -> jax.Array:
         return jnp.arange(self._columns) < self.width
 
     def drop(self, x: jax.Array) -> jax.Array:
-        """Dropout of an array over the tile, the same for weights and for their gradients."""
-        return jnp.where(self._kept, x * (1 / (1 - self._dropout)), 0.0)
+        """Dropout of a `[TILE, TILE]` array, the same for weights and for their gradients."""
+        return jnp.where(self._kept, x * (1 / (1 - self._rate)), 0.0)
 
     def load(self, ref: Any, part: int = 0) -> jax.Array:
         return pl_triton.load(ref.at[self._place(part)], mask=self._inside, other=0.0)
@@ -257,7 +259,7 @@ class _Tile:
         return pl.ds(self.tile * TILE, TILE), pl.ds(first, self._columns)
 
     def _normalize(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rows of mean 0 and variance 1, and what they were multiplied with; 0 beyond K."""
+        """Rows of mean 0 and variance 1, and the factor they were scaled by; 0 beyond K."""
         x = x.astype(jnp.float32)
         x = jnp.where(self.real_columns[None], x - self.mean(x), 0.0)
         scale = jax.lax.rsqrt(self.mean(x * x) + NORM_EPSILON)
@@ -294,7 +296,7 @@ def _backward_kernel(
     d_scores = (tile.weights * (d_weights - mean) * tile.width**-0.5).astype(d_out.dtype)
 
     def through_norm(d_y: jax.Array, normal: jax.Array, scale: jax.Array, norm: int) -> None:
-        """Writes what the gradient of a normalized tensor says of the tensor and of its norm."""
+        """Writes the gradients of a tensor and of its norm, given that of the normalized tensor."""
         for i, d_norm in ((norm, d_y * normal), (norm + 1, d_y)):
             columns = tile.real_columns.shape[0]
             d_norms_ref[tile.tile, tile.head, pl.ds(i * columns, columns)] = jnp.sum(d_norm, axis=0)

@@ -1,13 +1,13 @@
-"""Dropout from a counter-based generator that costs a few integer operations an element.
+"""Dropout from a counter-based generator that costs a few integer operations per element.
 
-Whether element i is kept is a hash of i and of a random key, computed where it is needed: inside
-the fused kernel that reads the element, in the forward pass and again in the backward pass. No
-random bits and no mask are stored, and since i is the element's place in the whole array, the same
-array is treated the same on any number of devices. Elements 2^32 apart share their draw. In the
-widest arrays, the MLP's units, two elements share a hash and take half of its bits each.
+A hash of the element's number and of a random key decides whether the element is kept. The kernel
+that reads the element computes the hash, in the forward pass and again in the backward pass, so
+neither random bits nor masks are stored. The number is the element's place in the whole array, so
+the result does not depend on the number of devices. Elements 2^32 apart share their draw. In the
+widest arrays, the MLP's units, two elements share a hash and use 16 bits each.
 
-(Threefry, JAX's default generator, takes about ten times the operations, which is more than the
-products it would stand between leave room for.)
+(Threefry, JAX's default generator, takes about ten times as many operations. That would be slower
+than the matrix products before and after it.)
 """
 
 import functools
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
-# Columns between two units that share a hash: what a kernel holds of a row, twice.
+# The distance, in columns, of two units that share a hash; a kernel holds twice as many columns.
 PAIR_STRIDE = 512
 
 
@@ -31,15 +31,13 @@ def seed_words(key: Key[Array, ""]) -> UInt32[Array, "2"]:
 def keep(
     first: UInt32[Array, ""], second: UInt32[Array, ""], counter: UInt32[Array, "..."], rate: float
 ) -> Bool[Array, "..."]:
-    """Whether each element is kept: independent draws of probability 1 - `rate`.
-
-    Three multiplications with xor-shifts between them, and a word of the seed before each of those.
+    """Which elements are kept: independent draws of probability 1 - `rate`.
 
     Args:
-      first: a word of the seed.
-      second: another.
+      first: the first word of the seed.
+      second: the second word.
       counter: the elements' numbers.
-      rate: the probability of not being kept, to a multiple of 2^-32.
+      rate: the probability of dropping an element, rounded to a multiple of 2^-32.
     """
     return _hash(first, second, counter) >= np.uint32(round(rate * 2**32))
 
@@ -47,22 +45,22 @@ def keep(
 def keep_pair(
     first: UInt32[Array, ""], second: UInt32[Array, ""], counter: UInt32[Array, "..."], rate: float
 ) -> tuple[Bool[Array, "..."], Bool[Array, "..."]]:
-    """Two independent decisions of 16 bits from one hash; the first is `keep`'s.
+    """Two independent decisions of 16 bits from one hash; the first one equals `keep`'s.
 
     Args:
-      first: a word of the seed.
-      second: another.
+      first: the first word of the seed.
+      second: the second word.
       counter: the pairs' numbers.
-      rate: the probability of not being kept, made a multiple of 2^-16 by `pair_rate`.
+      rate: the probability of dropping an element, rounded by `pair_rate`.
     """
     word = _hash(first, second, counter)
     threshold = np.uint32(pair_rate(rate) * 2**32)
-    # The last product has mixed the low bits least: they decide together with the high ones.
+    # The last product mixes the low bits least, so they decide together with the high ones.
     return word >= threshold, word ^ (word << 16) >= threshold
 
 
 def pair_rate(rate: float) -> float:
-    """The multiple of 2^-16, below 1, that `keep_pair` takes for `rate`: 6554 / 65536 for 0.1."""
+    """The multiple of 2^-16, below 1, that `keep_pair` uses for `rate`: 6554 / 65536 for 0.1."""
     return min(round(rate * 2**16), 2**16 - 1) / 2**16
 
 
@@ -71,7 +69,7 @@ def _hash(
 ) -> UInt32[Array, "..."]:
     x = counter * np.uint32(0x9E3779B1) + first
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D) + second
-    # Comparisons look at the high bits, which the last product has mixed best.
+    # Comparisons mostly see the high bits, which the last product mixes best.
     return (x ^ (x >> 15)) * np.uint32(0x846CA68B)
 
 
@@ -80,7 +78,7 @@ def keep_units(
 ) -> Bool[Array, "... F"]:
     """`keep_pair` for all elements of an array, numbered in row-major order.
 
-    Partners are PAIR_STRIDE columns apart, and the first one's number is the pair's.
+    Partners are PAIR_STRIDE columns apart, and the pair has the number of the first one.
     """
     counter = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
@@ -98,17 +96,17 @@ def keep_elements(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dropout(x: Float[Array, "..."], seed: UInt32[Array, "2"], rate: float) -> Float[Array, "..."]:
+def drop(x: Float[Array, "..."], seed: UInt32[Array, "2"], rate: float) -> Float[Array, "..."]:
     """Zeroes each element with probability `rate` and divides the others by 1 - `rate`."""
     if not rate:
         return x
-    # In float32, whatever x is: bfloat16 has no 0.9.
+    # In float32 for any x, because bfloat16 cannot represent 0.9.
     scaled = (x.astype(jnp.float32) * np.float32(1 / (1 - rate))).astype(x.dtype)
     return jnp.where(keep_elements(seed, x.shape, rate), scaled, 0)
 
 
 # Linear in x, so the gradient is the same function of the gradient.
-dropout.defvjp(
-    lambda x, seed, rate: (dropout(x, seed, rate), seed),
-    lambda rate, seed, d_y: (dropout(d_y, seed, rate), None),
+drop.defvjp(
+    lambda x, seed, rate: (drop(x, seed, rate), seed),
+    lambda rate, seed, d_y: (drop(d_y, seed, rate), None),
 )

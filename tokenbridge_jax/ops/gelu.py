@@ -1,9 +1,9 @@
 """Bias, exact GELU and dropout of the MLP's units.
 
-XLA's fusions of these are bound on GPUs by arithmetic, not by memory. The kernels compute less: one
-exponential gives the normal's distribution function and its density, one hash decides for two
-units, and the bias' gradient is summed on the way. As with `attention`, the function and its
-gradient are one, the platform chooses how they are computed, and the draws are the same.
+On GPUs, XLA's fusions of these are limited by arithmetic, not by memory. The kernels compute less:
+one exponential gives both the normal distribution function and its density, one hash decides for
+two units, and the backward kernel also sums the bias' gradient. Other platforms run the plain
+version, which is the definition. What is dropped does not depend on the platform.
 """
 
 import functools
@@ -19,17 +19,17 @@ from tokenbridge_jax.ops.dropout import PAIR_STRIDE, keep_pair, keep_units, pair
 from tokenbridge_jax.ops.pallas import LOG2_E, by_platform, gpu_call, on_shards, pl, pl_triton
 from tokenbridge_jax.runtime.meshes import batch_shards_in_use
 
-# Rows that a program holds at a time, and those that one of the backward pass goes through.
+# The rows that a program holds at a time, and those that one program of the backward pass reads.
 TILE = 4
 ROWS = 64
 WARPS = 8
 
-# For fewer, launches cost more than the arithmetic saves: XLA records its own kernels in graphs,
-# which one of Pallas's interrupts.
+# With fewer rows, launching costs more than the arithmetic saves: XLA records its own kernels in
+# CUDA graphs, which a Pallas kernel interrupts.
 FEWEST_ROWS = 4096
 
-# (1 - Phi(x)) / exp(-x^2 / 2), which falls from 1/2 to 0, as a polynomial of t = 1 / (1 + 0.3 x)
-# without constant term: within 2e-7 of it, relatively, up to x = 13 (Chebyshev fit).
+# (1 - Phi(x)) / exp(-x^2 / 2), which falls from 1/2 to 0, is approximated by a polynomial of
+# t = 1 / (1 + 0.3 x) without constant term (Chebyshev fit; relative error 2e-7 up to x = 13).
 _SLOPE = 0.3
 _COEFFICIENTS = (
     0.1196293, 0.12075396, 0.09991349, 0.12856165, -0.05368367, 0.20635353, -0.15720311, 0.03567478,
@@ -40,16 +40,16 @@ _COEFFICIENTS = (
 def gelu_dropout(
     x: Float[Array, "... F"], bias: Float[Array, " F"], seed: UInt32[Array, "2"], rate: float
 ) -> Float[Array, "... F"]:
-    """Dropout of GELU(x + bias), the exact one, y Phi(y), in float32.
+    """dropout(GELU(x + bias)) with the exact GELU, y Phi(y), computed in float32.
 
-    The backward pass keeps nothing but the arguments.
+    The backward pass keeps only the arguments.
 
     Args:
-      x: a product, without its bias.
-      bias: what is added to it, in its dtype.
+      x: the product of a linear layer, without its bias. Adding it here costs no pass over memory.
+      bias: the layer's bias, in the dtype of `x`.
       seed: of the dropout; see `dropout.seed_words`.
-      rate: the probability that a unit is dropped, to a multiple of 2^-16 (see
-        `dropout.pair_rate`); what is kept is divided by exactly what is left of 1.
+      rate: the probability that a unit is dropped, rounded to a multiple of 2^-16 by
+        `dropout.pair_rate`. Kept units are divided by 1 minus the rounded rate.
     """
     return _forward(x, bias, seed, rate)[0]
 
@@ -70,7 +70,7 @@ gelu_dropout.defvjp(_forward, _backward)
 
 
 def _has_kernel(x: jax.Array) -> bool:
-    """On every device enough rows, and both units of every pair."""
+    """Whether every device has enough rows, and both units of every pair."""
     parts = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     pairs = x.shape[-1] % (2 * PAIR_STRIDE * parts) == 0
     rows = math.prod(x.shape[:-1]) // batch_shards_in_use()
@@ -174,10 +174,9 @@ _UNITS = ("batch", "mlp")
 
 
 class _Tile:
-    """`[TILE, PAIR_STRIDE]` units from a row and a column on, and their partners beside them.
+    """`[TILE, PAIR_STRIDE]` units from a row and a column on (half 0), and their partners (half 1).
 
-    Half 0 are those units, half 1 their partners. Rows beyond the last are read as 0 and not
-    written.
+    Rows beyond the last are read as 0 and not written.
     """
 
     def __init__(
@@ -214,13 +213,13 @@ def _columns(first: jax.Array, half: int) -> Any:
 
 
 def _tail(x: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """How much of a standard normal lies beyond |x|, and exp(-x^2 / 2)."""
+    """The probability of a standard normal beyond |x|, and exp(-x^2 / 2)."""
     bell = jnp.exp2(x * x * np.float32(-0.5 * LOG2_E))
     return bell * (_ratio(x) if interpret else _ratio_in_ptx(x)), bell
 
 
 def _ratio(x: jax.Array) -> jax.Array:
-    """The polynomial at |x|."""
+    """The polynomial above, at |x|."""
     t, y = 1 / (1 + _SLOPE * jnp.abs(x)), jnp.zeros_like(x)
     for coefficient in reversed(_COEFFICIENTS):
         y = (y + coefficient) * t
@@ -228,7 +227,7 @@ def _ratio(x: jax.Array) -> jax.Array:
 
 
 def _ratio_in_ptx(x: jax.Array) -> jax.Array:
-    """The same: no compiler on the way to the GPU joins a product and a sum, as `fma` does."""
+    """`_ratio` with `fma` instructions, which no compiler on the way to the GPU makes."""
     last, *others = (_literal(coefficient) for coefficient in reversed(_COEFFICIENTS))
     code = f"""{{
         .reg .f32 t, y;
@@ -276,7 +275,7 @@ def _backward_kernel(
     interpret: bool,
     **settings: Any,
 ) -> None:
-    """The gradient of ROWS rows, a tile at a time, and its sum over them."""
+    """The gradient of ROWS rows, one tile at a time, and its sum over the rows."""
     block, column = pl.program_id(0), pl.program_id(1) * 2 * PAIR_STRIDE
     biases = [bias_ref[_columns(column, half)][None] for half in (0, 1)]
 

@@ -1,7 +1,8 @@
-"""What the GPU kernels share, and whether they can be used at all.
+"""What the GPU kernels share, and the decision whether to use them.
 
-Pallas, through Triton, compiles them; JAX says that it will drop that. Where it is gone or has
-changed, or does not know the GPU, plain operations take over, and one line says so.
+Pallas compiles them through Triton, a backend that JAX plans to remove. If the backend is missing,
+has changed or does not support the GPU, plain operations replace the kernels, and one line on
+stderr says so.
 """
 
 import concurrent.futures
@@ -22,25 +23,23 @@ _import_error: Exception | None = None
 try:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as pl_triton
-except Exception as error:  # Whatever a later JAX does there.
+except Exception as error:  # A later JAX may raise anything here.
     pl = pl_triton = None  # type: ignore[assignment]
     _import_error = error
 
-NORM_EPSILON = 1e-6
-
-# Kernels compute exp(x) as 2^(x LOG2_E): GPUs have an instruction for powers of two only.
+# Kernels compute exp(x) as 2^(x LOG2_E), because GPUs only have an instruction for powers of two.
 LOG2_E = math.log2(math.e)
 
-# Below the log of any weight that counts, and far from float32's own limit.
+# The score of a masked key: exp of it is 0, and it is far from float32's limit.
 MASKED = -1e30
 
 
 def gpu_call(
     kernel: Callable[..., None], *, warps: int, stages: int = 2, interpret: bool, **arguments: Any
 ) -> Any:
-    """`pl.pallas_call` through Triton; `interpret` runs the kernel's Python on any platform.
+    """Calls `pl.pallas_call` through Triton; `interpret` runs the kernel's Python on any platform.
 
-    `warps` work on a program, whose loops load `stages` - 1 steps ahead.
+    A program has `warps` warps, and its loops load `stages` - 1 steps ahead.
     """
     parameters = pl_triton.CompilerParams(num_warps=warps, num_stages=stages)
     return pl.pallas_call(
@@ -49,7 +48,10 @@ def gpu_call(
 
 
 def has_kernel(qkv: Float[Array, "N T 3 H K"]) -> bool:
-    """Float32, which only tests and the quickstart use, is left to XLA's exact products."""
+    """Whether the attention kernels take these arrays.
+
+    Float32 models, which only tests and the quickstart use, keep XLA's exact products.
+    """
     return qkv.dtype == jnp.bfloat16 and qkv.shape[-1] >= 16
 
 
@@ -60,23 +62,23 @@ def by_platform(
     *arguments: Any,
     **others: Callable[..., Any],
 ) -> Any:
-    """`kernel(*arguments)` where the program is compiled for an NVIDIA GPU, else `plain`.
+    """Runs `kernel(*arguments)` in programs for NVIDIA GPUs, and `plain` in all others.
 
-    A kernel that cannot be made is given up, and all others with it: a gradient's kernel takes
-    what its forward kernel leaves.
+    If one kernel cannot be built, no kernel is used any more, because a backward kernel needs the
+    output of its forward kernel.
 
     Args:
-      plain: runs anywhere.
+      plain: the function for any platform.
       kernel: the same function for GPUs.
-      has_kernel: whether it takes arguments like these.
-      arguments: arrays.
-      others: the same function for further platforms, by their names.
+      has_kernel: whether the kernel takes arguments of these shapes and dtypes.
+      arguments: trees of arrays.
+      others: the same function for further platforms, by platform name.
     """
 
     def kernel_or_plain(*arguments: Any) -> Any:
         try:
             return kernel(*arguments)
-        except Exception as error:  # Of an interface that has changed: it can be any.
+        except Exception as error:  # A changed interface can raise anything.
             _give_up(error)
             return plain(*arguments)
 
@@ -86,7 +88,7 @@ def by_platform(
     return jax.lax.platform_dependent(*arguments, **branches)
 
 
-# The first reason not to use the kernels; at most one.
+# Why kernels are not used: empty, or the first reason.
 _given_up: list[str] = []
 
 
@@ -99,23 +101,23 @@ def _kernels_work() -> bool:
 
 
 def _give_up(error: Exception) -> None:
-    """No kernel is used any more, in this process."""
+    """Stops using kernels in this process and says why, once."""
     if not _given_up:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         _given_up.append(reason)
-        told = "the fast GPU kernels cannot be used, plain operations take their place"
-        print(f"{told} (jax {jax.__version__}, {reason})", file=sys.stderr)
+        what = "the fast GPU kernels cannot be used, plain operations take their place"
+        print(f"{what} (jax {jax.__version__}, {reason})", file=sys.stderr)
 
 
 @functools.cache
 def _try_gpu() -> None:
-    """Compiles a small kernel for the GPU of this process."""
+    """Compiles a small kernel for this process's GPU, and stops using kernels if that fails."""
     device = jax.local_devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
     try:
         if capability.partition(".")[0] in {"5", "6", "7"}:
             raise NotImplementedError(f"{device.device_kind} is {capability}, they need 8.0")
-        # A thread of its own knows nothing of the mesh and the program that is being traced.
+        # In another thread, because this one may be tracing a program on some mesh.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             thread.submit(lambda: _small_kernel().lower().compile()).result()
     except Exception as error:
@@ -134,19 +136,9 @@ def _small_kernel() -> jax.stages.Traced:
 def product(
     a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False
 ) -> jax.Array:
-    """A matrix product with float32 sums, inside a kernel."""
+    """A matrix product with float32 accumulation, inside a kernel."""
     contracted = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
     return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
-
-
-def normalize(
-    x: Float[Array, "... D"], scale: Float[Array, " D"], bias: Float[Array, " D"]
-) -> Float[Array, "... D"]:
-    """LayerNorm over the last axis, in float32 throughout; the result is float32."""
-    x = x.astype(jnp.float32)
-    x -= jnp.mean(x, axis=-1, keepdims=True)
-    x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
-    return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(bias, x.shape)
 
 
 def on_shards(
@@ -159,17 +151,17 @@ def on_shards(
 ) -> Any:
     """Runs `function(seed, *arrays)` on each device's part of the arrays.
 
-    The compiler cannot divide a kernel as it divides other operations: without this every device
-    would be given whole arrays. To the seed are added where a device's part begins along the two
-    `numbered` axes, so that random draws can be numbered as if there were one device.
+    The compiler cannot partition a kernel, so without this every device would get whole arrays.
+    Two numbers are appended to the seed: where the device's part starts along the two `numbered`
+    axes. With them, random draws are the same as on one device.
 
     Args:
-      function: works on any part of the axes that are divided.
-      inputs: the logical axes (see `parallel.RULES`) of every array. Axes of size 1 are copied.
-      outputs: the logical axes of the result, or of every result.
-      seed: words of a random key.
+      function: works on any part of the partitioned axes.
+      inputs: the logical axes (see `meshes.RULES`) of every array. Axes of size 1 are copied.
+      outputs: the logical axes of the result, or a tuple of them for every result.
+      seed: two words of a random key.
       arrays: the inputs.
-      numbered: the logical axes whose places are added to the seed.
+      numbered: the logical axes whose offsets are appended to the seed.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -1,8 +1,8 @@
 """Products of float32 arrays that mean the same on every platform.
 
-Left to itself, XLA multiplies float32 arrays exactly on CPUs, but after rounding them to 11 bits
+By default, XLA multiplies float32 arrays exactly on CPUs, but rounds them to 11 bits
 (TensorFloat-32) on NVIDIA GPUs and to 8 bits (bfloat16) on TPUs. So every product of this package
-says what it needs, by the names that JAX has for it:
+names the precision it needs:
 
 float32        as exact as float32 is: six passes of bfloat16 products on TPUs, and on GPUs three of
                TensorFloat-32 for convolutions
@@ -23,9 +23,8 @@ from tokenbridge_jax.runtime.errors import UserError
 
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 
-# Tensor cores round what they have summed so far towards zero at every step. Sums of so many input
-# channels (times the kernel's places) lose no more by that than float32 does; see
-# docs/performance.md.
+# Tensor cores round their running sum towards zero at every step. Over so many input channels
+# (times the kernel's places) this loses no more than float32 does; see docs/performance.md.
 SUMMED_CHANNELS = 64
 
 
@@ -41,7 +40,7 @@ def compute_dtype(precision: str) -> Any:
 
 
 def of_products(dtype: Any) -> str | None:
-    """The `precision` argument of JAX's products for arrays of `dtype`, where float32 is meant."""
+    """The `precision` argument of JAX's products for arrays of `dtype`; float32 means float32."""
     return "highest" if dtype == jnp.float32 else None
 
 
@@ -75,7 +74,7 @@ def _convolve(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _exact(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any) -> jax.Array:
-    """In float32. On NVIDIA GPUs 2.4 times as fast as their float32 units are."""
+    """A float32 convolution; on NVIDIA GPUs 2.4 times as fast as on their float32 units."""
 
     def anywhere(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return _convolve(x, kernel, strides, padding, "highest")
@@ -97,10 +96,11 @@ def _exact_jvp(strides: Any, padding: Any, primals: Any, tangents: Any) -> Any:
 def three_passes(
     x: Float[Array, "B H W D"], kernel: Float[Array, "k l D E"], strides: Any, padding: Any
 ) -> Float[Array, "B h w E"]:
-    """A float32 convolution by TensorFloat-32 products.
+    """A float32 convolution from TensorFloat-32 products.
 
-    With each operand as a sum of two of 11 bits, x w = xh wh + xh wl + xl wh but for 2^-22 of it.
-    The three are one convolution over three times the channels: its sums stay in registers.
+    Each operand is split into two of 11 bits: x w = xh wh + xh wl + xl wh, up to a relative 2^-22.
+    The three products are one convolution over three times the channels, so that its sums stay in
+    registers.
     """
     total: Any = 0
     for start in range(0, x.shape[-1], SUMMED_CHANNELS):
@@ -114,6 +114,6 @@ def three_passes(
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rounded to TensorFloat-32's 11 bits, and the rest."""
+    """x rounded to TensorFloat-32's 11 bits, and the remainder."""
     high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
     return high, x - high

@@ -20,12 +20,11 @@ from ml_collections import ConfigDict
 from tokenbridge_jax.benchmark.inputs import check_batches, make_model
 from tokenbridge_jax.benchmark.training_speed import Trainer
 from tokenbridge_jax.flops import sampling_flops
-from tokenbridge_jax.loss import head_chunks
+from tokenbridge_jax.loss import MaskDraw, head_chunks
 from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.preflight.hlo import Program, read_program
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate
-from tokenbridge_jax.training.masking import MaskDraw
 from tokenbridge_jax.training.model_task import training_flops
 from tokenbridge_jax.training.settings import check_training
 
@@ -93,13 +92,13 @@ def training_work(config: ConfigDict, mesh: Mesh) -> Work:
 
     def activations(draw: MaskDraw) -> int:
         """In tokens times layers times width: those of the encoder and of one of head's chunks."""
-        slots = _scored(draw, section.head_fraction)
+        slots = draw.share(section.head_fraction).hidden_slots
         _, chunk = head_chunks(model, slots, micro_batch, meshes.batch_shards(mesh))
         head = chunk * model.channels * model.head_layers * model.head_width
         return head + draw.visible_slots * model.encoder_layers * model.encoder_width
 
     def padded_flops(draw: MaskDraw) -> int | float:
-        slots = _scored(draw, section.head_fraction)
+        slots = draw.share(section.head_fraction).hidden_slots
         return model.forward_flops(model.positions - draw.visible_slots, slots)
 
     chosen = max(draws.values(), key=activations)
@@ -197,10 +196,6 @@ def matmul_flops(jaxpr: Any) -> int:
             runs = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         total += runs * sum(map(matmul_flops, inner))
     return total
-
-
-def _scored(draw: MaskDraw, head_fraction: float) -> int:
-    return max(1, round(head_fraction * draw.hidden_slots))
 
 
 def _bytes_on_device(tree: Any) -> int:

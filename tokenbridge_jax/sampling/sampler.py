@@ -253,7 +253,7 @@ def _reveal(
     """One step: in confidence order if it has a `choice_temperature`, else in that of `slots`."""
     batch, positions = slots.orders.shape
     # Nothing is differentiated, so there is nothing to rematerialise.
-    model = TokenBridge(dataclasses.replace(config, remat="none"), unrolled=True)
+    model = TokenBridge(dataclasses.replace(config, remat="none", scan_layers=False))
 
     def apply(method: Callable[..., Any], *arguments: Any) -> Any:
         return model.apply({"params": params}, *arguments, method=method)

@@ -23,29 +23,14 @@ import dataclasses
 import math
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 from scipy import special
 
+from tokenbridge_jax.loss import MaskDraw
 from tokenbridge_jax.runtime.errors import UserError
-
-
-@flax.struct.dataclass
-class MaskDraw:
-    """What the host drew for one batch. The slots are part of the type: each pair is a program.
-
-    Attributes:
-      num_hidden: positions hidden in every image of the batch (traced).
-      hidden_slots: M >= num_hidden.
-      visible_slots: S >= L - num_hidden.
-    """
-
-    num_hidden: Any
-    hidden_slots: int = flax.struct.field(pytree_node=False)
-    visible_slots: int = flax.struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,36 +5,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tokenbridge_jax.loss import image_nll, loss
+from tokenbridge_jax.loss import Examples, MaskDraw, image_nll, training_loss
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.training.masking import MaskDraw, MaskSampler, draw_orders
+from tokenbridge_jax.training.masking import MaskSampler, draw_orders
 
 Batch = Mapping[str, Any]
-
-
-@flax.struct.dataclass
-class Examples:
-    """A batch with every random choice made; while it is cut up, an axis more stands in front.
-
-    Attributes:
-      indices: `[B, L, C]`, positions row-major, channels in autoencoder order.
-      labels: `[B]`, classes.
-      order: `[B, L]`, positions of each image; the first `num_hidden` are hidden.
-      drop_class: `[B]`, true where the null latent takes the place of the class.
-    """
-
-    indices: Any
-    labels: Any
-    order: Any
-    drop_class: Any
 
 
 class ModelTask:
@@ -70,18 +52,8 @@ class ModelTask:
         self, params: Any, examples: Examples, key: PRNGKeyArray, draw: MaskDraw
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Mean cross-entropy in nats over hidden positions and channels, with dropout."""
-        value = loss(
-            self._config,
-            params,
-            examples.indices,
-            examples.labels,
-            examples.order,
-            draw.num_hidden,
-            examples.drop_class,
-            key,
-            hidden_slots=draw.hidden_slots,
-            visible_slots=draw.visible_slots,
-            head_fraction=self._head_fraction,
+        value = training_loss(
+            self._config, params, examples, draw, key, head_fraction=self._head_fraction
         )
         return value, {}
 
@@ -129,17 +101,9 @@ def make_validation(
         numbers = first + jnp.arange(len(batch["labels"]), dtype=jnp.int32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), numbers)
         words = jax.vmap(lambda key: jax.random.bits(key, (config.positions,)))(keys)
-        nll = image_nll(
-            config,
-            params,
-            batch["indices"],
-            batch["labels"],
-            jnp.argsort(words, axis=-1),
-            draw.num_hidden,
-            jnp.zeros(batch["labels"].shape, bool),
-            hidden_slots=draw.hidden_slots,
-            visible_slots=draw.visible_slots,
-        )
+        no_drop = jnp.zeros(batch["labels"].shape, bool)
+        examples = Examples(batch["indices"], batch["labels"], jnp.argsort(words), no_drop)
+        nll = image_nll(config, params, examples, draw)
         weights = batch["weights"]
         return jnp.stack([jnp.sum(weights * jnp.mean(nll, axis=-1)), jnp.sum(weights)])
 
