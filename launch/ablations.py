@@ -37,8 +37,7 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import config_from
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import validation_batches
-from tokenbridge_jax.data.sources import load_prepared, make_source
-from tokenbridge_jax.data.tokenizing import make_subsets
+from tokenbridge_jax.data.sources import load_prepared, make_source, make_subsets
 from tokenbridge_jax.evaluation.features import thumbnails
 from tokenbridge_jax.evaluation.metrics import frechet_distance
 from tokenbridge_jax.evaluation.moments import gaussian

@@ -29,7 +29,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """Compiled programs on disk, for a module whose runs compile the same ones again.
+    """Compiled programs on disk, for a module whose runs and processes compile the same ones again.
 
     In others, writing them takes longer than it saves.
     """
@@ -38,26 +38,60 @@ def programs(tmp_path_factory):
         "jax_persistent_cache_min_compile_time_secs": 0.5,
     }
     before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name.upper(), str(value))
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 
+# Fixtures import the package themselves: before pytest starts, annotations are not yet checked.
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """27 smooth pictures in 3 class folders."""
+    from token_shards import write_pictures
+
+    return write_pictures(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A workdir with the autoencoder of `token_shards`."""
+    from token_shards import write_autoencoder
+
+    return write_autoencoder(tmp_path / "work")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, images):
+    """A workdir tokenized without disturbance."""
+    from token_shards import make_config, write_autoencoder
+
+    from tokenbridge_jax.data.tokenizing import tokenize
+
+    workdir = write_autoencoder(tmp_path_factory.mktemp("finished"))
+    tokenize(make_config(images), workdir)
+    return workdir
+
+
 @pytest.fixture(scope="session")
 def pipeline():
     """A pipeline with random weights; 4x4 positions of 2x2 pixels."""
-    from tiny_model import random_params, tiny, tiny_pipeline  # After pytest's import hooks.
+    from tiny_model import random_params, tiny, tiny_pipeline
 
     config = tiny(positions=16)
     return tiny_pipeline(config, random_params(config))
 
 
 @pytest.fixture(scope="session")
-def images():
+def pixels():
+    """Three images for `pipeline`."""
     return np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uint8)
 
 

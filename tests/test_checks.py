@@ -158,9 +158,9 @@ def test_settings_are_numbers(settings, message):
         SamplingSettings(**settings)
 
 
-def test_arrays_of_any_library_and_lists_are_as_good(pipeline, images):
-    indices = pipeline.encode(images)
-    for given in (list(images), jnp.asarray(images), [jnp.asarray(x) for x in images]):
+def test_arrays_of_any_library_and_lists_are_as_good(pipeline, pixels):
+    indices = pipeline.encode(pixels)
+    for given in (list(pixels), jnp.asarray(pixels), [jnp.asarray(x) for x in pixels]):
         np.testing.assert_array_equal(pipeline.encode(given), indices)
     decoded = pipeline.decode(indices)
     for given in (

@@ -73,8 +73,8 @@ def demo(pipeline):
 
 
 @pytest.fixture(scope="module")
-def image(images):
-    return images[0]
+def image(pixels):
+    return pixels[0]
 
 
 MASK = np.arange(8) < np.full((8, 1), 4)  # The left half.

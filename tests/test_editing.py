@@ -228,9 +228,9 @@ def test_batch_size_and_devices_change_no_edit(params):
     def run(sizes: tuple[int, ...], batch_size: int) -> np.ndarray:
         mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
         placed = jax.device_put(params, meshes.logical_shardings(boxed, mesh))
-        images = dict(labels=labels, known=known, hidden=hidden)
+        pixels = dict(labels=labels, known=known, hidden=hidden)
         return generate_in_batches(
-            CONFIG, placed, settings=settings, mesh=mesh, seed=21, batch_size=batch_size, **images
+            CONFIG, placed, settings=settings, mesh=mesh, seed=21, batch_size=batch_size, **pixels
         )
 
     expected = run((1, 1, 1), 8)
@@ -246,25 +246,25 @@ def test_batch_size_and_devices_change_no_edit(params):
 SETTINGS = dict(num_iter=2, temperature=0.8)
 
 
-def test_a_position_is_drawn_where_any_of_its_pixels_is_masked(pipeline, images):
+def test_a_position_is_drawn_where_any_of_its_pixels_is_masked(pipeline, pixels):
     mask = np.zeros((8, 8), bool)
     mask[3, 2:5] = True  # Row 1 of positions, columns 1 and 2.
     changed = np.zeros((4, 4), bool)
     changed[1, 1:3] = True
-    before = pipeline.encode(images)
+    before = pipeline.encode(pixels)
     settings = SETTINGS | dict(encode_hidden=True)
-    edited = pipeline.edit(images, mask, "dog", seed=1, **settings)
+    edited = pipeline.edit(pixels, mask, "dog", seed=1, **settings)
     hidden = np.tile(changed.ravel(), (3, 1))
     indices = pipeline.generate_indices([1] * 3, known=before, hidden=hidden, seed=1, **SETTINGS)
     np.testing.assert_array_equal(edited, pipeline.decode(indices))
     np.testing.assert_array_equal(indices[~hidden], before[~hidden])
     assert (indices[hidden] != before[hidden]).any()
     # One image alone, and classes one by one.
-    alone = pipeline.edit(images[0], mask, {"dog": 1.0}, seed=1, **settings)
+    alone = pipeline.edit(pixels[0], mask, {"dog": 1.0}, seed=1, **settings)
     np.testing.assert_array_equal(alone, edited[0])
     shown: list = []
     each = pipeline.edit(
-        images,
+        pixels,
         np.stack([mask] * 3),
         [1, "dog", 1],
         seed=1,
@@ -291,7 +291,7 @@ def _known_of(pipeline, monkeypatch, *arguments, **keywords):
     return known[0], edited
 
 
-def test_what_is_behind_the_mask_changes_nothing(pipeline, images, monkeypatch):
+def test_what_is_behind_the_mask_changes_nothing(pipeline, pixels, monkeypatch):
     """Each image with a mask of its own, which cuts through two positions."""
     mask = np.zeros((3, 8, 8), bool)
     mask[0, 3, 2:5] = mask[1, 5:7, 7] = mask[2, 1:3, 0] = True
@@ -299,50 +299,50 @@ def test_what_is_behind_the_mask_changes_nothing(pipeline, images, monkeypatch):
     covered = cells.repeat(2, axis=1).repeat(2, axis=2)[..., None]
     visible = ~cells.reshape(3, 16)
     run = functools.partial(_known_of, pipeline, monkeypatch, mask=mask, class_id=1)
-    known, edited = run(images)
-    assert len(np.unique(pipeline.encode(images)[visible] != known[visible])) == 2
-    for other in (255 - images, images[::-1], images & 0):
-        again, same = run(np.where(covered, other, images))
+    known, edited = run(pixels)
+    assert len(np.unique(pipeline.encode(pixels)[visible] != known[visible])) == 2
+    for other in (255 - pixels, pixels[::-1], pixels & 0):
+        again, same = run(np.where(covered, other, pixels))
         np.testing.assert_array_equal(again[visible], known[visible])
         np.testing.assert_array_equal(same, edited)
-    hidden = np.where(mask[..., None], 255 - images, images)
-    np.testing.assert_array_equal(run(hidden, blend=2)[1], run(images, blend=2)[1])
+    hidden = np.where(mask[..., None], 255 - pixels, pixels)
+    np.testing.assert_array_equal(run(hidden, blend=2)[1], run(pixels, blend=2)[1])
     # A touch-up sees it, and so does a variation unless it is told not to.
     seen, _ = run(hidden, encode_hidden=True)
     np.testing.assert_array_equal(seen, pipeline.encode(hidden))
     monkeypatch.setattr(pipeline, "generate_indices", lambda *x, **y: y["known"])
-    varied, _ = run(images, keep=0.5)
-    np.testing.assert_array_equal(varied, pipeline.encode(images))
+    varied, _ = run(pixels, keep=0.5)
+    np.testing.assert_array_equal(varied, pipeline.encode(pixels))
     drawn = hidden_positions(mask, (3, 8, 8), 2, keep=0.5).reshape(3, 4, 4)
-    filled = fill_hidden(images, drawn.repeat(2, axis=1).repeat(2, axis=2), 2)
-    varied, _ = run(images, keep=0.5, encode_hidden=False)
+    filled = fill_hidden(pixels, drawn.repeat(2, axis=1).repeat(2, axis=2), 2)
+    varied, _ = run(pixels, keep=0.5, encode_hidden=False)
     np.testing.assert_array_equal(varied, pipeline.encode(filled))
 
 
-def test_variations_keep_a_share(pipeline, images, monkeypatch):
+def test_variations_keep_a_share(pipeline, pixels, monkeypatch):
     calls: list = []
     draw = pipeline.generate_indices
     monkeypatch.setattr(
         pipeline, "generate_indices", lambda *x, **y: calls.append(y["hidden"]) or draw(*x, **y)
     )
-    pipeline.edit(images, None, None, keep=0.25, **SETTINGS)
+    pipeline.edit(pixels, None, None, keep=0.25, **SETTINGS)
     assert (calls[0].sum(axis=1) == 12).all()
     assert len(np.unique(calls[0], axis=0)) == 3
-    pipeline.edit(images[:1], None, None, keep=0.25, **SETTINGS)
+    pipeline.edit(pixels[:1], None, None, keep=0.25, **SETTINGS)
     np.testing.assert_array_equal(calls[1], calls[0][:1])
     mask = np.arange(8)[None] < np.full((8, 1), 4)  # The left 8 positions.
-    pipeline.edit(images, mask, None, keep=0.25, **SETTINGS)
+    pipeline.edit(pixels, mask, None, keep=0.25, **SETTINGS)
     left = np.tile(np.arange(16) % 4 < 2, (3, 1))
     assert not calls[2][~left].any()
     assert (calls[2].sum(axis=1) == 6).all()
 
 
-def test_blending_puts_the_original_pixels_back(pipeline, images):
+def test_blending_puts_the_original_pixels_back(pipeline, pixels):
     mask = np.zeros((8, 8), bool)
     mask[3, 2:5] = True
-    plain = pipeline.edit(images, mask, 0, **SETTINGS)
-    hard = pipeline.edit(images, mask, 0, blend=0, **SETTINGS)
-    np.testing.assert_array_equal(hard, np.where(mask[..., None], plain, images))
+    plain = pipeline.edit(pixels, mask, 0, **SETTINGS)
+    hard = pipeline.edit(pixels, mask, 0, blend=0, **SETTINGS)
+    np.testing.assert_array_equal(hard, np.where(mask[..., None], plain, pixels))
     # One row masked: the ramp goes down by thirds on both sides of it.
     row = np.zeros((1, 8, 8), bool)
     row[0, 3] = True
@@ -358,18 +358,18 @@ def test_previews_of_a_model_on_fewer_devices_than_the_autoencoder(pipeline):
     codec = Codec(codec.config, codec.params, codec.quantizer, everywhere)
     other = Pipeline(pipeline.description, pipeline.params, codec, pipeline.mesh)
     shown: list[np.ndarray] = []
-    images = other.generate([0, 1, 2], num_iter=2, preview=lambda *x: shown.append(x[2]))
-    np.testing.assert_array_equal(shown[-1], images)
-    np.testing.assert_array_equal(images, pipeline.generate([0, 1, 2], num_iter=2))
+    pixels = other.generate([0, 1, 2], num_iter=2, preview=lambda *x: shown.append(x[2]))
+    np.testing.assert_array_equal(shown[-1], pixels)
+    np.testing.assert_array_equal(pixels, pipeline.generate([0, 1, 2], num_iter=2))
 
 
-def test_mistakes_in_an_edit_are_told(pipeline, images):
+def test_mistakes_in_an_edit_are_told(pipeline, pixels):
     mask = np.zeros((8, 8), bool)
     mask[0, 0] = True
 
-    def refused(match, images=images, mask=mask, class_id=0, **settings):
+    def refused(match, pixels=pixels, mask=mask, class_id=0, **settings):
         with pytest.raises(UserError, match=match):
-            pipeline.edit(images, mask, class_id, **settings)
+            pipeline.edit(pixels, mask, class_id, **settings)
 
     refused("mask of image 0 is empty: there is nothing to draw anew", mask=mask & False)
     refused("mask of image 1 is empty", mask=np.stack([mask, mask & False, mask]))
@@ -384,7 +384,7 @@ def test_mistakes_in_an_edit_are_told(pipeline, images):
     refused(r"must sum to 1, not to 1\.1", class_id={"cat": 0.5, "dog": 0.6})
     refused(r"must sum to 1, not to 0", class_id={"cat": 0})
     refused("sampling.batch_size=-1 must be at least 1", batch_size=-1)
-    refused("images must be uint8 of shape", images=images / 255)
-    refused(r"images are 4x4, the model draws 8x8 pixels", images=images[:, :4, :4])
+    refused("images must be uint8 of shape", pixels=pixels / 255)
+    refused(r"images are 4x4, the model draws 8x8 pixels", pixels=pixels[:, :4, :4])
     refused("sampling.order='spiral' is not one of random, raster", order="spiral")
     refused(r"sampling\.choice_temperature=-1\.0 must be 0 or more", choice_temperature=-1.0)

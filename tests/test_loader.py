@@ -10,7 +10,7 @@ import pytest
 from refusals import no_more_files, open_files
 from token_shards import make_info, random_records, write_tokens
 
-from tokenbridge_jax.data import readers, shards, sources
+from tokenbridge_jax.data import readers, shard_writer, sources
 from tokenbridge_jax.data.loader import (
     TokenRecords,
     make_image_loader,
@@ -206,7 +206,7 @@ def test_a_shard_that_the_system_refuses_is_not_called_damaged(tmp_path):
     info = write_tokens(tmp_path, {"train": [4]})
     records = TokenRecords(tmp_path, info, "train")
     summary = tmp_path / "train-00000-of-00001.array_record"
-    for read in (lambda: records.read(np.arange(4)), lambda: shards.read_summary(summary)):
+    for read in (lambda: records.read(np.arange(4)), lambda: shard_writer.read_summary(summary)):
         with pytest.raises(UserError) as caught, no_more_files():
             read()
         assert "array_record: Too many open files; " in str(caught.value)

@@ -23,10 +23,10 @@ TRAIN += ["--config.training.sample_every=0", "--config.training.eval_every=0"]
 # One of a job's processes.
 MEMBER = """
 import sys
-from tokenbridge_jax import io, processes
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.errors import UserError
-io.LOCK_SECONDS = 1
+from tokenbridge_jax.runtime import processes, storage
+from tokenbridge_jax.runtime.errors import UserError
+storage.LOCK_SECONDS = 1
 processes.join(True)
 try:
     with runner.locked(sys.argv[1]):

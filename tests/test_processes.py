@@ -17,7 +17,7 @@ CONFIG = {"training.steps": STEPS, "training.checkpoint_every": 5, "training.eva
 # Waits for the others, which wait for it, unless it is the one to die.
 MEMBER = """
 import os, signal, sys
-from tokenbridge_jax import processes
+from tokenbridge_jax.runtime import processes
 processes.join(True)
 assert processes.gather(sys.argv[1]) == ["a", "dies", "b"]
 if sys.argv[1] == "dies":

@@ -12,8 +12,9 @@ import pytest
 from token_shards import make_info, random_records, write_tokens
 
 from tokenbridge_jax.channels import ChannelStatistics
-from tokenbridge_jax.data import shards
-from tokenbridge_jax.data.shards import DatasetInfo, ShardWriter
+from tokenbridge_jax.data import shard_writer, shards
+from tokenbridge_jax.data.shard_writer import ShardWriter, read_summary
+from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -50,7 +51,7 @@ def test_views_are_sample_major_and_plain_first():
 
 def test_the_five_documented_lines(tmp_path, monkeypatch):
     info = write_tokens(tmp_path, {"train": [7, 3]}, levels=300, flips=True)
-    code = re.search(r"five lines:\n\n((?:    .*\n)+)", shards.__doc__).group(1)
+    code = re.search(r"open a shard:\n\n((?:    .*\n)+)", shards.__doc__).group(1)
     assert len(code.splitlines()) == 5
     monkeypatch.chdir(tmp_path)
     found = {}
@@ -84,7 +85,7 @@ def test_writing_is_deterministic_and_summarised(tmp_path):
             assert not path.exists()
             written = writer.commit(skipped, statistics_of(info, records))
         contents.append(path.read_bytes())
-        summary = shards.read_summary(path)
+        summary = read_summary(path)
         assert summary.records == written.records == 20
         assert summary.size == written.size == path.stat().st_size
         assert summary.skipped == skipped
@@ -98,18 +99,18 @@ def test_incomplete_shards_have_no_summary(tmp_path):
     info = write_tokens(tmp_path, {"train": [5]})
     path = tmp_path / info.splits["train"]["shards"][0]["file"]
     whole = path.read_bytes()
-    assert shards.read_summary(path) is not None
+    assert read_summary(path) is not None
     path.write_bytes(whole[:-1])
-    assert shards.read_summary(path) is None
+    assert read_summary(path) is None
     path.write_bytes(b"\0" * len(whole))
-    assert shards.read_summary(path) is None
+    assert read_summary(path) is None
     path.unlink()
-    assert shards.read_summary(path) is None
+    assert read_summary(path) is None
     path.write_bytes(whole)
-    assert shards.read_summary(path) is not None
+    assert read_summary(path) is not None
     (summary,) = (tmp_path / "statistics").iterdir()
     summary.write_text("{}")
-    assert shards.read_summary(path) is None
+    assert read_summary(path) is None
 
 
 def test_an_exception_leaves_nothing(tmp_path):
@@ -129,7 +130,7 @@ def test_full_disk_while_writing(tmp_path, monkeypatch):
     info = make_info()
     records = random_records(info, range(3000))
     # The temporary file is a link to the device that is always full.
-    create = shards.ArrayRecordWriter
+    create = shard_writer.ArrayRecordWriter
 
     def on_full_disk(path, options):
         os.symlink("/dev/full", path)
@@ -141,7 +142,7 @@ def test_full_disk_while_writing(tmp_path, monkeypatch):
                 writer.write(records)
             writer.commit([], statistics_of(info, records))
 
-    monkeypatch.setattr(shards, "ArrayRecordWriter", on_full_disk)
+    monkeypatch.setattr(shard_writer, "ArrayRecordWriter", on_full_disk)
     with pytest.raises(UserError, match=r"cannot write .*x\.array_record: the disk is full"):
         write()
     assert list(tmp_path.iterdir()) == []

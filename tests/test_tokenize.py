@@ -2,18 +2,12 @@
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from jobs import start_job
 from PIL import Image
 from token_shards import (
     AUTOENCODER,
@@ -23,7 +17,6 @@ from token_shards import (
     nearest,
     posterior_of,
     read_split,
-    write_pictures,
 )
 
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
@@ -35,56 +28,7 @@ from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """All runs here compile the same few programs: keeps them on disk, for subprocesses as well."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name.upper(), str(value))
-            jax.config.update(name, value)
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """27 smooth pictures in 3 classes."""
-    return write_pictures(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory):
-    """A folder with a random autoencoder whose latents have about unit variance."""
-    folder = tmp_path_factory.mktemp("made") / "autoencoder"
-    params = jax.tree.map(np.array, init_params(AUTOENCODER, jax.random.key(0)))
-    # Posterior noise of about a tenth: large enough to move indices.
-    params["quant_conv"]["bias"][AUTOENCODER.latent_channels :] = -4.0
-    save_autoencoder(folder, AUTOENCODER, params)
-    return folder
-
-
-@pytest.fixture
-def workdir(tmp_path, autoencoder):
-    shutil.copytree(autoencoder, tmp_path / "work" / "autoencoder")
-    return tmp_path / "work"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, autoencoder, images):
-    """A workdir tokenized without disturbance."""
-    workdir = tmp_path_factory.mktemp("finished")
-    shutil.copytree(autoencoder, workdir / "autoencoder")
-    tokenize(make_config(images), workdir)
-    return workdir
+pytestmark = pytest.mark.usefixtures("programs")
 
 
 def test_records_are_the_quantized_pictures(workdir, images):
@@ -140,83 +84,6 @@ def test_noise_depends_on_the_picture_alone(workdir, finished, images):
     assert np.mean(read_split(workdir)["indices"] != ours["indices"]) > 0.1
 
 
-def test_second_run_does_nothing(finished, images, monkeypatch):
-    before = contents(finished)
-    times = {path: path.stat().st_mtime_ns for path in (finished / "tokens").glob("*.array_record")}
-
-    def no_encoding(*_):
-        raise AssertionError("encoded something")
-
-    monkeypatch.setattr(tokenizing.Codec, "encode", no_encoding)
-    assert tokenize(make_config(images), finished).images == 0
-    assert contents(finished) == before
-    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-
-
-def test_lost_and_damaged_shards_are_made_again(finished, workdir, images):
-    shutil.copytree(finished / "tokens", workdir / "tokens")
-    damaged = workdir / "tokens" / "train-00002-of-00003.array_record"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert tokenize(make_config(images), workdir).images == 7
-    assert contents(workdir) == contents(finished)
-
-
-KILLED_RUN = """
-import os, signal, sys
-from token_shards import make_config
-from tokenbridge_jax.data import shards, tokenizing
-
-images, workdir, moment = sys.argv[1:]
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-if moment == "in the middle of a shard":
-    write, calls = shards.ShardWriter.write, []
-    def write_some(self, records):
-        write(self, records)
-        calls.append(1)
-        if len(calls) == 3:
-            die()
-    shards.ShardWriter.write = write_some
-elif moment == "between summary and shard":
-    os.replace = die
-elif moment == "before the description":
-    tokenizing._finish = die
-elif moment == "after the description":
-    write_info = shards.write_info
-    def write_and_die(folder, info, partial=False):
-        write_info(folder, info, partial=partial)
-        if not partial:
-            die()
-    shards.write_info = write_and_die
-elif moment == "first description":
-    shards.write_info = lambda *_, partial: die()
-tokenizing.tokenize(make_config(images), workdir)
-"""
-
-
-@pytest.mark.parametrize(
-    "moments",
-    [
-        ["first description", "in the middle of a shard", "between summary and shard"],
-        ["before the description", "after the description"],
-    ],
-)
-def test_killed_runs_end_as_if_undisturbed(finished, workdir, images, moments):
-    for moment in moments:
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED_RUN, str(images), str(workdir), moment],
-            env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"},
-            check=False,
-        )
-        assert done.returncode == -signal.SIGKILL, moment
-    assert tokenize(make_config(images), workdir).images == (
-        0 if "after the description" in moments else 17
-    )
-    assert contents(workdir) == contents(finished)
-
-
 @pytest.fixture
 def partly_broken(images, tmp_path):
     root = tmp_path / "images"
@@ -257,7 +124,7 @@ def test_pictures_without_a_class_are_refused(workdir, images, monkeypatch):
     monkeypatch.setattr(
         sources.FolderSource, "load", lambda self, i: (load(self, i)[0], 3 if i == 26 else 0)
     )
-    message = r"train split: a picture has no class, class2/26.png with label 3 of 3 classes"
+    message = "train split: 1 of 7 pictures have no class, such as class2/26.png with label 3 of 3"
     with pytest.raises(UserError, match=message):
         tokenize(make_config(images), workdir)
     assert not (workdir / "tokens" / "dataset.json").exists()
@@ -285,23 +152,14 @@ def test_validation_is_held_out_by_name(workdir, images):
 
 
 def test_small_splits_have_several_shards(images):
-    source = tokenizing.make_source(make_config(images).data)
+    source = sources.make_source(make_config(images).data)
     info = make_info(records_per_shard=1000)
     for count, size in [(1, 64), (64, 64), (250, 64), (513, 128), (7000, 896), (100_000, 1000)]:
-        subset = tokenizing.Subset(source, np.arange(5, 5 + count))
+        subset = sources.Subset(source, np.arange(5, 5 + count))
         planned = tokenizing.plan_shards(Path("x"), info, {"train": subset})
         assert np.array_equal(np.concatenate([plan.images for plan in planned]), subset.images)
         assert len(planned) == -(-count // size)
         assert all(len(plan.images) == size for plan in planned[:-1])
-
-
-def test_spread_covers_a_subset_evenly():
-    source = sources.DigitsSource()
-    subset = tokenizing.Subset(source, np.arange(10, 40))
-    assert subset.spread(4).images.tolist() == [10, 19, 29, 39]
-    assert subset.spread(1).images.tolist() == [10]
-    assert np.array_equal(subset.spread(100).images, subset.images)
-    assert not len(tokenizing.Subset(source, np.arange(0)).spread(3).images)
 
 
 def test_own_validation_split(workdir, finished, images, tmp_path):
@@ -436,66 +294,6 @@ def test_nan_names_the_picture(workdir, images):
     with pytest.raises(UserError, match=r"latents of class0/00\.png hold NaN"):
         tokenize(make_config(images), workdir)
     assert not list((workdir / "tokens").glob("*.array_record"))
-
-
-def test_full_disk_leaves_nothing_half_written(workdir, images, finished, monkeypatch):
-    create = shards.ArrayRecordWriter
-
-    def on_full_disk(path, options):
-        if "train-00001" in path:
-            os.symlink("/dev/full", path)
-        return create(path, options)
-
-    monkeypatch.setattr(shards, "ArrayRecordWriter", on_full_disk)
-    with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record: the disk is full"):
-        tokenize(make_config(images), workdir)
-    left = contents(workdir)
-    partial = left.pop(shards.PARTIAL_INFO_FILE)
-    assert set(left) == {
-        "train-00000-of-00003.array_record",
-        "statistics/train-00000-of-00003.json",
-    }
-    assert json.loads(partial)["splits"] == {}
-    monkeypatch.setattr(shards, "ArrayRecordWriter", create)
-    assert tokenize(make_config(images), workdir).images == 17
-    assert contents(workdir) == contents(finished)
-
-
-PROCESS = """
-import sys
-from token_shards import make_config
-from tokenbridge_jax import processes, tokenizing
-from tokenbridge_jax.errors import UserError
-images, workdir = sys.argv[1:]
-processes.join(True)
-try:
-    print(tokenizing.tokenize(make_config(images), workdir, begin=lambda: print("begun")).images)
-except UserError as error:
-    print(error)
-processes.leave(0)
-"""
-
-
-def run_two(images, workdirs) -> list[list[str]]:
-    """What two processes print that tokenize together."""
-    started = start_job(["-c", PROCESS, images], [[workdir] for workdir in workdirs])
-    return [process.communicate(timeout=120)[0].splitlines() for process in started]
-
-
-def test_two_processes_share_the_work(workdir, images, finished):
-    printed = run_two(images, [workdir, workdir])
-    # Gloo, which connects the processes, prints as well.
-    assert [lines[-1] for lines in printed] == ["17", "10"]
-    assert ["begun" in lines for lines in printed] == [True, False]
-    assert contents(workdir) == contents(finished)
-
-
-def test_where_one_process_fails_all_stop(workdir, images, tmp_path):
-    printed = run_two(images, [workdir, tmp_path / "nowhere"])
-    # The libraries may print lines of their own before or after.
-    assert any(line.startswith("process 1 of this job failed") for line in printed[0])
-    assert any(line.startswith("there is no autoencoder in") for line in printed[1])
-    assert not (workdir / "tokens").exists()
 
 
 def test_command(workdir, images, tmp_path, capsys):

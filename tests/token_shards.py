@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -17,6 +18,7 @@ from tokenbridge_jax.autoencoder import (
 )
 from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.shard_writer import ShardWriter
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.quantizer import Quantizer
 
@@ -105,7 +107,7 @@ def write_tokens(folder: Path, counts: dict[str, list[int]], **settings) -> Data
         listed, start = [], 0
         for number, size in enumerate(sizes):
             path = folder / shards.shard_name(split, number, len(sizes))
-            with shards.ShardWriter(path) as writer:
+            with ShardWriter(path) as writer:
                 writer.write(random_records(info, range(start, start + size)))
                 statistics = ChannelStatistics(info.channels, info.quantizer.levels)
                 summary = writer.commit([], statistics)
@@ -129,6 +131,15 @@ def write_workdir(workdir: Path) -> None:
         autoencoder_hash=autoencoder_hash,
         channel_order_rule="frequency, over 33 images",
     )
+
+
+def write_autoencoder(workdir: Path) -> Path:
+    """A random autoencoder whose latents have about unit variance."""
+    params = jax.tree.map(np.array, init_params(AUTOENCODER, jax.random.key(0)))
+    # Posterior noise of about a tenth: large enough to move indices.
+    params["quant_conv"]["bias"][AUTOENCODER.latent_channels :] = -4.0
+    save_autoencoder(workdir / "autoencoder", AUTOENCODER, params)
+    return workdir
 
 
 def make_config(images: Path, **changes) -> ConfigDict:
@@ -165,7 +176,7 @@ def read_split(workdir: Path, split: str = "train") -> np.ndarray:
     info = shards.read_info(workdir / "tokens")
     parts = []
     for path, _ in shards.shard_files(workdir / "tokens", info, split):
-        reader = shards.ArrayRecordReader(str(path))
+        reader = ArrayRecordReader(str(path))
         parts.append(np.frombuffer(b"".join(reader.read_all()), info.record))
     return np.concatenate(parts)
 

@@ -14,6 +14,7 @@ from tokenbridge_jax.benchmark.measure import Call, Case
 from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import make_loader
+from tokenbridge_jax.data.shard_writer import ShardWriter
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -83,7 +84,7 @@ def write_random_tokens(folder: Path, info: DatasetInfo, records: int) -> None:
         shard["label"] = rng.integers(len(info.class_names), size=len(shard))
         shard["indices"] = rng.integers(info.quantizer.levels, size=shard["indices"].shape)
         path = folder / shards.shard_name("train", number, len(starts))
-        with shards.ShardWriter(path) as writer:
+        with ShardWriter(path) as writer:
             writer.write(shard)
             summary = writer.commit([], ChannelStatistics(info.channels, info.quantizer.levels))
         listed.append({"file": path.name, "records": len(shard), "bytes": summary.size})

@@ -20,7 +20,7 @@ from tokenbridge_jax.autoencoder import AutoencoderConfig, read_description, sav
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.data.loader import make_image_loader
 from tokenbridge_jax.data.shards import INFO_FILE, PARTIAL_INFO_FILE
-from tokenbridge_jax.data.tokenizing import Subset, make_subsets
+from tokenbridge_jax.data.sources import Subset, make_subsets
 from tokenbridge_jax.pipeline.description import MODEL_FILE
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError

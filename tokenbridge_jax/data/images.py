@@ -83,15 +83,15 @@ def open_picture(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
     for load_readers in (Image.preinit, Image.init):  # Of the common formats, then of all.
         load_readers()
         for reader, accepts in [Image.OPEN[name] for name in Image.ID]:
-            accepted = accepts is None or accepts(start)
-            if accepted and not isinstance(accepted, str):
-                stream.seek(0)
-                try:
+            try:
+                accepted = accepts is None or accepts(start)
+                if accepted and not isinstance(accepted, str):
+                    stream.seek(0)
                     return reader(stream, "")
-                except (SyntaxError, IndexError, TypeError, struct.error):
-                    continue  # The file has another format, as in `Image.open`.
-                except Image.DecompressionBombError as error:
-                    raise ImageError(str(error)) from error
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                continue  # The file has another format, as in `Image.open`.
+            except Image.DecompressionBombError as error:
+                raise ImageError(str(error)) from error
     raise UnidentifiedImageError(f"cannot identify image file {file!r}")
 
 

@@ -2,19 +2,19 @@
 
 A folder of tokens holds
 
-    dataset.json                            what everything else means; written last
+    dataset.json                            describes everything else; written last
     train-00000-of-00002.array_record       one record an image
-    statistics/train-00000-of-00002.json    what each shard counted; only `tokenize` reads it
+    statistics/train-00000-of-00002.json    counts of each shard; only `tokenize` reads them
 
-A record is the raw bytes of one numpy structured scalar, and `dataset.json` carries its dtype:
+A record is the raw bytes of one numpy structured scalar. `dataset.json` holds its dtype:
 
     image    int64                 the picture's index in its source
     label    int32                 its class
     indices  uint8 or uint16       [views, L, C]: positions row-major, channels in autoencoder order
 
-The views of an image are `posterior_samples` draws of its latents (a single one, the mean, if that
-is 0) and, if `flips`, each of them again for the mirrored picture: sample 0, sample 0 flipped,
-sample 1, sample 1 flipped, ... Every shard opens from plain Python in five lines:
+The views of an image are `posterior_samples` draws of its latents, or their mean alone if that is
+0. With `flips`, each view is followed by that of the mirrored picture: sample 0, sample 0 flipped,
+sample 1, sample 1 flipped, ... Five lines of plain Python open a shard:
 
     import json, numpy as np
     from array_record.python.array_record_module import ArrayRecordReader
@@ -23,29 +23,24 @@ sample 1, sample 1 flipped, ... Every shard opens from plain Python in five line
     records = np.frombuffer(b"".join(reader.read_all()), np.dtype(info["record"]))
 
 `records["indices"]` is then an array `[images, views, L, C]`. An index i stands for the latent
-`(v + 3) / 6 * (maximum - minimum) + minimum` with `v = quantizer.level_values[i]`, and a latent
-divided by `autoencoder.scale` is what the autoencoder decodes.
+`(v + 3) / 6 * (maximum - minimum) + minimum` with `v = quantizer.level_values[i]`. The autoencoder
+decodes latents divided by `autoencoder.scale`.
 """
 
-import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
-from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data.local_copy import INFO_FILE, local_copy
 from tokenbridge_jax.data.readers import damaged
 from tokenbridge_jax.quantizer import Quantizer
@@ -54,15 +49,12 @@ from tokenbridge_jax.runtime.errors import UserError
 
 FORMAT = "tokenbridge index shards"
 FORMAT_VERSION = 1
-# The description of shards still being written; a resumed run must match it.
+# The description of shards that are still being written. A resumed run must match it.
 PARTIAL_INFO_FILE = "dataset.json.partial"
 
-# The precision of shards from before there was a setting, whose description says dtype = float32:
-# the platform's, whichever it was.
+# The precision of shards made before there was a setting for it. Their description says
+# dtype = float32, and their precision was the platform's.
 UNSTATED = "unstated"
-
-# Depends on where the pictures lie, not on what they are.
-_NOT_COMPARED = {"path"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,22 +65,22 @@ class DatasetInfo:
       quantizer: what the indices mean.
       autoencoder: sizes of the autoencoder whose latents were quantized.
       autoencoder_hash: its content hash (`autoencoder.autoencoder_hash`).
-      channel_order: order in which a head should predict the channels; the shards themselves are
-        in the autoencoder's order.
+      channel_order: the order in which a head should predict the channels. The shards themselves
+        are in the autoencoder's order.
       channel_order_rule: where that order comes from.
-      image_size: pixels a side.
-      posterior_samples: draws an image; 0 stands for the posterior mean.
+      image_size: the side of an image in pixels.
+      posterior_samples: draws per image; 0 stands for the posterior mean.
       flips: whether every draw is followed by one of the mirrored picture.
       seed: of the posterior draws.
       precision: of the encoder, one of `precision.PRECISIONS`, or `UNSTATED`.
       class_names: by label.
-      records_per_shard: most images in a shard.
+      records_per_shard: how many images a shard has at most.
       sources: for every split, where its pictures came from.
-      split_noise: whether splits of different sources differ in posterior noise. Where they do not,
-        as in earlier versions, picture k of one has that of picture k of another.
+      split_noise: whether splits of different sources have different posterior noise. In earlier
+        versions picture k of one source has the noise of picture k of another.
       splits: for every split `images` and the `shards` with `file`, `records` and `bytes`.
       statistics: for every split, `ChannelStatistics.summary()`.
-      skipped: pictures left out, each with `split`, `image` and `reason`.
+      skipped: the pictures left out, each with `split`, `image` and `reason`.
     """
 
     quantizer: Quantizer
@@ -116,7 +108,7 @@ class DatasetInfo:
 
     @property
     def grid(self) -> int:
-        """Positions a side."""
+        """Positions along a side."""
         return self.image_size // self.autoencoder.downsampling
 
     @property
@@ -126,7 +118,7 @@ class DatasetInfo:
 
     @property
     def views(self) -> int:
-        """Index arrays an image."""
+        """Index arrays per image."""
         return max(1, self.posterior_samples) * (2 if self.flips else 1)
 
     @functools.cached_property
@@ -136,12 +128,12 @@ class DatasetInfo:
 
     @property
     def sha256(self) -> str:
-        """Names the content of the shards; where their images came from plays no part."""
+        """Identifies the content of the shards, apart from where their images came from."""
         described = self.to_json() | {"sources": None}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `dataset.json`: every field, and what follows from them."""
+        """The content of `dataset.json`: every field, and values that follow from them."""
         views = [
             {"sample": sample, "flipped": flipped}
             for sample in range(max(1, self.posterior_samples))
@@ -160,7 +152,7 @@ class DatasetInfo:
         }
         for field in dataclasses.fields(self):
             described[field.name] = getattr(self, field.name)
-        # Shards that are as they have always been keep their name, `sha256`.
+        # Shards made as in earlier versions keep their `sha256`.
         if not self.split_noise:
             del described["split_noise"]
         if self.precision == UNSTATED:
@@ -168,30 +160,27 @@ class DatasetInfo:
             del described["precision"]
         described["quantizer"] = self.quantizer.to_json()
         described["autoencoder"] = self.autoencoder.to_json()
-        # Tuples become lists, so that it equals what is read back.
-        return json.loads(json.dumps(described))
+        return json.loads(json.dumps(described))  # As read from a file: with lists, not tuples.
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "DatasetInfo":
         """Inverse of `to_json`.
 
         Raises:
-          UserError: it is something else, or from a later version of the format.
+          UserError: the value is something else, or of a later version of the format.
         """
         if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"it says format '{value.get('format')}', version {value.get('format_version')}; "
                 f"this program reads '{FORMAT}', version {FORMAT_VERSION}"
             )
-        # Before there was a precision there was a dtype, whose bfloat16 meant what it means now.
+        # Earlier versions had a dtype, whose bfloat16 meant the same as the precision's.
         earlier = "bfloat16" if value.get("dtype") == "bfloat16" else UNSTATED
         value = {"precision": earlier, "split_noise": False} | dict(value)
-        try:
-            fields: dict[str, Any] = {
-                field.name: value[field.name] for field in dataclasses.fields(cls)
-            }
-        except KeyError as error:
-            raise UserError(f"its field {error} is missing") from error
+        names = [field.name for field in dataclasses.fields(cls)]
+        if missing := [name for name in names if name not in value]:
+            raise UserError(f"its field '{missing[0]}' is missing")
+        fields: dict[str, Any] = {name: value[name] for name in names}
         for name in ("channel_order", "class_names", "skipped"):
             fields[name] = tuple(fields[name])
         fields["quantizer"] = Quantizer.from_json(fields["quantizer"])
@@ -207,10 +196,10 @@ class DatasetInfo:
         described = self.to_json()
         for name, value in expected.items():
             value = value.to_json() if hasattr(value, "to_json") else value
-            self._check(described[name], json.loads(json.dumps(value)), name)
+            _refuse_difference(described[name], json.loads(json.dumps(value)), name)
 
     def check_same_making(self, other: "DatasetInfo") -> None:
-        """Checks that shards made for `other` are those made for this, whatever is done so far.
+        """Compares all settings that the content of the shards depends on.
 
         Raises:
           UserError: a setting differs; the message names it and both values.
@@ -218,17 +207,7 @@ class DatasetInfo:
         ours, theirs = self.to_json(), other.to_json()
         for field in dataclasses.fields(self):
             if field.name not in ("splits", "statistics", "skipped"):
-                self._check(ours.get(field.name), theirs.get(field.name), field.name)
-
-    def _check(self, ours: Any, theirs: Any, name: str) -> None:
-        difference = _first_difference(ours, theirs, name)
-        if difference:
-            name, ours, theirs = difference
-            other = "put the autoencoder" if name == "autoencoder_hash" else "set it"
-            raise UserError(
-                f"the token shards have {name} = {_short(ours)} but this run has {_short(theirs)}; "
-                f"tokenize again with another --workdir, or {other} back"
-            )
+                _refuse_difference(ours.get(field.name), theirs.get(field.name), field.name)
 
 
 def _record_spec(info: DatasetInfo) -> Any:
@@ -240,26 +219,28 @@ def _record_spec(info: DatasetInfo) -> Any:
     }
 
 
-def _first_difference(ours: Any, theirs: Any, name: str) -> tuple[str, Any, Any] | None:
+def _refuse_difference(ours: Any, theirs: Any, name: str) -> None:
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in [*ours, *(key for key in theirs if key not in ours)]:
-            if key not in _NOT_COMPARED:
-                found = _first_difference(ours.get(key), theirs.get(key), f"{name}.{key}")
-                if found:
-                    return found
-        return None
-    return None if ours == theirs else (name, ours, theirs)
+            if key != "path":  # It depends on where the pictures are, not on what they are.
+                _refuse_difference(ours.get(key), theirs.get(key), f"{name}.{key}")
+    elif ours != theirs:
+        other = "put the autoencoder" if name == "autoencoder_hash" else "set it"
+        raise UserError(
+            f"the token shards have {name} = {_short(ours)} but this run has {_short(theirs)}; "
+            f"tokenize again with another --workdir, or {other} back"
+        )
 
 
 def _short(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
-        return value[:12]  # Of a hash that is enough to tell two apart.
+        return value[:12]  # Enough to distinguish two hashes.
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_info(folder: str | os.PathLike[str], info: DatasetInfo, *, partial: bool = False) -> None:
-    """Writes `dataset.json`, or its forerunner while shards are still being written."""
+    """Writes `dataset.json`, or `dataset.json.partial` while shards are still being written."""
     storage.write_json(Path(folder) / (PARTIAL_INFO_FILE if partial else INFO_FILE), info.to_json())
 
 
@@ -267,7 +248,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     """Reads the description of a finished folder of tokens.
 
     Raises:
-      UserError: there is none, it is unfinished, or it cannot be read.
+      UserError: there is none, the folder is not finished, or it cannot be read.
     """
     path = storage.as_path(folder) / INFO_FILE
     if not storage.exists(path):
@@ -281,7 +262,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
 
 
 def read_begun_info(folder: str | os.PathLike[str]) -> DatasetInfo | None:
-    """Reads the description of shards that are finished or being written, if there are any."""
+    """Reads the description of shards that are finished or being written; None without one."""
     for name in (INFO_FILE, PARTIAL_INFO_FILE):
         if storage.exists(Path(folder) / name):
             return _read_info_file(Path(folder) / name)
@@ -314,150 +295,10 @@ def shard_name(split: str, number: int, count: int) -> str:
     return f"{split}-{number:05d}-of-{count:05d}.array_record"
 
 
-@dataclasses.dataclass
-class ShardSummary:
-    """What is known of one finished shard without opening it; kept in `statistics/`.
-
-    Attributes:
-      records: images in it.
-      size: bytes of the file.
-      skipped: pictures left out, each with `split`, `image` and `reason`.
-      statistics: counts over its indices.
-    """
-
-    records: int
-    size: int
-    skipped: list[dict[str, Any]]
-    statistics: ChannelStatistics
-
-
-class ShardWriter:
-    """Writes one shard, which appears under its name only when complete.
-
-    Use as a context manager around `write` calls that ends in `commit`; leaving it without
-    `commit` (an exception, say) leaves nothing behind.
-
-    Raises:
-      UserError: the folder cannot be made.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage.write_error(path, error) from error
-        self._temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-        # Group size 1: single records are read in random order.
-        self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1")
-        self._records = 0
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._writer.is_open():
-            # A full disk again; what matters was raised by `write` already.
-            with contextlib.suppress(RuntimeError):
-                self._writer.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def write(self, records: np.ndarray) -> None:
-        """Adds a structured array of records.
-
-        Raises:
-          UserError: the disk is full or the folder not writable.
-        """
-        try:
-            for record in records:
-                self._writer.write(record.tobytes())
-        except RuntimeError as error:
-            raise self._error(error) from error
-        self._records += len(records)
-
-    def commit(self, skipped: list[dict[str, Any]], statistics: ChannelStatistics) -> ShardSummary:
-        """Finishes the shard: its file gets its name, after its summary was written.
-
-        Raises:
-          UserError: the disk is full or the folder not writable.
-        """
-        try:
-            self._writer.close()
-            descriptor = os.open(self._temporary, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            size = self._temporary.stat().st_size
-            summary = ShardSummary(self._records, size, skipped, statistics)
-            storage.write_json(
-                _summary_path(self._path),
-                {
-                    "records": summary.records,
-                    "bytes": summary.size,
-                    "skipped": skipped,
-                    "statistics": statistics.to_json(),
-                },
-            )
-            os.replace(self._temporary, self._path)
-        except (RuntimeError, OSError) as error:
-            raise self._error(error) from error
-        return summary
-
-    def _error(self, error: RuntimeError | OSError) -> UserError:
-        if isinstance(error, FileNotFoundError):
-            return UserError(
-                f"cannot write {self._path}: its temporary file vanished; let only one run at a "
-                "time write to this folder"
-            )
-        if isinstance(error, OSError):
-            return storage.write_error(self._path, error)
-        # ArrayRecord has no error numbers, only a chain of messages.
-        reason = str(error).split(";")[0]
-        full = os.strerror(errno.ENOSPC)
-        if full in reason:
-            return storage.write_error(self._path, OSError(errno.ENOSPC, full))
-        return UserError(f"cannot write {self._path}: {reason}")
-
-
-def _summary_path(shard: Path) -> Path:
-    return shard.parent / "statistics" / f"{shard.name.removesuffix('.array_record')}.json"
-
-
-def read_summary(shard: Path) -> ShardSummary | None:
-    """The summary of a complete shard; None if it has to be written (again).
-
-    Raises:
-      UserError: the system does not let one of its two files be read.
-    """
-    try:
-        for path in (shard, _summary_path(shard)):
-            path.open("rb").close()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise storage.read_error(path, error) from error
-    try:
-        value = storage.read_json(_summary_path(shard))
-        summary = ShardSummary(
-            value["records"],
-            value["bytes"],
-            value["skipped"],
-            ChannelStatistics.from_json(value["statistics"]),
-        )
-        if shard.stat().st_size != summary.size:
-            return None
-    except (UserError, OSError, KeyError, TypeError, ValueError):
-        return None
-    reader = ArrayRecordReader(str(shard))
-    complete = reader.ok() and reader.num_records() == summary.records
-    return summary if complete else None
-
-
 def shard_files(
     folder: str | os.PathLike[str], info: DatasetInfo, split: str
 ) -> list[tuple[Path, int]]:
-    """The shards of a split with their numbers of records, checked to be there in full length.
+    """The shards of a split with their numbers of records. Checks that each has its full length.
 
     Raises:
       UserError: there is no such split, or a shard is missing or truncated.

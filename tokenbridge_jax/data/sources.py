@@ -5,6 +5,7 @@ Every source has `len`, `class_names`, `name(i)` (names a picture in messages), 
 resumed `tokenize` relies on index i meaning the same picture as before.
 """
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -338,6 +339,55 @@ def load_prepared(
         raise
     except Exception as error:
         raise ImageError(f"{source.name(i)}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """The pictures of one split: indices into a source."""
+
+    source: Source
+    images: np.ndarray
+
+    def spread(self, count: int) -> "Subset":
+        """At most `count` of the pictures, evenly spaced, since sources are sorted by class."""
+        places = np.linspace(0, len(self.images) - 1, min(count, len(self.images)))
+        return Subset(self.source, self.images[places.astype(np.int64)])
+
+
+def make_subsets(config: ConfigDict) -> dict[str, Subset]:
+    """The pictures of the splits "train" and, if the config asks for one, "validation".
+
+    Validation is the source's own split `data.validation_split`, or a share
+    `tokenize.validation_fraction` of the training pictures, chosen by a hash of their names.
+
+    Raises:
+      UserError: a source is missing or empty, or the two have different classes.
+    """
+    source = make_source(config.data)
+    own = config.data.validation_split
+    fraction = config.tokenize.validation_fraction
+    if not 0 <= fraction < 1:
+        raise UserError(
+            f"config.tokenize.validation_fraction is {fraction}; it must be 0 or more and below 1"
+        )
+    train = np.arange(len(source))
+    if own:
+        other = make_source(config.data, own)
+        if other.class_names != source.class_names:
+            raise UserError(
+                f"validation split '{own}' has {len(other.class_names)} classes whose names are "
+                f"not those of the {len(source.class_names)} training classes"
+            )
+        return {"train": Subset(source, train), "validation": Subset(other, np.arange(len(other)))}
+    if not fraction:
+        return {"train": Subset(source, train)}
+    train, validation = hold_out(source, fraction)
+    if not len(train):
+        raise UserError(
+            f"tokenize.validation_fraction = {fraction} leaves none of {len(source)} images for "
+            "training; lower it"
+        )
+    return {"train": Subset(source, train), "validation": Subset(source, validation)}
 
 
 def hold_out(source: Source, fraction: float) -> tuple[np.ndarray, np.ndarray]:

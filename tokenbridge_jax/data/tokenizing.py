@@ -1,14 +1,14 @@
-"""Images -> latents -> index shards: what `tokenbridge tokenize` does.
+"""Images -> latents -> index shards: the work of `tokenbridge tokenize`.
 
-Every picture has a fixed place: shard k of a split holds `records_per_shard` neighbouring pictures
-of its source, is encoded in the same batches every time, and draws its posterior noise from the
-seed, the picture's number and its source. A shard appears only when complete, so a run that was
-killed is finished by running it again: it skips what is there and writes the rest as it would have
-been.
+Every picture has a fixed place. Shard k of a split holds `records_per_shard` neighbouring pictures
+of its source. It is encoded in the same batches every time, and the posterior noise depends only on
+the seed, the picture's number and its source. A shard appears only when complete. A run that was
+killed is therefore finished by running it again: it skips the complete shards and writes the same
+content into the others.
 
 Host and device overlap: threads decode the pictures of the next batches while the device encodes
-one and the host stores the one before. Several processes share the shards between them and
-otherwise work alone, each on its own devices; where one fails, all stop.
+one batch and the host stores the one before. Several processes divide the shards among themselves.
+Each works on its own devices. If one fails, all stop.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,37 +33,26 @@ from tokenbridge_jax.channels import ChannelSpectrum, ChannelStatistics, resolve
 from tokenbridge_jax.codec import Codec, Encoded
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.batches import Batch, ShardPlan, prepared_batches
-from tokenbridge_jax.data.shards import DatasetInfo, ShardWriter
-from tokenbridge_jax.data.sources import Source, hold_out, make_source
+from tokenbridge_jax.data.shard_writer import ShardWriter, read_summary
+from tokenbridge_jax.data.shards import DatasetInfo
+from tokenbridge_jax.data.sources import Subset, make_subsets
 from tokenbridge_jax.ops.precision import check_precision
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 
-# Of a split, before its pictures are encoded.
+# How many labels of a split are checked before the long work. The labels of an archive are read
+# together with its pictures; the others are checked when the pictures are encoded.
 LABELS_LOOKED_AT = 200
 
-# Makes batches out of shards; the strictness, sizes and threads are those of the run.
+# Makes the batches of shards, with the strictness, sizes and threads of the run.
 Prepare = Callable[[list[ShardPlan]], Iterator[Batch]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Subset:
-    """The pictures of one split: indices into a source."""
-
-    source: Source
-    images: np.ndarray
-
-    def spread(self, count: int) -> "Subset":
-        """At most `count` of the pictures, evenly spaced: sources are sorted by class."""
-        places = np.linspace(0, len(self.images) - 1, min(count, len(self.images)))
-        return Subset(self.source, self.images[places.astype(np.int64)])
-
-
-@dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run did: `images` encoded by this process in `seconds`, and all there is now."""
+    """The finished shards, and how many images this process encoded in how many seconds."""
 
     info: DatasetInfo
     folder: Path
@@ -84,11 +73,11 @@ def tokenize(
       config: sections `data`, `quantizer`, `tokenize`, and `seed`.
       workdir: holds `autoencoder/`; gets `tokens/`.
       strict: stop at the first broken picture instead of leaving it out.
-      begin: called on process 0 when all settings are accepted, before the long work.
+      begin: called on process 0 after all settings are accepted, before the long work.
 
     Raises:
-      UserError: something is missing, does not fit together, or differs from what the folder was
-        begun with; or the disk is full; or another process failed.
+      UserError: a file is missing, settings do not fit together, or they differ from those that the
+        folder was begun with; the disk is full; or another process failed.
     """
     first = jax.process_index() == 0
     with _all_or_none():
@@ -96,7 +85,10 @@ def tokenize(
         _check_settings(config)
         autoencoder, params = _load_autoencoder(storage.as_path(workdir) / "autoencoder", config)
         subsets = make_subsets(config)
-        _check_labels(subsets)
+        for split, subset in subsets.items():
+            images = subset.spread(LABELS_LOOKED_AT).images
+            labels = [subset.source.label(int(i)) for i in images]
+            _check_labels(split, subset, images, labels)
         info = _describe(config, autoencoder, params, subsets)
         mesh = meshes.make_mesh(devices=jax.local_devices())
         codec = Codec(autoencoder, params, info.quantizer, mesh, info.precision)
@@ -112,7 +104,7 @@ def tokenize(
         return _measure_spectrum(calibration, codec, prepare)
 
     try:
-        # Process 0 goes first; the others find the description it left.
+        # Process 0 goes first, and the others read its description.
         for turn in (True, False):
             with _all_or_none():
                 if turn == first:
@@ -122,7 +114,7 @@ def tokenize(
         with _all_or_none():
             planned = plan_shards(folder, info, subsets)
             mine = planned[jax.process_index() :: jax.process_count()]
-            todo = [plan for plan in mine if shards.read_summary(plan.path) is None]
+            todo = [plan for plan in mine if read_summary(plan.path) is None]
             start = time.monotonic()
             _write_shards(todo, sum(len(plan.images) for plan in mine), info, codec, prepare)
             seconds = time.monotonic() - start
@@ -131,15 +123,15 @@ def tokenize(
     with _all_or_none():
         if first:
             _finish(folder, info, planned)
-    images = sum(len(plan.images) for plan in todo)
-    return Result(shards.read_info(folder), folder, images, seconds)
+    encoded = sum(len(plan.images) for plan in todo)
+    return Result(shards.read_info(folder), folder, encoded, seconds)
 
 
 @contextlib.contextmanager
 def _all_or_none() -> Iterator[None]:
-    """Ends its body on all processes together: if one fails there, all raise.
+    """Ends its body on all processes together: if it fails on one of them, all raise.
 
-    Without this the others would wait for ever for the one that failed.
+    Without this the others would wait forever for the one that failed.
     """
     try:
         yield
@@ -154,78 +146,38 @@ def _all_or_none() -> Iterator[None]:
     if "failed" in outcomes:
         raise UserError(
             f"process {outcomes.index('failed')} of this job failed (its own output says why); "
-            "mend that and run again: it goes on where it stopped"
+            "correct that and run again: it goes on where it stopped"
         )
 
 
-def make_subsets(config: ConfigDict) -> dict[str, Subset]:
-    """The pictures of the splits "train" and, if one is asked for, "validation".
+def _check_labels(
+    split: str, subset: Subset | ShardPlan, images: np.ndarray, labels: Sequence[int] | np.ndarray
+) -> None:
+    """Refuses pictures without a class, for which TFDS writes the label -1.
 
-    Validation is the source's own split `data.validation_split`, or else a share
-    `tokenize.validation_fraction` of the training pictures, chosen by a hash of their names.
-
-    Raises:
-      UserError: a source is missing or empty, or the two have different classes.
+    Args:
+      split: for messages.
+      subset: all pictures of the split.
+      images: some of them.
+      labels: of those.
     """
-    source = make_source(config.data)
-    own = config.data.validation_split
-    fraction = config.tokenize.validation_fraction
-    if not 0 <= fraction < 1:
+    classes = len(subset.source.class_names)
+    wrong = [pair for pair in zip(images, labels, strict=True) if not 0 <= pair[1] < classes]
+    if wrong:
+        image, label = wrong[0]
+        looked_at = "" if len(labels) == len(subset.images) else " looked at"
         raise UserError(
-            f"config.tokenize.validation_fraction is {fraction}; it must be 0 or more and below 1"
+            f"{split} split: {len(wrong)} of {len(labels)} pictures{looked_at} have no class, such "
+            f"as {subset.source.name(int(image))} with label {label} of {classes} classes; name "
+            "splits without such pictures in --config.data.split and --config.data.validation_split"
         )
-    train = np.arange(len(source))
-    if own:
-        other = make_source(config.data, own)
-        if other.class_names != source.class_names:
-            raise UserError(
-                f"validation split '{own}' has {len(other.class_names)} classes whose names are "
-                f"not those of the {len(source.class_names)} training classes"
-            )
-        return {"train": Subset(source, train), "validation": Subset(other, np.arange(len(other)))}
-    if not fraction:
-        return {"train": Subset(source, train)}
-    train, validation = hold_out(source, fraction)
-    if not len(train):
-        raise UserError(
-            f"tokenize.validation_fraction = {fraction} leaves none of {len(source)} images for "
-            "training; lower it"
-        )
-    return {"train": Subset(source, train), "validation": Subset(source, validation)}
-
-
-def _check_labels(subsets: dict[str, Subset]) -> None:
-    """Looks for pictures without a class, for which TFDS writes -1, before the long work.
-
-    Labels of an archive are read together with pictures: of many, some are looked at, and the rest
-    when they are written.
-    """
-    for split, subset in subsets.items():
-        looked_at = subset.spread(LABELS_LOOKED_AT)
-        classes = len(subset.source.class_names)
-        labels = np.array([subset.source.label(int(i)) for i in looked_at.images])
-        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-        if len(wrong):
-            image = int(looked_at.images[wrong[0]])
-            of = "" if len(labels) == len(subset.images) else " looked at"
-            raise UserError(
-                f"{split} split: {len(wrong)} of {len(labels)} pictures{of} have no class, such as "
-                + _without_class(subset.source, image, int(labels[wrong[0]]))
-            )
-
-
-def _without_class(source: Source, image: int, label: int) -> str:
-    return (
-        f"{source.name(image)} with label {label} of {len(source.class_names)} classes; name "
-        "splits without such pictures in --config.data.split and --config.data.validation_split"
-    )
 
 
 def plan_shards(folder: Path, info: DatasetInfo, subsets: dict[str, Subset]) -> list[ShardPlan]:
-    """Assigns every picture to its shard, neighbours together.
+    """Assigns every picture to a shard, neighbours together.
 
-    A split gets shards of `records_per_shard`, or smaller ones (a multiple of 64) if that would
-    make fewer than about eight: what a killed run has to do again is one shard.
+    Shards hold `records_per_shard` pictures, or fewer (a multiple of 64) where a split would get
+    fewer than about eight shards: a killed run has to repeat one of them.
     """
     planned = []
     for split, subset in subsets.items():
@@ -280,7 +232,7 @@ def _load_autoencoder(folder: epath.Path, config: ConfigDict) -> tuple[Autoencod
 def _describe(
     config: ConfigDict, autoencoder: AutoencoderConfig, params: Any, subsets: dict[str, Subset]
 ) -> DatasetInfo:
-    """How the shards are going to be made; the channel order is still to be found."""
+    """The description of the shards, still without the channel order."""
     rule = config.quantizer.channel_order
     if rule == "frequency":
         calibration = subsets["train"].spread(config.quantizer.calibration_images)
@@ -310,7 +262,7 @@ def _describe(
 
 
 def _measure_spectrum(subset: Subset, codec: Codec, prepare: Prepare) -> ChannelSpectrum:
-    """Low-frequency shares of the channels, over the posterior means of some pictures."""
+    """Measures the channels' spectrum on the posterior means of some pictures."""
     spectrum = ChannelSpectrum(codec.config.latent_channels)
     plan = ShardPlan(Path(), "train", subset.source, subset.images)
     with Progress(len(subset.images), desc="channel order") as progress:
@@ -325,7 +277,7 @@ def _measure_spectrum(subset: Subset, codec: Codec, prepare: Prepare) -> Channel
 def _agree_on_making(
     folder: Path, info: DatasetInfo, setting: Any, measure: Callable[[], ChannelSpectrum]
 ) -> DatasetInfo:
-    """Settles the channel order, and checks against what the folder was begun with."""
+    """Adds the channel order, and compares with the description the folder was begun with."""
     begun = shards.read_begun_info(folder)
     if begun is not None and setting == "frequency":
         order = begun.channel_order
@@ -334,7 +286,7 @@ def _agree_on_making(
         order = resolve_channel_order(setting, info.channels, spectrum)
     info = dataclasses.replace(info, channel_order=order)
     if begun is not None:
-        # What an earlier version began goes on as it did.
+        # A folder that an earlier version began is finished in the same way.
         info = dataclasses.replace(info, split_noise=begun.split_noise)
         if begun.precision == shards.UNSTATED:
             info = dataclasses.replace(info, precision=shards.UNSTATED)
@@ -355,7 +307,7 @@ def _agree_on_making(
 def _write_shards(
     todo: list[ShardPlan], total: int, info: DatasetInfo, codec: Codec, prepare: Prepare
 ) -> None:
-    """Writes the shards that are missing; `total` counts the pictures of those there as well."""
+    """Writes the shards `todo`; `total` also counts the pictures of the complete ones."""
     if not todo:
         return
     done = total - sum(len(plan.images) for plan in todo)
@@ -368,7 +320,7 @@ def _write_shards(
 def _encoded_batches(
     batches: Iterator[Batch], codec: Codec, info: DatasetInfo
 ) -> Iterator[tuple[Batch, list[Encoded]]]:
-    """Gives every batch to the device before the results of the one before are asked for."""
+    """Starts every batch on the device before the results of the previous one are read."""
     previous = None
     for batch in batches:
         encoded = _encode(batch, codec, info)
@@ -380,7 +332,7 @@ def _encoded_batches(
 
 
 def _encode(batch: Batch, codec: Codec, info: DatasetInfo) -> list[Encoded]:
-    """Starts encoding a batch: an item a posterior sample, of `[B x flips]` pictures each."""
+    """Starts encoding a batch: one item per posterior sample, each of `[B x flips]` pictures."""
     pixels = batch.pixels
     flips = 2 if info.flips else 1
     if info.flips:
@@ -389,7 +341,7 @@ def _encode(batch: Batch, codec: Codec, info: DatasetInfo) -> list[Encoded]:
         return [codec.encode(pixels)]
     numbers = np.zeros(len(batch.pixels), np.int64)
     numbers[: len(batch.images)] = batch.images
-    # Every view of every picture has its own noise, whatever it is batched with.
+    # Every view of every picture has its own noise, in any batch.
     views = numbers[:, None] * info.views + np.arange(flips)
     split = batch.shard.split
     stream = zlib.crc32(split.encode()) if info.split_noise and split != "train" else 0
@@ -405,7 +357,7 @@ def _write_shard(
     info: DatasetInfo,
     progress: Progress,
 ) -> None:
-    """Writes one shard from the batches it is made of."""
+    """Writes one shard from its batches."""
     statistics = ChannelStatistics(info.channels, info.quantizer.levels)
     skipped: list[dict[str, Any]] = []
     with ShardWriter(plan.path) as writer:
@@ -421,10 +373,7 @@ def _write_shard(
                     f"the latents of {plan.source.name(image)} hold NaN: the autoencoder's "
                     "weights are damaged, or overflow in config.tokenize.precision"
                 )
-            for image, label in zip(batch.images[good], batch.labels[good], strict=True):
-                if not 0 <= label < len(info.class_names):
-                    without = _without_class(plan.source, int(image), int(label))
-                    raise UserError(f"{plan.split} split: a picture has no class, {without}")
+            _check_labels(plan.split, plan, batch.images[good], batch.labels[good])
             records = np.empty(len(good), info.record)
             records["image"] = batch.images[good]
             records["label"] = batch.labels[good]
@@ -446,12 +395,12 @@ def _views(batch: Batch, samples: list[Any]) -> np.ndarray:
 
 
 def _finish(folder: Path, info: DatasetInfo, planned: list[ShardPlan]) -> None:
-    """Joins what the shards counted into `dataset.json`, the sign that everything is there."""
+    """Writes `dataset.json` with the sum of the shards' counts. It marks the folder as finished."""
     splits: dict[str, Any] = {}
     totals: dict[str, ChannelStatistics] = {}
     skipped: list[dict[str, Any]] = []
     for plan in planned:
-        summary = shards.read_summary(plan.path)
+        summary = read_summary(plan.path)
         if summary is None:
             raise UserError(f"shard {plan.path} is missing; do all processes see the same folder?")
         split = splits.setdefault(plan.split, {"images": 0, "shards": []})
@@ -473,4 +422,4 @@ def _finish(folder: Path, info: DatasetInfo, planned: list[ShardPlan]) -> None:
     shards.write_info(folder, info)
     (folder / shards.PARTIAL_INFO_FILE).unlink(missing_ok=True)
     for temporary in [*folder.glob(".*.tmp"), *folder.glob("statistics/.*.tmp")]:
-        temporary.unlink(missing_ok=True)  # Of runs that were killed.
+        temporary.unlink(missing_ok=True)  # Left by runs that were killed.

@@ -20,8 +20,7 @@ from ml_collections import ConfigDict
 from tokenbridge_jax.data.images import ImageError, decode, open_picture
 from tokenbridge_jax.data.listing import EXTENSIONS, list_pictures
 from tokenbridge_jax.data.shards import INFO_FILE, read_info
-from tokenbridge_jax.data.sources import load_prepared
-from tokenbridge_jax.data.tokenizing import make_subsets
+from tokenbridge_jax.data.sources import load_prepared, make_subsets
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
