@@ -384,7 +384,6 @@ def test_mistakes_in_an_edit_are_told(pipeline, pixels):
     refused(r"must sum to 1, not to 1\.1", class_id={"cat": 0.5, "dog": 0.6})
     refused(r"must sum to 1, not to 0", class_id={"cat": 0})
     refused("sampling.batch_size=-1 must be at least 1", batch_size=-1)
-    refused("images must be uint8 of shape", pixels=pixels / 255)
     refused(r"images are 4x4, the model draws 8x8 pixels", pixels=pixels[:, :4, :4])
     refused("sampling.order='spiral' is not one of random, raster", order="spiral")
     refused(r"sampling\.choice_temperature=-1\.0 must be 0 or more", choice_temperature=-1.0)

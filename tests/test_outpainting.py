@@ -138,5 +138,4 @@ def test_mistakes_in_outpainting_are_told(pipeline, pixels):
     refused("the mask of image 0 is empty", mask=np.zeros((8, 8), bool))
     refused("there are 2 classes for 3 images", class_id=[0, 1], left=2)
     refused("blend=-1 must be 0 or more", left=2, blend=-1)
-    refused("images must be uint8", pixels / 255, left=2)
     refused("seed=-1 must be from 0", left=2, seed=-1)
