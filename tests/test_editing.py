@@ -228,9 +228,9 @@ def test_batch_size_and_devices_change_no_edit(params):
     def run(sizes: tuple[int, ...], batch_size: int) -> np.ndarray:
         mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
         placed = jax.device_put(params, meshes.logical_shardings(boxed, mesh))
-        pixels = dict(labels=labels, known=known, hidden=hidden)
+        batch = dict(labels=labels, known=known, hidden=hidden)
         return generate_in_batches(
-            CONFIG, placed, settings=settings, mesh=mesh, seed=21, batch_size=batch_size, **pixels
+            CONFIG, placed, settings=settings, mesh=mesh, seed=21, batch_size=batch_size, **batch
         )
 
     expected = run((1, 1, 1), 8)

@@ -223,13 +223,8 @@ def test_orders_are_uniform_permutations_of_their_own():
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
-@functools.cache
-def _head_logits(config):
-    return jax.jit(
-        lambda params, *arguments: TokenBridge(config).apply(
-            {"params": params}, method=lambda model: model.head.logits(*arguments)
-        )
-    )
+def _head_logits(model, *arguments):
+    return model.head.logits(*arguments)
 
 
 def brute_force(config, params, request: Request, settings, scales=None) -> np.ndarray:
@@ -270,7 +265,7 @@ def brute_force(config, params, request: Request, settings, scales=None) -> np.n
                 feature = null + np.float32(scale) * (feature - null)
             drawn, log_probs = image.copy(), dict.fromkeys(queue, 0.0)
             for place, channel in enumerate(config.channel_order):
-                logits = np.asarray(_head_logits(config)(params, feature, drawn[slots[0]]))
+                logits = np.asarray(jitted(config, _head_logits)(params, feature, drawn[slots[0]]))
                 for row, p in zip(logits[:, place], queue, strict=False):
                     drawn[p, channel] = np.argmax(row + settings.temperature * noise[p][place])
                     tempered = special.log_softmax(row / (settings.temperature or 1))

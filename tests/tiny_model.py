@@ -128,7 +128,7 @@ def loss_and_gradients(
 
 
 @functools.cache
-def jitted(config: TokenBridgeConfig, method: str = "__call__"):
+def jitted(config: TokenBridgeConfig, method: str | Callable[..., Any] = "__call__"):
     """Jitted `(params, *arguments) -> method's output`."""
     return jax.jit(
         lambda params, *arguments: TokenBridge(config).apply(
