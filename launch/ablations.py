@@ -1,14 +1,15 @@
-"""The paper's ablations at a small scale: trains every row of `configs/ablations.py` and compares.
+"""Trains every row of `configs/ablations.py` at a small scale and compares them.
 
-One autoencoder for all, token shards for every number of levels, then every row with `--seeds`
-seeds. Started again, it does what is left. Rows that are the same experiment are trained once.
+All rows share one autoencoder, and rows with the same number of levels share token shards. Every
+row is trained with `--seeds` seeds. A second start does what is left. Rows that are the same
+experiment are trained once.
 
   python launch/ablations.py --workdir runs/ablations --jobs 4
   python launch/ablations.py --workdir runs/flowers --data /data/flowers --config.data.image_size=32
 
-Prints the tables of docs/ablations.md, which says what the columns mean, and writes them to
-WORKDIR/ablations.md, with all numbers in WORKDIR/ablations.json. Any `--config.section.key=value`
-is for all rows: `--config.training.steps=100` is a quick look.
+It prints the tables of docs/ablations.md, which explains the columns, and writes them to
+WORKDIR/ablations.md. WORKDIR/ablations.json has all numbers. `--config.section.key=value` changes
+all rows: `--config.training.steps=100` gives quick results.
 """
 
 import argparse
@@ -51,10 +52,10 @@ CONFIG = Path(__file__).resolve().parent.parent / "configs" / "ablations.py"
 ROWS, get_config = (runpy.run_path(str(CONFIG))[name] for name in ("ROWS", "get_config"))
 BATCH = 250
 
-# Validated once, at the end; no sample grids.
+# Validation runs once, at the end. No sample grids are drawn.
 TRAINING = ("eval_every=1000000000", "sample_every=0", "checkpoint_every=1000000000")
 
-# What is measured of a row, by its name in the results: its heading and its decimals.
+# Measures of a row: name in the results -> heading and decimals.
 MEASURES = {
     "bits_per_index": ("bits an index", 3),
     "density_bits": ("density, bits", 3),
@@ -64,18 +65,18 @@ MEASURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Where it is, and what all rows have in common."""
+    """The folder of the study, and the settings that all rows share."""
 
     workdir: Path
     flags: tuple[str, ...]
     samples: int
 
     def config(self, name: str) -> ConfigDict:
-        """Of a row, with the flags."""
+        """The config of a row, with the flags."""
         return config_from([f"--config={CONFIG}:{name},on=digits", *self.flags])
 
     def run(self, command: str, name: str, folder: Path, *flags: str) -> None:
-        """A command on the config of a row; what it says goes into `folder`/log.txt."""
+        """Runs a command with the config of a row; its output goes to `folder`/log.txt."""
         argv = [f"--config={CONFIG}:{name},on=digits", f"--workdir={folder}", *self.flags, *flags]
         with (
             (folder / "log.txt").open("a") as log,
@@ -91,29 +92,29 @@ class Study:
         return self.workdir / f"levels_{self.config(name).quantizer.levels}"
 
     def frechet_distance(self, images: np.ndarray) -> float:
-        """Of images to all real ones."""
+        """The distance between images and all real ones."""
         real = np.load(self.workdir / "real.npz")["features"]
         return frechet_distance(gaussian(thumbnails(images)), gaussian(real))
 
 
 def main() -> int:
-    """Runs what is left to run; prints and writes the tables."""
+    """Runs everything that is not done yet; prints and writes the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=storage.as_path, required=True)
     parser.add_argument("--data", default="digits", help="digits, or a folder of class folders")
-    parser.add_argument("--rows", default=",".join(ROWS), help="names, by default all")
+    parser.add_argument("--rows", default=",".join(ROWS), help="names of rows; the default is all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every row")
-    parser.add_argument("--samples", type=int, default=2000, help="images drawn of every run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process")
+    parser.add_argument("--samples", type=int, default=2000, help="images drawn from every run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process")
     args, flags = parser.parse_known_args()
     names = sorted(args.rows.split(","), key=lambda name: [*ROWS, name].index(name))
     wrong = [flag for flag in flags if not (flag.startswith("--config.") and "=" in flag)]
     wrong += [name for name in names if name not in ROWS]
     if wrong:
         parser.error(f"{wrong[0]} is neither --config.section.key=value nor one of {list(ROWS)}")
-    # For the processes that do the work. Runs of a row share all programs but that of training.
+    # These are for the worker processes. Runs of a row share all programs except that of training.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.workdir.resolve() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -144,19 +145,19 @@ def _data_flags(data: str) -> list[str]:
 
 
 def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, Any]:
-    """Everything that is not done yet; returns all that is measured.
+    """Runs everything that is not done yet; returns all measurements.
 
     Raises:
-      UserError: the folder was begun with other settings, or a command failed.
+      UserError: the folder has results of other settings, or a command failed.
     """
     study.workdir.mkdir(parents=True, exist_ok=True)
     settings = {"flags": list(study.flags), "samples": study.samples}
     path = study.workdir / "study.json"
     if path.exists() and storage.read_json(path) != settings:
-        raise UserError(f"{path} tells of other settings; use another --workdir")
+        raise UserError(f"{path} has other settings; use another --workdir")
     storage.write_json(path, settings)
 
-    # Rows that are the same experiment, by the name of the first.
+    # Rows that are the same experiment have the name of the first of them.
     first: dict[str, str] = {}
     same = {name: first.setdefault(study.config(name).to_json(), name) for name in ROWS}
     runs = list(dict.fromkeys(same[name] for name in names))
@@ -179,7 +180,7 @@ def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, 
 
 
 def _do(pool: Executor, task: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
-    """A task's results, in the arguments' order; if one fails, what is not begun never begins."""
+    """Results of a task, in the order of the arguments; a failure cancels what has not begun."""
     futures = [pool.submit(task, *a) for a in arguments]
     try:
         for future in as_completed(futures):
@@ -191,7 +192,7 @@ def _do(pool: Executor, task: Callable[..., Any], arguments: list[tuple[Any, ...
 
 
 def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` returned, now or in an earlier run."""
+    """Returns the result of `make`, or of an earlier run if `path` has it."""
     if path.exists():
         return storage.read_json(path)
     started = time.monotonic()
@@ -269,7 +270,7 @@ def _tokenize(study: Study, name: str) -> dict[str, Any]:
 def mean_log2_cell(quantizer: Quantizer, indices: np.ndarray) -> float:
     """Mean over indices of log2 of the width of their levels' cells, in latent units.
 
-    A cell is the interval of latents that take its level; the outermost end with the range.
+    A cell is the interval of latents that take its level; the outermost cells end at the range.
     """
     edges = [quantizer.minimum, *quantizer.thresholds, quantizer.maximum]
     return float(np.log2(np.diff(np.array(edges, np.float64)))[indices].mean())
@@ -316,7 +317,7 @@ def _link(path: Path, target: Path) -> None:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The tables in Markdown, each with how many pairs of its rows are in the paper's order."""
+    """The tables in Markdown, each with the number of pairs of rows in the paper's order."""
     lines = []
     for table, group in itertools.groupby(results["rows"], key=lambda row: row["table"]):
         rows = list(group)
@@ -352,7 +353,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def mean_and_error(row: dict[str, Any], measure: str) -> tuple[float, float]:
-    """Mean over the seeds and its standard error, which one seed does not show: NaN."""
+    """Mean over the seeds and its standard error, which is NaN for one seed."""
     values = [run[measure] for run in row["runs"]]
     if len(values) < 2:
         return values[0], float("nan")
@@ -360,9 +361,9 @@ def mean_and_error(row: dict[str, Any], measure: str) -> tuple[float, float]:
 
 
 def pairs(rows: list[dict[str, Any]], measure: str) -> dict[str, int]:
-    """How many pairs of rows are in the paper's order, or the other way round.
+    """The number of pairs of rows in the paper's order, and of those the other way round.
 
-    Undecided are those that differ by less than two standard errors of the difference.
+    A pair is undecided if it differs by less than two standard errors of the difference.
     """
     counts = {"as in the paper": 0, "the other way round": 0, "undecided": 0}
     with_figure = [row for row in rows if row["paper_fid"] is not None]

@@ -1,5 +1,5 @@
-# Sourced by the launch scripts: what they need, and what they run or, with --dry-run among their
-# arguments, which is taken out here, only print.
+# Functions of the launch scripts, which source this file. It removes --dry-run from the arguments;
+# `run` then only prints its command.
 # shellcheck shell=bash
 
 dry_run=no
@@ -15,7 +15,7 @@ need() {
   exit 2
 }
 
-# need_shared EXAMPLE: ends the script with one line unless WORKDIR is the same on every host.
+# need_shared EXAMPLE: ends the script with one line unless all hosts share WORKDIR.
 need_shared() {
   need WORKDIR "$1"
   case $WORKDIR in gs://* | /*) return ;; esac
@@ -24,7 +24,7 @@ need_shared() {
   exit 2
 }
 
-# quoted ARGUMENT...: the arguments as one line that a shell reads as these arguments.
+# quoted ARGUMENT...: prints one line that a shell reads as these arguments.
 quoted() {
   local line='' argument
   for argument in "$@"; do
@@ -36,7 +36,7 @@ quoted() {
   printf '%s\n' "$line"
 }
 
-# run COMMAND...: runs it; in a dry run prints it instead.
+# run COMMAND...: runs the command; in a dry run it prints the command instead.
 run() {
   if [ "$dry_run" = yes ]; then quoted "$@"; else "$@"; fi
 }

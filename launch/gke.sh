@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# A run on one or several TPU slices of Google Kubernetes Engine: fills in launch/gke.yaml.
-#   bash launch/gke.sh [--dry-run] COMMAND      --dry-run only prints what it would run
+# Starts a run on one or several TPU slices of Google Kubernetes Engine, with launch/gke.yaml.
+#   bash launch/gke.sh [--dry-run] COMMAND      --dry-run only prints the commands
 #
 #   run [COMMAND [FLAG...]] starts `tokenbridge COMMAND` (train) on every host
-#   logs [HOST [SLICE]]     follows the log of a host (0 of slice 0)
-#   status
-#   delete                  ends the run, which saves its state; `run` goes on from there
+#   logs [HOST [SLICE]]     follows the log of a host (default: host 0 of slice 0)
+#   status                  shows the job set and its pods
+#   delete                  ends the run, which saves its state; `run` continues from there
 #
-# Needs kubectl for a cluster with JobSet and a node pool a slice, an image (launch/Dockerfile), and
-# the variables below. SLICES is how many slices (1), SERVICE_ACCOUNT who may use WORKDIR (default).
+# It needs kubectl for a cluster with JobSet and one node pool for each slice, an image
+# (launch/Dockerfile), and the variables below. SLICES is the number of slices (1), SERVICE_ACCOUNT
+# the account that may use WORKDIR (default).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
@@ -19,7 +20,7 @@ command=${1:-}
 need NAME tokenbridge-l # of the JobSet
 label=jobset.sigs.k8s.io
 
-# json ARGUMENT...: the arguments as strings of JSON, which YAML reads too.
+# json ARGUMENT...: prints the arguments as strings of JSON, which are also valid YAML.
 json() {
   local argument line=''
   for argument in "$@"; do

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# A run on one host, by one process on all its GPUs (or whatever JAX_PLATFORMS names). In the
-# checkout, after `bash launch/setup_env.sh .venv cuda`:
+# Starts a run on one host: one process on all its GPUs (or on the platform of JAX_PLATFORMS). In
+# the checkout, after `bash launch/setup_env.sh .venv cuda`:
 #   WORKDIR=runs/imagenet-l bash launch/gpu_host.sh [--dry-run] [COMMAND [FLAG...]]
-# runs `tokenbridge COMMAND` (train), and again after a crash, ten times at most. SIGTERM or Ctrl-C
-# has it save its state and end with status 75. The log goes to the screen and to LOG
-# (tokenbridge.log).
+# runs `tokenbridge COMMAND` (train), and restarts it after a crash, at most ten times. On SIGTERM
+# or Ctrl-C the process saves its state and ends with status 75. The log goes to the screen and to
+# LOG (tokenbridge.log).
 #
-# Several hosts without a scheduler: the same on each, with JAX_NUM_PROCESSES (how many hosts),
-# JAX_PROCESS_ID (which one, from 0) and JAX_COORDINATOR_ADDRESS=HOST:PORT (a free port of host 0).
+# For several hosts without a scheduler, run the same on each host, with JAX_NUM_PROCESSES (the
+# number of hosts), JAX_PROCESS_ID (the number of this host, from 0) and
+# JAX_COORDINATOR_ADDRESS=HOST:PORT (a free port of host 0).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
@@ -29,8 +30,9 @@ if [ "$dry_run" = yes ]; then
 fi
 exec > >(tee -i -a "${LOG:-tokenbridge.log}") 2>&1
 
-# Told to stop: the process saves and ends, and so does this script. It has a process group of its
-# own (set -m), so that Ctrl-C reaches it once, from here: told twice, it would not save.
+# On a signal the process saves and ends, and then this script ends. The process has its own process
+# group (set -m), so that Ctrl-C reaches it only once, through this script: a second signal would
+# stop it before it has saved.
 set -m
 stop() {
   trap '' TERM INT
@@ -48,7 +50,7 @@ while true; do
   wait "$child" || status=$?
   case $status in
     0 | 2 | 130) exit "$status" ;;
-    75) ;; # Another host was told to stop; this one goes on with it when it is back.
+    75) ;; # Another host was told to stop. This one continues when that host is back.
     *) crashes=$((crashes + 1)) ;;
   esac
   [ "$crashes" -le 10 ] || exit "$status"

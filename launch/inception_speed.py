@@ -1,8 +1,8 @@
-"""Images a second through FID's Inception on one accelerator: this package's network and PyTorch's.
+"""Measures the images a second of FID's Inception on one accelerator, here and in PyTorch.
 
-Random weights, 10,000 images of 256x256 from the host's memory, resized on the device; the best of
-three passes after one that compiles. PyTorch's network is pytorch-fid's
-(`pip install pytorch-fid torchvision`, left out where that is not installed).
+It uses random weights and 10,000 images of 256x256 in the host's memory, resized on the device, and
+reports the best of three passes after one that compiles. PyTorch's network is pytorch-fid's
+(`pip install pytorch-fid torchvision`); without it, only this package is measured.
 
   python launch/inception_speed.py
 """
@@ -62,12 +62,12 @@ def timed(
 
 
 def to_host(result: Any) -> Any:
-    """PyTorch's arrays have to be told."""
+    """Copies an array of PyTorch to the host."""
     return result.cpu() if hasattr(result, "cpu") else result
 
 
 def differences(features: np.ndarray, exact: np.ndarray) -> str:
-    """How far features are from those of full precision, and what FID makes of it."""
+    """The difference of features from those of full precision, and its effect on FID."""
     count = min(len(features), len(exact)) // 2 * 2
     features, exact = features[:count], exact[:count]
     worst = np.abs(features - exact).max() / np.abs(exact).max()
@@ -82,12 +82,12 @@ def differences(features: np.ndarray, exact: np.ndarray) -> str:
 
 
 def shrunk(features: np.ndarray) -> Gaussian:
-    """Moments of the first 512 features: enough for a comparison, and quick."""
+    """Moments of the first 512 features, which are enough for a comparison."""
     return gaussian(features[:, :512])
 
 
 def make_images(count: int) -> np.ndarray:
-    """Pictures of coloured squares, in two kinds: the second half is brighter."""
+    """Pictures of coloured squares; those of the second half are brighter."""
     rng = np.random.default_rng(0)
     squares = rng.integers(0, 200, (count, 8, 8, 3), dtype=np.uint8)
     squares[count // 2 :] += 30
@@ -114,7 +114,7 @@ def random_state() -> dict[str, np.ndarray]:
 
 
 def time_torch(images: np.ndarray, state: dict[str, np.ndarray], batch_sizes: list[int]) -> None:
-    """pytorch-fid's network, in PyTorch's two kinds of float32 and with its own search on."""
+    """Times pytorch-fid's network in float32 and TF32, with PyTorch's search for algorithms on."""
     import pytorch_fid.inception
     import torch
 
@@ -125,7 +125,7 @@ def time_torch(images: np.ndarray, state: dict[str, np.ndarray], batch_sizes: li
     torch.backends.cudnn.benchmark = True
 
     def run(batch: np.ndarray) -> object:
-        # The result stays on the device, so that no batch is waited for.
+        # The result stays on the device, so that the host does not wait for each batch.
         pixels = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float() / 255
         with torch.inference_mode():
             return network(pixels)[0][:, :, 0, 0]

@@ -1,10 +1,10 @@
-"""How many indices each precision of the autoencoder moves, against float32 on this machine's CPU.
+"""Compares the indices of each precision of the autoencoder with float32 on this machine's CPU.
 
   python launch/precision_shares.py --images FOLDER
 
-An autoencoder of KL-16's size with random weights, whose latents are brought to mean 0 and
-deviation 1 a channel over the images, and the posterior's mean. `--autoencoder WORKDIR/autoencoder`
-takes a trained one as it is.
+The autoencoder has KL-16's size and random weights, scaled so that each channel of the latents has
+mean 0 and deviation 1 over the images. `--autoencoder WORKDIR/autoencoder` uses a trained one
+unchanged. Indices are those of the posterior's mean.
 """
 
 import argparse
@@ -26,10 +26,12 @@ from tokenbridge_jax.runtime import meshes
 
 
 def main() -> None:
-    """Prints a line a precision: the share of indices moved, and encoded and decoded images/s."""
+    """Prints a line for each precision: the share of indices that differ, and images a second."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", required=True, help="class folders")
-    parser.add_argument("--autoencoder", help="a trained one; by default random weights")
+    parser.add_argument("--images", required=True, help="a folder of class folders")
+    parser.add_argument(
+        "--autoencoder", help="folder of a trained autoencoder; default: random weights"
+    )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--levels", type=int, default=64)
     parser.add_argument("--range", type=float, default=5.0)
@@ -84,7 +86,7 @@ def standardized(params: dict, mean: np.ndarray, deviation: np.ndarray) -> dict:
 
 
 def seconds(run: Callable[[Any], Any], x: Any) -> float:
-    """Median of eight calls after one."""
+    """Median of eight calls, after one that compiles."""
     times = []
     for _ in range(9):
         started = time.perf_counter()

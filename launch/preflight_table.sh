@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The table of launch/README.md: sizes L and H on every TPU type of launch/tpu_types.sh, compiled.
-#   bash launch/preflight_table.sh [TYPE/SIZE ...]     e.g. v5litepod-64/L; without any, all
-# Needs `pip install -e '.[tpu]'` and, for each row, some minutes of a core. Finished rows are kept
-# in runs/preflight, by settings and committed code: started again, it goes on. PYTHON names the interpreter.
+# Prints the table of launch/README.md: sizes L and H, compiled for every TPU type of
+# launch/tpu_types.sh.
+#   bash launch/preflight_table.sh [TYPE/SIZE ...]    for example v5litepod-64/L; default: all
+# It needs `pip install -e '.[tpu]'` and some minutes of a core for each row. runs/preflight keeps
+# finished rows, by settings and committed code, so a second start continues. PYTHON names the
+# interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/tpu_types.sh
@@ -25,7 +27,7 @@ for row in "${rows[@]}"; do
     status=0
     "$python" -m tokenbridge_jax.commands.preflight --config "configs/imagenet256.py:size=$size" \
       --topology "$TOPOLOGY" "${FLAGS[@]}" --nosuggest --json >"$file.part" || status=$?
-    # 3: does not fit; 4: libtpu crashed. Those are rows too.
+    # 3: does not fit; 4: libtpu crashed. These results are rows too.
     [[ $status =~ ^[034]$ ]] || exit "$status"
     mv "$file.part" "$file"
   fi

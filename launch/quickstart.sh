@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole line on handwritten digits, on the CPU: images -> autoencoder -> index shards -> model ->
-# samples. Makes its own environment in .venv; leaves pictures and everything else in WORKDIR.
-#   bash launch/quickstart.sh [WORKDIR]     (runs/quickstart; started again, it goes on or is done)
+# Handwritten digits on the CPU: images -> autoencoder -> index shards -> model -> samples. It makes
+# its own environment in .venv and writes pictures and all other files to WORKDIR.
+#   bash launch/quickstart.sh [WORKDIR]     (default: runs/quickstart; a second start continues)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$(date +%s)
@@ -10,8 +10,8 @@ workdir=${1:-runs/quickstart}
 echo "== installing into .venv"
 bash launch/setup_env.sh .venv
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-# Two single-threaded devices, each with half of a batch, use two cores better than one device with
-# two threads does: 1.5 times the images a second in training.
+# On two cores, two single-threaded devices with half a batch each train 1.5 times as many images a
+# second as one device with two threads.
 export JAX_NUM_CPU_DEVICES=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA_FLAGS:-}"
 tokenbridge=.venv/bin/tokenbridge
 
@@ -23,6 +23,7 @@ echo "== 3/4 train: a distribution over indices"
 "$tokenbridge" train --workdir "$workdir"
 echo "== 4/4 sample: 1,000 new digits"
 "$tokenbridge" sample --workdir "$workdir" --num_images 1000
-echo "== evaluate: how far these are from the real ones"
-"$tokenbridge" evaluate --workdir "$workdir" --what generation --images "$workdir/samples/samples.npz" --reference data
+echo "== evaluate: the distance between these and the real digits"
+"$tokenbridge" evaluate generation --workdir "$workdir" \
+  --images "$workdir/samples/samples.npz" --reference data
 .venv/bin/python launch/score_digits.py --workdir "$workdir" --started "$started"

@@ -1,8 +1,8 @@
-"""Scores the digits a quickstart run has sampled, with a classifier that saw real digits only.
+"""Scores the digits that a quickstart run sampled, with a classifier trained on real digits only.
 
-A support vector machine is trained on the real training digits (8x8 pixels). Its accuracy is
-printed for real held-out digits, for those digits as the autoencoder gives them back, and for the
-samples: the share assigned to the class that was asked for. The last line is JSON.
+A support vector machine is trained on the real training digits (8x8 pixels). The script prints its
+accuracy for real held-out digits, for their reconstructions by the autoencoder, and for the samples
+(the share in which it finds the requested class). The last line is JSON.
 
   python launch/score_digits.py --workdir runs/quickstart
 """
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _features(images: np.ndarray) -> np.ndarray:
-    """uint8 images of any multiple of 8 pixels -> 64 values in 0..16, as scikit-learn has them."""
+    """uint8 images of any multiple of 8 pixels -> 64 values in 0..16, as in scikit-learn."""
     count, size = len(images), images.shape[1]
     cells = images[..., 0].reshape(count, 8, size // 8, 8, size // 8).astype(np.float64)
     return cells.mean(axis=(2, 4)).reshape(count, 64) * (16 / 255)

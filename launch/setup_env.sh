@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes a virtual environment and installs the package into it: bash launch/setup_env.sh DIR [EXTRAS]
-#   DIR     where the environment goes; one of the same Python that is there already is kept and
-#           brought up to date
-#   EXTRAS  of setup.py, comma-separated: test, tpu, cuda, gcs, tfds, torch
+# Makes a virtual environment and installs the package into it:
+#   bash launch/setup_env.sh DIR [EXTRAS]
+#   DIR     folder of the environment; an existing one of the same Python is updated
+#   EXTRAS  extras of setup.py, comma-separated: test, tpu, cuda, gcs, tfds, torch
 # PYTHON names the interpreter to use (3.11 or newer).
 set -euo pipefail
 
@@ -23,6 +23,6 @@ if [ -x "$directory/bin/python" ]; then
     exit 1
   }
 fi
-# One that was not finished has no pip yet.
+# An environment whose creation was interrupted has no pip.
 "$directory/bin/python" -m pip --version > /dev/null 2>&1 || "$python" -m venv "$directory"
 "$directory/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root$extras"

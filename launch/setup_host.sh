@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs the package on a fresh Ubuntu host, with a newer Python where the host's is too old:
-#   bash launch/setup_host.sh EXTRAS      of setup.py, comma-separated; makes .venv in the checkout
+# Installs the package on a fresh Ubuntu host into .venv of the checkout, with a newer Python if the
+# host's is too old:
+#   bash launch/setup_host.sh EXTRAS      extras of setup.py, comma-separated
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

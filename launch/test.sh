@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that is checked: format, lint, types, tests. Makes its own environment, one for every
-# version of Python, in .venv-test-VERSION.
+# Runs all checks: format, lint, types, tests. It makes its own environment .venv-test-VERSION, one
+# for each version of Python.
 #   bash launch/test.sh [PYTEST ARGUMENTS]
 # PYTHON names the interpreter to use (3.11 or newer).
 set -euo pipefail
@@ -14,5 +14,5 @@ bin=$environment/bin
 "$bin/ruff" check .
 "$bin/mypy"
 "$bin/shellcheck" launch/*.sh launch/slurm.sbatch .ci/run
-# A file's tests share what is slow to make: they stay on one worker.
+# The tests of a file share objects that are slow to make, so they run on the same worker.
 "$bin/python" -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --durations=15 "$@"

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A run on a slice of Cloud TPUs, asked for as a queued resource. (tpu7x is on Kubernetes only:
-# launch/gke.sh. Several slices: launch/tpu_multislice.sh.)
-#   bash launch/tpu_pod.sh [--dry-run] COMMAND      --dry-run only prints what it would run
+# A run on one slice of Cloud TPUs, which is requested as a queued resource. (tpu7x exists on
+# Kubernetes only: launch/gke.sh. For several slices: launch/tpu_multislice.sh.)
+#   bash launch/tpu_pod.sh [--dry-run] COMMAND      --dry-run only prints the commands
 #
-#   create [FLAG...]        asks for the slice; flags of gcloud, such as --spot or --network=NETWORK
+#   create [FLAG...]        requests the slice, with flags of gcloud such as --spot or --network=NETWORK
 #   setup                   copies the committed files to every host and installs them there
 #   run [COMMAND [FLAG...]] starts `tokenbridge COMMAND` (train) on every host
-#   logs [HOST]             follows the log of a host (0)
-#   status                  of the slice, then of the run on every host
-#   stop                    has the run save its state and end; `run` goes on from there
-#   delete                  gives the slice back
+#   logs [HOST]             follows the log of a host (default: 0)
+#   status                  shows the state of the slice, then of the run on every host
+#   stop                    tells the run to save its state and end; `run` continues from there
+#   delete                  releases the slice
 #
-# Needs gcloud with an account and a project (CLOUDSDK_CORE_PROJECT), and the variables below. On
-# every host systemd starts the run again after a crash or when another host was told to stop, ten
-# times a day at most, and never after a mistake of the user's (status 2).
+# It needs gcloud with an account and a project (CLOUDSDK_CORE_PROJECT), and the variables below. On
+# every host, systemd restarts the run after a crash and when another host was told to stop, at most
+# ten times a day. It does not restart it after a mistake of the user (status 2).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
@@ -21,12 +21,12 @@ source launch/tpu_types.sh
 
 command=${1:-}
 [ $# -eq 0 ] || shift
-need NAME tokenbridge-l # of the queued resource and its slices
-need ZONE us-east5-a    # where the project has quota for such chips
+need NAME tokenbridge-l # name of the queued resource and its slices
+need ZONE us-east5-a    # a zone where the project has quota for such chips
 tpus=(gcloud compute tpus queued-resources)
 everywhere=("$NAME" --zone="$ZONE" --node=all --worker=all)
 
-# settings: those of the slice, of a type that Cloud TPU machines have.
+# settings: sets the variables of tpu_settings; refuses a type that Cloud TPU machines do not have.
 settings() {
   need TYPE v6e-64 # as the cloud names it
   tpu_settings "$TYPE" "${SIZE:-L}"
@@ -54,7 +54,7 @@ tar -xzf tokenbridge.tar.gz -C tokenbridge && cd tokenbridge && bash launch/setu
     settings
     need_shared gs://my-bucket/runs/imagenet-l
     case ${1:-} in '' | -*) set -- train "$@" ;; esac
-    # A unit of systemd, with the limits of a login; of a stop only tokenbridge itself is told.
+    # A systemd unit with the limits of a login. A stop signals only tokenbridge itself.
     unit=(--unit=tokenbridge --collect "--uid=\$(id -un)" "--working-directory=\$HOME/tokenbridge"
       --setenv=PYTHONUNBUFFERED=1 --property=LimitMEMLOCK=infinity
       --property=KillMode=mixed --property=TimeoutStopSec=600

@@ -1,6 +1,6 @@
-# Sourced by the TPU scripts: what a slice is called, and the settings of the published sizes for it
-# at the paper's batch of 2048. `bash launch/preflight_table.sh` compiles every row; launch/README.md
-# has what it says.
+# Names of TPU slices, and settings of the published sizes for them at the paper's batch of 2048.
+# The TPU scripts source this file. `bash launch/preflight_table.sh` compiles every row;
+# launch/README.md has the results.
 # shellcheck shell=bash disable=SC2034
 
 # Type and size; fsdp, remat, head_chunk, accumulation.
@@ -26,13 +26,13 @@ tpu7x-32      H   4 none 4096 1
 "
 
 # tpu_settings TYPE SIZE: TYPE as the cloud names it, SIZE is L or H. Sets
-#   CHIPS, HOSTS  of a slice; a chip of tpu7x is two devices of JAX, every other is one
-#   TOPOLOGY      as `tokenbridge preflight --topology` takes it
-#   SHAPE         of the slice, in chips
-#   RUNTIME       the image of Cloud TPU machines; empty: on Kubernetes only
-#   ACCELERATOR   what Kubernetes Engine calls the nodes
-#   FLAGS         of `tokenbridge train`
-# Returns 2 with one line for a row that is not there.
+#   CHIPS, HOSTS  their numbers in the slice; a chip of tpu7x is two devices of JAX, others are one
+#   TOPOLOGY      the name for `tokenbridge preflight --topology`
+#   SHAPE         the shape of the slice, in chips
+#   RUNTIME       the image of Cloud TPU machines; empty if the type exists on Kubernetes only
+#   ACCELERATOR   the name of the nodes on Kubernetes Engine
+#   FLAGS         flags of `tokenbridge train`
+# Prints one line and returns 2 if the table has no such row.
 tpu_settings() {
   local row fsdp remat chunk accumulation cores
   row=$(awk -v type="$1" -v size="$2" '$1 == type && $2 == size' <<<"$TPU_TABLE")
@@ -42,7 +42,7 @@ tpu_settings() {
     return 2
   fi
   read -r _ _ fsdp remat chunk accumulation <<<"$row"
-  case $1 in # Some types are named by their cores, of which a chip has two.
+  case $1 in # Some types are named by their number of cores. A chip has two.
     v4-*) cores=2 RUNTIME=tpu-ubuntu2204-base ACCELERATOR=tpu-v4-podslice ;;
     v5litepod-*) cores=1 RUNTIME=v2-alpha-tpuv5-lite ACCELERATOR=tpu-v5-lite-podslice ;;
     v5p-*) cores=2 RUNTIME=v2-alpha-tpuv5 ACCELERATOR=tpu-v5p-slice ;;

@@ -112,9 +112,9 @@ def test_the_files_of_a_folder(saved):
     assert mesh == {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
 
 
-@pytest.mark.parametrize("document", [REPOSITORY / "README.md", "README.md"])
+@pytest.mark.parametrize("document", [REPOSITORY / "docs/python.md", "README.md"])
 def test_numpy_alone_reads_it(pipeline, saved, tmp_path, document):
-    """With what the README and the model card say, where neither JAX nor this package is."""
+    """With what the documents and the model card say, where neither JAX nor this package is."""
     blocks = re.findall(r"```python\n(.*?)```", (saved / document).read_text(), re.DOTALL)
     example = next(block for block in blocks if "load_file" in block)
     script = (

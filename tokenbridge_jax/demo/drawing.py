@@ -1,4 +1,4 @@
-"""The page's requests: checked, drawn in a thread of their own, and shown while they are drawn."""
+"""Checks the requests of the page and draws them in a thread, with previews."""
 
 import dataclasses
 import io as bytes_io
@@ -26,30 +26,30 @@ from tokenbridge_jax.sampling.batches import Preview
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NO_CLASS = -1
-# Every number of images needs a program of its own.
+# Every number of images needs a compiled program of its own.
 NUMBERS_OF_IMAGES = (1, 4, 9, 16)
 MAX_SEED = 2**32 - 1
 MAX_TEMPERATURE = 2.0
-# Or that of the config, if it is larger.
+# A larger guidance of the config is allowed too.
 MAX_GUIDANCE = 10.0
 MAX_KEEP = 0.95
 MAX_UPLOAD_PIXELS = 2**26
-# Decoding takes time as well.
+# Decoding a preview takes time.
 MAX_PREVIEWS = 16
-# Seconds.
+# Seconds between two signs of life while nothing is new.
 TICK = 1.0
 
 
 class Choices(NamedTuple):
-    """The values of the page's settings, in their order.
+    """The settings of the page, in the order of the page.
 
     Attributes:
       class_id: number of a class, or NO_CLASS for the model's unconditional images.
       second: number of a class to mix in, or NO_CLASS.
-      share: of the second class, from 0 to 1.
-      images: their number, one of NUMBERS_OF_IMAGES.
+      share: weight of the second class, from 0 to 1.
+      images: how many, one of NUMBERS_OF_IMAGES.
       seed: from 0 to MAX_SEED.
-      guidance: as in `SamplingSettings`, like the rest.
+      guidance: see `SamplingSettings`, also for those below.
       temperature: at most MAX_TEMPERATURE.
       num_iter: at most L.
       order: one of ORDERS.
@@ -66,7 +66,7 @@ class Choices(NamedTuple):
     order: str
 
     def mixture(self, names: tuple[str, ...]) -> ClassId:
-        """The class, or two classes with their weights; `names` lists all classes by number."""
+        """The class, or two classes with their weights; `names` are the names of all classes."""
         if self.class_id == NO_CLASS:
             return None
         first = class_at(self.class_id, names)
@@ -76,7 +76,7 @@ class Choices(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Images in progress: steps done, number of all steps, uint8 `[B, H, W, I]`."""
+    """Images while they are drawn: steps done, number of steps, uint8 `[B, H, W, I]`."""
 
     done: int
     steps: int
@@ -84,7 +84,7 @@ class Frame(NamedTuple):
 
 
 class Demo:
-    """Serves the page's requests, one at a time."""
+    """Draws the requests of the page, one at a time."""
 
     def __init__(self, pipeline: Pipeline, sampling: ConfigDict):
         """The page starts with the settings of `sampling`, the section of a config."""
@@ -98,14 +98,14 @@ class Demo:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Ends the request in progress at its next step."""
+        """Stops the request that is being drawn, at its next step."""
         self._closed.set()
         self._sampler.shutdown(wait=False, cancel_futures=True)
 
     def generate(self, choices: Choices) -> Iterator[Frame | None]:
-        """Yields images in progress, and last those of `Pipeline.generate`.
+        """Yields images while they are drawn, and finally those of `Pipeline.generate`.
 
-        It also yields None from time to time when there is nothing new, so that it can be closed.
+        While there is nothing new, it yields None once a second, so that it can be closed.
 
         Raises:
           UserError: a choice is out of range.
@@ -125,15 +125,15 @@ class Demo:
         blend: int | None,
         encode_hidden: bool = False,
     ) -> Iterator[Frame | None]:
-        """As `generate`, for `Pipeline.edit`: several edits of one image.
+        """Like `generate`, for `Pipeline.edit`: several edits of one image.
 
         Args:
           choices: the settings.
           image: the image to edit, of the model's size.
-          mask: True where it was painted; if nothing was painted, the whole image is masked.
+          mask: True where it was painted; if nothing is painted, the whole image is meant.
           keep: share of the masked positions to keep; 0 draws all of them.
-          blend: as for `Pipeline.edit`.
-          encode_hidden: True as for `Pipeline.edit`; False lets `keep` decide.
+          blend: see `Pipeline.edit`.
+          encode_hidden: see `Pipeline.edit`; if it is False, `keep` decides.
 
         Raises:
           UserError: there is no image or nothing to draw anew, or a choice is out of range.
@@ -159,10 +159,10 @@ class Demo:
         ))  # fmt: skip
 
     def read(self, path: str) -> UInt8[np.ndarray, "H W I"]:
-        """Reads a picture of any size, and cuts it to the model's size like `tokenize`.
+        """Reads a picture of any size and crops it to the model's size, as `tokenize` does.
 
         Raises:
-          UserError: it is not a picture, or too large.
+          UserError: the file is not a picture, or it is too large.
         """
         try:
             with open_picture(path) as picture:
@@ -174,7 +174,7 @@ class Demo:
             raise UserError(f"this file cannot be used: {reason}") from error
 
     def _settings(self, choices: Choices) -> dict[str, Any]:
-        """Checked arguments of `Pipeline.generate` and `edit`."""
+        """Checks the choices; returns arguments of `Pipeline.generate` and `edit`."""
         for class_id in (choices.class_id, choices.second):
             if class_id != NO_CLASS:
                 self.pipeline.class_id(class_at(class_id, self._names))
@@ -201,7 +201,7 @@ class Demo:
         )
 
     def _frames(self, draw: Callable[[Preview], np.ndarray]) -> Iterator[Frame | None]:
-        """Runs `draw` in the sampler's thread; closing the iterator ends it at its next step."""
+        """Runs `draw` in the sampler's thread; closing this iterator stops it at its next step."""
         frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         left = threading.Event()
 
@@ -233,8 +233,8 @@ def painted(layers: Sequence[np.ndarray], side: int) -> Bool[np.ndarray, "H W"]:
     """The pixels of an image of which a brush has covered at least a quarter.
 
     Args:
-      layers: RGBA, of any size; everything that is not transparent was painted.
-      side: of the image, in pixels.
+      layers: RGBA, of any size; pixels that are not transparent were painted.
+      side: side of the image, in pixels.
     """
     mask = np.zeros((side, side), bool)
     for layer in layers:

@@ -1,4 +1,4 @@
-"""The page, in Gradio: settings on the left, generated and edited images on the right."""
+"""The page, in Gradio: settings on the left; generated and edited images on the right."""
 
 import html
 import math
@@ -36,9 +36,9 @@ MAX_UPLOAD = "20mb"
 MAX_WAITING = 8
 # Seconds until a file of the page is deleted.
 KEEP_FILES = 3600
-# Side of the canvas in pixels: small images are enlarged by a whole factor.
+# Pixels a side of the canvas for painting. Small images are enlarged by a whole factor.
 CANVAS = 512
-# Images with a side of fewer pixels are shown with sharp pixels.
+# Images with fewer pixels a side are shown with sharp pixels.
 PIXELATED_BELOW = 128
 
 CSS = """
@@ -52,7 +52,7 @@ CSS = """
 
 
 class Drawing(NamedTuple):
-    """The part of a tab that draws: its buttons, and where images appear."""
+    """The part of a tab that draws: its buttons, and the gallery of images."""
 
     start: gr.Button
     stop: gr.Button
@@ -67,21 +67,21 @@ class Drawing(NamedTuple):
 def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
     """Starts to serve the page and returns.
 
-    It sends nothing to other servers, and the page loads nothing from them.
+    Neither the server nor the page contacts other servers.
 
     Args:
-      demo: draws.
+      demo: draws the images.
       host: address to listen on.
-      port: a free one.
+      port: a free port.
       folder: for the page's files.
     """
-    os.environ["GRADIO_TEMP_DIR"] = folder  # Read when components are made.
-    # A painted picture is decoded before its size can be checked.
+    os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads it when components are made.
+    # Gradio decodes painted images before this code can check their size.
     Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS
     page = build(demo, Path(folder))
     page.queue(max_size=MAX_WAITING, api_open=False)
     page.launch(
-        server_name=f"[{host}]" if ":" in host else host,  # As a URL has IPv6 addresses.
+        server_name=f"[{host}]" if ":" in host else host,  # The form of IPv6 addresses in URLs.
         server_port=port,
         theme=gr.themes.Default(
             primary_hue="indigo",
@@ -105,7 +105,7 @@ def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
 
 
 def build(demo: Demo, folder: Path) -> gr.Blocks:
-    """The page and the actions of its buttons; `folder` is for its files."""
+    """Builds the page and connects its buttons; `folder` is for its files."""
     with gr.Blocks(
         title="TokenBridge", analytics_enabled=False, delete_cache=(KEEP_FILES, KEEP_FILES)
     ) as page:
@@ -154,7 +154,7 @@ def build(demo: Demo, folder: Path) -> gr.Blocks:
 
         for drawing in generated, edited:
             given = [drawing.images, drawing.selected]
-            # The editor accepts a picture only when it is already visible.
+            # The editor accepts a picture only once its tab is visible.
             drawing.take.click(take, given, [original, tabs], api_visibility="private").then(
                 on_canvas, original, editor, api_visibility="private"
             )
@@ -162,7 +162,7 @@ def build(demo: Demo, folder: Path) -> gr.Blocks:
 
 
 def on_canvas(image: UInt8[np.ndarray, "H W I"]) -> Image.Image:
-    """An image enlarged to the size of the canvas."""
+    """An image, enlarged to the size of the canvas."""
     factor = max(1, CANVAS // len(image))
     return pictures.to_pil(image.repeat(factor, axis=0).repeat(factor, axis=1))
 
@@ -176,7 +176,7 @@ def _about(demo: Demo) -> str:
 
 
 def _settings(demo: Demo) -> list[Component]:
-    """One component for each of `Choices`, in this order."""
+    """One component for each field of `Choices`, in the same order."""
     defaults, positions = demo.defaults, demo.pipeline.config.positions
     classes = _classes(demo)
     with gr.Row():
@@ -200,18 +200,18 @@ def _settings(demo: Demo) -> list[Component]:
     with gr.Accordion("How to sample", open=False):
         guidance = gr.Slider(
             0, demo.max_guidance, value=defaults.guidance, step=0.1, label="Guidance",
-            info="1 is none; more is more like the class, and more alike",
+            info="1 is none; more makes images closer to the class, and less varied",
         )  # fmt: skip
         temperature = gr.Slider(
             0, MAX_TEMPERATURE, value=defaults.temperature, step=0.05, label="Temperature",
-            info="less is safer and more alike",
+            info="less makes images more typical, and less varied",
         )  # fmt: skip
         steps = gr.Slider(
             1, positions, value=min(defaults.num_iter, positions), step=1, label="Steps"
         )
         order = gr.Dropdown(
             list(ORDERS), value=defaults.order, label="Order",
-            info="in which positions are revealed",
+            info="the order in which positions are drawn",
         )  # fmt: skip
     return [class_id, second, share, images, seed, guidance, temperature, steps, order]
 
@@ -241,13 +241,13 @@ def _edit_inputs(demo: Demo) -> tuple[gr.UploadButton, gr.ImageEditor, Any, Any,
     )
     keep = gr.Slider(
         0, MAX_KEEP, value=0, step=0.05, label="Keep",
-        info="share of the painted positions, at random; with nothing painted, of the whole image",
+        info="share of the painted positions that stay, at random; of all if nothing is painted",
     )  # fmt: skip
     encode_hidden = gr.Checkbox(
-        False, label="Take after what is painted over",
-        info="for touch-ups; otherwise it is not looked at, but with Keep",
+        False, label="Resemble what is painted over",
+        info="for touch-ups; otherwise the painted part is ignored, except with Keep",
     )  # fmt: skip
-    blend = gr.Checkbox(False, label="Original pixels outside", info="not the autoencoder's")
+    blend = gr.Checkbox(False, label="Original pixels outside", info="instead of the autoencoder's")
     ramp = gr.Slider(
         0, demo.side // 4, value=0, step=1, label="Blended over (pixels)", visible=False
     )
@@ -293,7 +293,7 @@ def _connect(
     inputs: Sequence[Component],
     archive: Path,
 ) -> None:
-    """Makes the buttons start and stop `draw(*values of inputs)`."""
+    """Lets the buttons start and stop `draw(*values of inputs)`."""
 
     def run(*values: Any) -> Iterator[dict[Component, Any]]:
         started = time.monotonic()
@@ -308,7 +308,7 @@ def _connect(
             yield {drawing.status: ""}
             raise _shown(error) from None
         assert last is not None
-        # Gradio makes a copy for the user who asked for it.
+        # Gradio makes its own copy for each visitor.
         write_archive(archive, last.images, dict(zip(Choices._fields, values, strict=False)))
         yield {
             drawing.images: last.images,
@@ -338,19 +338,19 @@ def _connect(
 
 
 def _tiled(images: UInt8[np.ndarray, "B H W I"]) -> gr.Gallery:
-    """The images as a square gallery, with none selected."""
+    """A gallery of the images, with none selected."""
     shown = [pictures.to_pil(image) for image in images]
     return gr.Gallery(shown, columns=math.isqrt(len(images)), selected_index=None)
 
 
 def _progress(frame: Frame | None, seconds: float) -> str:
     if frame is None:
-        return f"starting, {seconds:.0f} s; with new settings it takes longer the first time"
+        return f"starting, {seconds:.0f} s; the first request with new settings takes longer"
     width = f"width: {frame.done / frame.steps:.0%}"
     text = f"step {frame.done} of {frame.steps}, {seconds:.1f} s"
     return f'{text}<div class="bar"><div style="{width}"></div></div>'
 
 
 def _shown(error: UserError) -> gr.Error:
-    """A mistake as the page shows it; the page expects HTML."""
+    """The message of a mistake. The page reads messages as HTML, so it is escaped."""
     return gr.Error(html.escape(str(error), quote=False), print_exception=False)

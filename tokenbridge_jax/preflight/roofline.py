@@ -10,10 +10,10 @@ from tokenbridge_jax.preflight.chips import Slice
 from tokenbridge_jax.preflight.hlo import Collective, Program
 
 ASSUMPTIONS = (
-    "instructions take the cycles that libtpu estimates, at the clock that the peak implies, one "
-    "after another",
-    "collectives send what a ring sends, over all links along the axes that their group spans; an "
-    "axis that is no ring has half; nothing hides them",
+    "instructions run one after another and take the cycles that libtpu estimates, at the clock "
+    "that the peak implies",
+    "collectives send as in a ring, over all links along the axes that their group spans; an axis "
+    "that is not a ring has half the links; no computation overlaps with them",
     "input, checkpoints and restarts take no time",
 )
 

@@ -41,7 +41,7 @@ def as_text(report: Report) -> str:
         lines += ["", f"These fit: {' '.join(report['suggestion']['flags'])}", ""]
         lines.append(as_text(report["suggestion"]))
     elif "suggestion" in report:
-        lines.append("No settings were found that fit: more chips, or a smaller batch")
+        lines.append("No settings were found that fit: use more chips, or a smaller batch")
     return "\n".join(lines)
 
 
@@ -61,11 +61,11 @@ def _time_lines(report: Report, device: str) -> list[str]:
         f"  products at peak     {seconds['products_at_peak']:.3f}",
         f"  memory traffic       {seconds['memory_traffic']:.3f}",
         f"  collectives          {seconds['collectives']:.3f}",
-        f"  instructions         {seconds['instructions']:.3f}  by libtpu's estimate",
-        f"  expected             {seconds['expected']:.3f}  with x {mean:.3f} for the mean program",
+        f"  instructions         {seconds['instructions']:.3f}  estimated by libtpu",
+        f"  expected             {seconds['expected']:.3f}  scaled by {mean:.3f} for the mean",
         f"  at best              {seconds['at_best']:.3f}",
         f"{report['images_per_second']:,.0f} images/s, {report['share_of_peak']:.1%} of peak "
-        f"(of a step's mathematics: {model:.1f} TFLOP on average)",
+        f"(the mathematics of a step has {model:.1f} TFLOP on average)",
         *(f"assumed: {assumption}" for assumption in report["assumptions"]),
     ]
 
