@@ -13,12 +13,13 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    # The experiment files stand at the top of the repository and travel inside the package.
+    # The experiment files are at the top of the repository, and inside the installed package.
     packages=[
         *find_packages(include=["tokenbridge_jax", "tokenbridge_jax.*"]),
         "tokenbridge_jax.configs",
     ],
     package_dir={"tokenbridge_jax.configs": "configs"},
+    package_data={"tokenbridge_jax": ["py.typed"]},
     # The tests ran with what pip gave in November 2026: jax 0.10.2 and flax 0.12.8 on Python 3.11,
     # jax 0.12.0.1, flax 0.12.12 and numpy 2.5.5 on 3.12 and 3.13; on one GPU with jax 0.11.2. The
     # upper bounds are the next versions that may change what is used of these.

@@ -1,6 +1,6 @@
-"""The paper's ablations, a row each: `configs/ablations.py:NAME` or `:NAME,on=digits`.
+"""The paper's ablations, one row each: `--config ablations:NAME` or `ablations:NAME,on=digits`.
 
-  tokenbridge tokenize --config configs/ablations.py:order_reverse --workdir runs/order_reverse
+  tokenbridge tokenize --config ablations:order_reverse --workdir runs/order_reverse
   tokenbridge train --workdir runs/order_reverse
 
 (with an autoencoder in runs/order_reverse/autoencoder).
@@ -14,32 +14,31 @@ What the paper measured, as FID on ImageNet 256x256 (lower is better):
   head                head_256x3       2.88   head_512x3       2.72   head_512x4     2.65
   (width x layers)    head_1024x4      2.03   head_1024x6      1.94
 
-Four tables have 1.94 in common, taken here for one experiment: size L with a head of 1024x6, all
+Four tables share the figure 1.94. Here it is one experiment: size L with a head of 1024x6, all
 channels one after another in the autoencoder's own ("normal") order, 64 levels. The table of groups
-is another. Its heads were published as 60M, 63M and 530M parameters, which 16 levels and 1024x3
-have (60.4M, 63.8M, 529.9M; with four layers they would be 79M, 83M and 549M).
+is another experiment. Its heads were published as 60M, 63M and 530M parameters, which 16 levels and
+1024x3 have (60.4M, 63.8M, 529.9M; with four layers they would be 79M, 83M and 549M).
 
-"reverse" is the order by frequency backwards. Rows of one number of levels train on the same token
-shards, whatever their channel order: the indices are stored in autoencoder order.
+"reverse" is the order by frequency backwards. Rows with the same number of levels train on the same
+token shards, whatever their channel order: the indices are stored in autoencoder order.
 
-With `on=digits` all is that of `configs/digits.py` but the head. The names stay; of what they say,
-a row has half the levels (8, 16, 32), a sixteenth of the width and two thirds of the layers (16x2,
-32x2, 32x3, 64x3, 64x4). It samples at temperature 1 without guidance, from the model's own
-distribution: settings tuned for one row would favour it. `launch/ablations.py` compares them all.
+With `on=digits` everything except the head is as in the experiment `digits`. A row keeps its name
+but has half the levels that it says (8, 16, 32), a sixteenth of the width and two thirds of the
+layers (16x2, 32x2, 32x3, 64x3, 64x4). It samples at temperature 1 without guidance, from the
+model's own distribution: settings tuned for one row would favour it. `launch/ablations.py` compares
+all rows.
 """
 
-import runpy
-from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from tokenbridge_jax.config import parse_arg
+from tokenbridge_jax.config import experiment, parse_arg
 from tokenbridge_jax.runtime.errors import UserError
 
 
 class Row(NamedTuple):
-    """An experiment in the paper's sizes; the defaults are what the tables have in common."""
+    """An experiment in the paper's sizes; the defaults are the values that the tables share."""
 
     table: str
     fid: float | None
@@ -83,7 +82,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if on not in ("imagenet256", "digits"):
         raise UserError(f"on={on} is not one of imagenet256, digits")
     row = ROWS[name]
-    config = runpy.run_path(str(Path(__file__).with_name(f"{on}.py")))["get_config"]()
+    config = experiment(on)
     if on == "digits":
         layers = round(row.layers * 2 / 3)
         row = row._replace(levels=row.levels // 2, width=row.width // 16, layers=layers)

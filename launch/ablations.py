@@ -36,6 +36,7 @@ from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.codec import Codec, in_batches
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import config_from
+from tokenbridge_jax.config import experiments, sampling_settings
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import validation_batches
 from tokenbridge_jax.data.sources import load_prepared, make_source, make_subsets
@@ -45,11 +46,10 @@ from tokenbridge_jax.evaluation.moments import gaussian
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.sampling.sampler import SamplingSettings
 from tokenbridge_jax.training.metric_writer import read_metrics
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "ablations.py"
-ROWS, get_config = (runpy.run_path(str(CONFIG))[name] for name in ("ROWS", "get_config"))
+CONFIG = runpy.run_path(str(experiments()["ablations"]))
+ROWS, get_config = CONFIG["ROWS"], CONFIG["get_config"]
 BATCH = 250
 
 # Validation runs once, at the end. No sample grids are drawn.
@@ -73,11 +73,11 @@ class Study:
 
     def config(self, name: str) -> ConfigDict:
         """The config of a row, with the flags."""
-        return config_from([f"--config={CONFIG}:{name},on=digits", *self.flags])
+        return config_from([f"--config=ablations:{name},on=digits", *self.flags])
 
     def run(self, command: str, name: str, folder: Path, *flags: str) -> None:
         """Runs a command with the config of a row; its output goes to `folder`/log.txt."""
-        argv = [f"--config={CONFIG}:{name},on=digits", f"--workdir={folder}", *self.flags, *flags]
+        argv = [f"--config=ablations:{name},on=digits", f"--workdir={folder}", *self.flags, *flags]
         with (
             (folder / "log.txt").open("a") as log,
             contextlib.redirect_stdout(log),
@@ -292,7 +292,7 @@ def _row(study: Study, name: str, seed: int) -> dict[str, Any]:
         pipeline = Pipeline.load(folder)
         labels = np.load(study.workdir / "real.npz")["labels"]
         drawn = labels[np.linspace(0, len(labels) - 1, study.samples).astype(int)]
-        settings = SamplingSettings.from_section(study.config(name).sampling)
+        settings = sampling_settings(study.config(name).sampling)
         images = pipeline.generate(
             drawn.tolist(), seed=seed, batch_size=BATCH, **dataclasses.asdict(settings)
         )

@@ -27,7 +27,7 @@ from pathlib import Path
 import conftest  # noqa: F401  (The settings of the tests.)
 from absl import app, flags
 from jobs import start_job
-from token_shards import TRAINING, write_workdir
+from token_shards import TRAINING, results, write_workdir
 
 from tokenbridge_jax.runtime.processes import EXIT_LOST
 from tokenbridge_jax.training.checkpoints import Checkpoints
@@ -99,15 +99,6 @@ def saved(workdir: Path) -> int:
 def unfinished(workdir: Path) -> set[Path]:
     """Folders of checkpoints being written, or left behind by a kill."""
     return set((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
-
-
-def results(workdir: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl` without what depends on the clock."""
-    timings = {"images_per_second", "share_of_peak"}
-    return [
-        {name: value for name, value in row.items() if name not in timings}
-        for row in read_metrics(workdir / "metrics.jsonl")
-    ]
 
 
 def wait_until(job: Sequence[subprocess.Popen], happened: Callable[[], bool]) -> bool:

@@ -46,17 +46,22 @@ def saved(trained, tmp_path):
     checkpoints.close()
 
 
+def save(directory, state, *steps, **keep):
+    """Checkpoints of these steps, on disk."""
+    checkpoints = Checkpoints(directory, **keep)
+    for step in steps:
+        checkpoints.save(state, step, {"seed": 7})
+    checkpoints.close()
+    return checkpoints
+
+
 @pytest.fixture
 def large(tmp_path):
     """Checkpoints 1 and 2 of arrays that are too large for OCDBT's index, and their state."""
     rng = np.random.default_rng(0)
     parts = [{"kernel": jnp.asarray(rng.normal(size=(30, 50)).astype(np.float32))} for _ in "123"]
     state = TrainState(jnp.int32(2), *parts)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
-    for step in (1, 2):
-        checkpoints.save(state, step, {"seed": 7})
-    checkpoints.close()
-    return checkpoints, state
+    return save(tmp_path / "checkpoints", state, 1, 2, keep=3), state
 
 
 def abstract_of(tree):
@@ -107,25 +112,18 @@ def test_ema_loads_alone_in_another_dtype(trained, saved):
 
 def test_run_record_is_a_json_file(saved):
     record = {"seed": 7, "order": [1, 0]}
-    assert saved.run_record(1) == ckpt.run_record(saved.directory) == record
+    assert ckpt.run_record(saved.directory, 1) == ckpt.run_record(saved.directory) == record
     assert storage.read_json(next((saved.directory / "2" / "run").glob("*.json"))) == record
 
 
-def test_only_the_latest_are_kept(trained, tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (1, 2, 3):
-        checkpoints.save(trained[1], step, {})
-    checkpoints.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
-
-
-def test_multiples_of_a_step_are_kept_for_good(trained, tmp_path):
-    for steps in ((1, 2, 3, 4, 5), (6, 7)):  # The second time as a run that goes on.
-        checkpoints = Checkpoints(tmp_path, keep=2, keep_every=3)
-        for step in steps:
-            checkpoints.save(trained[1], step, {})
-        checkpoints.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "6", "7"]
+@pytest.mark.parametrize(
+    ("keep_every", "runs", "kept"),
+    [(0, [(1, 2, 3)], ["2", "3"]), (3, [(1, 2, 3, 4, 5), (6, 7)], ["3", "6", "7"])],
+)
+def test_the_latest_and_multiples_of_a_step_are_kept(trained, tmp_path, keep_every, runs, kept):
+    for steps in runs:  # The second one goes on from the first.
+        save(tmp_path, trained[1], *steps, keep=2, keep_every=keep_every)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_in_an_object_store_a_checkpoint_counts_once_it_is_committed(
@@ -133,16 +131,12 @@ def test_in_an_object_store_a_checkpoint_counts_once_it_is_committed(
 ):
     """On a local folder, with what an object store is written with."""
     monkeypatch.setattr(storage, "in_object_store", lambda path: True)
-    checkpoints = Checkpoints(tmp_path, keep=3)
-    for step in (1, 2):
-        checkpoints.save(trained[1], step, {"seed": 7})
-    checkpoints.close()
+    save(tmp_path, trained[1], 1, 2, keep=3)
     (tmp_path / "2" / "commit_success.txt").unlink()  # As if killed before that was written.
     again = Checkpoints(tmp_path, keep=3)
     assert (again.latest, again.incomplete) == (1, [2])
     assert_equal(again.restore(trained[0], 1).params, trained[1].params)
-    again.save(trained[1], 2, {"seed": 7})
-    again.close()
+    again = save(tmp_path, trained[1], 2, keep=3)
     assert again.latest == 2
     assert_equal(again.restore(trained[0], 2).opt_state, trained[1].opt_state)
 
@@ -271,7 +265,7 @@ def test_a_checkpoint_that_the_system_refuses_is_not_called_damaged(trained, sav
 def test_damaged_run_record_and_missing_step_are_named(trained, saved):
     truncate(saved.directory / "2" / "run")
     with pytest.raises(UserError, match=f"{saved.directory}/2 is missing or damaged"):
-        saved.run_record(2)
+        ckpt.run_record(saved.directory, 2)
     with pytest.raises(UserError, match=f"{saved.directory}/9 is missing or damaged"):
         saved.restore(trained[0], 9)
     with pytest.raises(UserError, match="there is no checkpoint in"):
@@ -286,8 +280,7 @@ def test_what_a_kill_leaves_behind_is_ignored(trained, saved):
     again = Checkpoints(directory, keep=3)
     assert again.latest == ckpt.latest_step(directory) == 2
     assert again.incomplete == [4]
-    again.save(trained[1], 4, {})
-    again.close()
+    save(directory, trained[1], 4, keep=3)
     assert not (directory / "5.orbax-checkpoint-tmp").exists()
     assert ckpt.latest_step(directory) == 4
     assert_equal(ckpt.load_params(directory, trained[0].ema_params), trained[1].ema_params)
@@ -317,9 +310,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_message(tmp_path):
 
 def test_a_relative_folder_will_do(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoints = Checkpoints("run/checkpoints")
-    checkpoints.save(trained[1], 2, {})
-    checkpoints.close()
+    save("run/checkpoints", trained[1], 2)
     loaded = ckpt.load_params("run/checkpoints", trained[0].ema_params)
     assert_equal(loaded, trained[1].ema_params)
 

@@ -1,44 +1,34 @@
-"""Every config builds; arguments and overrides are checked."""
+"""Experiments and their arguments, and what is built from a config: values, checks, the wheel."""
 
 import dataclasses
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
+from tokenbridge_jax import config as configs
 from tokenbridge_jax.benchmark.inputs import make_model
-from tokenbridge_jax.channels import resolve_channel_order
-from tokenbridge_jax.commands.runner import SECTIONS
 from tokenbridge_jax.commands.train_vae import make_task
-from tokenbridge_jax.config import parse_arg
-from tokenbridge_jax.data.tokenizing import make_quantizer
-from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
+from tokenbridge_jax.config import check_ranges, check_training, optimizer_config, parse_arg
+from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.sampling.sampler import SamplingSettings
-from tokenbridge_jax.training.optimizer import OptimizerConfig
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-SIZE = ("width", "layers", "heads")
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
 ARGUMENTS = {
     "ablations": ["group_4", "head_parallel,on=digits"],
+    "base": [None],
     "digits": [None, "quick"],
     "imagenet256": [None, "size=B", "size=H,tfds", "size=L,quick"],
-}
-# Keys of `config.model` that describe the network; the others are about training it.
-KEYS = {
-    *(f"{part}_{size}" for part in ("encoder", "decoder", "head") for size in SIZE),
-    *(
-        "head",
-        "channels_per_group",
-        "buffer",
-        "dropout",
-        "dtype",
-        "remat",
-        "scan_layers",
-        "head_chunk",
-    ),
 }
 PARAMETERS = {
     ("imagenet256", "size=B"): 218_024_704,
@@ -54,8 +44,12 @@ def load(name: str):
     return module
 
 
+# --- Experiments ----------------------------------------------------------------------------------
+
+
 def test_every_file_is_tested():
-    assert {path.stem for path in CONFIGS.glob("*.py")} == set(ARGUMENTS)
+    assert set(configs.experiments()) == {path.stem for path in CONFIGS.glob("*.py")}
+    assert set(configs.experiments()) == set(ARGUMENTS)
 
 
 @pytest.mark.parametrize(
@@ -63,34 +57,23 @@ def test_every_file_is_tested():
 )
 def test_every_config_makes_everything_it_describes(name, arg):
     config = load(name).get_config(arg)
-    assert set(config) == set(SECTIONS)
-    autoencoder = make_task(config).module.config
-    quantizer = make_quantizer(config)
-    order = resolve_channel_order(
-        "identity" if config.quantizer.channel_order == "frequency" else "kl16",
-        autoencoder.latent_channels,
-    )
-    model = TokenBridgeConfig(
-        quantizer=quantizer,
-        channel_order=order,
-        positions=autoencoder.positions,
-        classes=config.data.num_classes,
-        **{key: config.model[key] for key in KEYS},
-    )
+    configs.check_config(config)
+    assert make_task(config).module.config.latent_channels == config.autoencoder.latent_channels
+    model = make_model(config)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
-    if (name, arg) in PARAMETERS:
-        assert parameters == PARAMETERS[name, arg]
-    for section in ("vae_training", "training"):
-        recipe = OptimizerConfig.from_section(config[section], 625, section)
-        assert recipe.warmup_steps < recipe.total_steps
+    assert parameters == PARAMETERS.get((name, arg), parameters)
+    for section in ("vae_training", "training") if name != "base" else ():  # It has no lengths.
+        check_ranges(config, section)
+        recipe = configs.recipe(config, section, 1_281_167)
+        assert recipe.optimizer.warmup_steps < recipe.optimizer.total_steps
+    assert configs.mask_sampler(config, model.positions).fewest_hidden < model.positions
     assert config.sampling.batch_size > 0
-    SamplingSettings.from_section(config.sampling)
+    configs.sampling_settings(config.sampling)
 
 
 def test_the_paper_trains_for_800_epochs():
-    section = load("imagenet256").get_config().training
-    recipe = OptimizerConfig.from_section(section, 1_281_167 // 2048, "training")
-    assert (recipe.total_steps, recipe.warmup_steps) == (500_000, 125_000)
+    optimizer = configs.recipe(load("imagenet256").get_config(), "training", 1_281_167).optimizer
+    assert (optimizer.total_steps, optimizer.warmup_steps) == (500_000, 125_000)
 
 
 @pytest.mark.parametrize(("on", "scale"), [("imagenet256", 1), ("digits", 2)])
@@ -137,3 +120,125 @@ def test_unknown_arguments_are_refused():
 def test_arguments_take_the_type_of_their_default():
     parsed = parse_arg("steps=5,rate=1e-3,quick", steps=1, rate=0.5, quick=False, name="x")
     assert parsed.to_dict() == {"steps": 5, "rate": 1e-3, "quick": True, "name": "x"}
+
+
+def test_an_experiment_adds_no_keys():
+    with pytest.raises(KeyError):
+        configs.experiment("base").training.update(stepz=3)
+
+
+def test_an_installed_wheel_has_types_and_experiments(tmp_path):
+    """Built from a copy, unpacked, and run where nothing of the checkout is found."""
+    source, unpacked = tmp_path / "source", tmp_path / "unpacked"
+    source.mkdir()
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, source)
+    for name in ("configs", "tokenbridge_jax"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    build = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    assert (unpacked / "tokenbridge_jax" / "py.typed").exists()
+    shutil.rmtree(source)
+
+    tokenbridge = "import sys; from tokenbridge_jax.commands.runner import main; sys.exit(main())"
+    for experiment, message in (
+        ("digits:quick", "workdir w does not exist; check --workdir"),
+        ("digit:quick", "no experiment 'digit'; the built-in ones are ablations, base, digits, "),
+    ):
+        command = [sys.executable, "-c", tokenbridge, "train", f"--config={experiment}"]
+        found = subprocess.run(
+            [*command, "--workdir=w"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(unpacked)},
+            capture_output=True,
+            text=True,
+        )
+        assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+        assert message in found.stderr
+
+
+# --- Checks and typed parts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        *((key, 0, "at least 1") for key in ("batch_size", "accumulation", "keep", "log_every")),
+        ("checkpoint_every", -1, "at least 1"),
+        ("hidden_bucket", 0, "at least 1"),
+        *(("head_fraction", value, "above 0 and at most 1") for value in (0.0, 1.01, -0.5)),
+        ("eval_every", -1, r"0 \(never\) or more"),
+        ("sample_every", -5, r"0 \(never\) or more"),
+        *((key, -1.0, "0 or more") for key in ("clip", "weight_decay", "kl_weight", "epochs")),
+        ("learning_rate", -1e-3, "0 or more"),
+        ("learning_rate", float("inf"), "a finite number"),
+        ("learning_rate", float("nan"), "a finite number"),
+        *((key, 1.0, "below 1") for key in ("ema_decay", "beta1", "beta2", "class_dropout")),
+        ("ema_decay", -0.1, "0 or more"),
+        ("schedule", "linear", "cosine or constant"),
+        ("dtype", "float99", "float32 or bfloat16"),
+        ("dtype", "int8", "float32 or bfloat16"),
+        ("epochs", "many", "a finite number"),  # A value that was not set has no type.
+    ],
+)
+def test_values_that_make_no_sense_are_named(key, value, message):
+    config = ConfigDict({"training": {"steps": 3, key: value}})
+    with pytest.raises(UserError, match=rf"^training\.{key} is {value}; it must be .*{message}"):
+        check_ranges(config, "training")
+
+
+def test_values_at_the_edge_will_do():
+    section = dict(batch_size=8, clip=0.0, ema_decay=0.0, eval_every=0, epochs=None, keep=1)
+    section |= dict(head_fraction=1.0, accumulation=1)
+    check_training(ConfigDict({"x": section}), "x", meshes.make_mesh(2, 2, 2))
+
+
+def test_a_batch_that_does_not_divide_is_told_what_does():
+    config = ConfigDict({"training": {"batch_size": 12, "accumulation": 2}})
+    with pytest.raises(UserError, match=r"^training.batch_size 12 .* multiple of 8"):
+        check_training(config, "training", meshes.make_mesh(2, 2, 2))
+
+
+def with_lengths(**values) -> ConfigDict:
+    config = load("digits").get_config()
+    config.training.update(steps=None, warmup_steps=None, clip=3)
+    config.training.update(values)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("values", "lengths"),
+    [
+        (dict(epochs=8.0, warmup_epochs=0.5), (80, 5, "cosine")),
+        (dict(steps=7, epochs=8.0, schedule="constant"), (7, 0, "constant")),
+    ],
+)
+def test_lengths_in_steps_or_epochs(values, lengths):
+    found = optimizer_config(with_lengths(**values), "training", 10)
+    assert (found.total_steps, found.warmup_steps, found.schedule) == lengths
+    assert (found.clip, type(found.clip)) == (3.0, float)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(), "neither training.steps nor training.epochs"),
+        (dict(steps=0), "has 0 steps; set training.steps"),
+        (dict(steps=4, warmup_steps=5), "warm-up of 5 steps"),
+    ],
+)
+def test_impossible_recipes_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        optimizer_config(with_lengths(**values), "training", 10)
+
+
+def test_flat_fields_are_json():
+    config = ConfigDict({"seed": 1, "model": {"width": 8, "order": (1, 0)}, "x": 2})
+    assert configs.flat_fields(config, ["seed", "model"]) == {
+        "seed": 1,
+        "model.width": 8,
+        "model.order": [1, 0],
+    }

@@ -44,7 +44,7 @@ def test_cached_channels_equal_the_training_logits(params, quirk: bool, dtype: s
         model = TokenBridge(dataclasses.replace(config, scan_layers=scan_layers))
         return model.apply(variables, method=run)
 
-    sample = jax.jit(lambda head: apply(head, "sample", feature, keys, jnp.float32(0), True))
+    sample = jax.jit(lambda head: apply(head, "sample", feature, keys, jnp.float32(0)))
     drawn, log_probs = sample(head)
     shifted = head | {
         "channel_embed": head["channel_embed"].at[0].add(head["timestep_embed"][0] * quirk)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special, stats
-from tiny_model import relative_error
+from tiny_model import relative_error, triton_kernels
 
 from tokenbridge_jax.ops import gelu
 from tokenbridge_jax.ops.dropout import PAIR_STRIDE, keep_units
@@ -206,6 +206,4 @@ def test_gpus_run_one_kernel_forward_and_one_backward(rows, width, dtype, tensor
 
     with meshes.use_mesh(meshes.make_mesh(-1, 1, tensor)):
         traced = jax.jit(gradients).trace(*inputs(8 // tensor, rows, width, dtype=dtype))
-        for platform, expected in (("cuda", kernels), ("cpu", 0), ("tpu", 0)):
-            text = traced.lower(lowering_platforms=(platform,)).as_text()
-            assert text.count("gpu.triton") == expected, platform
+        assert triton_kernels(traced) == {"cuda": kernels, "cpu": 0, "tpu": 0}

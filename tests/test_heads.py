@@ -20,8 +20,7 @@ from tiny_model import (
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
-from tokenbridge_jax.commands.train import make_model_config
-from tokenbridge_jax.config import ConfigDict
+from tokenbridge_jax.config import ConfigDict, model_config
 from tokenbridge_jax.model import (
     SIZES,
     TokenBridge,
@@ -63,14 +62,14 @@ class Found:
 
 
 @functools.cache
-def head_method(config: TokenBridgeConfig, method: str, **static):
-    """Jitted method of a model's head, unrolled where it samples."""
+def head_method(config: TokenBridgeConfig, method: str):
+    """Jitted method of a model's head; it samples without scanned layers."""
 
     def run(params, *arguments):
         scan_layers = method != "sample"
         return TokenBridge(dataclasses.replace(config, scan_layers=scan_layers)).apply(
             {"params": params if scan_layers else unstack(params)},
-            method=lambda model: getattr(model.head, method)(*arguments, **static),
+            method=lambda model: getattr(model.head, method)(*arguments),
         )
 
     return jax.jit(run)
@@ -90,7 +89,7 @@ def draws(kind: str, temperature: float) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the outcomes drawn, and the log-probabilities that came with them."""
     feature = jnp.repeat(FEATURE, DRAWS, axis=0)
     keys = jax.random.split(jax.random.key(3), DRAWS)
-    sample = head_method(HEADS[kind], "sample", log_probs=True)
+    sample = head_method(HEADS[kind], "sample")
     drawn, log_probs = sample(exact(kind).params, feature, keys, jnp.float32(temperature))
     in_order = np.asarray(drawn)[:, TINY.channel_order]
     return np.ravel_multi_index(tuple(in_order.T), (5,) * 4), np.asarray(log_probs)
@@ -277,15 +276,9 @@ def test_descriptions(kind: str):
         export_model(config, exact(kind).params)
 
 
-def test_a_description_from_before_there_were_other_heads_is_read():
-    value = TINY.to_json()
-    del value["head"], value["channels_per_group"]
-    assert TokenBridgeConfig.from_json(value) == TINY
-
-
 def test_orders_of_the_head_on_the_same_shards():
     config = ConfigDict({"data": {"num_classes": 3}, "model": {}})
-    make = lambda: make_model_config(config, TINY.quantizer, (2, 0, 3, 1), 8)  # noqa: E731
+    make = lambda: model_config(config, TINY.quantizer, (2, 0, 3, 1), 8)  # noqa: E731
     assert make().channel_order == (2, 0, 3, 1)
     for rule, order in [
         ("tokens", (2, 0, 3, 1)),

@@ -190,10 +190,10 @@ def test_batch_size_and_devices_change_nothing(folder, found):
 
 PROGRAM = """
 import json, sys
-from tokenbridge_jax import parallel, processes
+from tokenbridge_jax.runtime import meshes, processes
 processes.join(True)
 import test_likelihood
-pipeline = test_likelihood.make_pipeline(parallel.make_mesh(2, 2, 1))
+pipeline = test_likelihood.make_pipeline(meshes.make_mesh(2, 2, 1))
 print(json.dumps(test_likelihood.everything(pipeline, sys.argv[1], batch_size=8)), flush=True)
 processes.leave(0)
 """

@@ -109,7 +109,7 @@ def test_what_cannot_be_listed_is_named(tmp_path, monkeypatch):
             list_(tmp_path)
     (tmp_path / "n02").unlink()
     (tmp_path / "n02").symlink_to("n02")
-    with pytest.raises(UserError, match=r"cannot list the folder .*n02: Too many levels"):
+    with pytest.raises(UserError, match=r"cannot read .*n02: Too many levels"):
         list_classes(tmp_path)
     (tmp_path / "n02").unlink()
     (tmp_path / "n02").mkdir()
@@ -121,7 +121,7 @@ def test_what_cannot_be_listed_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", stale)
-    with pytest.raises(UserError, match=r"cannot list the folder .*n02: Stale file handle"):
+    with pytest.raises(UserError, match=r"cannot read .*n02: Stale file handle"):
         FolderSource(tmp_path)
 
 

@@ -7,7 +7,6 @@ import signal
 import time
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 from etils import epath
@@ -16,40 +15,34 @@ from toy import ToyTask, toy_batch, toy_batches
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.checkpoints import latest_step
-from tokenbridge_jax.training.loop import Hook, Interrupted, Run, fit, flat_fields
+from tokenbridge_jax.training.loop import Hook, Interrupted, Recipe, Run, fit
 from tokenbridge_jax.training.metric_writer import read_metrics
+from tokenbridge_jax.training.optimizer import OptimizerConfig
 
 TOTAL = 6
 
 
 def make_run(directory, **changes):
     """A toy run with everything on: dropout, noise, accumulation, warm-up, cosine, clipping."""
-    section = ml_collections.ConfigDict(
-        dict(
-            batch_size=16,
-            steps=TOTAL,
-            learning_rate=0.05,
-            warmup_steps=2,
-            clip=0.5,
-            ema_decay=0.8,
-            accumulation=2,
-            log_every=1,
-            checkpoint_every=2,
-            keep=3,
-        )
-        | changes.pop("section", {})
+    recipe = Recipe(
+        OptimizerConfig(0.05, TOTAL, warmup_steps=2, clip=0.5),
+        batch_size=16,
+        ema_decay=0.8,
+        accumulation=2,
+        log_every=changes.pop("log_every", 1),
+        checkpoint_every=2,
+        keep=3,
+        keep_every=0,
     )
     settings = dict(
         name="toy",
         directory=epath.Path(directory),
         task=ToyTask(),
-        section=section,
-        section_name="training",
+        recipe=recipe,
         seed=3,
-        steps_per_epoch=4,
         batches=toy_batches,
         flops_per_image=1e3,
-        fields={"seed": 3, "log_every": section.log_every},
+        fields={"seed": 3, "log_every": recipe.log_every},
         fixed={"seed"},
     )
     return Run(**(settings | changes))
@@ -181,7 +174,7 @@ def test_hooks_join_their_steps_line_and_lines_come_when_due(mesh, tmp_path, cap
         return {"val": 10.0 * step}
 
     never = Hook(0, lambda *_: pytest.fail("every=0 is never"))
-    run = make_run(tmp_path, section={"log_every": 3}, hooks=[Hook(4, count_leaves), never])
+    run = make_run(tmp_path, log_every=3, hooks=[Hook(4, count_leaves), never])
     fit(run, mesh)
     assert seen == [(4, 4), (6, 6)]
     rows = read_metrics(tmp_path / "metrics.jsonl")
@@ -208,8 +201,6 @@ def test_an_impossible_run_is_refused_before_anything_is_written(mesh, tmp_path)
 
     with pytest.raises(UserError, match="there are no images"):
         fit(make_run(tmp_path / "new", batches=no_batches), mesh)
-    with pytest.raises(UserError, match=r"neither training.steps nor training.epochs"):
-        fit(make_run(tmp_path / "new", section={"steps": None}), mesh)
     assert not (tmp_path / "new").exists()
 
 
@@ -237,17 +228,8 @@ def test_what_hooks_take_is_no_part_of_the_speed(mesh, tmp_path):
         time.sleep(1)
         return {}
 
-    fit(make_run(tmp_path, section={"log_every": 3}, hooks=[Hook(4, slow)]), mesh)
+    fit(make_run(tmp_path, log_every=3, hooks=[Hook(4, slow)]), mesh)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     # Two updates and the one after the hook: a second's sleep would make less than 32 a second.
     assert rows[-1]["step"] == 6
     assert rows[-1]["images_per_second"] > 32
-
-
-def test_flat_fields_are_json():
-    config = ml_collections.ConfigDict({"seed": 1, "model": {"width": 8, "order": (1, 0)}, "x": 2})
-    assert flat_fields(config, ["seed", "model"]) == {
-        "seed": 1,
-        "model.width": 8,
-        "model.order": [1, 0],
-    }

@@ -82,15 +82,6 @@ def test_config_survives_json():
     assert TokenBridgeConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-def test_a_description_from_before_layers_could_be_unrolled_is_read():
-    """`head_chunk` then counted slots of an image, and must not be taken for positions."""
-    value = tiny().to_json() | {"head_chunk": 16}
-    del value["scan_layers"]
-    config = TokenBridgeConfig.from_json(value)
-    assert config.scan_layers
-    assert config.head_chunk == TokenBridgeConfig.head_chunk
-
-
 # --- Initialisation -------------------------------------------------------------------------------
 
 

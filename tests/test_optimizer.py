@@ -4,12 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
 
-from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_global_norm,
@@ -112,29 +110,3 @@ def test_schedules_by_formula(warmup, total):
     assert float(constant(total)) == pytest.approx(peak)
     if warmup < total:
         assert float(cosine(total)) == pytest.approx(0, abs=1e-7)
-
-
-def section(**values):
-    return ml_collections.ConfigDict({"learning_rate": 1e-3, "clip": 3.0} | values)
-
-
-def test_lengths_in_steps_or_epochs():
-    config = OptimizerConfig.from_section(section(epochs=8, warmup_epochs=0.5), 10, "training")
-    assert (config.total_steps, config.warmup_steps, config.clip) == (80, 5, 3.0)
-    config = OptimizerConfig.from_section(
-        section(steps=7, epochs=8, schedule="constant"), 10, "training"
-    )
-    assert (config.total_steps, config.warmup_steps, config.schedule) == (7, 0, "constant")
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (dict(), "neither training.steps nor training.epochs"),
-        (dict(steps=0), "has 0 steps; set training.steps"),
-        (dict(steps=4, warmup_steps=5), "warm-up of 5 steps"),
-    ],
-)
-def test_impossible_recipes_are_named(values, message):
-    with pytest.raises(UserError, match=message):
-        OptimizerConfig.from_section(section(**values), 10, "training")

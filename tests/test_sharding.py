@@ -228,15 +228,15 @@ PROCESS = """
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tokenbridge_jax import parallel, processes
+from tokenbridge_jax.runtime import meshes, processes
 
 processes.join(True)
 whole = np.arange(24).reshape(8, 3)
 devices = jax.devices()
 for sizes, order in [((4, 1, 1), [0, 2, 1, 3]), ((1, 1, 4), range(4)), ((1, 2, 2), [2, 0, 1, 3])]:
-    mesh = parallel.make_mesh(*sizes, devices=[devices[i] for i in order])
-    rows = parallel.local_rows(mesh, len(whole))
-    array = parallel.to_global({"x": whole[rows]}, mesh)["x"]
+    mesh = meshes.make_mesh(*sizes, devices=[devices[i] for i in order])
+    rows = meshes.local_rows(mesh, len(whole))
+    array = meshes.to_global({"x": whole[rows]}, mesh)["x"]
     assert (multihost_utils.process_allgather(array, tiled=True) == whole).all()
     print(f"rows {rows.tolist()}")
 processes.leave(0)

@@ -22,6 +22,7 @@ from token_shards import (
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.channels import ChannelSpectrum
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.config import experiment
 from tokenbridge_jax.data import shards, sources, tokenizing
 from tokenbridge_jax.data.tokenizing import tokenize
 from tokenbridge_jax.runtime import storage
@@ -298,7 +299,7 @@ def test_nan_names_the_picture(workdir, images):
 
 def test_command(workdir, images, tmp_path, capsys):
     config = make_config(images)
-    for section in runner.SECTIONS:
+    for section in experiment("base"):
         if section not in config:
             config[section] = {}
     config_file = tmp_path / "config.py"

@@ -1,8 +1,6 @@
 """`train`: from shards to checkpoints, pictures and numbers; exact resume; refusals."""
 
 import io as bytes_io
-import os
-import signal
 
 import jax
 import numpy as np
@@ -11,7 +9,14 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 from tiny_model import TINY
-from token_shards import TRAINING, make_info, write_tokens, write_workdir
+from token_shards import (
+    TRAINING,
+    make_info,
+    results,
+    stopped_at_the_third_batch,
+    write_tokens,
+    write_workdir,
+)
 
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.commands import runner, train
@@ -22,7 +27,6 @@ from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import checkpoints
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
-from tokenbridge_jax.training.metric_writer import read_metrics
 
 STEPS = 6
 FLAGS = TRAINING | {
@@ -55,28 +59,11 @@ def resumed(programs, tmp_path_factory):
     """The same, told to stop on the way and started again; and its first exit status."""
     workdir = tmp_path_factory.mktemp("resumed")
     write_workdir(workdir)
-    make_loader = train.make_loader
-
-    def stopping_loader(*args, **kwargs):
-        for step, batch in enumerate(make_loader(*args, **kwargs)):
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_loader", stopping_loader)
+    with stopped_at_the_third_batch(train, "make_loader"):
         status = run(workdir, training__sample_every=0)
     stopped_at = checkpoints.latest_step(workdir / "checkpoints")
     assert run(workdir, training__sample_every=0) == 0
     return workdir, status, stopped_at
-
-
-def rows(workdir):
-    timings = {"images_per_second", "share_of_peak"}
-    return [
-        {name: value for name, value in row.items() if name not in timings}
-        for row in read_metrics(workdir / "metrics.jsonl")
-    ]
 
 
 def ema_params(workdir):
@@ -91,12 +78,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(straight, resumed):
     workdir, status, stopped_at = resumed
     assert status == EXIT_INTERRUPTED == 75
     assert stopped_at == 3
-    assert rows(workdir) == rows(straight)
+    assert results(workdir) == results(straight)
     jax.tree.map(np.testing.assert_array_equal, ema_params(workdir), ema_params(straight))
 
 
 def test_what_a_run_leaves_behind(straight):
-    lines = rows(straight)
+    lines = results(straight)
     assert [row["step"] for row in lines] == list(range(1, STEPS + 1))
     assert [row["step"] for row in lines if "val_nll_bits_per_index" in row] == [3, 6]
     # Random indices of 16 levels cannot be told to better than 4 bits.
@@ -151,9 +138,9 @@ def test_another_run_is_refused_and_changes_nothing(straight, capsys, changes, m
         ({"training__batch_size": 20}, "make it a multiple of 8"),
         ({"training__batch_size": 0}, "training.batch_size is 0"),
         ({"training__head_fraction": 0.0}, "training.head_fraction is 0.0"),
-        ({"model__class_dropout": 1.0}, "model.class_dropout is 1.0"),
+        ({"training__class_dropout": 1.0}, "training.class_dropout is 1.0"),
         ({"training__batch_size": 64}, "a batch of 64 needs as many images"),
-        ({"model__mask_min": 1.5}, "mask_min is 1.5"),
+        ({"training__mask_min": 1.5}, "mask_min is 1.5"),
     ],
 )
 def test_what_does_not_fit_is_named(straight, tmp_path, capsys, changes, message):

@@ -3,15 +3,14 @@
 import dataclasses
 import io as bytes_io
 import json
-import os
 import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from token_shards import results, stopped_at_the_third_batch
 from toy import toy_training
 
 from tokenbridge_jax.autoencoder import (
@@ -29,8 +28,6 @@ from tokenbridge_jax.training import autoencoder_task
 from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, Pictures
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
 from tokenbridge_jax.training.metric_writer import read_metrics
-
-# What ml_collections does to load a config file.
 
 TINY = AutoencoderConfig(
     image_size=8,
@@ -188,26 +185,14 @@ def test_an_autoencoder_in_use_is_not_replaced(trained, tmp_path, capsys, user):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(trained, tmp_path):
-    make_loader = train_vae.make_image_loader
-
-    def stopping_loader(*args, **kwargs):
-        for step, batch in enumerate(make_loader(*args, **kwargs)):
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_vae, "make_image_loader", stopping_loader)
+    with stopped_at_the_third_batch(train_vae, "make_image_loader"):
         assert run(tmp_path) == EXIT_INTERRUPTED
     assert not (tmp_path / "autoencoder" / "config.json").exists()
     assert run(tmp_path) == 0
 
-    def losses(workdir):
-        rows = read_metrics(workdir / "autoencoder" / "training" / "metrics.jsonl")
-        return [(row["step"], row["loss"], row["grad_norm"], row["kl"]) for row in rows]
-
-    assert [step for step, *_ in losses(tmp_path)] == list(range(1, 9))
-    assert losses(tmp_path) == losses(trained)
+    found, expected = (results(path / "autoencoder" / "training") for path in (tmp_path, trained))
+    assert [row["step"] for row in found] == list(range(1, 9))
+    assert found == expected
     resumed, straight = (
         load_autoencoder(workdir / "autoencoder")[1] for workdir in (tmp_path, trained)
     )

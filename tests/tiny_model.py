@@ -91,6 +91,17 @@ def tiny_pipeline(config: TokenBridgeConfig, params: dict[str, Any]) -> Pipeline
     return Pipeline(ModelDescription(config, ("cat", "dog", "7"), ""), params, codec, mesh)
 
 
+def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    """Numbers from a standard normal."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32).astype(dtype)
+
+
+def triton_kernels(traced: jax.stages.Traced) -> dict[str, int]:
+    """How many Triton kernels a program runs on each platform."""
+    texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu", "tpu")}
+    return {platform: text.count("gpu.triton") for platform, text in texts.items()}
+
+
 def in_order(indices: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Positions row-major -> order layout."""
     return np.take_along_axis(indices, order[:, :, None], axis=1)

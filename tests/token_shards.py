@@ -1,10 +1,16 @@
 """What tests of the token shards share: shards of random indices, and what makes real ones."""
 
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 from PIL import Image
@@ -21,6 +27,7 @@ from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.shard_writer import ShardWriter
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.training.metric_writer import read_metrics
 
 AUTOENCODER = AutoencoderConfig(
     image_size=16, image_channels=3, channels=32, multipliers=(1, 2), blocks=1,
@@ -131,6 +138,31 @@ def write_workdir(workdir: Path) -> None:
         autoencoder_hash=autoencoder_hash,
         channel_order_rule="frequency, over 33 images",
     )
+
+
+def results(workdir: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl` without what depends on the clock."""
+    timings = {"images_per_second", "share_of_peak"}
+    return [
+        {name: value for name, value in row.items() if name not in timings}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+@contextlib.contextmanager
+def stopped_at_the_third_batch(command: Any, loader: str) -> Iterator[None]:
+    """Has a training command be told to stop (SIGTERM) when it asks for that batch."""
+    make_loader = getattr(command, loader)
+
+    def stopping_loader(*args, **kwargs):
+        for step, batch in enumerate(make_loader(*args, **kwargs)):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, loader, stopping_loader)
+        yield
 
 
 def write_autoencoder(workdir: Path) -> Path:

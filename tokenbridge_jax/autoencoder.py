@@ -1,9 +1,9 @@
 """KL autoencoder: images to continuous latents and back (KL-16 of LDM/MAR, and its family).
 
-The encoder halves the image once a level and ends in the mean and log-variance of a diagonal
-normal; the decoder mirrors it with one residual block more a level. Arrays are NHWC. A latent, in
-the vocabulary of this package, is `posterior sample x config.scale`; nothing in `Autoencoder`
-itself applies the scale.
+The encoder halves the image once per level and returns the mean and log-variance of a diagonal
+normal. The decoder mirrors it, with one more residual block per level. Arrays are NHWC. In the
+vocabulary of this package, a latent is `posterior sample x config.scale`; `Autoencoder` itself
+never applies the scale.
 """
 
 import dataclasses
@@ -35,15 +35,16 @@ class AutoencoderConfig:
     """Sizes of an autoencoder; the defaults are KL-16.
 
     Attributes:
-      image_size: side of the training images in pixels. The network is convolutional and takes any
-        multiple of `downsampling`, but this nominal size decides where `attention_resolutions` lie.
+      image_size: the side of the training images in pixels. The network is convolutional and takes
+        any multiple of `downsampling`; this nominal size decides which levels have attention.
       image_channels: 3, or 1 for grey images.
-      channels: width of the first level.
-      multipliers: width of every level as a multiple of `channels`; one halving between two levels.
-      blocks: residual blocks an encoder level; the decoder has one more.
-      attention_resolutions: encoder levels of these nominal sizes get attention after each block.
+      channels: the width of the first level.
+      multipliers: the width of every level as a multiple of `channels`; images are halved between
+        two levels.
+      blocks: residual blocks per encoder level; the decoder has one more.
+      attention_resolutions: encoder levels of these nominal sizes have attention after each block.
       latent_channels: C.
-      scale: factor from a posterior sample to a latent; 0.2325 brings KL-16's to unit variance.
+      scale: the factor from a posterior sample to a latent; 0.2325 gives KL-16's unit variance.
     """
 
     image_size: int = 256
@@ -78,7 +79,7 @@ class AutoencoderConfig:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "AutoencoderConfig":
-        """From the fields by name, as `to_json` or a config file gives them.
+        """From the fields by name, as in the result of `to_json` or in a config file.
 
         Raises:
           UserError: a field is unknown or its value makes no sense.
@@ -102,12 +103,12 @@ class AutoencoderConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a side of one position."""
+        """The side of one position in pixels."""
         return 2 ** (len(self.multipliers) - 1)
 
     @property
     def grid(self) -> int:
-        """Positions a side of an image of the nominal size."""
+        """The side of an image of the nominal size in positions."""
         return self.image_size // self.downsampling
 
     @property
@@ -149,13 +150,13 @@ class Posterior(NamedTuple):
         return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape)
 
     def kl(self) -> Float[Array, " B"]:
-        """Divergence in nats from the standard normal, summed over an image's latents."""
+        """The divergence in nats from the standard normal, summed over an image's latents."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
 
 
 class ResidualBlock(nn.Module):
-    """Twice (norm, swish, 3x3 convolution), plus the input, through a 1x1 where widths differ."""
+    """Twice (norm, swish, 3x3 convolution), plus the input (after a 1x1 if the widths differ)."""
 
     channels: int
     precision: str
@@ -172,7 +173,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-headed attention over all places of the feature map, with a residual connection."""
+    """Single-head attention over all places of the feature map, with a residual connection."""
 
     precision: str
 
@@ -219,7 +220,7 @@ class Encoder(nn.Module):
                 if config.has_attention(level):
                     x = AttentionBlock(precision, name=f"level_{level}_attention_{i}")(x)
             if level < len(config.multipliers) - 1:
-                # One pixel right and bottom only, as PyTorch's asymmetric padding.
+                # Pads only the right and bottom by one pixel, like LDM.
                 name = f"level_{level}_downsample"
                 x = Conv(x.shape[-1], 3, precision, (2, 2), ((0, 1), (0, 1)), name=name)(x)
         x = _Middle(precision, name="middle")(x)
@@ -255,8 +256,8 @@ class Autoencoder(nn.Module):
 
     Attributes:
       config: sizes.
-      precision: of everything but parameters and normalisation statistics, one of
-        `precision.PRECISIONS`; moments and decoded images come back as float32.
+      precision: one of `precision.PRECISIONS`, for everything except parameters and normalisation
+        statistics; moments and decoded images are always float32.
     """
 
     config: AutoencoderConfig
@@ -297,7 +298,7 @@ class Autoencoder(nn.Module):
 
 
 def abstract_params(config: AutoencoderConfig) -> dict[str, Any]:
-    """Parameter tree as `jax.ShapeDtypeStruct`s, boxed with logical axis names; costs no memory."""
+    """The parameters as `jax.ShapeDtypeStruct`s, boxed with their logical axis names."""
     side = config.downsampling
     images = jax.ShapeDtypeStruct((1, side, side, config.image_channels), jnp.float32)
     key = jax.random.key(0)
@@ -307,8 +308,8 @@ def abstract_params(config: AutoencoderConfig) -> dict[str, Any]:
 def init_params(config: AutoencoderConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """Random unboxed float32 parameters: LeCun-normal kernels, biases 0, norms 1.
 
-    All kernels are slices of one draw. A draw for each, as Flax makes them, is compiled one by one:
-    minutes for KL-16 on a CPU, before the first step.
+    All kernels are slices of one draw. Flax makes one draw per kernel, and compiling those takes
+    minutes for KL-16 on a CPU.
     """
     shapes: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(
         nn.unbox(abstract_params(config))
@@ -353,7 +354,7 @@ def unflatten_positions(
 def autoencoder_hash(config: AutoencoderConfig, params: Mapping[str, Any]) -> str:
     """sha256 over the config and every parameter's name, shape, dtype and bytes, in name order.
 
-    It names an autoencoder in token shards and checkpoints whatever file it came from.
+    It identifies an autoencoder in token shards and checkpoints, whatever file it comes from.
     """
     return safetensors_file.sha256(params, json.dumps(config.to_json(), sort_keys=True).encode())
 
@@ -364,16 +365,16 @@ def save_autoencoder(
     params: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
 ) -> str:
-    """Writes `params.safetensors`, then `config.json`, each whole or not at all.
+    """Writes `params.safetensors`, then `config.json`, each one atomically.
 
     Args:
-      directory: made if missing.
+      directory: created if missing.
       config: sizes.
       params: unboxed parameter tree.
-      extra: anything JSON holds, kept beside the config for people (how it was trained, say).
+      extra: any JSON value, stored next to the config for people (for example, how it was trained).
 
     Returns:
-      The content hash, which `config.json` records too.
+      The content hash, which `config.json` also has.
     """
     directory = storage.as_path(directory)
     content_hash = autoencoder_hash(config, params)
@@ -384,7 +385,7 @@ def save_autoencoder(
 
 
 def read_description(directory: epath.PathLike) -> dict[str, Any]:
-    """Reads `config.json` of a saved autoencoder: `config`, `hash` and `extra`.
+    """Reads the `config.json` of a saved autoencoder: `config`, `hash` and `extra`.
 
     Raises:
       UserError: it is missing or damaged.
@@ -402,7 +403,7 @@ def read_description(directory: epath.PathLike) -> dict[str, Any]:
 
 
 def load_autoencoder(directory: epath.PathLike) -> tuple[AutoencoderConfig, dict[str, Any]]:
-    """Reads what `save_autoencoder` wrote.
+    """Reads a saved autoencoder.
 
     Returns:
       The config and the parameters as numpy arrays.

@@ -1,18 +1,42 @@
-"""The argument of a config file: `--config configs/imagenet256.py:size=L,quick`."""
+"""Configs: the built-in experiments, the checks of values, and the typed parts made from them.
 
+An experiment is a file of `configs/` whose `get_config(arg)` changes values of `configs/base.py`.
+Commands turn a config into what the modules below take: the config of a model, a training recipe.
+Sections `data`, `tokenize` and `quantizer` are read by `data/`, which makes images and shards.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.model import DTYPES, TokenBridgeConfig
+from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.schedule import SamplingSettings
+from tokenbridge_jax.training.loop import Recipe
+from tokenbridge_jax.training.masking import MaskSampler
+from tokenbridge_jax.training.model_task import ModelTask
+from tokenbridge_jax.training.optimizer import OptimizerConfig
+
+# --- Experiments ----------------------------------------------------------------------------------
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
-    """Parses `key=value,flag` into a config; types are those of the defaults.
+    """Parses the argument of an experiment, `key=value,flag`; types are those of the defaults.
 
     Args:
-      arg: what stands behind the colon; a key alone means true.
-      **defaults: every key there is, with its default value.
+      arg: the text after the colon; a key alone means true.
+      **defaults: all keys with their default values.
 
     Raises:
       UserError: a key is unknown or a value has the wrong type.
@@ -37,3 +61,262 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         if not equals:
             raise UserError(f"config argument {key} needs a value: {key}=...")
     return parsed
+
+
+def experiments() -> dict[str, Path]:
+    """The built-in experiments, name -> file: in an installed package, beside a checkout's."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
+
+
+def experiment(name: str) -> ConfigDict:
+    """The config of a built-in experiment without argument; `base` holds every key."""
+    return runpy.run_path(str(experiments()[name]))["get_config"]()
+
+
+def experiment_file(text: str) -> str:
+    """`NAME[:arg]` of a built-in experiment or `FILE.py[:arg]` -> `FILE.py[:arg]`.
+
+    Raises:
+      UserError: there is no experiment of this name; the message lists the built-in ones.
+    """
+    name, colon, argument = text.partition(":")
+    if name.endswith(".py") or os.sep in name:
+        return text
+    found = experiments()
+    if name not in found:
+        raise UserError(
+            f"there is no experiment '{name}'; the built-in ones are {', '.join(found)}, and a "
+            "file's name ends in .py"
+        )
+    return f"{found[name]}{colon}{argument}"
+
+
+# --- Checks ---------------------------------------------------------------------------------------
+
+# Values that the typed parts do not check themselves: keys, what they must be, and a test of that,
+# which NaN fails.
+_Rule = tuple[tuple[str, ...], str, Callable[[Any], bool]]
+_RULES: tuple[_Rule, ...] = (
+    (
+        ("batch_size", "accumulation", "hidden_bucket", "log_every", "checkpoint_every", "keep"),
+        "at least 1",
+        lambda value: value >= 1,
+    ),
+    (
+        ("keep_every", "eval_every", "sample_every", "every"),
+        "0 (never) or more",
+        lambda value: value >= 0,
+    ),
+    (
+        ("epochs", "warmup_epochs", "learning_rate", "weight_decay", "clip", "kl_weight"),
+        "a finite number, 0 or more",
+        lambda value: 0 <= value < math.inf,
+    ),
+    (
+        ("beta1", "beta2", "ema_decay", "class_dropout"),
+        "0 or more and below 1",
+        lambda value: 0 <= value < 1,
+    ),
+    (("head_fraction",), "above 0 and at most 1", lambda value: 0 < value <= 1),
+    (("num_images",), "at least 2", lambda value: value >= 2),
+    (("schedule",), "cosine or constant", lambda value: value in ("cosine", "constant")),
+    (("dtype",), " or ".join(DTYPES), lambda value: value in DTYPES),
+)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks what every command needs: the sections, the seed, and the keys of a model.
+
+    Raises:
+      UserError: a section is missing, the seed is out of range, or `model` has an unknown key.
+    """
+    known = experiment("base")
+    if missing := [section for section in known if section not in config]:
+        raise UserError(
+            f"the config has no {', '.join(missing)}; give a whole one: --config NAME or FILE.py "
+            "(a damaged WORKDIR/config.json can be removed)"
+        )
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed={config.seed} must be from 0 to 2**32 - 1")
+    if unknown := [key for key in config.model if key not in known.model]:
+        moved = [key for key in unknown if key in known.training]
+        advice = f"; {', '.join(moved)} belong to config.training" if moved else ""
+        raise UserError(f"config.model has no key {', '.join(unknown)}{advice}")
+
+
+def check_ranges(config: ConfigDict, name: str) -> None:
+    """Checks every value of section `name` that there is a rule for.
+
+    Raises:
+      UserError: a value makes no sense; the message names it and says what it may be.
+    """
+    for keys, text, is_right in _RULES:
+        for key in keys:
+            value = config[name].get(key)
+            try:
+                right = value is None or is_right(value)
+            except TypeError:  # A value that was not set has no type, and takes any.
+                right = False
+            if not right:
+                raise UserError(f"{name}.{key} is {value}; it must be {text}")
+
+
+def check_training(config: ConfigDict, name: str, mesh: Mesh) -> None:
+    """Checks a section of training settings, before anything is made from it.
+
+    Raises:
+      UserError: a value makes no sense, or the batch does not divide over the mesh.
+    """
+    check_ranges(config, name)
+    section = config[name]
+    check_batches([section.batch_size], mesh, section.accumulation, given=f"{name}.batch_size ")
+
+
+def check_batches(
+    sizes: Sequence[int], mesh: Mesh, accumulation: int = 1, given: str = "--batch="
+) -> None:
+    """Raises `UserError` unless every batch divides over the mesh and into micro-batches."""
+    shards = meshes.batch_shards(mesh)
+    for size in sizes:
+        if size % (accumulation * shards):
+            parts = f" into {accumulation} micro-batches" if accumulation > 1 else ""
+            raise UserError(
+                f"{given}{size} does not divide{parts} over {shards} batch shards; make it a "
+                f"multiple of {accumulation * shards}"
+            )
+
+
+# --- Typed parts ----------------------------------------------------------------------------------
+
+
+def autoencoder_config(config: ConfigDict) -> AutoencoderConfig:
+    """The autoencoder of `config.autoencoder`, for images of `config.data`.
+
+    Raises:
+      UserError: a key is unknown or a value makes no sense.
+    """
+    sizes = {name: config.data[name] for name in ("image_size", "image_channels")}
+    return AutoencoderConfig.from_json({**config.autoencoder, **sizes})
+
+
+def model_config(
+    config: ConfigDict, quantizer: Quantizer, channel_order: tuple[int, ...], positions: int
+) -> TokenBridgeConfig:
+    """The model of `config.model` for indices of this kind.
+
+    `channel_order` is that of the shards: `config.model.channel_order` takes it unchanged
+    ("tokens"), backwards ("reverse"), or not at all ("identity").
+
+    Raises:
+      UserError: a value makes no sense.
+    """
+    check_ranges(config, "model")
+    orders = {
+        "tokens": channel_order,
+        "reverse": channel_order[::-1],
+        "identity": tuple(range(len(channel_order))),
+    }
+    rule = config.model.get("channel_order", "tokens")
+    if rule not in orders:
+        raise UserError(f"model.channel_order='{rule}' is not one of {', '.join(orders)}")
+    given = {
+        "quantizer": quantizer,
+        "channel_order": orders[rule],
+        "positions": positions,
+        "classes": config.data.num_classes,
+    }
+    return TokenBridgeConfig(**{**config.model, **given})
+
+
+def mask_sampler(config: ConfigDict, positions: int) -> MaskSampler:
+    """The numbers of hidden positions in training.
+
+    Raises:
+      UserError: a value makes no sense.
+    """
+    section = config.training
+    return MaskSampler(
+        positions, section.mask_mean, section.mask_std, section.mask_min, section.hidden_bucket
+    )
+
+
+def model_task(config: ConfigDict, model: TokenBridgeConfig) -> ModelTask:
+    """The training task of a model."""
+    return ModelTask(model, config.training.class_dropout, config.training.head_fraction)
+
+
+def sampling_settings(section: ConfigDict, **changes: Any) -> SamplingSettings:
+    """The settings of `config.sampling`, which also holds a batch size, with some changed.
+
+    Raises:
+      UserError: a value makes no sense.
+    """
+    settings = {**section, **changes}
+    settings.pop("batch_size", None)
+    return SamplingSettings(**settings)
+
+
+def optimizer_config(config: ConfigDict, name: str, steps_per_epoch: int) -> OptimizerConfig:
+    """The optimizer of section `name`, `training` or `vae_training`, with lengths in updates.
+
+    Lengths are given as `steps` or `epochs`, `warmup_steps` or `warmup_epochs`; steps win.
+
+    Raises:
+      UserError: a length is missing or makes no sense.
+    """
+    section = config[name]
+
+    def length(steps: str, epochs: str) -> int | None:
+        if section.get(steps) is not None:
+            return int(section[steps])
+        return None if section.get(epochs) is None else round(section[epochs] * steps_per_epoch)
+
+    total = length("steps", "epochs")
+    warmup = length("warmup_steps", "warmup_epochs") or 0
+    if total is None:
+        raise UserError(f"neither {name}.steps nor {name}.epochs is set")
+    if total < 1:
+        raise UserError(
+            f"the run has {total} steps; set {name}.steps or {name}.epochs higher, "
+            f"or {name}.batch_size lower"
+        )
+    if not 0 <= warmup <= total:
+        raise UserError(
+            f"warm-up of {warmup} steps does not fit a run of {total}; "
+            f"change {name}.warmup_steps or {name}.warmup_epochs"
+        )
+    # A user may give a whole number where a float is meant.
+    numbers = ("learning_rate", "beta1", "beta2", "weight_decay", "clip")
+    return OptimizerConfig(
+        total_steps=total,
+        warmup_steps=warmup,
+        schedule=section.schedule,
+        **{key: float(section[key]) for key in numbers},
+    )
+
+
+def recipe(config: ConfigDict, name: str, images: int) -> Recipe:
+    """How section `name`, `training` or `vae_training`, trains on this number of images.
+
+    Raises:
+      UserError: a length is missing or makes no sense.
+    """
+    section = config[name]
+    optimizer = optimizer_config(config, name, images // section.batch_size)
+    names = [field.name for field in dataclasses.fields(Recipe) if field.name != "optimizer"]
+    return Recipe(optimizer, **{name: section[name] for name in names})
+
+
+def flat_fields(config: ConfigDict, sections: Sequence[str]) -> dict[str, Any]:
+    """Sections of a config as {"section.name": JSON value}; a scalar is a section of its own."""
+    flat: dict[str, Any] = {}
+    for section in sections:
+        value = config[section]
+        if isinstance(value, ConfigDict):
+            flat |= {f"{section}.{name}": entry for name, entry in value.items()}
+        else:
+            flat[section] = value
+    return json.loads(json.dumps(flat))

@@ -1,8 +1,8 @@
-"""Matmul FLOPs that the mathematics asks for, counted by hand as `TokenBridgeConfig.forward_flops`.
+"""The mathematically necessary matmul FLOPs, counted by hand as in `forward_flops` of the config.
 
-A product of [m, k] with [k, n] is 2mkn, and a convolution is one with k the kernel's places and
-input channels, borders included; embeddings, norms and the softmax count nothing; no slot is
-padding, and nothing is computed twice.
+A product of [m, k] with [k, n] is 2mkn. A convolution is such a product, with k the kernel's places
+times the input channels, borders included. Embeddings, norms, the softmax, padding and
+recomputation are not counted.
 """
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
@@ -11,19 +11,19 @@ from tokenbridge_jax.sampling.schedule import SamplingSettings, guidance_scales,
 
 
 def head_flops(config: TokenBridgeConfig) -> int:
-    """The head on one position: C tokens, whether at once (training) or one by one (sampling)."""
+    """The head on one position: C tokens, at once (training) or one by one (sampling)."""
     return int(config.forward_flops(1, 1) - config.forward_flops(1, 0))
 
 
 def backbone_flops(config: TokenBridgeConfig, hidden: int) -> int:
-    """The backbone on one image: the visible positions through the encoder, all the decoder."""
+    """The backbone on one image: the encoder on visible positions, the decoder on all."""
     return int(config.forward_flops(hidden, 0))
 
 
 def sampling_flops(config: TokenBridgeConfig, settings: SamplingSettings) -> int:
-    """One image: the backbone at every step, twice with guidance, and the head.
+    """One image: the backbone at every step (twice with guidance) and the head.
 
-    It draws every position once, or in confidence order all that are hidden at every step.
+    The head draws every position once, or in confidence order all hidden positions at every step.
     """
     before = [config.positions, *hidden_counts(config.positions, settings.num_iter)[:-1].tolist()]
     branches = 1 + (guidance_scales(config.positions, settings) != 1)
@@ -69,7 +69,7 @@ def decode_flops(config: AutoencoderConfig) -> int:
 
 
 def _conv(side: int, kernel: int, inputs: int, outputs: int) -> int:
-    """`side` is that of the output, in pixels."""
+    """`side` is the output's side in pixels."""
     return 2 * side**2 * kernel**2 * inputs * outputs
 
 

@@ -45,6 +45,11 @@ MAX_JOINT_CLASSES = 2**16
 DTYPES = ("float32", "bfloat16")
 
 
+def _changeable(default: Any) -> Any:
+    """A field that may change while a model is trained: the parameters still fit."""
+    return dataclasses.field(default=default, metadata={"changeable": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenBridgeConfig:
     """The function that a set of parameters computes, and how to compute it.
@@ -80,12 +85,12 @@ class TokenBridgeConfig:
     head: str = "channel_ar"
     channels_per_group: int = 1
     buffer: int = 64
-    dropout: float = 0.1
+    dropout: float = _changeable(0.1)
     first_token_quirk: bool = False
-    dtype: str = "bfloat16"
-    remat: str = "none"
-    scan_layers: bool = True
-    head_chunk: int = 4096
+    dtype: str = _changeable("bfloat16")
+    remat: str = _changeable("none")
+    scan_layers: bool = _changeable(True)
+    head_chunk: int = _changeable(4096)
 
     def __post_init__(self) -> None:
         if sorted(self.channel_order) != list(range(self.channels)) or self.channels < 2:
@@ -165,14 +170,9 @@ class TokenBridgeConfig:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TokenBridgeConfig":
         """Inverse of `to_json`."""
-        fields = value | {
-            "quantizer": Quantizer.from_json(value["quantizer"]),
-            "channel_order": tuple(value["channel_order"]),
-        }
-        if "scan_layers" not in fields:
-            # Written by a version whose `head_chunk` counted slots of an image.
-            del fields["head_chunk"]
-        return cls(**fields)
+        quantizer = Quantizer.from_json(value["quantizer"])
+        order = tuple(value["channel_order"])
+        return cls(**value | {"quantizer": quantizer, "channel_order": order})
 
     def forward_flops(self, hidden: float | int, scored: float | int | None = None) -> float | int:
         """Matmul FLOPs of one image's forward pass with `hidden` positions hidden, no padding.
@@ -297,8 +297,7 @@ class TokenBridge(nn.Module):
         temperature: Float[Array, ""],
     ) -> Int[Array, "B R C"]:
         """Draws the indices of R positions per image from their features."""
-        indices: Any = self.head.sample(merge(feature), keys.reshape(-1), temperature)
-        return indices.reshape(*keys.shape, -1)
+        return self.sample_with_log_probs(feature, keys, temperature)[0]
 
     def sample_with_log_probs(
         self,
@@ -307,8 +306,7 @@ class TokenBridge(nn.Module):
         temperature: Float[Array, ""],
     ) -> tuple[Int[Array, "B R C"], Float[Array, "B R"]]:
         """As `sample_positions`, with the positions' log-probabilities (see `Head.sample`)."""
-        drawn = self.head.sample(merge(feature), keys.reshape(-1), temperature, log_probs=True)
-        indices, log_probs = drawn
+        indices, log_probs = self.head.sample(merge(feature), keys.reshape(-1), temperature)
         return indices.reshape(*keys.shape, -1), log_probs.reshape(keys.shape)
 
 

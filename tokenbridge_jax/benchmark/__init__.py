@@ -1,6 +1,6 @@
-"""Speed: what to time (`training.py`, `sampling/sampler.py`, `codec.py`, `loader.py`), and how.
+"""Speed: the cases to time, in the four files `*_speed.py`, and how to time them.
 
-`measure.py` makes a line of numbers of a case, from `timing.py` (seconds), `programs.py` (what the
-compiler counts), `flops.py` (what the mathematics asks for), `ceilings.py` (what the device does at
-best) and `profiles.py` (where its time goes).
+`measure.py` measures a case and writes its numbers as a line, with `timing.py` (seconds),
+`programs.py` (what the compiler counts), `flops.py` (what the mathematics needs), `ceilings.py`
+(the device's best) and `profiles.py` (where time is spent).
 """

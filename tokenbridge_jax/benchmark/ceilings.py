@@ -1,4 +1,4 @@
-"""What one device does at best: a large matrix product and a large copy, on random numbers."""
+"""The best of one device: a large matrix product and a large copy, on random numbers."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ class Ceilings:
 
     Attributes:
       matmul_size: rows and columns of both factors.
-      matmul_dtype: of the factors; bfloat16, on a CPU float32.
+      matmul_dtype: of the factors: bfloat16, or float32 on a CPU.
       matmul: of one product.
       copy_bytes: read plus written.
       copy: of one copy.
@@ -79,7 +79,7 @@ def _matmul(size: int, dtype: str, repeats: int) -> Timing:
 
 
 def _copy(values: int, repeats: int) -> Timing:
-    """Reads and writes every value once, in place: half the memory of a copy to elsewhere."""
+    """Reads and writes every value once, in place, which takes half the memory of a copy."""
     part = jax.random.normal(jax.random.key(0), (2**20,))
     kept = [jax.jit(lambda x: jnp.tile(x, values // len(x)))(part)]
     add = jax.jit(lambda x: x + 1, donate_argnums=0)

@@ -9,28 +9,28 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.autoencoder import init_params
-from tokenbridge_jax.benchmark import inputs
 from tokenbridge_jax.benchmark.measure import Call, Case
 from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.config import autoencoder_config, check_batches
 from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.flops import decode_flops, encode_flops
 from tokenbridge_jax.runtime import meshes
 
 
 def autoencoder_cases(config: ConfigDict, batches: Sequence[int], precision: str) -> list[Case]:
-    """`Codec` on uint8 images and on latents that lie on the devices.
+    """`Codec` on uint8 images and on latents that are on the devices.
 
     Args:
       config: the experiment: autoencoder, image size, quantizer.
-      batches: images at once, over this process's devices.
+      batches: numbers of images at once, over this process's devices.
       precision: one of `precision.PRECISIONS`.
 
     Raises:
       UserError: a batch does not fit the devices, or the autoencoder makes no sense.
     """
     mesh = meshes.make_mesh(devices=jax.local_devices())
-    inputs.check_batches(batches, mesh)
-    autoencoder = inputs.make_autoencoder_config(config)
+    check_batches(batches, mesh)
+    autoencoder = autoencoder_config(config)
     quantizer = make_quantizer(config)
     side, grid = autoencoder.image_size, autoencoder.grid
 

@@ -1,10 +1,10 @@
-"""What the cases share: the config's parts, and random inputs for them.
+"""What the cases share: a config's parts, and random inputs for them.
 
-Nothing timed is zero: devices multiply zeros faster than numbers.
+No timed input is zero: devices multiply zeros faster than other numbers.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,31 +15,22 @@ from flax.core import meta
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.channels import resolve_channel_order
-from tokenbridge_jax.commands import train
+from tokenbridge_jax.config import autoencoder_config, model_config
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig
 from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.training.settings import check_ranges
 
 VIEWS = 2
 
 
-def make_autoencoder_config(config: ConfigDict) -> AutoencoderConfig:
-    """The autoencoder of `config.autoencoder`, for images of `config.data`."""
-    sizes = {name: config.data[name] for name in ("image_size", "image_channels")}
-    return AutoencoderConfig.from_json({**config.autoencoder, **sizes})
-
-
 def make_info(config: ConfigDict) -> DatasetInfo:
     """A description of shards as `tokenize` would make them, with VIEWS views of every image."""
-    autoencoder = make_autoencoder_config(config)
+    autoencoder = autoencoder_config(config)
     rule = config.quantizer.channel_order
-    # "frequency" is measured on data; for speed one order is as good as another.
+    # "frequency" is measured on data; any order gives the same speed.
     known = "identity" if rule == "frequency" else rule
     return DatasetInfo(
         quantizer=make_quantizer(config),
@@ -51,7 +42,7 @@ def make_info(config: ConfigDict) -> DatasetInfo:
         posterior_samples=VIEWS,
         flips=False,
         seed=config.seed,
-        precision=config.tokenize.get("precision", "float32"),
+        precision=config.tokenize.precision,
         class_names=tuple(map(str, range(config.data.num_classes))),
         records_per_shard=config.tokenize.records_per_shard,
         sources={},
@@ -64,13 +55,12 @@ def make_model(config: ConfigDict) -> TokenBridgeConfig:
     Raises:
       UserError: a value makes no sense.
     """
-    check_ranges(config, "model")
     info = make_info(config)
-    return train.make_model_config(config, info.quantizer, info.channel_order, info.positions)
+    return model_config(config, info.quantizer, info.channel_order, info.positions)
 
 
 def describe_model(config: ConfigDict) -> dict[str, Any]:
-    """What settings say of the model: its published size, if it has one, and all of it."""
+    """The model, for the settings of a case: its published size, if it has one, and all keys."""
     sizes = [
         name
         for name, fields in SIZES.items()
@@ -79,21 +69,10 @@ def describe_model(config: ConfigDict) -> dict[str, Any]:
     return {"size": next(iter(sizes), None), "model": config.model.to_dict()}
 
 
-def check_batches(batches: Sequence[int], mesh: Mesh, accumulation: int = 1) -> None:
-    """Raises `UserError` unless every batch divides over the mesh and into micro-batches."""
-    parts = meshes.batch_shards(mesh) * accumulation
-    for batch in batches:
-        if batch % parts:
-            raise UserError(
-                f"--batch={batch} does not divide over {meshes.batch_shards(mesh)} batch shards "
-                f"of the mesh, {accumulation} micro-batches each; make it a multiple of {parts}"
-            )
-
-
 def random_like(abstract: Any, key: jax.Array) -> Any:
-    """Parameters of these shapes and dtypes: norms' scales about 1, all others about 0.
+    """Parameters of these shapes and dtypes: scales of norms about 1, all others about 0.
 
-    All are slices of one draw: a draw for each takes longer to compile than what is measured.
+    All are slices of one draw: one draw for each would compile longer than what is measured.
     """
     leaves, tree = jax.tree.flatten_with_path(abstract)
     ends = np.cumsum([leaf.size for _, leaf in leaves])
@@ -108,7 +87,7 @@ def random_like(abstract: Any, key: jax.Array) -> Any:
 
 
 def random_init(init: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
-    """Makes what `init` makes, but no parameter zero, as AdaLN and biases would begin."""
+    """Like `init`, but no parameter is zero, as those of AdaLN and biases initially are."""
 
     def make(key: jax.Array) -> Any:
         boxed = jax.eval_shape(init, key)
@@ -118,7 +97,7 @@ def random_init(init: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
 
 
 def random_params(model: TokenBridgeConfig, mesh: Mesh) -> Any:
-    """Parameters of a model on a mesh, laid out and typed as `Pipeline` loads them."""
+    """Parameters of a model on a mesh, with the shardings and dtypes that `Pipeline` loads."""
     abstract = abstract_sharded_params(model, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = jax.jit(functools.partial(random_like, abstract), out_shardings=shardings)

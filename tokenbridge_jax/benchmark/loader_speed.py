@@ -18,7 +18,7 @@ from tokenbridge_jax.data.shard_writer import ShardWriter
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.runtime.errors import UserError
 
-# Batches are read some at a time and come in bursts: a call takes as many.
+# The loader reads several batches at once, so they come in bursts: one call takes several.
 BATCHES_PER_CALL = 8
 
 
@@ -28,8 +28,8 @@ def cases(
     """Batches of a split `train`.
 
     Args:
-      config: the experiment; it sizes the records.
-      batches: images of a batch of this process.
+      config: the experiment, which sizes the records.
+      batches: numbers of images in a batch of this process.
       records: images in temporary shards of random indices, written before anything is timed.
       folder: shards to read instead.
 
@@ -74,7 +74,7 @@ def cases(
 
 
 def write_random_tokens(folder: Path, info: DatasetInfo, records: int) -> None:
-    """Shards of random indices in the form `tokenize` gives them."""
+    """Writes shards of random indices as `tokenize` does."""
     rng = np.random.default_rng(0)
     starts = range(0, records, info.records_per_shard)
     listed = []

@@ -1,22 +1,21 @@
 """Measures cases, and reports each as a line of JSON.
 
-what, settings         which case; `calls_per_timing` above 1 says that short calls were timed in
-                       runs
-seconds                of one call: median, min and max of the repeats; of training, between the
-                       ends of two steps, the next of which has been started
-compile_seconds        what the first call took beyond that
+what, settings         which case; if `calls_per_timing` is above 1, short calls were timed in runs
+seconds                of one call: median, min and max of the repeats; in training, the time
+                       between the ends of two steps, while the next one is already started
+compile_seconds        the first call's time minus the median
 cpu_seconds            of one call, over all threads of this process
 *_per_second           images, positions, values or bytes, from the median
-flops_by_hand          matmul FLOPs that the mathematics asks of one call: no padding, nothing
-                       computed again
+flops_by_hand          matmul FLOPs that the mathematics needs for one call, without padding and
+                       recomputation
 flops_by_compiler      what XLA counts in the programs of a call, over all devices; the body of a
                        loop counts once, however often it runs
-share_of_peak          flops_by_hand a second over the large matrix product of this run
-share_of_copy          bytes a second over the large copy of this run
-peak_memory_bytes      most that a device has held; null where an earlier case held more, or where
-                       the device does not say
+share_of_peak          flops_by_hand a second, relative to the large matrix product of this run
+share_of_copy          bytes a second, relative to the large copy of this run
+peak_memory_bytes      the most that a device has held; null if an earlier case held more, or if the
+                       device does not say
 program_memory_bytes   what the compiler plans for the largest program, on one device
-error                  in place of the numbers: why there are none, such as too little memory
+error                  instead of the numbers: why there are none, such as too little memory
 """
 
 import contextlib
@@ -33,7 +32,7 @@ from tokenbridge_jax.benchmark import profiles, programs
 from tokenbridge_jax.benchmark.ceilings import Ceilings
 from tokenbridge_jax.benchmark.timing import time_calls
 from tokenbridge_jax.runtime import storage
-from tokenbridge_jax.training.loop import say
+from tokenbridge_jax.runtime.progress import say
 
 # A profile is of this many calls; of one, where that is long.
 PROFILED_CALLS = 3
@@ -48,14 +47,14 @@ class Case:
     """Something to time.
 
     Attributes:
-      name: in short, for people and file names; its first word is the benchmark.
-      settings: everything that was chosen, as JSON.
-      prepare: makes the inputs and returns the call, whose result is waited for. What has to be
-        closed afterwards goes on the stack.
+      name: for people and file names; its first word is the benchmark.
+      settings: all choices, as JSON.
+      prepare: makes the inputs and returns the call, whose result is waited for. The stack closes
+        what must be closed afterwards.
       work: what one call does: `{"images": 64}` is reported as `images_per_second`.
       flops: matmul FLOPs of one call, by hand.
       devices: how many run it.
-      overlapped: whether the next call starts before this one is waited for.
+      overlapped: whether the next call starts before this one has ended.
     """
 
     name: str
@@ -68,7 +67,7 @@ class Case:
 
 
 class Reporter:
-    """Prints a line for every case; one that fails does not end the others."""
+    """Prints a line for every case; the others go on if one fails."""
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class Reporter:
         """Args:
           ceilings: what cases are compared with; the first line.
           repeats: timings of every case.
-          profile_folder: where a table `NAME.txt` of each case goes, if anywhere.
+          profile_folder: gets a table `NAME.txt` for each case.
           out: a file that the lines are also appended to.
 
         Raises:
@@ -92,7 +91,7 @@ class Reporter:
         self.emit(ceilings.to_json())
 
     def emit(self, line: Line) -> None:
-        """Prints a line; of several processes the first does."""
+        """Prints a line; with several processes the first one does."""
         if jax.process_index() > 0:
             return
         text = json.dumps(_rounded(line))

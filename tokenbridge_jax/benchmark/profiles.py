@@ -1,4 +1,4 @@
-"""Where the time of a call goes: the profiler's device events as a table, longest first."""
+"""Where the time of a call is spent: the profiler's device events as a table, longest first."""
 
 import collections
 import dataclasses
@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
-# Longer names (a kernel's C++ signature) are cut in the middle.
+# Longer names (a kernel's C++ signature) are shortened in the middle.
 _NAME_WIDTH = 60
-# Parts of an instruction's name that say how it is run, not what it is: control flow,
-# transformations such as `jit(step)`, methods of modules such as `TokenBridge.loss`.
+# Parts of an instruction's name that say how it runs: control flow, transformations such as
+# `jit(step)`, methods of modules such as `TokenBridge.loss`.
 _HOW = re.compile(
     r"while|body|cond|closed_call|checkpoint|rematted_computation|eval_jaxpr|.*\(.*|[A-Z].*"
 )
@@ -36,7 +36,7 @@ class Row:
 def record(call: Callable[[], Any], calls: int, names: Mapping[str, str]) -> str:
     """Profiles `calls` calls back to back, already compiled; returns `tabulate`'s text."""
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # Python's own calls are many, and not looked at.
+    options.python_tracer_level = 0  # Python's own calls are many, and not needed.
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(calls):
@@ -48,16 +48,16 @@ def record(call: Callable[[], Any], calls: int, names: Mapping[str, str]) -> str
 
 
 def tabulate(data: jax.profiler.ProfileData, calls: int, names: Mapping[str, str]) -> str:
-    """Two tables: the time of every place in the code, and that of every operation.
+    """Two tables: the time of every place in the code, and of every operation.
 
     Args:
       data: what the profiler saw.
-      calls: of how many calls; numbers are those of one.
+      calls: the number of calls; the tables are about one.
       names: instruction -> where in the code it comes from (`programs.source_names`).
 
     Returns:
-      Text. Time in an operation that others run within (a loop) is its own only. Where streams
-      (on a CPU: threads) run at once, operations add up to more than the time in which any ran.
+      Text. The time of an operation that contains others (a loop) is its own only. If streams (on a
+      CPU: threads) run at once, operations add up to more than the time in which any ran.
     """
     places: dict[str, Row] = collections.defaultdict(Row)
     operations: dict[str, Row] = collections.defaultdict(Row)
@@ -95,7 +95,7 @@ def _table(title: str, rows: Mapping[str, Row], calls: int) -> str:
 
 
 def _place(source: str) -> str:
-    """The module that an instruction belongs to, and whether it is computed backward or again."""
+    """The module of an instruction, and whether it runs backward or again."""
     again = "again: " if "rematted_computation" in source else ""
     which = again or ("backward: " if "transpose(" in source else "")
     modules = [part for part in source.split("/")[:-1] if not _HOW.fullmatch(part)]
@@ -103,8 +103,7 @@ def _place(source: str) -> str:
 
 
 def _devices(data: Any) -> Iterator[list[list[tuple[Any, float]]]]:
-    """Of every device, the events of every stream with their nanoseconds; of a CPU, those of every
-    thread that runs operations."""
+    """The events of each stream of each device, or of each thread of a CPU, with nanoseconds."""
     planes = [plane for plane in data.planes if plane.name.startswith("/device:")]
     for plane in planes:
         # Kernels of a GPU do not contain each other, even where their times overlap.
@@ -118,7 +117,7 @@ def _devices(data: Any) -> Iterator[list[list[tuple[Any, float]]]]:
 
 
 def _covered(events: list[Any]) -> float:
-    """Nanoseconds in which at least one of the events goes on."""
+    """Nanoseconds in which at least one of the events runs."""
     total = reached = 0.0
     for event in sorted(events, key=lambda event: event.start_ns):
         total += max(0.0, _end(event) - max(reached, event.start_ns))
@@ -132,7 +131,7 @@ def _instruction(event: Any) -> str:
 
 
 def _own_time(events: list[Any]) -> list[tuple[Any, float]]:
-    """Events of one line with their nanoseconds, less those of the events within them."""
+    """Events of one line with their nanoseconds, without those of the events inside them."""
     events = sorted(events, key=lambda event: (event.start_ns, -event.duration_ns))
     own = [event.duration_ns for event in events]
     around: list[int] = []

@@ -1,4 +1,4 @@
-"""What the compiler says of the programs that a call runs."""
+"""What the compiler says about the programs that a call runs."""
 
 import contextlib
 import re
@@ -23,21 +23,21 @@ def loaded_programs() -> list[Program]:
 
 
 def new_programs(before: Sequence[Program]) -> list[Program]:
-    """Those held now that were not `before`."""
+    """The programs that this process holds now and did not hold `before`."""
     known = {id(program) for program in before}
     return [program for program in loaded_programs() if id(program) not in known]
 
 
 def count_flops(programs: Sequence[Program], devices: int) -> int | float | None:
-    """XLA's count over all devices, loop bodies once; None where it does not count."""
+    """XLA's count over all devices, loop bodies once; None if XLA does not count."""
     costs = list(_costs(programs))
     return devices * sum(cost.get("flops", 0.0) for cost in costs) if costs else None
 
 
 def planned_memory(programs: Sequence[Program]) -> dict[str, int] | None:
-    """Bytes on one device of the program that needs most of them.
+    """Bytes on one device of the program that needs the most.
 
-    `donated` are those of arguments whose place outputs take: they are among both.
+    `donated` are bytes of arguments whose memory outputs reuse: both include them.
     """
     plans = []
     for program in programs:
@@ -54,7 +54,7 @@ def planned_memory(programs: Sequence[Program]) -> dict[str, int] | None:
 
 
 def peak_memory() -> int | None:
-    """Most bytes that one of this process's devices has held so far; None if they do not say."""
+    """The most bytes that one of this process's devices has held; None if they do not say."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max(entry.get("peak_bytes_in_use", 0) for entry in stats) or None
 
@@ -62,7 +62,7 @@ def peak_memory() -> int | None:
 def source_names(programs: Sequence[Program]) -> dict[str, str]:
     """Instruction of a program -> where in the code it comes from, `jit(step)/head/mlp/dot`.
 
-    Also by the name that a GPU kernel takes from it, `loop_add_fusion_3` for `loop_add_fusion.3`.
+    Also by the name of its GPU kernel, `loop_add_fusion_3` for `loop_add_fusion.3`.
     """
     names: dict[str, str] = {}
     for program in programs:
@@ -73,8 +73,8 @@ def source_names(programs: Sequence[Program]) -> dict[str, str]:
 
 
 def _sources(text: str) -> Iterator[tuple[str, str]]:
-    """Instructions with their sources; a fusion without one has that of what it computes last."""
-    last: dict[str, str] = {}  # Of every computation; called ones stand before their callers.
+    """Instructions with their sources; a fusion without one has that of its last instruction."""
+    last: dict[str, str] = {}  # Of every computation; callers come after what they call.
     computation = ""
     for line in text.splitlines():
         if instruction := _INSTRUCTION.match(line):

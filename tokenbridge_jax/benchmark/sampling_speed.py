@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tokenbridge_jax.benchmark import inputs
 from tokenbridge_jax.benchmark.measure import Call, Case
+from tokenbridge_jax.config import check_batches, sampling_settings
 from tokenbridge_jax.flops import head_flops, sampling_flops
 from tokenbridge_jax.model import TokenBridge
 from tokenbridge_jax.runtime import meshes
@@ -32,19 +33,19 @@ def sample_cases(
     steps: Sequence[int],
     guidance: float | None = None,
 ) -> list[Case]:
-    """`generate` for every batch size and number of reveal steps; the indices, not the images.
+    """`generate` for every batch size and number of reveal steps; indices only, no decoding.
 
     Args:
-      config: the experiment; its section `sampling` says what the arguments do not.
+      config: the experiment; its section `sampling` has the other settings.
       mesh: the devices.
-      batches: images at once, over all devices.
+      batches: numbers of images at once, over all devices.
       steps: numbers of reveal steps.
       guidance: scale; the config's by default.
 
     Raises:
       UserError: a batch does not fit the mesh, or a setting makes no sense.
     """
-    inputs.check_batches(batches, mesh)
+    check_batches(batches, mesh)
     model = inputs.make_model(config)
     changes = {} if guidance is None else {"guidance": guidance}
     make_params = functools.cache(lambda: inputs.random_params(model, mesh))
@@ -72,13 +73,12 @@ def sample_cases(
             devices=mesh.size,
         )
 
-    section = config.sampling
-    chosen = [SamplingSettings.from_section(section, num_iter=n, **changes) for n in steps]
+    chosen = [sampling_settings(config.sampling, num_iter=n, **changes) for n in steps]
     return [case(batch, settings) for batch, settings in itertools.product(batches, chosen)]
 
 
 def head_cases(config: ConfigDict, positions: Sequence[int]) -> list[Case]:
-    """The head drawing all channels of so many positions, on one device."""
+    """The head drawing all channels of some positions, on one device."""
     model = inputs.make_model(config)
     mesh = meshes.make_mesh(devices=jax.local_devices()[:1])
     module = TokenBridge(dataclasses.replace(model, scan_layers=False))

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-# Calls shorter than this are timed in runs of about RUN_SECONDS: neither the clock nor the host's
-# dispatch then stands in for the device.
+# Shorter calls are timed in runs of about RUN_SECONDS, so that neither the clock nor the host's
+# dispatch is measured instead of the device.
 SHORT_SECONDS = 20e-3
 RUN_SECONDS = 50e-3
 
-# Once the timings add up to this, FEWEST of them are enough: 256 sampling steps take a minute.
+# When timings add up to this, FEWEST of them are enough: 256 sampling steps take a minute.
 ENOUGH_SECONDS = 30.0
 FEWEST = 3
 
@@ -52,8 +52,8 @@ def time_calls(call: Callable[[], Any], repeats: int, overlapped: bool = False) 
 
     Calls of many seconds are timed less often: FEWEST times, or until ENOUGH_SECONDS have passed.
 
-    `overlapped` starts every call before the one before it is waited for, as a training loop does:
-    the time between two results is then the device's, without the host's part. These are all timed.
+    `overlapped` starts every call before the previous one has ended, as a training loop does: the
+    time between two results is then the device's, without the host's. All of these are timed.
     """
     first = _run(call, 1)
     if overlapped:

@@ -1,8 +1,8 @@
 """The training step: loss and gradients with dropout, clip, AdamW, EMA, on random indices.
 
-The number of hidden positions decides which program a step runs (see `training/masking.py`), and
-each is a case of its own. By default it is the one whose number lies nearest the expected; with all
-of them, `expectations` says what a step of training takes on average.
+The number of hidden positions decides which program a step runs (see `training/masking.py`). Each
+program is a case. The default is the one for the expected number; with all programs,
+`expectations` gives the average step of training.
 """
 
 import contextlib
@@ -18,30 +18,34 @@ from ml_collections import ConfigDict
 
 from tokenbridge_jax.benchmark import inputs
 from tokenbridge_jax.benchmark.measure import Call, Case, Line
+from tokenbridge_jax.config import (
+    check_batches,
+    check_ranges,
+    mask_sampler,
+    model_task,
+    optimizer_config,
+)
 from tokenbridge_jax.loss import MaskDraw
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.masking import MaskSampler
-from tokenbridge_jax.training.model_task import ModelTask
-from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
-from tokenbridge_jax.training.settings import check_ranges
+from tokenbridge_jax.training.optimizer import make_optimizer
 from tokenbridge_jax.training.state import abstract_state, create_state
 from tokenbridge_jax.training.step import make_train_step
 
 
 class Trainer:
-    """The training step of a config and its state, which every step replaces."""
+    """The training step of a config, and its state, which every step replaces."""
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
         section = config.training
         check_ranges(config, "training")
         self._mesh = mesh
         self.model = inputs.make_model(config)
-        self.masks = MaskSampler.from_config(config, self.model.positions)
-        task = ModelTask(self.model, config.model.class_dropout, section.head_fraction)
-        # The length of an epoch moves the learning rate and nothing else.
-        recipe = OptimizerConfig.from_section(section, 1000, "training")
-        self._optimizer, schedule = make_optimizer(recipe)
+        self.masks = mask_sampler(config, self.model.positions)
+        task = model_task(config, self.model)
+        # The length of an epoch changes the learning rate and nothing else.
+        self._optimizer, schedule = make_optimizer(optimizer_config(config, "training", 1000))
         self._init = inputs.random_init(task.init)
         self.abstract = abstract_state(self._init, self._optimizer, mesh)
         self._step: Any = make_train_step(
@@ -63,7 +67,7 @@ class Trainer:
             self._state = create_state(self._init, self._optimizer, self.abstract, seed=0)
 
     def trace(self, batch: int, draw: MaskDraw) -> jax.stages.Traced:
-        """The step for so many images over all devices, which need not exist."""
+        """The step for this many images over all devices, which need not exist."""
         model, sharding = self.model, meshes.batch_sharding(self._mesh)
         shape = (batch, model.positions, model.channels)
         images = {
@@ -74,12 +78,12 @@ class Trainer:
             return self._step.trace(self.abstract, images, draw)
 
     def _on_exit(self, error: Any, *_: Any) -> None:
-        """A step that fails takes the state with it."""
+        """Drops the state, which a step that fails has destroyed."""
         if error is not None:
             self._state = None
 
     def step(self, batch: Any, draw: MaskDraw) -> Any:
-        """One update; returns its metrics, which are there when all of it is."""
+        """One update; returns its metrics, which are ready when the update is."""
         self._state, metrics = self._step(self._state, batch, draw)
         return metrics
 
@@ -97,14 +101,14 @@ def cases(
     Args:
       config: the experiment.
       mesh: the devices.
-      batches: images of a step, over all devices.
-      hidden: positions hidden; by default the number nearest the expected.
+      batches: numbers of images of a step, over all devices.
+      hidden: positions hidden; by default the expected number, rounded.
       all_buckets: every program instead.
 
     Raises:
-      UserError: a batch does not fit the mesh, or so many positions are never hidden.
+      UserError: a batch does not fit the mesh, or training never hides this many positions.
     """
-    inputs.check_batches(batches, mesh, config.training.accumulation)
+    check_batches(batches, mesh, config.training.accumulation)
     trainer = Trainer(config, mesh)
     chances = trainer.masks.probabilities()
     if all_buckets:
@@ -171,7 +175,7 @@ def _case(
 
 
 def expectations(lines: Sequence[Line]) -> list[Line]:
-    """One line a batch size from those of all its programs, weighted by their probabilities."""
+    """One line for each batch size: the mean of its programs, weighted by their probabilities."""
     by_batch: dict[int, list[Line]] = defaultdict(list)
     for line in lines:
         by_batch[line["settings"]["batch"]].append(line)

@@ -1,4 +1,4 @@
-"""Measures speed: a config -> JSON lines on stdout, one a case, the device's own rates first.
+"""Measures speed: a config -> JSON lines on stdout: the device's own rates, then every case.
 
   tokenbridge benchmark train --config configs/imagenet256.py:size=L --batch 64,256
   tokenbridge benchmark sample --config configs/imagenet256.py:size=L --batch 256 --steps 64,256
@@ -11,10 +11,9 @@
   quantize     latents -> indices and back
   loader       batches from shards
 
-Weights and data are random. `tokenbridge_jax/benchmark/measure.py` says what the fields mean.
-With JAX_COMPILATION_CACHE_DIR set to a folder, programs that an earlier call compiled are read from
-there: large ones take minutes to compile.
-Status 0 also when a case does not fit the memory: its line then has an `error`.
+Weights and data are random. `tokenbridge_jax/benchmark/measure.py` explains the fields. Large
+programs take minutes to compile: set JAX_COMPILATION_CACHE_DIR to a folder to keep them for the
+next call. The status is 0 even if a case does not fit the memory: its line then has an `error`.
 """
 
 import sys
@@ -53,17 +52,17 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         kind(name, default, help=help_text, flag_values=flag_values, **options)
 
     define(flags.DEFINE_list, "batch", None, "train, sample, autoencoder, loader: batch sizes.")
-    define(flags.DEFINE_integer, "hidden", None, "train: so many hidden positions, not the mean.")
+    define(flags.DEFINE_integer, "hidden", None, "train: this many hidden positions, not the mean.")
     define(flags.DEFINE_bool, "all_buckets", False, "train: every program, and the expected step.")
     define(flags.DEFINE_list, "steps", None, "sample: numbers of reveal steps.")
-    define(flags.DEFINE_float, "guidance", None, "sample: scale; 1 is without. Default: config's.")
+    define(flags.DEFINE_float, "guidance", None, "sample: scale; 1 is off. Default: config's.")
     define(flags.DEFINE_list, "positions", None, "head: numbers of positions.")
-    help_text = "autoencoder: of its products, as tokenize.precision."
+    help_text = "autoencoder: precision of its products, as tokenize.precision."
     define(flags.DEFINE_enum, "precision", "float32", help_text, enum_values=PRECISIONS)
-    define_path("data", "loader: folder of shards instead of random ones.", flag_values)
+    define_path("data", "loader: folder of shards to read, not random ones.", flag_values)
     define(flags.DEFINE_integer, "records", 50_000, "loader: images in the random shards.")
     define(flags.DEFINE_integer, "repeats", 10, "Timings of every case.")
-    define_path("profile", "Folder for tables of device time, one a case.", flag_values)
+    define_path("profile", "Folder for tables of device time, one for each case.", flag_values)
     define_path("out", "File to append the lines to, besides stdout.", flag_values)
 
 
@@ -86,7 +85,7 @@ def main(args: flags.FlagValues, what: str) -> None:
 
 
 def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
-    """The cases of benchmark `what`, nothing of which is made yet.
+    """The cases of benchmark `what`, before anything is made.
 
     Raises:
       UserError: a flag or the config makes no sense.

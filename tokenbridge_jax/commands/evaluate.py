@@ -30,6 +30,7 @@ from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
+from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.data.shards import read_info
 from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.evaluation import (
@@ -58,7 +59,6 @@ from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import meshes, pictures, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NEEDS_WORKDIR = False
 
@@ -252,7 +252,7 @@ def measure_generation(args: flags.FlagValues) -> None:
 
 def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
     """New samples, or those of an earlier call."""
-    settings = SamplingSettings.from_section(args.config.sampling)
+    settings = sampling_settings(args.config.sampling)
     facts = generation.describe(pipeline, settings, policy=args.labels, seed=args.seed)
     folder = generation.sample_folder(_output(args), facts)
     count = args.num_images or NUM_SAMPLES

@@ -1,4 +1,4 @@
-"""What nothing else has an answer to: one line for the user, the traceback in a file."""
+"""Unexpected failures: one line for the user, the traceback in a file."""
 
 import errno
 import os
@@ -6,9 +6,9 @@ import sys
 import tempfile
 import traceback
 
-# Failures of files that only a user can mend. (One that is missing may be there again when a job is
-# started anew, after a hiccup of a network file system.)
-_MENDABLE = {
+# Failures of files that only a user can solve. (A missing file may be back when a job is started
+# again, after a hiccup of a network file system.)
+_FOR_THE_USER = {
     errno.EACCES,
     errno.EDQUOT,
     errno.EFBIG,
@@ -20,24 +20,26 @@ _MENDABLE = {
     errno.EROFS,
 }
 
-# Compilers and runtimes say pages.
+# The messages of compilers and runtimes fill pages.
 _LONGEST = 300
 
 
 def describe(error: Exception) -> tuple[str, int]:
-    """The failure in one line, and the exit status for it: 2 if the user can mend it, else 1."""
+    """The failure in one line, and its exit status: 2 if the user must solve it, else 1."""
     if isinstance(error, OSError) and error.strerror:
         named = f"cannot read or write {_names(error)}: " if error.filename is not None else ""
-        return f"{named}{error.strerror}", 2 if error.errno in _MENDABLE else 1
+        return f"{named}{error.strerror}", 2 if error.errno in _FOR_THE_USER else 1
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...", 1
 
 
 def keep(name: str, error: Exception) -> str:
-    """Writes the traceback to a new file of the temporary folder; says where, to end a line with.
+    """Writes the traceback to a new file in the temporary folder.
 
-    Where that cannot be, it goes to stderr, and nothing is left to say.
+    Returns:
+      The end of a message, which names the file. Empty if there is none: if it cannot be written,
+      the traceback goes to stderr.
     """
     whole = "".join(traceback.format_exception(error))
     try:

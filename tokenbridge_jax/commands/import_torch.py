@@ -44,7 +44,7 @@ from tokenbridge_jax.autoencoder import (
 from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.commands.train import make_model_config
+from tokenbridge_jax.config import model_config
 from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, init_params
 from tokenbridge_jax.pipeline.description import ModelDescription
@@ -63,7 +63,7 @@ from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import TrainState, abstract_state, state_shardings
 
-DEFAULT_CONFIG = "imagenet256.py"
+DEFAULT_CONFIG = "imagenet256"
 
 # What diffusers takes where its config names no factor.
 DIFFUSERS_SCALE = 0.18215
@@ -307,7 +307,7 @@ def make_model(
         )
     order = resolve_channel_order(config.quantizer.channel_order, channels)
     positions = (config.data.image_size // autoencoder.downsampling) ** 2
-    return make_model_config(config, quantizer, order, positions)
+    return model_config(config, quantizer, order, positions)
 
 
 def write_checkpoint(

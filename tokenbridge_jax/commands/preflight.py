@@ -4,13 +4,14 @@
     --config.model.scan_layers=True --config.model.head_chunk=512
   tokenbridge preflight --config configs/imagenet256.py --topology v5p-128 --sample --json
 
-Compiles the training step (or the sampler) with libtpu, which takes minutes, and prints the bytes
-it needs of a chip, its FLOPs and collectives, and an estimate of its time. What does not fit is
-compiled again with settings that need less, until one fits.
+Compiles the training step (or the sampler) with libtpu, which takes minutes. Prints the memory that
+it needs on a chip, its FLOPs and collectives, and an estimate of its time. If it does not fit, it
+is compiled again with settings that need less memory, until one fits.
 
-Topologies are GENERATION:SHAPE of v4, v5e, v5p, v6e and tpu7x, or the cloud's names, v5litepod-256.
+A topology is GENERATION:SHAPE, of v4, v5e, v5p, v6e or tpu7x, or a name in Google's cloud, such as
+v5litepod-256.
 
-Status 0: fits. 3: does not fit. 4: libtpu crashed; the last line says at which settings. 2: a
+Status 0: it fits. 3: it does not fit. 4: libtpu crashed; the last line names the settings. 2: a
 mistake.
 """
 
@@ -25,7 +26,7 @@ from tokenbridge_jax.preflight.chips import check_libtpu, parse_slice
 from tokenbridge_jax.preflight.estimate import check_apart, run_length, suggest
 from tokenbridge_jax.preflight.text import as_text
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.training.loop import say
+from tokenbridge_jax.runtime.progress import say
 
 NEEDS_WORKDIR = False
 USES_DEVICES = False
@@ -41,7 +42,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         kind(name, default, help=help_text, flag_values=flag_values)
 
     define(flags.DEFINE_string, "topology", None, "The slice, such as v5e:16x16 or v5p-128.")
-    define(flags.DEFINE_bool, "sample", False, "The sampler instead of the training step.")
+    define(flags.DEFINE_bool, "sample", False, "Check the sampler, not the training step.")
     define(flags.DEFINE_bool, "suggest", True, "Look for settings that fit if these do not.")
     define(flags.DEFINE_bool, "json", False, "Print one line of JSON.")
 
@@ -52,7 +53,7 @@ def main(args: flags.FlagValues) -> int:
         raise UserError("--topology is not set; name the slice, such as --topology v5e:16x16")
     where = parse_slice(args.topology)
     check_libtpu()
-    jax.config.update("jax_platforms", "cpu")  # Whatever this machine has is left alone.
+    jax.config.update("jax_platforms", "cpu")  # Leaves this machine's devices alone.
     config = args.config
     if not config.model.scan_layers and not args.sample:
         say("preflight: unrolled layers compile for very long: --config.model.scan_layers=True")

@@ -1,11 +1,13 @@
 """Starts a sub-command: flags, processes, and a user's mistakes as one clear line.
 
-A command module has a docstring (its help), `define_flags(flag_values)` for flags of its own and
+A command module has a docstring (its help), `define_flags(flag_values)` for its own flags and
 `main(args)`, where `args` is an `absl.flags.FlagValues` with at least `config` (an
-`ml_collections.ConfigDict`), `workdir` and `distributed`. One with `WORDS` takes one of these words
-behind its name, gets it as `main(args, word)`, and needs no workdir; neither does one that says
-`NEEDS_WORKDIR = False`. One with `USES_DEVICES = False` needs none of this machine's.
-`DEFAULT_CONFIG` names the config file it takes where none is given.
+`ml_collections.ConfigDict`), `workdir` and `distributed`. It may also define
+
+  WORDS           one of these follows the command's name: `main(args, word)`; no workdir is needed
+  NEEDS_WORKDIR   False: no workdir is needed
+  USES_DEVICES    False: this machine's devices are not used
+  DEFAULT_CONFIG  the experiment where none is given; digits without it
 """
 
 import contextlib
@@ -20,8 +22,6 @@ from etils import epath
 
 from tokenbridge_jax.commands import arguments, failures
 from tokenbridge_jax.commands.arguments import CONFIG_FILE as CONFIG_FILE
-from tokenbridge_jax.commands.arguments import SECTIONS as SECTIONS
-from tokenbridge_jax.commands.arguments import default_config_file as default_config_file
 from tokenbridge_jax.runtime import environment, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -34,7 +34,7 @@ COMMANDS = {
     "export-torch": ("export_torch", "a workdir -> PyTorch checkpoints"),
     "sample": ("sample", "trained model + autoencoder -> images"),
     "evaluate": ("evaluate", "trained model, tokens or samples -> scores and where they come from"),
-    "edit": ("edit", "pictures + trained model -> pictures with parts drawn anew"),
+    "edit": ("edit", "pictures + trained model -> pictures with parts drawn again"),
     "import-metrics": ("import_metrics", "weights of FID's and LPIPS's networks -> this machine"),
     "demo": ("demo", "trained model + autoencoder -> a page in the browser"),
     "benchmark": ("benchmark", "a config -> speed, share of the device's peak, memory"),
@@ -53,9 +53,7 @@ def main() -> int:
         wants_help = sys.argv[1:2] in ([], ["-h"], ["--help"], ["--helpfull"], ["help"])
         if not wants_help:
             print(f"tokenbridge: there is no command '{sys.argv[1]}'", file=sys.stderr)
-        print(
-            "usage: tokenbridge COMMAND --workdir DIR [--config FILE.py[:arg]] [--config.key=value]"
-        )
+        print("usage: tokenbridge COMMAND --workdir DIR [--config NAME[:arg]] [--config.key=value]")
         for name, (_, summary) in COMMANDS.items():
             print(f"  {name:14} {summary}")
         print("`tokenbridge COMMAND --help` shows a command's flags.")
@@ -67,14 +65,14 @@ def run(name: str, argv: list[str]) -> int:
     """Runs sub-command `name` with the flags `argv`; returns the process's exit status.
 
     0: done. 1: a defect, or a fault that may not come again; the whole traceback is in a file. 2: a
-    mistake of the user's, told in one line on stderr. 75: training was told to stop and has saved
-    its state. 76: another process of the job is gone. 130: interrupted. One of several processes
-    does not return but ends.
+    user's mistake, one line on stderr. 75: training was told to stop and has saved its state. 76:
+    another process of the job is gone. 130: interrupted. One of several processes ends instead of
+    returning.
     """
     try:
         command = importlib.import_module(f"tokenbridge_jax.commands.{COMMANDS[name][0]}")
         words = getattr(command, "WORDS", ())
-        config = getattr(command, "DEFAULT_CONFIG", "digits.py")
+        config = getattr(command, "DEFAULT_CONFIG", "digits")
         argv = arguments.with_flag_files(argv)
         given = argv[:1] if words and argv and not argv[0].startswith("-") else []
         argv = argv[len(given) :]
@@ -109,7 +107,7 @@ def run(name: str, argv: list[str]) -> int:
         if processes.alone():
             return status
         traceback.print_exc()  # The host, and its files, may be gone when somebody looks.
-        # Where a neighbour is gone, a program on the devices may be the first to notice.
+        # If another process is gone, a program on the devices may be the first to notice.
         return processes.leave(status, processes.heartbeat_seconds() + processes.FAILURE_SECONDS)
 
 

@@ -1,7 +1,7 @@
 """Turns images into index shards: WORKDIR/autoencoder + config.data -> WORKDIR/tokens.
 
-Killed at any moment and started again, it goes on where it stopped. A broken image is named and
-left out; `dataset.json` lists it.
+Killed at any moment and started again, it goes on where it stopped. It names broken images, leaves
+them out, and lists them in `dataset.json`.
 """
 
 import sys
@@ -24,7 +24,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 
 def main(args: flags.FlagValues) -> None:
-    """Writes the shards and prints a table of what there is."""
+    """Writes the shards and prints a table about them."""
     with runner.locked(args.workdir):
         result = tokenizing.tokenize(
             args.config,
@@ -38,7 +38,7 @@ def main(args: flags.FlagValues) -> None:
 
 
 def format_table(result: tokenizing.Result) -> str:
-    """What there is now, for people."""
+    """A table about the shards, for people."""
     info = result.info
     images = sum(split["images"] for split in info.splits.values())
     stored = sum(shard["bytes"] for split in info.splits.values() for shard in split["shards"])

@@ -1,14 +1,13 @@
 """Trains the model on index shards: WORKDIR/tokens -> WORKDIR/checkpoints.
 
-Also writes model.json, metrics.jsonl, tensorboard/ and, if WORKDIR/autoencoder is there to decode
+Also writes model.json, metrics.jsonl, tensorboard/ and, if there is a WORKDIR/autoencoder to decode
 them, samples/step_*.png. Started again, it goes on from the latest checkpoint, bit for bit as if it
-had never stopped. Status 75 means: told to stop (SIGTERM, Ctrl-C), and saved.
+had never stopped. Status 75: it was told to stop (SIGTERM, Ctrl-C) and has saved its state.
 """
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -21,6 +20,16 @@ from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.config import (
+    check_ranges,
+    check_training,
+    flat_fields,
+    mask_sampler,
+    model_config,
+    model_task,
+    recipe,
+    sampling_settings,
+)
 from tokenbridge_jax.data import class_names, shards
 from tokenbridge_jax.data.loader import make_loader, validation_batches
 from tokenbridge_jax.data.local_copy import local_copy
@@ -33,34 +42,18 @@ from tokenbridge_jax.evaluation.scores import find_reference, generation_scores
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
-from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.sampling.batches import generate_in_batches
-from tokenbridge_jax.sampling.schedule import SamplingSettings
 from tokenbridge_jax.training.checkpoints import Checkpoints
-from tokenbridge_jax.training.loop import (
-    EXIT_INTERRUPTED,
-    Hook,
-    Interrupted,
-    Run,
-    fit,
-    flat_fields,
-    say,
-)
-from tokenbridge_jax.training.masking import MaskSampler
+from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Run, fit
 from tokenbridge_jax.training.metric_writer import MetricWriter
-from tokenbridge_jax.training.model_task import ModelTask, bits, make_validation, training_flops
-from tokenbridge_jax.training.settings import check_ranges, check_training
+from tokenbridge_jax.training.model_task import bits, make_validation, training_flops
 from tokenbridge_jax.training.state import TrainState
 
-# Images of a sample grid, ten a row: every class in turn, or of more classes an even choice.
+# Images of a sample grid, ten a row; they cycle through the classes, or through an even choice.
 IN_GRID = 40
-
-# What of `config.model` is about training, not part of the model.
-_NOT_MODEL = {"class_dropout", "mask_mean", "mask_std", "mask_min"}
-# What of it changes how the model is computed, but not what.
-_NOT_FUNCTION = {"dtype", "remat", "scan_layers", "head_chunk", "dropout"}
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -77,11 +70,10 @@ def main(args: flags.FlagValues) -> int:
             "`import-torch` to the --workdir to train in"
         )
     mesh = meshes.make_mesh(**config.mesh)
-    check_ranges(config, "model")
     check_ranges(config, "evaluation")
     check_training(config, "training", mesh)
     info = read_tokens(config, workdir)
-    model = make_model_config(config, info.quantizer, info.channel_order, info.positions)
+    model = model_config(config, info.quantizer, info.channel_order, info.positions)
     names, notes = agree_on_classes(config, workdir, info)
     run = make_run(config, workdir, info, model, mesh)
 
@@ -102,10 +94,10 @@ def main(args: flags.FlagValues) -> int:
 
 
 def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
-    """The description of the shards, which must be those that the config asks for.
+    """The description of the token shards, which must be those that the config asks for.
 
     Raises:
-      UserError: there are none, or they are others; the message names the field.
+      UserError: there are none, or they differ; the message names the field.
     """
     if not storage.exists(workdir):
         raise UserError(f"workdir {workdir} does not exist; check --workdir")
@@ -129,10 +121,10 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
 def agree_on_classes(
     config: ConfigDict, workdir: epath.Path, info: DatasetInfo
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The names of the classes, which are those of the model that training goes on with.
+    """The names of the classes: those of the model that training goes on with, if there is one.
 
     Returns:
-      Names by label, and what to tell of them.
+      Names by label, and notes for the user.
 
     Raises:
       UserError: the shards have the model's classes in another order, or more or fewer.
@@ -148,38 +140,6 @@ def agree_on_classes(
     return names, [remark] if remark else []
 
 
-def make_model_config(
-    config: ConfigDict, quantizer: Quantizer, channel_order: tuple[int, ...], positions: int
-) -> TokenBridgeConfig:
-    """The model of `config.model` for indices of this kind.
-
-    `channel_order` is that of the shards: `config.model.channel_order` takes it as it is
-    ("tokens"), backwards ("reverse"), or not at all ("identity").
-
-    Raises:
-      UserError: the config has a key that a model does not know.
-    """
-    known = {name: value for name, value in config.model.items() if name not in _NOT_MODEL}
-    rule = known.pop("channel_order", "tokens")
-    orders = {
-        "tokens": channel_order,
-        "reverse": channel_order[::-1],
-        "identity": tuple(range(len(channel_order))),
-    }
-    if rule not in orders:
-        raise UserError(f"model.channel_order='{rule}' is not one of {', '.join(orders)}")
-    try:
-        return TokenBridgeConfig(
-            quantizer=quantizer,
-            channel_order=orders[rule],
-            positions=positions,
-            classes=config.data.num_classes,
-            **known,
-        )
-    except TypeError as error:
-        raise UserError(f"config.model: {str(error).split('__init__() ')[-1]}") from error
-
-
 def make_run(
     config: ConfigDict,
     workdir: epath.Path,
@@ -188,128 +148,68 @@ def make_run(
     mesh: Mesh,
 ) -> Run:
     """The training run: data, masks, hooks, and what identifies it."""
-    section, seed = config.training, config.seed
+    how, seed, images = config.training, config.seed, info.splits["train"]["images"]
     tokens = local_copy(workdir / "tokens")
-    masks = MaskSampler.from_config(config, model.positions)
+    masks = mask_sampler(config, model.positions)
     fields = flat_fields(config, ["seed", "model", "training"])
     fields["data.num_classes"] = config.data.num_classes
     fields["tokens_sha256"] = info.sha256
-    function = {f"model.{name}" for name in config.model if name not in _NOT_MODEL | _NOT_FUNCTION}
-    hooks = []
-    if "validation" in info.splits:
-        hooks.append(_validation_hook(config, tokens, info, model, masks, mesh))
+    model_fields = dataclasses.fields(model)
+    fixed = {f"model.{f.name}" for f in model_fields if not f.metadata.get("changeable")}
+
+    def validation_hook() -> Hook:
+        """Negative log-likelihood of the validation split under the EMA, in bits an index."""
+        validate = make_validation(model, masks, mesh)
+        parts = meshes.batch_shards(mesh)
+        whole = -(-info.splits["validation"]["images"] // parts) * parts
+        batch_size = min(how.batch_size, whole)
+
+        def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
+            rows = meshes.local_rows(mesh, batch_size)
+            batches = validation_batches(tokens, batch_size, rows=rows)
+            return {"val_nll_bits_per_index": bits(validate(state.ema_params, batches))}
+
+        return Hook(how.eval_every, run)
+
+    hooks = [validation_hook()] if "validation" in info.splits else []
     if (workdir / "autoencoder" / "config.json").exists():
-        hooks.append(_sample_hook(config, workdir, info, model, mesh))
-        if config.evaluation.every:
-            hooks.append(_evaluation_hook(config, workdir, info, model, mesh))
+        hooks += _sampling_hooks(config, workdir, info, model, mesh)
     return Run(
         name="train",
         directory=workdir,
-        task=ModelTask(model, config.model.class_dropout, config.training.head_fraction),
-        section=section,
-        section_name="training",
+        task=model_task(config, model),
+        recipe=recipe(config, "training", images),
         seed=seed,
-        steps_per_epoch=info.splits["train"]["images"] // section.batch_size,
         batches=lambda start: make_loader(
             tokens,
-            section.batch_size,
+            how.batch_size,
             seed,
             start_step=start,
-            rows=meshes.local_rows(mesh, section.batch_size),
+            rows=meshes.local_rows(mesh, how.batch_size),
         ),
         draw=lambda step: masks.draw(seed, step),
-        flops_per_image=training_flops(model, masks, config.training.head_fraction),
+        flops_per_image=training_flops(model, masks, how.head_fraction),
         fields=fields,
-        fixed={"seed", "training.batch_size", "tokens_sha256"} | function,
+        fixed={"seed", "training.batch_size", "tokens_sha256"} | fixed,
         hooks=hooks,
         redrawn={"class_embedding"},
     )
 
 
-def _validation_hook(
-    config: ConfigDict,
-    tokens: Path,
-    info: DatasetInfo,
-    model: TokenBridgeConfig,
-    masks: MaskSampler,
-    mesh: Mesh,
-) -> Hook:
-    """Negative log-likelihood of the validation split under the EMA, in bits an index."""
-    validate = make_validation(model, masks, mesh)
-    shards_of_batch = meshes.batch_shards(mesh)
-    images = info.splits["validation"]["images"]
-    whole = -(-images // shards_of_batch) * shards_of_batch
-    batch_size = min(config.training.batch_size, whole)
-
-    def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-        rows = meshes.local_rows(mesh, batch_size)
-        batches = validation_batches(tokens, batch_size, rows=rows)
-        return {"val_nll_bits_per_index": bits(validate(state.ema_params, batches))}
-
-    return Hook(config.training.eval_every, run)
-
-
-def _sample_hook(
+def _sampling_hooks(
     config: ConfigDict,
     workdir: epath.Path,
     info: DatasetInfo,
     model: TokenBridgeConfig,
     mesh: Mesh,
-) -> Hook:
-    """A grid of images sampled with the EMA, always of the same classes and seed."""
-    codec = _codec(workdir, model)
-    classes = len(info.class_names)
-    spread = np.linspace(0, classes - 1, min(classes, IN_GRID)).astype(np.int32)
-    draw = _sampler(config, model, mesh, np.resize(spread, IN_GRID))
+) -> list[Hook]:
+    """A grid of samples, and scores of samples; the EMA's, always of the same classes and seed."""
+    autoencoder, params = load_autoencoder(workdir / "autoencoder")
+    local_mesh = meshes.make_mesh(devices=jax.local_devices())
+    codec = Codec(autoencoder, params, model.quantizer, local_mesh, model.dtype)
+    settings, batch_size = sampling_settings(config.sampling), config.sampling.batch_size
 
-    def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-        indices = draw(state)
-        if jax.process_index() == 0:
-            picture = pictures.grid(np.asarray(codec.decode(indices)), columns=10)
-            pictures.write_png(workdir / "samples" / f"step_{step:07d}.png", picture)
-            writer.image(step, "samples", picture)
-        return {}
-
-    return Hook(config.training.sample_every, run)
-
-
-def _evaluation_hook(
-    config: ConfigDict,
-    workdir: epath.Path,
-    info: DatasetInfo,
-    model: TokenBridgeConfig,
-    mesh: Mesh,
-) -> Hook:
-    """Scores of a few samples of the EMA, always of the same classes and seed."""
-    section = config.evaluation
-    extractor = make_extractor(section.features, default_folder())
-    if not section.reference:
-        raise UserError("config.evaluation.reference is not set: name a file of statistics, images")
-    first = jax.process_index() == 0
-    tokens = workdir / "tokens"
-    reference = find_reference(section.reference, config, extractor, tokens=tokens, progress=first)
-    codec = _codec(workdir, model)
-    labels = make_labels("balanced", section.num_images, len(info.class_names), config.seed)
-    draw = _sampler(config, model, mesh, labels)
-
-    def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-        indices = draw(state)
-        found = extract(decoded_images(codec, indices, workdir), extractor)
-        return {
-            f"eval_{k}": v
-            for k, v in generation_scores(found, reference, extractor.distance).items()
-        }
-
-    return Hook(section.every, run)
-
-
-def _sampler(
-    config: ConfigDict, model: TokenBridgeConfig, mesh: Mesh, labels: np.ndarray
-) -> Callable[[TrainState], np.ndarray]:
-    """Samples of the EMA, as `config.sampling` says."""
-    settings = SamplingSettings.from_section(config.sampling)
-
-    def draw(state: TrainState) -> np.ndarray:
+    def sample(state: TrainState, labels: np.ndarray) -> np.ndarray:
         return generate_in_batches(
             model,
             state.ema_params,
@@ -317,17 +217,36 @@ def _sampler(
             settings,
             mesh,
             seed=config.seed,
-            batch_size=config.sampling.batch_size,
+            batch_size=batch_size,
         )
 
-    return draw
+    classes = len(info.class_names)
+    spread = np.linspace(0, classes - 1, min(classes, IN_GRID)).astype(np.int32)
 
+    def write_grid(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
+        indices = sample(state, np.resize(spread, IN_GRID))
+        if jax.process_index() == 0:
+            picture = pictures.grid(np.asarray(codec.decode(indices)), columns=10)
+            pictures.write_png(workdir / "samples" / f"step_{step:07d}.png", picture)
+            writer.image(step, "samples", picture)
+        return {}
 
-def _codec(workdir: epath.Path, model: TokenBridgeConfig) -> Codec:
-    """Decodes what is sampled in training, in the model's precision."""
-    autoencoder, params = load_autoencoder(workdir / "autoencoder")
-    local_mesh = meshes.make_mesh(devices=jax.local_devices())
-    return Codec(autoencoder, params, model.quantizer, local_mesh, model.dtype)
+    grid, section = Hook(config.training.sample_every, write_grid), config.evaluation
+    if not section.every:
+        return [grid]
+    extractor = make_extractor(section.features, default_folder())
+    if not section.reference:
+        raise UserError("config.evaluation.reference is not set: name a file of statistics, images")
+    first, tokens = jax.process_index() == 0, workdir / "tokens"
+    reference = find_reference(section.reference, config, extractor, tokens=tokens, progress=first)
+    scored = make_labels("balanced", section.num_images, classes, config.seed)
+
+    def score(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
+        found = extract(decoded_images(codec, sample(state, scored), workdir), extractor)
+        scores = generation_scores(found, reference, extractor.distance)
+        return {f"eval_{name}": value for name, value in scores.items()}
+
+    return [grid, Hook(section.every, score)]
 
 
 def _left_out(config: ConfigDict, workdir: epath.Path, info: DatasetInfo) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Trains an autoencoder on the user's images: config.data -> WORKDIR/autoencoder.
 
-For people who have no KL-16 weights, or other data. Its own run (checkpoints, metrics.jsonl,
-tensorboard, pictures of reconstructions) lies in WORKDIR/autoencoder/training; started again, it
-goes on from the latest checkpoint there. Status 75 means: told to stop, and saved.
+For those without KL-16 weights, or with other data. WORKDIR/autoencoder/training holds the run:
+checkpoints, metrics.jsonl, tensorboard, pictures of reconstructions. Started again, it goes on from
+the latest checkpoint there. Status 75: it was told to stop and has saved its state.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax.autoencoder import AutoencoderConfig, read_description, save_autoencoder
+from tokenbridge_jax.autoencoder import read_description, save_autoencoder
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.config import autoencoder_config, check_training, flat_fields, recipe
 from tokenbridge_jax.data.loader import make_image_loader
 from tokenbridge_jax.data.shards import INFO_FILE, PARTIAL_INFO_FILE
 from tokenbridge_jax.data.sources import Subset, make_subsets
@@ -26,12 +27,11 @@ from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import autoencoder_task
 from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, Pictures
-from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Run, fit, flat_fields
+from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Run, fit
 from tokenbridge_jax.training.metric_writer import MetricWriter
-from tokenbridge_jax.training.settings import check_training
 from tokenbridge_jax.training.state import TrainState
 
-# Enough images to measure on; a pass over all of a large data set would tell no more.
+# Images that are measured; more would change the figures little.
 SCALE_IMAGES = 50_000
 VALIDATION_IMAGES = 2_000
 IN_PICTURE = 16
@@ -48,9 +48,8 @@ def main(args: flags.FlagValues) -> int:
     _check_directory(directory)
     mesh = meshes.make_mesh(**config.mesh)
     check_training(config, "vae_training", mesh)
-    subsets = make_subsets(config)
-    task = make_task(config)
-    run = make_run(config, directory, task, subsets, mesh)
+    training = _Training(config, directory, make_task(config), make_subsets(config), mesh)
+    run = training.make_run()
     if _finished_step(directory) != run.total_steps:
         _check_unused(epath.Path(args.workdir))
 
@@ -66,7 +65,7 @@ def main(args: flags.FlagValues) -> int:
         if _finished_step(directory) == run.total_steps:
             print(f"{directory} holds the finished autoencoder already: nothing to do")
             return 0
-        extra = write_autoencoder(config, directory, task, state, subsets, mesh)
+        extra = training.write_autoencoder(state)
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in extra.items())
     print(f"wrote {directory} ({numbers})")
     return 0
@@ -74,114 +73,96 @@ def main(args: flags.FlagValues) -> int:
 
 def make_task(config: ConfigDict) -> AutoencoderTask:
     """The autoencoder of `config.autoencoder` and its loss."""
-    sizes = {**config.autoencoder, "scale": 1.0}
-    sizes |= {name: config.data[name] for name in ("image_size", "image_channels")}
     section = config.vae_training
-    return AutoencoderTask(
-        AutoencoderConfig.from_json(sizes),
-        section.dtype,
-        section.kl_weight,
-        section.get("reconstruction", "l1"),
-    )
+    sizes = dataclasses.replace(autoencoder_config(config), scale=1.0)
+    return AutoencoderTask(sizes, section.dtype, section.kl_weight, section.reconstruction)
 
 
-def make_run(
-    config: ConfigDict,
-    directory: epath.Path,
-    task: AutoencoderTask,
-    subsets: dict[str, Subset],
-    mesh: Mesh,
-) -> Run:
-    """The training run: data, hooks, and what identifies it."""
-    data, section, train = config.data, config.vae_training, subsets["train"]
-    fields = flat_fields(config, ["seed", "autoencoder", "vae_training"])
-    fields |= {f"data.{name}": data[name] for name in ("image_size", "image_channels", "flip")}
-    described = train.source.describe() | {"chosen": len(train.images)}
-    fields |= {f"images.{name}": value for name, value in described.items() if name != "path"}
-    free = {name for name in fields if name.startswith("vae_training.")}
-    return Run(
-        name="train-vae",
-        directory=directory / "training",
-        task=task,
-        section=section,
-        section_name="vae_training",
-        seed=config.seed,
-        steps_per_epoch=len(train.images) // section.batch_size,
-        batches=lambda start: make_image_loader(
-            train.source,
-            data.image_size,
-            data.image_channels,
-            section.batch_size,
-            config.seed,
-            subset=train.images,
-            flip=data.flip,
-            start_step=start,
-            rows=meshes.local_rows(mesh, section.batch_size),
-        ),
-        flops_per_image=autoencoder_task.training_flops(task.module.config),
-        fields=fields,
-        fixed=(fields.keys() - free) | {"vae_training.batch_size"},
-        hooks=[_validation_hook(config, directory, task, subsets, mesh)],
-    )
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """What is trained, on what, where."""
 
+    config: ConfigDict
+    directory: epath.Path
+    task: AutoencoderTask
+    subsets: dict[str, Subset]
+    mesh: Mesh
 
-def write_autoencoder(
-    config: ConfigDict,
-    directory: epath.Path,
-    task: AutoencoderTask,
-    state: TrainState,
-    subsets: dict[str, Subset],
-    mesh: Mesh,
-) -> dict[str, Any]:
-    """Measures the latents and writes the EMA parameters; returns what it wrote beside them."""
-    measured = _pictures(config, subsets["train"].spread(SCALE_IMAGES), mesh)
-    with meshes.use_mesh(mesh):
-        batches = measured.batches(config.vae_training.batch_size)
-        std = autoencoder_task.latent_std(task.module, state.ema_params, batches, mesh)
-        gather = jax.jit(lambda params: params, out_shardings=meshes.replicated(mesh))
-        params = jax.tree.map(np.asarray, gather(state.ema_params))
-    sizes = task.module.config.to_json() | {"scale": 1 / std}
-    extra = {"step": int(state.step), "latent_std": std}
-    if jax.process_index() == 0:
-        save_autoencoder(directory, AutoencoderConfig.from_json(sizes), params, extra)
-    return extra
+    def make_run(self) -> Run:
+        """The training run: data, a hook, and what identifies it."""
+        config, train, mesh = self.config, self.subsets["train"], self.mesh
+        data, batch_size = config.data, config.vae_training.batch_size
+        fields = flat_fields(config, ["seed", "autoencoder", "vae_training"])
+        fields |= {f"data.{name}": data[name] for name in ("image_size", "image_channels", "flip")}
+        described = train.source.describe() | {"chosen": len(train.images)}
+        fields |= {f"images.{name}": value for name, value in described.items() if name != "path"}
+        free = {name for name in fields if name.startswith("vae_training.")}
+        return Run(
+            name="train-vae",
+            directory=self.directory / "training",
+            task=self.task,
+            recipe=recipe(config, "vae_training", len(train.images)),
+            seed=config.seed,
+            batches=lambda start: make_image_loader(
+                train.source,
+                data.image_size,
+                data.image_channels,
+                batch_size,
+                config.seed,
+                subset=train.images,
+                flip=data.flip,
+                start_step=start,
+                rows=meshes.local_rows(mesh, batch_size),
+            ),
+            flops_per_image=autoencoder_task.training_flops(self.task.module.config),
+            fields=fields,
+            fixed=(fields.keys() - free) | {"vae_training.batch_size"},
+            hooks=[self._validation_hook()],
+        )
 
-
-def _validation_hook(
-    config: ConfigDict,
-    directory: epath.Path,
-    task: AutoencoderTask,
-    subsets: dict[str, Subset],
-    mesh: Mesh,
-) -> Hook:
-    """PSNR of the EMA's reconstructions, and a picture of some: original beside reconstruction."""
-    split = "validation" if "validation" in subsets else "train"
-    measured = _pictures(config, subsets[split].spread(VALIDATION_IMAGES), mesh)
-    in_picture = subsets[split].spread(IN_PICTURE)
-    shown = _pictures(config, in_picture, mesh)
-    reconstruct = autoencoder_task.make_reconstruction(task.module, mesh)
-    psnr = autoencoder_task.make_psnr(reconstruct, mesh)
-    copy = jax.jit(lambda images: images, out_shardings=meshes.replicated(mesh))
-
-    def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-        batch = next(shown.batches(IN_PICTURE))
-        originals = np.asarray(copy(batch["images"]))
-        decoded = np.asarray(reconstruct(state.ema_params, batch["images"]))
-        pairs = np.stack([originals, decoded], axis=1).reshape(-1, *originals.shape[1:])
-        picture = pictures.grid(pairs[: 2 * len(in_picture.images)], columns=8)
+    def write_autoencoder(self, state: TrainState) -> dict[str, Any]:
+        """Measures the latents and writes the EMA parameters; returns the figures it adds."""
+        measured, mesh = self._pictures(self.subsets["train"].spread(SCALE_IMAGES)), self.mesh
+        with meshes.use_mesh(mesh):
+            batches = measured.batches(self.config.vae_training.batch_size)
+            std = autoencoder_task.latent_std(self.task.module, state.ema_params, batches, mesh)
+            gather = jax.jit(lambda params: params, out_shardings=meshes.replicated(mesh))
+            params = jax.tree.map(np.asarray, gather(state.ema_params))
+        sizes = dataclasses.replace(self.task.module.config, scale=1 / std)
+        extra = {"step": int(state.step), "latent_std": std}
         if jax.process_index() == 0:
-            folder = directory / "training" / "reconstructions"
-            pictures.write_png(folder / f"step_{step:07d}.png", picture)
-        writer.image(step, "reconstructions", picture)
-        batches = measured.batches(config.vae_training.batch_size)
-        return {f"{split}_psnr": psnr(state.ema_params, batches)}
+            save_autoencoder(self.directory, sizes, params, extra)
+        return extra
 
-    return Hook(config.vae_training.checkpoint_every, run)
+    def _validation_hook(self) -> Hook:
+        """PSNR of the EMA's reconstructions, and pictures of some beside their originals."""
+        split = "validation" if "validation" in self.subsets else "train"
+        measured = self._pictures(self.subsets[split].spread(VALIDATION_IMAGES))
+        in_picture = self.subsets[split].spread(IN_PICTURE)
+        shown = self._pictures(in_picture)
+        reconstruct = autoencoder_task.make_reconstruction(self.task.module, self.mesh)
+        psnr = autoencoder_task.make_psnr(reconstruct, self.mesh)
+        copy = jax.jit(lambda images: images, out_shardings=meshes.replicated(self.mesh))
+        section, folder = self.config.vae_training, self.directory / "training" / "reconstructions"
 
+        def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
+            batch = next(shown.batches(IN_PICTURE))
+            originals = np.asarray(copy(batch["images"]))
+            decoded = np.asarray(reconstruct(state.ema_params, batch["images"]))
+            pairs = np.stack([originals, decoded], axis=1).reshape(-1, *originals.shape[1:])
+            picture = pictures.grid(pairs[: 2 * len(in_picture.images)], columns=8)
+            if jax.process_index() == 0:
+                pictures.write_png(folder / f"step_{step:07d}.png", picture)
+            writer.image(step, "reconstructions", picture)
+            batches = measured.batches(section.batch_size)
+            return {f"{split}_psnr": psnr(state.ema_params, batches)}
 
-def _pictures(config: ConfigDict, subset: Subset, mesh: Mesh) -> Pictures:
-    data = config.data
-    return Pictures(subset.source, subset.images, data.image_size, data.image_channels, mesh)
+        return Hook(section.checkpoint_every, run)
+
+    def _pictures(self, subset: Subset) -> Pictures:
+        data = self.config.data
+        size, channels = data.image_size, data.image_channels
+        return Pictures(subset.source, subset.images, size, channels, self.mesh)
 
 
 def _check_directory(directory: epath.Path) -> None:

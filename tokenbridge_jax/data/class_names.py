@@ -1,4 +1,4 @@
-"""Names of classes: read from `classes.txt`, looked up, and compared between a model and shards."""
+"""Names of classes: reads `classes.txt`, finds classes by name, compares a model and shards."""
 
 import codecs
 import contextlib
@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
-# The longest first: UTF-32's begins like UTF-16's.
+# Byte order marks, the longest first, because UTF-32's begins like UTF-16's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -25,11 +26,11 @@ _MARKS = {
 
 
 def readable_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """The names that a `classes.txt` gives to class folders; a folder's own name without one.
+    """The names that a `classes.txt` gives to class folders; without one, the folders' own names.
 
-    Lines are `FOLDER human name`, with a space between them, or a tab, comma or semicolon and
-    perhaps quotes, as spreadsheets write them; a folder may have spaces in its name. Lines of other
-    folders count for nothing. The text is UTF-8, UTF-16 or Windows-1252.
+    Lines are `FOLDER human name`. Between them is a space, or as in spreadsheets a tab, comma or
+    semicolon, perhaps with quotes. A folder's name may have spaces. Lines of other folders are
+    ignored. The text is UTF-8, UTF-16 or Windows-1252.
 
     Args:
       path: the file, which may be missing.
@@ -40,7 +41,7 @@ def readable_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
     """
     if not path.is_file():
         return tuple(folders)
-    # macOS takes letters and their accents apart in names of folders.
+    # macOS stores accents in names of folders as separate characters.
     composed = [unicodedata.normalize("NFC", folder) for folder in folders]
     known, names = set(composed), dict[str, str]()
     lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
@@ -58,7 +59,7 @@ def readable_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
             file=sys.stderr,
         )
     readable = [names.get(key, folder) for key, folder in zip(composed, folders, strict=True)]
-    # Two classes of ImageNet are both a "crane": such names keep their folder as well.
+    # Two classes of ImageNet are both "crane". Such names are followed by their folder.
     counts = Counter(readable)
     return tuple(
         name if counts[name] == 1 else f"{name} ({folder})"
@@ -70,7 +71,7 @@ def _text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise storage.read_error(path, error) from error
     marked = next((code for mark, code in _MARKS.items() if data.startswith(mark)), None)
     if not marked and b"\0" in data[:2]:
         marked = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
@@ -89,7 +90,7 @@ def _split(line: str, folders: Collection[str]) -> tuple[str, str]:
         folder, name = _unquoted(f'"{quoted[1]}"'), quoted[2] or ""
     else:
         ends = [found.start() for found in re.finditer(r"[\s,;]|$", line)]
-        # The longest, where the name of one folder begins another's.
+        # The longest match, because one folder's name may begin with another's.
         end = next((end for end in reversed(ends) if line[:end].rstrip() in folders), ends[0])
         folder, name = line[:end].rstrip(), line[end:].lstrip(" \t,;")
     return folder, _unquoted(name.strip())
@@ -102,19 +103,19 @@ def _unquoted(text: str) -> str:
 
 
 def class_number(class_id: Any, names: tuple[str, ...], classes: int) -> int:
-    """The number of a class, its place in the class table, given by number or name.
+    """The number of a class, which is its place in the class table.
 
-    A number and its digits mean the same: the class of that name, if there is one, and otherwise
-    the class at that place. The two only differ where classes are named by other numbers than
-    their places, 1 to 12 say; then a number is always a name.
+    A number and a text of its digits mean the same: the class of that name, or if there is none the
+    class at that place. The two differ only where classes are named by numbers that are not their
+    places, such as 1 to 12. A number is then always a name.
 
     Args:
-      class_id: a string or a whole number, of Python, numpy or JAX.
+      class_id: a name or a whole number, of Python, numpy or JAX.
       names: by number.
-      classes: how many there are; the last ones may be without names.
+      classes: how many there are; the last ones may have no name.
 
     Raises:
-      UserError: there is no such class, or it is neither.
+      UserError: there is no such class, or `class_id` is neither a name nor a whole number.
     """
     places, numbered = _places(names)
     if isinstance(class_id, str):
@@ -144,7 +145,7 @@ def _whole_number(value: Any) -> int:
 
 
 def class_at(place: int, names: tuple[str, ...]) -> int | str:
-    """What `class_number` takes for the class at a place: the place, unless that names another."""
+    """The argument with which `class_number` returns this place: the place itself, or its name."""
     places, numbered = _places(names)
     meant = places.get(str(place), numbered.get(place, None if numbered else place))
     return names[place] if meant != place and 0 <= place < len(names) else place
@@ -152,7 +153,7 @@ def class_at(place: int, names: tuple[str, ...]) -> int | str:
 
 @functools.lru_cache(maxsize=4)
 def _places(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping[int, int]]:
-    """Places by name; and by number, if all names are numbers."""
+    """Places by name, and also by number if all names are numbers."""
     places = {name: place for place, name in reversed(list(enumerate(names)))}
     numbers = [int(name) for name in names if _is_number(name)]
     if len(numbers) < len(names):
@@ -165,21 +166,21 @@ def _is_number(name: str) -> bool:
 
 
 def match(model: tuple[str, ...], shards: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
-    """Compares a model's classes with those of token shards, whose labels it is given.
+    """Compares a model's classes with those of token shards.
 
-    Names that only say their places, as an imported model's "0", "1", ... do, fit any names but
-    other numbers; those of shards may then be fewer. Otherwise there must be as many, and a name
-    that both have must stand for the same label in both.
+    Names that are merely their places, such as "0", "1", ... of an imported model, fit any names
+    except other numbers, and the shards may then have fewer. In all other cases both must have the
+    same number of classes, and a name that both have must have the same label in both.
 
     Args:
       model: names by label.
-      shards: names by label; those of the model's first labels will do.
+      shards: names by label, or those of the model's first labels.
 
     Returns:
-      The names of the classes, and a remark, empty where both have the same.
+      The names of the classes, and a remark, which is empty if both have the same.
 
     Raises:
-      UserError: a label stands for another class, or the numbers of classes differ.
+      UserError: a label means different classes, or the numbers of classes differ.
     """
     ours, theirs = _comparable(model), _comparable(shards)
     if theirs == ours:
@@ -223,7 +224,7 @@ def match(model: tuple[str, ...], shards: tuple[str, ...]) -> tuple[tuple[str, .
 
 
 def _comparable(names: Sequence[str]) -> list[str] | list[int]:
-    """Names, or their numbers if all are numbers: "07" is "7"."""
+    """Names, or numbers if all are numbers, so that "07" equals "7"."""
     return [int(name) for name in names] if all(map(_is_number, names)) else list(names)
 
 

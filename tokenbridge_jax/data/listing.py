@@ -1,9 +1,9 @@
-"""Which files of a folder are its pictures: one answer for every command.
+"""Which files of a folder are its pictures, for all commands.
 
-Pictures are told by their extension. What operating systems and programs put beside them does not
-count: hidden files and folders, and the folders of `JUNK`. Symbolic links are followed, each real
-folder being listed once; a link back to a folder that it lies in adds nothing. What cannot be
-listed is an error, as pictures that are left out without a word would shift labels.
+Pictures are recognised by their extension. Hidden files and folders are ignored, and so are the
+folders of `JUNK`, which operating systems and programs make. Symbolic links are followed. Each real
+folder is listed once, and a link to a folder that contains the link adds nothing. A folder that
+cannot be listed is an error, because leaving out pictures silently would shift labels.
 """
 
 import collections
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
 EXTENSIONS = {".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
@@ -31,7 +32,7 @@ def is_picture(name: str) -> bool:
 
 
 def is_junk(name: str) -> bool:
-    """Whether what has this name is passed over."""
+    """Whether files and folders of this name are ignored."""
     return name.startswith(".") or name.lower() in JUNK
 
 
@@ -39,10 +40,10 @@ def list_pictures(folder: str | os.PathLike[str], *, deep: bool = True) -> list[
     """The pictures in a folder and, if `deep`, in the folders in it.
 
     Returns:
-      Paths relative to the folder with "/" in between, sorted as text.
+      Paths relative to the folder, with "/" as separator, sorted as text.
 
     Raises:
-      UserError: a folder cannot be read, or a link leads nowhere.
+      UserError: a folder cannot be read, or a link's target does not exist.
     """
     return sorted(_collect(os.fspath(folder), [_top(folder)], deep).get("", []))
 
@@ -53,8 +54,8 @@ def list_classes(root: str | os.PathLike[str]) -> dict[str, list[str]]:
     Names that are all whole numbers are sorted as numbers, others as text.
 
     Raises:
-      UserError: as of `list_pictures`; or two class folders are one number; or one folder belongs
-        to two classes.
+      UserError: as `list_pictures`; or two class folders are the same number; or one folder
+        belongs to two classes.
     """
     _, folders = _read(os.fspath(root), _top(root))
     found = _collect(os.fspath(root), [f._replace(label=f.path) for f in folders], deep=True)
@@ -81,10 +82,10 @@ class _Folder(NamedTuple):
     """A folder to be listed.
 
     Attributes:
-      label: whose pictures are in it.
-      path: relative to where the listing began.
-      real: without links; of a link, the real path of the folder that it lies in.
-      is_link: whether it is one.
+      label: the class of its pictures.
+      path: relative to the folder where the listing began.
+      real: the path without links; for a link, that of the folder that contains it.
+      is_link: whether it is a link.
     """
 
     label: str
@@ -101,14 +102,14 @@ def _collect(top: str, folders: list[_Folder], deep: bool) -> dict[str, list[str
     """The pictures of these folders by label, as paths relative to `top`."""
     found: dict[str, list[str]] = {}
     listed: dict[str, _Folder] = {}
-    # Links come last: a folder that is there itself as well is listed by that name.
+    # Links come last, so that a folder is listed by its own name where it has one.
     waiting = collections.deque(sorted(folders, key=lambda folder: folder.is_link))
     while waiting:
         folder = waiting.popleft()
         if folder.is_link:
             real = os.path.realpath(os.path.join(top, folder.path))
             if any(Path(p).is_relative_to(real) for p in (folder.real, os.path.realpath(top))):
-                continue  # It leads back to where it lies.
+                continue  # It leads to a folder that contains it.
             folder = folder._replace(real=real)
         other = listed.setdefault(folder.real, folder)
         if other.label != folder.label:
@@ -140,7 +141,7 @@ def _read(top: str, folder: _Folder) -> tuple[list[str], list[_Folder]]:
                     real = folder.real if link else os.path.join(folder.real, name)
                     folders.append(_Folder(folder.label, prefix + name, real, link))
                 elif is_picture(name):
-                    # One that leads nowhere is a broken picture, and named when it is read.
+                    # A link without a target is a broken picture, and named when it is read.
                     if entry.is_file() or _is_dangling(entry):
                         pictures.append(prefix + name)
                 elif _is_dangling(entry):
@@ -149,9 +150,7 @@ def _read(top: str, folder: _Folder) -> tuple[list[str], list[_Folder]]:
                         "which is not there; mount or restore that, or remove the link"
                     )
     except OSError as error:
-        raise UserError(
-            f"cannot list the folder {error.filename or path}: {error.strerror}"
-        ) from error
+        raise storage.read_error(error.filename or path, error) from error
     return pictures, folders
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
+from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.data.class_names import class_at
 from tokenbridge_jax.data.images import ImageError, open_picture, prepare
 from tokenbridge_jax.pipeline import Pipeline
@@ -23,7 +24,6 @@ from tokenbridge_jax.pipeline.description import ClassId
 from tokenbridge_jax.runtime import pictures
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.batches import Preview
-from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NO_CLASS = -1
 # Every number of images needs a compiled program of its own.
@@ -89,7 +89,7 @@ class Demo:
     def __init__(self, pipeline: Pipeline, sampling: ConfigDict):
         """The page starts with the settings of `sampling`, the section of a config."""
         self.pipeline = pipeline
-        self.defaults = SamplingSettings.from_section(sampling)
+        self.defaults = sampling_settings(sampling)
         self._names = pipeline.description.class_names
         self.side = pipeline.image_size
         self.image_channels = pipeline.codec.config.image_channels

@@ -1,4 +1,4 @@
-"""Whether probabilities of levels are right: reliability, probability integral transform."""
+"""Calibration of the levels' probabilities: reliability and probability integral transform."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 
 from tokenbridge_jax.evaluation import figures
 
-# Of confidences (Guo et al., 2017, take as many) and of the transform.
+# The bins of confidences (as many as Guo et al., 2017) and of the transform.
 CONFIDENCE_BINS, PIT_BINS = 15, 20
 
 
@@ -17,10 +17,11 @@ class Calibration:
     """Counts over predicted indices.
 
     Attributes:
-      bins: of 15 equal bins of (0, 1] how many confidences they hold, their sum, and the hits.
-      pit: how many indices each of 20 equal bins of the transform holds. An index with probability
-        p, above levels that have F together, is spread evenly over [F, F + p]: where the
-        probabilities are right, all bins are then alike (Czado et al., 2009).
+      bins: for 15 equal bins of (0, 1], the number of confidences, their sum, and the number of
+        correct indices.
+      pit: the number of indices in 20 equal bins of the transform. An index with probability p,
+        above levels of total probability F, is spread evenly over [F, F + p]: if the probabilities
+        are right, all bins are then equal (Czado et al., 2009).
     """
 
     def __init__(self) -> None:
@@ -38,9 +39,9 @@ class Calibration:
 
         Args:
           confidence: the probability of the most likely level.
-          correct: whether the index is that level.
+          correct: whether the index is the most likely level.
           below: the probability of all levels below the index.
-          probability: that of the index.
+          probability: the probability of the index.
         """
         confidence = confidence.ravel().astype(np.float64)
         place = np.ceil(confidence * CONFIDENCE_BINS).astype(np.int64) - 1
@@ -49,7 +50,7 @@ class Calibration:
         self.bins += [np.bincount(place, weight, CONFIDENCE_BINS) for weight in weights]
 
         low = below.ravel().astype(np.float64)
-        # In float32 F + p may be above 1, and p so small that it is nothing beside F.
+        # In float32, F + p may exceed 1, and p may be lost when it is added to F.
         high = np.minimum(low + np.maximum(probability.ravel().astype(np.float64), 1e-7), 1)
         low = np.minimum(low, high - 1e-7)
         inner = np.linspace(0, 1, PIT_BINS + 1)[1:-1]
@@ -60,9 +61,9 @@ class Calibration:
         """Plain numbers and lists.
 
         Returns:
-          `bins` with their `count`, mean `confidence` and `accuracy` (None where they are empty);
-          `expected_calibration_error`, the mean distance of these two, weighted by the count;
-          `confidence` and `accuracy` over all; and `pit`, the shares of its bins.
+          `bins` with their `count`, mean `confidence` and `accuracy` (None in empty bins);
+          `expected_calibration_error`, the mean distance of the two, weighted by the count;
+          `confidence` and `accuracy` over all indices; and `pit`, the shares of its bins.
         """
         count, confidence, correct = self.bins
         total = count.sum()
@@ -84,7 +85,7 @@ def _means(sums: np.ndarray, count: np.ndarray) -> list[float | None]:
 
 
 def plot(summary: Mapping[str, Any], path: epath.PathLike) -> epath.Path:
-    """Writes what `Calibration.summary` says as a PNG; returns its path."""
+    """Plots a `Calibration.summary` as a PNG; returns its path."""
     reliability_ax, pit_ax = figures.make_axes(2)
     bins = summary["bins"]
     used = np.flatnonzero(bins["count"])

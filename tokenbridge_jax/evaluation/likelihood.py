@@ -1,11 +1,11 @@
 """Exact negative log-likelihood of images, and how well the head's probabilities are calibrated.
 
-A sampler that reveals positions in some order, several a step, draws an image with a probability
-that is a product: of those of the indices revealed in every step, given the positions visible
-before. So one pass over the steps, with the image's own indices in place of drawn ones, gives
--log p(image | class, order). A mean over random orders bounds, by Jensen's inequality, -log p of
-their mixture from above. Guidance is off and the temperature 1: it is the model's distribution, as
-it samples; with `first_token_quirk`, where that is on.
+A sampler reveals positions in some order, several per step. The probability of an image is the
+product over steps of the probabilities of the revealed indices, given the positions visible before.
+So one pass over the steps, with the image's own indices instead of drawn ones, gives
+-log p(image | class, order). By Jensen's inequality, its mean over random orders is an upper bound
+of -log p of the orders' mixture. Guidance is off and the temperature is 1. The distribution is the
+one that the model samples from: with `first_token_quirk` if it is on.
 """
 
 import functools
@@ -43,15 +43,15 @@ from tokenbridge_jax.sampling.schedule import (
 
 
 class Scores(NamedTuple):
-    """What the head says of every index, given the positions that its step finds visible.
+    """The head's prediction of every index, given the positions that are visible at its step.
 
     Slots are in order layout: the first is revealed last. Channels are in autoencoder order.
 
     Attributes:
-      nll: minus its log-probability, in nats.
+      nll: the index's negative log-probability, in nats.
       confidence: the probability of the most likely level.
-      correct: whether the index is that level.
-      below: the probability of all lower levels.
+      correct: whether the index is the most likely level.
+      below: the probability of all levels below the index.
     """
 
     nll: Float[np.ndarray | Array, "B L C"]
@@ -61,7 +61,7 @@ class Scores(NamedTuple):
 
 
 class Scorer:
-    """Scores batches of images; a program for every stage of the sampler's schedule.
+    """Scores batches of images, with one program per stage of the sampler's schedule.
 
     Attributes:
       hidden: how many positions are hidden before the first step and after every one.
@@ -70,8 +70,8 @@ class Scorer:
     def __init__(self, config: TokenBridgeConfig, mesh: Mesh, num_iter: int):
         """Args:
         config: the model.
-        mesh: the devices, of all processes or of this one.
-        num_iter: reveal steps; as many as positions reveal one at a time.
+        mesh: the devices of all processes, or of this one.
+        num_iter: the number of reveal steps; L of them reveal one position at a time.
         """
         self._mesh = mesh
         most = MAX_STAGES_SCANNED if config.scan_layers else MAX_STAGES
@@ -86,13 +86,13 @@ class Scorer:
         labels: Int[np.ndarray | Array, " B"],
         orders: Int[np.ndarray | Array, "B L"],
     ) -> Scores:
-        """Scores images; every process gets all of them.
+        """Scores images; every process gets all scores.
 
         Args:
-          params: of the model, laid out on the mesh.
+          params: the model's parameters, laid out on the mesh.
           indices: of whole images, positions row-major, channels in autoencoder order.
           labels: classes.
-          orders: of the positions; the last entry is revealed first.
+          orders: one order of the positions per image; the last entry is revealed first.
         """
         parts = []
         steps = itertools.pairwise(self.hidden)
@@ -104,7 +104,7 @@ class Scorer:
                     draw = MaskDraw(np.int32(now), stage.reveals, stage.visible_slots)
                     found = self._step(params, indices, labels, orders, draw, np.int32(after))
                     parts.append((found, now - after))
-        # The devices have been given everything; now it is waited for.
+        # Wait only after the devices have all of the work.
         fields = zip(*([np.asarray(x)[:, :n] for x in found] for found, n in parts), strict=True)
         return Scores(*(np.concatenate(field[::-1], axis=1) for field in fields))
 
@@ -171,36 +171,36 @@ def likelihood(
 ) -> dict[str, Any]:
     """Scores the images of a split of token shards: the first view of each, with its label.
 
-    Batch size, devices and processes change nothing but float32 rounding. All processes of a job
-    whose devices are on the pipeline's mesh call this, and get the same.
+    Batch size, devices and processes only change float32 rounding. All processes whose devices are
+    on the pipeline's mesh must call this; they get the same result.
 
     Args:
-      pipeline: holds the model, and the mesh to use.
+      pipeline: the model and the mesh to use.
       folder: of the token shards.
-      num_iter: reveal steps; with as many as positions every one is predicted given all before.
+      num_iter: the number of reveal steps; L of them predict every position given all earlier ones.
       order: "random", "raster" or "halton".
-      num_orders: random orders an image; order k of image i depends on `seed` + k and i alone.
-      seed: see there.
-      split: which images; by default "validation", or "train" where there is no other.
-      max_images: at most so many, evenly spaced over the split; all by default.
+      num_orders: random orders per image; order k of image i only depends on `seed` + k and i.
+      seed: of the random orders.
+      split: by default "validation", or "train" if there is no validation split.
+      max_images: score at most so many, evenly spaced over the split; all by default.
       batch_size: images at once, over all devices; rounded up to a multiple of the batch shards.
       progress: print rate and ETA to stderr.
 
     Returns:
-      Plain numbers and lists for JSON: what was scored (`classes` is a remark on the names of the
-      shards' classes, if they are others than the model's), `first_token_quirk`, whether the model
-      samples with it and was scored so, and
+      Plain numbers and lists for JSON: the settings; `first_token_quirk`, whether the model samples
+      and was scored with it; `classes`, a remark, if the shards' class names differ from the
+      model's; and
       `bits_per_index` and `bits_per_pixel` (an image's bits over its pixels), each with
-        `..._standard_error` (over images; None for one), and `raw_bits_per_index`, log2 V, and
-        `raw_bits_per_pixel`, what the indices take without a model;
-      `by_channel`: bits an index, in the autoencoder's order; `by_position`: likewise, rows of the
-        grid; `by_step`: of every step the positions `visible` before, those `revealed`, and
-        `bits_per_index`;
+        `..._standard_error` (over images; None for one image), and `raw_bits_per_index`, log2 V,
+        and `raw_bits_per_pixel`, the size of the indices without a model;
+      `by_channel`: bits per index, in the autoencoder's order; `by_position`: bits per index, as
+        rows of the grid; `by_step`: for every step the positions `visible` before, the positions
+        `revealed`, and `bits_per_index`;
       `calibration`: of all indices; see `calibration.Calibration.summary`.
 
     Raises:
-      UserError: the shards are missing or damaged, not of this model, have its classes in another
-        order, or a setting is out of range; or the model's probabilities are NaN.
+      UserError: the shards are missing, damaged, of another model or have its classes in another
+        order; a setting is out of range; or the model's probabilities are NaN.
     """
     config = pipeline.config
     info = shards.read_info(folder)
@@ -266,7 +266,7 @@ def likelihood(
 
 
 def _check_settings(description: ModelDescription, info: DatasetInfo) -> str:
-    """A remark on the names of the classes, if there is one to make."""
+    """Checks that shards and model match; returns a remark if their class names differ."""
     config = description.config
     info.check(
         levels=config.levels,
@@ -276,7 +276,7 @@ def _check_settings(description: ModelDescription, info: DatasetInfo) -> str:
     )
     _, remark = class_names.match(description.class_names, info.class_names)
     theirs, ours = info.quantizer, config.quantizer
-    # Levels that were imported may differ in their last bits.
+    # Imported levels may differ in their last bits.
     if not np.allclose(theirs.dequantized_levels, ours.dequantized_levels, rtol=0, atol=1e-3):
         raise UserError(
             "the quantizer of the token shards has other levels than the model's; tokenize again "
@@ -286,17 +286,17 @@ def _check_settings(description: ModelDescription, info: DatasetInfo) -> str:
 
 
 def _batches(numbers: Int[np.ndarray, " N"], size: int) -> Iterator[Int[np.ndarray, " B"]]:
-    """The numbers in batches of one size; the last one is filled up with its last number."""
+    """The numbers in batches of one size; the last batch is padded with its last number."""
     for start in range(0, len(numbers), size):
         batch = numbers[start : start + size]
         yield np.pad(batch, (0, size - len(batch)), mode="edge")
 
 
 class _Totals:
-    """Sums over images in float64; what is kept of an image is one number.
+    """Sums over images in float64.
 
     Attributes:
-      nats: of every image, the mean over its orders.
+      nats: the negative log-likelihood of every image, the mean over its orders.
     """
 
     def __init__(self, config: TokenBridgeConfig, hidden: tuple[int, ...]):
@@ -310,7 +310,7 @@ class _Totals:
         self._calibration = Calibration()
 
     def add(self, found: list[Scores], orders: list[Int[np.ndarray, "B L"]]) -> None:
-        """Adds a batch with several orders an image."""
+        """Adds a batch: its scores with each of several orders per image."""
         nats: Any = 0
         for scores, order in zip(found, orders, strict=True):
             nll = scores.nll.astype(np.float64)
@@ -330,7 +330,7 @@ class _Totals:
         self.nats += nats.tolist()
 
     def summary(self, pixels: int) -> dict[str, Any]:
-        """The numbers that `likelihood` reports, for images of so many pixels."""
+        """The numbers that `likelihood` reports, for images of this many pixels."""
         config = self._config
         of_image = config.positions * config.channels
         nats = np.array(self.nats)
@@ -360,7 +360,7 @@ class _Totals:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """What `likelihood` found, for people: channels in channel order, steps, calibration."""
+    """The result of `likelihood` as a text table: channels in channel order, steps, calibration."""
     bits, steps, head = found["by_channel"], found["by_step"], found["calibration"]
     rows = [{"channel": str(c), "bits an index": bits[c]} for c in found["channel_order"]]
     first, last = steps["bits_per_index"][0], steps["bits_per_index"][-1]
@@ -378,7 +378,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
-    """Writes what `likelihood` found as PNGs; returns their paths."""
+    """Plots the result of `likelihood` as PNGs; returns their paths."""
     folder = epath.Path(folder)
     return [
         _plot_bits(found, folder / "likelihood.png"),
@@ -395,7 +395,7 @@ def _plot_bits(found: Mapping[str, Any], path: epath.Path) -> epath.Path:
     channel_ax.set_xlabel("channel, in channel order")
     channel_ax.grid(axis="x", visible=False)
     steps = found["by_step"]
-    # A step's positions are all predicted given those before it: a bar as wide as they are many.
+    # A step is a bar as wide as its number of positions.
     edges = [*steps["visible"], steps["visible"][-1] + steps["revealed"][-1]]
     step_ax.stairs(steps["bits_per_index"], edges, baseline=None, color=figures.BLUE, linewidth=2)
     step_ax.set_xlim(0, edges[-1])

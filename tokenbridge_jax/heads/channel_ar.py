@@ -60,8 +60,7 @@ class ChannelAR(ChannelTransformer):
         feature: Float[Array, "N Z"],
         keys: Key[Array, " N"],
         temperature: Float[Array, ""],
-        log_probs: bool = False,
-    ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
+    ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """See `Head.sample`; uses cached keys and values.
 
         Everything that does not depend on indices exists for all channels at once: at size L 0.8 MB
@@ -71,8 +70,8 @@ class ChannelAR(ChannelTransformer):
         if count == 1:
             # XLA turns products with a single row into slow sums over whole weights.
             feature, keys = jnp.repeat(feature, 2, axis=0), jnp.repeat(keys, 2)
-            drawn = self.sample(feature, keys, temperature, log_probs)
-            return jax.tree.map(lambda x: x[:1], drawn)
+            indices, log_probs = self.sample(feature, keys, temperature)
+            return indices[:1], log_probs[:1]
         condition = self._condition(feature)
         empty = jnp.zeros((count, self.heads, channels, self.width // self.heads), self.dtype)
         empty = meshes.constrain(empty, "batch", "heads", None, None)
@@ -106,15 +105,12 @@ class ChannelAR(ChannelTransformer):
             x = head._modulated_norm(x, final_modulation)
             logits = head.classifier(x, place)[:, 0]
             index = jnp.argmax(logits + noise, axis=-1)
-            drawn: tuple[jax.Array, ...] = (index,)
-            if log_probs:
-                drawn = index, tempered_log_prob(logits, index, temperature)
             # The last channel's token is never used, so there is no table for it.
-            return (tokens[jnp.minimum(place, channels - 2), index], caches), drawn
+            token = tokens[jnp.minimum(place, channels - 2), index]
+            return (token, caches), (index, tempered_log_prob(logits, index, temperature))
 
         scan = nn.scan(next_channel, variable_broadcast="params", split_rngs={"params": False})
         places = jnp.arange(channels)
         xs = (places, modulations, noise)
-        _, (indices, *of_channels) = scan(self, (first, caches), xs)
-        indices = indices.T[:, np.argsort(self.channel_order)]
-        return (indices, of_channels[0].sum(axis=0)) if log_probs else indices
+        _, (indices, log_probs) = scan(self, (first, caches), xs)
+        return indices.T[:, np.argsort(self.channel_order)], log_probs.sum(axis=0)

@@ -6,7 +6,6 @@ group's first channel.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +52,9 @@ class GroupedHead(Head):
         feature: Float[Array, "N Z"],
         keys: Key[Array, " N"],
         temperature: Float[Array, ""],
-        log_probs: bool = False,
-    ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
+    ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """See `Head.sample`; the temperature applies to joint classes."""
-        drawn: Any = self.joint.sample(feature, keys, temperature, log_probs)
-        joint, *rest = drawn if log_probs else (drawn,)
+        joint, log_probs = self.joint.sample(feature, keys, temperature)
         places = self.levels ** np.arange(self.group)[::-1]
         digits = joint[:, :, None] // places[None, None] % self.levels
-        indices = digits.reshape(len(joint), -1)[:, np.argsort(self.channel_order)]
-        return (indices, *rest) if log_probs else indices
+        return digits.reshape(len(joint), -1)[:, np.argsort(self.channel_order)], log_probs

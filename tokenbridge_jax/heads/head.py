@@ -58,19 +58,17 @@ class Head(nn.Module):
         feature: Float[Array, "N Z"],
         keys: Key[Array, " N"],
         temperature: Float[Array, ""],
-        log_probs: bool = False,
-    ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
+    ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """Draws the C indices of every position.
 
         Args:
           feature: the backbone's feature of each position, guidance included.
           keys: one random key per position, the only source of randomness.
           temperature: divides the logits; 0 takes the most likely index at every place.
-          log_probs: whether to return log-probabilities too.
 
         Returns:
-          Indices in autoencoder order; with `log_probs` also the float32 log-probability of each
-          position's indices, in nats, at this temperature. Temperature 0 has only one outcome, so
-          there it is the log-probability at temperature 1.
+          Indices in autoencoder order, and the float32 log-probability of each position's indices,
+          in nats, at this temperature. Temperature 0 has only one outcome, so there it is the
+          log-probability at temperature 1.
         """
         raise NotImplementedError

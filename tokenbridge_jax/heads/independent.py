@@ -30,15 +30,12 @@ class ParallelHead(ChannelTransformer):
         feature: Float[Array, "N Z"],
         keys: Key[Array, " N"],
         temperature: Float[Array, ""],
-        log_probs: bool = False,
-    ) -> Int[Array, "N C"] | tuple[Int[Array, "N C"], Float[Array, " N"]]:
+    ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """See `Head.sample`; one pass draws all channels."""
         logits = self._logits(feature)
         noise = temperature * self._gumbel(keys).swapaxes(0, 1)
         drawn = jnp.argmax(logits + noise, axis=-1)
         indices = drawn[:, np.argsort(self.channel_order)]
-        if not log_probs:
-            return indices
         return indices, tempered_log_prob(logits, drawn, temperature).sum(axis=1)
 
     def _logits(self, feature: Float[Array, "N Z"]) -> Float[Array, "N C V"]:

@@ -1,1 +1,1 @@
-"""Compiles for TPUs on a machine without one, and says what a step needs and how long it takes."""
+"""Compiles for TPUs on a machine without one, and estimates a step's memory and time."""

@@ -1,15 +1,15 @@
 """The TPU generations: their figures, and the names of their slices.
 
-Compute, memory and bandwidths are those of Google's pages https://cloud.google.com/tpu/docs/v4,
-v5e, v5p, v6e and tpu7x. Three things are from elsewhere:
+Compute, memory and bandwidths are from Google's pages https://cloud.google.com/tpu/docs/v4, v5e,
+v5p, v6e and tpu7x, except:
 
-  memory         what libtpu's compiler calls available: the data sheet's less what it keeps back
-  ici of v4      1.1 PB/s of all-reduce on a pod of 4096 chips, on the page of v4; pages of the
-                 others give a chip's bandwidth in both directions, of which half is one direction
+  memory         what libtpu's compiler calls available, less than the data sheet says
+  ici of v4      from 1.1 PB/s of all-reduce on a pod of 4096 chips, on the page of v4; the other
+                 pages give a chip's bandwidth in both directions, which is halved here
   cycle_flops    a bfloat16 product's FLOPs in a cycle, from the number and size of the matrix
-                 units (on v6e and tpu7x the fewest that libtpu's cycles allow); peak FLOP/s divided
-                 by it is the clock that turns cycles into seconds. By libtpu's cycles a product of
-                 8192 x 8192 matrices reaches 70 to 93 % of it
+                 units (on v6e and tpu7x the fewest that libtpu's cycles allow). Peak FLOP/s divided
+                 by it is the clock, which turns cycles into seconds. With it, libtpu's cycles of a
+                 product of 8192 x 8192 matrices give 70 to 93 % of the peak
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ class Generation:
       cycle_flops: FLOPs of a bfloat16 product in a clock cycle.
       devices: in a chip. (A chip of v4 or v5p has two cores that are one device.)
       cores: in a chip, for the cloud's names: v4-32 is sixteen chips.
-      ring: an axis of so many chips, or a multiple, is closed to a ring; others are lines. (In
+      ring: an axis of this many chips, or a multiple, is closed to a ring; others are lines. (In
         three dimensions all axes or none: slices are made of cubes of 4 x 4 x 4.)
       dimensions: of a slice's shape.
-      options: what libtpu must be told beside the name.
+      options: further arguments for libtpu.
     """
 
     memory: int
@@ -71,28 +71,10 @@ GENERATIONS = {
     ),
 }  # fmt: skip
 
-# Shapes that can be had, by dimensions and chips.
+# The shapes that clouds offer, by the number of dimensions.
 SHAPES = {
-    2: {
-        1: "1x1",
-        4: "2x2",
-        8: "2x4",
-        16: "4x4",
-        32: "4x8",
-        64: "8x8",
-        128: "8x16",
-        256: "16x16",
-    },
-    3: {
-        4: "2x2x1",
-        8: "2x2x2",
-        16: "2x2x4",
-        32: "2x4x4",
-        64: "4x4x4",
-        128: "4x4x8",
-        256: "4x8x8",
-        512: "8x8x8",
-    },
+    2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
 }
 
 
@@ -121,7 +103,7 @@ class Slice:
         return math.prod(self.shape)
 
     def is_ring(self, size: int) -> bool:
-        """Whether an axis of so many chips is closed to a ring."""
+        """Whether an axis of `size` chips is closed to a ring."""
         ring = self.figures.ring
         made_of_cubes = all(other % ring == 0 for other in self.shape)
         return size % ring == 0 and (self.figures.dimensions == 2 or made_of_cubes)
@@ -134,24 +116,28 @@ def parse_slice(name: str) -> Slice:
       UserError: there is no such slice; the message lists those there are.
     """
     wanted = name.lower().replace("v5litepod", "v5e")
-    shaped = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", wanted)
-    counted = re.fullmatch(r"(\w+)-(\d+)", wanted)
-    generation = (shaped or counted or [""] * 2)[1]
+    generation, colon, text = wanted.partition(":")
+    if not colon:
+        generation, _, cores = wanted.partition("-")
     if figures := GENERATIONS.get(generation):
-        text = shaped[2] if shaped else ""
-        if counted and int(counted[2]) % figures.cores == 0:
-            text = SHAPES[figures.dimensions].get(int(counted[2]) // figures.cores, "")
-        shape = tuple(map(int, text.split("x"))) if text else ()
-        if len(shape) == figures.dimensions and 0 not in shape:
-            return Slice(f"{generation}:{text}", generation, shape)
-        valid = [f"{generation}:{text}" for text in SHAPES[figures.dimensions].values()]
-        valid += [f"{generation}-{chips * figures.cores}" for chips in SHAPES[figures.dimensions]]
+        shapes = SHAPES[figures.dimensions]
+        by_cores = {str(math.prod(_sizes(text)) * figures.cores): text for text in shapes}
+        if not colon:
+            text = by_cores.get(cores, "")
+        if re.fullmatch(r"\d+(x\d+)*", text):
+            shape = _sizes(text)
+            if len(shape) == figures.dimensions and 0 not in shape:
+                return Slice(f"{generation}:{text}", generation, shape)
+        valid = [f"{generation}:{text}" for text in shapes]
+        valid += [f"{generation}-{cores}" for cores in by_cores]
     else:
-        valid = [
-            f"{key}:{next(iter(SHAPES[g.dimensions].values()))}" for key, g in GENERATIONS.items()
-        ]
+        valid = [f"{key}:{SHAPES[g.dimensions][0]}" for key, g in GENERATIONS.items()]
         valid += ["v5litepod-256", "v5p-128"]
     raise UserError(f"there is no topology '{name}'; there are {', '.join(valid)}")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("x")))
 
 
 def check_libtpu() -> None:
@@ -172,7 +158,7 @@ def slice_devices(wanted: Slice) -> list[Any]:
     Raises:
       UserError: libtpu knows no such slice.
     """
-    # Several processes may load libtpu; it is told what it would ask a TPU's host for.
+    # Several processes may load libtpu; these replace its questions to a TPU's host.
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
     os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
     # The stacks it gives its own threads overflow on some programs (0.0.42.1: L on v6e-64).

@@ -1,4 +1,4 @@
-"""What `tokenbridge preflight` finds out, as JSON values."""
+"""The report of `tokenbridge preflight`, as JSON values."""
 
 import dataclasses
 import multiprocessing
@@ -12,6 +12,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from tokenbridge_jax.config import optimizer_config
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.preflight.chips import Slice, peak_flops, slice_devices
 from tokenbridge_jax.preflight.lowering import (
@@ -26,8 +27,7 @@ from tokenbridge_jax.preflight.suggestions import candidates, with_changes
 from tokenbridge_jax.preflight.text import gib, listed
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.training.loop import say
-from tokenbridge_jax.training.optimizer import OptimizerConfig
+from tokenbridge_jax.runtime.progress import say
 
 # Images of ImageNet's training split (ILSVRC 2012).
 IMAGENET_IMAGES = 1_281_167
@@ -36,14 +36,14 @@ Report = dict[str, Any]
 
 
 def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Report:
-    """`check` in a process of its own, which libtpu may take with it when it crashes.
+    """Runs `check` in another process, which ends if libtpu crashes.
 
-    The report of a crash has no memory and no time: `fits` is False and `crashed` says what to do.
+    After a crash the report has no memory and no time: `fits` is False, `crashed` says what to do.
 
     Raises:
       UserError: as `check`.
     """
-    spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would not take.
+    spawn = multiprocessing.get_context("spawn")  # A fork would lose JAX's threads.
     receiver, sender = spawn.Pipe(duplex=False)
     child = spawn.Process(target=_check_as_child, args=(sender, config, where, sample))
     child.start()
@@ -54,8 +54,8 @@ def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Re
         child.join()
         if not (child.exitcode and child.exitcode < 0):
             raise UserError(
-                f"the process that compiles ended with status {child.exitcode}; its last words, "
-                "above, say why"
+                f"the process that compiles ended with status {child.exitcode}; its output, above, "
+                "says why"
             ) from None
         if child.exitcode == -signal.SIGKILL:
             raise UserError(
@@ -72,7 +72,7 @@ def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Re
 
 def _check_as_child(sender: Connection, config: ConfigDict, where: Slice, sample: bool) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    jax.config.update("jax_platforms", "cpu")  # Whatever this machine has is left alone.
+    jax.config.update("jax_platforms", "cpu")  # Leaves this machine's devices alone.
     try:
         sender.send(check(config, where, slice_devices(where), sample=sample))
     except UserError as error:
@@ -80,7 +80,7 @@ def _check_as_child(sender: Connection, config: ConfigDict, where: Slice, sample
 
 
 def _end_with_parent() -> None:
-    """Nobody waits for minutes of compiling once the parent has been killed."""
+    """Ends minutes of compiling if the parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -91,52 +91,50 @@ def _crash(config: ConfigDict, where: Slice, number: int, *, sample: bool) -> Re
     devices = where.chips * where.figures.devices
     axes = ("data", "fsdp", "tensor")
     sizes = meshes.axis_sizes(devices, *(config.mesh[axis] for axis in axes))
-    settings = _settings(config, dict(zip(axes, sizes, strict=True)), sample=sample)
-    return {
-        "what": "sample" if sample else "train",
-        "topology": where.name,
-        "chips": where.chips,
-        "devices": devices,
-        "settings": settings,
+    report = _begun(config, where, dict(zip(axes, sizes, strict=True)), sample=sample)
+    return report | {
         "fits": False,
         "crashed": f"libtpu died of {signal.Signals(number).name} compiling for {where.name}: "
-        f"{listed(settings)}; try another model.remat, model.head_chunk or mesh.fsdp, or another "
-        "version of libtpu",
+        f"{listed(report['settings'])}; try another model.remat, model.head_chunk or mesh.fsdp, or "
+        "another version of libtpu",
     }
 
 
-def _settings(config: ConfigDict, mesh: dict[str, int], *, sample: bool) -> Report:
-    """What a report says of the settings."""
+def _begun(config: ConfigDict, where: Slice, mesh: dict[str, int], *, sample: bool) -> Report:
+    """What a report says before anything is compiled."""
     settings: Report = {
         "batch": (config.sampling if sample else config.training).batch_size,
         "mesh": mesh,
         "remat": config.model.remat,
         "head_chunk": config.model.head_chunk,
     }
-    return settings if sample else settings | {"accumulation": config.training.accumulation}
+    return {
+        "what": "sample" if sample else "train",
+        "topology": where.name,
+        "chips": where.chips,
+        "devices": where.chips * where.figures.devices,
+        "settings": settings
+        if sample
+        else settings | {"accumulation": config.training.accumulation},
+    }
 
 
 def check(config: ConfigDict, where: Slice, devices: list[Any], *, sample: bool = False) -> Report:
-    """Compiles the program of a config and says what it needs.
+    """Compiles the program of a config and measures what it needs.
 
     Raises:
       UserError: a value makes no sense, or the compiler refuses for another reason than memory.
     """
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
     work = (sampling_work if sample else training_work)(config, mesh)
-    settings = _settings(config, dict(mesh.shape), sample=sample)
-    say(f"preflight: compiling for {where.name}: {listed(settings)}")
+    report = _begun(config, where, dict(mesh.shape), sample=sample)
+    say(f"preflight: compiling for {where.name}: {listed(report['settings'])}")
     try:
         compiled = compile_work(work, len(devices))
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"libtpu cannot compile it: {str(error).splitlines()[0]}") from error
-    report: Report = {
-        "what": "sample" if sample else "train",
-        "topology": where.name,
+    report |= {
         "device": devices[0].device_kind,
-        "chips": where.chips,
-        "devices": len(devices),
-        "settings": settings,
         "program": work.about,
         "compile_seconds": round(compiled.seconds),
         "fits": compiled.fits,
@@ -189,9 +187,8 @@ def run_length(report: Report, config: ConfigDict, workdir: str | None) -> Repor
     if workdir and (epath.Path(workdir) / "tokens").exists():
         info = shards.read_info(epath.Path(workdir) / "tokens")
         images, whose = info.splits["train"]["images"], f"of {workdir}"
-    section = config.training
-    per_epoch = images // section.batch_size
-    steps = OptimizerConfig.from_section(section, per_epoch, "training").total_steps
+    per_epoch = images // config.training.batch_size
+    steps = optimizer_config(config, "training", per_epoch).total_steps
     run: Report = {"images": images, "whose_images": whose, "steps": steps}
     if report["fits"]:
         seconds = steps * report["seconds"]["expected"]
@@ -200,9 +197,9 @@ def run_length(report: Report, config: ConfigDict, workdir: str | None) -> Repor
 
 
 def suggest(config: ConfigDict, where: Slice, report: Report) -> Report | None:
-    """The report of the first settings that fit, with what was changed; None if there are none.
+    """The report of the first settings that fit, and their flags; None if no settings fit.
 
-    Settings that the compiler refuses or crashes at are named and left out.
+    Settings that the compiler refuses, or that make it crash, are printed and skipped.
     """
     memory = report["memory"]
     excess = memory["needed"] - memory["available"]

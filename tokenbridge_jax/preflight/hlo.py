@@ -22,7 +22,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*{\n((?:  .*\n)*)", re.MULTILI
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)")
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]({[^}]*})?")
 
-# Instructions that move nothing, or whose halves have been counted.
+# Instructions that move nothing, or whose other half is counted.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "custom-call",
     "copy-done", "slice-done", "partition-id", "replica-id", "iota",
@@ -110,7 +110,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def _executed(bodies: dict[str, Body]) -> Iterator[tuple[Instruction, Body, int, str]]:
-    """Every instruction: with those around it, how often it runs, and the fusion it is in."""
+    """Every instruction, with its computation, how often it runs, and the fusion it is in."""
 
     def visit(name: str, runs: int, fusion: str) -> Iterator[tuple[Instruction, Body, int, str]]:
         for instruction in bodies[name].values():
@@ -150,7 +150,7 @@ def _traffic(instruction: Instruction, body: Body, bodies: dict[str, Body]) -> i
     if opcode == "slice-start":  # ((operand), result, context)
         return 2 * _sizes(instruction.result)[1]
     written = _sizes(instruction.result, in_memory=True)
-    if opcode.endswith("-start"):  # Operand and result both stand in the result.
+    if opcode.endswith("-start"):  # The result contains operand and result.
         return sum(written)
     read = [sum(_sizes(body[name].result, in_memory=True)) for name in instruction.operands]
     if opcode == "dynamic-slice":
@@ -163,7 +163,7 @@ def _traffic(instruction: Instruction, body: Body, bodies: dict[str, Body]) -> i
 
 
 def _fusion_traffic(body: Body, read: list[int], written: list[int]) -> int:
-    """Of an operand that is only cut from, the cut counts; of one updated in place, the update."""
+    """A sliced operand counts as its slice, one that is updated in place as the update."""
     total = 0
     users = collections.defaultdict[str, list[Instruction]](list)
     for instruction in body.values():
@@ -171,7 +171,7 @@ def _fusion_traffic(body: Body, read: list[int], written: list[int]) -> int:
             users[operand].append(instruction)
 
     def cut(operand: str) -> int | float:
-        """Bytes that are read of an operand if it is only cut or updated in place, or infinity."""
+        """Bytes read from an operand that is only sliced or updated in place, else infinity."""
         total: int | float = 0
         for user in users[operand]:
             if user.opcode == "dynamic-slice":
@@ -212,7 +212,7 @@ def _collective(
     if fusion.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     elif fusion and channel:
-        name = channel[1]  # Spread over several fusions, of which the first starts it.
+        name = channel[1]  # Spread over several fusions; the first one starts it.
     return name, (kind, group, runs, runs * size)
 
 

@@ -1,8 +1,8 @@
-"""Compiles a config's training step or sampler for a slice, and says what it needs of a device.
+"""Compiles a config's training step or sampler for a slice, and finds what it needs on a device.
 
-The training step is a program for every bucket of hidden positions (`training/masking.py`). Only
-the one that needs the most memory is compiled: what holds it holds all of them, and its time is
-scaled to the mean of all by their products.
+The training step has a program for every bucket of hidden positions (`training/masking.py`). Only
+the one that needs the most memory is compiled: where it fits, all of them fit. Its time is scaled
+to the mean of all programs by their products.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax.benchmark.inputs import check_batches, make_model
+from tokenbridge_jax.benchmark.inputs import make_model
 from tokenbridge_jax.benchmark.training_speed import Trainer
+from tokenbridge_jax.config import check_batches, check_training, sampling_settings
 from tokenbridge_jax.flops import sampling_flops
 from tokenbridge_jax.loss import MaskDraw, head_chunks
 from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.preflight.hlo import Program, read_program
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate
+from tokenbridge_jax.sampling.sampler import Request, generate
 from tokenbridge_jax.training.model_task import training_flops
-from tokenbridge_jax.training.settings import check_training
 
 # Bytes of libtpu's units.
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -34,14 +34,14 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A traced program and what is known of it before it is compiled.
+    """A traced program and what is known about it before it is compiled.
 
     Attributes:
       traced: the program.
       batch: images of a run, over all devices.
-      state: bytes of a device for what the program is given, by what it is.
-      model_flops: of the mathematics, over all devices; no padding, nothing computed twice.
-      mean: time of the mean program over the time of this one.
+      state: name of an input -> its bytes on a device.
+      model_flops: what the mathematics needs, over all devices; no padding, nothing computed twice.
+      mean: time of the mean program divided by the time of this one.
       about: which program it is.
     """
 
@@ -55,16 +55,16 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What libtpu says of a program.
+    """What libtpu says about a program.
 
     Attributes:
-      fits: whether it could be compiled for the memory there is.
-      needed: bytes of a device that the program holds at once, or wants.
-      temporaries: bytes of a device for all but the state; 0 unless it fits.
+      fits: whether it fits into the memory of a device.
+      needed: bytes on a device that the program holds at once, or wants.
+      temporaries: bytes on a device except for the state; 0 unless it fits.
       code: bytes of the program itself; 0 unless it fits.
-      flops: of a device's products, padding and recomputation included.
+      flops: of a device's products, with padding and recomputation.
       program: what it does; None unless it fits.
-      seconds: that compiling took.
+      seconds: the time of compiling.
     """
 
     fits: bool
@@ -91,7 +91,7 @@ def training_work(config: ConfigDict, mesh: Mesh) -> Work:
     micro_batch = batch // section.accumulation
 
     def activations(draw: MaskDraw) -> int:
-        """In tokens times layers times width: those of the encoder and of one of head's chunks."""
+        """Tokens x layers x width, of the encoder and of one chunk of the head."""
         slots = draw.share(section.head_fraction).hidden_slots
         _, chunk = head_chunks(model, slots, micro_batch, meshes.batch_shards(mesh))
         head = chunk * model.channels * model.head_layers * model.head_width
@@ -127,8 +127,8 @@ def sampling_work(config: ConfigDict, mesh: Mesh) -> Work:
       UserError: a value makes no sense, or the batch does not divide over the mesh.
     """
     model, batch = make_model(config), config.sampling.batch_size
-    settings = SamplingSettings.from_section(config.sampling)
-    check_batches([batch], mesh)
+    settings = sampling_settings(config.sampling)
+    check_batches([batch], mesh, given="sampling.batch_size ")
     params = abstract_sharded_params(model, mesh)
 
     @jax.jit
@@ -152,7 +152,7 @@ def compile_work(work: Work, devices: int) -> Compiled:
     """Compiles a program for the devices of its shardings.
 
     Raises:
-      jax.errors.JaxRuntimeError: it cannot be compiled, for another reason than memory.
+      jax.errors.JaxRuntimeError: it cannot be compiled, and the reason is not memory.
     """
     start = time.monotonic()
     flops = matmul_flops(work.traced.jaxpr.jaxpr) // devices
@@ -172,7 +172,7 @@ def compile_work(work: Work, devices: int) -> Compiled:
 
 
 def wanted_memory(message: str) -> int | None:
-    """The bytes that a program wanted, from libtpu's words that it does not fit."""
+    """The bytes that a program wanted, from libtpu's message that it does not fit."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
     required = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available", message)
     found = used or required

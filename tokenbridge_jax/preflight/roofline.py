@@ -1,4 +1,4 @@
-"""How long a program takes on a slice, from the figures of its generation.
+"""The time of a program on a slice, from the figures of its generation.
 
 `ASSUMPTIONS` are printed with every estimate.
 """
@@ -20,7 +20,7 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds of one run of a program on a device, by what they go to.
+    """Seconds of one run of a program on a device, by cause.
 
     Attributes:
       products: all products at the peak.
@@ -41,7 +41,7 @@ class Estimate:
 
     @property
     def step(self) -> float:
-        """What to expect: instructions, then collectives."""
+        """The expected time: instructions, then collectives."""
         return max(self.instructions, self.products, self.memory) + self.network
 
 
@@ -67,7 +67,7 @@ def estimate(program: Program, flops: int, peak: float, where: Slice) -> Estimat
 
 
 def links(collective: Collective, where: Slice) -> float:
-    """The share of a chip's links that a collective uses: its group lies along the longest axes."""
+    """The share of a chip's links that a collective uses; its group spans the longest axes."""
     needed, share = math.ceil(collective.group / where.figures.devices), 0.0
     for size in sorted(where.shape, reverse=True):
         if needed > 1 or not share:

@@ -1,12 +1,12 @@
 """The nearest settings that fit, found by compiling them.
 
-Settings change one after another, what costs least first, and stay changed:
+Settings change one after another, the cheapest first, and stay changed:
 
   mesh.fsdp            parameters, EMA and optimizer over more devices: gathers
   model.remat=dots     attention and elementwise parts of the backbone computed twice
   model.head_chunk     down to MIN_CHUNK positions: smaller products, more reductions
   model.remat=full     the backbone's forward pass computed twice: a twelfth of all FLOPs at size L
-  training.accumulation  everything that is done once a step for the parameters, several times
+  training.accumulation  work that a step does once for the parameters, several times
 """
 
 from collections.abc import Callable, Iterator
@@ -23,14 +23,14 @@ Changes = dict[str, int | str]
 def candidates(
     config: ConfigDict, devices: int, excess: int, saved: Callable[[int], float]
 ) -> Iterator[Changes]:
-    """Ever smaller settings, each with all the changes before it.
+    """Settings that need less and less memory, each with all earlier changes.
 
     Args:
       config: the settings that do not fit.
       devices: of the mesh.
-      excess: bytes of a device that are too many.
-      saved: `mesh.fsdp` -> bytes of a device that it saves at most. The smallest size that can be
-        enough is tried; if none can, the largest, unless it would hardly help.
+      excess: bytes on a device that do not fit.
+      saved: `mesh.fsdp` -> bytes on a device that it saves at most. The smallest size that may be
+        enough is tried; if none may be, the largest, unless it would hardly help.
     """
     model, mesh, batch = config.model, config.mesh, config.training.batch_size
     tensor = max(mesh.tensor, 1)

@@ -1,4 +1,4 @@
-"""Reports as text: one for a reader, several as a table in Markdown.
+"""Reports as text: one in full, several as a table in Markdown.
 
 python -m tokenbridge_jax.preflight.text runs/preflight/TYPE_SIZE_*.json
 """
@@ -89,7 +89,7 @@ COLUMNS = (
 
 
 def table(reports: dict[str, Report]) -> str:
-    """One row a report; its name stands in front."""
+    """One row for each report, its name first."""
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(_row(name, r) for name, r in reports.items())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -1,4 +1,4 @@
-"""What JAX finds in the environment and on the machine, before a command relies on it."""
+"""Checks JAX's environment and devices before a command uses them."""
 
 import importlib.util
 import os
@@ -11,26 +11,26 @@ from tokenbridge_jax.runtime.errors import UserError
 
 
 def use_32_bits() -> None:
-    """Computes as it is meant here, also where JAX_ENABLE_X64 is set for other programs."""
+    """Makes JAX compute in 32 bits even if JAX_ENABLE_X64 is set."""
     jax.config.update("jax_enable_x64", False)
 
 
 def check_devices() -> None:
-    """Finds the devices, which JAX does once and for all.
+    """Makes JAX look for its devices, which it does once per process.
 
     Raises:
-      UserError: JAX_PLATFORMS or JAX_PLATFORM_NAME asks for some that are not there.
+      UserError: JAX_PLATFORMS or JAX_PLATFORM_NAME asks for devices that do not exist.
     """
     try:
         jax.devices()
-    except Exception as error:  # Which, differs by platform and version of JAX.
+    except Exception as error:  # The kind depends on the platform and the version of JAX.
         variables = ("JAX_PLATFORM_NAME", "JAX_PLATFORMS")
         asked_by = next((x for x in variables if os.environ.get(x)), "")
         asked = os.environ.get(asked_by, "")
         installed = set(getattr(xla_bridge, "_backend_factories", ()))
         if importlib.util.find_spec("libtpu") is None:
-            installed.discard("tpu")  # Which JAX lists everywhere.
-        # What a job's processes cannot find out about each other's devices may come later.
+            installed.discard("tpu")  # JAX lists it everywhere.
+        # In a job the cause may be another process, unless a platform is not installed here.
         if not asked or not (processes.alone() or set(asked.split(",")) - installed):
             raise
         reason = next(iter(str(error).splitlines()), "").partition(" (")[0].rstrip(". ")

@@ -1,4 +1,4 @@
-"""How fast the devices multiply matrices at best: what a training step is measured against."""
+"""Peak rates of matrix products by device, to which training steps are compared."""
 
 import re
 import time
@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-# Peak dense bf16 matmul FLOP/s of one device as JAX sees it, by a name that stands as whole
-# words in `device_kind`; the first match counts. (A TPU v4, v5p or 7x device is what JAX lists as
-# one device.)
+# Peak dense bf16 matmul FLOP/s of what JAX lists as one device, by a name that `device_kind`
+# contains as whole words. The first match counts.
 PEAK_FLOPS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
@@ -34,7 +33,7 @@ PEAK_FLOPS = (
 
 
 def listed_flops(device_kind: str) -> float | None:
-    """What the table says of a device."""
+    """Peak FLOP/s of a kind of device; None if it is not in the table."""
     for name, flops in PEAK_FLOPS:
         if re.search(rf"\b{name}\b", device_kind, re.IGNORECASE):
             return flops
@@ -42,10 +41,10 @@ def listed_flops(device_kind: str) -> float | None:
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
-    """Peak matmul FLOP/s of one device, and where the number comes from.
+    """Peak matmul FLOP/s of one device, and the source of the number.
 
-    A device that is not listed (a CPU, say) is measured once with a short float32 product; the
-    fake devices of one host share its cores, so the measurement is divided among them.
+    A device that is not in the table, such as a CPU, is measured with a short float32 product. CPU
+    devices of one host share its cores, so the result is divided among them.
     """
     if flops := listed_flops(device.device_kind):
         return flops, f"{device.device_kind}, bf16, from its data sheet"

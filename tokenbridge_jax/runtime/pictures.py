@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images as PNG files."""
+"""Writes PNG files: single images, and grids of images."""
 
 import io as bytes_io
 import math
@@ -19,11 +19,11 @@ SMALLEST_SIDE = 48
 def grid(
     images: UInt8[np.ndarray, "B H W I"], columns: int | None = None
 ) -> UInt8[np.ndarray, "gridH gridW I"]:
-    """Lays images out row by row with a thin line between them; small ones are enlarged.
+    """Arranges images row by row with thin lines between them. Small images are enlarged.
 
     Args:
       images: uint8, 1 or 3 channels.
-      columns: images a row; about the square root of B if not given.
+      columns: images per row; by default about the square root of B.
     """
     factor = -(-SMALLEST_SIDE // images.shape[1])
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -40,12 +40,12 @@ def grid(
 
 
 def to_pil(image: UInt8[np.ndarray, "H W I"]) -> Image.Image:
-    """An image of 1 or 3 channels as Pillow has it."""
+    """Turns an image of 1 or 3 channels into Pillow's."""
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
 
 
 def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "H W I"]) -> None:
-    """Writes an image of 1 or 3 channels as PNG, whole or not at all.
+    """Writes an image of 1 or 3 channels as PNG, completely or not at all.
 
     Raises:
       UserError: it cannot be written.

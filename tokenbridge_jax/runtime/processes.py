@@ -1,12 +1,12 @@
-"""The processes of a job: how they find each other, agree, and leave together.
+"""The processes of a job: how they join each other, agree, and leave together.
 
 Processes agree through the job's coordination service (a key-value store with barriers in process
-0), never by a program on the devices: a host reads such a program's result from one of its devices,
-and a process that then ends while its others still talk leaves its neighbours waiting for ever.
+0), never by a program on the devices. A host reads the result of such a program from one of its
+devices. If the process ends while its other devices still communicate, its neighbours wait forever.
 
-A process that dies is missed after `HEARTBEAT_SECONDS` at most. The others then end with status
-`EXIT_LOST`; the line of the coordination service above their last one says which process it was.
-(A process of a job that aborts for any other reason ends likewise: the two cannot be told apart.)
+A process that dies is noticed within `HEARTBEAT_SECONDS`. The others then end with status
+`EXIT_LOST`; the coordination service prints which process it was just above their last line. (A
+process that aborts for any other reason ends in the same way: the two cannot be distinguished.)
 """
 
 import ctypes
@@ -30,13 +30,13 @@ EXIT_LOST = 76
 
 HEARTBEAT_SECONDS = 60  # Unless $TOKENBRIDGE_HEARTBEAT_SECONDS says otherwise.
 
-# How long a process that has failed waits for the others to fail likewise.
+# How long a process that has failed waits for the others to fail too.
 FAILURE_SECONDS = 10
 
-# How long the name of process 0's host may stay unknown: on Kubernetes it comes with the host.
+# How long the name of process 0's host may be unknown. On Kubernetes it appears with the host.
 NAME_SECONDS = 20
 
-# For as long as it takes: whoever is waited for is alive, or missed by the service.
+# Waits have no limit: the process waited for is alive, or the service notices its death.
 _FOREVER = 7 * 24 * 3600
 
 _NO_TASK = (
@@ -45,21 +45,20 @@ _NO_TASK = (
 )
 
 _meetings = itertools.count()
-_on_abort: Any = None  # Kept: C holds a bare pointer to it.
+_on_abort: Any = None  # Kept alive here, because C holds only a pointer to it.
 
 
 def join(distributed_flag: bool, *, asks_for_signals: bool = False) -> None:
-    """Joins the other processes of the job, before any device is touched.
+    """Joins the other processes of the job. It must be called before any device is used.
 
-    Nothing is guessed: without the flag a process stands alone; with it, a cluster that cannot be
-    found is an error instead of a silent single-process run. The cluster is what
-    `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`
-    say, and otherwise what JAX finds on TPU pods, Slurm, Open MPI and Kubernetes.
+    Without the flag a process works alone. With it, it is an error if no cluster is found. The
+    cluster is given by `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID`. Without these, JAX finds it on TPU pods, Slurm, Open MPI and Kubernetes.
 
     Args:
-      distributed_flag: whether there are others to join.
-      asks_for_signals: the command looks for a SIGTERM to any process by itself, with
-        `multihost_utils.reached_preemption_sync_point`; elsewhere SIGTERM ends a process.
+      distributed_flag: whether there are other processes.
+      asks_for_signals: the command checks by itself whether any process received a SIGTERM, with
+        `multihost_utils.reached_preemption_sync_point`. Otherwise SIGTERM ends a process.
 
     Raises:
       UserError: there is no cluster to join.
@@ -94,7 +93,7 @@ def alone() -> bool:
 
 
 def gather(text: str) -> list[str]:
-    """Waits until every process has called this; what each of them said, by process."""
+    """Waits until every process has called this, and returns the texts of all, by process."""
     job = distributed.global_state
     if job.client is None:
         return [text]
@@ -106,21 +105,21 @@ def gather(text: str) -> list[str]:
 
 
 def leave(status: int, patience: int = _FOREVER) -> int:
-    """Ends this process with `status` once all are here; alone, it just returns `status`.
+    """Ends this process with `status` when all have called this; alone, it returns `status`.
 
-    The runtime is not taken down piece by piece: where devices still talk to those of a process
-    that is ahead in this, that would wait for an answer for ever.
+    The runtime is not shut down in order. Devices may still communicate with those of a process
+    that has already left, and would wait for its answer forever.
 
     Args:
-      status: of this process; the others may have another.
-      patience: seconds after which it goes without the others, who then miss it.
+      status: of this process; the others may have another one.
+      patience: seconds after which it ends without the others, which then notice its death.
     """
     job = distributed.global_state
     if job.client is None:
         return status
     sys.stdout.flush()
     sys.stderr.flush()
-    # The barrier itself has the patience of whoever came first.
+    # The barrier itself has the time limit of the process that came first.
     alarm = threading.Timer(patience, _leave_alone, [status])
     alarm.daemon = True
     alarm.start()
@@ -139,7 +138,7 @@ def _leave_alone(status: int) -> None:
 
 
 def heartbeat_seconds() -> int:
-    """After how many seconds a process that is gone is missed."""
+    """After how many seconds the death of a process is noticed."""
     return _number("TOKENBRIDGE_HEARTBEAT_SECONDS") or HEARTBEAT_SECONDS
 
 
@@ -151,7 +150,7 @@ def _number(name: str) -> int | None:
 
 
 def _check(number: int | None, process: int | None, address: str | None) -> None:
-    """Finds what would let JAX wait for minutes, or fail in its own words."""
+    """Checks for mistakes with which JAX would wait for minutes, or give obscure messages."""
     if number == 0:
         raise UserError("JAX_NUM_PROCESSES=0 must be at least 1")
     if number is not None and process is not None and process >= number:
@@ -190,9 +189,9 @@ def _check_address(address: str) -> None:
 
 
 def _tell_when_aborted() -> None:
-    """Says what it means, and what to do, when the coordination service ends this process.
+    """Explains to the user when the coordination service ends this process.
 
-    It does so with a stack trace and `abort`, and offers no hook.
+    The service prints a stack trace and calls `abort`, and has no hook.
     """
     global _on_abort
     _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _tell_lost())
@@ -200,7 +199,7 @@ def _tell_when_aborted() -> None:
 
 
 def _tell_lost() -> None:
-    """Ends this process where another is gone."""
+    """Ends this process because another one is gone."""
     _end(
         EXIT_LOST,
         "ends: another process of this job is gone or did not come, most likely (see above); "
@@ -208,7 +207,7 @@ def _tell_lost() -> None:
     )
 
 
-def _end(status: int, words: str) -> None:
-    """Ends this process at once, whatever its threads are in the middle of."""
-    os.write(2, f"process {distributed.global_state.process_id} {words}\n".encode())
+def _end(status: int, message: str) -> None:
+    """Ends this process at once, whatever its threads are doing."""
+    os.write(2, f"process {distributed.global_state.process_id} {message}\n".encode())
     os._exit(status)

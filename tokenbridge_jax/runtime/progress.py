@@ -1,8 +1,16 @@
-"""One line that says how far long work is, how fast, and when it ends."""
+"""Lines for the user on stderr, and one that shows how far long work is and when it ends."""
 
 import sys
 import time
 from typing import Any
+
+import jax
+
+
+def say(text: str) -> None:
+    """Prints a line for the user to stderr; of several processes the first does."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def format_seconds(seconds: float) -> str:
@@ -10,17 +18,19 @@ def format_seconds(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
-    for unit, small_name, big, small in (("m", "s", 60, 1), ("h", "m", 3600, 60)):
-        if whole < big * (60 if unit == "m" else 24):
-            return f"{whole // big}{unit}{whole % big // small:02d}{small_name}"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 class Progress:
     """Prints `desc done/total rate eta` and the fields given, at most every `every_seconds`.
 
-    On a terminal the line is rewritten in place; in a log file each report is a line of its own.
-    The rate is that of the whole run since construction, without the `done` it started from.
+    On a terminal the line is rewritten in place; a log file gets a new line for each report. The
+    rate is the mean since construction, without the `done` it started from. (tqdm fills a log file
+    with carriage returns, and clu's `ReportProgress` imports TensorFlow.)
     """
 
     def __init__(
@@ -34,7 +44,7 @@ class Progress:
         every_seconds: float | None = None,
         visible: bool = True,
     ):
-        """`scale` converts a count to units for the rate: images in a step, say."""
+        """`scale` converts a count to units for the rate, such as images in a step."""
         self._total, self._unit, self._desc = total, unit, desc
         self._start_count = self._done = done
         self._scale = scale
@@ -58,7 +68,7 @@ class Progress:
         return time.monotonic() - self._start
 
     def update(self, count: int = 1, **fields: Any) -> None:
-        """Adds `count` to what is done; `fields` stand at the end of the line until replaced."""
+        """Adds `count` to what is done; `fields` appear at the end of the line until replaced."""
         self._done += count
         self._fields.update(fields)
         if time.monotonic() - self._last_print >= self._every:
@@ -70,7 +80,7 @@ class Progress:
         self._stream.flush()
 
     def close(self) -> None:
-        """Prints the final state, unless it stands there already."""
+        """Prints the final state, unless it is printed already."""
         if self._printed != self._done:
             self._print()
         if self._live and self._visible:
@@ -90,10 +100,8 @@ class Progress:
         remaining = (self._total - self._done) * self._scale
         eta = format_seconds(remaining / self.rate) if self.rate else "?"
         share = f" ({self._done / self._total:.0%})" if self._total else ""
-        parts = [
-            f"{self._desc} {self._done}/{self._total}{share}",
-            f"{self.rate:.1f} {self._unit}/s",
-        ]
+        parts = [f"{self._desc} {self._done}/{self._total}{share}"]
+        parts.append(f"{self.rate:.1f} {self._unit}/s")
         parts.append(f"took {format_seconds(self.elapsed)}" if remaining <= 0 else f"eta {eta}")
         parts += [f"{name} {_format(value)}" for name, value in self._fields.items()]
         line = "  ".join(parts)

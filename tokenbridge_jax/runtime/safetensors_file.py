@@ -1,6 +1,6 @@
-"""Parameters as a safetensors file, which needs neither this package nor JAX to be read.
+"""Parameters as a safetensors file, which can be read without this package and without JAX.
 
-Its metadata hold a CRC-32 of the arrays, `crc32`, which reading here verifies.
+The file's metadata hold a CRC-32 of the arrays, `crc32`, which `read` verifies.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from tokenbridge_jax.runtime.errors import UserError
 
 
 def write(path: epath.PathLike, tree: Mapping[str, Any]) -> None:
-    """Writes nested arrays as safetensors, named `outer/inner`, whole or not at all."""
+    """Writes nested arrays under names such as `outer/inner`, completely or not at all."""
     flat = traverse_util.flatten_dict(dict(tree), sep="/")
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
     storage.write_bytes(path, safetensors.numpy.save(tensors, {"crc32": _crc32(tensors)}))
 
 
 def read(path: epath.PathLike) -> dict[str, Any]:
-    """Reads what `write` wrote, or safetensors of others, which have no checksum.
+    """Reads a file of `write`, or of another program, which has no checksum.
 
     Raises:
       UserError: the file is missing, cannot be read or is damaged.

@@ -1,9 +1,9 @@
-"""What Slurm tells a process of its job, and JAX does not."""
+"""Facts about a job that Slurm gives to its processes and JAX does not use."""
 
 import os
 import re
 
-# By these JAX knows a task of a step, which is what `srun` starts.
+# With these variables JAX recognises a task of a step, which `srun` starts.
 _OF_TASK = ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -13,10 +13,10 @@ def is_task() -> bool:
 
 
 def left_out() -> bool:
-    """Whether this process is within a job of Slurm, but is none of its tasks.
+    """Whether this process is in a job of Slurm, but is not one of its tasks.
 
-    So is what runs in a shell of `salloc`, or in a batch script without `srun`. Some of those
-    shells are a step of one task, in a job of more.
+    This is the case in a shell of `salloc`, or in a batch script without `srun`. Some of those
+    shells are a step of one task in a job of several.
     """
     tasks = _number("SLURM_STEP_NUM_TASKS")
     of_shell = tasks == 1 and (_number("SLURM_NTASKS") or 1) > 1
@@ -24,28 +24,28 @@ def left_out() -> bool:
 
 
 def idle_gpus() -> str:
-    """Says which GPUs of this node JAX will not use; nothing where it uses all.
+    """A warning about GPUs of this node that JAX will not use; empty if it uses all.
 
-    JAX gives every task of a step one GPU. Variables that are not as Slurm writes them are as if
-    they were not there.
+    JAX gives every task of a step one GPU. Variables that Slurm would not write like that are
+    ignored.
     """
     given = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip()]
     gpus = _number("SLURM_GPUS_ON_NODE") or len(given)
-    bound = "CUDA_VISIBLE_DEVICES" in os.environ and len(given) < 2  # To the one of this task.
+    bound = "CUDA_VISIBLE_DEVICES" in os.environ and len(given) < 2  # Slurm chose one for the task.
     tasks = tasks_on_node()
     if not is_task() or os.environ.get("JAX_LOCAL_DEVICE_IDS") or bound or not tasks:
         return ""
     if gpus <= tasks:
         return ""
-    mend = f"start {gpus} processes a node (srun --ntasks-per-node={gpus})"
+    advice = f"start {gpus} processes a node (srun --ntasks-per-node={gpus})"
     if tasks == 1:
         every = ",".join(map(str, range(gpus)))
-        mend = f"set JAX_LOCAL_DEVICE_IDS={every}, as launch/slurm.sbatch does, or {mend}"
-    return f"{gpus - tasks} of the {gpus} GPUs of this node will not be used: {mend}"
+        advice = f"set JAX_LOCAL_DEVICE_IDS={every}, as launch/slurm.sbatch does, or {advice}"
+    return f"{gpus - tasks} of the {gpus} GPUs of this node will not be used: {advice}"
 
 
 def tasks_on_node() -> int | None:
-    """How many tasks of this step are on this node, from forms such as `8`, `2(x3),1`."""
+    """How many tasks of this step are on this node. Slurm writes `8` or `2(x3),1`, for example."""
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
         by_node = []
         for item in os.environ.get(name, "").split(","):

@@ -1,4 +1,4 @@
-"""Paths as people write them, files that are either whole or not there, the lock of a workdir."""
+"""Paths as users write them, files that are written completely or not at all, workdir locks."""
 
 import contextlib
 import errno
@@ -22,40 +22,38 @@ from etils import epath
 
 from tokenbridge_jax.runtime.errors import UserError
 
-# A process that is killed may take as long to give back its memory, and then its locks.
+# A killed process first frees its memory and then its locks, which may take this long.
 LOCK_SECONDS = 5
 
-# What helps where the system refuses a file: nothing of it says that the file is damaged.
-_MENDS = {
+# Advice for files that the system refuses. None of these errors means that a file is damaged.
+_ADVICE = {
     errno.EACCES: "give this user the right to it (chmod, chown)",
     errno.EPERM: "give this user the right to it (chmod, chown)",
-    errno.EROFS: "its file system is mounted read-only: mount it anew, or name another folder",
+    errno.EROFS: "its file system is mounted read-only: mount it again, or name another folder",
     errno.EMFILE: "allow this process more open files (ulimit -n) and run again",
     errno.ENFILE: "the machine has too many files open: end other programs and run again",
-    errno.ESTALE: "mount the network file system anew and run again",
+    errno.ESTALE: "mount the network file system again and run again",
     errno.ETIMEDOUT: "the network file system does not answer: run again when it does",
-    errno.EIO: "the disk or the network failed: run again, and if it stays read a copy",
+    errno.EIO: "the disk or the network failed: run again, and if that fails use a copy",
     errno.EDQUOT: "the quota is used up: free some space and run again",
     errno.ENOMEM: "the machine is out of memory: end other programs and run again",
 }
-
-
-# What a file system allows for one name; most allow as much.
+# The longest name of a file that most file systems allow.
 NAME_BYTES = 255
 
 
 def in_object_store(path: epath.PathLike) -> bool:
-    """Whether a path is one of `gs://` and its like, not of a file system."""
+    """Whether a path begins with `gs://` or the like, and is not in a file system."""
     return "://" in str(path)
 
 
 def expand(path: epath.PathLike) -> str:
-    """A path as somebody wrote it, with the folder that `~` or `~user` at its beginning stands for.
+    """Replaces `~` or `~user` at the beginning of a path by the home folder.
 
-    Everything a user names goes through here once more than it must: twice changes nothing.
+    Every path that a user gives is expanded. Expanding it again changes nothing.
 
     Raises:
-      UserError: nobody knows that folder, or a name in the path is longer than a file's can be.
+      UserError: that home is unknown, or a name in the path is too long for a file.
     """
     text = os.fspath(path)
     if in_object_store(text):
@@ -67,14 +65,14 @@ def expand(path: epath.PathLike) -> str:
             raise UserError(f"{text}: {unknown}; write the whole path (or ./{text})")
         text = os.path.join(folder, rest)
     elif os.path.normpath(text).startswith("~"):
-        text = os.path.abspath(text)  # `pathlib` makes ./~name a ~name, which means another thing.
+        text = os.path.abspath(text)  # `pathlib` shortens ./~name to ~name, which would be a home.
     for name in text.split("/"):
         check_name(name)
     return text
 
 
 def check_name(name: str) -> None:
-    """Raises `UserError` where a file of this name cannot be."""
+    """Raises `UserError` if the name is too long for a file."""
     if (length := len(os.fsencode(name))) > NAME_BYTES:
         raise UserError(
             f"the name {name[:20]}... has {length} bytes, a file's at most {NAME_BYTES}: choose a "
@@ -83,22 +81,22 @@ def check_name(name: str) -> None:
 
 
 def as_path(path: epath.PathLike) -> epath.Path:
-    """The path that somebody's words stand for (see `expand`)."""
+    """The expanded path (see `expand`)."""
     return epath.Path(expand(path))
 
 
 def user_cache() -> Path | None:
-    """The folder for what can be had again; None for a user without a home."""
+    """The folder for files that can be recreated; None for a user without a home."""
     if folder := os.environ.get("XDG_CACHE_HOME"):
         return Path(expand(folder))
     return None if os.path.expanduser("~") == "~" else Path(expand("~/.cache"))
 
 
 def check_folder(path: epath.PathLike) -> epath.Path:
-    """A folder to write to later; it is not made yet.
+    """Checks a folder that will be written to later, and returns its path; it is not created.
 
     Raises:
-      UserError: it could not be made, or not be written to.
+      UserError: it cannot be created or written to.
     """
     folder = as_path(path)
     if in_object_store(folder):
@@ -113,7 +111,7 @@ def check_folder(path: epath.PathLike) -> epath.Path:
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
-    """Writes `data` to `path`, which holds either its old content or all of the new.
+    """Writes `data` to `path`, which always holds either its old content or all of the new.
 
     Raises:
       UserError: the disk is full or the folder is not writable.
@@ -131,10 +129,10 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """A file to write to in place of `path`, which holds either its old content or all of the new.
+    """Opens a file that replaces `path` when complete; until then `path` keeps its old content.
 
-    The bytes go to a temporary file beside `path` that takes its name only when complete, or that
-    is copied to an object store then.
+    The bytes are written to a temporary file beside `path`, which is then renamed. For an object
+    store they are written to a local file, which is then copied.
 
     Raises:
       UserError: the disk is full or the folder is not writable.
@@ -150,7 +148,7 @@ def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
             except OSError as error:
                 raise write_error(path, error) from error
         return
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"  # As long as the name may be.
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"  # Not of `path.name`, which may be long.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -159,7 +157,7 @@ def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # Where the folder is a file, even this fails.
+        with contextlib.suppress(OSError):  # If the folder is a file, this fails as well.
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise write_error(path, error) from error
@@ -167,27 +165,27 @@ def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
 
 
 def write_error(path: epath.PathLike, error: OSError) -> UserError:
-    """Turns a failed write to `path` into a message a user can act on."""
+    """The user's message for a failed write to `path`."""
     if error.errno == errno.ENOSPC:
         return UserError(f"cannot write {path}: the disk is full; free some space and run again")
-    return UserError(f"cannot write {path}: {_reason_and_mend(error)}")
+    return UserError(f"cannot write {path}: {_reason_and_advice(error)}")
 
 
 def read_error(path: epath.PathLike, error: OSError) -> UserError:
-    """Turns a failed read of `path` into a message a user can act on; its content may be good."""
+    """The user's message for a failed read of `path`, whose content may still be good."""
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path} does not exist")
-    return UserError(f"cannot read {path}: {_reason_and_mend(error)}")
+    return UserError(f"cannot read {path}: {_reason_and_advice(error)}")
 
 
 def refusal(path: epath.PathLike, said: str = "") -> OSError | None:
-    """The system's reason not to let a file be read; None if it can be read to its end.
+    """The system's reason for refusing to read a file; None if it can be read to its end.
 
     Args:
       path: of the file.
-      said: the text of a library's error, which may hold the reason.
+      said: the text of a library's error, which may contain the reason.
     """
-    for number in _MENDS:
+    for number in _ADVICE:
         if os.strerror(number) in said:
             return OSError(number, os.strerror(number))
     try:
@@ -200,10 +198,10 @@ def refusal(path: epath.PathLike, said: str = "") -> OSError | None:
 
 
 def exists(path: epath.PathLike) -> bool:
-    """Whether there is something at `path`.
+    """Whether there is a file or folder at `path`.
 
     Raises:
-      UserError: the system does not say, as in a folder that this user may not look into.
+      UserError: the system does not tell, as in a folder that this user may not read.
     """
     if in_object_store(path):
         return epath.Path(path).exists()
@@ -216,34 +214,34 @@ def exists(path: epath.PathLike) -> bool:
     return True
 
 
-def _reason_and_mend(error: OSError) -> str:
-    mend = _MENDS.get(error.errno or 0)
-    return f"{error.strerror or error}" + (f"; {mend}" if mend else "")
+def _reason_and_advice(error: OSError) -> str:
+    advice = _ADVICE.get(error.errno or 0)
+    return f"{error.strerror or error}" + (f"; {advice}" if advice else "")
 
 
 def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """`np.savez`, whole or not at all (see `write_bytes`)."""
+    """Like `np.savez`, but the file is written completely or not at all (see `write_bytes`)."""
     buffer = bytes_io.BytesIO()
     np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
     write_bytes(path, buffer.getvalue())
 
 
 def read_npz(path: epath.PathLike, *, without: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """The arrays of a `.npz` file by name, every byte of them checked by its CRC.
+    """The arrays of a `.npz` file by name. Their CRC is checked.
 
     Args:
       path: of the file.
       without: names of arrays to leave out.
 
     Raises:
-      UserError: it is missing, cannot be read, or is damaged or something else.
+      UserError: the file is missing, cannot be read, is damaged, or is another kind of file.
     """
     arrays = {}
     with open_npz(path) as archive:
         for member in archive.namelist():
             name = member.removesuffix(".npy")
             if name != member and name not in without:
-                # `np.load` need not read to the end of a member, where zipfile compares the CRC.
+                # `np.load` may stop before the end of a member, where zipfile compares the CRC.
                 file = bytes_io.BytesIO(archive.read(member))
                 arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
     return arrays
@@ -251,31 +249,31 @@ def read_npz(path: epath.PathLike, *, without: Collection[str] = ()) -> dict[str
 
 @contextlib.contextmanager
 def open_npz(path: epath.PathLike) -> Iterator[zipfile.ZipFile]:
-    """A `.npz` file as an archive of `.npy` files.
+    """Opens a `.npz` file as an archive of `.npy` files.
 
     Raises:
-      UserError: within its body, too: the file is missing, cannot be read, or is damaged or
-        something else.
+      UserError: the file is missing, cannot be read, is damaged, or is another kind of file. The
+        body of the `with` may raise it as well.
     """
     with npy_errors(path), epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
         yield archive
 
 
 @contextlib.contextmanager
-def npy_errors(path: epath.PathLike, mend: str = "put back a copy of it") -> Iterator[None]:
-    """Tells in one line whatever reading a `.npz` or `.npy` file raises, and the mend."""
+def npy_errors(path: epath.PathLike, advice: str = "put back a copy of it") -> Iterator[None]:
+    """Turns all errors of reading a `.npz` or `.npy` file into a `UserError` with this advice."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # A damaged one makes zipfile, zlib and numpy raise nearly anything.
-        # An offset that is damaged is an invalid argument.
+    except Exception as error:  # Zipfile, zlib and numpy raise many kinds for a damaged file.
+        # A damaged offset is an invalid argument.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise read_error(path, error) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
             f"{path} cannot be read: {reason}; it is no {epath.Path(path).suffix} file of numbers, "
-            f"or a damaged one: {mend}"
+            f"or a damaged one: {advice}"
         ) from error
 
 
@@ -293,7 +291,7 @@ def sha256(path: epath.PathLike) -> str:
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all (see `write_bytes`)."""
+    """Writes `value` as indented JSON, completely or not at all (see `write_bytes`)."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
@@ -314,13 +312,13 @@ def read_json(path: epath.PathLike) -> Any:
 
 @contextlib.contextmanager
 def lock(workdir: epath.PathLike) -> Iterator[None]:
-    """Keeps other runs out of a workdir; the kernel frees it when this process ends, however.
+    """Keeps other runs out of a workdir. The kernel frees the lock whenever this process ends.
 
-    Object stores have no such locks; nor have some network file systems, where a line says so. It
-    is gone, too, when this process closes any other descriptor of the same file.
+    Object stores have no such locks, and some network file systems neither; for those a line is
+    printed. The lock is also lost when this process closes another descriptor of the same file.
 
     Raises:
-      UserError: another process has it; the message says which.
+      UserError: another process has the lock; the message says which.
     """
     if in_object_store(workdir):
         yield
@@ -343,7 +341,7 @@ def lock(workdir: epath.PathLike) -> Iterator[None]:
             reason = error.strerror or error
             print(f"{path} cannot be locked ({reason}): start no other run here", file=sys.stderr)
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        with contextlib.suppress(OSError):  # On a full disk the lock holds, without a name.
+        with contextlib.suppress(OSError):  # On a full disk the lock works without a name.
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
         yield
@@ -353,7 +351,7 @@ def _acquired(file: IO[bytes]) -> bool:
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            # A lock of `flock` would live on in children of the process.
+            # `flock` would pass the lock on to child processes.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except (BlockingIOError, PermissionError):

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Integer
-from ml_collections import ConfigDict
 
 from tokenbridge_jax.runtime import checks
 from tokenbridge_jax.runtime.errors import UserError
@@ -53,12 +52,6 @@ class SamplingSettings:
     guidance_interval: tuple[float, ...] = (0.0, 1.0)
     order: str = "random"
     choice_temperature: float | Any = 1.0
-
-    @classmethod
-    def from_section(cls, section: ConfigDict, **changes: Any) -> "SamplingSettings":
-        """The settings of `config.sampling` with changes; its batch size is not one of them."""
-        given = {name: value for name, value in section.items() if name != "batch_size"}
-        return cls(**given | changes)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as values of JSON."""

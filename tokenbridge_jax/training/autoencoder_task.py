@@ -1,13 +1,13 @@
-"""The autoencoder as a training task: reconstruction + KL; and what is measured on it.
+"""The autoencoder as a training task: reconstruction + KL; and its measurements.
 
 The loss of an image of P pixel values is
 
     sum |x - y|^p / P  +  kl_weight * KL / P,        p = 1 or 2,
 
 with x in [-1, 1], y decoded from a posterior sample, and KL in nats from the standard normal,
-summed over the image's latents. Both terms are per pixel value, so `kl_weight` weighs what it does
-in LDM, where both are sums (KL-16: 1e-6), whatever the image size. LDM's perceptual and adversarial
-terms need networks trained elsewhere and are left out.
+summed over the image's latents. Both terms are per pixel value. In LDM both are sums, so
+`kl_weight` has the same effect there (KL-16: 1e-6), for any image size. LDM's perceptual and
+adversarial terms need networks trained elsewhere and are left out.
 """
 
 import os
@@ -41,8 +41,8 @@ from tokenbridge_jax.runtime.errors import UserError
 Batch = Mapping[str, Any]
 Images = UInt8[Array | np.ndarray, "B H W I"]
 
-# How far off a pixel is. L1 is LDM's choice: it asks for the median of what is plausible, where L2
-# asks for the mean and blurs edges more; L2 is what PSNR measures.
+# The error of a pixel value. L1 is LDM's choice: its optimum is the median of the plausible values.
+# The optimum of L2 is their mean, which blurs edges more; L2 is what PSNR measures.
 RECONSTRUCTION_ERRORS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "l1": jnp.abs,
     "l2": jnp.square,
@@ -60,13 +60,13 @@ class AutoencoderTask:
         reconstruction: str = "l1",
     ):
         """Args:
-          config: sizes; its scale plays no part in training.
+          config: sizes; training does not use its scale.
           precision: one of `precision.PRECISIONS`.
           kl_weight: see the module.
           reconstruction: "l1" or "l2".
 
         Raises:
-          UserError: another reconstruction error is asked for.
+          UserError: `reconstruction` has another value.
         """
         if reconstruction not in RECONSTRUCTION_ERRORS:
             raise UserError(
@@ -93,7 +93,7 @@ class AutoencoderTask:
     def loss(
         self, params: Any, examples: Any, key: PRNGKeyArray, draw: None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """See the module. Also reports both terms: `reconstruction`, and `kl` in nats an image."""
+        """See the module; also reports both terms, `reconstruction` and `kl` in nats per image."""
         images = images_to_float(examples["images"])
         posterior = encode(self.module, params, examples["images"])
         # exp(logvar / 2) is finite: the posterior clips its log-variance.
@@ -115,19 +115,19 @@ def encode(module: Autoencoder, params: Any, images: Images) -> Posterior:
 def training_flops(config: AutoencoderConfig) -> float:
     """FLOPs of training on one image, forward and twice that backward, counted by hand.
 
-    (For GPUs the compiler counts nothing before it has compiled.)
+    (For GPUs the compiler has no count before it has compiled.)
     """
     return 3.0 * (encode_flops(config) + decode_flops(config))
 
 
 class Pictures:
-    """Some pictures of a source, in order, as batches on a mesh; broken ones have weight 0."""
+    """Some pictures of a source, in order, as batches on a mesh; broken pictures have weight 0."""
 
     def __init__(self, source: Source, numbers: np.ndarray, size: int, channels: int, mesh: Mesh):
         """Args:
-        source: holds them.
-        numbers: which.
-        size: pixels a side after the centre crop.
+        source: the pictures.
+        numbers: which of them.
+        size: the side in pixels after the centre crop.
         channels: 3 or 1.
         mesh: the devices.
         """
@@ -137,13 +137,13 @@ class Pictures:
     def batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """One pass: `images` uint8 `[B, H, W, I]` and `weights` float32 `[B]`.
 
-        `batch_size` is rounded up to what divides over the mesh; the last batch is padded.
+        `batch_size` is rounded up to a multiple of the batch shards; the last batch is padded.
         """
         shards = meshes.batch_shards(self._mesh)
         batch_size = -(-batch_size // shards) * shards
         rows = meshes.local_rows(self._mesh, batch_size)
         last = len(self._numbers) - 1
-        # Of every batch this process's rows, in which the last picture stands for the missing ones.
+        # This process's rows of every batch. The last picture also stands for missing ones.
         mine = np.arange(0, last + 1, batch_size)[:, None] + rows
         plan = ShardPlan(Path(), "", self._source, self._numbers[np.minimum(mine, last).ravel()])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -158,8 +158,8 @@ class Pictures:
 def latent_std(module: Autoencoder, params: Any, batches: Iterator[Batch], mesh: Mesh) -> float:
     """Standard deviation of unscaled posterior samples, over all latents of all images.
 
-    Its inverse is the scale that gives latents unit variance: where KL-16's 0.2325 comes from. The
-    expectation over the sample is taken exactly: E z^2 = mean^2 + variance.
+    Its inverse is the scale that gives latents unit variance, as KL-16's 0.2325 does. The
+    expectation over samples is exact: E z^2 = mean^2 + variance.
     """
 
     def moments(params: Any, batch: Batch) -> Float[Array, "3"]:
@@ -177,7 +177,7 @@ def latent_std(module: Autoencoder, params: Any, batches: Iterator[Batch], mesh:
 def make_reconstruction(module: Autoencoder, mesh: Mesh) -> Callable[[Any, Any], Any]:
     """Makes the jitted `(params, uint8 images) -> uint8 images` through the posterior mean.
 
-    Every process gets all of the result.
+    Every process gets the whole result.
     """
 
     def reconstruct(params: Any, images: Images) -> UInt8[Array, "B H W I"]:
@@ -191,14 +191,13 @@ def make_reconstruction(module: Autoencoder, mesh: Mesh) -> Callable[[Any, Any],
 def make_psnr(
     reconstruct: Callable[[Any, Any], Any], mesh: Mesh
 ) -> Callable[[Any, Iterator[Batch]], float]:
-    """Makes the pass `(params, batches) -> decibels`: the mean over images of the peak
-    signal-to-noise ratio of their reconstruction."""
+    """Makes the pass `(params, batches) -> decibels`, the mean PSNR of the reconstructed images."""
 
     def decibels(params: Any, batch: Batch) -> Float[Array, "2"]:
         images = batch["images"].astype(jnp.float32)
         decoded = reconstruct(params, batch["images"]).astype(jnp.float32)
-        # A perfect image would have infinitely many: an error of half a level in one pixel value
-        # is the least that counts.
+        # A perfect image would have an infinite ratio, so the smallest error is that of half a
+        # level in one pixel value.
         least = 0.25 / images[0].size
         error = jnp.maximum(jnp.mean(jnp.square(decoded - images), axis=(1, 2, 3)), least)
         ratio = 10 * jnp.log10(255.0**2 / error)
@@ -215,7 +214,7 @@ def make_psnr(
 
 
 def _sum(parts: Iterator[jax.Array]) -> np.ndarray:
-    """Adds up what the batches give, in float64, one batch behind the device."""
+    """The sum over batches in float64; it waits for a batch after the next one has started."""
     previous = next(parts)
     total = np.zeros(previous.shape, np.float64)
     for part in parts:

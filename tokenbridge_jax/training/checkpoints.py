@@ -1,16 +1,16 @@
 """Checkpoints of a run: `DIRECTORY/STEP/{params, ema_params, opt_state, run}`, written by Orbax.
 
-The parts lie in folders of their own, so that the EMA loads alone, on any mesh, in any dtype. A
-step's folder takes its name only when it is complete, or in an object store, where nothing can be
-renamed at once, gets a `commit_success.txt` then: what a kill leaves behind is never read, and is
-removed at the next start. `STEP` is the number of updates done; `run` is JSON that says which run
-it belongs to. All of it is under checksums (`checksums.py`), which loading verifies.
+Each part has its own folder, so that the EMA loads alone, on any mesh, in any dtype. A step's
+folder gets its name only when it is complete. In an object store, where folders cannot be renamed
+at once, it gets a `commit_success.txt` then. What a kill leaves behind is therefore never read, and
+is removed at the next start. `STEP` is the number of updates done; `run` is JSON that describes the
+run. Checksums cover all of it (`checksums.py`), and loading verifies them.
 """
 
 import contextlib
 import errno
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from tokenbridge_jax.training.state import TrainState
 
 PARTS = ("params", "ema_params", "opt_state")
 
-# Orbax's sign, in an object store, that a folder is complete.
+# Orbax writes this into a complete folder of an object store.
 COMMIT_FILE = "commit_success.txt"
 
 
@@ -39,8 +39,8 @@ class Checkpoints:
 
         Args:
           directory: local, or in an object store (gs://).
-          keep: the latest so many checkpoints stay.
-          keep_every: and those of steps that are multiples of this; 0 is none.
+          keep: how many of the latest checkpoints stay.
+          keep_every: checkpoints of multiples of this stay, too; 0 is none.
         """
         self.directory = _absolute(directory)
         policies = ocp.training.preservation_policies
@@ -53,7 +53,7 @@ class Checkpoints:
         self._quiet = contextlib.ExitStack()
 
     def open(self) -> None:
-        """Makes the folder and removes what a kill left there; `save` does it if nobody did.
+        """Makes the folder and removes what a kill left there; `save` calls it if necessary.
 
         Raises:
           UserError: the folder cannot be written.
@@ -62,8 +62,8 @@ class Checkpoints:
             return
         checksums.protect_arrays()
         context = _context(self.directory)
-        # Called between the last file of a checkpoint and the sign that it is complete. Of a method
-        # Orbax would make a copy, with a copy of `self`.
+        # Called when the files of a checkpoint are written, before it counts as complete. Orbax
+        # would copy a method, and `self` with it.
         context.async_options.post_finalization_callback = lambda: self._write_checksums()
         with self._write_errors():
             self._checkpointer = ocp.training.Checkpointer(
@@ -72,7 +72,7 @@ class Checkpoints:
                 preservation_policy=self._kept,
                 cleanup_tmp_directories=True,
             )
-        # Its threads log at any time until it is closed.
+        # Orbax's threads log at any time until it is closed.
         self._quiet.enter_context(orbax_errors.quiet())
 
     @property
@@ -107,7 +107,7 @@ class Checkpoints:
                 step,
                 {part: _plain(getattr(state, part)) for part in PARTS} | {"run": run},
                 force=True,
-                # A folder of this step that is not `latest` is not complete: something broke it.
+                # If there is a folder of this step, it is incomplete.
                 overwrite=True,
             )
 
@@ -128,10 +128,6 @@ class Checkpoints:
                 self._checkpointer.close()
             self._checkpointer = None
 
-    def run_record(self, step: int) -> dict[str, Any]:
-        """The JSON `save` got."""
-        return run_record(self.directory, step)
-
     def restore(
         self, abstract: TrainState, step: int, any_shape: Collection[str] = ()
     ) -> TrainState:
@@ -140,7 +136,7 @@ class Checkpoints:
         Args:
           abstract: from `state.abstract_state`, on any mesh.
           step: which checkpoint.
-          any_shape: names of leaves that may have another shape, and come in that.
+          any_shape: names of leaves that may have another shape, and keep it.
 
         Raises:
           UserError: leaves differ in name, shape or dtype (all are named), or the files are
@@ -163,7 +159,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Tells a failed write in one line, and removes what it left behind."""
+        """Reports a failed write in one line, and removes what it left behind."""
         try:
             yield
         except Exception as error:
@@ -174,7 +170,7 @@ class Checkpoints:
             raise storage.write_error(self.directory, reason) from error
 
     def _remove_leftovers(self) -> None:
-        """Frees what a failed write took of the disk, while its other threads may still write."""
+        """Frees the disk space of a failed write, while its other threads may still write."""
         for _ in range(20):
             leftovers = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
             if not leftovers:
@@ -242,10 +238,10 @@ def _absolute(directory: epath.PathLike) -> epath.Path:
 def _load(
     directory: epath.PathLike, step: int, wanted: dict[str, Any], *, any_dtype: bool = False
 ) -> dict[str, Any]:
-    """Loads the named parts; array parts come back with the structure they were asked in."""
+    """Loads the named parts; arrays come back in the structure that `wanted` has."""
     path = _absolute(directory) / str(step)
     plain = {name: _plain(part) for name, part in wanted.items()}
-    with _read_errors(path, plain), _context(path):
+    with _read_errors(path), _context(path):
         checksums.verify(path, plain)
         problems = []
         for name, part in plain.items():
@@ -256,7 +252,7 @@ def _load(
                 f"checkpoint {path} does not fit this model; arrays that differ: "
                 + "\n  ".join([str(len(problems)), *problems])
             )
-        # Orbax reads a part after the other anyway, and speaks of those that it got no further to.
+        # Orbax reads the parts one after another anyway, and reports those it did not get to.
         loaded = {
             name: ocp.load_checkpointables(path, {name: part})[name] for name, part in plain.items()
         }
@@ -267,16 +263,16 @@ def _load(
 
 
 def _stored(path: epath.Path, name: str) -> Any:
-    """Shapes and dtypes of a part as it lies on disk; the other parts are not looked at."""
-    with _read_errors(path, [name]) as logged:
+    """Shapes and dtypes of one part on disk."""
+    with _read_errors(path):
         stored = ocp.metadata(path, name).metadata
-        if stored is None:  # Orbax has logged the reason, and dropped it.
-            raise logged[-1] if logged else ValueError(f"part {name} cannot be read")
+        if stored is None:  # Orbax has only logged the reason.
+            raise ValueError(f"part {name} cannot be read")
     return stored
 
 
 def _as_stored(wanted: Any, stored: Any, leaves: Collection[str]) -> Any:
-    """`wanted` with the stored shapes of these leaves, which lie on every device whole."""
+    """`wanted` with the stored shapes of these leaves, which every device gets whole."""
     shapes = traverse_util.flatten_dict(stored)
 
     def of_leaf(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -290,40 +286,31 @@ def _as_stored(wanted: Any, stored: Any, leaves: Collection[str]) -> Any:
 
 
 @contextlib.contextmanager
-def _read_errors(path: epath.Path, parts: Iterable[str]) -> Iterator[list[BaseException]]:
-    """Tells in one line why parts of the checkpoint at `path` cannot be read.
+def _read_errors(path: epath.Path) -> Iterator[None]:
+    """Reports in one line why the checkpoint at `path` cannot be read.
 
-    What the system refuses (rights, too many open files, a failing disk) may be whole.
-
-    Yields:
-      The errors that Orbax logs meanwhile.
+    Files that the system refuses (rights, too many open files, a failing disk) are not damaged.
     """
     try:
-        with orbax_errors.quiet() as logged:
-            yield logged
+        with orbax_errors.quiet():
+            yield
     except UserError:
         raise
-    except Exception as error:  # Whatever a damaged file makes Orbax raise.
+    except Exception as error:  # Damaged files make Orbax raise anything.
         orbax_errors.quiet_from_now_on()
-        raise _read_error(path, parts, error) from error
-
-
-def _read_error(path: epath.Path, parts: Iterable[str], error: Exception) -> UserError:
-    if refused := orbax_errors.refused(path / part for part in parts):
-        return storage.read_error(*refused)
-    reason = orbax_errors.system_error(error)
-    if reason is not None and reason.errno not in (None, errno.ENOENT):
-        return storage.read_error(reason.filename or path, reason)
-    earlier = max((s for s in _steps(path.parent) if s < int(path.name)), default=None)
-    mend = (
-        "there is none before it; put back a copy of it"
-        if earlier is None
-        else f"the one before it is of step {earlier}: --step={earlier} takes it, and training "
-        f"goes on from it if you move the folder {path.name} elsewhere"
-    )
-    return UserError(
-        f"checkpoint {path} is missing or damaged ({orbax_errors.reason(error)}); {mend}"
-    )
+        reason = orbax_errors.system_error(error)
+        if reason is not None and reason.errno not in (None, errno.ENOENT):
+            raise storage.read_error(reason.filename or path, reason) from error
+        earlier = max((s for s in _steps(path.parent) if s < int(path.name)), default=None)
+        advice = (
+            "there is none before it; put back a copy of it"
+            if earlier is None
+            else f"the one before it is of step {earlier}: --step={earlier} takes it, and training "
+            f"goes on from it if you move the folder {path.name} elsewhere"
+        )
+        raise UserError(
+            f"checkpoint {path} is missing or damaged ({orbax_errors.reason(error)}); {advice}"
+        ) from error
 
 
 def differences(name: str, stored: Any, wanted: Any, any_dtype: bool = False) -> list[str]:
@@ -349,7 +336,7 @@ def _describe(leaf: Any, any_dtype: bool) -> str:
 
 
 def _plain(tree: Any) -> Any:
-    """A tree as nested dicts with string keys: what lies on disk knows no optimizer's classes."""
+    """A tree as nested dicts with string keys: files on disk know no optimizer's classes."""
     if tree is None:
         return None
     leaves, _ = jax.tree.flatten_with_path(tree)
@@ -369,7 +356,7 @@ def _names(path: Any) -> tuple[str, ...]:
 def _context(path: epath.Path) -> ocp.Context:
     """Orbax's options: `run` is a JSON file one can read."""
     context = ocp.Context()
-    if storage.in_object_store(path):  # Of its own accord only in gs://.
+    if storage.in_object_store(path):  # Orbax itself does this in gs:// only.
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     registry = ocp.handlers.local_registry(include_global_registry=True)
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
@@ -380,7 +367,9 @@ def _context(path: epath.Path) -> ocp.Context:
 
 
 def _steps(directory: epath.Path, *, complete: bool = True) -> list[int]:
-    """Numbers of the checkpoints in `directory`, complete or otherwise not, in no order.
+    """Steps of the complete (or else the incomplete) checkpoints in `directory`, in no order.
+
+    (Orbax's own listing counts a folder as complete that lacks a part, as a copy cut short does.)
 
     Raises:
       UserError: a folder cannot be listed.

@@ -1,10 +1,10 @@
-"""Checksums of a checkpoint: a flipped bit in any of its files is told instead of loaded.
+"""Checksums of a checkpoint: a flipped bit in any of its files is reported, never loaded.
 
-The chunks of its arrays are compressed, and carry zstd's checksum of what they hold, XXH64.
-TensorStore computes it while it writes and verifies it while it reads, in every process for what
-that one needs: nothing is read twice, in an object store neither. The other files are small. Their
-CRC-32 are in `checksums.json`, which a checkpoint gets before it counts as complete; older
-checkpoints have none and are not verified.
+The chunks of its arrays are compressed, and contain zstd's checksum of their content, XXH64.
+TensorStore computes it when it writes and verifies it when it reads, in every process for the
+chunks that it needs: nothing is read twice, even in an object store. The other files are small.
+Their CRC-32 are in `checksums.json`, which is written before a checkpoint counts as complete.
+Checkpoints of earlier versions have none and are not verified.
 """
 
 import functools
@@ -21,8 +21,8 @@ from tokenbridge_jax.runtime import storage
 
 FILE = "checksums.json"
 
-# What each process has written: chunks of arrays, and an index that is not read once all are
-# gathered in one.
+# Folders that each process writes: chunks of arrays, and an index that is not read once Orbax has
+# merged all of them.
 _ARRAYS = "ocdbt.process_"
 _BLOCK_BYTES = 2**20
 _THREADS = 8
@@ -30,10 +30,10 @@ _THREADS = 8
 
 @functools.cache
 def protect_arrays() -> bool:
-    """Has Orbax, which has no option for it, write arrays with checksums.
+    """Makes Orbax, which has no option for it, write arrays with checksums.
 
     Returns:
-      Whether this version of Orbax can be told to. `write` covers the arrays, too, where it cannot.
+      Whether this works with the installed Orbax. If not, `write` covers the arrays, too.
     """
     plain = getattr(tensorstore_utils, "build_array_write_spec", None)
     if plain is None:
@@ -55,7 +55,7 @@ def protect_arrays() -> bool:
 
 
 def write(checkpoint: epath.Path) -> None:
-    """Writes `checksums.json` over what the folders in `checkpoint` hold.
+    """Writes `checksums.json` for the files in the folders of `checkpoint`.
 
     Raises:
       OSError: a file cannot be read.
@@ -71,7 +71,7 @@ def verify(checkpoint: epath.Path, parts: Iterable[str]) -> None:
     """Compares the files of these parts with `checksums.json`, if there is one.
 
     Raises:
-      ValueError: a file is missing or not what was written; the message names it.
+      ValueError: a file is missing or has changed; the message names it.
       OSError: one cannot be read.
     """
     try:
@@ -95,7 +95,7 @@ def verify(checkpoint: epath.Path, parts: Iterable[str]) -> None:
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    """The files below a folder that do not check themselves."""
+    """The files below a folder that contain no checksums of their own."""
     for path in folder.iterdir():
         if not path.is_dir():
             yield path
@@ -104,7 +104,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _sums(checkpoint: epath.Path, files: Sequence[str]) -> list[int | None]:
-    """CRC-32 of every file, None of those that are missing."""
+    """CRC-32 of every file; None if it is missing."""
 
     def crc32(name: str) -> int | None:
         value = 0

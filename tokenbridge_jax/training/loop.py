@@ -1,44 +1,42 @@
-"""The training loop, the same for the autoencoder and for the model.
+"""The training loop, shared by the autoencoder and the model.
 
-What holds at every moment: metrics are looked at one update late, so that the device never waits
-for the host; a checkpoint is written only after every loss up to it is known to be finite; and a
-run stopped at any point goes on exactly as if it had not been.
+The host reads metrics one update late, so that the device never waits for it. A checkpoint is
+written only when all losses before it are known to be finite. A run that was stopped at any point
+goes on exactly as if it had not been.
 
-Parameters, the order of the data, views, masks, noise and dropout are functions of the seed, the
-update and an image's place in the global batch, never of devices or processes. The same job on as
-many devices and processes, in the same mesh, repeats bit for bit, stopped on the way or not. Other
-numbers of them, or another mesh, change nothing but the order in which sums are taken: losses agree
-to the rounding of the compute dtype, a difference that grows as training goes on. Samples are
-likewise the same images but where rounding moves a draw across the border of two levels.
+Parameters, data order, views, masks, noise and dropout depend on the seed, the update and an
+image's place in the global batch, never on devices or processes. The same job on as many devices
+and processes, in the same mesh, repeats bit for bit, stopped or not. Other numbers, or another
+mesh, change only the order of sums: losses agree to the rounding of the compute dtype, a difference
+that grows during training, and samples are the same images except where rounding moves a draw
+across the border between two levels.
 """
 
 import contextlib
 import dataclasses
-import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from clu import parameter_overview
+from clu import parameter_overview  # Only this: clu's writers and actions import TensorFlow.
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tokenbridge_jax.runtime import hardware, meshes, processes
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.runtime.progress import Progress
-from tokenbridge_jax.training.checkpoints import Checkpoints
+from tokenbridge_jax.runtime.progress import Progress, say
+from tokenbridge_jax.training.checkpoints import Checkpoints, run_record
 from tokenbridge_jax.training.metric_writer import MetricWriter, read_metrics
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tokenbridge_jax.training.state import TrainState, abstract_state, create_state, redraw
 from tokenbridge_jax.training.step import Task, make_train_step
 
-# Exit status of a command that was told to stop and saved its state: start it again to go on.
+# Exit status of a command that was told to stop and has saved its state; started again, it goes on.
 # (EX_TEMPFAIL of sysexits.h: "try again later".)
 EXIT_INTERRUPTED = 75
 
@@ -49,12 +47,12 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Something done now and then: a validation pass, a sample grid.
+    """Something that a run does now and then: a validation pass, a sample grid.
 
     Attributes:
-      every: after every so many updates, and after the last one; 0 is never.
-      run: gets the state, the number of updates done and the writer (for pictures); returns numbers
-        that join that step's line of `metrics.jsonl`.
+      every: updates between two calls, and one after the last update; 0 is never.
+      run: takes the state, the number of updates done and the writer (for pictures); returns
+        numbers for that step's line of `metrics.jsonl`.
     """
 
     every: int
@@ -66,19 +64,40 @@ class Hook:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One training run: everything the loop needs to know of it.
+class Recipe:
+    """How long and how a run trains, and how often it reports and saves.
 
     Attributes:
-      name: stands before the progress line.
+      optimizer: its settings, and the number of updates.
+      batch_size: images of an update, over all processes.
+      ema_decay: of the average of the parameters; see `step.make_train_step`.
+      accumulation: micro-batches of a batch.
+      log_every: updates between two lines of `metrics.jsonl`; there is one after the last.
+      checkpoint_every: updates between two checkpoints; there is one after the last.
+      keep: the latest checkpoints that stay; see `Checkpoints`.
+      keep_every: checkpoints of multiples of this stay, too; 0 is none.
+    """
+
+    optimizer: OptimizerConfig
+    batch_size: int
+    ema_decay: float
+    accumulation: int
+    log_every: int
+    checkpoint_every: int
+    keep: int
+    keep_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run: everything that the loop needs to know.
+
+    Attributes:
+      name: the first word of the progress line.
       directory: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
       task: what is trained.
-      section: batch_size, learning rate and lengths (see `OptimizerConfig`), ema_decay,
-        accumulation, log_every, checkpoint_every, keep, keep_every; seen by
-        `settings.check_training`.
-      section_name: "training" or "vae_training", for messages.
+      recipe: how.
       seed: of parameters, examples' choices and dropout.
-      steps_per_epoch: updates in one pass over the data.
       batches: number of updates done -> iterator over this process's share of the batches that
         follow, trees of numpy arrays.
       draw: number of updates done -> what the host decides for the next one.
@@ -87,16 +106,14 @@ class Run:
       fixed: names of those fields that a resumed run must share with the one it continues.
       begin: called when it is known that the run is possible, before its first update.
       hooks: see `Hook`.
-      redrawn: names of parameters that begin anew where those of step 0 have another shape.
+      redrawn: names of parameters that start at random if those of step 0 have another shape.
     """
 
     name: str
     directory: epath.Path
     task: Task
-    section: Any
-    section_name: str
+    recipe: Recipe
     seed: int
-    steps_per_epoch: int
     batches: Callable[[int], Iterator[Any]]
     flops_per_image: float
     fields: Mapping[str, Any]
@@ -107,39 +124,31 @@ class Run:
     redrawn: Collection[str] = ()
 
     @property
-    def optimizer_config(self) -> OptimizerConfig:
-        """The optimizer's settings, lengths in updates."""
-        return OptimizerConfig.from_section(self.section, self.steps_per_epoch, self.section_name)
-
-    @property
     def total_steps(self) -> int:
         """Updates in the whole run."""
-        return self.optimizer_config.total_steps
+        return self.recipe.optimizer.total_steps
 
 
 def fit(run: Run, mesh: Mesh) -> TrainState:
     """Trains to the end of `run`, from its latest checkpoint if there is one.
 
-    One of step 0 is a state to begin with instead of a random one: parameters imported, say.
+    A checkpoint of step 0 replaces the random initial state, for example by imported parameters.
 
     Returns:
-      The final state, which is also the latest checkpoint. A run that had already reached its end
-      does nothing but load it.
+      The final state, which is also the latest checkpoint. A finished run only loads it.
 
     Raises:
-      Interrupted: told to stop; the state is saved.
+      Interrupted: the run was told to stop; the state is saved.
       UserError: a loss was not finite (nothing after the last good checkpoint is kept), the disk is
         full, the checkpoints belong to another run, or they are gone while their metrics are not.
     """
-    section, total = run.section, run.total_steps
-    optimizer, schedule = make_optimizer(run.optimizer_config)
+    recipe, total = run.recipe, run.total_steps
+    optimizer, schedule = make_optimizer(recipe.optimizer)
     abstract = abstract_state(run.task.init, optimizer, mesh)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(meshes.use_mesh(mesh))
-        checkpoints = Checkpoints(
-            run.directory / "checkpoints", section.get("keep", 2), section.get("keep_every", 0)
-        )
+        checkpoints = Checkpoints(run.directory / "checkpoints", recipe.keep, recipe.keep_every)
         stack.callback(checkpoints.close)
         latest = _agree_on_latest(checkpoints)
         start = latest or 0
@@ -150,7 +159,7 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
         if latest is None:
             state = create_state(run.task.init, optimizer, abstract, run.seed)
         else:
-            _check_same_run(checkpoints.run_record(start), run, checkpoints.directory)
+            _check_same_run(run_record(checkpoints.directory, start), run, checkpoints.directory)
             state = checkpoints.restore(abstract, start, any_shape=() if start else run.redrawn)
             state = redraw(state, run.task.init, optimizer, abstract, run.seed)
             say(f"{run.name}: goes on from step {start} of {total} ({checkpoints.directory})")
@@ -171,8 +180,8 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
             abstract,
             mesh,
             seed=run.seed,
-            ema_decay=section.ema_decay,
-            accumulation=section.get("accumulation", 1),
+            ema_decay=recipe.ema_decay,
+            accumulation=recipe.accumulation,
         )
         interrupt = stack.enter_context(_Interrupt())
         report = _Report(run, writer, checkpoints)
@@ -187,7 +196,7 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
 
             stop = interrupt.requested(step) and step < total
             hooks = [hook for hook in run.hooks if hook.is_due(step, total)]
-            save = stop or step == total or step % section.checkpoint_every == 0
+            save = stop or step == total or step % recipe.checkpoint_every == 0
             if hooks or save:
                 report.check()
                 with report.pause():
@@ -206,7 +215,7 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
 
 
 class _Report:
-    """Looks at the metrics of one update at a time: are they finite, how fast was it?"""
+    """Checks that the metrics of each update are finite, and measures its speed."""
 
     def __init__(self, run: Run, writer: MetricWriter, checkpoints: Checkpoints):
         self._run, self._writer, self._checkpoints = run, writer, checkpoints
@@ -228,7 +237,7 @@ class _Report:
         self._has_hooks = False
 
     def check(self) -> None:
-        """Waits for the update and looks at its numbers.
+        """Waits for the update and checks its numbers.
 
         Raises:
           UserError: the loss or the gradient is not finite.
@@ -243,15 +252,15 @@ class _Report:
         self._show_progress()
 
     def add(self, values: Mapping[str, float]) -> None:
-        """Puts a hook's numbers into the line of the update just checked."""
+        """Adds a hook's numbers to the line of the update that was just checked."""
         self._values |= values
         self._has_hooks = True
 
     def settle(self) -> None:
-        """Checks the update if that is not done yet, and writes its line where one is due."""
+        """Checks the update if necessary, and writes its line if one is due."""
         self.check()
         at_end = self._step == self._run.total_steps
-        is_due = self._step % self._run.section.log_every == 0 or self._has_hooks or at_end
+        is_due = self._step % self._run.recipe.log_every == 0 or self._has_hooks or at_end
         if self._metrics is not None and is_due:
             self._writer.write(self._step, self._values | self._speed())
             self._since = (self._step, self._seen)
@@ -259,7 +268,7 @@ class _Report:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens within, after `check`, is no part of the training speed."""
+        """Leaves the time spent inside, after `check`, out of the training speed."""
         start = time.perf_counter()
         yield
         if self._since is not None:
@@ -272,8 +281,8 @@ class _Report:
             self._progress.close()
 
     def _show_progress(self) -> None:
-        if self._progress is None:  # From the first update on: compiling it is not training.
-            batch_size = self._run.section.batch_size
+        if self._progress is None:  # Counts from the first update: compiling is not training.
+            batch_size = self._run.recipe.batch_size
             self._progress = Progress(
                 self._run.total_steps,
                 desc=self._run.name,
@@ -290,7 +299,7 @@ class _Report:
         """Images a second since the last line, and that as a share of the peak."""
         if self._since is None or self._step == self._since[0]:
             return {}
-        images = (self._step - self._since[0]) * self._run.section.batch_size
+        images = (self._step - self._since[0]) * self._run.recipe.batch_size
         rate = images / (self._seen - self._since[1])
         return {
             "images_per_second": rate,
@@ -312,10 +321,10 @@ class _Report:
 
 
 class _Interrupt:
-    """Turns SIGTERM and SIGINT into a question asked after every update; a second one kills.
+    """Turns SIGTERM and SIGINT into a question asked after every update; a second signal kills.
 
-    With several processes, SIGTERM to any of them reaches all through the coordination service,
-    which agrees on one update to stop at.
+    With several processes, the coordination service tells all of them about a SIGTERM to any, and
+    chooses one update to stop at.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -346,20 +355,8 @@ class _Interrupt:
         self.__exit__()
 
 
-def flat_fields(config: Any, sections: Sequence[str]) -> dict[str, Any]:
-    """Sections of a config as {"section.name": JSON value}; a scalar is a section of its own."""
-    flat: dict[str, Any] = {}
-    for section in sections:
-        value = config[section]
-        if hasattr(value, "items"):
-            flat |= {f"{section}.{name}": entry for name, entry in value.items()}
-        else:
-            flat[section] = value
-    return json.loads(json.dumps(flat))
-
-
 def _agree_on_latest(checkpoints: Checkpoints) -> int | None:
-    """The latest checkpoint, if any, which all processes must see alike."""
+    """The latest checkpoint, if any; all processes must see the same."""
     latest = checkpoints.latest
     found = processes.gather("none" if latest is None else str(latest))
     if len(set(found)) > 1:
@@ -371,11 +368,13 @@ def _agree_on_latest(checkpoints: Checkpoints) -> int | None:
 
 
 def _check_nothing_lost(run: Run, checkpoints: Checkpoints) -> None:
-    """Refuses to begin anew, and to wipe its metrics, where a run has been whose checkpoints are
-    gone; what was killed before its first checkpoint may begin anew."""
+    """Refuses to start again, and to wipe the metrics, if a run's checkpoints are gone.
+
+    A run that was killed before its first checkpoint may start again.
+    """
     metrics = run.directory / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.exists() else []
-    if rows and rows[-1]["step"] > run.section.checkpoint_every:
+    if rows and rows[-1]["step"] > run.recipe.checkpoint_every:
         raise UserError(
             f"{metrics} goes to step {rows[-1]['step']} but {checkpoints.directory} has no "
             f"complete checkpoint; put it back, use another --workdir, or remove {metrics}"
@@ -383,9 +382,9 @@ def _check_nothing_lost(run: Run, checkpoints: Checkpoints) -> None:
 
 
 def _check_same_run(stored: Mapping[str, Any], run: Run, directory: epath.Path) -> None:
-    """Refuses to go on with another run's state; says what else has changed.
+    """Refuses to go on with another run's state; prints which other fields have changed.
 
-    A field that the state was not saved with may be anything: an imported one has few.
+    A field that was not saved with the state may have any value: an imported state has few.
     """
     changed = [name for name in sorted(stored) if stored[name] != run.fields.get(name)]
     told = [f"{name} was {stored[name]}, is {run.fields.get(name)}" for name in changed]
@@ -396,9 +395,3 @@ def _check_same_run(stored: Mapping[str, Any], run: Run, directory: epath.Path) 
         )
     for line in told:
         say(f"{run.name}: note: {line}")
-
-
-def say(text: str) -> None:
-    """Prints a line for the user, once whatever the number of processes."""
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)

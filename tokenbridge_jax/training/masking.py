@@ -1,14 +1,13 @@
 """How many positions a training batch hides, and which (paper section 3.3; MAR's mask ratio).
 
-The ratio is drawn once a batch from a normal (mean 1, standard deviation 0.25) truncated to
-[0.7, 1]; the first `ceil(ratio L)` entries of a random order are hidden, another order per image.
+One ratio per batch is drawn from a normal (mean 1, standard deviation 0.25) truncated to [0.7, 1].
+Every image has its own random order, whose first `ceil(ratio L)` entries are hidden.
 
-The number is drawn on the host, since it decides shapes: under jit a batch with h hidden positions
-is computed with M >= h *hidden slots* (the head's rows) and S >= L - h *visible slots* (the
-encoder's), where h itself is traced. M is h rounded up to a multiple of `hidden_bucket`, and S is
-what the smallest h of that bucket needs, so every bucket is one compiled program. A small bucket
-compiles more programs, a large one computes more padding. With L = 256, in the exact expectation
-over the draw:
+The host draws the number, because it decides shapes: under jit a batch with h hidden positions has
+M >= h *hidden slots* (rows of the head) and S >= L - h *visible slots* (of the encoder), while h
+itself is traced. M is h rounded up to a multiple of `hidden_bucket`, and S fits the smallest h of
+that bucket, so every bucket is one compiled program. A small bucket compiles more programs, a large
+one computes more padding. With L = 256, in the exact expectation over the draw:
 
   hidden_bucket   programs   unused hidden slots   unused visible slots, with the 64 class tokens
         1            77            0.0 %                  0.0 %
@@ -26,7 +25,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
-from ml_collections import ConfigDict
 from scipy import special
 
 from tokenbridge_jax.loss import MaskDraw
@@ -41,7 +39,7 @@ class MaskSampler:
       positions: L.
       mean: of the normal, before truncation.
       std: its standard deviation.
-      minimum: smallest ratio; the largest is 1.
+      minimum: the smallest ratio; the largest is 1.
       bucket: hidden slots are a multiple of it, or L.
     """
 
@@ -53,20 +51,9 @@ class MaskSampler:
 
     def __post_init__(self):
         if not 0 < self.minimum < 1:
-            raise UserError(f"model.mask_min is {self.minimum}; it must lie between 0 and 1")
+            raise UserError(f"training.mask_min is {self.minimum}; it must lie between 0 and 1")
         if self.std <= 0:
-            raise UserError(f"model.mask_std is {self.std}; it must be above 0")
-
-    @classmethod
-    def from_config(cls, config: ConfigDict, positions: int) -> "MaskSampler":
-        """The draws of a run, from `config.model.mask_*` and `config.training.hidden_bucket`."""
-        return cls(
-            positions,
-            mean=config.model.mask_mean,
-            std=config.model.mask_std,
-            minimum=config.model.mask_min,
-            bucket=config.training.hidden_bucket,
-        )
+            raise UserError(f"training.mask_std is {self.std}; it must be above 0")
 
     @property
     def fewest_hidden(self) -> int:
@@ -74,26 +61,26 @@ class MaskSampler:
         return math.ceil(self.minimum * self.positions)
 
     def draw(self, seed: int, step: int) -> MaskDraw:
-        """The draw of the batch after `step` updates: a function of the two numbers alone."""
+        """The draw for the batch after `step` updates, a function of `seed` and `step` alone."""
         uniform = np.random.Generator(np.random.Philox(key=[seed, step])).random()
         return self.slots(self._num_hidden(uniform))
 
     def quantiles(self, count: int) -> list[int]:
-        """Numbers of hidden positions at the middles of `count` equally likely ranges."""
+        """The numbers of hidden positions at the middles of `count` equally likely ranges."""
         return [self._num_hidden((i + 0.5) / count) for i in range(count)]
 
     def slots(self, num_hidden: int) -> MaskDraw:
-        """`num_hidden` with the slots of its bucket."""
+        """A draw of `num_hidden`, with the slots of its bucket."""
         hidden_slots = min(self.positions, -(-num_hidden // self.bucket) * self.bucket)
         fewest = max(self.fewest_hidden, (num_hidden - 1) // self.bucket * self.bucket + 1)
         return MaskDraw(np.int32(num_hidden), hidden_slots, self.positions - fewest)
 
     def all_slots(self, num_hidden: int) -> MaskDraw:
-        """`num_hidden` in slots that hold any draw: one program, for validation."""
+        """A draw of `num_hidden`, with slots for any number: one program, for validation."""
         return MaskDraw(np.int32(num_hidden), self.positions, self.positions - self.fewest_hidden)
 
     def probabilities(self) -> dict[int, float]:
-        """Number of hidden positions -> its exact probability."""
+        """The exact probability of every number of hidden positions."""
         counts = np.arange(self.fewest_hidden, self.positions + 1)
         upper = np.minimum(counts / self.positions, 1.0)
         lower = np.maximum((counts - 1) / self.positions, self.minimum)
@@ -113,7 +100,7 @@ class MaskSampler:
 def draw_orders(key: PRNGKeyArray, batch: int, positions: int) -> Int[Array, "B L"]:
     """A random order of the positions for every image.
 
-    Sorting random 32-bit words, rather than shuffling row by row, keeps the batch axis a plain
-    parallel axis on any mesh. Equal words, once in 1e5 rows, only fix the order of two entries.
+    It sorts random 32-bit words instead of shuffling rows, so that the batch axis stays a plain
+    parallel axis on any mesh. Equal words occur once in 1e5 rows and only fix two entries' order.
     """
     return jax.numpy.argsort(jax.random.bits(key, (batch, positions)), axis=-1)

@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: `metrics.jsonl`, TensorBoard, PNG files."""
+"""Writes the numbers and pictures of a run: `metrics.jsonl` and TensorBoard."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from tokenbridge_jax.runtime import storage
 
-# Between two uploads of a file that grows, which an object store takes as a whole only.
+# Between two uploads of a growing file: an object store takes whole files only.
 UPLOAD_SECONDS = 60
 
 
@@ -20,8 +20,10 @@ class MetricWriter:
     """Writes one line of JSON a step, and the same to TensorBoard; process 0 alone writes.
 
     `metrics.jsonl` holds every step once, in order: on resume, lines of steps after the checkpoint
-    (and a last line that a kill cut short) are dropped before new ones are appended. In an object
-    store new lines are there every UPLOAD_SECONDS, and before every checkpoint.
+    (and a last line that a kill cut short) are dropped before new ones are appended. To an object
+    store, new lines go every UPLOAD_SECONDS and before every checkpoint.
+
+    tensorboardX writes for TensorBoard, because clu's metric writers import TensorFlow.
     """
 
     def __init__(self, workdir: epath.PathLike, start_step: int):
@@ -72,7 +74,7 @@ class MetricWriter:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Writes out all lines: a checkpoint that follows may be where a run goes on."""
+        """Writes out all lines, before a checkpoint from which a run may go on."""
         if self._writes:
             self._file.flush()
 
@@ -87,7 +89,7 @@ class MetricWriter:
 
 
 class StoredFile:
-    """A file in an object store, to append to."""
+    """A file in an object store that can be appended to."""
 
     def __init__(self, path: epath.PathLike, content: bytes = b""):
         self._path, self._content, self._uploaded = path, content, time.monotonic()
@@ -107,7 +109,7 @@ class StoredFile:
 
 
 class _StoredFiles:
-    """How TensorBoard's files get into object stores; its own way needs yet another package."""
+    """Writes TensorBoard's files to object stores; its own way needs another package."""
 
     def open(self, path: str) -> StoredFile:
         return StoredFile(path)
@@ -128,7 +130,7 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _drop_steps_after(path: epath.Path, step: int) -> bytes:
-    """Returns what is left."""
+    """Removes lines of later steps; returns the content that stays."""
     if not path.exists():
         return b""
     kept = [row for row in read_metrics(path) if row["step"] <= step]

@@ -1,4 +1,4 @@
-"""The model as a training task: masks and class dropout of a batch, its loss, its validation."""
+"""The model as a training task: the random choices of a batch, its loss, its validation."""
 
 import functools
 import math
@@ -20,13 +20,13 @@ Batch = Mapping[str, Any]
 
 
 class ModelTask:
-    """Trains a TokenBridge (see `step.Task`); the host's draw of a step is a `MaskDraw`."""
+    """Trains a TokenBridge (see `step.Task`); the host draws a `MaskDraw` per step."""
 
     def __init__(self, config: TokenBridgeConfig, class_dropout: float, head_fraction: float = 1.0):
         """Args:
         config: the model.
-        class_dropout: the share of images trained with the null latent for a class.
-        head_fraction: the share of hidden slots that the loss is measured at; see `loss.loss`.
+        class_dropout: the share of images trained with the null latent instead of their class.
+        head_fraction: the share of hidden slots in the loss; see `loss.training_loss`.
         """
         self._config = config
         self._class_dropout = class_dropout
@@ -37,7 +37,7 @@ class ModelTask:
         return init_params(self._config, key)
 
     def examples(self, batch: Batch, key: PRNGKeyArray, draw: MaskDraw) -> Examples:
-        """A random order for every image, and which of them lose their class."""
+        """The images with a random order each, and the choice of which lose their class."""
         del draw
         indices, labels = batch["indices"], batch["labels"]
         order_key, drop_key = jax.random.split(key)
@@ -52,10 +52,7 @@ class ModelTask:
         self, params: Any, examples: Examples, key: PRNGKeyArray, draw: MaskDraw
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Mean cross-entropy in nats over hidden positions and channels, with dropout."""
-        value = training_loss(
-            self._config, params, examples, draw, key, head_fraction=self._head_fraction
-        )
-        return value, {}
+        return training_loss(self._config, params, examples, draw, key, self._head_fraction), {}
 
 
 def training_flops(
@@ -63,7 +60,7 @@ def training_flops(
 ) -> float:
     """Expected matmul FLOPs of training on one image: forward, and twice that backward.
 
-    Neither padded slots nor recomputation count: it is the work the mathematics asks for.
+    The mathematically necessary work, without padded slots and recomputation.
     """
     forward = sum(
         probability * config.forward_flops(float(num_hidden), head_fraction * num_hidden)
@@ -75,12 +72,12 @@ def training_flops(
 def make_validation(
     config: TokenBridgeConfig, masks: MaskSampler, mesh: Mesh, *, ratios: int = 4
 ) -> Callable[[Any, Iterable[Batch]], float]:
-    """Makes the validation pass: `(params, batches) -> nats an index`, the same at every call.
+    """Makes the validation pass: `(params, batches) -> nats per index`, the same at every call.
 
-    Nothing in it is random: every image keeps its own order, numbered by its place in the split,
-    no class is dropped, and each is measured at `ratios` fixed mask ratios, the middles of equally
-    likely ranges of the training distribution. So the mean, over hidden positions and channels,
-    then images, then ratios, is an estimate of the training loss without dropout.
+    Nothing in it is random. Every image has its own order, which depends on its place in the split,
+    and no class is dropped. Each image is measured at `ratios` fixed mask ratios, the middles of
+    equally likely ranges of the training distribution. The mean over hidden positions and channels,
+    then images, then ratios, estimates the training loss without dropout.
 
     Args:
       config: the model.
@@ -89,23 +86,23 @@ def make_validation(
       ratios: how many.
 
     Returns:
-      The pass. Its batches are this process's rows, as of `loader.validation_batches`.
+      The pass. Its batches are this process's rows, as `loader.validation_batches` gives them.
     """
-    # Slots for any ratio: one program for all.
+    # The slots fit any ratio, so there is one program.
     draws = [masks.all_slots(num_hidden) for num_hidden in masks.quantiles(ratios)]
 
     @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
     def batch_nll(
         params: Any, batch: Batch, first: Int[Array, ""], draw: MaskDraw
     ) -> Float[Array, "2"]:
-        numbers = first + jnp.arange(len(batch["labels"]), dtype=jnp.int32)
+        labels, weights = batch["labels"], batch["weights"]
+        numbers = first + jnp.arange(len(labels), dtype=jnp.int32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), numbers)
         words = jax.vmap(lambda key: jax.random.bits(key, (config.positions,)))(keys)
-        no_drop = jnp.zeros(batch["labels"].shape, bool)
-        examples = Examples(batch["indices"], batch["labels"], jnp.argsort(words), no_drop)
-        nll = image_nll(config, params, examples, draw)
-        weights = batch["weights"]
-        return jnp.stack([jnp.sum(weights * jnp.mean(nll, axis=-1)), jnp.sum(weights)])
+        no_drop = jnp.zeros(labels.shape, bool)
+        examples = Examples(batch["indices"], labels, jnp.argsort(words, axis=-1), no_drop)
+        nll_BC = image_nll(config, params, examples, draw)
+        return jnp.stack([jnp.sum(weights * jnp.mean(nll_BC, axis=-1)), jnp.sum(weights)])
 
     def validate(params: Any, batches: Iterable[Batch]) -> float:
         sums: list[jax.Array] = []

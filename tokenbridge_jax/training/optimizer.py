@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tokenbridge_jax.runtime.errors import UserError
-
-# Leaves of these names are biases and the scales of norms: one number a feature, which decay would
-# only pull away from 0 and 1. Everything else decays: matrices, embeddings, mask token, null
-# latent. Names decide, not ranks, since layers are stacked: a bias of a scanned layer has rank 2.
+# Names of biases and of the scales of norms: one number for each feature, which decay would only
+# pull away from 0 or 1. Everything else decays: matrices, embeddings, mask token, null latent.
+# Names decide, not ranks, because layers are stacked: a bias of a scanned layer has rank 2.
 NO_DECAY_NAMES = ("bias", "scale")
 
 ADAM_EPS = 1e-8
@@ -23,7 +21,7 @@ ADAM_EPS = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """What the optimizer needs to know.
+    """Settings of the optimizer.
 
     Attributes:
       learning_rate: the peak.
@@ -45,51 +43,14 @@ class OptimizerConfig:
     weight_decay: float = 0.02
     clip: float = 1.0
 
-    @classmethod
-    def from_section(cls, section: Any, steps_per_epoch: int, name: str) -> "OptimizerConfig":
-        """Reads `config.training` or `config.vae_training`; what a section leaves out is default.
-
-        Lengths are given as `steps` or `epochs`, `warmup_steps` or `warmup_epochs`; steps win.
-        `name` is the section's, for messages.
-
-        Raises:
-          UserError: a length is not given, or makes no sense.
-        """
-        given: dict[str, Any] = {
-            # A whole number may stand for a float.
-            field.name: section[field.name] if field.type is str else float(section[field.name])
-            for field in dataclasses.fields(cls)
-            if field.type in (float, str) and section.get(field.name) is not None
-        }
-        total = _length(section, "steps", "epochs", steps_per_epoch)
-        warmup = _length(section, "warmup_steps", "warmup_epochs", steps_per_epoch) or 0
-        if total is None:
-            raise UserError(f"neither {name}.steps nor {name}.epochs is set")
-        if total < 1:
-            raise UserError(
-                f"the run has {total} steps; set {name}.steps or {name}.epochs higher, "
-                f"or {name}.batch_size lower"
-            )
-        if not 0 <= warmup <= total:
-            raise UserError(
-                f"warm-up of {warmup} steps does not fit a run of {total}; "
-                f"change {name}.warmup_steps or {name}.warmup_epochs"
-            )
-        return cls(total_steps=total, warmup_steps=warmup, **given)
-
-
-def _length(section: Any, steps: str, epochs: str, steps_per_epoch: int) -> int | None:
-    in_steps, in_epochs = section.get(steps), section.get(epochs)
-    if in_steps is not None:
-        return int(in_steps)
-    return None if in_epochs is None else round(in_epochs * steps_per_epoch)
-
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
     """Updates done so far -> learning rate of the next update.
 
     With t updates done, peak p, w warm-up and n total updates: p t / w while t < w, then p, or
-    p (1 + cos(pi (t - w) / (n - w))) / 2.
+    p (1 + cos(pi (t - w) / (n - w))) / 2. (`optax.warmup_cosine_decay_schedule` and
+    `warmup_constant_schedule` differ in the last bit at up to every other step: a run would not
+    repeat an earlier one.)
     """
     peak, warmup, total = config.learning_rate, config.warmup_steps, config.total_steps
 
@@ -109,7 +70,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 def clip_by_global_norm(clip: float) -> optax.GradientTransformation:
     """Scales gradients by min(1, clip / (norm + 1e-6)), the reference's rule.
 
-    Optax's own divides by the norm alone, and only where it is above the limit.
+    Optax divides by the norm alone, and only if it is above the limit.
     """
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
@@ -128,10 +89,13 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(
     config: OptimizerConfig,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The gradient transformation of one update, and its learning rate schedule."""
+    """The gradient transformation of one update, and its learning rate schedule.
+
+    The last three are `optax.adamw`, which would put their states a level deeper in checkpoints.
+    """
     schedule = learning_rate_schedule(config)
     optimizer = optax.chain(
-        # What does not clip keeps the slot: the state of a run may change its clip.
+        # Without clipping the state has the same structure: a run may change its clip.
         clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=ADAM_EPS),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),

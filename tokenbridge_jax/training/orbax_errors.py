@@ -1,42 +1,37 @@
-"""What Orbax and TensorStore say of files that cannot be read or written, in a user's words."""
+"""What Orbax and TensorStore say about files that cannot be read or written, as one line."""
 
 import contextlib
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[list[BaseException]]:
-    """Drops the tracebacks that Orbax's threads log of errors it also raises; yields the errors."""
-    dropped: list[BaseException] = []
+def quiet() -> Iterator[None]:
+    """Drops the tracebacks that Orbax's threads log of errors that it also raises."""
 
-    def says_something_new(record: logging.LogRecord) -> bool:
+    def is_from_elsewhere(record: logging.LogRecord) -> bool:
         text = f"{record.getMessage()} {record.exc_info}"
         from_orbax = "orbax" in record.pathname or "tensorstore_spec" in text
-        if not from_orbax or record.levelno < logging.WARNING:
-            return True
-        if record.exc_info and record.exc_info[1]:
-            dropped.append(record.exc_info[1])
-        return False
+        return not from_orbax or record.levelno < logging.WARNING
 
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for logger in loggers:
-        logger.filters.insert(0, says_something_new)  # The innermost is to see it.
+        logger.addFilter(is_from_elsewhere)
     try:
-        yield dropped
+        yield
     finally:
         for logger in loggers:
-            logger.removeFilter(says_something_new)
+            logger.removeFilter(is_from_elsewhere)
 
 
 def quiet_from_now_on() -> None:
-    """Drops what Python says of reads that Orbax no longer waits for, once one of them failed."""
+    """Drops what Python prints about reads that Orbax abandons once one of them has failed."""
     hook = sys.unraisablehook
 
     def drop_late_reads(unraisable: Any) -> None:
@@ -49,7 +44,7 @@ def quiet_from_now_on() -> None:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's reason for a failed write; tensorstore passes it on as text alone."""
+    """The system's reason for a failure; TensorStore passes it on as text only."""
     cause = _root_cause(error)
     if isinstance(cause, OSError):
         return cause
@@ -63,25 +58,8 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def refused(parts: Iterable[epath.Path]) -> tuple[epath.Path, OSError] | None:
-    """The first file of these folders that the system will not open: Orbax may not tell."""
-    for part in parts:
-        try:
-            for path in sorted(part.iterdir()):
-                if path.is_dir():
-                    if found := refused([path]):
-                        return found
-                else:
-                    path.open("rb").close()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            return epath.Path(error.filename or part), error
-    return None
-
-
 def reason(error: Exception) -> str:
-    """What is wrong, in a line; of an array also which file it is in, if its part has only one."""
+    """What is wrong, in one line; for an array also its file, if its part has only one."""
     text = str(_root_cause(error)).split("\n")[0]
     of_array = re.search(r'"([^"]*)/c/[^"]*" in OCDBT database at [^"]*"([^"]*)": (.*)', text)
     if not of_array:

@@ -1,4 +1,4 @@
-"""The training state: everything a step reads and replaces, laid out by the mesh from the start."""
+"""The training state: everything that a step reads and replaces, created in its final layout."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +18,13 @@ InitFunction = Callable[[jax.Array], Any]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training carries from one step to the next; nothing else is remembered.
+    """Everything that training carries from one step to the next.
 
     Attributes:
-      step: updates done so far, an int32 scalar.
+      step: the number of updates so far, an int32 scalar.
       params: float32 parameters, a plain nested dict.
-      ema_params: exponential moving average of `params` over the updates, same structure; it
-        starts at the initial parameters.
+      ema_params: exponential moving average of `params` over the updates, with the same structure;
+        it starts at the initial parameters.
       opt_state: the optimizer's own state.
     """
 
@@ -39,12 +39,12 @@ def abstract_state(
 ) -> TrainState:
     """Shapes, dtypes and shardings of a training state, without making one.
 
-    The EMA and the optimizer's moments lie like the parameters they belong to; counters are
+    The EMA and the optimizer's moments have the layout of their parameters; counters are
     replicated.
 
     Args:
       init: makes the boxed parameters.
-      optimizer: the transformation whose state is carried.
+      optimizer: its state is part of the training state.
       mesh: the devices.
 
     Returns:
@@ -69,21 +69,21 @@ def abstract_state(
 
 
 def state_shardings(state: TrainState) -> TrainState:
-    """The shardings of a concrete or abstract state, as a TrainState of them."""
+    """The shardings of a concrete or abstract state, as a TrainState."""
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
 def create_state(
     init: InitFunction, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
 ) -> TrainState:
-    """Makes the initial state directly where it belongs: no device ever holds all of it.
+    """Makes the initial state in its layout: no device ever holds all of it.
 
-    The numbers depend on `seed` alone, not on the mesh.
+    The values depend on `seed` alone, not on the mesh.
 
     Args:
       init: makes the boxed parameters.
-      optimizer: the transformation whose state is carried.
-      abstract: what `abstract_state` gave for the same `init` and `optimizer`.
+      optimizer: its state is part of the training state.
+      abstract: the result of `abstract_state` for the same `init` and `optimizer`.
       seed: of the initial parameters.
     """
     make = jax.jit(_initial_state(init, optimizer), out_shardings=state_shardings(abstract))
@@ -97,14 +97,10 @@ def redraw(
     abstract: TrainState,
     seed: int,
 ) -> TrainState:
-    """A state whose leaves of other shapes than in `abstract` are those of `create_state`.
+    """A state in which leaves whose shapes differ from `abstract` come from `create_state`.
 
     Args:
-      state: with the structure of `abstract`.
-      init: makes the boxed parameters.
-      optimizer: the transformation whose state is carried.
-      abstract: what `abstract_state` gave for the same `init` and `optimizer`.
-      seed: of the initial parameters.
+      state: has the structure of `abstract`; the other arguments are those of `create_state`.
     """
     leaves, structure = jax.tree.flatten(state)
     wanted = jax.tree.leaves(abstract)
@@ -128,7 +124,7 @@ def _initial_state(
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            # A copy: the step donates both, and a buffer cannot be given away twice.
+            # A copy, because the step donates both and a buffer can only be donated once.
             ema_params=jax.tree.map(jnp.copy, params),
             opt_state=optimizer.init(params),
         )

@@ -17,10 +17,10 @@ Metrics = dict[str, Float[Array, ""]]
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained: parameters, the random choices of a batch, and its loss.
+    """What to train: parameters, the random choices of a batch, and its loss.
 
-    `draw` is whatever the host decided for this step (a `MaskDraw` for the model, None for the
-    autoencoder); its static fields select the compiled program.
+    `draw` is the host's decision for this step (a `MaskDraw` for the model, None for the
+    autoencoder). Its static fields select the compiled program.
     """
 
     def init(self, key: PRNGKeyArray) -> PyTree:
@@ -29,14 +29,14 @@ class Task(Protocol):
     def examples(self, batch: PyTree, key: PRNGKeyArray, draw: Any) -> PyTree:
         """Makes every random choice that belongs to one example, for the whole batch at once.
 
-        All leaves keep the batch as their first axis. Micro-batches are cut from the result, so
-        accumulation changes none of these choices.
+        The batch is the first axis of all leaves. Micro-batches are slices of the result, so
+        accumulation does not change these choices.
         """
 
     def loss(
         self, params: PyTree, examples: PyTree, key: PRNGKeyArray, draw: Any
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The mean loss over `examples`, and further scalars to report. `key` is for dropout."""
+        """The mean loss over `examples`, and other scalars to report; `key` is for dropout."""
 
 
 def make_train_step(
@@ -52,22 +52,22 @@ def make_train_step(
 ) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, Metrics]]:
     """Makes the jitted `step(state, batch, draw) -> (state, metrics)`; call it in `use_mesh(mesh)`.
 
-    The state is donated and comes back laid out as it went in, so one program serves all steps.
-    All randomness comes from `fold_in(key(seed), state.step)` and the batch's global shape: neither
-    the number of devices or processes nor a restart changes it. On another mesh a run therefore has
-    the same losses to float32 rounding and no further: sums over the batch and over split axes are
-    taken in another order. (The head's dropout also follows from the number of chunks it goes
-    through, which `model.head_chunk` counts positions of a device for.)
+    The state is donated and returned in the same layout, so one program serves all steps. All
+    randomness comes from `fold_in(key(seed), state.step)` and the batch's global shape. Devices,
+    processes and restarts do not change it. So on another mesh a run has the same losses up to
+    float32 rounding, which differs because sums over the batch and over split axes have another
+    order. (The head's dropout also depends on its number of chunks, and `model.head_chunk` counts
+    positions per device.)
 
     Args:
       task: gives the loss.
       optimizer: see `optimizer.make_optimizer`.
-      schedule: its learning rate, for the report.
+      schedule: the optimizer's learning rate, for the report.
       abstract: shardings of the state (`state.abstract_state`).
-      mesh: the devices; batches come split along data x fsdp (`meshes.to_global`).
-      seed: of examples' choices and dropout.
+      mesh: the devices; batches are split along data x fsdp (`meshes.to_global`).
+      seed: of the examples' random choices and of dropout.
       ema_decay: d in `ema <- d ema + (1 - d) params`, applied after every update.
-      accumulation: micro-batches a batch is computed in, one after the other.
+      accumulation: the number of micro-batches that a batch is computed in.
 
     Returns:
       The step. Its metrics are float32 scalars on the device: `loss`, `grad_norm` (before
@@ -96,7 +96,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = jax.tree.map(
-            # Not d * average + (1 - d) * new: in float32 the two factors do not add up to 1.
+            # Not d * average + (1 - d) * new, whose float32 factors do not add up to 1.
             lambda average, new: average + (1 - ema_decay) * (new - average),
             state.ema_params,
             params,
@@ -119,11 +119,13 @@ def _accumulate(
     mesh: Mesh,
     shardings: PyTree,
 ) -> tuple[PyTree, Metrics]:
-    """Mean gradients and metrics over `count` micro-batches: those of the whole batch, since every
-    micro-batch has the same size and the loss is a mean over it."""
+    """Mean gradients and metrics over `count` micro-batches.
+
+    They equal those of the whole batch: all micro-batches have one size, and the loss is a mean.
+    """
 
     def split(x: jax.Array) -> jax.Array:
-        # Example i goes to micro-batch i % count: every device cuts its own rows and none travel.
+        # Example i goes to micro-batch i % count: devices split their own rows, and no row moves.
         micro = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
         sharding = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
         return jax.lax.with_sharding_constraint(micro, sharding)

@@ -1,0 +1,117 @@
+"""The base of all experiments: every key of a config, with its default value.
+
+The values are the paper's where experiments share them, otherwise a choice of medium size.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from tokenbridge_jax.config import parse_arg
+from tokenbridge_jax.model import SIZES
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config takes no argument. It is locked: an experiment changes values and adds no key."""
+    parse_arg(arg)
+    config = ConfigDict()
+    config.seed = 0
+    config.data = dict(
+        source="folder",  # class folders of images; or tfds, digits
+        path="",
+        name="",  # of the TFDS data set
+        split="train",
+        validation_split="",
+        image_size=256,
+        image_channels=3,  # or 1, grey
+        num_classes=1000,
+        flip=False,  # trains on mirrored images, too
+    )
+    config.autoencoder = dict(
+        channels=128,
+        multipliers=(1, 1, 2, 2, 4),  # of `channels`, one a level
+        blocks=2,
+        attention_resolutions=(16,),
+        latent_channels=16,
+    )
+    config.vae_training = _training_section() | dict(
+        kl_weight=1e-6,
+        reconstruction="l1",  # or l2
+        dtype="float32",
+    )
+    config.quantizer = dict(
+        levels=64,
+        range=5.0,
+        channel_order="identity",  # or kl16, frequency (measured), or numbers: 2,0,1,...
+        calibration_images=1000,
+    )
+    config.tokenize = dict(
+        batch_size=32,
+        posterior_samples=1,
+        records_per_shard=4096,
+        validation_fraction=0.0,
+        decode_workers=0,  # threads; 0: one for every core
+        # Shards are kept. 5 of 100,000 indices differ from a CPU's (on an H200); with
+        # tensorfloat32 2 of 100, with bfloat16 17.
+        precision="float32",
+    )
+    config.model = dict(
+        SIZES["L"],  # encoder_width, encoder_layers, encoder_heads, decoder_..., head_...
+        head="channel_ar",  # or parallel
+        channels_per_group=1,
+        channel_order="tokens",  # the shards' own; or reverse, identity
+        buffer=64,
+        dropout=0.0,
+        first_token_quirk=False,
+        dtype="float32",
+        remat="none",  # or dots, full
+        scan_layers=False,
+        head_chunk=4096,
+    )
+    config.training = _training_section() | dict(
+        class_dropout=0.1,
+        mask_mean=1.0,
+        mask_std=0.25,
+        mask_min=0.7,
+        head_fraction=1.0,
+        hidden_bucket=16,
+        eval_every=1000,  # updates; 0 is never
+        sample_every=1000,
+    )
+    config.sampling = dict(
+        num_iter=64,
+        guidance=1.0,
+        guidance_schedule="linear",  # or constant
+        guidance_interval=(0.0, 1.0),
+        temperature=1.0,
+        order="random",  # or raster, halton, confidence
+        choice_temperature=1.0,
+        batch_size=64,
+    )
+    # Scores of samples in training; `every`: updates between two of them, 0 is never.
+    config.evaluation = dict(every=0, num_images=1000, reference="", features="inception")
+    config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=-1)
+    return config.lock()
+
+
+def _training_section() -> dict[str, Any]:
+    return dict(
+        batch_size=64,
+        steps=placeholder(int),  # or epochs; steps win
+        epochs=placeholder(float),
+        learning_rate=1e-3,
+        schedule="cosine",  # or constant
+        warmup_steps=placeholder(int),  # or warmup_epochs
+        warmup_epochs=placeholder(float),
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.0,
+        clip=1.0,
+        ema_decay=0.999,
+        accumulation=1,
+        log_every=100,
+        checkpoint_every=1000,
+        keep=2,
+        keep_every=0,
+    )

@@ -1,0 +1,110 @@
+"""Programs' texts read by `preflight/hlo.py`, against counts by hand."""
+
+from tokenbridge_jax.preflight.hlo import Collective, read_program
+
+# The form of a TPU program's text: a loop of 14 runs with collectives of every form. The gathering
+# starts before the loop, hidden behind other fusions, and goes on in it.
+HLO = """HloModule jit_step, is_scheduled=true
+
+%async_collective_fusion.1 (param.1: f32[2,8]) -> f32[8,8] {
+  %param.1 = f32[2,8]{1,0:T(8,128)} parameter(0)
+  %all-gather.1 = f32[8,8]{1,0:T(8,128)} all-gather(%param.1), channel_id=7, \
+replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]) {'b'}, dimensions={0}
+  ROOT %start = f32[8,8]{1,0} custom-call(%all-gather.1), backend_config={"estimated_cycles":"900"}
+}
+
+%async_collective_fusion.2 (param.2: f32[2,8]) -> f32[8,8] {
+  %param.2 = f32[2,8]{1,0:T(8,128)} parameter(0)
+  ROOT %all-gather.2 = f32[8,8]{1,0:T(8,128)} all-gather(%param.2), channel_id=7, dimensions={0}
+}
+
+%all-reduce-scatter.3 (param.3: f32[8,8]) -> f32[2,8] {
+  %param.3 = f32[8,8]{1,0:T(8,128)} parameter(0)
+  %all-reduce.5 = f32[8,8]{1,0:T(8,128)} all-reduce(%param.3), channel_id=1, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %slice.1 = f32[2,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.5, %i, %j)
+}
+
+%condition (wide.1: (s32[], f32[2,8])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(14)
+  %wide.1 = (s32[]{:T(128)}, f32[2,8]{1,0:T(8,128)}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%wide.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%counter, %constant.5), direction=LT
+}
+
+%body (wide.2: (s32[], f32[2,8])) -> (s32[], f32[2,8]) {
+  %wide.2 = (s32[]{:T(128)}, f32[2,8]{1,0:T(8,128)}) parameter(0)
+  %fusion.2 = f32[8,8]{1,0} fusion(%wide.2), calls=%async_collective_fusion.2, \
+backend_config={"estimated_cycles":"10"}
+  %fusion.3 = f32[2,8]{1,0} fusion(%wide.2), calls=%all-reduce-scatter.3
+  %all-reduce.3 = (bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, f32[3]{0:T(128)}) all-reduce(%a, %b), \
+channel_id=9, replica_groups=[2,4]<=[8], use_global_device_ids=true, to_apply=%add
+  %collective-permute-start.6 = (u8[5]{0:T(512)}, u8[5]{0:T(512)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%c), channel_id=12
+  %collective-permute-done.6 = u8[5]{0:T(512)S(1)} collective-permute-done(\
+%collective-permute-start.6)
+  ROOT %tuple.1 = (s32[]{:T(128)}, f32[2,8]{1,0}) tuple(%counter, %x)
+}
+
+ENTRY %main.9_spmd (param: f32[2,8]) -> f32[2,8] {
+  %param = f32[2,8]{1,0:T(8,128)} parameter(0)
+  %fusion.1 = f32[8,8]{1,0} fusion(%param), calls=%async_collective_fusion.1, \
+backend_config={"estimated_cycles":"5"}
+  %while.1 = (s32[]{:T(128)}, f32[2,8]{1,0}) while(%tuple), condition=%condition, body=%body
+  %all-reduce.4 = pred[16]{0:T(512)} all-reduce(%p), channel_id=11, \
+replica_groups=[1,8]<=[8], to_apply=%or
+  ROOT %copy.1 = f32[2,8]{1,0:T(8,128)} copy(%param), backend_config={"estimated_cycles":"1000"}
+}
+"""
+
+
+def test_cycles_and_collectives_of_a_program():
+    program = read_program(HLO)
+    assert program.cycles == 14 * 10 + 5 + 1000
+    assert set(program.collectives) == {
+        Collective("all-gather", 4, 1, 1, 8 * 8 * 4),
+        Collective("all-reduce", 4, 1, 14, 14 * (4 * 8 * 2 + 3 * 4)),
+        Collective("all-reduce", 8, 1, 1, 16),
+        Collective("collective-permute", 2, 1, 14, 14 * 5),
+        Collective("reduce-scatter", 4, 1, 14, 14 * 8 * 8 * 4),
+    }
+
+
+# A stack of 14 layers of 2 KiB: a step of the loop cuts one out, adds it to 2 KiB in VMEM, writes
+# the sum into another stack in place, and starts fetching 1 KiB.
+TRAFFIC_HLO = """HloModule jit_step, is_scheduled=true
+
+%layer (stack.1: f32[14,512], sums.1: f32[14,512], x.1: f32[512], i.1: s32[]) -> f32[14,512] {
+  %stack.1 = f32[14,512]{1,0:T(8,128)} parameter(0)
+  %sums.1 = f32[14,512]{1,0:T(8,128)} parameter(1)
+  %x.1 = f32[512]{0:T(512)S(1)} parameter(2)
+  %i.1 = s32[]{:T(128)S(6)} parameter(3)
+  %cut = f32[1,512]{1,0:T(1,128)} dynamic-slice(%stack.1, %i.1, %i.1), dynamic_slice_sizes={1,512}
+  %add = f32[1,512]{1,0:T(1,128)} add(%cut, %x.1)
+  ROOT %put = f32[14,512]{1,0:T(8,128)} dynamic-update-slice(%sums.1, %add, %i.1, %i.1)
+}
+
+%condition (state.1: (s32[], f32[14,512])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(14)
+}
+
+%body (state.2: (s32[], f32[14,512])) -> (s32[], f32[14,512]) {
+  %state.2 = (s32[]{:T(128)}, f32[14,512]{1,0:T(8,128)}) parameter(0)
+  %stack.2 = f32[14,512]{1,0:T(8,128)} get-tuple-element(%state.2), index=1
+  %x.2 = f32[512]{0:T(512)S(1)} get-tuple-element(%state.2), index=2
+  %i.2 = s32[]{:T(128)S(6)} get-tuple-element(%state.2), index=0
+  %fusion.2 = f32[14,512]{1,0:T(8,128)} fusion(%stack.2, %stack.2, %x.2, %i.2), calls=%layer
+  %fetch = (f32[256]{0:T(256)S(1)}, f32[256]{0:T(256)}, u32[]{:S(2)}) copy-start(%y)
+  ROOT %tuple.1 = (s32[]{:T(128)}, f32[14,512]{1,0:T(8,128)}) tuple(%i.2, %fusion.2)
+}
+
+ENTRY %main (param: f32[14,512]) -> f32[14,512] {
+  %param = f32[14,512]{1,0:T(8,128)} parameter(0)
+  %while.1 = (s32[]{:T(128)}, f32[14,512]{1,0}) while(%param), condition=%condition, body=%body
+  ROOT %copy.1 = f32[14,512]{1,0:T(8,128)} copy(%param)
+}
+"""
+
+
+def test_memory_traffic_of_a_program():
+    assert read_program(TRAFFIC_HLO).traffic == 14 * (2048 + 2048 + 1024) + 2 * 14 * 2048
