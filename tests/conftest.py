@@ -13,6 +13,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -77,6 +78,21 @@ def finished(tmp_path_factory, images):
     workdir = write_autoencoder(tmp_path_factory.mktemp("finished"))
     tokenize(make_config(images), workdir)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def pipeline():
+    """A pipeline with random weights; 4x4 positions of 2x2 pixels."""
+    from tiny_model import random_params, tiny, tiny_pipeline
+
+    config = tiny(positions=16)
+    return tiny_pipeline(config, random_params(config))
+
+
+@pytest.fixture(scope="session")
+def pixels():
+    """Three images for `pipeline`."""
+    return np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uint8)
 
 
 @pytest.fixture

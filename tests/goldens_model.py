@@ -12,7 +12,7 @@ from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.sampling.sampler import SamplingSettings, generate
+from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate
 from tokenbridge_jax.torch_bridge.official import BUFFERS, table
 from tokenbridge_jax.torch_bridge.table import from_torch, to_torch
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -242,10 +242,12 @@ def _check_sampling(golden: dict[str, np.ndarray], config: TokenBridgeConfig, pa
         indices = generate(
             config,
             params,
-            labels,
-            jnp.arange(len(labels)),
+            Request(
+                labels,
+                jnp.arange(len(labels)),
+                orders=jnp.asarray(golden["in/orders"].astype(np.int32)),
+            ),
             SamplingSettings(int(num_iter), float(guidance), schedule, temperature=0.0),
-            orders=jnp.asarray(golden["in/orders"].astype(np.int32)),
         )
         np.testing.assert_array_equal(indices, golden[f"sample_t0/{run}/indices"], err_msg=run)
         latents = _positions(golden[f"sample_t0/{run}/latents_nchw"])

@@ -3,12 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_editing import CONFIG, images, params, pipeline  # noqa: F401
 
 from tokenbridge_jax import Pipeline
-from tokenbridge_jax.pipeline.pipeline import sample_indices
 from tokenbridge_jax.runtime import checks
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling.batches import generate_in_batches
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 NAN = float("nan")
@@ -18,9 +17,11 @@ MASK = np.arange(8) < np.full((8, 1), 4)
 RAGGED = [IMAGES[0], IMAGES[0, :4]]
 
 
-def _sample(pipeline, labels=(0, 1), **arguments):  # noqa: F811
+def _sample(pipeline, labels=(0, 1), **arguments):
     settings = SamplingSettings(2)
-    return sample_indices(CONFIG, pipeline.params, labels, settings, pipeline.mesh, **arguments)
+    return generate_in_batches(
+        pipeline.config, pipeline.params, labels, settings, pipeline.mesh, **arguments
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,7 @@ def _sample(pipeline, labels=(0, 1), **arguments):  # noqa: F811
         (lambda p: p.generate("cat"), "'cat' is no list of classes"),
         (lambda p: p.generate(jnp.zeros(0, jnp.int32)), "no classes were asked for"),
         (lambda p: p.generate(np.array([0, 3])), "class 3 does not exist"),
+        (lambda p: p.generate([-1]), "class -1 does not exist"),
         (lambda p: p.edit(IMAGES, MASK, jnp.arange(3)), "there are 3 classes for 2 images"),
         (lambda p: p.edit(IMAGES, MASK, []), "there are 0 classes for 2 images"),
         (lambda p: _sample(p, []), "labels must be whole numbers"),
@@ -135,7 +137,7 @@ def _sample(pipeline, labels=(0, 1), **arguments):  # noqa: F811
         (lambda p: p.save_pretrained(None), "directory=None must be a path"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_one_line(pipeline, call, message):  # noqa: F811
+def test_mistakes_are_told_in_one_line(pipeline, call, message):
     with pytest.raises(UserError, match=message) as raised:
         call(pipeline)
     assert "\n" not in str(raised.value)
@@ -156,9 +158,9 @@ def test_settings_are_numbers(settings, message):
         SamplingSettings(**settings)
 
 
-def test_arrays_of_any_library_and_lists_are_as_good(pipeline, images):  # noqa: F811
-    indices = pipeline.encode(images)
-    for given in (list(images), jnp.asarray(images), [jnp.asarray(x) for x in images]):
+def test_arrays_of_any_library_and_lists_are_as_good(pipeline, pixels):
+    indices = pipeline.encode(pixels)
+    for given in (list(pixels), jnp.asarray(pixels), [jnp.asarray(x) for x in pixels]):
         np.testing.assert_array_equal(pipeline.encode(given), indices)
     decoded = pipeline.decode(indices)
     for given in (
@@ -168,7 +170,7 @@ def test_arrays_of_any_library_and_lists_are_as_good(pipeline, images):  # noqa:
         np.testing.assert_array_equal(pipeline.decode(given), decoded)
 
 
-def test_classes_and_numbers_of_any_library_are_as_good(pipeline):  # noqa: F811
+def test_classes_and_numbers_of_any_library_are_as_good(pipeline):
     for given in (
         [0, 2], (0, 2), range(0, 3, 2), np.array([0, 2]), jnp.array([0, 2]), list(np.array([0, 2])),
         list(jnp.array([0, 2])), np.array(["cat", "7"]), np.array([0, "7"], object),

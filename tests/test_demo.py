@@ -13,7 +13,6 @@ import time
 import urllib.request
 import zipfile
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -22,9 +21,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
-from tiny_model import AUTOENCODER, random_params, tiny, tiny_pipeline
 
-from tokenbridge_jax.autoencoder import init_params as init_autoencoder
 from tokenbridge_jax.autoencoder import save_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.import_torch import write_checkpoint
@@ -37,7 +34,7 @@ from tokenbridge_jax.demo.drawing import (
     painted,
     write_archive,
 )
-from tokenbridge_jax.pipeline.pipeline import ModelDescription
+from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.runtime.errors import UserError
 
 SAMPLING = dict(
@@ -57,23 +54,14 @@ CHOICES = Choices(
 )  # fmt: skip
 
 
-CONFIG = tiny(positions=16)
-
-
 @pytest.fixture(scope="module")
-def pipeline():
-    """With random weights; 4x4 positions of 2x2 pixels."""
-    return tiny_pipeline(CONFIG, random_params(CONFIG))
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """The same on disk, with a class whose name is its number."""
+def workdir(pipeline, tmp_path_factory):
+    """The pipeline on disk, with a class whose name is its number."""
     workdir = epath.Path(tmp_path_factory.mktemp("demo"))
-    weights = init_autoencoder(AUTOENCODER, jax.random.key(0))
-    hashed = save_autoencoder(workdir / "autoencoder", AUTOENCODER, weights, {})
-    ModelDescription(CONFIG, ("cat", "dog", "2"), hashed).save(workdir)
-    write_checkpoint(workdir, CONFIG, {"model": random_params(CONFIG)}, {})
+    codec, config = pipeline.codec, pipeline.config
+    hashed = save_autoencoder(workdir / "autoencoder", codec.config, codec.params, {})
+    ModelDescription(config, ("cat", "dog", "2"), hashed).save(workdir)
+    write_checkpoint(workdir, config, {"model": pipeline.params}, {})
     return workdir
 
 
@@ -85,8 +73,8 @@ def demo(pipeline):
 
 
 @pytest.fixture(scope="module")
-def image():
-    return np.random.default_rng(0).integers(256, size=(8, 8, 1)).astype(np.uint8)
+def image(pixels):
+    return pixels[0]
 
 
 MASK = np.arange(8) < np.full((8, 1), 4)  # The left half.

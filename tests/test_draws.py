@@ -1,4 +1,7 @@
-"""One position's draws: cached channels against the training logits, and their probabilities."""
+"""Draws: cached channels against the training logits, and noise that is independent.
+
+`test_heads.py` compares draws of one position with their probabilities.
+"""
 
 import dataclasses
 
@@ -10,7 +13,7 @@ from scipy import special, stats
 from tiny_model import TINY, random_params, tiny
 
 from tokenbridge_jax.model import TokenBridge
-from tokenbridge_jax.sampling.sampler import SamplingSettings, generate
+from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate
 from tokenbridge_jax.transformer import unstack
 
 
@@ -67,57 +70,12 @@ def test_cached_channels_equal_the_training_logits(params, quirk: bool, dtype: s
         np.testing.assert_allclose(sampled, logits, atol=1e-5 * np.abs(logits).max())
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_draws_have_the_probabilities_of_the_tempered_softmax(temperature: float):
-    """Chi-square over all pairs of the first two channels, and over the last, of one position.
-
-    Through `generate`, so that keys made from seed and sample index are what is tested.
-    """
-    config = tiny(positions=1)
-    params = random_params(config, seed=1, spread=0.15)
-    count = 6000
-    labels = np.zeros(count, np.int32)
-    settings = SamplingSettings(1, temperature=temperature)
-    numbers = np.arange(count, dtype=np.int32)
-    drawn = np.asarray(generate(config, params, labels, numbers, settings, seed=11))[:, 0]
-    drawn = drawn[:, config.channel_order]
-
-    # Exact probabilities of all 5^4 outcomes, from the training logits.
-    levels = config.levels
-    outcomes = np.stack(np.unravel_index(np.arange(levels**4), (levels,) * 4), axis=-1)
-    images = outcomes[:, np.argsort(config.channel_order)][:, None]
-    logits = jax.jit(TokenBridge(config).apply)(
-        {"params": params},
-        jnp.asarray(images),
-        jnp.zeros(len(images), jnp.int32),
-        jnp.zeros((len(images), 1), jnp.int32),
-        jnp.int32(1),
-        jnp.zeros(len(images), bool),
-    )
-    log_probability = special.log_softmax(np.asarray(logits, np.float64)[:, 0] / temperature, -1)
-    chosen = np.take_along_axis(log_probability, outcomes[..., None], axis=-1)[..., 0]
-    joint = np.exp(chosen.sum(axis=-1))
-    assert joint.sum() == pytest.approx(1)
-    joint = joint.reshape((levels,) * 4)
-
-    pairs, _ = np.histogramdd(drawn[:, :2], bins=[np.arange(levels + 1) - 0.5] * 2)
-    expected = joint.sum(axis=(2, 3)) * count
-    assert expected.min() > 5
-    assert stats.chisquare(pairs.ravel(), expected.ravel()).pvalue > 1e-3
-    last = np.bincount(drawn[:, 3], minlength=levels)
-    assert stats.chisquare(last, joint.sum(axis=(0, 1, 2)) * count).pvalue > 1e-3
-    # The test has the power to tell: another temperature is refused.
-    other = np.exp(chosen.sum(axis=-1) * (1.4 if temperature < 1 else 0.7)).reshape((levels,) * 4)
-    other = other.sum(axis=(2, 3)) * count / other.sum()
-    assert stats.chisquare(pairs.ravel(), other.ravel()).pvalue < 1e-4
-
-
 def test_noise_of_positions_channels_and_samples_is_independent(params):
     """At a huge temperature nothing but noise is left: every pair of draws must be independent."""
     count = 500
     settings = SamplingSettings(3, temperature=1e6)
-    labels, numbers = np.zeros(count, np.int32), np.arange(count, dtype=np.int32)
-    drawn = np.asarray(generate(TINY, params, labels, numbers, settings, seed=5))
+    request = Request(np.zeros(count, np.int32), np.arange(count, dtype=np.int32), seed=5)
+    drawn = np.asarray(generate(TINY, params, request, settings))
     levels, flat = TINY.levels, drawn.reshape(count, -1)
     assert stats.chisquare(np.bincount(flat.ravel(), minlength=levels)).pvalue > 1e-3
     values = []

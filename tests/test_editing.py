@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import special
-from tiny_model import random_batch, random_params, tiny, tiny_pipeline
+from test_sampling import brute_force
+from tiny_model import random_batch, random_params, tiny
 
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.model import TokenBridge, init_params
+from tokenbridge_jax.model import init_params
+from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.editing import blend_images, hidden_positions
 from tokenbridge_jax.pipeline.filling import fill_hidden
-from tokenbridge_jax.pipeline.pipeline import Pipeline, sample_indices
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling import sampler
+from tokenbridge_jax.sampling.batches import generate_in_batches
 from tokenbridge_jax.sampling.orders import ORDERS, random_orders
-from tokenbridge_jax.sampling.sampler import Known, generate
+from tokenbridge_jax.sampling.sampler import Known, Request, generate, generate_steps
 from tokenbridge_jax.sampling.schedule import SamplingSettings, hidden_counts
 
 CONFIG = tiny(positions=16)
@@ -27,8 +28,8 @@ NUMBERS = np.array([4, 0, 9], np.int32)
 
 
 @pytest.fixture(scope="module")
-def params():
-    return random_params(CONFIG)
+def params(pipeline):
+    return pipeline.params
 
 
 def _random_known(config, count: int, num_hidden: int, seed: int = 0) -> Known:
@@ -44,72 +45,6 @@ def _random_known(config, count: int, num_hidden: int, seed: int = 0) -> Known:
 # --- Brute force ----------------------------------------------------------------------------------
 
 
-@functools.cache
-def _jitted(config, method: str):
-    def run(params, *arguments):
-        call = (lambda model: model.head.logits(*arguments)) if method == "logits" else None
-        model, variables = TokenBridge(config), {"params": params}
-        if call is not None:
-            return model.apply(variables, method=call)
-        return model.apply(variables, *arguments, method=method)
-
-    return jax.jit(run)
-
-
-def _brute_force(config, params, labels, numbers, settings, seed, known: Known) -> np.ndarray:
-    """One image and one step at a time, positions by their numbers; nothing is cached or padded."""
-    images = np.where(known.hidden[:, :, None], 0, known.indices).astype(np.int32)
-    scores = [1 + (settings.guidance - 1) * share for share in _shares(config, settings, known)]
-    for image, label, number, mask in zip(images, labels, numbers, known.hidden, strict=True):
-        order_key, index_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
-        shuffled = np.asarray(jax.random.permutation(order_key, config.positions))
-        queue = [int(p) for p in _by_name(settings.order, shuffled) if mask[p]]  # The last is next.
-        noise = [
-            [jax.random.gumbel(key, config.levels) for key in _keys(index_key, p, config.channels)]
-            for p in range(config.positions)
-        ]
-        choice = [jax.random.gumbel(_keys(index_key, p, 99)[config.channels]) for p in queue]
-        choice = dict(zip(queue, np.array(choice), strict=True))
-        counts = [len(queue), *hidden_counts(len(queue), settings.num_iter).tolist()]
-        for scale, now, left in zip(scores, counts[:-1], counts[1:], strict=True):
-            visible = [p for p in range(config.positions) if p not in queue]
-            order = np.array([[*queue, *visible]])
-            arguments = image[order[0]][None], np.array([label]), order, np.int32(now)
-            features = _jitted(config, "features")
-            feature = features(params, *arguments, np.array([False]))[0]
-            if settings.guidance != 1:
-                null = features(params, *arguments, np.array([True]))[0]
-                feature = null + np.float32(scale) * (feature - null)
-            drawn, log_probs = image.copy(), dict.fromkeys(queue, 0.0)
-            for place, channel in enumerate(config.channel_order):
-                logits = np.asarray(_jitted(config, "logits")(params, feature, drawn[order[0]]))
-                for slot, p in enumerate(queue):
-                    row = logits[slot, place]
-                    drawn[p, channel] = np.argmax(row + settings.temperature * noise[p][place])
-                    tempered = special.log_softmax(row / (settings.temperature or 1))
-                    log_probs[p] += tempered[drawn[p, channel]]
-            if settings.order == "confidence":
-                queue.sort(key=lambda p: log_probs[p] + settings.choice_temperature * choice[p])
-            for p in queue[left:]:
-                image[p] = drawn[p]
-            del queue[left:]
-        assert not queue
-    return images
-
-
-def _shares(config, settings, known):
-    left = np.maximum(hidden_counts(known.num_hidden, settings.num_iter), 1)
-    return (config.positions - left) / config.positions
-
-
-def _keys(key, position: int, count: int):
-    return [jax.random.fold_in(jax.random.fold_in(key, position), place) for place in range(count)]
-
-
-def _by_name(order: str, shuffled: np.ndarray):
-    return {"raster": range(len(shuffled))[::-1]}.get(order, shuffled)
-
-
 @pytest.mark.parametrize(
     ("num_hidden", "settings"),
     [
@@ -122,11 +57,10 @@ def _by_name(order: str, shuffled: np.ndarray):
 )
 def test_edits_are_those_of_brute_force(params, num_hidden: int, settings: dict):
     settings = SamplingSettings(**{"temperature": 0.8} | settings)
-    known = _random_known(CONFIG, 3, num_hidden)
     labels = random_batch(CONFIG, 3, seed=7)["labels"]
-    expected = _brute_force(CONFIG, params, labels, NUMBERS, settings, 13, known)
-    drawn = generate(CONFIG, params, labels, NUMBERS, settings, seed=13, known=known)
-    np.testing.assert_array_equal(drawn, expected)
+    request = Request(labels, NUMBERS, 13, known=_random_known(CONFIG, 3, num_hidden))
+    expected = brute_force(CONFIG, params, request, settings)
+    np.testing.assert_array_equal(generate(CONFIG, params, request, settings), expected)
 
 
 def test_confidence_order_over_several_stages_is_that_of_brute_force():
@@ -134,16 +68,16 @@ def test_confidence_order_over_several_stages_is_that_of_brute_force():
     config = tiny(positions=40)
     params = random_params(config)
     settings = SamplingSettings(num_iter=4, guidance=1.7, order="confidence")
-    labels, known = np.array([1], np.int32), _random_known(config, 1, 36)
-    expected = _brute_force(config, params, labels, NUMBERS[:1], settings, 3, known)
-    run = functools.partial(
-        generate, config, params, labels, NUMBERS[:1], settings, seed=3, known=known
-    )
-    np.testing.assert_array_equal(run(), expected)
+    known = _random_known(config, 1, 36)
+    request = Request(np.array([1], np.int32), NUMBERS[:1], 3, known=known)
+    expected = brute_force(config, params, request, settings)
+    np.testing.assert_array_equal(generate(config, params, request, settings), expected)
     # Previews compile one program for every stage. (A model that scans its layers has two.)
     compiled = sampler._step._cache_size()
     for _ in range(2):
-        np.testing.assert_array_equal(run(preview=lambda done, steps, shown: None), expected)
+        *_, (done, steps, last) = generate_steps(config, params, request, settings)
+        assert done == steps == 4
+        np.testing.assert_array_equal(last, expected)
     assert sampler._step._cache_size() == compiled + 2
 
 
@@ -153,14 +87,13 @@ def test_many_masks_share_a_few_programs(order: str):
     config = tiny(positions=40)
     params = random_params(config)
     settings = SamplingSettings(num_iter=7, guidance=1.6, order=order)
-    labels = np.array([1], np.int32)
-    run = functools.partial(generate, config, params, labels, NUMBERS[:1], settings, seed=3)
+    request = Request(np.array([1], np.int32), NUMBERS[:1], 3)
     compiled = sampler._edit._cache_size()
     for num_hidden in (20, 1, 2, 5, 13, 21, 40, 33):
-        known = _random_known(config, 1, num_hidden, seed=num_hidden)
-        drawn = run(known=known)
+        request = request._replace(known=_random_known(config, 1, num_hidden, seed=num_hidden))
+        drawn = generate(config, params, request, settings)
         if num_hidden in (1, 5, 20, 33):
-            expected = _brute_force(config, params, labels, NUMBERS[:1], settings, 3, known)
+            expected = brute_force(config, params, request, settings)
             np.testing.assert_array_equal(drawn, expected)
     assert sampler._edit._cache_size() == compiled + 2
 
@@ -173,10 +106,10 @@ def test_kept_positions_keep_their_indices_and_every_other_is_revealed_once(para
     """Previews show what is hidden as `known` has it: there something no model can draw."""
     known = _random_known(CONFIG, 4, 13, seed=3)
     settings = SamplingSettings(num_iter=6, order=order)
-    labels, numbers = np.zeros(4, np.int32), np.arange(4, dtype=np.int32)
+    numbers = np.arange(4, dtype=np.int32)
+    request = Request(np.zeros(4, np.int32), numbers, known=known)
     states = [np.where(known.hidden[:, :, None], 255, known.indices)]
-    run = functools.partial(generate, CONFIG, params, labels, numbers, settings, known=known)
-    last = run(preview=lambda done, steps, shown: states.append(np.asarray(shown)))
+    states += [np.asarray(x) for _, _, x in generate_steps(CONFIG, params, request, settings)]
     counts = [13, *hidden_counts(13, 6)]
     assert len(states) == len(counts)
     revealed = []
@@ -191,8 +124,7 @@ def test_kept_positions_keep_their_indices_and_every_other_is_revealed_once(para
                 assert new.max() < min(np.flatnonzero(is_hidden[image]), default=16)
     np.testing.assert_array_equal(np.sum(revealed, axis=0), known.hidden)
     assert (states[-1] < CONFIG.levels).all()
-    np.testing.assert_array_equal(states[-1], last)
-    np.testing.assert_array_equal(run(), last)
+    np.testing.assert_array_equal(generate(CONFIG, params, request, settings), states[-1])
     if order == "confidence":
         queue = np.asarray(random_orders(0, jnp.asarray(numbers), 16))[0]
         first = [int(p) for p in queue if known.hidden[0, p]][counts[1] :]
@@ -203,21 +135,19 @@ def test_kept_positions_stay_where_the_model_overflows(params):
     """Certainty is NaN everywhere then."""
     known = _random_known(CONFIG, 3, 11)
     settings = SamplingSettings(num_iter=3, guidance=3e38, order="confidence")
-    labels = np.zeros(3, np.int32)
-    drawn = np.asarray(generate(CONFIG, params, labels, NUMBERS, settings, known=known))
+    request = Request(np.zeros(3, np.int32), NUMBERS, known=known)
+    drawn = np.asarray(generate(CONFIG, params, request, settings))
     np.testing.assert_array_equal(drawn[~known.hidden], known.indices[~known.hidden])
 
 
 def test_editing_everything_is_generating_and_previews_start_from_the_middle(params):
     settings = SamplingSettings(num_iter=3, guidance=1.5, temperature=0.9)
-    known = _random_known(CONFIG, 3, 16)
-    labels = np.arange(3, dtype=np.int32)
-    run = functools.partial(generate, CONFIG, params, labels, NUMBERS, settings, seed=5)
-    shown: list = []
-    expected = run()
-    np.testing.assert_array_equal(run(known=known), expected)
-    previewed = run(preview=lambda *x: shown.append(x), preview_every=2)
-    np.testing.assert_array_equal(previewed, expected)
+    whole = Request(np.arange(3, dtype=np.int32), NUMBERS, 5)
+    expected = generate(CONFIG, params, whole, settings)
+    everything = whole._replace(known=_random_known(CONFIG, 3, 16))
+    np.testing.assert_array_equal(generate(CONFIG, params, everything, settings), expected)
+    shown = list(generate_steps(CONFIG, params, whole, settings, every=2))
+    np.testing.assert_array_equal(shown[-1][2], expected)
     assert [x[:2] for x in shown] == [(2, 3), (3, 3)]
     # The middle one of five levels.
     hidden = (np.asarray(shown[0][2]) == 2).all(axis=2)
@@ -228,23 +158,16 @@ def test_editing_everything_is_generating_and_previews_start_from_the_middle(par
 
 def test_choice_temperature_goes_from_certain_to_random(params):
     """The first of 16 steps reveals one position: the most certain, or, very hot, any."""
-    settings = dict(num_iter=16, order="confidence", temperature=0.0)
-    numbers = np.arange(64, dtype=np.int32)
-    known = _random_known(CONFIG, 1, 16)
-    known = Known(np.full((64, 16, 4), 255, np.uint8), known.hidden.repeat(64, axis=0), 16)
+    hidden = np.ones((64, 16), bool)
+    known = Known(np.full((64, 16, 4), 255, np.uint8), hidden, 16)
+    request = Request(np.zeros(64, np.int32), np.arange(64, dtype=np.int32), known=known)
 
     def first(choice_temperature: float) -> np.ndarray:
-        states: list = []
-        generate(
-            CONFIG,
-            params,
-            np.zeros(64, np.int32),
-            numbers,
-            SamplingSettings(choice_temperature=choice_temperature, **settings),
-            known=known,
-            preview=lambda done, steps, shown: states.append(shown) if done == 1 else None,
+        settings = SamplingSettings(
+            16, temperature=0.0, order="confidence", choice_temperature=choice_temperature
         )
-        return np.bincount(np.argmax(np.asarray(states[0])[:, :, 0] < 255, axis=1), minlength=16)
+        _, _, shown = next(generate_steps(CONFIG, params, request, settings))
+        return np.bincount(np.argmax(np.asarray(shown)[:, :, 0] < 255, axis=1), minlength=16)
 
     assert first(0.0).max() == 64
     assert first(1e6).max() < 16
@@ -255,26 +178,27 @@ def test_choice_temperature_goes_from_certain_to_random(params):
 
 def test_weights_of_classes_mix_their_embeddings(params):
     settings = SamplingSettings(num_iter=3, guidance=1.5, temperature=0.9)
-    run = functools.partial(generate, CONFIG, params, settings=settings, seed=5)
-    labels, numbers = np.array([2, 0, 1], np.int32), NUMBERS
-    one_hot = np.eye(3, dtype=np.float32)[labels]
-    expected = np.asarray(run(labels, numbers))
-    np.testing.assert_array_equal(run(one_hot, numbers), expected)
+    request = Request(np.array([2, 0, 1], np.int32), NUMBERS, 5)
+    one_hot = request._replace(labels=np.eye(3, dtype=np.float32)[request.labels])
+    expected = np.asarray(generate(CONFIG, params, request, settings))
+    np.testing.assert_array_equal(generate(CONFIG, params, one_hot, settings), expected)
     # A mixture is a class of a model whose table has it; no class is that model's null latent.
     weights = np.array([[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1]], np.float32)
     backbone = params["backbone"]
     mixed = 0.25 * backbone["class_embedding"][0] + 0.75 * backbone["class_embedding"][1]
     table = jnp.stack([mixed, backbone["null_latent"][0], backbone["class_embedding"][2]])
     other = params | {"backbone": backbone | {"class_embedding": table}}
-    again = functools.partial(generate, CONFIG, other, settings=settings, seed=5)
-    found = np.asarray(run(weights, numbers))
-    np.testing.assert_array_equal(found, again(np.arange(3, dtype=np.int32), numbers))
-    assert (found != expected).any(axis=(1, 2)).all()
+    found = generate(CONFIG, params, request._replace(labels=weights), settings)
+    classes = request._replace(labels=np.arange(3, dtype=np.int32))
+    np.testing.assert_array_equal(found, generate(CONFIG, other, classes, settings))
+    assert (np.asarray(found) != expected).any(axis=(1, 2)).all()
 
 
 def test_weights_are_checked(params):
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    run = functools.partial(sample_indices, CONFIG, params, settings=SamplingSettings(2), mesh=mesh)
+    run = functools.partial(
+        generate_in_batches, CONFIG, params, settings=SamplingSettings(2), mesh=mesh
+    )
     with pytest.raises(UserError, match=r"classes must sum to 1, not to 0\.7"):
         run(labels=np.array([[0, 0, 1], [0.5, 0.2, 0]]))
     with pytest.raises(UserError, match="weights of 2 classes, the model has 3"):
@@ -304,16 +228,9 @@ def test_batch_size_and_devices_change_no_edit(params):
     def run(sizes: tuple[int, ...], batch_size: int) -> np.ndarray:
         mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
         placed = jax.device_put(params, meshes.logical_shardings(boxed, mesh))
-        return sample_indices(
-            CONFIG,
-            placed,
-            labels,
-            settings,
-            mesh,
-            seed=21,
-            batch_size=batch_size,
-            known=known,
-            hidden=hidden,
+        batch = dict(labels=labels, known=known, hidden=hidden)
+        return generate_in_batches(
+            CONFIG, placed, settings=settings, mesh=mesh, seed=21, batch_size=batch_size, **batch
         )
 
     expected = run((1, 1, 1), 8)
@@ -326,38 +243,28 @@ def test_batch_size_and_devices_change_no_edit(params):
 # --- From pixels on -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pipeline(params):
-    return tiny_pipeline(CONFIG, params)
-
-
-@pytest.fixture(scope="module")
-def images():
-    return np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uint8)
-
-
 SETTINGS = dict(num_iter=2, temperature=0.8)
 
 
-def test_a_position_is_drawn_where_any_of_its_pixels_is_masked(pipeline, images):
+def test_a_position_is_drawn_where_any_of_its_pixels_is_masked(pipeline, pixels):
     mask = np.zeros((8, 8), bool)
     mask[3, 2:5] = True  # Row 1 of positions, columns 1 and 2.
     changed = np.zeros((4, 4), bool)
     changed[1, 1:3] = True
-    before = pipeline.encode(images)
+    before = pipeline.encode(pixels)
     settings = SETTINGS | dict(encode_hidden=True)
-    edited = pipeline.edit(images, mask, "dog", seed=1, **settings)
+    edited = pipeline.edit(pixels, mask, "dog", seed=1, **settings)
     hidden = np.tile(changed.ravel(), (3, 1))
     indices = pipeline.generate_indices([1] * 3, known=before, hidden=hidden, seed=1, **SETTINGS)
     np.testing.assert_array_equal(edited, pipeline.decode(indices))
     np.testing.assert_array_equal(indices[~hidden], before[~hidden])
     assert (indices[hidden] != before[hidden]).any()
     # One image alone, and classes one by one.
-    alone = pipeline.edit(images[0], mask, {"dog": 1.0}, seed=1, **settings)
+    alone = pipeline.edit(pixels[0], mask, {"dog": 1.0}, seed=1, **settings)
     np.testing.assert_array_equal(alone, edited[0])
     shown: list = []
     each = pipeline.edit(
-        images,
+        pixels,
         np.stack([mask] * 3),
         [1, "dog", 1],
         seed=1,
@@ -384,7 +291,7 @@ def _known_of(pipeline, monkeypatch, *arguments, **keywords):
     return known[0], edited
 
 
-def test_what_is_behind_the_mask_changes_nothing(pipeline, images, monkeypatch):
+def test_what_is_behind_the_mask_changes_nothing(pipeline, pixels, monkeypatch):
     """Each image with a mask of its own, which cuts through two positions."""
     mask = np.zeros((3, 8, 8), bool)
     mask[0, 3, 2:5] = mask[1, 5:7, 7] = mask[2, 1:3, 0] = True
@@ -392,50 +299,50 @@ def test_what_is_behind_the_mask_changes_nothing(pipeline, images, monkeypatch):
     covered = cells.repeat(2, axis=1).repeat(2, axis=2)[..., None]
     visible = ~cells.reshape(3, 16)
     run = functools.partial(_known_of, pipeline, monkeypatch, mask=mask, class_id=1)
-    known, edited = run(images)
-    assert len(np.unique(pipeline.encode(images)[visible] != known[visible])) == 2
-    for other in (255 - images, images[::-1], images & 0):
-        again, same = run(np.where(covered, other, images))
+    known, edited = run(pixels)
+    assert len(np.unique(pipeline.encode(pixels)[visible] != known[visible])) == 2
+    for other in (255 - pixels, pixels[::-1], pixels & 0):
+        again, same = run(np.where(covered, other, pixels))
         np.testing.assert_array_equal(again[visible], known[visible])
         np.testing.assert_array_equal(same, edited)
-    hidden = np.where(mask[..., None], 255 - images, images)
-    np.testing.assert_array_equal(run(hidden, blend=2)[1], run(images, blend=2)[1])
+    hidden = np.where(mask[..., None], 255 - pixels, pixels)
+    np.testing.assert_array_equal(run(hidden, blend=2)[1], run(pixels, blend=2)[1])
     # A touch-up sees it, and so does a variation unless it is told not to.
     seen, _ = run(hidden, encode_hidden=True)
     np.testing.assert_array_equal(seen, pipeline.encode(hidden))
     monkeypatch.setattr(pipeline, "generate_indices", lambda *x, **y: y["known"])
-    varied, _ = run(images, keep=0.5)
-    np.testing.assert_array_equal(varied, pipeline.encode(images))
+    varied, _ = run(pixels, keep=0.5)
+    np.testing.assert_array_equal(varied, pipeline.encode(pixels))
     drawn = hidden_positions(mask, (3, 8, 8), 2, keep=0.5).reshape(3, 4, 4)
-    filled = fill_hidden(images, drawn.repeat(2, axis=1).repeat(2, axis=2), 2)
-    varied, _ = run(images, keep=0.5, encode_hidden=False)
+    filled = fill_hidden(pixels, drawn.repeat(2, axis=1).repeat(2, axis=2), 2)
+    varied, _ = run(pixels, keep=0.5, encode_hidden=False)
     np.testing.assert_array_equal(varied, pipeline.encode(filled))
 
 
-def test_variations_keep_a_share(pipeline, images, monkeypatch):
+def test_variations_keep_a_share(pipeline, pixels, monkeypatch):
     calls: list = []
     draw = pipeline.generate_indices
     monkeypatch.setattr(
         pipeline, "generate_indices", lambda *x, **y: calls.append(y["hidden"]) or draw(*x, **y)
     )
-    pipeline.edit(images, None, None, keep=0.25, **SETTINGS)
+    pipeline.edit(pixels, None, None, keep=0.25, **SETTINGS)
     assert (calls[0].sum(axis=1) == 12).all()
     assert len(np.unique(calls[0], axis=0)) == 3
-    pipeline.edit(images[:1], None, None, keep=0.25, **SETTINGS)
+    pipeline.edit(pixels[:1], None, None, keep=0.25, **SETTINGS)
     np.testing.assert_array_equal(calls[1], calls[0][:1])
     mask = np.arange(8)[None] < np.full((8, 1), 4)  # The left 8 positions.
-    pipeline.edit(images, mask, None, keep=0.25, **SETTINGS)
+    pipeline.edit(pixels, mask, None, keep=0.25, **SETTINGS)
     left = np.tile(np.arange(16) % 4 < 2, (3, 1))
     assert not calls[2][~left].any()
     assert (calls[2].sum(axis=1) == 6).all()
 
 
-def test_blending_puts_the_original_pixels_back(pipeline, images):
+def test_blending_puts_the_original_pixels_back(pipeline, pixels):
     mask = np.zeros((8, 8), bool)
     mask[3, 2:5] = True
-    plain = pipeline.edit(images, mask, 0, **SETTINGS)
-    hard = pipeline.edit(images, mask, 0, blend=0, **SETTINGS)
-    np.testing.assert_array_equal(hard, np.where(mask[..., None], plain, images))
+    plain = pipeline.edit(pixels, mask, 0, **SETTINGS)
+    hard = pipeline.edit(pixels, mask, 0, blend=0, **SETTINGS)
+    np.testing.assert_array_equal(hard, np.where(mask[..., None], plain, pixels))
     # One row masked: the ramp goes down by thirds on both sides of it.
     row = np.zeros((1, 8, 8), bool)
     row[0, 3] = True
@@ -451,18 +358,18 @@ def test_previews_of_a_model_on_fewer_devices_than_the_autoencoder(pipeline):
     codec = Codec(codec.config, codec.params, codec.quantizer, everywhere)
     other = Pipeline(pipeline.description, pipeline.params, codec, pipeline.mesh)
     shown: list[np.ndarray] = []
-    images = other.generate([0, 1, 2], num_iter=2, preview=lambda *x: shown.append(x[2]))
-    np.testing.assert_array_equal(shown[-1], images)
-    np.testing.assert_array_equal(images, pipeline.generate([0, 1, 2], num_iter=2))
+    pixels = other.generate([0, 1, 2], num_iter=2, preview=lambda *x: shown.append(x[2]))
+    np.testing.assert_array_equal(shown[-1], pixels)
+    np.testing.assert_array_equal(pixels, pipeline.generate([0, 1, 2], num_iter=2))
 
 
-def test_mistakes_in_an_edit_are_told(pipeline, images):
+def test_mistakes_in_an_edit_are_told(pipeline, pixels):
     mask = np.zeros((8, 8), bool)
     mask[0, 0] = True
 
-    def refused(match, images=images, mask=mask, class_id=0, **settings):
+    def refused(match, pixels=pixels, mask=mask, class_id=0, **settings):
         with pytest.raises(UserError, match=match):
-            pipeline.edit(images, mask, class_id, **settings)
+            pipeline.edit(pixels, mask, class_id, **settings)
 
     refused("mask of image 0 is empty: there is nothing to draw anew", mask=mask & False)
     refused("mask of image 1 is empty", mask=np.stack([mask, mask & False, mask]))
@@ -477,7 +384,6 @@ def test_mistakes_in_an_edit_are_told(pipeline, images):
     refused(r"must sum to 1, not to 1\.1", class_id={"cat": 0.5, "dog": 0.6})
     refused(r"must sum to 1, not to 0", class_id={"cat": 0})
     refused("sampling.batch_size=-1 must be at least 1", batch_size=-1)
-    refused("images must be uint8 of shape", images=images / 255)
-    refused(r"images are 4x4, the model draws 8x8 pixels", images=images[:, :4, :4])
+    refused(r"images are 4x4, the model draws 8x8 pixels", pixels=pixels[:, :4, :4])
     refused("sampling.order='spiral' is not one of random, raster", order="spiral")
     refused(r"sampling\.choice_temperature=-1\.0 must be 0 or more", choice_temperature=-1.0)

@@ -108,10 +108,10 @@ def test_a_stopped_run_goes_on(folder, scored, monkeypatch, capsys):
     assert sorted(before) == [f"indices_{i:08d}.npy" for i in (0, 8, 16)]
     (scored / "indices_00000016.npy").unlink()
     drawn = []
-    sample = generation.sample_indices
+    sample = generation.generate_in_batches
     monkeypatch.setattr(
         generation,
-        "sample_indices",
+        "generate_in_batches",
         lambda *args, **kwargs: drawn.append(kwargs["first"]) or sample(*args, **kwargs),
     )
     assert generate(folder) == 0

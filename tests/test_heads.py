@@ -144,7 +144,7 @@ def test_channels_of_a_group_are_marginals_of_its_classes(kind: str):
     np.testing.assert_allclose(special.softmax(found.logits, axis=-1), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 @pytest.mark.parametrize("kind", HEADS)
 def test_draws_have_the_exact_probabilities(kind: str, temperature: float):
     found, (drawn, log_probs) = exact(kind), draws(kind, temperature)

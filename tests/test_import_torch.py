@@ -18,10 +18,11 @@ from torch_states import TINY, assert_same, in_diffusers, module_of
 from tokenbridge_jax.autoencoder import init_params, load_autoencoder, read_description
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.commands import import_torch, runner
-from tokenbridge_jax.pipeline.pipeline import ModelDescription, Pipeline
+from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, storage
-from tokenbridge_jax.sampling.sampler import SamplingSettings, generate
+from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate
 from tokenbridge_jax.torch_bridge import state_dicts
 from tokenbridge_jax.torch_bridge.ldm import table
 from tokenbridge_jax.torch_bridge.official import BUFFERS, export_model
@@ -82,10 +83,12 @@ def test_an_imported_model_samples_as_the_release(without_average):
     indices = generate(
         pipeline.config,
         pipeline.params,
-        jnp.asarray(golden["in/labels"], jnp.int32),
-        jnp.arange(3),
+        Request(
+            jnp.asarray(golden["in/labels"], jnp.int32),
+            jnp.arange(3),
+            orders=jnp.asarray(golden["in/orders"], jnp.int32),
+        ),
         SamplingSettings(5, 2.5, "constant", temperature=0.0),
-        orders=jnp.asarray(golden["in/orders"], jnp.int32),
     )
     np.testing.assert_array_equal(indices, golden["sample_t0/iter5_cfg2.5_constant/indices"])
 

@@ -23,7 +23,7 @@ from tokenbridge_jax.evaluation.calibration import Calibration
 from tokenbridge_jax.evaluation.likelihood import Scorer, likelihood
 from tokenbridge_jax.evaluation.reconstruction import reconstruction
 from tokenbridge_jax.model import init_params
-from tokenbridge_jax.pipeline.pipeline import ModelDescription
+from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError

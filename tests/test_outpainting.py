@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import pytest
-from tiny_model import random_params, tiny, tiny_pipeline
 
 from tokenbridge_jax.pipeline.editing import draw_windows
 from tokenbridge_jax.runtime.errors import UserError
@@ -13,40 +12,25 @@ from tokenbridge_jax.runtime.errors import UserError
 SETTINGS = dict(num_iter=2, temperature=0.8)
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    """Windows of 4x4 positions of 2x2 pixels."""
-    config = tiny(positions=16)
-    return tiny_pipeline(config, random_params(config))
-
-
-@pytest.fixture(scope="module")
-def images():
-    return np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uint8)
-
-
-def _canvas_of(images, pipeline, monkeypatch, *arguments, **keywords):
+def _canvas_of(pixels, pipeline, monkeypatch, *arguments, **keywords):
     """What `outpaint` decodes last: the whole canvas of indices, and its picture."""
     canvases: list = []
-    decode = pipeline.codec.decode_latents
+    decode = pipeline.codec.decode_maps
     with monkeypatch.context() as patch:
-        patch.setattr(
-            pipeline.codec, "decode_latents", lambda x: canvases.append(np.asarray(x)) or decode(x)
-        )
-        drawn = pipeline.outpaint(images, *arguments, **keywords)
-    levels = pipeline.config.quantizer.dequantized_levels
-    return np.abs(canvases[-1][..., None] - levels).argmin(axis=-1), drawn
+        patch.setattr(pipeline.codec, "decode_maps", lambda x: canvases.append(x) or decode(x))
+        drawn = pipeline.outpaint(pixels, *arguments, **keywords)
+    return canvases[-1], drawn
 
 
-def test_a_canvas_is_that_of_edits_window_by_window(pipeline, images, monkeypatch):
+def test_a_canvas_is_that_of_edits_window_by_window(pipeline, pixels, monkeypatch):
     """4 columns more at the left and 3 at the right, of 4 rows: windows from column 4 outwards."""
     canvas, drawn = _canvas_of(
-        images, pipeline, monkeypatch, ["dog", None, {0: 0.5, 1: 0.5}], left=8, right=6, seed=9,
+        pixels, pipeline, monkeypatch, ["dog", None, {0: 0.5, 1: 0.5}], left=8, right=6, seed=9,
         **SETTINGS,
     )  # fmt: skip
     assert drawn.shape == (3, 8, 22, 1)
     expected = np.zeros((3, 4, 11, 4), np.uint8)
-    expected[:, :, 4:8] = before = pipeline.encode(images).reshape(3, 4, 4, 4)
+    expected[:, :, 4:8] = before = pipeline.encode(pixels).reshape(3, 4, 4, 4)
     left = np.ones((4, 11), bool)
     left[:, 4:8] = False
     # Starts every 2 columns, and the last at 7. Fewest to draw first; of equals the left one.
@@ -67,10 +51,10 @@ def test_a_canvas_is_that_of_edits_window_by_window(pipeline, images, monkeypatc
     np.testing.assert_array_equal(canvas[:, :, 4:8], before)
     # Neither the size of a batch nor the other images matter.
     again = pipeline.outpaint(
-        images, ["dog", None, {0: 0.5, 1: 0.5}], left=8, right=6, seed=9, batch_size=2, **SETTINGS
+        pixels, ["dog", None, {0: 0.5, 1: 0.5}], left=8, right=6, seed=9, batch_size=2, **SETTINGS
     )
     np.testing.assert_array_equal(again, drawn)
-    alone = pipeline.outpaint(images[0], "dog", left=8, right=6, seed=9, **SETTINGS)
+    alone = pipeline.outpaint(pixels[0], "dog", left=8, right=6, seed=9, **SETTINGS)
     np.testing.assert_array_equal(alone, drawn[0])
 
 
@@ -91,10 +75,8 @@ def test_every_hidden_position_is_drawn_once(pipeline, monkeypatch, overlap: flo
 
     monkeypatch.setattr(pipeline, "generate_indices", draw)
     before, shown = canvas.copy(), []
-    draw_windows(
-        pipeline, [0] * 3, canvas, hidden, overlap=overlap, seed=3,
-        shown=lambda done, most: shown.append((done, most, (canvas >= 100).all(axis=3))),
-    )  # fmt: skip
+    for done, most in draw_windows(pipeline, [0] * 3, canvas, hidden, overlap=overlap, seed=3):
+        shown.append((done, most, (canvas >= 100).all(axis=3)))
     np.testing.assert_array_equal((canvas >= 100).all(axis=3), hidden)
     np.testing.assert_array_equal(canvas[~hidden], before[~hidden])
     assert len(set(seeds)) == len(seeds)
@@ -110,9 +92,9 @@ def test_every_hidden_position_is_drawn_once(pipeline, monkeypatch, overlap: flo
 
 
 def test_pictures_larger_and_smaller_than_the_model_have_margins_and_masks(
-    pipeline, images, monkeypatch
+    pipeline, pixels, monkeypatch
 ):
-    tall = np.concatenate([images, images[::-1]], axis=1)  # 16x8 pixels.
+    tall = np.concatenate([pixels, pixels[::-1]], axis=1)  # 16x8 pixels.
     mask = np.zeros((16, 8), bool)
     mask[4:11, 3] = True
     settings = SETTINGS | dict(mask=mask, bottom=2)
@@ -135,26 +117,25 @@ def test_pictures_larger_and_smaller_than_the_model_have_margins_and_masks(
     assert (seen[:, ~hidden] != canvas[:, ~hidden]).any()
     shown: list = []
     drawn = pipeline.outpaint(
-        images[:, :4, :6], 0, top=4, left=2, preview=lambda *x: shown.append(x), **SETTINGS
+        pixels[:, :4, :6], 0, top=4, left=2, preview=lambda *x: shown.append(x), **SETTINGS
     )
     assert [x[:2] for x in shown] == [(1, 1)]
     np.testing.assert_array_equal(shown[0][2], drawn)
     assert drawn.shape == (3, 8, 8, 1)
 
 
-def test_mistakes_in_outpainting_are_told(pipeline, images):
-    def refused(match, images=images, class_id=0, **keywords):
+def test_mistakes_in_outpainting_are_told(pipeline, pixels):
+    def refused(match, pixels=pixels, class_id=0, **keywords):
         with pytest.raises(UserError, match=match):
-            pipeline.outpaint(images, class_id, **keywords)
+            pipeline.outpaint(pixels, class_id, **keywords)
 
     refused("left=3 must be a multiple of 2 pixels, 0 or more", left=3)
     refused("top=-2 must be a multiple of 2 pixels", top=-2)
     refused("nothing says what to draw anew: give left, top, right, bottom or mask")
-    refused(r"4x10 pixels with the margins are less than the 8x8", images[:, :4], right=2)
+    refused(r"4x10 pixels with the margins are less than the 8x8", pixels[:, :4], right=2)
     refused(r"overlap=1\.0 must be a share from 0 to below 1", left=2, overlap=1.0)
-    refused(r"7x8 is not divisible", images[:, :7], left=2)
+    refused(r"7x8 is not divisible", pixels[:, :7], left=2)
     refused("the mask of image 0 is empty", mask=np.zeros((8, 8), bool))
     refused("there are 2 classes for 3 images", class_id=[0, 1], left=2)
     refused("blend=-1 must be 0 or more", left=2, blend=-1)
-    refused("images must be uint8", images / 255, left=2)
     refused("seed=-1 must be from 0", left=2, seed=-1)

@@ -16,8 +16,8 @@ from jobs import REPOSITORY, start_job
 from test_import_torch import AUTOENCODER, FLAGS, MODEL, run
 
 from tokenbridge_jax import Pipeline
-from tokenbridge_jax.pipeline.pipeline import ModelDescription
-from tokenbridge_jax.pipeline.pretrained import model_card
+from tokenbridge_jax.pipeline.description import ModelDescription
+from tokenbridge_jax.pipeline.pretrained import Trained, model_card
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge import state_dicts
@@ -182,9 +182,7 @@ def test_the_model_card_tells_what_is_known(pipeline, saved):
     assert "num_iter 3, order random, temperature 0.97" in facts["sampling"]
     # The config's recipe is not how imported weights were trained.
     assert "training" not in facts
-    trained = Pipeline(
-        pipeline.description, pipeline.params, pipeline.codec, pipeline.mesh, 5000, pipeline.facts
-    )
+    trained = Trained(pipeline.description, pipeline.params, pipeline.codec, 5000, pipeline.facts)
     facts = dict(re.findall(r"^\| (.+?) \| (.+) \|$", model_card(trained, "x"), re.MULTILINE))
     assert facts["updates trained"] == "5,000"
     assert "batch_size 2048" in facts["training"]
@@ -247,10 +245,11 @@ def test_processes_of_a_job_write_one_folder(workdir, saved, tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
         "import sys\n"
-        "from tokenbridge_jax import Pipeline, parallel, processes\n"
+        "from tokenbridge_jax import Pipeline\n"
+        "from tokenbridge_jax.runtime import meshes, processes\n"
         "from tokenbridge_jax.runtime.errors import UserError\n"
         "processes.join(True, asks_for_signals=False)\n"
-        "pipeline = Pipeline.load(sys.argv[1], mesh=parallel.make_mesh(data=1, fsdp=-1))\n"
+        "pipeline = Pipeline.load(sys.argv[1], mesh=meshes.make_mesh(data=1, fsdp=-1))\n"
         "pipeline.save_pretrained(sys.argv[2])\n"
         "try:\n"
         "    pipeline.save_pretrained(sys.argv[2])\n"

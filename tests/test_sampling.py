@@ -9,17 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
-from tiny_model import TINY, equations, random_batch, random_params, tiny
+from scipy import special, stats
+from tiny_model import TINY, equations, jitted, random_batch, random_params, tiny
 
 from tokenbridge_jax.model import TokenBridge, init_params
-from tokenbridge_jax.pipeline.pipeline import sample_indices
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling import sampler
+from tokenbridge_jax.sampling.batches import generate_in_batches
 from tokenbridge_jax.sampling.orders import random_orders
-from tokenbridge_jax.sampling.sampler import SamplingSettings, generate, guidance_scales, make_plan
-from tokenbridge_jax.sampling.schedule import hidden_counts
+from tokenbridge_jax.sampling.sampler import Known, Request, generate
+from tokenbridge_jax.sampling.schedule import (
+    SamplingSettings,
+    guidance_scales,
+    hidden_counts,
+    make_plan,
+)
 from tokenbridge_jax.transformer import unstack
 
 GREEDY = SamplingSettings(num_iter=4, temperature=0.0)
@@ -195,7 +200,7 @@ def test_every_position_is_drawn_once_with_the_state_of_its_step(
     config = tiny(positions=positions, classes=977)
     numbers = np.arange(2, dtype=np.int32)
     settings = SamplingSettings(num_iter)
-    indices = np.asarray(generate(config, {}, numbers, numbers, settings, seed=3))
+    indices = np.asarray(generate(config, {}, Request(numbers, numbers, seed=3), settings))
     times, position, num_hidden, consistent = np.moveaxis(indices, -1, 0)
     assert (times == 1).all()
     assert consistent.all()
@@ -218,54 +223,60 @@ def test_orders_are_uniform_permutations_of_their_own():
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
-_features = jax.jit(
-    lambda config, params, *arguments: TokenBridge(config).apply(
-        {"params": params}, *arguments, method="features"
-    ),
-    static_argnums=0,
-)
-_head_logits = jax.jit(
-    lambda config, params, feature, indices: TokenBridge(config).apply(
-        {"params": params}, method=lambda model: model.head.logits(feature, indices)
-    ),
-    static_argnums=0,
-)
+def _head_logits(model, *arguments):
+    return model.head.logits(*arguments)
 
 
-def _brute_force(config, params, labels, numbers, settings, seed, scales) -> np.ndarray:
-    """Step by step over all slots, without stages, windows, caches or noise drawn in advance."""
-    positions, count = config.positions, len(labels)
-    keys = [jax.random.split(jax.random.fold_in(jax.random.key(seed), n)) for n in numbers]
-    order = jnp.stack([jax.random.permutation(key[0], positions) for key in keys])
-    slots = np.zeros((count, positions, config.channels), np.int32)
-    hidden = positions
-    revealed, _ = _published_schedule(positions, settings.num_iter)
-    for reveals, scale in zip((r for r in revealed if r), scales, strict=True):
-        arguments = slots, labels, order, np.int32(hidden)
-        feature = _features(config, params, *arguments, np.zeros(count, bool))
-        if scale != 1:
-            null = _features(config, params, *arguments, np.ones(count, bool))
-            feature = null + np.float32(scale) * (feature - null)
-        new = np.s_[:, hidden - reveals : hidden]
-        for place, channel in enumerate(config.channel_order):
-            flat = feature.reshape(-1, config.decoder_width), slots.reshape(-1, config.channels)
-            logits = np.asarray(_head_logits(config, params, *flat))[:, place]
-            logits = logits.reshape(count, positions, config.levels)[new]
-            noise = [
-                [
-                    jax.random.gumbel(
-                        jax.random.fold_in(jax.random.fold_in(key[1], position), place),
-                        config.levels,
-                    )
-                    for position in positions_of_image[new[1]]
-                ]
-                for key, positions_of_image in zip(keys, order, strict=True)
-            ]
-            scores = logits + np.float32(settings.temperature) * np.array(noise)
-            slots[*new, channel] = np.argmax(scores, axis=-1)
-        hidden -= reveals
-    assert hidden == 0
-    return np.take_along_axis(slots, np.argsort(order)[:, :, None], axis=1)
+def brute_force(config, params, request: Request, settings, scales=None) -> np.ndarray:
+    """One image and one step at a time, positions by their numbers; nothing is cached or padded.
+
+    Without `scales`, guidance is linear in the share of positions that are revealed.
+    """
+    positions = config.positions
+    known = request.known
+    if known is None:
+        shape = len(request.labels), positions
+        known = Known(np.zeros((*shape, config.channels)), np.ones(shape, bool), positions)
+    counts = [known.num_hidden, *hidden_counts(known.num_hidden, settings.num_iter).tolist()]
+    if scales is None:
+        revealed = (positions - np.maximum(counts[1:], 1)) / positions
+        scales = 1 + (settings.guidance - 1) * revealed
+    images = np.where(known.hidden[:, :, None], 0, known.indices).astype(np.int32)
+    for image, label, number, mask in zip(images, *request[:2], known.hidden, strict=True):
+        key = jax.random.fold_in(jax.random.key(request.seed), number)
+        order_key, index_key = jax.random.split(key)
+        shuffled = np.asarray(jax.random.permutation(order_key, positions))
+        order = range(positions)[::-1] if settings.order == "raster" else shuffled
+        queue = [int(p) for p in order if mask[p]]  # The last is next.
+        keys = {p: jax.random.fold_in(index_key, p) for p in queue}
+        noise, choice = {}, {}
+        for p, key in keys.items():
+            folded = [jax.random.fold_in(key, place) for place in range(config.channels + 1)]
+            noise[p] = [np.asarray(jax.random.gumbel(k, config.levels)) for k in folded[:-1]]
+            choice[p] = float(jax.random.gumbel(folded[-1]))
+        for scale, left in zip(scales, counts[1:], strict=True):
+            visible = [p for p in range(positions) if p not in queue]
+            slots = np.array([[*queue, *visible]])
+            arguments = image[slots[0]][None], np.array([label]), slots, np.int32(len(queue))
+            features = functools.partial(jitted(config, "features"), params, *arguments)
+            feature = features(np.array([False]))[0]
+            if scale != 1:
+                null = features(np.array([True]))[0]
+                feature = null + np.float32(scale) * (feature - null)
+            drawn, log_probs = image.copy(), dict.fromkeys(queue, 0.0)
+            for place, channel in enumerate(config.channel_order):
+                logits = np.asarray(jitted(config, _head_logits)(params, feature, drawn[slots[0]]))
+                for row, p in zip(logits[:, place], queue, strict=False):
+                    drawn[p, channel] = np.argmax(row + settings.temperature * noise[p][place])
+                    tempered = special.log_softmax(row / (settings.temperature or 1))
+                    log_probs[p] += tempered[drawn[p, channel]]
+            if settings.order == "confidence":
+                queue.sort(key=lambda p: log_probs[p] + settings.choice_temperature * choice[p])
+            for p in queue[left:]:
+                image[p] = drawn[p]
+            del queue[left:]
+        assert not queue
+    return images
 
 
 @pytest.mark.parametrize(
@@ -294,30 +305,29 @@ def test_images_are_those_of_brute_force(positions: int, settings: dict, scales:
     params = random_params(config)
     settings = SamplingSettings(**{"temperature": 0.8} | settings)
     labels = random_batch(config, 3, seed=7)["labels"]
-    numbers = np.array([4, 0, 9], np.int32)
-    expected = _brute_force(config, params, labels, numbers, settings, 13, scales)
+    request = Request(labels, np.array([4, 0, 9], np.int32), seed=13)
+    expected = brute_force(config, params, request, settings, scales)
     assert len({image.tobytes() for image in expected}) == 3
-    drawn = generate(config, params, labels, numbers, settings, seed=13)
-    np.testing.assert_array_equal(drawn, expected)
+    np.testing.assert_array_equal(generate(config, params, request, settings), expected)
 
 
 def test_guidance_1_never_looks_at_the_null_latent_and_0_never_at_the_class(params):
     labels, numbers = np.tile(np.arange(3, dtype=np.int32), 2), np.arange(6, dtype=np.int32)
-    orders = jnp.tile(jnp.arange(TINY.positions), (6, 1))
+    request = Request(labels, numbers, orders=jnp.tile(jnp.arange(TINY.positions), (6, 1)))
     poisoned = params | {
         "backbone": params["backbone"] | {"null_latent": jnp.full((1, 16), jnp.nan)}
     }
-    plain = np.asarray(generate(TINY, params, labels, numbers, GREEDY, orders=orders))
-    with_poison = generate(TINY, poisoned, labels, numbers, GREEDY, orders=orders)
+    plain = np.asarray(generate(TINY, params, request, GREEDY))
+    with_poison = generate(TINY, poisoned, request, GREEDY)
     np.testing.assert_array_equal(with_poison, plain)
     # 4 steps find 0, 1, 3 and 5 of 8 positions revealed.
     late = dataclasses.replace(GREEDY, guidance=2.0, guidance_interval=(0.7, 1.0))
-    outside = generate(TINY, poisoned, labels, numbers, late, orders=orders)
+    outside = generate(TINY, poisoned, request, late)
     np.testing.assert_array_equal(outside, plain)
     # The orders are equal and nothing is random: only the class makes images differ.
     assert len({image.tobytes() for image in plain}) == 3
     null = dataclasses.replace(GREEDY, guidance=0.0, guidance_schedule="constant")
-    unconditional = np.asarray(generate(TINY, params, labels, numbers, null, orders=orders))
+    unconditional = np.asarray(generate(TINY, params, request, null))
     assert len({image.tobytes() for image in unconditional}) == 1
 
 
@@ -328,36 +338,34 @@ STOCHASTIC = SamplingSettings(num_iter=3, guidance=1.8, temperature=0.9)
 
 @pytest.fixture(scope="module")
 def eight(params):
-    """Labels and images of sample indices 0..7."""
+    """Sample indices 0..7, and their images."""
     labels = random_batch(TINY, 8, seed=9)["labels"]
-    numbers = np.arange(8, dtype=np.int32)
-    return labels, np.asarray(generate(TINY, params, labels, numbers, STOCHASTIC, seed=21))
+    request = Request(labels, np.arange(8, dtype=np.int32), seed=21)
+    return request, np.asarray(generate(TINY, params, request, STOCHASTIC))
 
 
 def test_an_image_depends_on_seed_sample_index_and_label_alone(params, eight):
-    labels, images = eight
+    request, images = eight
     assert len({image.tobytes() for image in images}) == 8
     # Another order of the same eight: no new program.
     shuffled = np.random.default_rng(0).permutation(8).astype(np.int32)
-    again = generate(TINY, params, labels[shuffled], shuffled, STOCHASTIC, seed=21)
-    np.testing.assert_array_equal(again, images[shuffled])
+    again = Request(request.labels[shuffled], shuffled, 21)
+    np.testing.assert_array_equal(generate(TINY, params, again, STOCHASTIC), images[shuffled])
     # Another label beside it changes that image only.
-    other = labels.copy()
+    other = request.labels.copy()
     other[3] = (other[3] + 1) % TINY.classes
-    changed = np.asarray(
-        generate(TINY, params, other, np.arange(8, dtype=np.int32), STOCHASTIC, seed=21)
-    )
+    changed = generate(TINY, params, request._replace(labels=other), STOCHASTIC)
     assert (changed != images).any(axis=(1, 2)).tolist() == [i == 3 for i in range(8)]
     # Another seed changes all.
-    reseeded = generate(TINY, params, labels, np.arange(8, dtype=np.int32), STOCHASTIC, seed=22)
-    assert (np.asarray(reseeded) != images).any(axis=(1, 2)).all()
+    reseeded = generate(TINY, params, request._replace(seed=22), STOCHASTIC)
+    assert (reseeded != images).any(axis=(1, 2)).all()
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_batch_size_changes_nothing(params, eight, size: int):
-    labels, images = eight
+    request, images = eight
     chosen = np.array([6, 2, 5], np.int32)[:size]
-    alone = generate(TINY, params, labels[chosen], chosen, STOCHASTIC, seed=21)
+    alone = generate(TINY, params, Request(request.labels[chosen], chosen, 21), STOCHASTIC)
     np.testing.assert_array_equal(alone, images[chosen])
 
 
@@ -374,21 +382,21 @@ def test_batch_size_changes_nothing(params, eight, size: int):
 )
 def test_devices_change_nothing(params, eight, sizes, batch_size: int):
     """Through the pipeline's batches, the last of them padded; parameters split over the mesh."""
-    labels, images = eight
+    request, images = eight
     mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     boxed = jax.eval_shape(lambda: init_params(TINY, jax.random.key(0)))
     placed = jax.device_put(params, meshes.logical_shardings(boxed, mesh))
-    drawn = sample_indices(
-        TINY, placed, labels[:7], STOCHASTIC, mesh, seed=21, batch_size=batch_size
+    drawn = generate_in_batches(
+        TINY, placed, request.labels[:7], STOCHASTIC, mesh, seed=21, batch_size=batch_size
     )
     np.testing.assert_array_equal(drawn, images[:7])
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_a_model_trained_with_rematerialisation_samples_the_same(remat: str):
-    params, labels, numbers = random_params(TINY), np.zeros(2, np.int32), np.arange(2)
-    expected = generate(TINY, params, labels, numbers, GREEDY)
-    found = generate(tiny(remat=remat), params, labels, numbers, GREEDY)
+    params, request = random_params(TINY), Request(np.zeros(2, np.int32), np.arange(2))
+    expected = generate(TINY, params, request, GREEDY)
+    found = generate(tiny(remat=remat), params, request, GREEDY)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -402,9 +410,8 @@ def test_weights_are_cast_before_the_loops_and_nothing_else_changes():
     exact = logits(unstack(params), *arguments)
     np.testing.assert_array_equal(logits(sampler.prepare_params(params, config), *arguments), exact)
 
-    numbers = np.arange(7, dtype=np.int32)
-    run = functools.partial(generate, config, params, settings=STOCHASTIC)
-    program = jax.make_jaxpr(run)(jnp.zeros(7, jnp.int32), numbers)
+    run = lambda *arrays: generate(config, params, Request(*arrays), STOCHASTIC)  # noqa: E731
+    program = jax.make_jaxpr(run)(jnp.zeros(7, jnp.int32), np.arange(7, dtype=np.int32))
     weights = {leaf.shape[-n:] for leaf in jax.tree.leaves(params) for n in range(1, leaf.ndim + 1)}
     casts = [
         (times, eqn.invars[0].aval)
@@ -421,18 +428,13 @@ def test_data_parallel_sampling_needs_no_communication(params):
     mesh = meshes.make_mesh(data=8)
     settings = SamplingSettings(num_iter=3, guidance=2.0)
     images = np.zeros(16, np.int32), np.arange(16, dtype=np.int32)
+    run = lambda params, *arrays: generate(TINY, params, Request(*arrays), settings)  # noqa: E731
     with meshes.use_mesh(mesh):
-        lowered = sampler._generate.lower(
+        arguments = (
             jax.device_put(params, meshes.replicated(mesh)),
             *jax.device_put(images, meshes.batch_sharding(mesh)),
-            None,
-            np.uint32(0),
-            guidance_scales(TINY.positions, settings),
-            np.float32(1),
-            config=TINY,
-            plan=make_plan(TINY.positions, settings),
         )
-    program = lowered.compile().as_text()
+        program = jax.jit(run).lower(*arguments).compile().as_text()
     assert "num_partitions=8" in program
     collectives = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
     assert not [name for name in collectives if f" {name}(" in program]

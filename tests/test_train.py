@@ -21,7 +21,8 @@ from token_shards import (
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.commands import runner, train
 from tokenbridge_jax.data import shards
-from tokenbridge_jax.pipeline.pipeline import ModelDescription, abstract_sharded_params
+from tokenbridge_jax.pipeline.description import ModelDescription
+from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import checkpoints

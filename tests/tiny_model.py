@@ -17,7 +17,7 @@ from tokenbridge_jax.autoencoder import init_params as init_autoencoder
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
-from tokenbridge_jax.pipeline.pipeline import ModelDescription
+from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 
@@ -139,7 +139,7 @@ def loss_and_gradients(
 
 
 @functools.cache
-def jitted(config: TokenBridgeConfig, method: str = "__call__"):
+def jitted(config: TokenBridgeConfig, method: str | Callable[..., Any] = "__call__"):
     """Jitted `(params, *arguments) -> method's output`."""
     return jax.jit(
         lambda params, *arguments: TokenBridge(config).apply(

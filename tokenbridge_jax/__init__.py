@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenbridge_jax.pipeline.pipeline import Pipeline
+    from tokenbridge_jax.pipeline import Pipeline
 
 __all__ = ["Pipeline"]
 
@@ -11,7 +11,7 @@ __all__ = ["Pipeline"]
 def __getattr__(name: str) -> Any:
     # Imported when asked for: `tokenbridge` answers at once, and so does an import of one module.
     if name == "Pipeline":
-        from tokenbridge_jax.pipeline.pipeline import Pipeline
+        from tokenbridge_jax.pipeline import Pipeline
 
         return Pipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

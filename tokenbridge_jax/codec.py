@@ -85,6 +85,7 @@ class Codec:
         noise_ids: Integer[np.ndarray, " B"] | Any = None,
         seed: int | Any = 0,
         stream: int = 0,
+        side: int | None = None,
     ) -> Encoded:
         """Encodes images. It does not wait for the device: reading a field of the result does.
 
@@ -94,11 +95,12 @@ class Codec:
             draws the same noise in any batch. With None, latents are the posterior's mean.
           seed: of the noise.
           stream: distinguishes images with the same ids; below 2^32.
+          side: as for `check_images`.
 
         Raises:
           UserError: as `check_images`; or `noise_ids` or `seed` is not integers.
         """
-        images = check_images(images, self.config)
+        images = check_images(images, self.config, side=side)
         keys = None
         if noise_ids is not None:
             ids = checks.array("noise_ids", noise_ids, "integers", (len(images),))
@@ -110,15 +112,20 @@ class Codec:
         return self._run(self._encode, images, keys)
 
     def decode(
-        self, indices: Integer[np.ndarray | Array, "B L C"] | Any
+        self, indices: Integer[np.ndarray | Array, "B L C"] | Any, grid: int | None = None
     ) -> UInt8[Array, "B H W I"]:
         """Indices of square images, in the autoencoder's channel order -> uint8 images.
 
+        Args:
+          indices: integers.
+          grid: side in positions that the images must have; any by default.
+
         Raises:
           UserError: they are not integers from 0 to V - 1, there are none, the number of positions
-            is not a square, or the channels are not the autoencoder's.
+            is not a square or that of `grid`, or the channels are not the autoencoder's.
         """
-        indices = check_indices(indices, ("B", "L", "C"), self.quantizer)
+        shape = ("B", "L", "C") if grid is None else ("B", grid**2, self.config.latent_channels)
+        indices = check_indices(indices, shape, self.quantizer)
         grid = round(indices.shape[1] ** 0.5)
         if grid * grid != indices.shape[1] or indices.shape[2] != self.config.latent_channels:
             raise UserError(
@@ -126,17 +133,15 @@ class Codec:
                 f"this autoencoder: a square number and {self.config.latent_channels} are needed"
             )
         with meshes.use_mesh(self.mesh):
-            return self.decode_maps(unflatten_positions(indices, grid))
+            maps = unflatten_positions(indices, grid)
+        return self._decode_indices(maps)
 
     def decode_maps(
         self, indices: Integer[np.ndarray | Array, "B h w C"] | Any
     ) -> UInt8[Array, "B H W I"]:
         """Like `decode`, for images of any height and width."""
         shape = "B", "h", "w", self.config.latent_channels
-        indices = check_indices(indices, shape, self.quantizer)
-        with meshes.use_mesh(self.mesh):
-            latents = self._dequantize(indices)
-        return self.decode_latents(latents)
+        return self._decode_indices(check_indices(indices, shape, self.quantizer))
 
     def decode_latents(
         self, latents: Float[np.ndarray | Array, "B h w C"] | Any
@@ -148,6 +153,13 @@ class Codec:
         """
         shape = "B", "h", "w", self.config.latent_channels
         latents = checks.array("latents", latents, "floats", shape)
+        return self._run(self._decode, latents)
+
+    def _decode_indices(
+        self, indices: Integer[np.ndarray | Array, "B h w C"]
+    ) -> UInt8[Array, "B H W I"]:
+        with meshes.use_mesh(self.mesh):
+            latents = self._dequantize(indices)
         return self._run(self._decode, latents)
 
     def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,7 +211,7 @@ def _decode(
 
 
 def check_images(
-    images: Any, config: AutoencoderConfig, *, single: bool = False
+    images: Any, config: AutoencoderConfig, *, single: bool = False, side: int | None = None
 ) -> UInt8[np.ndarray | Array, "*B H W I"]:
     """Checks images for an autoencoder.
 
@@ -207,10 +219,11 @@ def check_images(
       images: an array, or anything that numpy makes an array of.
       config: the autoencoder's.
       single: also accept one image without a batch axis.
+      side: height and width that the images must have; any by default.
 
     Raises:
       UserError: the images are not uint8, or do not have the autoencoder's channels or a size that
-        its downsampling divides, or there are none.
+        its downsampling divides, or that of `side`, or there are none.
     """
     found = checks.to_array("images", images)
     shapes = "[B, H, W, channels]" + " or [H, W, channels]" * single
@@ -230,17 +243,14 @@ def check_images(
             f"images have {found.shape[-1]} channels, the autoencoder takes "
             f"{config.image_channels}; set --config.data.image_channels"
         )
-    config.check_image_size(*found.shape[-3:-1])
-    return found
-
-
-def check_image_side(images: UInt8[np.ndarray | Array, "B H W I"], side: int, advice: str) -> None:
-    """Raises `UserError`, with this advice, unless images are `side` pixels high and wide."""
-    height, width = images.shape[1:3]
-    if (height, width) != (side, side):
+    height, width = found.shape[-3:-1]
+    config.check_image_size(height, width)
+    if side not in (None, height) or side not in (None, width):
         raise UserError(
-            f"images are {height}x{width}, the model draws {side}x{side} pixels; {advice}"
+            f"images are {height}x{width}, the model draws {side}x{side} pixels; "
+            "tokenbridge_jax.data.images.prepare cuts a picture to a size, outpaint takes others"
         )
+    return found
 
 
 def check_indices(

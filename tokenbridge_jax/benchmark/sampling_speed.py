@@ -18,7 +18,12 @@ from tokenbridge_jax.config import check_batches, sampling_settings
 from tokenbridge_jax.flops import head_flops, sampling_flops
 from tokenbridge_jax.model import TokenBridge
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.sampling.sampler import SamplingSettings, generate, prepare_params
+from tokenbridge_jax.sampling.sampler import (
+    Request,
+    SamplingSettings,
+    generate,
+    prepare_params,
+)
 
 
 def sample_cases(
@@ -50,8 +55,9 @@ def sample_cases(
             stack.enter_context(meshes.use_mesh(mesh))
             params = make_params()
             labels = inputs.random_batch(model, batch, mesh)["labels"]
-            numbers = jax.device_put(np.arange(batch, dtype=np.int32), labels.sharding)
-            return lambda: generate(model, params, labels, numbers, settings)
+            sample_indices = jax.device_put(np.arange(batch, dtype=np.int32), labels.sharding)
+            request = Request(labels, sample_indices)
+            return lambda: generate(model, params, request, settings)
 
         return Case(
             name=f"sample_batch{batch}_steps{settings.num_iter}",

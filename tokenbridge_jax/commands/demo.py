@@ -1,7 +1,7 @@
 """A page in the browser: WORKDIR/checkpoints + WORKDIR/autoencoder -> images, edits.
 
-It needs `pip install -e '.[demo]'`, and listens on this machine alone unless --host says otherwise.
-Its settings start as `config.sampling` has them. Ctrl-C ends it.
+It needs `pip install -e '.[demo]'`. Only this machine can reach it, unless --host says otherwise.
+Its settings start with the values of `config.sampling`. Ctrl-C ends it.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from absl import flags
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.demo.drawing import Demo
-from tokenbridge_jax.pipeline.pipeline import Pipeline
+from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -21,12 +21,12 @@ from tokenbridge_jax.runtime.errors import UserError
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
     flags.DEFINE_integer(
-        "step", None, "Which checkpoint; the latest by default.", flag_values=flag_values
+        "step", None, "Step of the checkpoint; the latest by default.", flag_values=flag_values
     )
     flags.DEFINE_string(
         "host",
         "127.0.0.1",
-        "Address to listen on; 0.0.0.0 lets everybody in who can reach this machine.",
+        "Address to listen on; 0.0.0.0 admits everybody who can reach this machine.",
         flag_values=flag_values,
     )
     flags.DEFINE_integer(
@@ -66,7 +66,7 @@ def free_port(host: str, port: int) -> int:
     """The port itself, or a free one for 0.
 
     Raises:
-      UserError: nobody can listen there.
+      UserError: it is impossible to listen there.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

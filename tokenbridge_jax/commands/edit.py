@@ -1,11 +1,12 @@
-"""Edits pictures: parts of them drawn anew, with WORKDIR/checkpoints + WORKDIR/autoencoder.
+"""Edits pictures: draws parts of them anew with WORKDIR/checkpoints and WORKDIR/autoencoder.
 
 Pictures are resized and cut to a square as `tokenize` does it. Say what to draw anew: --mask or
 --box, --keep for variations of the whole picture or of that part, --outpaint for margins around it.
-Writes PICTURE-0.png, PICTURE-1.png, ... and `edits.png`, a sheet with a row a picture: the
-original, the mask, the edits. How to draw is `config.sampling`, as for `tokenbridge sample`.
+Writes PICTURE-0.png, PICTURE-1.png, ... and `edits.png`, a sheet with one row per picture: the
+original, the mask, the edits. `config.sampling` says how to draw, as for `tokenbridge sample`.
 """
 
+import functools
 import glob
 import os
 import sys
@@ -22,54 +23,54 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.data.images import ImageError, center_crop, decode, open_picture
 from tokenbridge_jax.data.listing import EXTENSIONS, is_junk, is_picture, list_pictures
-from tokenbridge_jax.pipeline.pipeline import ClassId, Pipeline
+from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.description import ClassId
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 
 ROWS_OF_SHEET = 20
 SHEET = "edits.png"
+SIDES = ("left", "top", "right", "bottom")
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
-
-    def define(kind: Any, name: str, default: Any, text: str) -> None:
-        kind(name, default, text, flag_values=flag_values)
-
+    integer = functools.partial(flags.DEFINE_integer, flag_values=flag_values)
+    list_ = functools.partial(flags.DEFINE_list, flag_values=flag_values)
     shares = "as shares of the side of the square that is cut"
-    define_path("input", "A picture, a folder of them, or a glob.", flag_values)
+    define_path("input", "A picture, a folder of pictures, or a glob.", flag_values)
     define_path(
         "mask",
         "A picture, white where to draw anew, of the size of the pictures or of the model's.",
         flag_values,
     )
-    define(flags.DEFINE_list, "box", None, f"In place of a mask: left,top,width,height {shares}.")
-    define(flags.DEFINE_float, "keep", None, "Share of the positions kept all the same, at random.")
-    define(
-        flags.DEFINE_boolean,
+    list_("box", None, f"Instead of a mask: left,top,width,height {shares}.")
+    flags.DEFINE_float(
+        "keep", None, "Share of the positions to keep, chosen at random.", flag_values=flag_values
+    )
+    flags.DEFINE_boolean(
         "encode_hidden",
         None,
-        "Let the encoder see what is to be drawn anew, for touch-ups: edits then take after it. By "
-        "default it does with --keep alone; otherwise what is hidden changes nothing.",
+        "Let the encoder see the part to draw anew, for touch-ups that resemble it. By default it "
+        "sees that part only with --keep.",
+        flag_values=flag_values,
     )
-    define(flags.DEFINE_list, "outpaint", None, f"Margins: left,top,right,bottom {shares}.")
-    define(
-        flags.DEFINE_list,
+    list_("outpaint", None, f"Margins: left,top,right,bottom {shares}.")
+    list_(
         "classes",
         "none",
-        "Classes by number or name, gone through in turn by the edits of a picture; or a mixture, "
+        "Classes by number or name; the edits of a picture cycle through them. Or a mixture, "
         "207:0.5,388:0.5; or none.",
     )
-    define(flags.DEFINE_integer, "num_images", 1, "How many edits of every picture.")
-    define(
-        flags.DEFINE_integer,
+    integer("num_images", 1, "Number of edits of every picture.")
+    integer(
         "blend",
         None,
-        "Put the original's pixels back where nothing was drawn, with a ramp so many pixels wide; "
-        "without it they are the autoencoder's.",
+        "Put the original pixels back where nothing was drawn, with a ramp of this many pixels. By "
+        "default the autoencoder decodes those pixels.",
     )
-    define(flags.DEFINE_integer, "seed", 0, "Fixes all randomness.")
-    define(flags.DEFINE_integer, "step", None, "Which checkpoint; the latest by default.")
+    integer("seed", 0, "Fixes all randomness.")
+    integer("step", None, "Step of the checkpoint; the latest by default.")
     define_path("output", "Folder to write to instead of WORKDIR/edits.", flag_values)
 
 
@@ -103,38 +104,30 @@ def main(args: flags.FlagValues) -> None:
         mask = box_mask(box, side)
 
     count = args.num_images
-    class_ids = list(np.resize(np.array(class_ids, object), count)) * len(images)
-    repeated = np.repeat(images, count, axis=0)
-    settings = dict(
-        mask=mask, blend=args.blend, seed=args.seed, progress=True, **args.config.sampling
+    settings: dict[str, Any] = dict(
+        class_id=list(np.resize(np.array(class_ids, object), count)) * len(images),
+        mask=mask,
+        blend=args.blend,
+        seed=args.seed,
+        progress=True,
+        **args.config.sampling,
     )
+    repeated = np.repeat(images, count, axis=0)
+    margins = dict.fromkeys(SIDES, 0)
     if outpaint is None:
-        margins = [0] * 4
         edited = pipeline.edit(
-            repeated,
-            class_id=class_ids,
-            keep=args.keep,
-            encode_hidden=args.encode_hidden,
-            **settings,
+            repeated, keep=args.keep, encode_hidden=args.encode_hidden, **settings
         )
     else:
-        margins = [patch * round(share * side / patch) for share in outpaint]
-        if not any(margins) and mask is None:
+        pixels = [patch * round(share * side / patch) for share in outpaint]
+        if not any(pixels) and mask is None:
             raise UserError(
                 f"--outpaint={','.join(map(str, outpaint))} rounds to nothing: margins are "
                 f"multiples of {patch} of {side} pixels"
             )
-        left, top, right, bottom = margins
-        edited = pipeline.outpaint(
-            repeated,
-            class_ids,
-            left=left,
-            top=top,
-            right=right,
-            bottom=bottom,
-            encode_hidden=bool(args.encode_hidden),
-            **settings,
-        )
+        margins = dict(zip(SIDES, pixels, strict=True))
+        hidden = bool(args.encode_hidden)
+        edited = pipeline.outpaint(repeated, encode_hidden=hidden, **settings | margins)
     if jax.process_index() > 0:
         return  # Every process has all the images; one writes them.
     for i, image in enumerate(edited):
@@ -147,7 +140,7 @@ def picture_paths(given: str | None) -> list[Path]:
     """The pictures of a file, a folder or a glob, sorted.
 
     Raises:
-      UserError: there are none, or two whose edits would have the same name.
+      UserError: there are none, or the edits of two would have the same name.
     """
     if not given:
         raise UserError("--input is not set; name a picture, a folder of pictures or a glob")
@@ -177,18 +170,18 @@ def edit_name(path: Path, number: int) -> str:
 def check_output(
     output: epath.PathLike, given: str, paths: list[Path], count: int, mask: str | None = None
 ) -> None:
-    """Looks at where the edits will be before they are drawn.
+    """Checks, before anything is drawn, where the edits will be written.
 
     Args:
       output: the folder to write to.
       given: --input.
       paths: of the pictures.
-      count: edits of every picture.
+      count: number of edits of every picture.
       mask: --mask.
 
     Raises:
-      UserError: one of the files that are read would be overwritten, or taken for a picture to be
-        edited the next time, or a name would be too long.
+      UserError: an input file would be overwritten, or an edit would count as a picture to edit the
+        next time, or a name would be too long.
     """
     for path in paths:
         storage.check_name(edit_name(path, count - 1))
@@ -206,7 +199,7 @@ def check_output(
 
 
 def _matching(pattern: str) -> list[Path]:
-    """The pictures that a glob names, each once; those in junk folders must be named in full."""
+    """The pictures that a glob matches, each once; junk folders count only if it names them."""
     found: dict[str, Path] = {}
     for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
         wild = set(path.parent.parts) - set(Path(pattern).parts)
@@ -222,7 +215,7 @@ def parse_classes(parts: list[str]) -> list[ClassId]:
     """`207,cat` -> two classes; `207:0.5,cat:0.5` -> a mixture; `none` or nothing -> no class.
 
     Raises:
-      UserError: a mixture is not one.
+      UserError: the text with a colon is not a mixture.
     """
     if not any(":" in part for part in parts):
         return [None if part == "none" else part for part in parts or ["none"]]
@@ -237,10 +230,10 @@ def parse_classes(parts: list[str]) -> list[ClassId]:
 
 
 def parse_shares(flag: str, parts: list[str] | None) -> tuple[float, ...] | None:
-    """Four numbers that are 0 or more.
+    """Reads four numbers that are 0 or more.
 
     Raises:
-      UserError: they are not.
+      UserError: they are not four such numbers.
     """
     if parts is None:
         return None
@@ -258,7 +251,7 @@ def parse_shares(flag: str, parts: list[str] | None) -> tuple[float, ...] | None
 def read_picture(
     path: Path, side: int, channels: int
 ) -> tuple[UInt8[np.ndarray, "H W I"], tuple[int, int]]:
-    """A picture as the model takes it, and its width and height before.
+    """A picture as the model takes it, and its original width and height.
 
     Raises:
       UserError: it cannot be read.
@@ -272,10 +265,10 @@ def read_picture(
 
 
 def read_mask(path: str, side: int, sizes: set[tuple[int, int]]) -> Bool[np.ndarray, "H W"]:
-    """The white pixels of a mask, cut as the pictures are.
+    """The white pixels of a mask, cut like the pictures.
 
     Raises:
-      UserError: it cannot be read, or has neither the size of all pictures nor the model's.
+      UserError: it cannot be read, or has neither the size of all pictures nor that of the model.
     """
     pixels, size = read_picture(Path(path), side, 1)
     if size != (side, side) and sizes != {size}:
@@ -291,7 +284,7 @@ def box_mask(box: tuple[float, ...], side: int) -> Bool[np.ndarray, "H W"]:
     """A rectangle of the square.
 
     Raises:
-      UserError: it does not fit.
+      UserError: it does not fit into the square, or is empty.
     """
     left, top, width, height = box
     if max(left + width, top + height) > 1 + 1e-9:
@@ -311,13 +304,12 @@ def sheet(
     images: UInt8[np.ndarray, "B H W I"],
     mask: Bool[np.ndarray, "H W"] | None,
     edited: UInt8[np.ndarray, "E height width I"],
-    margins: list[int],
+    margins: dict[str, int],
 ) -> UInt8[np.ndarray, "sheetH sheetW I"]:
-    """A row a picture: the original, the mask, the edits."""
-    left, top, right, bottom = margins
-    around = (top, bottom), (left, right)
+    """One row per picture: the original, the mask, the edits."""
+    around = (margins["top"], margins["bottom"]), (margins["left"], margins["right"])
     if mask is None:
-        mask = np.full(images.shape[1:3], not any(margins))
+        mask = np.full(images.shape[1:3], not any(margins.values()))
     shown = 255 * np.pad(mask, around, constant_values=True).astype(np.uint8)
     shown = np.broadcast_to(shown[..., None], edited.shape[1:])
     originals = np.pad(images, [(0, 0), *around, (0, 0)], constant_values=pictures.GAP_VALUE)

@@ -55,7 +55,8 @@ from tokenbridge_jax.evaluation.scores import (
     remarks,
     save_reference,
 )
-from tokenbridge_jax.pipeline.pipeline import MODEL_FILE, ModelDescription, Pipeline
+from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import meshes, pictures, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 

@@ -20,7 +20,8 @@ from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.model import TokenBridgeConfig
-from tokenbridge_jax.pipeline.pipeline import ModelDescription, abstract_sharded_params
+from tokenbridge_jax.pipeline.description import ModelDescription
+from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.pipeline.pretrained import load_weights
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError

@@ -47,7 +47,7 @@ from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.config import model_config
 from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, init_params
-from tokenbridge_jax.pipeline.pipeline import ModelDescription
+from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, storage

@@ -1,10 +1,11 @@
 """Samples images: WORKDIR/checkpoints + WORKDIR/autoencoder -> WORKDIR/samples.
 
-Writes `samples.npz` (`arr_0`: uint8 NHWC, `labels`: int32) and `grid.png`, the first 100 of them.
-How to sample is `config.sampling`: --config.sampling.num_iter=64, .guidance, .guidance_schedule,
+Writes `samples.npz` (`arr_0`: uint8 NHWC, `labels`: int32) and `grid.png` with the first 100.
+`config.sampling` says how to sample: --config.sampling.num_iter=64, .guidance, .guidance_schedule,
 .guidance_interval, .temperature, .order, .choice_temperature, .batch_size.
 """
 
+import functools
 import sys
 
 import jax
@@ -14,7 +15,7 @@ from etils import epath
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.pipeline.pipeline import Pipeline
+from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -23,17 +24,16 @@ IN_GRID = 100
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
+    integer = functools.partial(flags.DEFINE_integer, flag_values=flag_values)
     flags.DEFINE_list(
         "classes",
         None,
-        "Classes by number or name, gone through in turn; all by default.",
+        "Classes by number or name; the images cycle through them. All by default.",
         flag_values=flag_values,
     )
-    flags.DEFINE_integer("num_images", IN_GRID, "How many images.", flag_values=flag_values)
-    flags.DEFINE_integer("seed", 0, "Fixes all randomness.", flag_values=flag_values)
-    flags.DEFINE_integer(
-        "step", None, "Which checkpoint; the latest by default.", flag_values=flag_values
-    )
+    integer("num_images", IN_GRID, "Number of images.")
+    integer("seed", 0, "Fixes all randomness.")
+    integer("step", None, "Step of the checkpoint; the latest by default.")
     define_path("output", "Folder to write to instead of WORKDIR/samples.", flag_values)
 
 
@@ -45,13 +45,13 @@ def main(args: flags.FlagValues) -> None:
     pipeline = Pipeline.load(
         args.workdir, step=args.step, mesh=meshes.make_mesh(**args.config.mesh)
     )
-    # By default those of the training images; the model may have room for more.
+    # By default the classes of the training images; the model may have room for more.
     classes = args.classes or pipeline.description.class_names
     class_ids = np.resize(np.array(classes, object), args.num_images).tolist()
     labels = pipeline.labels(class_ids)
     images = pipeline.generate(class_ids, seed=args.seed, progress=True, **args.config.sampling)
     if jax.process_index() > 0:
-        return  # Every process has all the images; one writes them.
+        return  # Every process has all images; one writes them.
     storage.write_npz(output / "samples.npz", {"arr_0": images, "labels": labels})
     columns = min(len(classes), 10)
     pictures.write_png(output / "grid.png", pictures.grid(images[:IN_GRID], columns))

@@ -40,11 +40,12 @@ from tokenbridge_jax.evaluation.generation import decoded_images, make_labels
 from tokenbridge_jax.evaluation.networks import default_folder, make_extractor
 from tokenbridge_jax.evaluation.scores import find_reference, generation_scores
 from tokenbridge_jax.model import TokenBridgeConfig
-from tokenbridge_jax.pipeline.pipeline import MODEL_FILE, ModelDescription, sample_indices
+from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
+from tokenbridge_jax.sampling.batches import generate_in_batches
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Run, fit
 from tokenbridge_jax.training.metric_writer import MetricWriter
@@ -209,7 +210,7 @@ def _sampling_hooks(
     settings, batch_size = sampling_settings(config.sampling), config.sampling.batch_size
 
     def sample(state: TrainState, labels: np.ndarray) -> np.ndarray:
-        return sample_indices(
+        return generate_in_batches(
             model,
             state.ema_params,
             labels,

@@ -22,7 +22,7 @@ from tokenbridge_jax.config import autoencoder_config, check_training, flat_fiel
 from tokenbridge_jax.data.loader import make_image_loader
 from tokenbridge_jax.data.shards import INFO_FILE, PARTIAL_INFO_FILE
 from tokenbridge_jax.data.sources import Subset, make_subsets
-from tokenbridge_jax.pipeline.pipeline import MODEL_FILE
+from tokenbridge_jax.pipeline.description import MODEL_FILE
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import autoencoder_task

@@ -1,4 +1,4 @@
 """A page that draws and edits images with a trained model (`tokenbridge demo`).
 
-`drawing.py` is what it does, `page.py` what it looks like; the latter alone needs Gradio.
+`drawing.py` draws the images, `page.py` builds the page. Only `page.py` needs Gradio.
 """

@@ -1,4 +1,4 @@
-"""What the page asks for: checked, drawn in a thread of its own, and shown while it is drawn."""
+"""Checks the requests of the page and draws them in a thread, with previews."""
 
 import dataclasses
 import io as bytes_io
@@ -19,36 +19,37 @@ from PIL import Image
 from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.data.class_names import class_at
 from tokenbridge_jax.data.images import ImageError, open_picture, prepare
-from tokenbridge_jax.pipeline.pipeline import ClassId, Pipeline
+from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.description import ClassId
 from tokenbridge_jax.runtime import pictures
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.sampling.sampler import Preview
+from tokenbridge_jax.sampling.batches import Preview
 
 NO_CLASS = -1
-# Every number of images is a program to compile.
+# Every number of images needs a compiled program of its own.
 NUMBERS_OF_IMAGES = (1, 4, 9, 16)
 MAX_SEED = 2**32 - 1
 MAX_TEMPERATURE = 2.0
-# More if the config's own is.
+# A larger guidance of the config is allowed too.
 MAX_GUIDANCE = 10.0
 MAX_KEEP = 0.95
 MAX_UPLOAD_PIXELS = 2**26
-# Decoding takes its time, too.
+# Decoding a preview takes time.
 MAX_PREVIEWS = 16
-# Seconds.
+# Seconds between two signs of life while nothing is new.
 TICK = 1.0
 
 
 class Choices(NamedTuple):
-    """What the page's settings say, in their order.
+    """The settings of the page, in the order of the page.
 
     Attributes:
       class_id: number of a class, or NO_CLASS for the model's unconditional images.
       second: number of a class to mix in, or NO_CLASS.
-      share: of the second class, from 0 to 1.
+      share: weight of the second class, from 0 to 1.
       images: how many, one of NUMBERS_OF_IMAGES.
       seed: from 0 to MAX_SEED.
-      guidance: as `SamplingSettings` has it; so are the rest.
+      guidance: see `SamplingSettings`, also for those below.
       temperature: at most MAX_TEMPERATURE.
       num_iter: at most L.
       order: one of ORDERS.
@@ -65,7 +66,7 @@ class Choices(NamedTuple):
     order: str
 
     def mixture(self, names: tuple[str, ...]) -> ClassId:
-        """The class, or both with their weights where they are two; `names` are all by number."""
+        """The class, or two classes with their weights; `names` are the names of all classes."""
         if self.class_id == NO_CLASS:
             return None
         first = class_at(self.class_id, names)
@@ -75,7 +76,7 @@ class Choices(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Images on their way: steps done, their number, uint8 `[B, H, W, I]`."""
+    """Images while they are drawn: steps done, number of steps, uint8 `[B, H, W, I]`."""
 
     done: int
     steps: int
@@ -83,10 +84,10 @@ class Frame(NamedTuple):
 
 
 class Demo:
-    """Draws what the page asks for, one request at a time."""
+    """Draws the requests of the page, one at a time."""
 
     def __init__(self, pipeline: Pipeline, sampling: ConfigDict):
-        """The page starts with the settings of `sampling`, a config's section of this name."""
+        """The page starts with the settings of `sampling`, the section of a config."""
         self.pipeline = pipeline
         self.defaults = sampling_settings(sampling)
         self._names = pipeline.description.class_names
@@ -97,14 +98,14 @@ class Demo:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Ends what is being drawn, at its next step."""
+        """Stops the request that is being drawn, at its next step."""
         self._closed.set()
         self._sampler.shutdown(wait=False, cancel_futures=True)
 
     def generate(self, choices: Choices) -> Iterator[Frame | None]:
-        """Yields images on their way, and last those of `Pipeline.generate`.
+        """Yields images while they are drawn, and finally those of `Pipeline.generate`.
 
-        While there is nothing new, it yields None now and then, so that it can be closed.
+        While there is nothing new, it yields None once a second, so that it can be closed.
 
         Raises:
           UserError: a choice is out of range.
@@ -124,15 +125,15 @@ class Demo:
         blend: int | None,
         encode_hidden: bool = False,
     ) -> Iterator[Frame | None]:
-        """As `generate`, of `Pipeline.edit`: several edits of one image.
+        """Like `generate`, for `Pipeline.edit`: several edits of one image.
 
         Args:
           choices: the settings.
-          image: to be edited, of the model's size.
-          mask: True where it was painted; nothing painted stands for the whole image.
+          image: the image to edit, of the model's size.
+          mask: True where it was painted; if nothing is painted, the whole image is meant.
           keep: share of the masked positions to keep; 0 draws all of them.
-          blend: as for `Pipeline.edit`.
-          encode_hidden: likewise; False leaves it to `keep`.
+          blend: see `Pipeline.edit`.
+          encode_hidden: see `Pipeline.edit`; if it is False, `keep` decides.
 
         Raises:
           UserError: there is no image or nothing to draw anew, or a choice is out of range.
@@ -158,10 +159,10 @@ class Demo:
         ))  # fmt: skip
 
     def read(self, path: str) -> UInt8[np.ndarray, "H W I"]:
-        """A picture of any size as the model takes it: cut as `tokenize` does.
+        """Reads a picture of any size and crops it to the model's size, as `tokenize` does.
 
         Raises:
-          UserError: it is no picture, or too large.
+          UserError: the file is not a picture, or it is too large.
         """
         try:
             with open_picture(path) as picture:
@@ -173,7 +174,7 @@ class Demo:
             raise UserError(f"this file cannot be used: {reason}") from error
 
     def _settings(self, choices: Choices) -> dict[str, Any]:
-        """Checked arguments of `Pipeline.generate` and `edit`."""
+        """Checks the choices; returns arguments of `Pipeline.generate` and `edit`."""
         for class_id in (choices.class_id, choices.second):
             if class_id != NO_CLASS:
                 self.pipeline.class_id(class_at(class_id, self._names))
@@ -200,7 +201,7 @@ class Demo:
         )
 
     def _frames(self, draw: Callable[[Preview], np.ndarray]) -> Iterator[Frame | None]:
-        """Runs `draw` in the sampler's thread; closing this ends it at its next step."""
+        """Runs `draw` in the sampler's thread; closing this iterator stops it at its next step."""
         frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         left = threading.Event()
 
@@ -229,11 +230,11 @@ class Demo:
 
 
 def painted(layers: Sequence[np.ndarray], side: int) -> Bool[np.ndarray, "H W"]:
-    """The pixels of an image that a brush has covered to a quarter at least.
+    """The pixels of an image of which a brush has covered at least a quarter.
 
     Args:
-      layers: RGBA, of any size: whatever is not transparent was painted.
-      side: of the image, in pixels.
+      layers: RGBA, of any size; pixels that are not transparent were painted.
+      side: side of the image, in pixels.
     """
     mask = np.zeros((side, side), bool)
     for layer in layers:

@@ -1,4 +1,4 @@
-"""The page, in Gradio: settings on the left; on the right what is generated, and edited."""
+"""The page, in Gradio: settings on the left; generated and edited images on the right."""
 
 import html
 import math
@@ -36,9 +36,9 @@ MAX_UPLOAD = "20mb"
 MAX_WAITING = 8
 # Seconds until a file of the page is deleted.
 KEEP_FILES = 3600
-# Pixels a side of what is painted on: small images are enlarged by a whole factor.
+# Pixels a side of the canvas for painting. Small images are enlarged by a whole factor.
 CANVAS = 512
-# Images of fewer pixels a side are shown with sharp pixels.
+# Images with fewer pixels a side are shown with sharp pixels.
 PIXELATED_BELOW = 128
 
 CSS = """
@@ -67,16 +67,16 @@ class Drawing(NamedTuple):
 def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
     """Starts to serve the page and returns.
 
-    Nothing is told to other servers, and the page loads nothing from any.
+    Neither the server nor the page contacts other servers.
 
     Args:
-      demo: draws.
+      demo: draws the images.
       host: address to listen on.
-      port: a free one.
+      port: a free port.
       folder: for the page's files.
     """
-    os.environ["GRADIO_TEMP_DIR"] = folder  # Read when components are made.
-    # What is painted is decoded before anybody can look at its size.
+    os.environ["GRADIO_TEMP_DIR"] = folder  # Gradio reads it when components are made.
+    # Gradio decodes painted images before this code can check their size.
     Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS
     page = build(demo, Path(folder))
     page.queue(max_size=MAX_WAITING, api_open=False)
@@ -105,7 +105,7 @@ def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
 
 
 def build(demo: Demo, folder: Path) -> gr.Blocks:
-    """The page and what its buttons do; `folder` is for its files."""
+    """Builds the page and connects its buttons; `folder` is for its files."""
     with gr.Blocks(
         title="TokenBridge", analytics_enabled=False, delete_cache=(KEEP_FILES, KEEP_FILES)
     ) as page:
@@ -154,7 +154,7 @@ def build(demo: Demo, folder: Path) -> gr.Blocks:
 
         for drawing in generated, edited:
             given = [drawing.images, drawing.selected]
-            # The editor takes a picture only where it is seen already.
+            # The editor accepts a picture only once its tab is visible.
             drawing.take.click(take, given, [original, tabs], api_visibility="private").then(
                 on_canvas, original, editor, api_visibility="private"
             )
@@ -162,7 +162,7 @@ def build(demo: Demo, folder: Path) -> gr.Blocks:
 
 
 def on_canvas(image: UInt8[np.ndarray, "H W I"]) -> Image.Image:
-    """An image as large as it is painted on."""
+    """An image, enlarged to the size of the canvas."""
     factor = max(1, CANVAS // len(image))
     return pictures.to_pil(image.repeat(factor, axis=0).repeat(factor, axis=1))
 
@@ -308,7 +308,7 @@ def _connect(
             yield {drawing.status: ""}
             raise _shown(error) from None
         assert last is not None
-        # Gradio makes a copy of its own for whoever asked for it.
+        # Gradio makes its own copy for each visitor.
         write_archive(archive, last.images, dict(zip(Choices._fields, values, strict=False)))
         yield {
             drawing.images: last.images,
@@ -338,7 +338,7 @@ def _connect(
 
 
 def _tiled(images: UInt8[np.ndarray, "B H W I"]) -> gr.Gallery:
-    """With none selected."""
+    """A gallery of the images, with none selected."""
     shown = [pictures.to_pil(image) for image in images]
     return gr.Gallery(shown, columns=math.isqrt(len(images)), selected_index=None)
 
@@ -352,5 +352,5 @@ def _progress(frame: Frame | None, seconds: float) -> str:
 
 
 def _shown(error: UserError) -> gr.Error:
-    """A mistake as the page tells it; the page takes it for HTML."""
+    """The message of a mistake. The page reads messages as HTML, so it is escaped."""
     return gr.Error(html.escape(str(error), quote=False), print_exception=False)

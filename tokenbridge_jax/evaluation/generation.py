@@ -19,11 +19,11 @@ from jaxtyping import Int, Integer
 
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.evaluation.image_sets import MadeImages, rgb
-from tokenbridge_jax.pipeline.pipeline import Pipeline, sample_indices
-from tokenbridge_jax.pipeline.pretrained import on_host
+from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
+from tokenbridge_jax.sampling.batches import generate_in_batches
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 # Who gets how many images: every class as many (or one more), as ADM, MAR and TokenBridge have it,
@@ -81,7 +81,7 @@ def weights_sha256(params: Any, step: int) -> str:
     Raises:
       UserError: some are NaN or infinite.
     """
-    whole = jax.tree.map(on_host, params)
+    whole = jax.tree.map(meshes.on_host, params)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(whole)):
         raise UserError(f"the weights of step {step} hold NaN or infinity; name another --step")
     return safetensors_file.sha256(whole)
@@ -130,7 +130,7 @@ def draw(
             wanted = labels[start : start + size]
             # A last batch is filled up: it needs no program of its own.
             full = np.pad(wanted, (0, size - len(wanted)), mode="edge")
-            indices = sample_indices(
+            indices = generate_in_batches(
                 pipeline.config,
                 pipeline.params,
                 full,

@@ -28,7 +28,8 @@ from tokenbridge_jax.evaluation import calibration, figures, report
 from tokenbridge_jax.evaluation.calibration import Calibration
 from tokenbridge_jax.loss import Examples, MaskDraw, map_slots
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
-from tokenbridge_jax.pipeline.pipeline import ModelDescription, Pipeline
+from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress

@@ -1,1 +1,5 @@
-"""The trained line as one object, and what it does with pictures."""
+"""The trained autoencoder and model as one object, and what it does with pictures."""
+
+from tokenbridge_jax.pipeline.pipeline import Pipeline
+
+__all__ = ["Pipeline"]

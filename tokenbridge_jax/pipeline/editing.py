@@ -1,39 +1,60 @@
 """Editing images: some positions are drawn anew, the others stay.
 
-A mask of pixels says what is drawn anew; a position is hidden where any pixel of its patch is.
-What is hidden stays unseen: the encoder, which looks everywhere, gets the pixels of hidden
-positions filled from visible ones. Pictures that differ in nothing else have the same edits.
+A mask of pixels says what to draw anew. A position is hidden if the mask touches any pixel of its
+patch. Hidden content stays unseen: the encoder sees beyond a position's own pixels, so the pixels
+of hidden positions are filled from visible ones before anything is encoded. Two pictures that
+differ only in hidden positions have the same edits.
 
-Pictures larger than the model's are drawn in *windows* of its size, which overlap: every window is
-an edit that finds known what the ones before it have drawn. The autoencoder is convolutional; it
-encodes and decodes them whole.
+Pictures larger than the model's are drawn in overlapping *windows* of its size. Every window is an
+edit whose known part includes what earlier windows have drawn. The autoencoder is convolutional and
+encodes and decodes such a picture whole.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Integer, UInt8
 from scipy.ndimage import distance_transform_edt
 
-from tokenbridge_jax.codec import check_image_side, check_images, in_batches
+from tokenbridge_jax.codec import Codec, check_images, in_batches
 from tokenbridge_jax.data.images import MAX_PIXELS
+from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.pipeline.description import ClassId
 from tokenbridge_jax.pipeline.filling import fill_hidden
 from tokenbridge_jax.runtime import checks
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
-from tokenbridge_jax.sampling.sampler import Preview
+from tokenbridge_jax.sampling.batches import Preview
 
-if TYPE_CHECKING:
-    from tokenbridge_jax.pipeline.pipeline import ClassId, Pipeline
+
+@runtime_checkable
+class Drawer(Protocol):
+    """What editing needs of a `Pipeline`, which has `edit` and `outpaint` as methods."""
+
+    config: TokenBridgeConfig
+    codec: Codec
+    grid: int
+    patch_size: int
+    image_size: int
+
+    def encode(self, images: Any) -> np.ndarray:
+        """As `Pipeline.encode`."""
+
+    def decode(self, indices: Any) -> np.ndarray:
+        """As `Pipeline.decode`."""
+
+    def generate_indices(self, class_ids: Any, **arguments: Any) -> np.ndarray:
+        """As `Pipeline.generate_indices`."""
 
 
 def edit(
-    pipeline: "Pipeline",
+    pipeline: Drawer,
     images: UInt8[np.ndarray, "*B H W I"] | Any,
     mask: Bool[np.ndarray, "*B H W"] | Any,
-    class_id: "ClassId | Sequence[ClassId] | Any",
+    class_id: ClassId | Sequence[ClassId] | Any,
     *,
     keep: float | Any = None,
     encode_hidden: bool | None = None,
@@ -50,25 +71,26 @@ def edit(
     Masks that hide up to an eighth, a quarter, half, or all of the positions share a program.
 
     Args:
-      pipeline: draws them.
+      pipeline: draws the positions.
       images: uint8 `[B, H, W, I]` or one `[H, W, I]`, of the size the model draws.
       mask: bool `[H, W]`, or `[B, H, W]` with one for each image; True where something new is to be
         drawn. None draws variations of whole images, with `keep`.
       class_id: of the new part, as `Pipeline.labels` takes them: one for all, or a list with one
         for each image.
-      keep: share of the masked positions, above 0 and below 1, to keep all the same, at random.
-      encode_hidden: whether the encoder sees the pixels of hidden positions, so that the indices of
-        visible ones are those of the whole image and the edits take after it: for touch-ups. False
-        shows it visible pixels alone, with the others filled from them. None is True with `keep`,
-        which asks for variations of what is there, and False without.
+      keep: share of the masked positions, above 0 and below 1, that is kept, chosen at random.
+      encode_hidden: True shows the encoder the pixels of hidden positions, so that visible
+        positions have the indices of the whole image and the edits resemble it: for touch-ups.
+        False shows it only visible pixels, with the others filled from them. None is True with
+        `keep`, which asks for variations of the image, and False without.
       blend: None gives what the autoencoder decodes, kept parts included. A number puts the
-        original pixels back outside the mask, with a ramp so many pixels wide; 0 is a hard edge.
-      seed: image i is the same for the same seed, whatever else is edited beside it.
+        original pixels back outside the mask, with a ramp of that many pixels; 0 is a hard edge.
+      seed: image i is the same for the same seed, whatever other images are edited with it.
       batch_size: images at once.
       progress: print rate and ETA to stderr.
       preview: called with the steps done, their number, and the decoded images of a batch, which
-        has images with equally many hidden positions. What is hidden still is as it was encoded.
-      preview_every: so many steps.
+        has images with equally many hidden positions. Positions that are still hidden are shown as
+        they were encoded.
+      preview_every: number of steps between two calls.
       **settings: fields of `SamplingSettings`.
 
     Returns:
@@ -78,20 +100,17 @@ def edit(
     Raises:
       UserError: an image, a mask or a setting does not fit, or a mask hides nothing or everything.
     """
-    images, single = _batch(pipeline, images)
+    images, single = _batch(pipeline, images, pipeline.image_size)
     batch_size, seed, blend = _check(batch_size, seed, blend, preview)
-    check_image_side(images, pipeline.image_size, "outpaint takes others")
     mask = None if mask is None else np.asarray(checks.to_array("mask", mask))
     hidden = hidden_positions(mask, images.shape[:3], pipeline.patch_size, keep, seed)
     class_ids = _class_list(class_id, len(images))
-    redrawn = _pixels(hidden.reshape(-1, pipeline.grid, pipeline.grid), pipeline.patch_size)
     if encode_hidden is None:
         encode_hidden = keep is not None
-    seen = images if encode_hidden else fill_hidden(images, redrawn, pipeline.patch_size)
     indices = pipeline.generate_indices(
         class_ids,
-        known=in_batches(pipeline.encode, seen, batch_size),
-        hidden=hidden,
+        known=in_batches(pipeline.encode, _seen(images, hidden, encode_hidden), batch_size),
+        hidden=hidden.reshape(len(images), -1),
         seed=seed,
         batch_size=batch_size,
         progress=progress,
@@ -101,16 +120,14 @@ def edit(
     )
     edited = in_batches(pipeline.decode, indices, batch_size)
     if blend is not None:
-        if mask is not None:
-            redrawn &= mask
-        edited = blend_images(images, edited, redrawn, blend)
+        edited = blend_images(images, edited, _redrawn(hidden, mask, pipeline.patch_size), blend)
     return edited[0] if single else edited
 
 
 def outpaint(
-    pipeline: "Pipeline",
+    pipeline: Drawer,
     images: UInt8[np.ndarray, "*B H W I"] | Any,
-    class_id: "ClassId | Sequence[ClassId] | Any",
+    class_id: ClassId | Sequence[ClassId] | Any,
     *,
     left: int | Any = 0,
     top: int | Any = 0,
@@ -126,10 +143,10 @@ def outpaint(
     preview: Preview | Any = None,
     **settings: Any,
 ) -> UInt8[np.ndarray, "*B height width I"]:
-    """Draws margins around images, window by window from what is known outwards.
+    """Draws margins around images, window by window, from the known part outwards.
 
     Args:
-      pipeline: draws them.
+      pipeline: draws the windows.
       images: uint8 `[B, H, W, I]` or one `[H, W, I]`, of any size that is a multiple of the
         autoencoder's downsampling; with the margins at least as large as the model's.
       class_id: of the new part, as for `edit`.
@@ -137,16 +154,16 @@ def outpaint(
       top: likewise.
       right: likewise.
       bottom: likewise.
-      mask: bool `[H, W]` or `[B, H, W]`: what is drawn anew of the images themselves.
+      mask: bool `[H, W]` or `[B, H, W]`: the part of the images themselves to draw anew.
       overlap: share of a window's side that the next window has in common with it, 0 or more and
         below 1.
-      encode_hidden: as for `edit`, of what the mask hides.
+      encode_hidden: as for `edit`, for positions that the mask hides.
       blend: as for `edit`; margins count as masked.
-      seed: image i is the same for the same seed, whatever else is drawn beside it.
+      seed: image i is the same for the same seed, whatever other images are drawn with it.
       batch_size: windows at once, of different images.
       progress: print windows done, rate and ETA to stderr.
-      preview: called after every window with the windows done of an image, the most that an image
-        has, and the decoded images.
+      preview: called after every window with the windows done of an image, the largest number
+        that an image has, and the decoded images.
       **settings: fields of `SamplingSettings`.
 
     Returns:
@@ -165,74 +182,62 @@ def outpaint(
     if mask is None:
         if not np.any(margins):
             raise UserError("nothing says what to draw anew: give left, top, right, bottom or mask")
-        hidden = np.zeros((count, height // patch * (width // patch)), bool)
+        hidden = np.zeros((count, height // patch, width // patch), bool)
     else:
         mask = np.asarray(checks.to_array("mask", mask))
         hidden = hidden_positions(mask, images.shape[:3], patch)
+        mask = np.pad(
+            np.broadcast_to(mask, images.shape[:3]), [(0, 0), *margins], constant_values=True
+        )
     class_ids = _class_list(class_id, count)
 
-    shape = count, height // patch, width // patch
-    seen = images
-    if not encode_hidden:
-        seen = fill_hidden(images, _pixels(hidden.reshape(shape), patch), patch)
+    seen = _seen(images, hidden, encode_hidden)
     border = [(0, 0), *((before // patch, after // patch) for before, after in margins)]
-    hidden = np.pad(hidden.reshape(shape), border, constant_values=True)
+    shape = hidden.shape
+    hidden = np.pad(hidden, border, constant_values=True)
     batch = max(1, batch_size * pipeline.config.positions // hidden[0].size)
     indices = in_batches(lambda x: pipeline.codec.encode(x).indices, seen, batch)
     nothing = np.argmin(np.abs(pipeline.config.quantizer.dequantized_levels))
     canvas = np.pad(indices.reshape(*shape, -1), [*border, (0, 0)], constant_values=nothing)
-
-    def show(done: int, most: int) -> None:
-        if preview is not None:
-            preview(done, most, in_batches(pipeline.codec.decode_maps, canvas, batch))
-
-    draw_windows(
-        pipeline,
-        class_ids,
-        canvas,
-        hidden,
-        overlap=overlap,
-        seed=seed,
-        progress=progress,
-        shown=show,
-        batch_size=batch_size,
-        **settings,
+    decode = functools.partial(in_batches, pipeline.codec.decode_maps, canvas, batch)
+    arguments: dict[str, Any] = dict(
+        overlap=overlap, seed=seed, progress=progress, batch_size=batch_size
     )
-    drawn = in_batches(pipeline.codec.decode_maps, canvas, batch)
+    for done, most in draw_windows(pipeline, class_ids, canvas, hidden, **arguments, **settings):
+        if preview is not None:
+            preview(done, most, decode())
+    drawn = decode()
     if blend is not None:
-        around = [(0, 0), *margins]
-        redrawn = _pixels(hidden, patch)
-        if mask is not None:
-            mask = np.broadcast_to(mask, images.shape[:3])
-            redrawn &= np.pad(mask, around, constant_values=True)
-        drawn = blend_images(np.pad(images, [*around, (0, 0)]), drawn, redrawn, blend)
+        original = np.pad(images, [(0, 0), *margins, (0, 0)])
+        drawn = blend_images(original, drawn, _redrawn(hidden, mask, patch), blend)
     return drawn[0] if single else drawn
 
 
 def draw_windows(
-    pipeline: "Pipeline",
-    class_ids: "Sequence[ClassId]",
+    pipeline: Drawer,
+    class_ids: Sequence[ClassId],
     canvas: Integer[np.ndarray, "B height width C"],
     hidden: Bool[np.ndarray, "B height width"],
     *,
     overlap: float = 0.5,
     seed: int = 0,
     progress: bool = False,
-    shown: Callable[[int, int], None] = lambda done, most: None,
     **arguments: Any,
-) -> None:
+) -> Iterator[tuple[int, int]]:
     """Draws the hidden positions of a canvas, in place; each in the first window that holds it.
 
     Args:
       pipeline: draws the windows, an image's k-th one with the k-th seed and the image's number.
       class_ids: of the images.
-      canvas: indices, at least as many positions a side as the model has.
+      canvas: indices, with at least as many positions on a side as the model has.
       hidden: the positions to draw.
       overlap: as for `outpaint`.
-      seed: of the first windows; those of the others follow from it.
+      seed: of the first windows; the seeds of the others follow from it.
       progress: as for `outpaint`.
-      shown: called after every window with the windows done and all of them.
       **arguments: of `Pipeline.generate_indices`.
+
+    Yields:
+      After every window: the windows done of an image, and the largest number that an image has.
     """
     grid = pipeline.grid
     stride = max(1, round(grid * (1 - overlap)))
@@ -259,13 +264,13 @@ def draw_windows(
             for image, window in at.items():
                 canvas[window], left[window] = drawn[image], False
             bar.update(len(images))
-            shown(done, most)
+            yield done, most
 
 
 def _windows(
     hidden: Bool[np.ndarray, "height width"], grid: int, stride: int
 ) -> Iterator[tuple[slice, slice]]:
-    """Windows in which something is hidden, each time one where it is least, until nothing is."""
+    """The windows to draw: each time one with the fewest hidden positions, until none is left."""
     left = hidden.copy()
     starts = [[*range(0, extent - grid, stride), extent - grid] for extent in hidden.shape]
     windows = [np.s_[y : y + grid, x : x + grid] for y, x in itertools.product(*starts)]
@@ -281,13 +286,13 @@ def hidden_positions(
     patch: int,
     keep: float | Any = None,
     seed: int = 0,
-) -> Bool[np.ndarray, "B L"]:
-    """The positions that a mask hides, row-major.
+) -> Bool[np.ndarray, "B h w"]:
+    """The positions that a mask hides.
 
     Args:
       mask: as for `edit`.
       shape: number, height and width of the images.
-      patch: pixels a side of one position.
+      patch: side of one position in pixels.
       keep: as for `edit`.
       seed: with an image's number, of the choice of what to keep.
 
@@ -323,7 +328,7 @@ def hidden_positions(
                 f"the mask covers all positions of image {image}: nothing would be kept; generate "
                 "draws whole images, and keep=0.1 keeps a share"
             )
-    return hidden
+    return hidden.reshape(count, height // patch, width // patch)
 
 
 def blend_images(
@@ -338,9 +343,11 @@ def blend_images(
     return np.round(share * edited + (1 - share) * original).astype(np.uint8)
 
 
-def _batch(pipeline: "Pipeline", images: Any) -> tuple[UInt8[np.ndarray, "B H W I"], bool]:
-    """Images on the host, and whether they are one without a batch axis."""
-    images = np.asarray(check_images(images, pipeline.codec.config, single=True))
+def _batch(
+    pipeline: Drawer, images: Any, side: int | None = None
+) -> tuple[UInt8[np.ndarray, "B H W I"], bool]:
+    """Images on the host, and whether a single one was given, without a batch axis."""
+    images = np.asarray(check_images(images, pipeline.codec.config, single=True, side=side))
     single = images.ndim == 3
     return (images[None] if single else images), single
 
@@ -353,7 +360,7 @@ def _check(batch_size: Any, seed: Any, blend: Any, preview: Any) -> tuple[int, i
 
 
 def _margins(
-    pipeline: "Pipeline", images: np.ndarray, **pixels: Any
+    pipeline: Drawer, images: np.ndarray, **pixels: Any
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Above and below, left and right."""
     patch, side = pipeline.patch_size, pipeline.image_size
@@ -377,7 +384,7 @@ def _margins(
     return margins
 
 
-def _class_list(class_id: Any, count: int) -> "Sequence[ClassId]":
+def _class_list(class_id: Any, count: int) -> Sequence[ClassId]:
     class_ids = checks.items(class_id)
     if class_ids is None:
         class_ids = [checks.item(class_id)] * count
@@ -386,7 +393,17 @@ def _class_list(class_id: Any, count: int) -> "Sequence[ClassId]":
     return class_ids
 
 
-def _pixels(
-    hidden: Bool[np.ndarray, "B height width"], patch: int
-) -> Bool[np.ndarray, "B heightP widthP"]:
-    return hidden.repeat(patch, axis=1).repeat(patch, axis=2)
+def _seen(
+    images: UInt8[np.ndarray, "B H W I"], hidden: Bool[np.ndarray, "B h w"], encode_hidden: bool
+) -> UInt8[np.ndarray, "B H W I"]:
+    """The images as the encoder sees them."""
+    patch = images.shape[1] // hidden.shape[1]
+    return images if encode_hidden else fill_hidden(images, _redrawn(hidden, None, patch), patch)
+
+
+def _redrawn(
+    hidden: Bool[np.ndarray, "B h w"], mask: Bool[np.ndarray, "*B H W"] | None, patch: int
+) -> Bool[np.ndarray, "B H W"]:
+    """The pixels of hidden positions that a mask covers, if there is one."""
+    pixels = hidden.repeat(patch, axis=1).repeat(patch, axis=2)
+    return pixels if mask is None else pixels & mask

@@ -1,9 +1,9 @@
-"""What the encoder sees where it may not look: hidden pixels, filled from the visible ones.
+"""Fills the pixels of hidden positions from visible ones, before the encoder sees an image.
 
-An encoder looks far, and its normalisation everywhere: whatever stands at hidden positions moves
-the indices of visible ones. Their pixels take the colour of the nearest visible pixel, which goes
-on what is at the border, and fade to the mean colour over the width of a position, which keeps the
-normalisation near what it is without a hole. `docs/editing.md` measures it and others.
+An encoder sees far, and its normalisation sees everything, so the content of hidden positions moves
+the indices of visible ones. Hidden pixels take the colour of the nearest visible pixel, which
+continues the border. Over the width of a position they fade to the mean colour, which keeps the
+normalisation close to that of the whole image. `docs/editing.md` compares this with other fills.
 """
 
 import numpy as np
@@ -17,12 +17,12 @@ GREY = 128
 def fill_hidden(
     images: UInt8[np.ndarray, "B H W I"], hidden: Bool[np.ndarray, "B H W"], width: int
 ) -> UInt8[np.ndarray, "B H W I"]:
-    """Images with their hidden pixels filled; nothing of these is in the result.
+    """Images with their hidden pixels filled; the result does not depend on those pixels.
 
     Args:
-      images: stay as they are.
-      hidden: the pixels to fill, of each image.
-      width: pixels over which the nearest visible colour fades, to 1/e, into the mean.
+      images: not changed.
+      hidden: the pixels to fill, for each image.
+      width: distance in pixels over which the nearest visible colour fades, to 1/e, into the mean.
     """
     filled = images.copy()
     for image, where in zip(filled, hidden, strict=True):

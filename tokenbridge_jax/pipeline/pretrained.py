@@ -1,34 +1,32 @@
 """A trained pipeline as a folder that stands alone, laid out as on a model hub.
 
   README.md           the model card: what is known of the model and its training, how to use it
-  model.json          what the arrays do not say (`pipeline.ModelDescription`), and the step
+  model.json          what the arrays do not say (`description.ModelDescription`), and the step
   model.safetensors   the averaged parameters, by the names they have here, `backbone/z_proj/kernel`
   autoencoder/        `config.json` and `params.safetensors`, as in a workdir
-  config.json         the run's settings, as in a workdir, but for its images' path and its mesh
+  config.json         the settings of the run, without its mesh and the path of its images
 
-It is a workdir with one file for its checkpoints: commands that only read take it as --workdir.
-Parameters are float32 whatever the model computes in: samples stay the same, bit for bit, and
-numpy, which has no bfloat16, reads them.
+It is a workdir with one file instead of its checkpoints: commands that only read accept it as
+--workdir. Parameters are float32 whatever dtype the model computes in: samples stay the same, bit
+for bit, and numpy, which has no bfloat16, reads them.
 """
 
 import contextlib
 import os
 import uuid
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from tokenbridge_jax.autoencoder import save_autoencoder
-from tokenbridge_jax.runtime import processes, safetensors_file, storage
+from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
+from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.checkpoints import differences, latest_step, load_params
-
-if TYPE_CHECKING:
-    from tokenbridge_jax.pipeline.pipeline import Pipeline
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -36,20 +34,30 @@ WEIGHTS_FILE = "model.safetensors"
 ANY_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
 
 
-def save(pipeline: "Pipeline", directory: epath.PathLike) -> None:
+class Trained(NamedTuple):
+    """What a folder holds; the attributes are those of `Pipeline`."""
+
+    description: ModelDescription
+    params: dict[str, Any]
+    codec: Codec
+    step: int
+    facts: Mapping[str, Any]
+
+
+def save(trained: Trained, directory: epath.PathLike) -> None:
     """Writes the folder, whole or not at all. Every process of a job calls it, and one writes.
 
     Raises:
-      UserError: the folder is there and not empty, or cannot be written.
+      UserError: the folder exists and is not empty, or cannot be written.
     """
     directory = storage.as_path(directory)
     if not storage.in_object_store(directory):
         directory = directory.absolute()
-    params = jax.tree.map(on_host, pipeline.params)
+    trained = trained._replace(params=jax.tree.map(meshes.on_host, trained.params))
     mistake = ""
     if jax.process_index() == 0:
         try:
-            _write(pipeline, params, directory)
+            _write(trained, directory)
         except UserError as error:
             mistake = str(error)
     if mistake := processes.gather(mistake)[0]:
@@ -72,7 +80,7 @@ def load_weights(
         damaged.
     """
     workdir = storage.as_path(workdir)
-    saved = storage.read_json(workdir / "model.json").get("step")
+    saved = storage.read_json(workdir / MODEL_FILE).get("step")
     if saved is None:
         return _from_checkpoints(workdir / "checkpoints", abstract, part, step)
     if step not in (None, saved):
@@ -82,7 +90,7 @@ def load_weights(
     path = workdir / WEIGHTS_FILE
     stored = safetensors_file.read(path)
     if found := differences("params", stored, abstract):
-        raise UserError(f"{path} does not fit {workdir / 'model.json'}: {'; '.join(found)}")
+        raise UserError(f"{path} does not fit {workdir / MODEL_FILE}: {'; '.join(found)}")
 
     def place(leaf: jax.ShapeDtypeStruct, array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
@@ -103,31 +111,25 @@ def _from_checkpoints(
     return load_params(checkpoints, abstract, part=part, step=step), step
 
 
-def on_host(leaf: jax.Array) -> np.ndarray:
-    if not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
-
-
-def _write(pipeline: "Pipeline", params: Any, directory: epath.Path) -> None:
+def _write(trained: Trained, directory: epath.Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is there already; name a new folder, or empty it")
     # What takes the folder's name is complete. In an object store `model.json`, the last, says so.
     folder = directory
     if not storage.in_object_store(directory):
         folder = directory.with_name(f".{uuid.uuid4().hex}.tmp")
-    codec, config = pipeline.codec, dict(pipeline.facts.get("config", {}))
+    description, params, codec, step, facts = trained
+    config = dict(facts.get("config", {}))
     try:
-        storage.write_bytes(folder / "README.md", model_card(pipeline, directory.name).encode())
+        storage.write_bytes(folder / "README.md", model_card(trained, directory.name).encode())
         if config:
             elsewhere = {"data": config["data"] | {"path": ""}, "mesh": ANY_DEVICES}
             storage.write_json(folder / "config.json", config | elsewhere)
-        extra = pipeline.facts.get("autoencoder")
-        save_autoencoder(folder / "autoencoder", codec.config, codec.params, extra)
-        safetensors_file.write(folder / WEIGHTS_FILE, params)
-        storage.write_json(
-            folder / "model.json", pipeline.description.to_json() | {"step": pipeline.step}
+        save_autoencoder(
+            folder / "autoencoder", codec.config, codec.params, facts.get("autoencoder")
         )
+        safetensors_file.write(folder / WEIGHTS_FILE, params)
+        storage.write_json(folder / MODEL_FILE, description.to_json() | {"step": step})
         if folder != directory:
             os.replace(folder, directory)
     except OSError as error:
@@ -138,25 +140,24 @@ def _write(pipeline: "Pipeline", params: Any, directory: epath.Path) -> None:
                 folder.rmtree(missing_ok=True)
 
 
-def model_card(pipeline: "Pipeline", name: str) -> str:
+def model_card(trained: Trained, name: str) -> str:
     """`README.md` of the folder `name`, with the YAML header that model hubs read."""
-    model, codec = pipeline.config, pipeline.codec
-    config: Mapping[str, Any] = pipeline.facts.get("config", {})
-    autoencoder = codec.config
+    description, params, codec, step, facts = trained
+    model, autoencoder, names = description.config, codec.config, description.class_names
+    config: Mapping[str, Any] = facts.get("config", {})
     sampling = {k: v for k, v in config.get("sampling", {}).items() if k != "batch_size"}
     used = [f"{k}={tuple(v) if isinstance(v, list) else v!r}" for k, v in sampling.items()]
-    side = pipeline.image_size
+    side = round(model.positions**0.5) * autoencoder.downsampling
     quirk = (
         "on: when sampling, the first timestep embedding is added to the head's first token"
         if model.first_token_quirk
         else "off"
     )
-    names = pipeline.description.class_names
-    facts = {
+    rows = {
         "images": f"{side}x{side} pixels, {autoencoder.image_channels} channels",
         "classes": f"{model.classes:,} ({', '.join(names[:5])}{', ...' if names[5:] else ''})",
-        "parameters": f"{_count(pipeline.params):,}, averaged (EMA), float32",
-        "updates trained": f"{pipeline.step:,}" if pipeline.step else "none, imported weights",
+        "parameters": f"{_count(params):,}, averaged (EMA), float32",
+        "updates trained": f"{step:,}" if step else "none, imported weights",
         "computes in": model.dtype,
         "backbone": f"encoder {_size(model, 'encoder')}; decoder {_size(model, 'decoder')}",
         "channel head": f"{model.head}, {_size(model, 'head')}"
@@ -167,13 +168,13 @@ def model_card(pipeline: "Pipeline", name: str) -> str:
         "channel order": ", ".join(map(str, model.channel_order)),
         "first-token quirk": quirk,
         "autoencoder": f"{_count(codec.params):,} parameters, latents scaled by "
-        f"{autoencoder.scale:g}, {_listed(pipeline.facts.get('autoencoder', {}))}",
-        "autoencoder's hash": pipeline.description.autoencoder_hash,
-        "training": _listed(config.get("training", {})) if pipeline.step else "",
+        f"{autoencoder.scale:g}, {_listed(facts.get('autoencoder', {}))}",
+        "autoencoder's hash": description.autoencoder_hash,
+        "training": _listed(config.get("training", {})) if step else "",
         "sampling": _listed(sampling),
     }
-    rows = "\n".join(
-        f"| {name} | {value.replace('|', '&#124;')} |" for name, value in facts.items() if value
+    table = "\n".join(
+        f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows.items() if value
     )
     return f"""---
 library_name: tokenbridge_jax
@@ -191,7 +192,7 @@ A class-conditional [TokenBridge](https://arxiv.org/abs/2503.16430) and its auto
 
 | | |
 |---|---|
-{rows}
+{table}
 
 ```python
 from tokenbridge_jax import Pipeline

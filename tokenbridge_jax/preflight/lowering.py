@@ -25,7 +25,7 @@ from tokenbridge_jax.loss import MaskDraw, head_chunks
 from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.preflight.hlo import Program, read_program
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.sampling.sampler import generate
+from tokenbridge_jax.sampling.sampler import Request, generate
 from tokenbridge_jax.training.model_task import training_flops
 
 # Bytes of libtpu's units.
@@ -133,7 +133,7 @@ def sampling_work(config: ConfigDict, mesh: Mesh) -> Work:
 
     @jax.jit
     def sample(params: Any, labels: jax.Array, sample_indices: jax.Array) -> jax.Array:
-        return generate(model, params, labels, sample_indices, settings)
+        return generate(model, params, Request(labels, sample_indices), settings)
 
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=meshes.batch_sharding(mesh))
     with meshes.use_mesh(mesh):

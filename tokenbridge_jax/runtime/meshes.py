@@ -17,7 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Int64
 
@@ -210,6 +210,13 @@ def abstract_arrays(boxed: Any, mesh: Mesh) -> Any:
         nn.unbox(boxed),
         logical_shardings(boxed, mesh),
     )
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array of any layout; every process of a job calls this and gets it."""
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def axis_size(mesh: Mesh | AbstractMesh, name: str | tuple[str, ...]) -> int:

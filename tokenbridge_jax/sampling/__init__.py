@@ -1,1 +1,1 @@
-"""Drawing indices: the schedule of steps, the orders of positions, the program, its batches."""
+"""Sampling indices: the schedule of steps, the orders of positions, the program, its batches."""

@@ -20,16 +20,16 @@ def make_orders(
     sample_indices: Int[Array, " B"],
     positions: int,
 ) -> Int[Array, "B L"]:
-    """An order of the positions for every sample; only random ones differ between samples.
+    """An order of the positions for every sample; only random orders differ between samples.
 
     Args:
       name: one of `ORDERS`.
-      seed: with a sample's index, of a random order.
+      seed: fixes a random order, together with the sample index.
       sample_indices: the global number of every sample.
       positions: L.
 
     Raises:
-      UserError: a Halton order is asked for where L is not a square number.
+      UserError: the order is "halton" and L is not a square number.
     """
     if name == "raster":
         order = np.arange(positions)
@@ -54,17 +54,17 @@ def random_orders(
 def sample_keys(
     seed: int | Integer[Array, ""], sample_indices: Int[Array, " B"]
 ) -> Key[Array, "B 2"]:
-    """Two keys a sample: for its order, and for its indices."""
+    """Two keys per sample: one for its order, one for its indices."""
     key = jax.random.key(seed)
     return jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(sample_indices)
 
 
 def halton_order(height: int, width: int) -> np.ndarray:
-    """Cells of a grid in the order in which the Halton sequence first comes upon them.
+    """Cells of a grid in the order in which the Halton sequence first reaches them.
 
     The sequence (bases 2 along x and 3 along y) covers the grid evenly from its first points on
-    (Halton, 1960). Its coordinates are exact fractions here: rounded, a point on a border could
-    fall in either cell.
+    (Halton, 1960). Its coordinates are exact fractions here. If they were rounded, a point on a
+    border could fall into either cell.
 
     Returns:
       int array `[height * width]` of row-major cells, the first one first.
@@ -79,16 +79,16 @@ def halton_order(height: int, width: int) -> np.ndarray:
 
 
 def _halton_cells(points: int, base: int, cells: int) -> np.ndarray:
-    """In which of `cells` equal parts of [0, 1) the first radical inverses lie."""
-    left = np.arange(points)
+    """For the first radical inverses: which of `cells` equal parts of [0, 1) contains them."""
+    rest = np.arange(points)
     reversed_digits, scale = np.zeros(points, np.int64), 1
-    while left.any():
-        reversed_digits = reversed_digits * base + left % base
-        left, scale = left // base, scale * base
+    while rest.any():
+        reversed_digits = reversed_digits * base + rest % base
+        rest, scale = rest // base, scale * base
     return reversed_digits * cells // scale
 
 
 def hidden_first(orders: Int[Array, "B L"], hidden: Bool[Array, "B L"]) -> Int[Array, "B L"]:
-    """Moves an image's hidden positions to the front of its order; nothing else changes places."""
+    """Moves hidden positions to the front of an image's order; otherwise the order stays."""
     visible_slots = ~jnp.take_along_axis(hidden, orders, axis=1)
     return jnp.take_along_axis(orders, jnp.argsort(visible_slots, axis=1, stable=True), axis=1)

@@ -1,4 +1,4 @@
-"""The sampler's settings and its steps: what every step reveals, its guidance, and its stage."""
+"""The sampler's settings, and its steps: what each one reveals, its guidance and its stage."""
 
 import dataclasses
 import functools
@@ -14,10 +14,10 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import ORDERS
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
-# Stages of a program at most: each has all layers of its own, and a model that scans its layers
-# wants to compile soon.
+# The most stages of a program. Every stage has its own copy of all layers, and a model that scans
+# its layers should compile quickly.
 MAX_STAGES, MAX_STAGES_SCANNED = 8, 2
-# Rows of a bfloat16 tile, on TPU and for tensor cores alike.
+# Rows of a bfloat16 tile, both on TPU and for tensor cores.
 TILE = 16
 
 
@@ -26,20 +26,20 @@ class SamplingSettings:
     """How to sample.
 
     Attributes:
-      num_iter: reveal steps; the paper's figures use 256.
+      num_iter: number of reveal steps; the paper's figures use 256.
       guidance: scale of classifier-free guidance, on the backbone's features; 1 turns it off and
         saves the null branch.
       guidance_schedule: "linear", from 1 with everything hidden to `guidance`, or "constant".
       temperature: divides the head's logits; 0 takes the most likely level.
-      guidance_interval: guidance acts in steps that find at least the first and less than the
-        second share of the positions revealed; elsewhere its scale is 1, which saves the null
-        branch. The default is all steps; anything else samples from another distribution.
-      order: in which positions are revealed: "random", "raster", "halton" (evenly over the grid),
-        or "confidence", the most certain next. For the latter the head draws all that is hidden
-        at every step: with `num_iter` steps it has 2 / pi * `num_iter` times the work, and the
-        memory of drawing whole images at once.
+      guidance_interval: guidance acts in steps before which at least the first and less than the
+        second share of the positions is revealed. In other steps its scale is 1, which saves the
+        null branch. The default is all steps; other values sample from another distribution.
+      order: the order in which positions are revealed: "random", "raster", "halton" (evenly over
+        the grid), or "confidence" (the most certain next). In confidence order the head draws all
+        hidden positions at every step: its work grows by a factor of 2 / pi * `num_iter`, and it
+        needs the memory of drawing whole images at once.
       choice_temperature: of the Gumbel noise added to the log-probabilities that confidence order
-        compares; at 0 it takes the most certain positions, the higher the more it is random.
+        compares; 0 takes the most certain positions, higher values choose more randomly.
 
     Raises:
       UserError: on construction, if a setting is out of range.
@@ -54,7 +54,7 @@ class SamplingSettings:
     choice_temperature: float | Any = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON has them."""
+        """The settings as values of JSON."""
         return dataclasses.asdict(self) | {"guidance_interval": list(self.guidance_interval)}
 
     def __post_init__(self) -> None:
@@ -72,30 +72,27 @@ class SamplingSettings:
                 f"sampling.guidance_schedule='{self.guidance_schedule}' is not one of "
                 f"{', '.join(GUIDANCE_SCHEDULES)}"
             )
-        interval = self.guidance_interval
-        if not _is_interval(interval):
+        try:
+            low, high = self.guidance_interval
+            is_interval = 0 <= low < high <= 1
+        except (TypeError, ValueError):
+            is_interval = False
+        if not is_interval:
             raise UserError(
-                f"sampling.guidance_interval={interval} must be two shares, 0 <= from < to <= 1"
+                f"sampling.guidance_interval={self.guidance_interval} must be two shares, "
+                "0 <= from < to <= 1"
             )
-
-
-def _is_interval(value: Any) -> bool:
-    try:
-        low, high = value
-        return bool(0 <= low < high <= 1)
-    except (TypeError, ValueError):
-        return False
 
 
 @functools.cache
 def hidden_counts(positions: int, num_iter: int) -> np.ndarray:
     """How many positions are still hidden after each step: a cosine that ends in 0.
 
-    At least one position is revealed at every step, so with more steps than positions the steps
-    that would reveal nothing are left out. The floor is taken in float64, as the reference does.
+    Every step reveals at least one position: with more steps than positions, the steps that would
+    reveal nothing are left out. The floor is taken in float64, as in the reference.
 
     Returns:
-      int32 array `[steps]`, strictly decreasing, `steps <= num_iter`. Not to be written to.
+      int32 array `[steps]`, strictly decreasing, `steps <= num_iter`. It is read-only.
     """
     counts: list[int] = []
     hidden = positions
@@ -116,9 +113,9 @@ def guidance_scales(
     """The guidance scale of every step of `hidden_counts`: float32 array `[steps]`.
 
     Args:
-      positions: L, of which the visible ones count.
+      positions: L; scales depend on how many of them are visible.
       settings: how to sample.
-      num_hidden: M, how many are hidden at first; all by default.
+      num_hidden: M, the number of positions hidden at first; all by default.
     """
     num_hidden = positions if num_hidden is None else num_hidden
     hidden = hidden_counts(num_hidden, settings.num_iter)
@@ -136,9 +133,9 @@ class Stage(NamedTuple):
     """Consecutive steps that run as one loop.
 
     Attributes:
-      visible_slots: S, the most that goes to the encoder in one of them.
-      reveals: R, the most positions that the head draws in one of them: all that are revealed, in
-        confidence order all that are hidden.
+      visible_slots: S, the largest number of slots that the encoder sees in one of them.
+      reveals: R, the largest number of positions that the head draws in one of them. It draws those
+        that are revealed, or in confidence order all hidden ones.
       guided: whether they need the null branch.
     """
 
@@ -152,8 +149,8 @@ class Plan(NamedTuple):
 
     Attributes:
       stages: of the program.
-      ends: how many steps are done at the end of each stage.
-      hidden: how many positions are hidden before the first step and after every one.
+      ends: the number of steps done at the end of each stage.
+      hidden: the number of hidden positions before the first step and after every step.
     """
 
     stages: tuple[Stage, ...]
@@ -167,26 +164,26 @@ def make_plan(
     num_hidden: int | None = None,
     most: int = MAX_STAGES,
 ) -> Plan:
-    """Puts the steps together that find visible positions filling the same number of eighths of L.
+    """Groups steps whose visible positions fill the same number of eighths of L.
 
-    Of the matmul FLOPs of size L with guidance, padding is then 3.0% more at 256 steps and 4.1% at
-    64, where the best of all ways to make eight stages would have 3.0% and 2.9%; in two stages it
-    is 12.4% and 17.4%. Slots come in whole tiles, so a model of at most 16 positions has one stage
-    and compiles the faster.
+    For size L with guidance, padding adds 3.0% to the matmul FLOPs at 256 steps and 4.1% at 64; the
+    best possible eight stages would add 3.0% and 2.9%, and two stages add 12.4% and 17.4%. Slots
+    come in whole tiles, so a model of at most 16 positions has one stage and compiles faster.
 
-    Edits have the stages in common that start with up to an eighth, a quarter, half, or all of the
-    positions hidden: they are as large as any of those needs, and one may have no steps.
+    Edits share their stages if they start with up to an eighth, a quarter, half, or all of the
+    positions hidden. Such stages are as large as any of these edits needs, and a stage may have no
+    steps.
 
     Args:
       positions: L.
       settings: how to sample.
       num_hidden: M, of an edit; None draws a whole image, which shares its stages with no edit.
-      most: in place of eighths, so many parts.
+      most: the number of parts to use instead of eighths.
     """
     tile = max(TILE, -(-positions // most))
     start = positions if num_hidden is None else num_hidden
     starts = [positions] if num_hidden is None else _similar_starts(num_hidden, positions, tile)
-    # The most that a step draws, by how many positions it finds visible.
+    # The largest number of positions that a step draws, by the number of visible ones before it.
     reveals: dict[int, int] = {}
     for first in starts:
         counts = (first, *hidden_counts(first, settings.num_iter).tolist())
@@ -221,7 +218,7 @@ def _similar_starts(num_hidden: int, positions: int, tile: int) -> range:
 def _is_guided(
     visible: Integer[np.ndarray, " n"], positions: int, settings: SamplingSettings
 ) -> Bool[np.ndarray, " n"]:
-    """Whether guidance acts in a step, by how many positions it finds visible."""
+    """Whether guidance acts in a step, given the number of visible positions before it."""
     low, high = settings.guidance_interval
     share = visible / positions
     return (low <= share) & (share < high) & (np.float32(settings.guidance) != 1)

@@ -1,0 +1,114 @@
+"""Any number of images, drawn batch by batch on a mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int, Integer
+
+from tokenbridge_jax.codec import check_index_range, padded_size
+from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.runtime import checks, meshes
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress
+from tokenbridge_jax.sampling.sampler import Known, Request, generate, generate_steps
+from tokenbridge_jax.sampling.schedule import SamplingSettings
+
+# Called with the steps done, the number of all steps, and what a batch is then.
+Preview = Callable[[int, int, np.ndarray], None]
+
+
+def generate_in_batches(
+    config: TokenBridgeConfig,
+    params: dict[str, Any],
+    labels: Int[np.ndarray, " N"] | Float[np.ndarray, "N classes"] | Any,
+    settings: SamplingSettings,
+    mesh: Mesh,
+    *,
+    seed: int | Any = 0,
+    batch_size: int | Any = 64,
+    first: int | Any = 0,
+    known: Integer[np.ndarray, "N L C"] | Any = None,
+    hidden: Bool[np.ndarray, "N L"] | Any = None,
+    progress: bool = False,
+    preview: Preview | Any = None,
+    preview_every: int | Any = 1,
+) -> Integer[np.ndarray, "N L C"]:
+    """Samples the indices of any number of images, batch by batch, split over a mesh.
+
+    Image i has sample index `first` + i: its indices do not depend on the batch size or the mesh.
+
+    Args:
+      config: the model.
+      params: its parameters, laid out on `mesh`.
+      labels: the class of every image, or its weights of the classes, which sum to 1, or are all 0
+        for no class.
+      settings: how to sample.
+      mesh: the devices.
+      seed: of all randomness.
+      batch_size: images at once, over all devices; rounded up to a multiple of the mesh's batch
+        shards, and no more than there are images. Edits fill up to the next of a few sizes.
+      first: sample index of the first image, where these are a part of more.
+      known: indices of images to be edited; at hidden positions they have no effect. A batch has
+        images with equally many hidden positions.
+      hidden: the positions to draw, with `known`; all by default.
+      progress: print rate and ETA to stderr.
+      preview: called for one batch after the other with what `generate_steps` yields, with indices
+        on the host.
+      preview_every: number of steps between two calls.
+
+    Returns:
+      Indices of the quantizer's `index_dtype`.
+
+    Raises:
+      UserError: batch size, seed, a number, a label, weights, an index, or a shape or dtype is not
+        as described here.
+    """
+    batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
+    seed = checks.seed(seed)
+    preview_every = checks.at_least("preview_every", preview_every, 1)
+    checks.preview(preview)
+    labels = checks.labels(labels, config.classes)
+    first = checks.at_least("first", first, 0)
+    if first + len(labels) > 2**31:
+        raise UserError(f"first={first} leaves no numbers below 2**31 for {len(labels)} images")
+    if known is None and hidden is not None:
+        raise UserError("hidden says what to draw of known images: give known too")
+    shape = (len(labels), config.positions, config.channels)
+    if known is not None:
+        known = np.asarray(checks.array("known", known, "integers", shape))
+    if known is not None and hidden is not None:
+        hidden = np.asarray(checks.array("hidden", hidden, "bool", shape[:2]))
+        check_index_range(known[~hidden], config.levels)
+    dtype = config.quantizer.index_dtype
+    result = np.zeros(shape, dtype) if known is None else known.astype(dtype)
+    shards = meshes.batch_shards(mesh)
+    put = functools.partial(jax.device_put, device=meshes.batch_sharding(mesh))
+    counts = np.full(len(labels), config.positions) if hidden is None else hidden.sum(axis=1)
+    with meshes.use_mesh(mesh), Progress(len(labels), desc="sample", visible=progress) as bar:
+        for num_hidden in np.unique(counts[counts > 0]):
+            images = np.flatnonzero(counts == num_hidden).astype(np.int32)
+            size = -(-min(batch_size, len(images)) // shards) * shards
+            if hidden is not None:  # Groups have many sizes, and each size needs a program.
+                size = min(-(-batch_size // shards) * shards, padded_size(size, shards))
+            for start in range(0, len(images), size):
+                chosen = images[start : start + size]
+                # The last image fills the batch up.
+                batch = np.pad(chosen, (0, size - len(chosen)), mode="edge")
+                request = Request(put(labels[batch]), put(first + batch), seed)
+                if hidden is not None:
+                    some = Known(put(result[batch]), put(hidden[batch]), int(num_hidden))
+                    request = request._replace(known=some)
+                arguments = config, params, request, settings
+                if preview is None:
+                    drawn = meshes.on_host(generate(*arguments))
+                else:
+                    for done, steps, indices in generate_steps(*arguments, preview_every):
+                        drawn = meshes.on_host(indices)
+                        preview(done, steps, drawn[: len(chosen)].astype(dtype))
+                result[chosen] = drawn[: len(chosen)]
+                bar.update(len(chosen))
+    return result
