@@ -62,7 +62,11 @@ class _Path(flags.ArgumentParser):
 
 class _ConfigFile(ConfigFileFlagParser):
     def parse(self, path: str) -> Any:
-        return super().parse(_Path(self.name).parse(path))
+        path = _Path(self.name).parse(path)
+        try:
+            return super().parse(path)
+        except UserError as error:  # Raised again by ml_collections, with a traceback as its text.
+            raise error.__context__ or error from None
 
 
 def parse(
@@ -267,6 +271,8 @@ def _mistakes_in_config() -> Iterator[None]:
             reason = reason.args[0]
         raise UserError(f"the config has no such key: {' '.join(str(reason).split())}") from error
     except Exception as error:
+        if isinstance(error.__context__, UserError):  # A flag's own; absl puts words before it.
+            raise error.__context__ from None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if isinstance(error, OSError):
             raise UserError(f"cannot load the config file ({lines[-1]}); check --config") from error
