@@ -24,5 +24,5 @@ echo "== 3/4 train: a distribution over indices"
 echo "== 4/4 sample: 1,000 new digits"
 "$tokenbridge" sample --workdir "$workdir" --num_images 1000
 echo "== evaluate: how far these are from the real ones"
-"$tokenbridge" evaluate --workdir "$workdir" --what generation --images "$workdir/samples/samples.npz" --reference data
+"$tokenbridge" evaluate generation --workdir "$workdir" --images "$workdir/samples/samples.npz" --reference data
 .venv/bin/python launch/score_digits.py --workdir "$workdir" --started "$started"

@@ -40,7 +40,7 @@ def evaluate(folder: Path, output: Path) -> int:
         "--num_images=13",
         "--config.sampling.num_iter=3",
     ]
-    return runner.run("evaluate", ["--what=generation", f"--output={output}", *argv])
+    return runner.run("evaluate", ["generation", f"--output={output}", *argv])
 
 
 def process(folder: Path) -> None:
