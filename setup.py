@@ -62,7 +62,6 @@ setup(
             "nbclient",
             "pytest",
             "pytest-xdist",
-            "pytorch-fid",
             "pyyaml",
             "ruff",
             "scikit-image",

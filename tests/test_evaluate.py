@@ -318,11 +318,8 @@ def test_networks_are_imported_once(tmp_path, capsys):
     assert "these are not the weights of FID's Inception network" in refused
     assert not (tmp_path / "networks").exists()
 
-    state = {"fc.weight": np.ones((1008, 2048), np.float32)}
-    for name, conv, inputs in inception.convolutions():
-        state[f"{name}.conv.weight"] = np.ones((conv.outputs, inputs, *conv.kernel), np.float32)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            state[f"{name}.bn.{part}"] = np.ones(conv.outputs, np.float32)
+    shapes = inception.tensor_shapes()
+    state = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     np.savez(tmp_path / "x.npz", **state)
     assert imported(f"--inception={tmp_path / 'x.npz'}", "--unpublished") == (0, "")
     network = networks.load_network("inception", tmp_path / "networks")
