@@ -63,7 +63,6 @@ setup(
             "nbclient",
             "pytest",
             "pytest-xdist",
-            "pytorch-fid",
             "pyyaml",
             "ruff",
             "scikit-image",

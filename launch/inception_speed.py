@@ -39,7 +39,7 @@ def main() -> None:
             on_device = jax.device_put(params)
 
             def run(batch: np.ndarray, network=network, on_device=on_device) -> jax.Array:
-                return network(on_device, jax.device_put(batch)).pool
+                return network(on_device, jax.device_put(batch))[0]
 
             features = timed(f"jax {jax.__version__} {precision}", run, images, batch_size)
             exact.setdefault("highest", features)
@@ -95,21 +95,13 @@ def make_images(count: int) -> np.ndarray:
 
 
 def random_state() -> dict[str, np.ndarray]:
-    """Weights with the names and shapes of the published file."""
+    """Weights with the names and shapes of the published file: random kernels, no normalisation."""
     rng = np.random.default_rng(0)
-
-    def draw(shape: tuple[int, ...], scale: float, offset: float = 0.0) -> np.ndarray:
-        return (offset + scale * rng.normal(size=shape)).astype(np.float32)
-
-    state = {"fc.weight": draw((1008, 2048), 0.02), "fc.bias": draw((1008,), 0.02)}
-    for name, conv, inputs in inception.convolutions():
-        outputs, fan_in = (conv.outputs,), inputs * conv.kernel[0] * conv.kernel[1]
-        state[f"{name}.conv.weight"] = draw((*outputs, inputs, *conv.kernel), (2 / fan_in) ** 0.5)
-        for part, scale, offset in (
-            ("weight", 0.1, 1.0), ("bias", 0.1, 0.0), ("running_mean", 0.1, 0.0),
-            ("running_var", 0.05, 1.0),
-        ):  # fmt: skip
-            state[f"{name}.bn.{part}"] = draw(outputs, scale, offset)
+    state = {"fc.bias": np.zeros(inception.CLASSES, np.float32)}
+    for name, shape in inception.tensor_shapes().items():
+        one = name.endswith(("bn.weight", "running_var"))
+        spread = (2 / np.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0
+        state[name] = rng.normal(one, spread, shape).astype(np.float32)
     return state
 
 

@@ -1,4 +1,4 @@
-"""`tokenbridge evaluate --what generation|reference` and `import-metrics`, against numpy."""
+"""`tokenbridge evaluate generation|reference` and `import-metrics`, against numpy."""
 
 import itertools
 import json
@@ -30,15 +30,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluate(folder, *flags: str) -> int:
+def evaluate(folder, word: str, *flags: str) -> int:
     sampling = [f"--config.sampling.{name}={value}" for name, value in SETTINGS.items()]
     where = [f"--workdir={folder / 'model'}", "--config.sampling.batch_size=8"]
-    return runner.run("evaluate", [*where, *sampling, "--features=thumbnails", *flags])
+    features = ["--features=thumbnails"] * (word in ("generation", "reconstruction", "reference"))
+    return runner.run("evaluate", [word, *where, *sampling, *features, *flags])
 
 
 def generate(folder, *flags: str) -> int:
-    what = ["--what=generation", f"--num_images={COUNT}", f"--reference={folder / 'real'}"]
-    return evaluate(folder, *what, *flags)
+    what = [f"--num_images={COUNT}", f"--reference={folder / 'real'}"]
+    return evaluate(folder, "generation", *what, *flags)
 
 
 def results_of(folder) -> list[dict]:
@@ -88,10 +89,10 @@ def test_samples_are_those_of_the_pipeline_and_scored_as_numpy_would(folder, sco
 
     # The same images given as a file, or the reference as its statistics: the same numbers.
     given = [f"--images={scored / 'samples.npz'}", f"--output={folder / 'given'}"]
-    reference = ["--what=reference", f"--images={folder / 'real'}", f"--output={folder / 'ref'}"]
+    reference = ["reference", f"--images={folder / 'real'}", f"--output={folder / 'ref'}"]
     assert evaluate(folder, *reference) == 0
     statistics = f"--reference={folder / 'ref' / 'reference_real_thumbnails.npz'}"
-    assert evaluate(folder, "--what=generation", statistics, *given) == 0
+    assert evaluate(folder, "generation", statistics, *given) == 0
     (given_result,) = results_of(folder / "given")
     assert given_result["metrics"] == result["metrics"]
     assert given_result["facts"]["reference_of"] == "real"
@@ -194,40 +195,47 @@ def test_a_reference_of_another_network_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "say what to measure: --what generation|"),
+        (["--what=tokens"], "say what: tokenbridge evaluate tokens [flags]"),
+        (["--seed=1", "--what", "generation"], "say what: tokenbridge evaluate generation [flags]"),
+        (["--seed=1"], "say what: tokenbridge evaluate generation|reconstruction|likelihood|"),
+        (["everything"], "there is no 'everything'; say what: tokenbridge evaluate generation|"),
         (
-            ["--what=generation", "--config.evaluation.reference="],
+            ["generation", "--config.evaluation.reference="],
             "name what to compare with: --reference FILE",
         ),
         (
-            ["--what=generation", "--reference=none.npz"],
+            ["generation", "--reference=none.npz"],
             "--reference none.npz does not exist; it",
         ),
-        (["--what=generation", "--reference={}/empty"], "empty holds no pictures"),
-        (["--what=generation", "--reference={}/mixed"], "mixed holds pictures of several sizes"),
-        (["--what=generation", "--reference={}/wide.npz"], "statistics of 2048 features, not of"),
-        (["--what=generation", "--reference={}/nan.npz"], "nan.npz: the statistics of the feat"),
+        (["generation", "--reference={}/empty"], "empty holds no pictures"),
+        (["generation", "--reference={}/mixed"], "mixed holds pictures of several sizes"),
+        (["generation", "--reference={}/wide.npz"], "statistics of 2048 features, not of"),
+        (["generation", "--reference={}/nan.npz"], "nan.npz: the statistics of the feat"),
         (
-            ["--what=generation", "--reference={}/one.npz"],
+            ["generation", "--reference={}/one.npz"],
             "one.npz: statistics need at least 2 ",
         ),
-        (["--what=generation", "--num_images=0"], "--num_images=0 must be at least 2"),
+        (["generation", "--num_images=0"], "--num_images=0 must be at least 2"),
         (
-            ["--what=generation", "--features=inception", "--networks={}/empty"],
+            ["generation", "--features=inception", "--networks={}/empty"],
             "empty holds no Inception network: `tokenbridge import-metrics --help` says how",
         ),
-        (["--what=reference", "--config.data.source=folder"], "--config.data.path is not set"),
-        (["--what=generation", "--reference={}/cut.npz"], "cut.npz cannot be read: "),
-        (["--what=generation", "--reference={}/text.npz"], "it is no .npz file of numbers"),
-        (["--what=generation", "--reference={}/words.npz"], "mu and sigma must be numbers"),
-        (["--what=generation", "--reference={}/skew.npz"], "that is not symmetric"),
-        (["--what=generation", "--reference={}/minus.npz"], "sigma has negative eigenvalues"),
-        (["--what=generation", "--reference=data", "--seed=-1"], "--seed=-1 must be from 0"),
-        (["--what=generation", "--batch_size=0"], "--batch_size=0 must be at least 1"),
-        (["--what=likelihood", "--images=x"], "--images is for --what generation|reconstruction|"),
-        (["--what=generation", "--images=x", "--step=3"], "--step is about new samples"),
-        (["--what=reconstruction", "--perturb=1"], "--perturb=1 must be SHARE:LEVELS"),
-        (["--what=reconstruction", "--levels=a"], "--levels=a must be numbers"),
+        (["reference", "--config.data.source=folder"], "--config.data.path is not set"),
+        (["generation", "--reference={}/cut.npz"], "cut.npz cannot be read: "),
+        (["generation", "--reference={}/text.npz"], "it is no .npz file of numbers"),
+        (["generation", "--reference={}/words.npz"], "mu and sigma must be numbers"),
+        (["generation", "--reference={}/skew.npz"], "that is not symmetric"),
+        (["generation", "--reference={}/minus.npz"], "sigma has negative eigenvalues"),
+        (["generation", "--reference=data", "--seed=-1"], "--seed=-1 must be from 0"),
+        (["generation", "--batch_size=0"], "--batch_size=0 must be at least 1"),
+        (
+            ["likelihood", "--images=x"],
+            "--images belongs to `tokenbridge evaluate generation|recon",
+        ),
+        (["generation", "--noall_views"], "--noall_views belongs to `tokenbridge evaluate tokens`"),
+        (["generation", "--images=x", "--step=3"], "--step is about new samples"),
+        (["reconstruction", "--perturb=1"], "--perturb=1 must be SHARE:LEVELS"),
+        (["reconstruction", "--levels=a"], "--levels=a must be numbers"),
     ],
 )
 def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, flags, message):
@@ -250,10 +258,18 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, flags, message)
     assert message in error
 
 
+def test_help_lists_the_words_and_a_words_flags(capsys):
+    assert runner.run("evaluate", ["--help"]) == runner.run("evaluate", ["tokens", "--help"]) == 0
+    both = capsys.readouterr().out
+    assert both.count("likelihood      bits an index") == 2
+    assert both.count("--[no]all_views") == 1
+    assert "--levels" not in both
+
+
 def test_a_name_that_would_be_too_long_is_told_before_measuring(folder, tmp_path, capsys):
     images = tmp_path / ("x" * 240)
     write_pictures(images, 2)
-    assert evaluate(folder, "--what=reference", f"--images={images}", f"--output={tmp_path}") == 2
+    assert evaluate(folder, "reference", f"--images={images}", f"--output={tmp_path}") == 2
     assert "bytes, a file's at most 255" in capsys.readouterr().err
 
 
@@ -302,11 +318,8 @@ def test_networks_are_imported_once(tmp_path, capsys):
     assert "these are not the weights of FID's Inception network" in refused
     assert not (tmp_path / "networks").exists()
 
-    state = {"fc.weight": np.ones((1008, 2048), np.float32)}
-    for name, conv, inputs in inception.convolutions():
-        state[f"{name}.conv.weight"] = np.ones((conv.outputs, inputs, *conv.kernel), np.float32)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            state[f"{name}.bn.{part}"] = np.ones(conv.outputs, np.float32)
+    shapes = inception.tensor_shapes()
+    state = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     np.savez(tmp_path / "x.npz", **state)
     assert imported(f"--inception={tmp_path / 'x.npz'}", "--unpublished") == (0, "")
     network = networks.load_network("inception", tmp_path / "networks")

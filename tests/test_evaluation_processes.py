@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 from evaluated import save_tiny, write_pictures
 from jobs import start_job
@@ -22,8 +23,10 @@ def found_in(folder: Path) -> list[str]:
     for count in (37, 1):  # Of one image there is no share for a second process.
         images = open_images(folder / "real")
         images.take(count)
-        ((found, keys),) = features._blocks(images, ThumbnailExtractor())
-        lines.append(f"{found.pool.shape} {digest(found.pool)} {digest(keys)}")
+        (found,) = features.blocks(
+            images, 40, 16, lambda batch, numbers: (features.thumbnails(batch), numbers)
+        )
+        lines.append(" ".join([str(found[1][0].shape), *map(digest, jax.tree.leaves(found))]))
     kept = extract(open_images(folder / "real"), ThumbnailExtractor(), keep=9)
     return [*lines, digest(kept.pool.covariance), digest(kept.kept)]
 
@@ -40,7 +43,7 @@ def evaluate(folder: Path, output: Path) -> int:
         "--num_images=13",
         "--config.sampling.num_iter=3",
     ]
-    return runner.run("evaluate", ["--what=generation", f"--output={output}", *argv])
+    return runner.run("evaluate", ["generation", f"--output={output}", *argv])
 
 
 def process(folder: Path) -> None:

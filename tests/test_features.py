@@ -30,13 +30,13 @@ def test_features_do_not_depend_on_batches_and_devices(params, tmp_path, monkeyp
     found = extract(open_images(tmp_path / "x.npz"), InceptionExtractor(params, batch_size=4))
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     alone = extract(open_images(tmp_path / "x.npz"), InceptionExtractor(params, batch_size=2))
-    direct = jax.jit(inception.features)(params, images)
+    pool, spatial, logits = jax.jit(inception.features)(params, images)
     for mine, others, expected in (
-        (found.kept, alone.kept, direct.pool),
-        (found.logits, alone.logits, direct.logits),
-        (found.pool.mean, alone.pool.mean, direct.pool.mean(axis=0)),
-        (found.spatial.mean, alone.spatial.mean, direct.spatial.mean(axis=0)),
-        (found.spatial.covariance, alone.spatial.covariance, np.cov(direct.spatial.T)),
+        (found.kept, alone.kept, pool),
+        (found.logits, alone.logits, logits),
+        (found.pool.mean, alone.pool.mean, pool.mean(axis=0)),
+        (found.spatial.mean, alone.spatial.mean, spatial.mean(axis=0)),
+        (found.spatial.covariance, alone.spatial.covariance, np.cov(spatial.T)),
     ):
         np.testing.assert_allclose(mine, others, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from scipy.signal import correlate
 from tiny_model import examples, random_batch, random_params, tiny
+from torch_states import TINY as AUTOENCODER
 
-from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
+from tokenbridge_jax.autoencoder import Autoencoder, abstract_params
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.loss import MaskDraw, training_loss
 from tokenbridge_jax.model import TokenBridge
@@ -21,15 +22,6 @@ from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.meshes import make_mesh
 from tokenbridge_jax.transformer import unstack
-
-AUTOENCODER = AutoencoderConfig(
-    image_size=8,
-    channels=8,
-    multipliers=(1, 2),
-    blocks=1,
-    attention_resolutions=(4,),
-    latent_channels=4,
-)
 
 
 def products(lowered: str) -> list[tuple[str, str]]:

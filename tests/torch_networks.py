@@ -12,7 +12,6 @@ from tokenbridge_jax.evaluation import inception
 torchvision_stand_in.install()
 
 import lpips  # noqa: E402
-import pytorch_fid.inception  # noqa: E402
 from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: E402
     FeatureExtractorInceptionV3,
 )
@@ -23,30 +22,14 @@ LPIPS_BACKBONES = {"vgg": torchvision_stand_in.VGG16, "alex": torchvision_stand_
 def random_inception_state(seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights with the names of `pt_inception-2015-12-05-6726825d.pth`."""
     rng = np.random.default_rng(seed)
-
-    def draw(shape: tuple[int, ...], scale: float, offset: float = 0.0) -> np.ndarray:
-        return (offset + scale * rng.normal(size=shape)).astype(np.float32)
-
-    state = {"fc.weight": draw((1008, 2048), 0.02), "fc.bias": draw((1008,), 1.0)}
-    for name, conv, inputs in inception.convolutions():
-        outputs, fan_in = (conv.outputs,), inputs * np.prod(conv.kernel)
-        state |= {
-            f"{name}.conv.weight": draw((*outputs, inputs, *conv.kernel), (2 / fan_in) ** 0.5),
-            f"{name}.bn.weight": draw(outputs, 0.1, 1),
-            f"{name}.bn.bias": draw(outputs, 0.1),
-            f"{name}.bn.running_mean": draw(outputs, 0.1),
-            f"{name}.bn.running_var": draw(outputs, 0.05, 1),
-        }
+    scales = {"weight": (1, 0.1), "running_var": (1, 0.05)}
+    state = {"fc.bias": rng.normal(size=1008).astype(np.float32)}
+    for name, shape in inception.tensor_shapes().items():
+        mean, scale = scales.get(name.split(".")[-1], (0, 0.1))
+        if len(shape) > 1:
+            mean, scale = 0, (2 / np.prod(shape[1:])) ** 0.5
+        state[name] = rng.normal(mean, scale, shape).astype(np.float32)
     return state
-
-
-def pytorch_fid_network(state: dict[str, np.ndarray], monkeypatch) -> torch.nn.Module:
-    """pytorch-fid's Inception with these weights; loading them is strict."""
-    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-    monkeypatch.setattr(
-        pytorch_fid.inception, "load_state_dict_from_url", lambda *args, **kwargs: tensors
-    )
-    return pytorch_fid.inception.fid_inception_v3().eval()
 
 
 def torch_fidelity_extractor(state: dict[str, np.ndarray], path: Path) -> torch.nn.Module:

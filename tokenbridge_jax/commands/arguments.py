@@ -6,7 +6,7 @@ the arguments: this decides which config the `--config.key=value` change.
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -52,6 +52,7 @@ def parse(
     argv: list[str],
     define: Callable[[flags.FlagValues], None],
     *,
+    elsewhere: Mapping[str, str],
     default_config: str,
     needs_workdir: bool,
 ) -> flags.FlagValues:
@@ -61,6 +62,7 @@ def parse(
       name: of the command.
       argv: the arguments after it.
       define: adds the command's own flags.
+      elsewhere: flags of other commands that a user may name here, and whose they are.
       default_config: the experiment, where no --config is given and none is remembered.
       needs_workdir: whether --workdir must be given.
 
@@ -70,7 +72,13 @@ def parse(
     argv = with_flag_files(argv)
     with _mistakes_in_config():
         args = _defined(argv, define, default_config, _remembered_config(argv, define))
-        rest = args([f"tokenbridge {name}", *argv])
+        try:
+            rest = args([f"tokenbridge {name}", *argv])
+        except flags.UnrecognizedFlagError as error:
+            flag = error.flagname
+            if owner := elsewhere.get(flag) or elsewhere.get(flag.removeprefix("no")):
+                raise UserError(f"--{flag} belongs to `{owner}`") from error
+            raise
         args.config.lock()  # A config file that cannot be loaded raises here, at first access.
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}'; flags look like --name=value")

@@ -45,8 +45,9 @@ DEFAULT_POSITIONS = ([1, 64, 256, 1024], [1, 16])
 QUANTIZED_VALUES = (2**28, 2**20)
 
 
-def define_flags(flag_values: flags.FlagValues) -> None:
-    """Adds the flags of this command."""
+def define_flags(flag_values: flags.FlagValues, word: str | None) -> None:
+    """Adds the flags of this command; all words share them."""
+    del word
 
     def define(kind, name, default, help_text, **options):
         kind(name, default, help=help_text, flag_values=flag_values, **options)

@@ -1,20 +1,18 @@
-"""Measures what a workdir holds: WORKDIR -> WORKDIR/evaluation and a table.
+"""Measures what a workdir holds: writes JSON and pictures to WORKDIR/evaluation, prints a table.
 
-  tokenbridge evaluate --workdir W --what generation --reference VIRTUAL_imagenet256_labeled.npz
-  tokenbridge evaluate --workdir W --what reconstruction
-  tokenbridge evaluate --workdir W --what likelihood
-  tokenbridge evaluate --workdir W --what tokens
-  tokenbridge evaluate --what generation --images samples.npz --reference real/ --output scores
-  tokenbridge evaluate --workdir W --what reference
+  tokenbridge evaluate generation --workdir W --reference VIRTUAL_imagenet256_labeled.npz
+  tokenbridge evaluate generation --images samples.npz --reference real/ --output scores
+  tokenbridge evaluate reconstruction|likelihood|tokens|reference --workdir W
 
-generation: samples 50,000 images (or takes --images: a folder or an .npz with arr_0) and compares
-them with --reference: FID, sFID, IS, KID, precision, recall. Stopped, it goes on where it was.
-reconstruction: images through the autoencoder, continuous and at several levels and ranges: rFID,
-PSNR, SSIM, LPIPS; pFID of perturbed indices. likelihood: bits an index and a pixel of held-out
-images, and the head's calibration. tokens: entropies, Zipf's law, mutual information of the shards.
-reference: statistics of the config's images (or of --images), for --reference.
+  generation      FID, sFID, IS, KID, precision and recall of new samples, or of --images
+  reconstruction  rFID, PSNR, SSIM and LPIPS of images that the autoencoder reconstructs, with
+                  continuous latents and with several levels and ranges; pFID of perturbed indices
+  likelihood      bits an index and bits a pixel of held-out images; calibration of the head
+  tokens          entropies, Zipf's law and mutual information of the token shards
+  reference       statistics of the config's images, or of --images, to use as --reference
 
-Inception and LPIPS need weights: `tokenbridge import-metrics --help`.
+`tokenbridge evaluate WORD --help` lists the flags of a word. If `generation` is stopped, the same
+command continues it. Inception and LPIPS need weights: see `tokenbridge import-metrics --help`.
 """
 
 import sys
@@ -37,217 +35,178 @@ from tokenbridge_jax.evaluation import (
     generation,
     inception,
     likelihood,
-    lpips,
     networks,
     reconstruction,
     report,
+    scores,
     tokens,
 )
 from tokenbridge_jax.evaluation.features import Extractor, extract
 from tokenbridge_jax.evaluation.image_sets import ImageSet, data_images, open_images, write_images
-from tokenbridge_jax.evaluation.networks import FEATURES, load_network, make_extractor
-from tokenbridge_jax.evaluation.scores import (
-    OF_DATA,
-    Reference,
-    find_reference,
-    generation_scores,
-    reference_of,
-    remarks,
-    save_reference,
-)
+from tokenbridge_jax.evaluation.scores import OF_DATA, Reference
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
-from tokenbridge_jax.runtime import meshes, pictures, processes, storage
+from tokenbridge_jax.runtime import checks, meshes, pictures, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 
-NEEDS_WORKDIR = False
-
-# As published figures have it.
+# The number of samples that published figures use.
 NUM_SAMPLES = 50_000
 
-# Pictures of samples that `samples.png` shows.
+# How many samples `samples.png` shows.
 IN_GRID = 100
 
-# The flags that not every --what looks at, and which do.
-_IMAGES = ("generation", "reconstruction", "reference")
-_USED_BY = {
-    "reference": ("generation", "reconstruction"),
-    "images": _IMAGES,
-    "labels": ("generation",),
-    "seed": ("generation", "reconstruction", "likelihood"),
-    "step": ("generation", "likelihood"),
-    "features": _IMAGES,
-    "precision": _IMAGES,
-    "batch_size": _IMAGES,
-    "networks": _IMAGES,
-    "write_samples": ("generation",),
-    "split": ("reconstruction", "likelihood", "tokens", "reference"),
-    "levels": ("reconstruction",),
-    "ranges": ("reconstruction",),
-    "perturb": ("reconstruction",),
-    "posterior": ("reconstruction",),
-    "num_orders": ("likelihood",),
-    "all_views": ("tokens",),
-}
-# Those of new samples, which --images takes the place of.
+_REFERENCE = (
+    f"What to compare with: statistics (.npz), images (.npz or a folder), or '{OF_DATA}', the "
+    "config's training images"
+)
+
+# Flags of new samples, which --images replaces.
 _OF_SAMPLING = ("labels", "seed", "step", "write_samples")
 
 
-def define_flags(flag_values: flags.FlagValues) -> None:
-    """Adds the flags of this command."""
-    kinds: dict[str, Callable[..., Any]] = {
-        "string": flags.DEFINE_string,
-        "integer": flags.DEFINE_integer,
-        "bool": flags.DEFINE_bool,
-        "list": flags.DEFINE_list,
-        "path": lambda name, _, text, flag_values: define_path(name, text, flag_values),
-    }
+def define_flags(flag_values: flags.FlagValues, word: str | None) -> None:
+    """Adds the flags of a word; without a word, those that all words share."""
+    define_path("output", "Folder to write to, instead of WORKDIR/evaluation.", flag_values)
+    text = f"How many images; by default all there are, but {NUM_SAMPLES:,} new samples."
+    _define(flag_values, "num_images", None, text)
+    if word is not None:
+        add_flags, _ = _WORDS[word]
+        add_flags(flag_values)
 
-    def define(kind: str, name: str, default: Any, text: str, values: Sequence[str] = ()) -> None:
-        users = f" (--what {'|'.join(_USED_BY[name])})" if name in _USED_BY else ""
-        if values:
-            flags.DEFINE_enum(name, default, list(values), text + users, flag_values=flag_values)
-        else:
-            kinds[kind](name, default, text + users, flag_values=flag_values)
 
-    define("enum", "what", None, "What to measure.", list(_WHAT))
-    define(
-        "path",
-        "reference",
-        None,
-        f"What to compare with: statistics (.npz), images (.npz, a folder), or '{OF_DATA}', the "
-        "config's training images. By default config.evaluation.reference.",
-    )
-    define(
-        "path",
-        "images",
-        None,
-        "A folder or an .npz: samples to score in place of new ones; images to reconstruct, or to "
-        "make a reference of, in place of the config's.",
-    )
-    define(
-        "integer",
-        "num_images",
-        None,
-        f"How many images: by default {NUM_SAMPLES:,} new samples, of all else all there are.",
-    )
+def _define(values: flags.FlagValues, name: str, default: Any, text: str, *choices: str) -> None:
+    """Adds a flag of the kind that its default has; an integer if that is None."""
+    if choices:
+        flags.DEFINE_enum(name, default, choices, text, flag_values=values)
+        return
+    kinds: dict[type, Callable[..., Any]]
+    kinds = {str: flags.DEFINE_string, bool: flags.DEFINE_bool, list: flags.DEFINE_list}
+    kinds.get(type(default), flags.DEFINE_integer)(name, default, text, flag_values=values)
+
+
+def _generation_flags(values: flags.FlagValues) -> None:
+    _feature_flags(values, "samples to score, instead of new samples")
+    define_path("reference", f"{_REFERENCE}; by default config.evaluation.reference.", values)
     policies = generation.LABEL_POLICIES
-    define("enum", "labels", "balanced", "Every class as often, or random draws.", policies)
-    define("integer", "seed", 0, "Fixes all randomness.")
-    define("integer", "step", None, "Which checkpoint; the latest by default.")
-    define(
-        "enum",
-        "features",
-        None,
-        "Feature space: FID's network, or 8 x 8 area means, which need no weights. By default "
-        "config.evaluation.features, and without --workdir inception.",
-        FEATURES,
-    )
-    precisions = inception.PRECISIONS
-    define("enum", "precision", "high", "Of convolutions: see docs/evaluation.md.", precisions)
-    define(
-        "integer",
-        "batch_size",
-        None,
-        "Images at once in networks, over a process's devices; by default 64 an accelerator.",
-    )
-    define("path", "networks", None, "Folder of `tokenbridge import-metrics`.")
-    define("bool", "write_samples", False, "Write samples.npz, as ADM's evaluator reads it.")
-    define(
-        "string",
-        "split",
-        None,
-        "Of the config's images or the token shards; by default the training split for reference "
-        "and tokens, for the others the held-out one if there is one.",
-    )
-    define("list", "levels", ["8", "16", "32", "64"], "Numbers of levels to reconstruct from.")
-    define("list", "ranges", ["2", "3", "4", "5"], "Ranges of latents to reconstruct from.")
-    define(
-        "list",
-        "perturb",
-        ["0.1:1", "0.1:4", "0.5:4"],
-        "pFID, SHARE:LEVELS: the share of the indices that is moved, by up to so many levels.",
-    )
-    posteriors = ["sample", "mean"]
-    define("enum", "posterior", "sample", "A draw from it is encoded, or its mean.", posteriors)
-    define("integer", "num_orders", 1, "Random orders an image's likelihood is averaged over.")
-    define("bool", "all_views", False, "Count all views of an image, not only the first.")
-    define("path", "output", None, "Folder to write to in place of WORKDIR/evaluation.")
+    text = "Classes of new samples: every class equally often, or random draws."
+    _define(values, "labels", "balanced", text, *policies)
+    _checkpoint_flags(values)
+    _define(values, "write_samples", False, "Write samples.npz, as ADM's evaluator reads it.")
 
 
-def main(args: flags.FlagValues) -> None:
-    """Measures, writes JSON and prints the table."""
-    _check(args)
-    _WHAT[args.what](args)
+def _reconstruction_flags(values: flags.FlagValues) -> None:
+    _feature_flags(values, "images to reconstruct, instead of the config's")
+    define_path("reference", f"{_REFERENCE}, besides the originals.", values)
+    _split_flag(values, "the held-out split if there is one")
+    _define(values, "seed", 0, "Fixes all randomness.")
+    _define(values, "levels", ["8", "16", "32", "64"], "Numbers of levels to compare.")
+    _define(values, "ranges", ["2", "3", "4", "5"], "Ranges of latents to compare.")
+    text = "SHARE:LEVELS for pFID: the share of indices to move, and by how many levels at most."
+    _define(values, "perturb", ["0.1:1", "0.1:4", "0.5:4"], text)
+    text = "What to encode: a draw from the posterior, or its mean."
+    _define(values, "posterior", "sample", text, "sample", "mean")
 
 
-def _check(args: flags.FlagValues) -> None:
-    if args.what is None:
-        raise UserError(f"say what to measure: --what {'|'.join(_WHAT)}")
-    for name, users in _USED_BY.items():
-        if args[name].present and args.what not in users:
-            raise UserError(f"--{name} is for --what {'|'.join(users)}, not for {args.what}")
-    scored = args.what == "generation" and args.images
-    for name in _OF_SAMPLING if scored else ():
-        if args[name].present:
-            raise UserError(f"--{name} is about new samples: leave it out, or leave out --images")
-    fewest = 2 if args.what in _IMAGES else 1
-    if args.num_images is not None and args.num_images < fewest:
-        raise UserError(f"--num_images={args.num_images} must be at least {fewest}")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserError(f"--batch_size={args.batch_size} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed={args.seed} must be from 0 to 2**32 - 1")
-    path = args.reference
-    if path and path != OF_DATA and not Path(path).exists():
-        raise UserError(
-            f"--reference {path} does not exist; it takes statistics (.npz), images (.npz or a "
-            f"folder) or '{OF_DATA}', the config's training images"
-        )
-    if args.workdir:
-        if not epath.Path(args.workdir).exists():
-            raise UserError(f"workdir {args.workdir} does not exist; check --workdir")
-    elif args.what not in ("generation", "reference") or not args.images or not args.output:
-        raise UserError(
-            "--workdir is not set; name the folder to work in (to score images alone: "
-            "--what generation --images FILE --reference FILE --output DIR)"
-        )
-    elif path == OF_DATA or (not args.reference and args.what == "generation"):
-        raise UserError(
-            "name what to compare with: --reference FILE (statistics, .npz, or a folder of "
-            f"pictures); '{OF_DATA}' are the images of a --workdir's config"
-        )
+def _likelihood_flags(values: flags.FlagValues) -> None:
+    _split_flag(values, "the held-out split if there is one")
+    _checkpoint_flags(values)
+    _define(values, "num_orders", 1, "Random orders to average an image's likelihood over.")
+
+
+def _tokens_flags(values: flags.FlagValues) -> None:
+    _split_flag(values, "the training split")
+    _define(values, "all_views", False, "Count all views of an image, not only the first.")
+
+
+def _reference_flags(values: flags.FlagValues) -> None:
+    _feature_flags(values, "images to make a reference of, instead of the config's")
+    _split_flag(values, "the training split")
+
+
+def _feature_flags(values: flags.FlagValues, images: str) -> None:
+    define_path("images", f"A folder or an .npz of {images}.", values)
+    text = (
+        "Feature space: Inception, or 8 x 8 area means, which need no weights. By default "
+        "config.evaluation.features; without --workdir inception."
+    )
+    _define(values, "features", None, text, *networks.FEATURES)
+    text = "Precision of Inception's convolutions: see docs/evaluation.md."
+    _define(values, "precision", "high", text, *inception.PRECISIONS)
+    text = "Images at once in Inception, over a process's devices; by default 64 an accelerator."
+    _define(values, "batch_size", None, text)
+    define_path("networks", "Folder that `tokenbridge import-metrics` wrote to.", values)
+
+
+def _checkpoint_flags(values: flags.FlagValues) -> None:
+    _define(values, "step", None, "Step of the checkpoint; by default the latest.")
+    _define(values, "seed", 0, "Fixes all randomness.")
+
+
+def _split_flag(values: flags.FlagValues, default: str) -> None:
+    _define(values, "split", "", f"Split of the data; by default {default}.")
+
+
+def main(args: flags.FlagValues, word: str) -> None:
+    """Measures what `word` says, writes JSON and prints the table."""
+    _check(args, word)
     output = storage.check_folder(_output(args))
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage.write_error(output, error) from error
+    _, measure = _WORDS[word]
+    measure(args)
+
+
+def _check(args: flags.FlagValues, word: str) -> None:
+    if args.num_images is not None:
+        checks.at_least("--num_images", args.num_images, 2 if "features" in args else 1)
+    if "seed" in args and not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed={args.seed} must be from 0 to 2**32 - 1")
+    if args.workdir:
+        if not epath.Path(args.workdir).exists():
+            raise UserError(f"workdir {args.workdir} does not exist; check --workdir")
+    elif word not in ("generation", "reference") or not (args.images and args.output):
+        raise UserError(
+            "--workdir is not set; name the folder to work in (to score images alone: "
+            "tokenbridge evaluate generation --images FILE --reference FILE --output DIR)"
+        )
+    if "reference" in args:
+        _check_reference(args, needed=word == "generation")
+    for name in _OF_SAMPLING if word == "generation" and args.images else ():
+        if args[name].present:
+            raise UserError(f"--{name} is about new samples: leave it out, or leave out --images")
+
+
+def _check_reference(args: flags.FlagValues, *, needed: bool) -> None:
+    path = _reference_path(args)
+    if needed and (not path or (path == OF_DATA and not args.workdir)):
+        raise UserError(
+            "name what to compare with: --reference FILE (statistics, .npz or a folder of "
+            f"pictures), or --reference {OF_DATA} for the training images of a --workdir's config"
+        )
+    if args.reference and path != OF_DATA and not Path(path).exists():
+        raise UserError(
+            f"--reference {path} does not exist; it takes statistics (.npz), images (.npz or a "
+            f"folder) or '{OF_DATA}', the config's training images"
+        )
 
 
 def measure_generation(args: flags.FlagValues) -> None:
-    """FID and its kin, of new samples or of those given."""
+    """FID and related metrics of new samples, or of --images."""
     extractor = _extractor(args)
+    source = _images(args) if args.images else _load_pipeline(args)
+    reference = _reference(args, extractor)
+    images = source if isinstance(source, ImageSet) else _samples(args, source)
+    found = extract(images, extractor, progress=_first())
+    facts: dict[str, Any] = {"samples": found.count}
     if args.images:
-        images = _images(args)
-        reference = _reference(args, extractor)
-        found = extract(images, extractor, progress=_first())
-        facts = {
-            "samples": found.count,
-            "samples_from": images.path.name,
-            "samples_digest": found.digest,
-            **images.facts,
-        }
-    else:
-        pipeline = load_pipeline(args)
-        reference = _reference(args, extractor)
-        images = _samples(args, pipeline)
-        found = extract(images, extractor, progress=_first())
-        facts = {"samples": found.count, **images.facts}
+        facts |= {"samples_from": images.path.name, "samples_digest": found.digest}
+    facts |= {**images.facts, **reference.facts, **extractor.facts}
     if _first():
-        scores = generation_scores(found, reference, extractor.distance)
-        facts = facts | reference.facts | dict(extractor.facts)
-        said = remarks(scores, found, reference, facts)
-        _tell(args, scores, facts, said)
+        metrics = scores.generation_scores(found, reference, extractor.distance)
+        said = scores.remarks(metrics, found, reference, facts)
+        _tell(args, "generation", metrics, facts, said)
 
 
 def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
@@ -277,19 +236,17 @@ def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
             path = folder / "samples.npz"
             write_images(path, batches, (images.count, *images.shape), labels)
             print(f"wrote {path}")
-    # What comes next the devices do together, and they do not wait for as long as this can take.
+    # The devices compute together next, and they wait for each other only for a limited time.
     processes.gather("written")
     return images
 
 
 def _images(args: flags.FlagValues, *splits: str) -> ImageSet:
-    """Those of --images, or of the config's data: of --split, or the first split there is."""
-    chosen = (args.split,) if args.split else splits
-    images = (
-        open_images(args.images)
-        if args.images
-        else data_images(args.config, *chosen, tokens=_tokens(args))
-    )
+    """The images of --images, or of the config's data: of the first of `splits` that they have."""
+    if args.images:
+        images = open_images(args.images)
+    else:
+        images = data_images(args.config, *splits, tokens=_tokens(args))
     if args.num_images and args.num_images > images.count and _first():
         print(f"{images.path} holds {images.count} images, no more", file=sys.stderr)
     images.take(args.num_images or images.count)
@@ -297,23 +254,21 @@ def _images(args: flags.FlagValues, *splits: str) -> ImageSet:
 
 
 def measure_reference(args: flags.FlagValues) -> None:
-    """Statistics of real images, for others to be compared with."""
+    """Statistics of real images, to compare samples with."""
     extractor = _extractor(args)
     name = Path(args.images).stem if args.images else args.split or "train"
     path = _output(args) / f"reference_{name}_{extractor.name}.npz"
     storage.check_name(path.name)
-    images = _images(args, "train")
-    reference = reference_of(images, extractor, progress=_first())
+    images = _images(args, args.split or "train")
+    reference = scores.reference_of(images, extractor, progress=_first())
     if _first():
-        save_reference(path, reference, extractor)
+        scores.save_reference(path, reference, extractor)
         print(report.table({}, reference.facts | dict(extractor.facts)))
         print(f"wrote {path}")
 
 
-def load_pipeline(args: flags.FlagValues) -> Pipeline:
-    """The workdir's, on the config's mesh."""
-    mesh = meshes.make_mesh(**args.config.mesh)
-    return Pipeline.load(args.workdir, step=args.step, mesh=mesh)
+def _load_pipeline(args: flags.FlagValues) -> Pipeline:
+    return Pipeline.load(args.workdir, step=args.step, mesh=meshes.make_mesh(**args.config.mesh))
 
 
 def measure_reconstruction(args: flags.FlagValues) -> None:
@@ -326,14 +281,9 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
         ModelDescription.load(workdir).config.quantizer if trained else make_quantizer(args.config)
     )
     codec = Codec(config, params, quantizer, meshes.make_mesh(devices=jax.local_devices()))
-    images = _images(args, "validation", "train")
+    images = _images(args, *([args.split] if args.split else ["validation", "train"]))
     reference = _reference(args, extractor) if args.reference else None
-    networks = {name: load_network(f"lpips_{name}", _networks(args)) for name in lpips.NETWORKS}
-    lpips_networks = {
-        name: network
-        for name, network in networks.items()
-        if network and min(images.shape[:2]) >= lpips.SMALLEST[name]
-    }
+    perceptual = networks.load_lpips(_networks(args), min(images.shape[:2]))
     variants = reconstruction.sweep(
         quantizer,
         _numbers("levels", args.levels, int),
@@ -346,7 +296,7 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
         variants,
         extractor=extractor,
         reference=reference and reference.pool,
-        perceptual={name: network.params for name, network in lpips_networks.items()},
+        perceptual={name: network.params for name, network in perceptual.items()},
         posterior=args.posterior,
         seed=args.seed,
         progress=_first(),
@@ -364,11 +314,11 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
         **extractor.facts,
         "rounding": generation.ROUNDING,
     }
-    for network in lpips_networks.values():
+    for network in perceptual.values():
         facts |= network.facts
     if _first():
         print(reconstruction.table(found))
-        _tell(args, found, facts, plot=reconstruction.plot)
+        _tell(args, "reconstruction", found, facts, plot=reconstruction.plot)
 
 
 def _numbers(name: str, texts: list[str], kind: type) -> list[Any]:
@@ -383,12 +333,12 @@ def _perturbation(text: str) -> tuple[float, int]:
     try:
         return float(share), int(delta)
     except ValueError:
-        raise UserError(f"--perturb={text} must be SHARE:LEVELS, 0.1:4 say") from None
+        raise UserError(f"--perturb={text} must be SHARE:LEVELS, such as 0.1:4") from None
 
 
 def measure_likelihood(args: flags.FlagValues) -> None:
-    """Bits of held-out images, and whether the head's confidence is right."""
-    pipeline, folder = load_pipeline(args), epath.Path(args.workdir) / "tokens"
+    """Bits of held-out images, and the calibration of the head."""
+    pipeline, folder = _load_pipeline(args), epath.Path(args.workdir) / "tokens"
     found = likelihood.likelihood(
         pipeline,
         folder,
@@ -396,7 +346,7 @@ def measure_likelihood(args: flags.FlagValues) -> None:
         order=args.config.sampling.order,
         num_orders=args.num_orders,
         seed=args.seed,
-        split=args.split,
+        split=args.split or None,
         max_images=args.num_images,
         batch_size=args.config.sampling.batch_size,
         progress=_first(),
@@ -411,11 +361,11 @@ def measure_likelihood(args: flags.FlagValues) -> None:
     if _first():
         print(likelihood.table(found))
         said = [found.pop("classes")] if "classes" in found else []
-        _tell(args, found, facts, said, plot=likelihood.plot)
+        _tell(args, "likelihood", found, facts, said, plot=likelihood.plot)
 
 
 def measure_tokens(args: flags.FlagValues) -> None:
-    """What the indices of the shards are like."""
+    """Statistics of the indices in the token shards."""
     folder = epath.Path(args.workdir) / "tokens"
     found = tokens.token_statistics(
         folder,
@@ -432,11 +382,11 @@ def measure_tokens(args: flags.FlagValues) -> None:
             "autoencoder_sha256": info.autoencoder_hash,
             "range": info.quantizer.maximum,
         }
-        _tell(args, found, facts, plot=tokens.plot)
+        _tell(args, "tokens", found, facts, plot=tokens.plot)
 
 
 def _extractor(args: flags.FlagValues) -> Extractor:
-    return make_extractor(
+    return networks.make_extractor(
         args.features or (args.config.evaluation.features if args.workdir else "inception"),
         _networks(args),
         batch_size=args.batch_size,
@@ -448,14 +398,14 @@ def _networks(args: flags.FlagValues) -> Path | None:
     return Path(args.networks) if args.networks else networks.default_folder()
 
 
+def _reference_path(args: flags.FlagValues) -> str:
+    """--reference, or else the one that the workdir's config names, if any."""
+    return args.reference or (args.workdir and args.config.evaluation.reference) or ""
+
+
 def _reference(args: flags.FlagValues, extractor: Extractor) -> Reference:
-    path = args.reference or args.config.evaluation.reference
-    if not path:
-        raise UserError(
-            "name what to compare with: --reference FILE (statistics, .npz or a folder of "
-            f"pictures), or --reference {OF_DATA} for the config's training images"
-        )
-    return find_reference(path, args.config, extractor, tokens=_tokens(args), progress=_first())
+    path, folder = _reference_path(args), _tokens(args)
+    return scores.find_reference(path, args.config, extractor, tokens=folder, progress=_first())
 
 
 def _tokens(args: flags.FlagValues) -> epath.Path | None:
@@ -468,16 +418,17 @@ def _output(args: flags.FlagValues) -> epath.Path:
 
 def _tell(
     args: flags.FlagValues,
+    word: str,
     found: dict[str, Any],
     facts: dict[str, Any],
     said: Sequence[str] = (),
     plot: Callable[[dict[str, Any], epath.Path], list[epath.Path]] | None = None,
 ) -> None:
     """Writes a result into a folder of its own, named by what it depends on, and prints it."""
-    # What was measured comes first; the rest of what was found are settings.
+    # Numbers, lists and dicts are measurements; everything else is a setting.
     metrics = {name: x for name, x in found.items() if isinstance(x, float | dict | list)}
     facts = {name: x for name, x in found.items() if name not in metrics} | facts
-    folder = _output(args) / f"{args.what}_{generation.short_hash(facts)}"
+    folder = _output(args) / f"{word}_{generation.short_hash(facts)}"
     report.write(folder / "result.json", metrics, facts, said)
     single = {name: value for name, value in metrics.items() if isinstance(value, float)}
     print(report.table(single, facts, said))
@@ -489,13 +440,15 @@ def _first() -> bool:
     return jax.process_index() == 0
 
 
-_WHAT: dict[str, Callable[[flags.FlagValues], None]] = {
-    "generation": measure_generation,
-    "reconstruction": measure_reconstruction,
-    "likelihood": measure_likelihood,
-    "tokens": measure_tokens,
-    "reference": measure_reference,
+# Words, the functions that add their flags, and those that measure.
+_WORDS: dict[str, tuple[Callable[[flags.FlagValues], None], ...]] = {
+    "generation": (_generation_flags, measure_generation),
+    "reconstruction": (_reconstruction_flags, measure_reconstruction),
+    "likelihood": (_likelihood_flags, measure_likelihood),
+    "tokens": (_tokens_flags, measure_tokens),
+    "reference": (_reference_flags, measure_reference),
 }
+WORDS = tuple(_WORDS)
 
 if __name__ == "__main__":
     sys.exit(runner.run("evaluate", sys.argv[1:]))

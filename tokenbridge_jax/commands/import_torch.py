@@ -3,20 +3,19 @@
   tokenbridge import-torch --checkpoint tokenbridge-l.pth --autoencoder kl16.ckpt --workdir W
   tokenbridge import-torch --autoencoder vae/diffusion_pytorch_model.safetensors --workdir W
 
-Files are .pth and its kin (they need `pip install 'tokenbridge_jax[torch]'`), .safetensors (also
-the index of several) or .npz, in any floating-point type. A network is found wherever it lies in
-its file, such as `first_stage_model.` of Stable Diffusion; where there are several copies, --prefix
-says which to take. Sizes are those of the arrays. What no array shows is the config's (by default
-that of configs/imagenet256.py): --config.quantizer.range and .channel_order, and, unless the
-backbone is as wide as a published one, --config.model.encoder_heads and .decoder_heads beside its
-widths.
+Files are .pth, .pt, .ckpt or .bin (they need `pip install 'tokenbridge_jax[torch]'`), .safetensors
+(or the index of several) or .npz, in any floating-point type. The network may have any place in its
+file, such as `first_stage_model.` of Stable Diffusion; --prefix chooses one of several copies.
+Sizes come from the shapes of the arrays. All that no array shows comes from the config (by default
+configs/imagenet256.py): --config.quantizer.range and .channel_order, and, unless the backbone is as
+wide as a published one, --config.model.encoder_heads and .decoder_heads together with its widths.
 
-An autoencoder may have the names of LDM (kl16.ckpt) or of diffusers' AutoencoderKL, whose
-config.json beside it says how latents are scaled; --scale and --shift say it otherwise.
+An autoencoder may have the names of LDM (kl16.ckpt) or of diffusers' AutoencoderKL. The config.json
+beside the latter gives the scale of latents; --scale and --shift override it.
 
-What follows needs only --workdir: `tokenbridge sample`, or `tokenize` and `train` to fine-tune,
-which begins with the imported weights and a fresh optimizer. With another
---config.data.num_classes, `train` begins with a new class table.
+The workdir is then complete for `tokenbridge sample`, and for `tokenize` and `train` to fine-tune,
+which starts with the imported weights and a fresh optimizer. With another
+--config.data.num_classes, `train` starts with a new class table.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,62 +64,57 @@ from tokenbridge_jax.training.state import TrainState, abstract_state, state_sha
 
 DEFAULT_CONFIG = "imagenet256"
 
-# What diffusers takes where its config names no factor.
+# The factor of diffusers if its config names none.
 DIFFUSERS_SCALE = 0.18215
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
-
-    def define(kind, name, help_text):
-        kind(name, None, help=help_text, flag_values=flag_values)
-
-    define_path("checkpoint", "The model's file.", flag_values)
-    define_path(
-        "autoencoder",
-        "The autoencoder's file; without it WORKDIR/autoencoder must be there already.",
-        flag_values,
+    define_path("checkpoint", "File of the model.", flag_values)
+    text = "File of the autoencoder; without it WORKDIR/autoencoder must exist already."
+    define_path("autoencoder", text, flag_values)
+    text = (
+        "Prefix of the tensors to import, if a file holds several copies of the network: model, or "
+        "model,model_ema for the parameters and their average."
     )
-    define(
-        flags.DEFINE_list,
-        "prefix",
-        "What stands before the names of the tensors to take, where a file holds several copies of "
-        "the network: model, or model,model_ema for parameters and their average.",
-    )
-    define(flags.DEFINE_float, "scale", "Factor from a posterior sample to a latent.")
-    define(flags.DEFINE_float, "shift", "What is subtracted from a posterior sample before that.")
-    flags.DEFINE_bool(
-        "first_token_quirk",
-        True,
+    flags.DEFINE_list("prefix", None, text, flag_values=flag_values)
+    text = "Factor from a posterior sample to a latent."
+    flags.DEFINE_float("scale", None, text, flag_values=flag_values)
+    text = "Subtracted from a posterior sample before it is scaled."
+    flags.DEFINE_float("shift", None, text, flag_values=flag_values)
+    text = (
         "Sample as the release's code does: add the first timestep embedding to the head's first "
-        "token. Not for weights that were trained and evaluated here.",
-        flag_values=flag_values,
+        "token. Turn it off for weights that were trained and evaluated here."
     )
+    flags.DEFINE_bool("first_token_quirk", True, text, flag_values=flag_values)
 
 
 def main(args: flags.FlagValues) -> None:
-    """Reads the files, and writes the workdir when all of them are right."""
-    if not args.checkpoint and not args.autoencoder:
-        raise UserError("nothing to import: name --checkpoint FILE, --autoencoder FILE or both")
+    """Reads the files, and writes the workdir only if all of them are right."""
     if jax.process_count() > 1:
         raise UserError("one process imports: run it without --distributed")
     with runner.locked(args.workdir):
         config, workdir = args.config, epath.Path(args.workdir)
-        if args.checkpoint and _holds_model(workdir):
-            raise UserError(f"{workdir} holds a model already; use another --workdir")
-        parts, autoencoder_state = read_files(args)
+        folder = workdir / "autoencoder"
+        _check(args, workdir)
+        parts, state = read_files(args)
         sizes = infer_sizes(parts["model"]) if parts else {}
-        autoencoder, autoencoder_params = read_autoencoder(
-            args, autoencoder_state, sizes.get("positions")
-        )
+        if state:
+            autoencoder, autoencoder_params = read_autoencoder(args, state, sizes.get("positions"))
+        else:
+            autoencoder, autoencoder_params = load_autoencoder(folder)
+        digest = autoencoder_hash(autoencoder, autoencoder_params)
+        if _has_autoencoder(workdir) and read_description(folder)["hash"] != digest:
+            raise UserError(
+                f"{folder} holds another autoencoder; use another --workdir or remove it"
+            )
         adapt_config(config, autoencoder, sizes, args.first_token_quirk)
         if parts:
             model = make_model(config, autoencoder, sizes, parts["model"])
             with _naming(args.checkpoint):
                 params = import_model(model, parts)
 
-        folder = workdir / "autoencoder"
-        if args.autoencoder:
+        if state:
             imported_from = {"imported_from": Path(args.autoencoder).name}
             save_autoencoder(folder, autoencoder, autoencoder_params, imported_from)
         runner.remember_config(args)
@@ -130,8 +124,7 @@ def main(args: flags.FlagValues) -> None:
         )
         if parts:
             names = tuple(map(str, range(model.classes)))
-            used = autoencoder_hash(autoencoder, autoencoder_params)
-            ModelDescription(model, names, used).save(workdir)
+            ModelDescription(model, names, digest).save(workdir)
             known = {*sizes, "encoder_heads", "decoder_heads"} & set(config.model)
             fields = {f"model.{name}": config.model[name] for name in sorted(known)}
             fields["data.num_classes"] = model.classes
@@ -143,80 +136,79 @@ def main(args: flags.FlagValues) -> None:
             )
 
 
-def read_files(
-    args: flags.FlagValues,
-) -> tuple[dict[str, StateDict], StateDict]:
-    """The parts of --checkpoint and the state dict of --autoencoder, empty if not given.
+def _check(args: flags.FlagValues, workdir: epath.Path) -> None:
+    """Checks which files are named, and which the workdir holds already."""
+    if not args.checkpoint and not args.autoencoder:
+        raise UserError("nothing to import: name --checkpoint FILE, --autoencoder FILE or both")
+    if args.checkpoint and _holds_model(workdir):
+        raise UserError(f"{workdir} holds a model already; use another --workdir")
+    if not args.autoencoder and not _has_autoencoder(workdir):
+        raise UserError(
+            f"there is no autoencoder in {workdir / 'autoencoder'}; name its file too: "
+            "--autoencoder FILE"
+        )
 
-    Prints what was taken of them, where that is not plain.
+
+def read_files(args: flags.FlagValues) -> tuple[dict[str, StateDict], StateDict]:
+    """Returns the parts of --checkpoint and the state dict of --autoencoder, empty if not given.
+
+    Prints which tensors were imported, where that is not obvious.
 
     Raises:
       UserError: a file cannot be read, or holds no such network or several; or none has a --prefix.
     """
-    parts: dict[str, StateDict] = {}
-    autoencoder: StateDict = {}
     prefixes = set(map(unwrapped, args.prefix or ()))
-    places: set[str] = set()
-    if args.checkpoint:
-        found = state_dicts.read_network(args.checkpoint, MODEL, prefixes)
-        parts = found.parts
-        if not infer_sizes(parts["model"]):
-            few = ", ".join(list(parts["model"])[:3])
-            raise UserError(f"{args.checkpoint} holds no TokenBridge model, but {few}, ...")
-        places.update(found.places)
-        _print_notes(args.checkpoint, found.notes)
-    if args.autoencoder:
-        found = state_dicts.read_network(args.autoencoder, AUTOENCODER, prefixes)
-        autoencoder = found.parts["model"]
-        places.update(found.places)
-        _print_notes(args.autoencoder, found.notes)
-        if "model_ema" in found.parts:
-            average = found.places[1]
-            print(f"{args.autoencoder}: left out its average; --prefix={average} takes that")
-    if missing := prefixes - places:
+    found = {
+        flag: state_dicts.read_network(args[flag].value, network, prefixes)
+        for flag, network in (("checkpoint", MODEL), ("autoencoder", AUTOENCODER))
+        if args[flag].value
+    }
+    for flag, network in found.items():
+        for note in network.notes:
+            print(f"{args[flag].value}: {note}")
+    if missing := prefixes - {place for network in found.values() for place in network.places}:
         raise UserError(f"no network is at --prefix={','.join(sorted(missing))}")
-    return parts, autoencoder
+    parts = found["checkpoint"].parts if args.checkpoint else {}
+    if parts and not infer_sizes(parts["model"]):
+        few = ", ".join(list(parts["model"])[:3])
+        raise UserError(f"{args.checkpoint} holds no TokenBridge model, but {few}, ...")
+    if not args.autoencoder:
+        return parts, {}
+    autoencoder = found["autoencoder"]
+    if "model_ema" in autoencoder.parts:
+        average = autoencoder.places[1]
+        print(f"{args.autoencoder}: left out its average; --prefix={average} takes that")
+    return parts, autoencoder.parts["model"]
 
 
 def read_autoencoder(
     args: flags.FlagValues, state: StateDict, positions: int | None
 ) -> tuple[AutoencoderConfig, dict[str, Any]]:
-    """The autoencoder of --autoencoder, or else the one that is there.
+    """The autoencoder of --autoencoder.
 
     Args:
       args: flags.
-      state: the state dict of --autoencoder.
+      state: its state dict.
       positions: of the model, if it is known.
 
     Raises:
-      UserError: there is none, another one is there, or it does not fit.
+      UserError: it is no such autoencoder, or its scale is not known.
     """
-    folder = epath.Path(args.workdir) / "autoencoder"
-    is_there = (folder / "config.json").exists()
-    if not args.autoencoder:
-        if not is_there:
-            raise UserError(
-                f"there is no autoencoder in {folder}; name its file too: --autoencoder FILE"
-            )
-        return load_autoencoder(folder)
     with _naming(args.autoencoder):
         grid = math.isqrt(positions) if positions else None
         config = infer_config(state, args.config.data.image_size, grid)
         scale, shift = latent_scaling(args, config, is_diffusers(state))
         config = dataclasses.replace(config, scale=scale)
-        params = import_autoencoder(config, state, shift)
-    if is_there and read_description(folder)["hash"] != autoencoder_hash(config, params):
-        raise UserError(f"{folder} holds another autoencoder; use another --workdir or remove it")
-    return config, params
+        return config, import_autoencoder(config, state, shift)
 
 
 def latent_scaling(
     args: flags.FlagValues, config: AutoencoderConfig, diffusers: bool
 ) -> tuple[float, float]:
-    """Scale and shift of latents: the flags', those of diffusers' config.json, or KL-16's.
+    """Scale and shift of latents: from the flags, diffusers' config.json, or KL-16.
 
     Raises:
-      UserError: none of them says the scale, or the autoencoder of config.json is of another kind.
+      UserError: none of them has a scale, or config.json describes another kind of autoencoder.
     """
     scale, shift = args.scale, args.shift or 0.0
     path = Path(args.autoencoder).with_name("config.json")
@@ -241,7 +233,7 @@ def _is_kl16(config: AutoencoderConfig) -> bool:
 def adapt_config(
     config: ConfigDict, autoencoder: AutoencoderConfig, sizes: Mapping[str, int], quirk: bool
 ) -> None:
-    """Sets what the arrays say in the config that later commands use.
+    """Writes what the arrays show into the config that later commands use.
 
     Raises:
       UserError: the config does not say how many heads the backbone has.
@@ -269,7 +261,7 @@ def adapt_config(
 
 
 def _heads(config: ConfigDict, part: str, width: int) -> int:
-    """Heads of the encoder or decoder: the config's, if it is as wide, or a published size's."""
+    """Heads of the encoder or decoder: of the config or the published size of the same width."""
     heads = f"{part}_heads"
     for known in (config.model, *SIZES.values()):
         if known[f"{part}_width"] == width:
@@ -286,10 +278,10 @@ def make_model(
     sizes: Mapping[str, int],
     state: Mapping[str, np.ndarray],
 ) -> TokenBridgeConfig:
-    """The model of the adapted config, with the level values that the file has.
+    """The model of the adapted config, with the file's level values.
 
     Raises:
-      UserError: the autoencoder's latents are not what the model was trained on.
+      UserError: the autoencoder has another number of channels, or the channel order is unknown.
     """
     channels = sizes.get("channels", autoencoder.latent_channels)
     if channels != autoencoder.latent_channels:
@@ -316,15 +308,15 @@ def write_checkpoint(
     params: Mapping[str, Any],
     fields: Mapping[str, Any],
 ) -> None:
-    """Writes checkpoint 0: the imported weights, and an optimizer that has seen nothing.
+    """Writes checkpoint 0: the imported weights and a fresh optimizer.
 
     Args:
       workdir: gets `checkpoints/0`.
       model: its config.
-      params: "model", and "model_ema" if it has an average of its own.
-      fields: of the run, that training from here must share.
+      params: "model", and "model_ema" if the file holds an average.
+      fields: settings of the run that training from this checkpoint must share.
     """
-    # The optimizer's state is laid out alike whatever its settings.
+    # The layout of the optimizer's state does not depend on its settings.
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=0.0, total_steps=1))
     mesh = meshes.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
     abstract = abstract_state(functools.partial(init_params, model), optimizer, mesh)
@@ -344,14 +336,13 @@ def _holds_model(workdir: epath.Path) -> bool:
     return saved or Checkpoints(workdir / "checkpoints").latest is not None
 
 
-def _print_notes(path: str, notes: Iterable[str]) -> None:
-    for note in notes:
-        print(f"{path}: {note}")
+def _has_autoencoder(workdir: epath.Path) -> bool:
+    return (workdir / "autoencoder" / "config.json").exists()
 
 
 @contextlib.contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Says which file a mistake is in."""
+    """Puts the name of the file before a mistake."""
     try:
         yield
     except UserError as error:

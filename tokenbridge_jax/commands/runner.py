@@ -4,17 +4,21 @@ A command module has a docstring (its help), `define_flags(flag_values)` for its
 `main(args)`, where `args` is an `absl.flags.FlagValues` with at least `config` (an
 `ml_collections.ConfigDict`), `workdir` and `distributed`. It may also define
 
-  WORDS           one of these follows the command's name: `main(args, word)`; no workdir is needed
+  WORDS           one of these follows the command's name: `define_flags(flag_values, word)`, where
+                  None stands for what all words share, and `main(args, word)`; no workdir is needed
   NEEDS_WORKDIR   False: no workdir is needed
   USES_DEVICES    False: this machine's devices are not used
   DEFAULT_CONFIG  the experiment where none is given; digits without it
 """
 
 import contextlib
+import functools
 import importlib
+import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from absl import flags
@@ -76,17 +80,22 @@ def run(name: str, argv: list[str]) -> int:
         argv = arguments.with_flag_files(argv)
         given = argv[:1] if words and argv and not argv[0].startswith("-") else []
         argv = argv[len(given) :]
+        define, elsewhere = _flags_of(name, command, given[0] if given else None)
         if arguments.HELP & set(argv):
-            flags_help = arguments.help_text(command.define_flags, config)
+            flags_help = arguments.help_text(define, config)
             print(f"{(command.__doc__ or '').strip()}\n\nflags:\n{flags_help}")
             return 0
         if words and (not given or given[0] not in words):
             unknown = f"there is no '{given[0]}'; " if given else ""
-            raise UserError(f"{unknown}say what: tokenbridge {name} {'|'.join(words)} [flags]")
+            # `evaluate` took its word as --what once.
+            old = re.search(r"(?:^| )--?what[= ](\w+)", " ".join(argv))
+            meant = old[1] if old and old[1] in words else "|".join(words)
+            raise UserError(f"{unknown}say what: tokenbridge {name} {meant} [flags]")
         args = arguments.parse(
             name,
             argv,
-            command.define_flags,
+            define,
+            elsewhere=elsewhere,
             default_config=config,
             needs_workdir=getattr(command, "NEEDS_WORKDIR", not words),
         )
@@ -109,6 +118,24 @@ def run(name: str, argv: list[str]) -> int:
         traceback.print_exc()  # The host, and its files, may be gone when somebody looks.
         # If another process is gone, a program on the devices may be the first to notice.
         return processes.leave(status, processes.heartbeat_seconds() + processes.FAILURE_SECONDS)
+
+
+def _flags_of(
+    name: str, command: Any, word: str | None
+) -> tuple[Callable[[flags.FlagValues], None], dict[str, str]]:
+    """What defines the flags of a command's word, and which words have the flags it lacks."""
+    words = getattr(command, "WORDS", ())
+    if not words:
+        return command.define_flags, {}
+    owners: dict[str, list[str]] = {}
+    for other in words:
+        values = flags.FlagValues()
+        command.define_flags(values, other)
+        for flag in values:
+            owners.setdefault(flag, []).append(other)
+    known = word if word in words else None
+    elsewhere = {flag: f"tokenbridge {name} {'|'.join(has)}" for flag, has in owners.items()}
+    return functools.partial(command.define_flags, word=known), elsewhere
 
 
 def remember_config(args: flags.FlagValues) -> None:

@@ -163,6 +163,8 @@ class TfdsSource:
             self._records = builder.as_data_source(
                 split, decoders={"image": tfds.decode.SkipDecoding()}
             )
+        except UserError:
+            raise
         except (ValueError, NotImplementedError, RuntimeError, KeyError) as error:
             reason = str(error).strip("'\"").splitlines()[0]
             raise UserError(f"cannot read split '{split}' of {folder}: {reason}") from error

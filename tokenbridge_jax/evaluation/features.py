@@ -5,14 +5,14 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float, Shaped, UInt8, UInt64
+from jaxtyping import Float, Int, Shaped, UInt8, UInt64
 
 from tokenbridge_jax.evaluation import inception
 from tokenbridge_jax.evaluation.image_sets import ImageSet
@@ -193,8 +193,18 @@ def extract(
         raise UserError(f"{images.path}: statistics need at least 2 images, not {images.count}")
     moments: list[Moments] = []
     kept: list[list[np.ndarray]] = []
-    with Progress(images.count, desc="features", visible=progress) as bar:
-        for (pool, spatial, logits), keys in _blocks(images, extractor):
+    size = _SHARE * jax.process_count()
+    with (
+        Progress(images.count, desc="features", visible=progress) as bar,
+        ThreadPoolExecutor(1) as thread,
+    ):
+
+        def of_batch(batch: UInt8[np.ndarray, "n H W 3"], _: Any) -> tuple[Features, np.ndarray]:
+            keys = thread.submit(content_keys, batch)  # While the devices compute.
+            return extractor(batch), keys.result()
+
+        for _, found in blocks(images, size, extractor.batch_size, of_batch):
+            (pool, spatial, logits), keys = found
             summed = [x for x in (pool, spatial) if x is not None]
             moments = moments or [Moments(x.shape[1]) for x in summed]
             for sums, rows in zip(moments, summed, strict=True):
@@ -219,20 +229,35 @@ def extract(
     )
 
 
-def _blocks(images: ImageSet, extractor: Extractor) -> Iterator[tuple[Features, np.ndarray]]:
-    """Features and keys of the next images, in their order; in every process all of them."""
+def blocks(
+    images: ImageSet, size: int, batch_size: int, of_batch: Callable[..., Any]
+) -> Iterator[tuple[Int[np.ndarray, " n"], Any]]:
+    """Divides the images over the processes, a block after another; every process gets all results.
+
+    Args:
+      images: the same in every process.
+      size: the images of a block.
+      batch_size: the images that `of_batch` takes at most.
+      of_batch: makes a tree of arrays, one row an image, of a batch and its images' numbers.
+
+    Yields:
+      The numbers of a block's images, and the tree of all their rows, in the images' order.
+    """
     process, processes = jax.process_index(), jax.process_count()
-    share = min(_SHARE, -(-images.count // processes))
-    for start in range(0, images.count, share * processes):
-        first, last = (min(start + share * p, images.count) for p in (process, process + 1))
-        # One with no share left looks at an image all the same, for the shapes of its no rows.
-        shown = (first, last) if first < last else (0, 1)
-        batches = _ahead(
-            (batch, content_keys(batch)) for batch in images.batches(extractor.batch_size, *shown)
-        )
-        parts = [(extractor(batch), keys) for batch, keys in batches]
-        count = last - first
-        yield jax.tree.map(lambda *rows, n=count: gather_rows(np.concatenate(rows)[:n]), *parts)
+    for start in range(0, images.count, size):
+        count = min(size, images.count - start)
+        first, last = (start + count * p // processes for p in (process, process + 1))
+        # A process without a share takes one image, to know the shapes of its empty rows.
+        taken = (first, last) if first < last else (0, 1)
+        parts, number = [], taken[0]
+        for batch in _ahead(images.batches(batch_size, *taken)):
+            parts.append(of_batch(batch, np.arange(number, number + len(batch))))
+            number += len(batch)
+
+        def join(*rows: np.ndarray, mine: int = last - first) -> np.ndarray:
+            return gather_rows(np.concatenate(rows)[:mine])
+
+        yield np.arange(start, start + count), jax.tree.map(join, *parts)
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from jaxtyping import Int, Integer
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.evaluation.image_sets import MadeImages, rgb
 from tokenbridge_jax.pipeline import Pipeline
-from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
+from tokenbridge_jax.runtime import checks, meshes, processes, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 from tokenbridge_jax.sampling.batches import generate_in_batches
@@ -115,8 +115,7 @@ def draw(
       UserError: the folder holds something else, cannot be written, or is not the same folder for
         all processes.
     """
-    if batch_size < 1:
-        raise UserError(f"sampling.batch_size={batch_size} must be at least 1")
+    batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
     parts = _read_parts(folder)
     done = sum(map(len, parts))
     if done and progress:

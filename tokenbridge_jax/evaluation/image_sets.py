@@ -99,7 +99,7 @@ class _Folder(ImageSet):
                         )
                         raise UserError(
                             f"{self.path} holds pictures of several sizes ({sizes}); crop them to "
-                            "one (with --what reference the config's images are)"
+                            "one (`evaluate reference` crops the config's images)"
                         )
                 yield np.stack(images)
 

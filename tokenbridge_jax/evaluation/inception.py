@@ -23,20 +23,6 @@ SPATIAL_CHANNELS, SPATIAL_CELLS = 7, 17 * 17
 BATCH_NORM_EPSILON = 1e-3
 
 
-class Features(NamedTuple):
-    """What the metrics see of images.
-
-    Attributes:
-      pool: mean over the last layer's cells, for FID, KID, precision and recall.
-      spatial: the first channels of one convolution, for sFID; cells row-major, channels last.
-      logits: without their bias, for IS.
-    """
-
-    pool: Float[Array, "N 2048"]
-    spatial: Float[Array, "N 2023"]
-    logits: Float[Array, "N 1008"]
-
-
 class Conv(NamedTuple):
     """A convolution, its normalisation and a ReLU.
 
@@ -162,19 +148,25 @@ SPATIAL = "Mixed_6d.branch1x1"
 Params = Mapping[str, Mapping[str, Float[Array | np.ndarray, "..."]]]
 
 
-def features(params: Params, images: UInt8[Array, "N H W 3"], precision: str = "high") -> Features:
-    """What the network says of images of any one size; to be jitted.
+def features(
+    params: Params, images: UInt8[Array, "N H W 3"], precision: str = "high"
+) -> tuple[Float[Array, "N 2048"], Float[Array, "N 2023"], Float[Array, "N 1008"]]:
+    """The network's features of images of one size, float32; to be jitted.
 
     Args:
       params: from `import_inception`.
       images: uint8 RGB. They are resized as TensorFlow 1 does, without rounding to uint8 after it.
       precision: of convolutions, one of `PRECISIONS`.
+
+    Returns:
+      The mean over the last layer's cells, for FID, KID, precision and recall; the first channels
+      of one convolution, cells row-major and channels last, for sFID; logits without bias, for IS.
     """
     results = dict(activations(params, images, precision))
     spatial = results[SPATIAL][..., :SPATIAL_CHANNELS].reshape(len(images), -1)
     pool = results[list(BLOCKS)[-1]].astype(jnp.float32).mean(axis=(1, 2))
     logits = jnp.dot(pool, params["fc"]["kernel"], precision="highest")
-    return Features(pool, spatial.astype(jnp.float32), logits)
+    return pool, spatial.astype(jnp.float32), logits
 
 
 def activations(
@@ -299,10 +291,33 @@ def convolutions() -> Iterator[tuple[str, Conv, int]]:
         inputs = outputs
 
 
-def shortened(problems: list[str]) -> str:
-    """The first three, and how many more there are."""
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return "; ".join(problems[:3]) + more
+def tensor_shapes() -> dict[str, tuple[int, ...]]:
+    """The tensors of the public port's state dict that are used here, by name."""
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (CLASSES, POOL_FEATURES)}
+    for name, conv, inputs in convolutions():
+        shapes[f"{name}.conv.weight"] = (conv.outputs, inputs, *conv.kernel)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.bn.{part}"] = (conv.outputs,)
+    return shapes
+
+
+def check_tensors(
+    network: str, state_dict: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises `UserError` unless all tensors are there in these shapes; it names three others."""
+    problems = [
+        f"{name}: {state_dict[name].shape} instead of {shape}"
+        if name in state_dict
+        else f"{name}: missing"
+        for name, shape in shapes.items()
+        if name not in state_dict or state_dict[name].shape != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"these are not the weights of {network} ({len(problems)} of {len(shapes)} tensors "
+            f"differ): {'; '.join(problems[:3])}{more}"
+        )
 
 
 def import_inception(state_dict: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -315,23 +330,7 @@ def import_inception(state_dict: Mapping[str, np.ndarray]) -> dict[str, dict[str
     Raises:
       UserError: tensors are missing or misshapen; three are named.
     """
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (CLASSES, POOL_FEATURES)}
-    for name, conv, inputs in convolutions():
-        shapes[f"{name}.conv.weight"] = (conv.outputs, inputs, *conv.kernel)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.bn.{part}"] = (conv.outputs,)
-    problems = [
-        f"{name}: missing"
-        if name not in state_dict
-        else f"{name}: {state_dict[name].shape} instead of {shape}"
-        for name, shape in shapes.items()
-        if name not in state_dict or state_dict[name].shape != shape
-    ]
-    if problems:
-        raise UserError(
-            f"these are not the weights of FID's Inception network ({len(problems)} of "
-            f"{len(shapes)} tensors differ): {shortened(problems)}"
-        )
+    check_tensors("FID's Inception network", state_dict, tensor_shapes())
     params: dict[str, dict[str, np.ndarray]] = {}
     for name, _, _ in convolutions():
         kernel, scale, bias, mean, variance = (

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from tokenbridge_jax.evaluation.inception import shortened
-from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.evaluation.inception import check_tensors
 
 
 class Conv(NamedTuple):
@@ -130,13 +129,7 @@ def import_lpips(
             inputs = conv.outputs
         shapes[f"lin{part}.model.1.weight"] = (1, inputs, 1, 1)
     arrays = {**backbone, **linear}
-    problems = [
-        f"{name}: {arrays[name].shape} instead of {shape}" if name in arrays else f"{name}: missing"
-        for name, shape in shapes.items()
-        if name not in arrays or arrays[name].shape != shape
-    ]
-    if problems:
-        raise UserError(f"these are not the weights of LPIPS's {network}: {shortened(problems)}")
+    check_tensors(f"LPIPS's {network}", arrays, shapes)
     params: dict[str, dict[str, np.ndarray]] = {}
     for name in shapes:
         array = np.asarray(arrays[name], np.float32)

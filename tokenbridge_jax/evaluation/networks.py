@@ -15,7 +15,7 @@ import numpy as np
 
 from tokenbridge_jax.evaluation import inception, lpips
 from tokenbridge_jax.evaluation.features import Extractor, InceptionExtractor, ThumbnailExtractor
-from tokenbridge_jax.runtime import safetensors_file, storage
+from tokenbridge_jax.runtime import checks, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge import state_dicts
 from tokenbridge_jax.torch_bridge.kinds import recognise
@@ -121,6 +121,12 @@ def load_network(name: str, folder: Path | None) -> Network | None:
     return Network(safetensors_file.read(path), weights | {f"{name}_published": facts["published"]})
 
 
+def load_lpips(folder: Path | None, side: int) -> dict[str, Network]:
+    """The imported networks of LPIPS, by name, that take images of `side` pixels."""
+    loaded = {name: load_network(f"lpips_{name}", folder) for name in lpips.NETWORKS}
+    return {name: x for name, x in loaded.items() if x and side >= lpips.SMALLEST[name]}
+
+
 def make_extractor(
     name: str, folder: Path | None, *, batch_size: int | None = None, precision: str = "high"
 ) -> Extractor:
@@ -133,10 +139,13 @@ def make_extractor(
       precision: of Inception's convolutions.
 
     Raises:
-      UserError: there is no such feature space, or its network is not imported.
+      UserError: there is no such feature space, its network is not imported, or the batch size is
+        below 1.
     """
     if name not in FEATURES:
         raise UserError(f"evaluation.features='{name}' is not one of {', '.join(FEATURES)}")
+    if batch_size is not None:
+        checks.at_least("--batch_size", batch_size, 1)
     if name == "thumbnails":
         return ThumbnailExtractor()
     network = load_network(name, folder)

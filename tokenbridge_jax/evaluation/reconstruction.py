@@ -7,7 +7,7 @@ exist a batch at a time; of every way there are only sums, in float64 and in the
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.evaluation import figures, lpips, pixels, report
-from tokenbridge_jax.evaluation.features import Extractor, gather_rows
+from tokenbridge_jax.evaluation.features import Extractor, blocks
 from tokenbridge_jax.evaluation.image_sets import ImageSet, rgb
 from tokenbridge_jax.evaluation.metrics import frechet_distance
 from tokenbridge_jax.evaluation.moments import Gaussian, Moments
@@ -206,9 +206,10 @@ def reconstruction(
                 found.append(Found(np.stack(scores, axis=1), one.used, *features))
             return found
 
+        size = max(_BLOCK, batch_size * jax.process_count())
         originals, *rows = [_Sums() for _ in range(len(variants) + 1)]
         with Progress(images.count, desc="reconstruct", visible=progress) as bar:
-            for numbers, found in _blocks(images, batch_size, of_batch):
+            for numbers, found in blocks(images, size, batch_size, of_batch):
                 for sums, part in zip([originals, *rows], found, strict=True):
                     sums.add(part, numbers)
                 bar.update(len(numbers))
@@ -318,28 +319,6 @@ def _features(extractor: Extractor | None, images: UInt8[np.ndarray, "n H W I"])
         return None, None
     found = extractor(rgb(images))
     return found.pool, found.logits
-
-
-def _blocks(
-    images: ImageSet, batch_size: int, of_batch: Callable[..., list[Found]]
-) -> Iterator[tuple[Int[np.ndarray, " n"], list[Found]]]:
-    """Numbers of the next images, in their order, and all that the processes found of them."""
-    process, processes = jax.process_index(), jax.process_count()
-    block = max(_BLOCK, batch_size * processes)
-    for start in range(0, images.count, block):
-        count = min(block, images.count - start)
-        first, last = (start + count * p // processes for p in (process, process + 1))
-        # One with no share looks at an image all the same, for the shapes of its no rows.
-        shown = (first, last) if first < last else (0, 1)
-        parts, number = [], shown[0]
-        for batch in images.batches(batch_size, *shown):
-            parts.append(of_batch(batch, np.arange(number, number + len(batch))))
-            number += len(batch)
-
-        def join(*rows: np.ndarray, mine: int = last - first) -> np.ndarray:
-            return gather_rows(np.concatenate(rows)[:mine])
-
-        yield np.arange(start, start + count), jax.tree.map(join, *parts)
 
 
 class _Sums:

@@ -106,7 +106,7 @@ def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = F
             if (theirs := told["extractor"].get(name)) != value:
                 raise UserError(
                     f"{path} was made with {name.replace('_', ' ')} {theirs}, not {value}: make it "
-                    "again (--what reference)"
+                    "again (tokenbridge evaluate reference)"
                 )
         facts = told["images"] | facts | {"reference_of": told["images"]["reference"]}
     features = arrays.get(_FEATURES)

@@ -1,8 +1,8 @@
-"""The one exception that stands for a user's mistake rather than a defect."""
+"""The exception for a mistake of the user, as opposed to a defect."""
 
 
-class UserError(Exception):
-    """A mistake the user can mend: one line that names the thing and the mend.
+class UserError(ValueError):
+    """A mistake that the user can correct: one line that names it and says how to correct it.
 
     Commands print it without a traceback and exit with status 2.
     """

@@ -271,9 +271,10 @@ def npy_errors(path: epath.PathLike, advice: str = "put back a copy of it") -> I
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise read_error(path, error) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        kind = epath.Path(path).suffix or ".npz"
         raise UserError(
-            f"{path} cannot be read: {reason}; it is no {epath.Path(path).suffix} file of numbers, "
-            f"or a damaged one: {advice}"
+            f"{path} cannot be read: {reason}; it is no {kind} file of numbers, or a damaged one: "
+            f"{advice}"
         ) from error
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from tokenbridge_jax.autoencoder import AutoencoderConfig, abstract_params
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge.parts import Network
-from tokenbridge_jax.torch_bridge.table import Entry, from_torch, size
+from tokenbridge_jax.torch_bridge.table import Entry, from_torch, norm, size
 
 Path = tuple[str, ...]
 State = Mapping[str, np.ndarray]
@@ -210,30 +210,27 @@ def _middle(half: str) -> Iterator[Entry]:
 
 
 def _end(half: str) -> Iterator[Entry]:
-    yield from _norm(f"{half}.norm_out", (half, "norm_out"))
+    yield from norm(f"{half}.norm_out", (half, "norm_out"))
     yield from _conv(f"{half}.conv_out")
 
 
 def _block(name: str, path: Path, shortcut: bool = False) -> Iterator[Entry]:
     for i in (1, 2):
-        yield from _norm(f"{name}.norm{i}", (*path, f"norm{i}"))
+        yield from norm(f"{name}.norm{i}", (*path, f"norm{i}"))
         yield from _conv(f"{name}.conv{i}", (*path, f"conv{i}"))
     if shortcut:
         yield from _conv(f"{name}.nin_shortcut", (*path, "shortcut"))
 
 
 def _attention(name: str, path: Path) -> Iterator[Entry]:
-    yield from _norm(f"{name}.norm", (*path, "norm"))
+    yield from norm(f"{name}.norm", (*path, "norm"))
     for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("proj_out", "out")):
         yield from _conv(f"{name}.{theirs}", (*path, ours))
 
 
-def _conv(name: str, path: Path | None = None) -> Iterator[Entry]:
+def _conv(name: str, path: Path | None = None) -> list[Entry]:
     path = path or tuple(name.split("."))
-    yield Entry(f"{name}.weight", (*path, "kernel"), "conv")
-    yield Entry(f"{name}.bias", (*path, "bias"))
-
-
-def _norm(name: str, path: Path) -> Iterator[Entry]:
-    yield Entry(f"{name}.weight", (*path, "scale"))
-    yield Entry(f"{name}.bias", (*path, "bias"))
+    return [
+        Entry(f"{name}.weight", (*path, "kernel"), "conv"),
+        Entry(f"{name}.bias", (*path, "bias")),
+    ]

@@ -126,23 +126,10 @@ def _load(path: Path) -> dict[Any, Any]:
         return _load_torch(path)
     if kind == "index":
         return _load_shards(path)
-    if kind == "safetensors":
-        return _load_safetensors(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except Exception as error:  # Whatever a damaged file makes numpy raise.
-        raise _damaged(path, error) from error
-    if any(name.startswith(NPZ_PREFIX) for name in arrays):
-        arrays = {
-            name.removeprefix(NPZ_PREFIX): array
-            for name, array in arrays.items()
-            if name.startswith(NPZ_PREFIX)
-        }
-    return arrays
-
-
-def _load_safetensors(path: Path) -> dict[Any, Any]:
+    if kind == "npz":
+        arrays = storage.read_npz(path)
+        marked = {name: x for name, x in arrays.items() if name.startswith(NPZ_PREFIX)}
+        return {name.removeprefix(NPZ_PREFIX): x for name, x in (marked or arrays).items()}
     try:
         return safetensors.numpy.load_file(path)
     except (AttributeError, KeyError) as error:

@@ -69,6 +69,28 @@ class Entry:
         return _PERMUTATIONS[self.kind] or tuple(range(ndim))
 
 
+def linear(
+    name: str,
+    path: tuple[str, ...],
+    index: int | None = None,
+    torch_shape: tuple[int, ...] | None = None,
+) -> list[Entry]:
+    """The entries of a linear layer; `torch_shape` of its weight, where `Entry` needs it."""
+    bias_shape = torch_shape and torch_shape[:1]
+    return [
+        Entry(f"{name}.weight", (*path, "kernel"), "linear", index, torch_shape),
+        Entry(f"{name}.bias", (*path, "bias"), index=index, torch_shape=bias_shape),
+    ]
+
+
+def norm(name: str, path: tuple[str, ...], index: int | None = None) -> list[Entry]:
+    """The entries of a normalisation."""
+    return [
+        Entry(f"{name}.weight", (*path, "scale"), index=index),
+        Entry(f"{name}.bias", (*path, "bias"), index=index),
+    ]
+
+
 def problems(
     entries: Iterable[Entry], state_dict: Mapping[str, Any], target: Mapping[str, Any]
 ) -> list[str]:
