@@ -1,4 +1,4 @@
-"""Batches of prepared pictures: decoded by threads, some batches ahead of the device."""
+"""Batches of prepared pictures, which threads decode while the device works."""
 
 import collections
 import dataclasses
@@ -20,7 +20,7 @@ _BATCHES_AHEAD = 3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShardPlan:
-    """A shard to be: its file and its pictures, as indices into a source."""
+    """A shard that will be written: its file, and its pictures as indices into a source."""
 
     path: Path
     split: str
@@ -33,11 +33,11 @@ class Batch:
     """Prepared pictures of one shard.
 
     Attributes:
-      shard: where they belong.
+      shard: to which they belong.
       images: indices into the source, `[n]` with n <= B.
       labels: int32 `[n]`.
-      pixels: uint8 `[B, size, size, channels]`; black from n on and where a picture is broken.
-      broken: the reason for every picture that cannot be used, by its place in `images`.
+      pixels: uint8 `[B, size, size, channels]`; black from n on, and for broken pictures.
+      broken: why a picture cannot be used, by its place in `images`.
     """
 
     shard: ShardPlan
@@ -68,8 +68,8 @@ def prepared_batches(
       batch_size: B.
       image_size: pixels a side after the centre crop.
       image_channels: 3 or 1.
-      pool: decodes single pictures; Pillow releases the interpreter lock meanwhile.
-      strict: raise on a broken picture instead of reporting it in the batch.
+      pool: decodes single pictures; Pillow releases the interpreter lock for that.
+      strict: raise on a broken picture instead of listing it in the batch.
 
     Raises:
       UserError: a picture is broken and `strict` is set, or the storage fails.

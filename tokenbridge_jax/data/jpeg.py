@@ -1,12 +1,12 @@
-"""Tells JPEGs whose data end before the picture does, though an end mark follows.
+"""Detects JPEGs whose data end before the picture is complete, although an end mark follows.
 
-libjpeg fills such a picture up with grey and only warns, which Pillow does not pass on. Here the
-file is decoded once more, with something else between its data and the mark: a whole picture does
-not change, as its decoder never gets there. That is done only where data may be missing: the last
-pixel has the grey that libjpeg fills with, or the file is progressive, and what is missing leaves
-no grey.
+libjpeg fills the rest of such a picture with grey and gives a warning, which Pillow does not pass
+on. Here the file is decoded a second time, with other bytes between its data and the mark. A
+complete picture does not change, because its decoder never reaches them. The second decoding is
+needed only if the last pixel has the grey of libjpeg, or if the file is progressive, where missing
+data leave no grey.
 
-A sector of zeros in the data is another sign of a lost part, but where zeros stand for a flat area.
+A sector of zeros in the data also shows that a part is lost, unless zeros encode a flat area.
 """
 
 import io
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-# A marker that ends the data of a scan: neither a stuffed byte nor one that lies between data.
+# A marker that ends the data of a scan: neither a stuffed byte nor a restart marker.
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-# Beginnings of frames with Huffman codes: behind others' data, zeros may have been left out.
+# Markers of frames with Huffman codes. Other codes may omit zeros at the end of their data.
 _HUFFMAN, _PROGRESSIVE = (0xC0, 0xC1, 0xC2), 0xC2
 _OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
@@ -30,17 +30,17 @@ _SECTOR = bytes(512)
 
 
 def missing_data(data: bytes, image: Image.Image) -> str | None:
-    """What is wrong with a file that Pillow decoded, or None.
+    """Describes the missing part of a file that Pillow decoded; None if it is complete.
 
     Args:
-      data: of the file.
-      image: decoded from it, not changed since.
+      data: the bytes of the file.
+      image: the unchanged image that Pillow decoded from it.
     """
     frame, scans, zeros_are_flat = _read(data)
     if frame not in _HUFFMAN:
         return None
     last: Any = image.getpixel((image.width - 1, image.height - 1))
-    # Not quite 128 where colours are interpolated between the last blocks.
+    # It is not exactly 128 where colours are interpolated between the last blocks.
     is_grey = bool(np.all(np.abs(np.array(last, int) - 128) <= 8))
     if is_grey or frame == _PROGRESSIVE:
         filled = bytearray(data)
@@ -54,16 +54,16 @@ def missing_data(data: bytes, image: Image.Image) -> str | None:
 
 
 def _read(data: bytes) -> tuple[int, list[tuple[int, int]], bool]:
-    """The marker that began the frame, where every scan's data lie, and what zeros are in them.
+    """The frame's marker, the range of every scan's data, and whether zeros encode a flat area.
 
-    They stand for a flat area, of which any number may follow another, if the code of zeros means
-    "no change" in tables for the first coefficient, and "no more" in those for the others: 0 both.
+    They do if the code of zeros means "no change" in the tables for the first coefficient and "no
+    more" in those for the others. Both meanings are 0.
     """
     frame, scans, zeros_are_flat = 0, list[tuple[int, int]](), True
     place = 2
     while data[place : place + 1] == b"\xff" and place + 4 <= len(data):
         kind = data[place + 1]
-        if kind == 0xFF:  # Any number of these may stand before a marker.
+        if kind == 0xFF:  # Any number of these may precede a marker.
             place += 1
             continue
         if kind == _END_OF_IMAGE:
@@ -79,17 +79,17 @@ def _read(data: bytes) -> tuple[int, list[tuple[int, int]], bool]:
         elif kind == _START_OF_SCAN:
             found = _END_OF_SCAN.search(data, place)
             end = found.start() if found else len(data)
-            # What was cut behind the first byte of a stuffed pair ends in one more of these.
+            # Data cut after the first byte of a stuffed pair end with one more of these.
             scans.append((place, len(data[:end].rstrip(b"\xff"))))
             place = end
     return frame, scans, zeros_are_flat
 
 
 def _is_same(data: bytes | bytearray, image: Image.Image) -> bool:
-    """Whether these data are decoded to the same pixels, or not at all."""
+    """Whether these data decode to the same pixels, or cannot be decoded."""
     try:
         # Not `Image.open`, which refuses large ones.
         with JpegImagePlugin.JpegImageFile(io.BytesIO(data)) as other:
             return np.array_equal(np.asarray(other), np.asarray(image))
-    except Exception:  # Pillow's decoders raise nearly anything.
+    except Exception:  # Pillow's decoders raise many kinds.
         return True

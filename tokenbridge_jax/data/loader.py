@@ -1,12 +1,11 @@
 """Batches from token shards, and batches of pictures for training an autoencoder.
 
-Training reads an endless stream: epoch after epoch, each in its own order and with every image
-once. Global batch s holds elements `s B .. (s+1) B - 1` of it, so a batch may begin in one epoch
-and end in the next, and a process reads the rows of it that its devices hold
-(`parallel.local_rows`): global batches are the same on any mesh and any number of processes.
-The order is a function of the seed and the epoch, the choice among an image's views of the seed and
-the step. The step number is thus the whole state of the iterator, and a run resumes exactly,
-elsewhere too.
+Training reads an endless stream of epochs. Each has every image once, in an order of its own.
+Global batch s holds elements `s B .. (s+1) B - 1` of the stream, so a batch may begin in one epoch
+and end in the next. A process reads the rows of it that its devices hold (`meshes.local_rows`), so
+global batches are the same on any mesh and with any number of processes. The order depends on the
+seed and the epoch. The choice among an image's views depends on the seed and the step. The step
+number is therefore the whole state of the iterator, and a run resumes exactly on any machine.
 """
 
 import functools
@@ -28,14 +27,14 @@ from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.sources import Source, load_prepared
 from tokenbridge_jax.runtime.errors import UserError
 
-# Threads wait for the disk, not for Python; a buffer counts batches.
+# Threads mostly wait for the disk. The buffer counts batches.
 _READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
-# What a seed's generators draw.
+# Random generators of a seed, by what they draw.
 _ORDER, _CHOICES = 0, 1
 
 
 class TokenRecords:
-    """The records of a split by number, as a numpy structured array (see `shards.py`).
+    """Reads the records of a split by their numbers (see `shards.py`).
 
     Raises:
       UserError: the split is unknown, or a shard is missing or damaged; the message names it.
@@ -53,11 +52,11 @@ class TokenRecords:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, numbers: Int64[np.ndarray, " B"]) -> Shaped[np.ndarray, " B"]:
-        """The records of these numbers, in this order.
+        """The records of these numbers, in this order, as a numpy structured array.
 
         Raises:
-          UserError: a shard is damaged, of another dataset, holds a label of no class or cannot be
-            read; the message names it.
+          UserError: a shard is damaged, belongs to another dataset, has a label without a class, or
+            cannot be read; the message names it.
         """
         # Shard by shard: those that do not stay open are then opened once.
         order = np.argsort(numbers, kind="stable")
@@ -100,8 +99,8 @@ def make_loader(
       folder: of the token shards.
       batch_size: B of the whole job.
       seed: of the order and of the choice of views.
-      start_step: batches to leave out at the beginning, at no cost.
-      rows: which of every batch to read; all by default, which only suits a single process.
+      start_step: how many batches to skip at the beginning, at no cost.
+      rows: which rows of every batch to read; by default all, for a single process.
       split: which shards.
 
     Returns:
@@ -109,7 +108,7 @@ def make_loader(
       `labels` `[b]`, int32.
 
     Raises:
-      UserError: shards are missing or damaged or hold less than a batch.
+      UserError: shards are missing or damaged, or have fewer images than a batch.
     """
     info = shards.read_info(folder)
     records = TokenRecords(folder, info, split)
@@ -136,16 +135,16 @@ def validation_batches(
     rows: Int64[np.ndarray, " b"] | None = None,
     split: str = "validation",
 ) -> Iterator[dict[str, np.ndarray]]:
-    """One pass over a split in order, plain view only, every image once.
+    """One pass over a split: the first view of every image, in order.
 
     Args: as for `make_loader`.
 
     Returns:
-      An iterator of batches as of `make_loader`, with `weights` float32 `[b]` beside them: the last
-      batch is filled up with images of weight 0. All processes get equally many.
+      An iterator of batches as from `make_loader`, with `weights` float32 `[b]`. The last batch is
+      filled with images of weight 0. All processes get the same number of batches.
 
     Raises:
-      UserError: as `make_loader`, but for the number of images.
+      UserError: shards are missing or damaged.
     """
     info = shards.read_info(folder)
     records = TokenRecords(folder, info, split)
@@ -182,15 +181,15 @@ def make_image_loader(
       source: pictures.
       image_size: pixels a side after the centre crop.
       image_channels: 3 or 1.
-      subset: indices into the source that take part; all by default.
+      subset: the indices into the source to use; all by default.
       flip: mirror half of the pictures, at random.
 
     Returns:
       An iterator of `images` uint8 `[b, image_size, image_size, image_channels]` and `labels` int32
-      `[b]`. A broken picture is named on stderr, once, and its successor taken instead.
+      `[b]`. A broken picture is replaced by the next one, and named on stderr once.
 
     Raises:
-      UserError: fewer pictures than a batch.
+      UserError: there are fewer pictures than a batch.
     """
     chosen = np.arange(len(source)) if subset is None else subset
     if len(chosen) < batch_size:
@@ -210,7 +209,7 @@ def make_image_loader(
 
 
 class _Pictures:
-    """Prepared pictures with labels, by number, broken ones replaced by the next that is not."""
+    """Loads prepared pictures by number. Broken ones are replaced by the next good one."""
 
     def __init__(self, source: Source, chosen: np.ndarray, size: int, channels: int):
         self._source, self._chosen, self._size, self._channels = source, chosen, size, channels
@@ -242,11 +241,18 @@ def _shuffled(
     """The stream that the module describes, over the numbers below `elements`.
 
     Args:
-      read: makes the batch of these numbers with, for each, one of `choices` variants; both `[b]`.
+      read: makes a batch from its numbers, and from the variant of each, which is below `choices`;
+        both are `[b]`.
+      elements: how many there are.
+      choices: how many variants each has.
+      batch_size: B.
+      rows: as for `make_loader`, and so are the others.
+      seed: see there.
+      start_step: see there.
     """
     mine = np.arange(batch_size) if rows is None else rows
 
-    # The batches in work touch two epochs, more only if epochs are short: then orders are cheap.
+    # The batches in work belong to two epochs. To more only if epochs are short and orders cheap.
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, _ORDER, epoch)).permutation(elements)

@@ -1,11 +1,11 @@
-"""Devices and how arrays lie on them: the mesh and one table of logical rules.
+"""The mesh of devices, and one table of rules for splitting arrays over it.
 
-Arrays are annotated with logical axis names where they are made; `RULES` alone says which mesh
-axis each name is split over. Mesh axes:
+Arrays get logical axis names where they are made. `RULES` says over which mesh axis each name is
+split. Mesh axes:
 
-  data    copies of the parameters, each with its share of the batch; slices are joined along it
-  fsdp    the batch is split further, and parameters, EMA and optimizer state are split too
-  tensor  attention heads and MLP units are split
+  data    copies of the parameters, each with its share of the batch; the only axis across slices
+  fsdp    splits the batch further, and also parameters, EMA and optimizer state
+  tensor  splits attention heads and MLP units
 """
 
 import collections
@@ -25,7 +25,7 @@ from tokenbridge_jax.runtime.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axis. Names that do not occur here are replicated.
+# Logical axis -> mesh axis. Axes with other names are replicated.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
@@ -45,7 +45,7 @@ RULES = (
 
 
 def axis_sizes(devices: int, data: int, fsdp: int, tensor: int) -> list[int]:
-    """The sizes of the three axes over so many devices; -1 has become what is left.
+    """The sizes of the three axes, with -1 replaced by the number that uses all devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -73,17 +73,17 @@ def make_mesh(
 ) -> Mesh:
     """Arranges the devices as a (data, fsdp, tensor) mesh.
 
-    Devices of one slice (a TPU slice, the GPUs of one NVLink domain) reach each other by a fast
-    network, slices by the data-centre network. Only `data`, which sums gradients once an update,
-    goes from slice to slice: fsdp and tensor stay inside.
+    Devices of one slice (a TPU slice, the GPUs of one NVLink domain) have a fast network. Between
+    slices is the data-centre network. Only the axis `data`, which sums gradients once per update,
+    crosses slices; fsdp and tensor stay inside one.
 
     Args:
-      data: size of the axis; one of data, fsdp and tensor may be -1, for what is left.
-      fsdp: likewise.
-      tensor: likewise.
-      slices: how many there are; -1 for as many as the devices say. 1 lays the axes over all
-        devices as if one network joined them.
-      devices: of `jax.devices()`, all of the job's by default, or of a topology.
+      data: size of the axis. One of data, fsdp and tensor may be -1, to use all devices.
+      fsdp: size of the axis.
+      tensor: size of the axis.
+      slices: how many slices there are; -1 takes the number from the devices. 1 treats all devices
+        as if they had one network.
+      devices: by default `jax.devices()`, all of the job's; or those of a topology.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices, or do not fit the slices.
@@ -106,7 +106,7 @@ def make_mesh(
             f"mesh.data={sizes[0]} does not divide over {slices} slices; make it a multiple, or "
             "set --config.mesh.slices=1 to let the other axes cross the data-centre network"
         )
-    # Physical axes may be split: else many sizes fit no torus.
+    # Physical axes may be split, because many sizes fit no torus otherwise.
     if slices > 1:
         inside = (sizes[0] // slices, *sizes[1:])
         arranged = mesh_utils.create_hybrid_device_mesh(
@@ -116,27 +116,27 @@ def make_mesh(
         arranged = np.array(sorted(devices, key=lambda device: device.id)).reshape(sizes)
     else:
         arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    # Auto: the compiler propagates shardings from the annotations, where Explicit axes would turn
-    # `with_logical_constraint` into an assertion.
+    # With Auto axes the compiler propagates shardings from the annotations. Explicit axes would
+    # turn `with_logical_constraint` into an assertion.
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
-    """Makes `mesh` and the logical rules the ones that `constrain` and `jax.jit` see.
+    """Makes `constrain` and `jax.jit` use this mesh and the logical rules.
 
-    What is computed inside has 32 bits, as it is meant, also where the caller's own has 64.
+    Inside, JAX computes in 32 bits, even if the caller has enabled 64.
     """
     with jax.enable_x64(False), jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield mesh
 
 
 class NamedAxes(nn.LogicallyPartitioned):
-    """A parameter boxed with the logical names of its axes, and nothing more.
+    """A parameter in a box with the logical names of its axes.
 
-    Flax's own box also constrains the layout whenever it is opened under a mesh, which fails for
-    sizes the mesh does not divide and for initialisers that work on a flattened shape. Layouts are
-    set in one place instead: `out_shardings`, from `logical_shardings`.
+    Flax's own box also constrains the layout whenever it is opened under a mesh. That fails for
+    sizes that the mesh does not divide, and for initialisers that work on a flattened shape. Here
+    layouts are set in one place: `out_shardings`, from `logical_shardings`.
     """
 
     def unbox(self, apply_constraint: bool = True) -> Any:
@@ -154,12 +154,12 @@ def named_axes(init: Callable[..., Any], *names: str | None) -> Callable[..., An
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Pins the layout of an activation; outside `use_mesh` it does nothing."""
+    """Fixes the layout of an activation; outside `use_mesh` it does nothing."""
     return nn.with_logical_constraint(x, logical_axes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array every device holds whole."""
+    """The sharding of an array of which every device holds a copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -169,7 +169,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the batch is split: a batch size must be a multiple of it."""
+    """Into how many parts the batch is split. A batch size must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -180,15 +180,15 @@ def batch_shards_in_use() -> int:
 
 
 def logical_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """The shardings of a tree of parameters, from the logical names they were made with.
+    """The shardings of a tree of parameters, from the logical names of their axes.
 
     Args:
-      boxed: the abstract tree `jax.eval_shape(module.init, ...)` gives, boxes and all.
-      mesh: the mesh to lay them on.
+      boxed: the abstract tree of boxes that `jax.eval_shape(module.init, ...)` returns.
+      mesh: the mesh.
 
     Returns:
       A tree of `NamedSharding` with the structure of the unboxed parameters. An axis that its mesh
-      axes do not divide is replicated: tiny models run on any mesh.
+      axes do not divide is replicated, so that tiny models run on any mesh.
     """
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
 
@@ -220,15 +220,15 @@ def on_host(array: jax.Array) -> np.ndarray:
 
 
 def axis_size(mesh: Mesh | AbstractMesh, name: str | tuple[str, ...]) -> int:
-    """Into how many parts a mesh axis, or several together, split an array's axis."""
+    """Into how many parts one mesh axis, or several together, split an array's axis."""
     return math.prod(mesh.shape[n] for n in ((name,) if isinstance(name, str) else name))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> Int64[np.ndarray, " b"]:
     """The rows of a global batch that this process's devices hold, in ascending order.
 
-    Processes that share a tensor group hold the same rows, and the rows of one process need not be
-    neighbours: a mesh follows the network between the devices, not the numbers of their processes.
+    Processes that share a tensor group hold the same rows. The rows of one process need not be
+    neighbours, because a mesh follows the network of the devices, not the order of processes.
 
     Args:
       mesh: the devices.
@@ -250,7 +250,7 @@ def to_global(local: Any, mesh: Mesh) -> Any:
     """Turns this process's rows of a batch into global arrays, split along the first axis.
 
     Args:
-      local: a tree of numpy arrays `[b, ...]`, whose rows are those of `local_rows`.
+      local: a tree of numpy arrays `[b, ...]` with the rows of `local_rows`.
       mesh: the mesh.
 
     Raises:
