@@ -19,7 +19,8 @@ from tokenbridge_jax.evaluation.features import Extractor, Features
 from tokenbridge_jax.evaluation.image_sets import MadeImages, rgb
 from tokenbridge_jax.evaluation.metrics import frechet_distance, inception_score
 from tokenbridge_jax.evaluation.moments import gaussian
-from tokenbridge_jax.evaluation.reconstruction import Variant, perturb, reconstruction, sweep
+from tokenbridge_jax.evaluation.reconstruction import reconstruction
+from tokenbridge_jax.evaluation.variants import Variant, perturb, sweep
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError

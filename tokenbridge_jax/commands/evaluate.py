@@ -44,6 +44,7 @@ from tokenbridge_jax.evaluation import (
 from tokenbridge_jax.evaluation.features import Extractor, extract
 from tokenbridge_jax.evaluation.image_sets import ImageSet, data_images, open_images, write_images
 from tokenbridge_jax.evaluation.scores import OF_DATA, Reference
+from tokenbridge_jax.evaluation.variants import sweep
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, pictures, processes, storage
@@ -154,8 +155,7 @@ def main(args: flags.FlagValues, word: str) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage.write_error(output, error) from error
-    _, measure = _WORDS[word]
-    measure(args)
+    _WORDS[word][1](args)
 
 
 def _check(args: flags.FlagValues, word: str) -> None:
@@ -273,8 +273,7 @@ def _load_pipeline(args: flags.FlagValues) -> Pipeline:
 
 def measure_reconstruction(args: flags.FlagValues) -> None:
     """What the autoencoder and the quantizer cost: the paper's Table 1."""
-    workdir = epath.Path(args.workdir)
-    extractor = _extractor(args)
+    workdir, extractor = epath.Path(args.workdir), _extractor(args)
     config, params = load_autoencoder(workdir / "autoencoder")
     trained = (workdir / MODEL_FILE).exists()
     quantizer = (
@@ -284,7 +283,7 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
     images = _images(args, *([args.split] if args.split else ["validation", "train"]))
     reference = _reference(args, extractor) if args.reference else None
     perceptual = networks.load_lpips(_networks(args), min(images.shape[:2]))
-    variants = reconstruction.sweep(
+    variants = sweep(
         quantizer,
         _numbers("levels", args.levels, int),
         _numbers("ranges", args.ranges, float),
@@ -377,11 +376,8 @@ def measure_tokens(args: flags.FlagValues) -> None:
     if _first():
         print(tokens.table(found))
         info = read_info(folder)
-        facts = {
-            "tokens_sha256": info.sha256,
-            "autoencoder_sha256": info.autoencoder_hash,
-            "range": info.quantizer.maximum,
-        }
+        facts = {"tokens_sha256": info.sha256, "autoencoder_sha256": info.autoencoder_hash}
+        facts |= {"range": info.quantizer.maximum}
         _tell(args, "tokens", found, facts, plot=tokens.plot)
 
 

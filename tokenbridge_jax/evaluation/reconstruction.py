@@ -5,7 +5,6 @@ with some of their indices moved; what comes out is compared with the original. 
 exist a batch at a time; of every way there are only sums, in float64 and in the images' order.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Float, Int, Integer, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from scipy.special import log_softmax
 
 from tokenbridge_jax.codec import Codec
@@ -23,6 +22,7 @@ from tokenbridge_jax.evaluation.features import Extractor, blocks
 from tokenbridge_jax.evaluation.image_sets import ImageSet, rgb
 from tokenbridge_jax.evaluation.metrics import frechet_distance
 from tokenbridge_jax.evaluation.moments import Gaussian, Moments
+from tokenbridge_jax.evaluation.variants import Variant, perturb
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
@@ -35,76 +35,6 @@ _BLOCK = 256
 _BATCH = 64
 # Of the inception score: split s has the images s, s + 10, s + 20, ...
 _SPLITS = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """What becomes of latents before they are decoded.
-
-    Attributes:
-      quantizer: the levels they take; None leaves them as they are.
-      share: the probability with which an index is moved.
-      delta: by how many levels at most; all steps but 0 are equally likely, and one that leads
-        beyond the last level ends there.
-
-    Raises:
-      UserError: on construction, if share or delta is out of range, or only one of them is 0.
-    """
-
-    quantizer: Quantizer | None = None
-    share: float = 0.0
-    delta: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1 or self.delta < 0 or (self.share > 0) != (self.delta > 0):
-            raise UserError(
-                f"indices cannot be perturbed with share {self.share} and delta {self.delta}: a "
-                "share is above 0 and at most 1, a delta at least 1"
-            )
-
-
-def sweep(
-    own: Quantizer,
-    levels: Sequence[int] = (8, 16, 32, 64),
-    ranges: Sequence[float] = (2.0, 3.0, 4.0, 5.0),
-    perturbations: Sequence[tuple[float, int]] = (),
-) -> tuple[Variant, ...]:
-    """The rows of the paper's Table 1: continuous latents, numbers of levels, ranges.
-
-    Args:
-      own: the model's quantizer. It is among the rows; levels vary at its range, ranges at its
-        number of levels, and its indices are perturbed.
-      levels: V of the others.
-      ranges: R of the others.
-      perturbations: pairs of a share and a delta; see `Variant`.
-    """
-    limit = own.maximum
-    others = [Quantizer.gaussian(v, limit) for v in levels if v != own.levels]
-    by_levels = sorted([*others, own], key=lambda quantizer: quantizer.levels)
-    by_range = [Quantizer.gaussian(own.levels, r) for r in ranges if r != limit]
-    perturbed = [Variant(own, share, delta) for share, delta in perturbations]
-    return (Variant(), *map(Variant, [*by_levels, *by_range]), *perturbed)
-
-
-def perturb(
-    indices: Integer[np.ndarray, "n L C"],
-    numbers: Int[np.ndarray, " n"],
-    levels: int,
-    variant: Variant,
-    seed: int,
-) -> Int[np.ndarray, "n L C"]:
-    """Moves some indices, as `variant` says, of levels 0..V-1.
-
-    What happens to image i follows from `seed` and i. A larger share moves the same indices and
-    more, a larger delta moves them in the same direction and farther.
-    """
-    rngs = [np.random.default_rng((seed, int(number))) for number in numbers]
-    shape = 2, *indices.shape[1:]
-    chance, place = np.moveaxis(np.stack([rng.random(shape) for rng in rngs]), 1, 0)
-    step = np.floor(place * 2 * variant.delta).astype(np.int64) - variant.delta
-    step += step >= 0
-    moved = np.where(chance < variant.share, indices + step, indices)
-    return np.clip(moved, 0, levels - 1)
 
 
 class Found(NamedTuple):
@@ -143,7 +73,7 @@ def reconstruction(
     Args:
       codec: on devices of this process.
       images: the originals, of sides that the downsampling divides; the same in every process.
-      variants: see `sweep`.
+      variants: see `variants.sweep`.
       extractor: of features, for Frechet distances (and inception scores, if it has logits).
       reference: mean and covariance of the same features over other images, such as all of
         ImageNet's training images.
