@@ -376,8 +376,8 @@ def measure_tokens(args: flags.FlagValues) -> None:
     if _first():
         print(tokens.table(found))
         info = read_info(folder)
-        facts = {"tokens_sha256": info.sha256, "autoencoder_sha256": info.autoencoder_hash}
-        facts |= {"range": info.quantizer.maximum}
+        facts: dict[str, Any] = {"tokens_sha256": info.sha256, "range": info.quantizer.maximum}
+        facts["autoencoder_sha256"] = info.autoencoder_hash
         _tell(args, "tokens", found, facts, plot=tokens.plot)
 
 
