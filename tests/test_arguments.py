@@ -83,7 +83,7 @@ OLD = experiment("base").to_dict() | {"model": {"mask_mean": 1.0, "class_dropout
         ('{"training": ', "config.json is not valid JSON"),
         ("{}", "the config has no autoencoder, data"),
         # Of an earlier version.
-        (json.dumps(OLD), "config.model has no key class_dropout, mask_mean; class_dropout, mask_"),
+        (json.dumps(OLD), "config.model has no key class_dropout, mask_mean; move class_dropout, "),
     ],
 )
 def test_a_remembered_config_that_is_no_good_is_named(mistake, tmp_path, content, message):

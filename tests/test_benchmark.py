@@ -325,8 +325,8 @@ def test_a_case_without_enough_memory_does_not_end_the_others(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "say what: tokenbridge benchmark train|sample|head|autoencoder|quantize|loader"),
-        (["trian"], "there is no 'trian'; say what: tokenbridge benchmark train|"),
+        ([], "name one: tokenbridge benchmark train|sample|head|autoencoder|quantize|loader"),
+        (["trian"], "there is no 'trian'; name one: tokenbridge benchmark train|"),
         (["--batch=8"], "say what"),
         (["train", "sample"], "unexpected argument 'sample'"),
         (["train", "--batch=12"], "--batch=12 does not divide over 8 batch shards; make"),

@@ -261,6 +261,19 @@ def test_a_checkpoint_that_the_system_refuses_is_not_called_damaged(trained, sav
         ckpt.latest_step(saved.directory)
 
 
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_a_file_that_cannot_be_opened_is_named_whatever_reads_first(trained, saved, has_checksums):
+    """Imported parameters are looked at before the checksums, and old ones have none."""
+    path = saved.directory / "2" / "params" / "_METADATA"
+    path.unlink()
+    os.symlink(path, path)
+    if not has_checksums:
+        (saved.directory / "2" / checksums.FILE).unlink()
+    for any_shape in ((), ("w",)):
+        with pytest.raises(UserError, match=f"cannot read {path}: Too many levels of symbolic"):
+            saved.restore(trained[0], 2, any_shape=any_shape)
+
+
 @unread_futures
 def test_damaged_run_record_and_missing_step_are_named(trained, saved):
     truncate(saved.directory / "2" / "run")

@@ -71,6 +71,19 @@ def test_every_config_makes_everything_it_describes(name, arg):
     configs.sampling_settings(config.sampling)
 
 
+@pytest.mark.parametrize("name", ["training", "vae_training"])
+def test_a_key_without_value_is_named(name: str):
+    config, mesh = load("digits").get_config(), meshes.make_mesh()
+    configs.check_training(config, name, mesh)
+    config[name].learning_rate = None
+    with pytest.raises(UserError, match=f"no value {name}.learning_rate; configs/base"):
+        configs.check_training(config, name, mesh)
+    with config.unlocked():
+        del config[name].accumulation, config[name].learning_rate
+    with pytest.raises(UserError, match=f"no value {name}.(accumulation|learning_rate); configs"):
+        configs.check_training(config, name, mesh)
+
+
 def test_the_paper_trains_for_800_epochs():
     optimizer = configs.recipe(load("imagenet256").get_config(), "training", 1_281_167).optimizer
     assert (optimizer.total_steps, optimizer.warmup_steps) == (500_000, 125_000)
@@ -192,12 +205,12 @@ def test_values_that_make_no_sense_are_named(key, value, message):
 
 def test_values_at_the_edge_will_do():
     section = dict(batch_size=8, clip=0.0, ema_decay=0.0, eval_every=0, epochs=None, keep=1)
-    section |= dict(head_fraction=1.0, accumulation=1)
-    check_training(ConfigDict({"x": section}), "x", meshes.make_mesh(2, 2, 2))
+    config = with_lengths(**section, head_fraction=1.0, accumulation=1)
+    check_training(config, "training", meshes.make_mesh(2, 2, 2))
 
 
 def test_a_batch_that_does_not_divide_is_told_what_does():
-    config = ConfigDict({"training": {"batch_size": 12, "accumulation": 2}})
+    config = with_lengths(batch_size=12, accumulation=2)
     with pytest.raises(UserError, match=r"^training.batch_size 12 .* multiple of 8"):
         check_training(config, "training", meshes.make_mesh(2, 2, 2))
 

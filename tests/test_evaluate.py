@@ -195,10 +195,10 @@ def test_a_reference_of_another_network_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--what=tokens"], "say what: tokenbridge evaluate tokens [flags]"),
-        (["--seed=1", "--what", "generation"], "say what: tokenbridge evaluate generation [flags]"),
-        (["--seed=1"], "say what: tokenbridge evaluate generation|reconstruction|likelihood|"),
-        (["everything"], "there is no 'everything'; say what: tokenbridge evaluate generation|"),
+        (["--what=tokens"], "name one: tokenbridge evaluate tokens [flags]"),
+        (["--seed=1", "--what", "generation"], "name one: tokenbridge evaluate generation [flags]"),
+        (["--seed=1"], "name one: tokenbridge evaluate generation|reconstruction|likelihood|"),
+        (["everything"], "there is no 'everything'; name one: tokenbridge evaluate generation|"),
         (
             ["generation", "--config.evaluation.reference="],
             "name what to compare with: --reference FILE",

@@ -237,7 +237,7 @@ def check_images(
             f"images must be uint8 of shape {shapes}, not {found.dtype} {list(found.shape)}{advice}"
         )
     if not found.size:
-        raise UserError(f"images of shape {list(found.shape)} are none; give one at least")
+        raise UserError(f"images of shape {list(found.shape)} are empty; give at least one")
     if found.shape[-1] != config.image_channels:
         raise UserError(
             f"images have {found.shape[-1]} channels, the autoencoder takes "
@@ -248,7 +248,8 @@ def check_images(
     if side not in (None, height) or side not in (None, width):
         raise UserError(
             f"images are {height}x{width}, the model draws {side}x{side} pixels; "
-            "tokenbridge_jax.data.images.prepare cuts a picture to a size, outpaint takes others"
+            "tokenbridge_jax.data.images.prepare cuts a picture to a size, and `outpaint` accepts "
+            "other sizes"
         )
     return found
 

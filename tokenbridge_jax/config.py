@@ -143,8 +143,8 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.seed={config.seed} must be from 0 to 2**32 - 1")
     if unknown := [key for key in config.model if key not in known.model]:
         moved = [key for key in unknown if key in known.training]
-        advice = f"; {', '.join(moved)} belong to config.training" if moved else ""
-        raise UserError(f"config.model has no key {', '.join(unknown)}{advice}")
+        advice = f"; move {', '.join(moved)} to config.training, in the file it is read from"
+        raise UserError(f"config.model has no key {', '.join(unknown)}{advice if moved else ''}")
 
 
 def check_ranges(config: ConfigDict, name: str) -> None:
@@ -168,10 +168,13 @@ def check_training(config: ConfigDict, name: str, mesh: Mesh) -> None:
     """Checks a section of training settings, before anything is made from it.
 
     Raises:
-      UserError: a value makes no sense, or the batch does not divide over the mesh.
+      UserError: a value is missing or makes no sense, or the batch does not divide over the mesh.
     """
-    check_ranges(config, name)
     section = config[name]
+    for key, value in experiment("base")[name].items():
+        if key not in section or (section[key] is None and value is not None):
+            raise UserError(f"the config has no value {name}.{key}; configs/base.py has every key")
+    check_ranges(config, name)
     check_batches([section.batch_size], mesh, section.accumulation, given=f"{name}.batch_size ")
 
 

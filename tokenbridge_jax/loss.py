@@ -45,7 +45,8 @@ class MaskDraw:
     """How many positions are hidden. The slots are static: each pair has its own program.
 
     Attributes:
-      num_hidden: hidden positions of every image, one number or one per image (traced).
+      num_hidden: hidden positions of every image, traced: one number, or one per image for
+        `map_slots`.
       hidden_slots: M, at least `num_hidden`.
       visible_slots: S, at least L - `num_hidden`.
     """

@@ -13,7 +13,7 @@ from tokenbridge_jax.backbone import Backbone
 from tokenbridge_jax.heads.channel_ar import ChannelAR
 from tokenbridge_jax.heads.grouped import GroupedHead
 from tokenbridge_jax.heads.head import Head
-from tokenbridge_jax.heads.independent import ParallelHead
+from tokenbridge_jax.heads.independent import IndependentHead
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.transformer import REMAT_POLICIES, Window
@@ -36,7 +36,7 @@ SIZES = {
     ),
 }  # fmt: skip
 
-HEADS: dict[str, Any] = {"channel_ar": ChannelAR, "parallel": ParallelHead}
+HEADS: dict[str, Any] = {"channel_ar": ChannelAR, "parallel": IndependentHead}
 
 # Every joint class has a column of the classifier, which would dominate a head with more of them.
 MAX_JOINT_CLASSES = 2**16

@@ -56,7 +56,7 @@ def main(args: flags.FlagValues) -> int:
     jax.config.update("jax_platforms", "cpu")  # Leaves this machine's devices alone.
     config = args.config
     if not config.model.scan_layers and not args.sample:
-        say("preflight: unrolled layers compile for very long: --config.model.scan_layers=True")
+        say("preflight: compiling takes much longer without --config.model.scan_layers=True")
     report = check_apart(config, where, sample=args.sample)
     if not args.sample:
         report |= run_length(report, config, args.workdir)

@@ -90,7 +90,7 @@ def run(name: str, argv: list[str]) -> int:
             # `evaluate` took its word as --what once.
             old = re.search(r"(?:^| )--?what[= ](\w+)", " ".join(argv))
             meant = old[1] if old and old[1] in words else "|".join(words)
-            raise UserError(f"{unknown}say what: tokenbridge {name} {meant} [flags]")
+            raise UserError(f"{unknown}name one: tokenbridge {name} {meant} [flags]")
         args = arguments.parse(
             name,
             argv,

@@ -101,14 +101,14 @@ def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = F
         )
     facts: dict[str, Any] = {"reference": path.name, "reference_sha256": storage.sha256(path)}
     if _FACTS in arrays:
-        told = json.loads(str(arrays[_FACTS]))
+        known = json.loads(str(arrays[_FACTS]))
         for name, value in extractor.facts.items():
-            if (theirs := told["extractor"].get(name)) != value:
+            if (theirs := known["extractor"].get(name)) != value:
                 raise UserError(
                     f"{path} was made with {name.replace('_', ' ')} {theirs}, not {value}: make it "
                     "again (tokenbridge evaluate reference)"
                 )
-        facts = told["images"] | facts | {"reference_of": told["images"]["reference"]}
+        facts = known["images"] | facts | {"reference_of": known["images"]["reference"]}
     features = arrays.get(_FEATURES)
     if features is None and arrays[ARRAY]:
         images = open_images(path)
@@ -150,7 +150,7 @@ def save_reference(path: epath.PathLike, reference: Reference, extractor: Extrac
 
 
 def _statistics(path: Path) -> dict[str, Any]:
-    """The arrays of a file but for its images, of which is told only whether there are any."""
+    """The arrays of a file without its images; says only whether it has images."""
     with storage.open_npz(path) as archive:
         has_images = f"{ARRAY}.npy" in archive.namelist()
     return storage.read_npz(path, without=[ARRAY]) | {ARRAY: has_images}

@@ -322,8 +322,8 @@ def table(statistics: Mapping[str, Any]) -> str:
                 "bits": statistics["entropy"]["corrected"][channel],
                 "perplexity": statistics["level_use"]["perplexity"][channel],
                 "levels used": f"{statistics['level_use']['share'][channel]:.0%}",
-                "told by an earlier": float(earlier.max()) if place else None,
-                "told by the left": dependence["right"]["corrected"][channel],
+                "known from an earlier channel": float(earlier.max()) if place else None,
+                "known from the left position": dependence["right"]["corrected"][channel],
             }
         )
     ranks = statistics["rank_frequency"]

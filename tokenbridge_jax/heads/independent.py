@@ -12,7 +12,7 @@ from tokenbridge_jax.heads.channel_transformer import ChannelTransformer, temper
 from tokenbridge_jax.layers import copies
 
 
-class ParallelHead(ChannelTransformer):
+class IndependentHead(ChannelTransformer):
     """At every place, sees the feature alone."""
 
     def logits(

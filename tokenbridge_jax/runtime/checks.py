@@ -1,4 +1,4 @@
-"""Checks of the arguments of the Python interface: every mistake is told in one line.
+"""Checks of the arguments of the Python interface: each reports a mistake in one line.
 
 An argument may be an array of numpy or jax, or anything that numpy makes an array of: lists of
 arrays of one shape, tensors, pictures. No number is converted to another kind: floats are not
@@ -63,7 +63,7 @@ def array(
             f"{found.dtype} {list(found.shape)}"
         )
     if not found.size:
-        raise UserError(f"{name} of shape {list(found.shape)} are none; give one at least")
+        raise UserError(f"{name} of shape {list(found.shape)} are empty; give at least one")
     return found
 
 

@@ -327,7 +327,7 @@ def _row_major(slots: Slots) -> Int[Array, "B L C"]:
 
 
 def prepare_params(params: dict[str, Any], config: TokenBridgeConfig) -> dict[str, Any]:
-    """Parameters for an unrolled model, in the dtype that the modules cast them to at every use.
+    """Parameters for a model without `scan_layers`, in the dtypes that its modules compute in.
 
     All are cast to `config.dtype` except those of norms, `z_proj` and the classifiers' bias.
     """

@@ -298,14 +298,16 @@ def _read_errors(path: epath.Path) -> Iterator[None]:
         raise
     except Exception as error:  # Damaged files make Orbax raise anything.
         orbax_errors.quiet_from_now_on()
-        reason = orbax_errors.system_error(error)
+        parts = (path / name for name in (*PARTS, "run"))
+        refused = next(filter(None, map(orbax_errors.refused, parts)), None)
+        reason = refused or orbax_errors.system_error(error)
         if reason is not None and reason.errno not in (None, errno.ENOENT):
             raise storage.read_error(reason.filename or path, reason) from error
         earlier = max((s for s in _steps(path.parent) if s < int(path.name)), default=None)
         advice = (
             "there is none before it; put back a copy of it"
             if earlier is None
-            else f"the one before it is of step {earlier}: --step={earlier} takes it, and training "
+            else f"the one before it is of step {earlier}: --step={earlier} loads it, and training "
             f"goes on from it if you move the folder {path.name} elsewhere"
         )
         raise UserError(

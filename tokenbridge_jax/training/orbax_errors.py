@@ -58,9 +58,23 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def refused(path: epath.Path) -> OSError | None:
+    """Why the system does not open a file at or under `path`; Orbax may not say."""
+    try:
+        if path.is_dir():
+            return next(filter(None, map(refused, sorted(path.iterdir()))), None)
+        path.open("rb").close()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        error.filename = error.filename or path
+        return error
+    return None
+
+
 def reason(error: Exception) -> str:
     """What is wrong, in one line; for an array also its file, if its part has only one."""
-    text = str(_root_cause(error)).split("\n")[0]
+    text = str(_root_cause(error)).split("\n")[0] or type(error).__name__
     of_array = re.search(r'"([^"]*)/c/[^"]*" in OCDBT database at [^"]*"([^"]*)": (.*)', text)
     if not of_array:
         return text[:200]
