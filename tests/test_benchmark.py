@@ -327,7 +327,7 @@ def test_a_case_without_enough_memory_does_not_end_the_others(capsys):
     [
         ([], "name one: tokenbridge benchmark train|sample|head|autoencoder|quantize|loader"),
         (["trian"], "there is no 'trian'; name one: tokenbridge benchmark train|"),
-        (["--batch=8"], "say what"),
+        (["--batch=8"], "name one: tokenbridge benchmark"),
         (["train", "sample"], "unexpected argument 'sample'"),
         (["train", "--batch=12"], "--batch=12 does not divide over 8 batch shards; make"),
         (["train", "--batch=8,x"], "--batch=8,x must be numbers from 1, such as 1,64"),
