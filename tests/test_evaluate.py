@@ -195,8 +195,11 @@ def test_a_reference_of_another_network_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--what=tokens"], "name one: tokenbridge evaluate tokens [flags]"),
-        (["--seed=1", "--what", "generation"], "name one: tokenbridge evaluate generation [flags]"),
+        (["--what=tokens"], "--what is now a word: tokenbridge evaluate tokens [flags]"),
+        (
+            ["--seed=1", "--what", "generation"],
+            "--what is now a word: tokenbridge evaluate generation [flags]",
+        ),
         (["--seed=1"], "name one: tokenbridge evaluate generation|reconstruction|likelihood|"),
         (["everything"], "there is no 'everything'; name one: tokenbridge evaluate generation|"),
         (

@@ -89,8 +89,9 @@ def run(name: str, argv: list[str]) -> int:
             unknown = f"there is no '{given[0]}'; " if given else ""
             # `evaluate` took its word as --what once.
             old = re.search(r"(?:^| )--?what[= ](\w+)", " ".join(argv))
-            meant = old[1] if old and old[1] in words else "|".join(words)
-            raise UserError(f"{unknown}name one: tokenbridge {name} {meant} [flags]")
+            if old and old[1] in words:
+                raise UserError(f"--what is now a word: tokenbridge {name} {old[1]} [flags]")
+            raise UserError(f"{unknown}name one: tokenbridge {name} {'|'.join(words)} [flags]")
         args = arguments.parse(
             name,
             argv,
