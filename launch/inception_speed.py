@@ -10,6 +10,7 @@ reports the best of three passes after one that compiles. PyTorch's network is p
 import argparse
 import functools
 import importlib.util
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -100,7 +101,7 @@ def random_state() -> dict[str, np.ndarray]:
     state = {"fc.bias": np.zeros(inception.CLASSES, np.float32)}
     for name, shape in inception.tensor_shapes().items():
         one = name.endswith(("bn.weight", "running_var"))
-        spread = (2 / np.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0
+        spread = math.sqrt(2 / math.prod(shape[1:])) if len(shape) > 1 else 0.0
         state[name] = rng.normal(one, spread, shape).astype(np.float32)
     return state
 
