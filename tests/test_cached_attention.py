@@ -118,9 +118,10 @@ def test_a_position_alone_is_drawn_as_among_others():
 
     @jax.jit
     def draw(feature, keys):
-        return TokenBridge(tiny(scan_layers=False)).apply(
+        indices, _ = TokenBridge(tiny(scan_layers=False)).apply(
             variables, feature[None], keys[None], jnp.float32(1), method="sample_positions"
-        )[0]
+        )
+        return indices[0]
 
     alone = [draw(feature[i : i + 1], keys[i : i + 1])[0] for i in range(count)]
     np.testing.assert_array_equal(draw(feature, keys), alone)

@@ -72,7 +72,7 @@ def test_whatever_the_model_computes_in_float32_is_float32_on_tpus(dtype):
     def sample(params, feature):
         variables, keys = {"params": unstack(params)}, jax.random.split(jax.random.key(0), (2, 3))
         model = TokenBridge(dataclasses.replace(config, scan_layers=False))
-        return model.apply(variables, feature, keys, jnp.float32(1), method="sample_positions")
+        return model.apply(variables, feature, keys, jnp.float32(1), method="sample_positions")[0]
 
     forward = products(lower(mean, "tpu", params))
     sampled = products(lower(sample, "tpu", params, jnp.zeros((2, 3, config.decoder_width), dtype)))

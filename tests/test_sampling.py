@@ -185,7 +185,7 @@ class Recorder:
 
     @staticmethod
     def sample_positions(feature, keys, temperature):
-        return feature.astype(jnp.int32)
+        return feature.astype(jnp.int32), None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.model import DTYPES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
-from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 from tokenbridge_jax.training.loop import Recipe
@@ -139,8 +139,7 @@ def check_config(config: ConfigDict) -> None:
             f"the config has no {', '.join(missing)}; give a whole one: --config NAME or FILE.py "
             "(a damaged WORKDIR/config.json can be removed)"
         )
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"config.seed={config.seed} must be from 0 to 2**32 - 1")
+    checks.seed(config.seed, "config.seed")
     if unknown := [key for key in config.model if key not in known.model]:
         moved = [key for key in unknown if key in known.training]
         advice = f"; move {', '.join(moved)} to config.training, in the file it is read from"

@@ -295,17 +295,10 @@ class TokenBridge(nn.Module):
         feature: Float[Array, "B R D"],
         keys: Key[Array, "B R"],
         temperature: Float[Array, ""],
-    ) -> Int[Array, "B R C"]:
-        """Draws the indices of R positions per image from their features."""
-        return self.sample_with_log_probs(feature, keys, temperature)[0]
-
-    def sample_with_log_probs(
-        self,
-        feature: Float[Array, "B R D"],
-        keys: Key[Array, "B R"],
-        temperature: Float[Array, ""],
     ) -> tuple[Int[Array, "B R C"], Float[Array, "B R"]]:
-        """As `sample_positions`, with the positions' log-probabilities (see `Head.sample`)."""
+        """Draws R positions per image from their features: indices and the positions'
+        log-probabilities (see `Head.sample`).
+        """
         indices, log_probs = self.head.sample(merge(feature), keys.reshape(-1), temperature)
         return indices.reshape(*keys.shape, -1), log_probs.reshape(keys.shape)
 

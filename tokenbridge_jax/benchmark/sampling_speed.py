@@ -90,9 +90,10 @@ def head_cases(config: ConfigDict, positions: Sequence[int]) -> list[Case]:
 
     @jax.jit
     def draw(params, feature, keys):
-        return module.apply(
+        indices, _ = module.apply(
             {"params": params}, feature, keys, jnp.float32(1), method=TokenBridge.sample_positions
         )
+        return indices
 
     def case(count: int) -> Case:
         def prepare(stack: contextlib.ExitStack) -> Call:

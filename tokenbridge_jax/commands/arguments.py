@@ -60,16 +60,15 @@ def parse(
 
     Args:
       name: of the command.
-      argv: the arguments after it.
+      argv: the arguments after it, from `with_flag_files`.
       define: adds the command's own flags.
       elsewhere: flags of other commands that a user may name here, and whose they are.
       default_config: the experiment, where no --config is given and none is remembered.
       needs_workdir: whether --workdir must be given.
 
     Raises:
-      UserError: a flag, a file of flags or the config has a mistake.
+      UserError: a flag or the config has a mistake.
     """
-    argv = with_flag_files(argv)
     with _mistakes_in_config():
         args = _defined(argv, define, default_config, _remembered_config(argv, define))
         try:

@@ -161,8 +161,8 @@ def main(args: flags.FlagValues, word: str) -> None:
 def _check(args: flags.FlagValues, word: str) -> None:
     if args.num_images is not None:
         checks.at_least("--num_images", args.num_images, 2 if "features" in args else 1)
-    if "seed" in args and not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed={args.seed} must be from 0 to 2**32 - 1")
+    if "seed" in args:
+        checks.seed(args.seed, "--seed")
     if args.workdir:
         if not epath.Path(args.workdir).exists():
             raise UserError(f"workdir {args.workdir} does not exist; check --workdir")

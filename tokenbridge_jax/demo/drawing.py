@@ -22,13 +22,13 @@ from tokenbridge_jax.data.images import ImageError, open_picture, prepare
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import ClassId
 from tokenbridge_jax.runtime import pictures
+from tokenbridge_jax.runtime.checks import MAX_SEED
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.batches import Preview
 
 NO_CLASS = -1
 # Every number of images needs a compiled program of its own.
 NUMBERS_OF_IMAGES = (1, 4, 9, 16)
-MAX_SEED = 2**32 - 1
 MAX_TEMPERATURE = 2.0
 # A larger guidance of the config is allowed too.
 MAX_GUIDANCE = 10.0

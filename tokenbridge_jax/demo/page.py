@@ -17,7 +17,6 @@ from PIL import Image
 
 from tokenbridge_jax.demo.drawing import (
     MAX_KEEP,
-    MAX_SEED,
     MAX_TEMPERATURE,
     MAX_UPLOAD_PIXELS,
     NO_CLASS,
@@ -29,6 +28,7 @@ from tokenbridge_jax.demo.drawing import (
     write_archive,
 )
 from tokenbridge_jax.runtime import pictures
+from tokenbridge_jax.runtime.checks import MAX_SEED
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import ORDERS
 

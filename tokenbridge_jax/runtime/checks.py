@@ -132,15 +132,15 @@ def at_least(name: str, value: Any, least: int) -> int:
     return found
 
 
-def seed(value: Any) -> int:
+def seed(value: Any, name: str = "seed") -> int:
     """Returns a seed for sampling.
 
     Raises:
       UserError: it is not a whole number from 0 to 2**32 - 1.
     """
-    found = whole("seed", value)
+    found = whole(name, value)
     if not 0 <= found <= MAX_SEED:
-        raise UserError(f"seed={found} must be from 0 to 2**32 - 1")
+        raise UserError(f"{name}={found} must be from 0 to 2**32 - 1")
     return found
 
 

@@ -281,10 +281,8 @@ def _reveal(
     slot = window.start + jnp.arange(window.size)
     revealed = slot < step.hidden_now
     if step.choice_temperature is None:
-        drawn = apply(TokenBridge.sample_positions, feature, keys, step.temperature)
         revealed &= slot >= step.hidden_next
-    else:
-        drawn, log_probs = apply(TokenBridge.sample_with_log_probs, feature, keys, step.temperature)
+    drawn, log_probs = apply(TokenBridge.sample_positions, feature, keys, step.temperature)
     updated = jnp.where(revealed[None, :, None], drawn, window.cut(slots.indices))
     slots = slots._replace(
         indices=jax.lax.dynamic_update_slice_in_dim(slots.indices, updated, window.start, 1)
