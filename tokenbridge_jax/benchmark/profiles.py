@@ -14,9 +14,10 @@ import jax
 # Longer names (a kernel's C++ signature) are shortened in the middle.
 _NAME_WIDTH = 60
 # Parts of an instruction's name that say how it runs: control flow, transformations such as
-# `jit(step)`, methods of modules such as `TokenBridge.loss`.
+# `jit(step)`, methods of modules such as `TokenBridge.loss`, equations of `einsum`.
 _HOW = re.compile(
-    r"while|body|cond|closed_call|checkpoint|rematted_computation|eval_jaxpr|.*\(.*|[A-Z].*"
+    r"while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation|eval_jaxpr|"
+    r".*\(.*|.*->.*|[A-Z].*"
 )
 
 
@@ -69,7 +70,7 @@ def tabulate(data: jax.profiler.ProfileData, calls: int, names: Mapping[str, str
             instruction = _instruction(event)
             # What runs inside a CUDA graph is known by its kernel's name only.
             source = names.get(instruction) or names.get(name) or ""
-            places[_place(source) or name].add(nanoseconds)
+            places[place(source) or name].add(nanoseconds)
             operations[f"{_shortened(name):{_NAME_WIDTH}}  {source}"].add(nanoseconds)
     if not operations:
         return "the profiler saw no operation of a device\n"
@@ -94,11 +95,13 @@ def _table(title: str, rows: Mapping[str, Row], calls: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _place(source: str) -> str:
+def place(source: str) -> str:
     """The module of an instruction, and whether it runs backward or again."""
     again = "again: " if "rematted_computation" in source else ""
     which = again or ("backward: " if "transpose(" in source else "")
-    modules = [part for part in source.split("/")[:-1] if not _HOW.fullmatch(part)]
+    # `mlp.terms` is a method of `mlp`; `mlp/mlp.terms` and `mlp/mlp` are the module `mlp`.
+    parts = [part.split(".")[0] for part in source.split("/")[:-1] if not _HOW.fullmatch(part)]
+    modules = [part for part, _ in itertools.groupby(parts)]
     return which + "/".join(modules) if modules else source
 
 

@@ -17,6 +17,7 @@ import importlib.util
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from jax.experimental import topologies
@@ -25,6 +26,12 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import listed_flops
 
 GIB = 2**30
+
+# Arguments of libtpu that write the schedules of all operations to a folder, and little else.
+DUMP = (
+    "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=^final_(bundles|hlo-static)|deduplication-map"
+)
 
 # Bytes of a stack of a thread of libtpu's.
 STACK = 4 * 2**20
@@ -44,6 +51,8 @@ class Generation:
       ring: an axis of this many chips, or a multiple, is closed to a ring; others are lines. (In
         three dimensions all axes or none: slices are made of cubes of 4 x 4 x 4.)
       dimensions: of a slice's shape.
+      matrix_unit: rows and columns of a matrix unit.
+      delay_slots: bundles after a branch that run before it is taken, in libtpu's schedules.
       options: further arguments for libtpu.
     """
 
@@ -55,6 +64,8 @@ class Generation:
     ring: int
     devices: int = 1
     cores: int = 1
+    matrix_unit: int = 128
+    delay_slots: int = 4
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -65,9 +76,10 @@ GENERATIONS = {
     ),
     "v5e": Generation(int(15.75 * GIB), 819e9, 200e9, 4 * 2 * 128**2, 2, 16),
     "v5p": Generation(int(95.74 * GIB), 2765e9, 600e9, 8 * 2 * 128**2, 3, 4, cores=2),
-    "v6e": Generation(int(31.25 * GIB), 1638e9, 400e9, 4 * 2 * 256**2, 2, 16),
+    "v6e": Generation(int(31.25 * GIB), 1638e9, 400e9, 4 * 2 * 256**2, 2, 16, matrix_unit=256),
     "tpu7x": Generation(
-        int(94.75 * GIB), 3690e9, 300e9, 4 * 2 * 256**2, 3, 4, devices=2, cores=2
+        int(94.75 * GIB), 3690e9, 300e9, 4 * 2 * 256**2, 3, 4, devices=2, cores=2,
+        matrix_unit=256, delay_slots=1,
     ),
 }  # fmt: skip
 
@@ -152,8 +164,13 @@ def check_libtpu() -> None:
         )
 
 
-def slice_devices(wanted: Slice) -> list[Any]:
+def slice_devices(wanted: Slice, dump: Path | None = None) -> list[Any]:
     """Devices of a slice that nobody has: programs are compiled for them and never run.
+
+    Args:
+      wanted: the slice.
+      dump: a folder where libtpu writes the schedules of the programs that this process compiles
+        (see `profile.read_profile`); it counts in the first call of a process only.
 
     Raises:
       UserError: libtpu knows no such slice.
@@ -164,6 +181,8 @@ def slice_devices(wanted: Slice) -> list[Any]:
     # The stacks it gives its own threads overflow on some programs (0.0.42.1: L on v6e-64).
     if "stack_size" not in (given := os.environ.get("LIBTPU_INIT_ARGS", "")):
         os.environ["LIBTPU_INIT_ARGS"] = f"{given} --fibers_default_thread_stack_size={STACK}"
+    if dump:
+        os.environ["LIBTPU_INIT_ARGS"] += " " + DUMP.format(folder=dump)
     options = dict(wanted.figures.options)
     if wanted.chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)

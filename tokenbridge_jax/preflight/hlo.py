@@ -7,8 +7,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 COLLECTIVES = (
     "all-reduce",
@@ -85,21 +85,25 @@ class Program:
 
 def read_program(text: str) -> Program:
     """Reads `compiled.as_text()`."""
-    bodies = {
-        name: {line.name: line for line in map(_parse, body.splitlines()) if line}
-        for name, body in _COMPUTATION.findall(text)
-    }
+    bodies = read_bodies(text)
     cycles = traffic = 0
-    collectives = dict[str, tuple[str, int, int, int]]()
-    for instruction, body, runs, fusion in _executed(bodies):
+    collectives = dict[str, Collective]()
+    for instruction, body, runs, fusion in executed(bodies):
         estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.text)
         if not fusion:
             cycles += runs * int(estimate[1]) if estimate else 0
-            traffic += runs * _traffic(instruction, body, bodies)
-        if instruction.opcode.removesuffix("-start") in COLLECTIVES:
-            name, found = _collective(instruction, runs, fusion)
-            collectives.setdefault(name, found)
+            traffic += runs * memory_traffic(instruction, body, bodies)
+        if found := find_collective(instruction, runs, fusion):
+            collectives.setdefault(*found)
     return Program(cycles, traffic, _together(collectives.values()))
+
+
+def read_bodies(text: str) -> dict[str, Body]:
+    """The computations of `compiled.as_text()`, in its order, the entry last."""
+    return {
+        name: {line.name: line for line in map(_parse, body.splitlines()) if line}
+        for name, body in _COMPUTATION.findall(text)
+    }
 
 
 def _parse(line: str) -> Instruction | None:
@@ -109,7 +113,7 @@ def _parse(line: str) -> Instruction | None:
     return Instruction(name, result, opcode, re.findall(r"%([^\s,)]+)", rest.split(")")[0]), line)
 
 
-def _executed(bodies: dict[str, Body]) -> Iterator[tuple[Instruction, Body, int, str]]:
+def executed(bodies: dict[str, Body]) -> Iterator[tuple[Instruction, Body, int, str]]:
     """Every instruction, with its computation, how often it runs, and the fusion it is in."""
 
     def visit(name: str, runs: int, fusion: str) -> Iterator[tuple[Instruction, Body, int, str]]:
@@ -142,7 +146,7 @@ def _sizes(result: str, *, in_memory: bool = False) -> list[int]:
     ]
 
 
-def _traffic(instruction: Instruction, body: Body, bodies: dict[str, Body]) -> int:
+def memory_traffic(instruction: Instruction, body: Body, bodies: dict[str, Body]) -> int:
     """Bytes that one run of an instruction reads from memory and writes to it."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
@@ -197,11 +201,16 @@ def _fusion_traffic(body: Body, read: list[int], written: list[int]) -> int:
     return total
 
 
-def _collective(
+def find_collective(
     instruction: Instruction, runs: int, fusion: str
-) -> tuple[str, tuple[str, int, int, int]]:
-    """A collective's identity, and its kind, group size, runs and bytes."""
+) -> tuple[str, Collective] | None:
+    """The collective that an instruction starts, and its name; None if it starts none.
+
+    A collective that is spread over several fusions has one name in all of them.
+    """
     kind = instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
     sizes, group = _sizes(instruction.result), _group_size(instruction.text)
     # A start's result holds the operand too.
     size = max(sizes) if instruction.opcode.endswith("-start") else sum(sizes)
@@ -212,8 +221,8 @@ def _collective(
     if fusion.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     elif fusion and channel:
-        name = channel[1]  # Spread over several fusions; the first one starts it.
-    return name, (kind, group, runs, runs * size)
+        name = channel[1]
+    return name, Collective(kind, group, 1, runs, runs * size)
 
 
 def _group_size(text: str) -> int:
@@ -229,12 +238,16 @@ def _group_size(text: str) -> int:
     return 2  # Of a permutation: pairs.
 
 
-def _together(found: Any) -> list[Collective]:
-    totals = collections.defaultdict[tuple[str, int], list[tuple[int, int]]](list)
-    for kind, group, runs, size in found:
-        totals[kind, group].append((runs, size))
-    together = [
-        Collective(kind, group, len(parts), *map(sum, zip(*parts, strict=True)))
-        for (kind, group), parts in totals.items()
-    ]
-    return sorted(together, key=lambda collective: -collective.bytes)
+def _together(found: Iterable[Collective]) -> list[Collective]:
+    totals = dict[tuple[str, int], Collective]()
+    for one in found:
+        kind, group = one.kind, one.group
+        sum_so_far = totals.get((kind, group), Collective(kind, group, 0, 0, 0))
+        totals[kind, group] = Collective(
+            kind,
+            group,
+            sum_so_far.count + one.count,
+            sum_so_far.runs + one.runs,
+            sum_so_far.bytes + one.bytes,
+        )
+    return sorted(totals.values(), key=lambda collective: -collective.bytes)

@@ -58,12 +58,14 @@ def estimate(program: Program, flops: int, peak: float, where: Slice) -> Estimat
     return Estimate(
         products=flops / peak,
         memory=program.traffic / figures.hbm,
-        network=sum(
-            collective.sent / (figures.ici * links(collective, where))
-            for collective in program.collectives
-        ),
+        network=sum(network_seconds(collective, where) for collective in program.collectives),
         instructions=program.cycles / (peak / figures.cycle_flops),
     )
+
+
+def network_seconds(collective: Collective, where: Slice) -> float:
+    """The time of all runs of a collective."""
+    return collective.sent / (where.figures.ici * links(collective, where))
 
 
 def links(collective: Collective, where: Slice) -> float:

@@ -1,0 +1,70 @@
+"""Profiles small programs for a TPU: prints their totals as JSON. One process for one topology."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from tokenbridge_jax.preflight import chips
+from tokenbridge_jax.preflight.profile import read_profile
+
+
+def product(x, w):
+    """[4096, 2048] x [2048, 2048]."""
+    return x @ w
+
+
+def double(x):
+    """Reads 64 MiB and writes 64 MiB."""
+    return x * 2
+
+
+def cubes(x):
+    """100 runs of a loop with 3 operations on every element of [512, 128]: 64 registers."""
+
+    def body(_, x):
+        return x * x * x + 1.5
+
+    return jax.lax.fori_loop(0, 100, body, x)
+
+
+PROGRAMS = {
+    "product": (product, ((4096, 2048), jnp.bfloat16), ((2048, 2048), jnp.bfloat16)),
+    "double": (double, ((4096, 4096), jnp.float32)),
+    "cubes": (cubes, ((512, 128), jnp.float32)),
+}
+
+
+def main(topology: str, folder: Path) -> None:
+    """Compiles every program into a folder of its own."""
+    where = chips.parse_slice(topology)
+    jax.config.update("jax_platforms", "cpu")
+    device = chips.slice_devices(where, dump=folder)[0]
+    clock = chips.peak_flops(device) / where.figures.cycle_flops
+    totals = {}
+    for name, (function, *arguments) in PROGRAMS.items():
+        sharding = SingleDeviceSharding(device)
+        traced = jax.jit(function).trace(
+            *(jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in arguments)
+        )
+        text = traced.lower().compile().as_text()
+        files = [path for path in folder.iterdir() if path.is_file()]
+        own = folder / name
+        own.mkdir()
+        for path in files:
+            path.rename(own / path.name)
+        operations = read_profile(text, own, where, clock)
+        totals[name] = {
+            "cycles": sum(one.cycles for one in operations),
+            "bytes": sum(one.hbm_bytes for one in operations),
+            "seconds": sum(one.seconds for one in operations),
+            "bounds": sorted({one.bound for one in operations}),
+        }
+    print(json.dumps(totals))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
