@@ -16,6 +16,7 @@ import zipfile
 import numpy as np
 import pytest
 from etils import epath
+from jobs import wait_until
 from ml_collections import ConfigDict
 from PIL import Image
 from selenium import webdriver
@@ -23,7 +24,6 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 
 from tokenbridge_jax.autoencoder import save_autoencoder
-from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.import_torch import write_checkpoint
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.demo.drawing import (
@@ -228,19 +228,6 @@ def test_mistakes_in_an_edit_are_reported(demo, image):
     refused("covers all positions of image 0", mask=MASK | True)
 
 
-@pytest.fixture
-def refused(workdir, capsys):
-    """Runs the command, which must end with one line about a mistake."""
-
-    def refused(message: str, *flags: str) -> None:
-        assert runner.run("demo", [f"--workdir={workdir}", *flags]) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
-
-    return refused
-
-
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -250,23 +237,24 @@ def refused(workdir, capsys):
         ("--distributed", "demo runs in one process"),
     ],
 )
-def test_mistakes_in_a_flag_are_reported(refused, monkeypatch, flag, message):
+def test_mistakes_in_a_flag_are_reported(refused, workdir, monkeypatch, flag, message):
     monkeypatch.setattr("tokenbridge_jax.runtime.processes.join", lambda *x, **y: None)
-    refused(message, flag)
+    refused("demo", message, [f"--workdir={workdir}", flag])
 
 
-def test_a_port_in_use_is_reported(refused):
+def test_a_port_in_use_is_reported(refused, workdir):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        message = "(Address already in use); --port=0 takes any free port"
-        refused(message, f"--port={server.getsockname()[1]}")
+        flags = [f"--workdir={workdir}", f"--port={server.getsockname()[1]}"]
+        refused("demo", "(Address already in use); --port=0 takes any free port", flags)
 
 
-def test_without_gradio_it_says_what_to_install(refused, monkeypatch):
+def test_without_gradio_it_says_what_to_install(refused, workdir, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *x: None if name == "gradio" else find(name, *x)
     )
-    refused("tokenbridge demo: error: the page needs Gradio: pip install -e '.[demo]'\n")
+    message = "error: the page needs Gradio: pip install -e '.[demo]'\n"
+    refused("demo", message, [f"--workdir={workdir}"])
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -321,15 +309,6 @@ def browser():
     browser.quit()
 
 
-def _until(condition, seconds=60):
-    """Waits until a condition is true; returns its value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "the condition was not fulfilled in time"
-        time.sleep(0.1)
-    return value
-
-
 class Visitor:
     """A person who looks at the page and uses it."""
 
@@ -341,18 +320,18 @@ class Visitor:
         return [element for element in elements if element.is_displayed()]
 
     def click(self, css: str, text: str):
-        _until(lambda: [e for e in self.seen(css) if e.text == text])[0].click()
+        wait_until(lambda: [e for e in self.seen(css) if e.text == text])[0].click()
 
     def draw(self, button: str) -> np.ndarray:
         """Clicks a button and waits for the image."""
         self.click("button.primary", button)
-        _until(lambda: "done in" in self.seen(".status")[0].text)
+        wait_until(lambda: "done in" in self.seen(".status")[0].text)
         (shown,) = self.seen(".images img")
         with urllib.request.urlopen(shown.get_attribute("src")) as answer:
             return np.asarray(Image.open(io.BytesIO(answer.read())))
 
     def canvas(self) -> np.ndarray:
-        (canvas,) = _until(lambda: self.seen("canvas"))
+        (canvas,) = wait_until(lambda: self.seen("canvas"))
         return np.asarray(Image.open(io.BytesIO(canvas.screenshot_as_png)))
 
     def paint_upper_left(self) -> None:
@@ -366,7 +345,7 @@ class Visitor:
         )
         stroke.click_and_hold().move_by_offset(size, size).move_by_offset(size, size).release()
         stroke.perform()
-        _until(lambda: (self.canvas() != before).any())
+        wait_until(lambda: (self.canvas() != before).any())
 
     def requests(self) -> list[str]:
         messages = [
@@ -386,10 +365,10 @@ def test_a_visit(browser, server, tmp_path):
     assert image.shape == (8, 8)
 
     visitor.click("button", "Edit selected")
-    _until(lambda: visitor.canvas().std() > 20)  # It is white until the image is shown.
+    wait_until(lambda: visitor.canvas().std() > 20)  # It is white until the image is shown.
     visitor.click("button.primary", "Edit")
     message = "paint over the part to redraw"
-    _until(lambda: any(message in element.text for element in visitor.seen(".toast-body")))
+    wait_until(lambda: any(message in element.text for element in visitor.seen(".toast-body")))
     visitor.click("label", "Original pixels outside")
     visitor.paint_upper_left()
     edited = visitor.draw("Edit")

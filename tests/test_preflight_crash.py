@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from jobs import wait_until
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.preflight import text
@@ -53,16 +53,9 @@ def test_the_compiler_ends_with_the_command(tmp_path, monkeypatch, number, statu
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as parent:
         try:
-            wait_for(lambda: told.exists() and told.read_text())
+            wait_until(lambda: told.exists() and told.read_text())
             parent.send_signal(number)
             assert parent.wait(20) == status
         finally:
             parent.kill()
-    wait_for(lambda: not Path(f"/proc/{told.read_text()}").exists())
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not Path(f"/proc/{told.read_text()}").exists())

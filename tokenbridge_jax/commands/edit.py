@@ -77,9 +77,7 @@ def main(args: flags.FlagValues) -> None:
     if args.mask and args.box:
         raise UserError("--mask and --box both name the part to redraw; give one of them")
     if args.outpaint and args.keep is not None:
-        raise UserError(
-            "--keep applies to the inside of a picture; give either --keep or --outpaint"
-        )
+        raise UserError("--keep redraws inside a picture; give either --keep or --outpaint")
     if not (args.mask or args.box or args.outpaint or args.keep is not None):
         raise UserError("name the part to redraw: --mask, --box, --keep or --outpaint")
     paths = picture_paths(args.input)
