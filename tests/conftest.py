@@ -107,3 +107,19 @@ def gpu_to_lower_for(monkeypatch):
 
         h200 = gpu_info.get_gpu_info_from_version(gpu_info.GpuVersion.H200)
         monkeypatch.setitem(gpu_info.registry, "cpu", lambda: h200)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must end with status 2 and one line, which contains a message."""
+    from tokenbridge_jax.commands import runner
+
+    def refused(name: str, message: str, argv: list[str]) -> None:
+        assert runner.run(name, argv) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith(f"tokenbridge {name}: error: ")
+        assert message in err
+        assert err.count("\n") == 1
+        assert out == ""
+
+    return refused

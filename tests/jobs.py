@@ -4,7 +4,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,12 @@ def start_job(
         )
         for index, arguments in enumerate(of_process)
     ]
+
+
+def wait_until(condition: Callable[[], Any]) -> Any:
+    """Waits at most a minute until a condition is true; returns its value."""
+    end = time.monotonic() + 60
+    while not (value := condition()):
+        assert time.monotonic() < end, "the condition was not fulfilled in time"
+        time.sleep(0.1)
+    return value
