@@ -44,6 +44,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     define(flags.DEFINE_string, "topology", None, "The slice, such as v5e:16x16 or v5p-128.")
     define(flags.DEFINE_bool, "sample", False, "Check the sampler, not the training step.")
     define(flags.DEFINE_bool, "suggest", True, "Look for settings that fit if these do not.")
+    define(flags.DEFINE_string, "profile", None, "Folder for tables and a picture of the time.")
     define(flags.DEFINE_bool, "json", False, "Print one line of JSON.")
 
 
@@ -57,7 +58,7 @@ def main(args: flags.FlagValues) -> int:
     config = args.config
     if not config.model.scan_layers and not args.sample:
         say("preflight: compiling takes much longer without --config.model.scan_layers=True")
-    report = check_apart(config, where, sample=args.sample)
+    report = check_apart(config, where, sample=args.sample, profile=args.profile)
     if not args.sample:
         report |= run_length(report, config, args.workdir)
     crashed = report.get("crashed")

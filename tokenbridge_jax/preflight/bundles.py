@@ -22,9 +22,7 @@ MOST_BLOCKS = 300_000
 
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _LABEL = re.compile(r"Start(?:/End empty)? region (\d+)")
-_BUNDLE = re.compile(
-    r"^ *(?:0x)?[0-9a-f]+ +([A-Z]{2})? *:[ >]*{(.*)}((?: *@\d+)*)", re.MULTILINE
-)
+_BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +([A-Z]{2})? *:[ >]*{(.*)}((?: *@\d+)*)", re.MULTILINE)
 _PRODUCT = re.compile(r" = vmatmul(?:\.[a-z]ubr)?\.([a-z]+\d+)")
 # Rows of an instruction of a product, by its type.
 _ROWS = collections.defaultdict(lambda: 32, f32=8, bf16=16)

@@ -4,8 +4,10 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +19,9 @@ from tokenbridge_jax.data import shards
 from tokenbridge_jax.preflight.chips import Slice, peak_flops, slice_devices
 from tokenbridge_jax.preflight.hlo import Program
 from tokenbridge_jax.preflight.lowering import Work, compile_work, sampling_work, training_work
-from tokenbridge_jax.preflight.roofline import ASSUMPTIONS, estimate
+from tokenbridge_jax.preflight.profile import read_profile
+from tokenbridge_jax.preflight.profile_report import write_profile
+from tokenbridge_jax.preflight.roofline import ASSUMPTIONS, Estimate, estimate
 from tokenbridge_jax.preflight.suggestions import candidates, with_changes
 from tokenbridge_jax.preflight.text import Report, gib, listed
 from tokenbridge_jax.runtime import meshes
@@ -28,8 +32,13 @@ from tokenbridge_jax.runtime.progress import say
 IMAGENET_IMAGES = 1_281_167
 
 
-def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Report:
+def check_apart(
+    config: ConfigDict, where: Slice, *, sample: bool = False, profile: str | None = None
+) -> Report:
     """Runs `check` in another process, because libtpu may crash.
+
+    The schedules that libtpu writes (0.3 GB for size L) are in the system's folder for temporary
+    files until it ends.
 
     After a crash the report has no memory and no time: `fits` is False, `crashed` says what to do.
 
@@ -38,36 +47,46 @@ def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Re
     """
     spawn = multiprocessing.get_context("spawn")  # A fork would not have JAX's threads.
     receiver, sender = spawn.Pipe(duplex=False)
-    child = spawn.Process(target=_check_as_child, args=(sender, config, where, sample))
-    child.start()
-    sender.close()
-    try:
-        found = receiver.recv()
-    except EOFError:
-        child.join()
-        if not (child.exitcode and child.exitcode < 0):
-            raise UserError(
-                f"the process that compiles ended with status {child.exitcode}; its output, above, "
-                "says why"
-            ) from None
-        if child.exitcode == -signal.SIGKILL:
-            raise UserError(
-                "the process that compiles was killed, most likely because memory ran out"
-            ) from None
-        return _crash(config, where, -child.exitcode, sample=sample)
-    finally:
-        child.kill()
-        child.join()
+    with tempfile.TemporaryDirectory(prefix="preflight-") as folder:
+        arguments = (sender, config, where, Path(folder), sample, profile)
+        child = spawn.Process(target=_check_as_child, args=arguments)
+        child.start()
+        sender.close()
+        try:
+            found = receiver.recv()
+        except EOFError:
+            child.join()
+            if not (child.exitcode and child.exitcode < 0):
+                raise UserError(
+                    f"the process that compiles ended with status {child.exitcode}; its output, "
+                    "above, says why"
+                ) from None
+            if child.exitcode == -signal.SIGKILL:
+                raise UserError(
+                    "the process that compiles was killed, most likely because memory ran out"
+                ) from None
+            return _crash(config, where, -child.exitcode, sample=sample)
+        finally:
+            child.kill()
+            child.join()
     if isinstance(found, UserError):
         raise found
     return found
 
 
-def _check_as_child(sender: Connection, config: ConfigDict, where: Slice, sample: bool) -> None:
+def _check_as_child(
+    sender: Connection,
+    config: ConfigDict,
+    where: Slice,
+    folder: Path,
+    sample: bool,
+    profile: str | None,
+) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     jax.config.update("jax_platforms", "cpu")  # The devices of this machine stay unused.
     try:
-        sender.send(check(config, where, slice_devices(where), sample=sample))
+        devices = slice_devices(where, folder)
+        sender.send(check(config, where, devices, folder, sample=sample, profile=profile))
     except UserError as error:
         sender.send(error)
 
@@ -112,8 +131,24 @@ def _begun(config: ConfigDict, where: Slice, mesh: dict[str, int], *, sample: bo
     }
 
 
-def check(config: ConfigDict, where: Slice, devices: list[Any], *, sample: bool = False) -> Report:
+def check(
+    config: ConfigDict,
+    where: Slice,
+    devices: list[Any],
+    folder: Path,
+    *,
+    sample: bool = False,
+    profile: str | None = None,
+) -> Report:
     """Compiles the program of a config, and reports its memory and time.
+
+    Args:
+      config: the experiment.
+      where: the slice.
+      devices: `slice_devices(where, folder)`.
+      folder: where libtpu writes the schedules.
+      sample: whether to compile the sampler, not the training step.
+      profile: folder for the profile's tables and picture, if any.
 
     Raises:
       UserError: a value makes no sense, or the program cannot be compiled for a reason other than
@@ -138,13 +173,19 @@ def check(config: ConfigDict, where: Slice, devices: list[Any], *, sample: bool 
     if program is not None:
         temporaries = needed - compiled.code - sum(work.state.values())
         report["memory"] |= {"temporaries": temporaries, "program": compiled.code}
-        report |= _time(work, program, compiled.flops, where, devices)
+        peak = peak_flops(devices[0])
+        clock = peak / where.figures.cycle_flops
+        operations = read_profile(compiled.text, folder, where, clock)
+        if profile:
+            title = f"{report['what']} on {where.name}, {listed(report['settings'])}"
+            write_profile(operations, title, epath.Path(profile))
+        step = sum(operation.seconds for operation in operations)
+        spent = estimate(program, compiled.flops, peak, where, step)
+        report |= _time(work, program, spent, compiled.flops, peak * len(devices))
     return report
 
 
-def _time(work: Work, program: Program, flops: int, where: Slice, devices: list[Any]) -> Report:
-    peak = peak_flops(devices[0])
-    spent = estimate(program, flops, peak, where)
+def _time(work: Work, program: Program, spent: Estimate, flops: int, peak: float) -> Report:
     step = work.mean * spent.step
     return {
         "a_device": {
@@ -160,13 +201,14 @@ def _time(work: Work, program: Program, flops: int, where: Slice, devices: list[
             "products_at_peak": spent.products,
             "memory_traffic": spent.memory,
             "collectives": spent.network,
-            "instructions": spent.instructions,
+            "estimated_by_libtpu": spent.instructions + spent.network,
+            "program": spent.step,
             "at_best": work.mean * spent.bound,
             "mean_over_this": work.mean,
             "expected": step,
         },
         "model_flops": work.model_flops,
-        "share_of_peak": work.model_flops / (step * peak * len(devices)),
+        "share_of_peak": work.model_flops / (step * peak),
         "images_per_second": work.batch / step,
         "assumptions": ASSUMPTIONS,
     }

@@ -62,6 +62,7 @@ class Compiled:
       code: bytes of the program itself; 0 if it does not fit.
       flops: FLOPs of the products of a device, with padding and recomputation.
       program: its instructions; None if it does not fit into the memory of a device.
+      text: the compiled program; empty if it does not fit.
       seconds: time of compiling.
     """
 
@@ -69,6 +70,7 @@ class Compiled:
     code: int
     flops: int
     program: Program | None
+    text: str
     seconds: float
 
 
@@ -157,12 +159,12 @@ def compile_work(work: Work, devices: int) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if (wanted := wanted_memory(str(error))) is None:
             raise
-        return Compiled(wanted, 0, flops, None, time.monotonic() - start)
+        return Compiled(wanted, 0, flops, None, "", time.monotonic() - start)
     memory: Any = compiled.memory_analysis()
     code = memory.generated_code_size_in_bytes
     needed = memory.peak_memory_in_bytes + code
-    program = read_program(compiled.as_text())
-    return Compiled(needed, code, flops, program, time.monotonic() - start)
+    text = compiled.as_text()
+    return Compiled(needed, code, flops, read_program(text), text, time.monotonic() - start)
 
 
 def wanted_memory(message: str) -> int | None:

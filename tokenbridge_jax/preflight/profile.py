@@ -137,10 +137,9 @@ def read_profile(text: str, folder: Path, where: Slice, clock: float) -> list[Op
             seconds = max(moving, computing)
             memory.advance(seconds - moving)
             links.advance(seconds)
-            add(
-                instruction, runs, seconds, "HBM" if moving > computing else "bundles",
-                cycles=cycles, hbm_bytes=traffic, busy=schedule.busy, guessed=bool(schedule.guessed),
-            )  # fmt: skip
+            bound = "HBM" if moving > computing else "bundles"
+            more = {"busy": schedule.busy, "guessed": schedule.guessed > 0}
+            add(instruction, runs, seconds, bound, cycles=cycles, hbm_bytes=traffic, **more)
     return operations
 
 

@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable
-from pathlib import Path
+
+from etils import epath
 
 from tokenbridge_jax.benchmark.profiles import place
 from tokenbridge_jax.evaluation import figures
@@ -92,8 +93,9 @@ def module(operation: Operation) -> str:
     return place(operation.source) or "(added by the compiler)"
 
 
-def write_profile(operations: list[Operation], title: str, folder: Path) -> None:
+def write_profile(operations: list[Operation], title: str, folder: epath.PathLike) -> None:
     """Writes `profile.txt` (tables by module and by operation) and `profile.png`."""
+    folder = storage.as_path(folder)
     modules = rows(operations, module)
     together = rows(operations, lambda _: "total")
     total = together[0].total
@@ -102,7 +104,10 @@ def write_profile(operations: list[Operation], title: str, folder: Path) -> None
     )
     head = _HEAD.format(title=title, total=total * 1e3, split=split)
     by_operation = rows(operations, lambda one: f"{one.name:44} {one.source}")
-    tables = [_table("module", [*modules, *together], total), _table("operation", by_operation, total)]
+    tables = [
+        _table("module", [*modules, *together], total),
+        _table("operation", by_operation, total),
+    ]
     storage.write_bytes(folder / "profile.txt", (head + "\n".join(tables)).encode())
     _draw(modules[:_BARS], total, title, folder / "profile.png")
 
@@ -127,7 +132,7 @@ def _table(title: str, rows: list[Row], total: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw(modules: list[Row], total: float, title: str, path: Path) -> None:
+def _draw(modules: list[Row], total: float, title: str, path: epath.Path) -> None:
     (ax,) = figures.make_axes(width=11.0, height=1.2 + 0.26 * len(modules))
     names = [row.name for row in modules]
     left = [0.0] * len(modules)

@@ -10,10 +10,11 @@ from tokenbridge_jax.preflight.chips import Slice
 from tokenbridge_jax.preflight.hlo import Collective, Program
 
 ASSUMPTIONS = (
-    "instructions run one after another and take the cycles that libtpu estimates, at the clock "
-    "that the peak implies",
+    "operations run one after another; each takes the cycles of its compiled schedule at the clock "
+    "that the peak implies, or its memory traffic at full bandwidth, if that takes longer",
     "collectives send as in a ring, over all links along the axes that their group spans; an axis "
-    "that is not a ring has half the links; no computation overlaps with them",
+    "that is not a ring has half the links; those that libtpu starts early overlap with operations",
+    "copies have no latency, and chips do not compete for links",
     "input, checkpoints and restarts take no time",
 )
 
@@ -26,26 +27,23 @@ class Estimate:
       products: all products at the peak rate.
       memory: all traffic at the bandwidth of the memory.
       network: all collectives.
-      instructions: libtpu's cycles at the clock rate.
+      instructions: the cycles that libtpu estimates, at the clock rate.
+      step: the expected time, by the compiled schedule (`profile.read_profile`).
     """
 
     products: float
     memory: float
     network: float
     instructions: float
+    step: float
 
     @property
     def bound(self) -> float:
         """The roofline: the slowest of products, memory and network, if they all overlap."""
         return max(self.products, self.memory, self.network)
 
-    @property
-    def step(self) -> float:
-        """The expected time: instructions, then collectives."""
-        return max(self.instructions, self.products, self.memory) + self.network
 
-
-def estimate(program: Program, flops: int, peak: float, where: Slice) -> Estimate:
+def estimate(program: Program, flops: int, peak: float, where: Slice, step: float) -> Estimate:
     """Estimates the seconds of a program.
 
     Args:
@@ -53,6 +51,7 @@ def estimate(program: Program, flops: int, peak: float, where: Slice) -> Estimat
       flops: FLOPs of the device's products.
       peak: FLOP/s of the device.
       where: the slice.
+      step: seconds of the program's operations and waits.
     """
     figures = where.figures
     return Estimate(
@@ -60,6 +59,7 @@ def estimate(program: Program, flops: int, peak: float, where: Slice) -> Estimat
         memory=program.traffic / figures.hbm,
         network=sum(network_seconds(collective, where) for collective in program.collectives),
         instructions=program.cycles / (peak / figures.cycle_flops),
+        step=step,
     )
 
 

@@ -61,7 +61,8 @@ def _time_lines(report: Report, device: str) -> list[str]:
         f"  products at peak     {seconds['products_at_peak']:.3f}",
         f"  memory traffic       {seconds['memory_traffic']:.3f}",
         f"  collectives          {seconds['collectives']:.3f}",
-        f"  instructions         {seconds['instructions']:.3f}  estimated by libtpu",
+        f"  libtpu's estimate    {seconds['estimated_by_libtpu']:.3f}  with all collectives",
+        f"  compiled schedule    {seconds['program']:.3f}",
         f"  expected             {seconds['expected']:.3f}  scaled by {mean:.3f} for the mean",
         f"  at best              {seconds['at_best']:.3f}",
         f"{report['images_per_second']:,.0f} images/s, {report['share_of_peak']:.1%} of peak "
