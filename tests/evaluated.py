@@ -24,13 +24,12 @@ def save_tiny(folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
-def write_pictures(folder: Path, count: int = 40) -> np.ndarray:
+def write_pictures(folder: Path, count: int = 40) -> None:
     """Random pictures of 8x8 RGB pixels."""
     images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     folder.mkdir(parents=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{i:03d}.png")
-    return images
 
 
 def assert_json_and_plots(found: dict, plot: Callable, folder: Path, count: int) -> None:

@@ -126,26 +126,20 @@ def test_a_stopped_run_continues(folder, scored, monkeypatch, capsys):
     assert results_of(folder / "model" / "evaluation")[-1]["facts"]["samples"] == 9
 
 
-def test_samples_that_differ_have_their_own_folder(folder, scored):
+def test_samples_that_differ_have_their_own_folder(folder, scored, tmp_path):
     evaluation = folder / "model" / "evaluation"
     assert generate(folder, "--seed=1", "--labels=random") == 0
     assert results_of(evaluation)[-1]["facts"]["label_policy"] == "random"
     # The same weights, but another model.
-    shutil.copytree(folder / "model", folder / "other")
+    shutil.copytree(folder / "model", tmp_path / "model")
     described = json.loads((folder / "model" / "model.json").read_text())
     described["model"]["channel_order"] = described["model"]["channel_order"][::-1]
-    (folder / "other" / "model.json").write_text(json.dumps(described))
-    (folder / "model").rename(folder / "kept")
-    (folder / "other").rename(folder / "model")
-    try:
-        assert generate(folder) == 0
-        folders = sorted(evaluation.glob("samples_*"))
-        assert len(folders) == 3
-        drawn = [np.load(path / "indices_00000000.npy") for path in folders]
-        assert all((a != b).any() for a, b in itertools.combinations(drawn, 2))
-    finally:
-        (folder / "model").rename(folder / "other")
-        (folder / "kept").rename(folder / "model")
+    (tmp_path / "model" / "model.json").write_text(json.dumps(described))
+    assert generate(tmp_path, f"--reference={folder / 'real'}", f"--output={evaluation}") == 0
+    folders = sorted(evaluation.glob("samples_*"))
+    assert len(folders) == 3
+    drawn = [np.load(path / "indices_00000000.npy") for path in folders]
+    assert all((a != b).any() for a, b in itertools.combinations(drawn, 2))
 
 
 @pytest.mark.parametrize("policy", generation.LABEL_POLICIES)
@@ -182,10 +176,11 @@ def test_a_reference_of_another_network_is_refused(tmp_path):
     extractor = ThumbnailExtractor()
     reference = scores.Reference(gaussian(features), None, features, {"reference": "pictures"})
     scores.save_reference(tmp_path / "x.npz", reference, extractor)
-    assert scores.load_reference(tmp_path / "x.npz", extractor).facts["reference"] == "x.npz"
+    found = scores.find_reference(tmp_path / "x.npz", None, extractor)
+    assert found.facts["reference"] == "x.npz"
     extractor.facts = extractor.facts | {"features": "others"}
     with pytest.raises(UserError, match="was made with features pixels of 8 x 8"):
-        scores.load_reference(tmp_path / "x.npz", extractor)
+        scores.find_reference(tmp_path / "x.npz", None, extractor)
 
 
 @pytest.mark.parametrize(

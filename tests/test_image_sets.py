@@ -11,7 +11,7 @@ from tokenbridge_jax.data.shards import write_info
 from tokenbridge_jax.data.sources import make_source
 from tokenbridge_jax.evaluation.features import ThumbnailExtractor
 from tokenbridge_jax.evaluation.image_sets import data_images, open_images
-from tokenbridge_jax.evaluation.scores import load_reference
+from tokenbridge_jax.evaluation.scores import find_reference
 from tokenbridge_jax.runtime.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 6, 5, 3), dtype=np.uint8)
@@ -88,7 +88,7 @@ def test_arrays_with_other_names_are_listed(tmp_path, arrays):
     with pytest.raises(
         UserError, match=f"x.npz holds {held}: a reference must have .* mu and sigma"
     ):
-        load_reference(tmp_path / "x.npz", ThumbnailExtractor())
+        find_reference(tmp_path / "x.npz", None, ThumbnailExtractor())
 
 
 def test_images_that_the_shards_left_out_are_left_out(tmp_path):

@@ -84,10 +84,10 @@ def test_only_pairs_that_occur_take_memory():
     """With 4096 levels, 152 tables of all pairs would take 20 GB."""
     indices = np.random.default_rng(0).zipf(1.2, size=(4, 16, 16, 16)) % 4096
     tracemalloc.start()
-    counts = tokens.TokenCounts.zeros(16, 4096)
+    counts = tokens.TokenCounts(16, 4096)
     counts.update(indices[:3])
     counts.update(indices[3:])
-    found = tokens.describe(counts)
+    found = tokens.describe([counts])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**26
@@ -158,9 +158,9 @@ def test_total_correlation_of_a_tree():
     rng = np.random.default_rng(0)
     first = rng.integers(4, size=(500, 4, 4))
     third = np.where(rng.random(first.shape) < 0.5, first, rng.integers(4, size=first.shape))
-    counts = tokens.TokenCounts.zeros(3, 4)
+    counts = tokens.TokenCounts(3, 4)
     counts.update(np.stack([first, first, third], axis=-1).astype(np.uint8))
-    found = tokens.describe(counts)["mutual_information"]
+    found = tokens.describe([counts])["mutual_information"]
     expected = 2 + 2 - stats.entropy([0.625, 0.125, 0.125, 0.125], base=2)
     assert found["total_correlation_at_least"] == pytest.approx(expected, abs=0.03)
     np.testing.assert_allclose(found["right"]["corrected"], 0, atol=0.003)

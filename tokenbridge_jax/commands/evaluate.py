@@ -211,14 +211,10 @@ def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
     folder = generation.sample_folder(_output(args), facts)
     count = args.num_images or NUM_SAMPLES
     labels = generation.make_labels(args.labels, count, facts["label_classes"], args.seed)
+    size = args.config.sampling.batch_size
     with runner.locked(str(folder)):
         indices = generation.draw(
-            pipeline,
-            folder,
-            labels,
-            settings,
-            seed=args.seed,
-            batch_size=args.config.sampling.batch_size,
+            pipeline, folder, labels, settings, seed=args.seed, batch_size=size
         )
     images = generation.decoded_images(pipeline.codec, indices, folder, facts)
     if _first():
@@ -306,9 +302,7 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
     }
     for network in perceptual.values():
         facts |= network.facts
-    if _first():
-        print(reconstruction.table(found))
-        _report(args, "reconstruction", found, facts, plot=reconstruction.plot)
+    _report(args, "reconstruction", found, facts, module=reconstruction)
 
 
 def _parse(name: str, texts: list[str], kind: Callable[[str], Any], form: str) -> list[Any]:
@@ -346,10 +340,8 @@ def measure_likelihood(args: flags.FlagValues) -> None:
         "autoencoder_sha256": pipeline.description.autoencoder_hash,
         "tokens_sha256": read_info(folder).sha256,
     }
-    if _first():
-        print(likelihood.table(found))
-        notes = [found.pop("classes")] if "classes" in found else []
-        _report(args, "likelihood", found, facts, notes, plot=likelihood.plot)
+    notes = [found.pop("classes")] if "classes" in found else []
+    _report(args, "likelihood", found, facts, notes, module=likelihood)
 
 
 def measure_tokens(args: flags.FlagValues) -> None:
@@ -358,12 +350,10 @@ def measure_tokens(args: flags.FlagValues) -> None:
     found = tokens.token_statistics(
         folder, split, all_views=args.all_views, max_images=args.num_images, progress=True
     )
-    if _first():
-        print(tokens.table(found))
-        info = read_info(folder)
-        facts: dict[str, Any] = {"tokens_sha256": info.sha256, "range": info.quantizer.maximum}
-        facts["autoencoder_sha256"] = info.autoencoder_hash
-        _report(args, "tokens", found, facts, plot=tokens.plot)
+    info = read_info(folder)
+    facts: dict[str, Any] = {"tokens_sha256": info.sha256, "range": info.quantizer.maximum}
+    facts["autoencoder_sha256"] = info.autoencoder_hash
+    _report(args, "tokens", found, facts, module=tokens)
 
 
 def _extractor(args: flags.FlagValues) -> Extractor:
@@ -404,9 +394,16 @@ def _report(
     found: dict[str, Any],
     facts: dict[str, Any],
     notes: Sequence[str] = (),
-    plot: Callable[[dict[str, Any], epath.Path], list[epath.Path]] | None = None,
+    module: Any = None,
 ) -> None:
-    """Prints a result, and writes it to a folder named by a hash of everything it depends on."""
+    """Prints a result, and writes it to a folder named by a hash of everything it depends on.
+
+    `module` may have a `table` and a `plot` of the result. Only the first process does anything.
+    """
+    if not _first():
+        return
+    if module:
+        print(module.table(found))
     # Floats, lists and dicts are measurements; everything else is a setting.
     metrics = {name: x for name, x in found.items() if isinstance(x, float | dict | list)}
     facts = {name: x for name, x in found.items() if name not in metrics} | facts
@@ -414,7 +411,7 @@ def _report(
     report.write(folder / "result.json", metrics, facts, notes)
     single = {name: value for name, value in metrics.items() if isinstance(value, float)}
     print(report.table(single, facts, notes))
-    for path in [folder / "result.json", *(plot(found, folder) if plot else [])]:
+    for path in [folder / "result.json", *(module.plot(found, folder) if module else [])]:
         print(f"wrote {path}")
 
 

@@ -207,13 +207,12 @@ def extract(
             (pool, spatial, logits), keys = found
             summed = [x for x in (pool, spatial) if x is not None]
             moments = moments or [Moments(x.shape[1]) for x in summed]
-            for sums, rows in zip(moments, summed, strict=True):
-                sums.update(rows)
-            if keep is None:
-                kept.append([x for x in (keys, pool, logits) if x is not None])
-            else:
-                parts = [*zip(*kept, [keys, pool], strict=True)]
-                joined = [np.concatenate(part) for part in parts]
+            for sums, new in zip(moments, summed, strict=True):
+                sums.update(new)
+            rows = (keys, pool, logits if keep is None else None)
+            kept.append([x for x in rows if x is not None])
+            if keep is not None:
+                joined = [np.concatenate(part) for part in zip(*kept, strict=True)]
                 chosen = np.argsort(joined[0], kind="stable")[:keep]
                 kept = [[part[chosen] for part in joined]]
             bar.update(len(keys))

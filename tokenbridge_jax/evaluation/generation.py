@@ -103,14 +103,8 @@ def draw(
     """The indices of all samples. Samples that the folder already holds are not drawn again.
 
     Every process of a job must call this; the first one writes the files and prints the progress.
-
-    Args:
-      pipeline: the model and the mesh to use.
-      folder: of the samples, from `sample_folder`. It may hold more than N samples.
-      labels: the class of every sample.
-      settings: how to sample.
-      seed: of all randomness.
-      batch_size: images at once, over all devices; rounded up to a multiple of the batch shards.
+    `folder`, from `sample_folder`, may hold more than N samples. `batch_size`, over all devices, is
+    rounded up to a multiple of the batch shards.
 
     Raises:
       UserError: the folder's files are damaged or incomplete, the folder cannot be written, or it

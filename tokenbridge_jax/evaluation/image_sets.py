@@ -47,12 +47,9 @@ class ImageSet:
         shape: tuple[int, ...],
         facts: Mapping[str, Any] | None = None,
     ):
-        """Args:
-        path: names the images in messages.
-        load: returns the images of some of the N items.
-        items: what images are loaded from, such as file names or indices.
-        shape: height and width; all else is ignored.
-        facts: by default only the size of the images.
+        """`load` returns the images of some of the N items, such as file names or indices.
+
+        `shape` begins with height and width. By default, `facts` has only the size of the images.
         """
         self.path, self._load, self._items = Path(str(path)), load, items
         self.shape = (*shape[:2], 3)

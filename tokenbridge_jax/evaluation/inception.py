@@ -24,6 +24,8 @@ POOL_FEATURES, CLASSES = 2048, 1008
 # sFID uses the first 7 channels of one convolution, at all 17 x 17 cells.
 SPATIAL_CHANNELS, SPATIAL_CELLS = 7, 17 * 17
 BATCH_NORM_EPSILON = 1e-3
+# Tensors of every convolution in the public port's state dict.
+_TENSORS = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 
 
 class Conv(NamedTuple):
@@ -281,8 +283,7 @@ def tensor_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (CLASSES, POOL_FEATURES)}
     for name, conv, inputs in convolutions():
         shapes[f"{name}.conv.weight"] = (conv.outputs, inputs, *conv.kernel)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.bn.{part}"] = (conv.outputs,)
+        shapes |= {f"{name}.{part}": (conv.outputs,) for part in _TENSORS[1:]}
     return shapes
 
 
@@ -318,11 +319,8 @@ def import_inception(state_dict: Mapping[str, np.ndarray]) -> dict[str, dict[str
     params: dict[str, dict[str, np.ndarray]] = {}
     for name, _, _ in convolutions():
         kernel, scale, bias, mean, variance = (
-            np.asarray(state_dict[f"{name}.{part}"], np.float64)
-            for part in (
-                "conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var",
-            )
-        )  # fmt: skip
+            np.asarray(state_dict[f"{name}.{part}"], np.float64) for part in _TENSORS
+        )
         factor = scale / np.sqrt(variance + BATCH_NORM_EPSILON)
         params[name] = {
             "kernel": (kernel.transpose(2, 3, 1, 0) * factor).astype(np.float32),

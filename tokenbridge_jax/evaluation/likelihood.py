@@ -253,8 +253,7 @@ def likelihood(
         "first_token_quirk": config.first_token_quirk,
         "channel_order": list(config.channel_order),
     }
-    if remark:
-        described["classes"] = remark
+    described |= {"classes": remark} if remark else {}
     return described | totals.summary(info.image_size**2)
 
 

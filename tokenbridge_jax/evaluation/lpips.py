@@ -27,25 +27,20 @@ class Conv(NamedTuple):
     padding: int = 1
 
 
-class Pool(NamedTuple):
-    """A maximum over `size` x `size`, with stride 2."""
-
-    size: int
-
-
-# The networks in parts; LPIPS compares the output of every part.
-NETWORKS: dict[str, tuple[tuple[Conv | Pool, ...], ...]] = {
+# The networks in parts; LPIPS compares the output of every part. A number is a maximum pooling of
+# this size, with stride 2.
+NETWORKS: dict[str, tuple[tuple[Conv | int, ...], ...]] = {
     "vgg": (
         (Conv(0, 64), Conv(2, 64)),
-        (Pool(2), Conv(5, 128), Conv(7, 128)),
-        (Pool(2), Conv(10, 256), Conv(12, 256), Conv(14, 256)),
-        (Pool(2), Conv(17, 512), Conv(19, 512), Conv(21, 512)),
-        (Pool(2), Conv(24, 512), Conv(26, 512), Conv(28, 512)),
+        (2, Conv(5, 128), Conv(7, 128)),
+        (2, Conv(10, 256), Conv(12, 256), Conv(14, 256)),
+        (2, Conv(17, 512), Conv(19, 512), Conv(21, 512)),
+        (2, Conv(24, 512), Conv(26, 512), Conv(28, 512)),
     ),
     "alex": (
         (Conv(0, 64, size=11, stride=4, padding=2),),
-        (Pool(3), Conv(3, 192, size=5, padding=2)),
-        (Pool(3), Conv(6, 384)),
+        (3, Conv(3, 192, size=5, padding=2)),
+        (3, Conv(6, 384)),
         (Conv(8, 256),),
         (Conv(10, 256),),
     ),
@@ -79,10 +74,10 @@ def distance(
     total = jnp.zeros(len(one), jnp.float32)
     for part, steps in enumerate(NETWORKS[network]):
         for step in steps:
-            if isinstance(step, Pool):
-                x = nn.max_pool(x, (step.size, step.size), (2, 2))
-            else:
+            if isinstance(step, Conv):
                 x = _convolve(x, params, step)
+            else:
+                x = nn.max_pool(x, (step, step), (2, 2))
         unit = x / (jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)) + 1e-10)
         first, second = jnp.split(unit, 2)
         weights = params[f"lin{part}"]["weight"]

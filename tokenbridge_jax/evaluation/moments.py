@@ -24,8 +24,7 @@ class Gaussian:
     covariance: Float[np.ndarray, "E F"]
 
     def __post_init__(self) -> None:
-        size = len(self.mean)
-        if self.covariance.shape != (size, size):
+        if self.mean.ndim != 1 or self.covariance.shape != 2 * self.mean.shape:
             raise UserError(
                 f"a mean of shape {self.mean.shape} and a covariance of shape "
                 f"{self.covariance.shape} do not belong together"

@@ -49,8 +49,7 @@ class Network(NamedTuple):
 
     Attributes:
       params: its parameters.
-      facts: the SHA-256 of the files it was imported from, and whether these are the published
-        ones.
+      facts: the SHA-256 of its files, and whether these are the published ones.
     """
 
     params: dict[str, Any]

@@ -1,5 +1,7 @@
 """PSNR and SSIM of pairs of uint8 images; the range of the pixels is 255."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from jaxtyping import Float, UInt8
 from scipy.ndimage import uniform_filter
@@ -27,15 +29,16 @@ def ssim(
     As in scikit-image by default, windows are 7 x 7 with equal weights, and covariances are
     unbiased. Windows that extend beyond the border do not count.
     """
-    pairs = zip(one.astype(np.float64), other.astype(np.float64), strict=True)
-    return np.array([_ssim(a, b) for a, b in pairs])
+    with ThreadPoolExecutor() as threads:
+        return np.array(list(threads.map(_ssim, one, other)))
 
 
-def _ssim(a: Float[np.ndarray, "H W C"], b: Float[np.ndarray, "H W C"]) -> float:
+def _ssim(one: UInt8[np.ndarray, "H W C"], other: UInt8[np.ndarray, "H W C"]) -> float:
     def mean(x: np.ndarray) -> np.ndarray:
         border = WINDOW // 2
         return uniform_filter(x, (WINDOW, WINDOW, 1))[border:-border, border:-border]
 
+    a, b = one.astype(np.float64), other.astype(np.float64)
     unbiased = WINDOW**2 / (WINDOW**2 - 1)
     mean_a, mean_b = mean(a), mean(b)
     covariance = unbiased * (mean(a * b) - mean_a * mean_b)

@@ -7,7 +7,6 @@ and latents is in memory at a time. Scores are summed in float64, in the images'
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -114,37 +113,36 @@ def reconstruction(
         for name, params in (perceptual or {}).items()
     }
     names = [*_NAMES, *(f"lpips_{name}" for name in distances)]
-    with ThreadPoolExecutor() as threads:
 
-        def of_batch(batch: UInt8[np.ndarray, "n H W C"], numbers: np.ndarray) -> list[Found]:
-            """Results for the originals, and for every variant."""
-            batch = _as_encoded(batch, codec, images)
-            encoded = codec.encode(batch, numbers if posterior == "sample" else None, seed)
-            latents, broken = np.asarray(encoded.latents), np.asarray(encoded.broken)
-            if broken.any():
-                raise UserError(f"{images.path}: latents of image {numbers[broken][0]} are NaN")
-            made = [_change(variant, latents, numbers, seed) for variant in variants]
-            # The device gets all of them before the host waits for the first.
-            decoded = [codec.decode_latents(one.latents) for one in made]
-            wide = latents.astype(np.float64)
-            moments = [wide.mean(axis=(1, 2)), (wide**2).mean(axis=(1, 2))]
-            found = [Found(np.concatenate(moments, axis=1), None, *_features(extractor, batch))]
-            for one, on_device in zip(made, decoded, strict=True):
-                result = np.asarray(on_device)
-                scores = [*one.scores, *_compare(threads, batch, result)]
-                scores += [distance(batch, result) for distance in distances.values()]
-                features = _features(extractor, result)
-                found.append(Found(np.stack(scores, axis=1), one.used, *features))
-            return found
+    def of_batch(batch: UInt8[np.ndarray, "n H W C"], numbers: np.ndarray) -> list[Found]:
+        """Results for the originals, and for every variant."""
+        batch = _as_encoded(batch, codec, images)
+        encoded = codec.encode(batch, numbers if posterior == "sample" else None, seed)
+        latents, broken = np.asarray(encoded.latents), np.asarray(encoded.broken)
+        if broken.any():
+            raise UserError(f"{images.path}: latents of image {numbers[broken][0]} are NaN")
+        made = [_change(variant, latents, numbers, seed) for variant in variants]
+        # The device gets all of them before the host waits for the first.
+        decoded = [codec.decode_latents(one.latents) for one in made]
+        wide = latents.astype(np.float64)
+        moments = [wide.mean(axis=(1, 2)), (wide**2).mean(axis=(1, 2))]
+        found = [Found(np.concatenate(moments, axis=1), None, *_features(extractor, batch))]
+        for one, on_device in zip(made, decoded, strict=True):
+            result = np.asarray(on_device)
+            scores = [*one.scores, pixels.psnr(batch, result), pixels.ssim(batch, result)]
+            scores += [distance(batch, result) for distance in distances.values()]
+            features = _features(extractor, result)
+            found.append(Found(np.stack(scores, axis=1), one.used, *features))
+        return found
 
-        size = max(_BLOCK, batch_size * jax.process_count())
-        originals, *rows = [_Sums() for _ in range(len(variants) + 1)]
-        visible = progress and jax.process_index() == 0
-        with Progress(images.count, desc="reconstruct", visible=visible) as bar:
-            for numbers, found in blocks(images, size, batch_size, of_batch):
-                for sums, part in zip([originals, *rows], found, strict=True):
-                    sums.add(part, numbers)
-                bar.update(len(numbers))
+    size = max(_BLOCK, batch_size * jax.process_count())
+    originals, *rows = [_Sums() for _ in range(len(variants) + 1)]
+    visible = progress and jax.process_index() == 0
+    with Progress(images.count, desc="reconstruct", visible=visible) as bar:
+        for numbers, found in blocks(images, size, batch_size, of_batch):
+            for sums, part in zip([originals, *rows], found, strict=True):
+                sums.add(part, numbers)
+            bar.update(len(numbers))
     mean, square = np.split(originals.scores / images.count, 2)
     variance = float(np.mean(square - mean**2))
     distance = "rfid" if extractor is None or extractor.distance == "fid" else extractor.distance
@@ -199,19 +197,6 @@ def _error(
     one: Float[np.ndarray, "n h w C"], other: Float[np.ndarray, "n h w C"]
 ) -> Float[np.ndarray, " n"]:
     return ((one.astype(np.float64) - other) ** 2).mean(axis=(1, 2, 3))
-
-
-def _compare(
-    threads: ThreadPoolExecutor,
-    one: UInt8[np.ndarray, "n H W C"],
-    other: UInt8[np.ndarray, "n H W C"],
-) -> list[Float[np.ndarray, " n"]]:
-    """PSNR and SSIM, on the CPU."""
-    pairs = [(one[i : i + 1], other[i : i + 1]) for i in range(len(one))]
-    return [
-        np.concatenate(list(threads.map(lambda pair, score=score: score(*pair), pairs)))
-        for score in (pixels.psnr, pixels.ssim)
-    ]
 
 
 def _distance(

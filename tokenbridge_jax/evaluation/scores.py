@@ -52,38 +52,37 @@ class Reference(NamedTuple):
 
 
 def find_reference(
-    path: str,
-    config: ConfigDict,
+    path: str | Path,
+    config: ConfigDict | None,
     extractor: Extractor,
     *,
     tokens: epath.PathLike | None = None,
     progress: bool = False,
 ) -> Reference:
-    """`load_reference(path)`, or the statistics of the config's training images for "data".
-
-    `tokens` is a folder of token shards: images that were broken when they were made are left out.
-    """
-    if path == OF_DATA:
-        images = data_images(config, "train", tokens=tokens)
-        return reference_of(images, extractor, progress=progress)
-    return load_reference(path, extractor, progress=progress)
-
-
-def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = False) -> Reference:
     """Loads statistics, or computes them from images.
 
     Args:
       path: a file of `save_reference`; an `.npz` as ADM publishes them, with `mu` and `sigma` (or
-        `ref_mu` and `ref_sigma`), optionally `mu_s` and `sigma_s`, and images as `arr_0`; or images
-        for `image_sets.open_images`.
+        `ref_mu` and `ref_sigma`), optionally `mu_s` and `sigma_s`, and images as `arr_0`; images
+        for `image_sets.open_images`; or "data" for the config's training images.
+      config: describes the training images; needed only for "data".
       extractor: computes features of images.
+      tokens: folder of token shards of the training images; see `image_sets.data_images`.
       progress: print rate and ETA to stderr.
 
     Raises:
       UserError: there are neither statistics nor images, or the statistics are of other features.
     """
+    if path == OF_DATA and config is not None:
+        images = data_images(config, "train", tokens=tokens)
+        return reference_of(images, extractor, progress=progress)
     path = Path(storage.expand(path))
-    arrays = _statistics(path) if path.suffix == ".npz" and path.is_file() else {}
+    arrays: dict[str, Any] = {}
+    if path.suffix == ".npz" and path.is_file():
+        with storage.open_npz(path) as archive:
+            has_images = f"{ARRAY}.npy" in archive.namelist()
+        # The images themselves are not read here.
+        arrays = storage.read_npz(path, without=[ARRAY]) | {ARRAY: has_images}
     names = next((pair for pair in _POOL_NAMES if set(pair) <= set(arrays)), None)
     if names is None:
         if arrays and not arrays[ARRAY]:
@@ -134,7 +133,7 @@ def reference_of(images: ImageSet, extractor: Extractor, *, progress: bool = Fal
 
 
 def save_reference(path: epath.PathLike, reference: Reference, extractor: Extractor) -> None:
-    """Writes statistics for `load_reference` and for other evaluators (`mu`, `sigma`)."""
+    """Writes statistics for `find_reference` and for other evaluators (`mu`, `sigma`)."""
     facts = json.dumps({"images": reference.facts, "extractor": dict(extractor.facts)})
     arrays = {"mu": reference.pool.mean, "sigma": reference.pool.covariance}
     arrays[_FACTS] = np.array(facts)
@@ -145,23 +144,11 @@ def save_reference(path: epath.PathLike, reference: Reference, extractor: Extrac
     storage.write_npz(path, arrays)
 
 
-def _statistics(path: Path) -> dict[str, Any]:
-    """The arrays of a file. Its images are not read: their value is whether there are any."""
-    with storage.open_npz(path) as archive:
-        has_images = f"{ARRAY}.npy" in archive.namelist()
-    return storage.read_npz(path, without=[ARRAY]) | {ARRAY: has_images}
-
-
 def _gaussian(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, str]) -> Gaussian:
     try:
         mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
     except ValueError as error:
         raise UserError(f"{path}: {names[0]} and {names[1]} must be numbers") from error
-    if mean.ndim != 1 or covariance.ndim != 2:
-        raise UserError(
-            f"{path}: {names[0]} and {names[1]} must be a vector and a matrix, not of shapes "
-            f"{mean.shape} and {covariance.shape}"
-        )
     try:
         gaussian = Gaussian(mean, covariance)
     except UserError as error:

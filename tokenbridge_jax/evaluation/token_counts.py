@@ -90,14 +90,10 @@ class TokenCounts:
       tables: the tables of pairs.
     """
 
-    def __init__(self, channels: int, levels: int, tables: list[Table]):
-        self.single, self.tables = np.zeros((channels, levels), np.int64), tables
-        self._pairs = [Cells(levels**2) for _ in tables]
-
-    @classmethod
-    def zeros(cls, channels: int, levels: int) -> "TokenCounts":
-        """Zero counts, in all tables."""
-        return cls(channels, levels, all_tables(channels))
+    def __init__(self, channels: int, levels: int, tables: list[Table] | None = None):
+        self.single = np.zeros((channels, levels), np.int64)
+        self.tables = all_tables(channels) if tables is None else tables
+        self._pairs = [Cells(levels**2) for _ in self.tables]
 
     def update(self, indices: Integer[np.ndarray, "N h w C"]) -> None:
         """Adds the indices of images."""

@@ -123,17 +123,16 @@ def token_statistics(
     return found
 
 
-def describe(counts: TokenCounts | Iterable[TokenCounts]) -> dict[str, Any]:
+def describe(counts: Iterable[TokenCounts]) -> dict[str, Any]:
     """The statistics of `token_statistics` that follow from counts.
 
     Args:
-      counts: of all tables; or several counts of some tables each, in the order of `all_tables`,
-        of which only one is in memory at a time.
+      counts: of some tables each, in the order of `all_tables`; only one is in memory at a time.
     """
     dependence: dict[str, list[Any]] = {place: [] for place in PLACES}
     # How often pairs occur, and the number of pairs that occur so often.
     often, times = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for part in [counts] if isinstance(counts, TokenCounts) else counts:
+    for part in counts:
         single = part.single
         for table, matrix in part.matrices():
             dependence[table.place].append([x[0] for x in mutual_information([matrix])])
