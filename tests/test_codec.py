@@ -123,8 +123,8 @@ def test_bfloat16_codec_is_close(single: Codec):
     assert float(jnp.abs(exact - rough).max() / jnp.abs(exact).max()) < 0.05
 
 
-def testpadded_sizes_are_few_and_close():
-    sizes = [padded_size(n, 8) for n in range(1, 2000)]
+def test_padded_sizes_are_few_and_close():
+    sizes = [padded_size(n, make_mesh()) for n in range(1, 2000)]
     assert all(n <= size and size % 8 == 0 for n, size in enumerate(sizes, 1))
     assert all(size <= 1.5 * (n + 8) for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 20

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenbridge_jax.data.class_names import are_numbers
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -69,7 +70,7 @@ def sort_names(names: Iterable[str]) -> list[str]:
       UserError: two are the same number.
     """
     names = sorted(names)
-    if not all(name.isascii() and name.isdigit() for name in names):
+    if not are_numbers(names):
         return names
     names.sort(key=int)
     for one, other in itertools.pairwise(names):

@@ -58,7 +58,7 @@ class TokenRecords:
           UserError: a shard is damaged, belongs to another dataset, has a label without a class, or
             cannot be read; the message names it.
         """
-        # Shard by shard: those that do not stay open are then opened once.
+        # Read shard by shard, so that a shard that does not stay open is opened only once.
         order = np.argsort(numbers, kind="stable")
         shard = np.searchsorted(self._ends, numbers[order], side="right")
         place = numbers[order] - self._starts[shard]
@@ -150,17 +150,16 @@ def validation_batches(
     records = TokenRecords(folder, info, split)
     mine = np.arange(batch_size) if rows is None else rows
 
-    def batches() -> Iterator[dict[str, np.ndarray]]:
-        for start in range(0, len(records), batch_size):
-            numbers = start + mine
-            chosen = records.read(np.minimum(numbers, len(records) - 1))
-            yield {
-                "indices": chosen["indices"][:, 0].copy(),
-                "labels": chosen["label"].astype(np.int32),
-                "weights": (numbers < len(records)).astype(np.float32),
-            }
+    def batch(start: int) -> dict[str, np.ndarray]:
+        numbers = start + mine
+        chosen = records.read(np.minimum(numbers, len(records) - 1))
+        return {
+            "indices": chosen["indices"][:, 0].copy(),
+            "labels": chosen["label"].astype(np.int32),
+            "weights": (numbers < len(records)).astype(np.float32),
+        }
 
-    return batches()
+    return map(batch, range(0, len(records), batch_size))
 
 
 def make_image_loader(
@@ -245,14 +244,11 @@ def _shuffled(
         both are `[b]`.
       elements: how many there are.
       choices: how many variants each has.
-      batch_size: B.
-      rows: as for `make_loader`, and so are the others.
-      seed: see there.
-      start_step: see there.
+      batch_size, rows, seed, start_step: as for `make_loader`.
     """
     mine = np.arange(batch_size) if rows is None else rows
 
-    # The batches in work belong to two epochs. To more only if epochs are short and orders cheap.
+    # Batches being read belong to two epochs, or to more if epochs are short and orders cheap.
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, _ORDER, epoch)).permutation(elements)
