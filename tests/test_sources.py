@@ -267,8 +267,8 @@ def test_tfds_labels(tmp_path):
     assert [integers.label(i) for i in range(3)] == [0, 1, 1]
     assert sources.load_prepared(integers, 2, 9, 3)[1] == 1
     for features, message in (
-        ({"image": image, "label": tfds.features.Text()}, "labels of .* are no classes but Text"),
-        ({"image": image, "label": several}, "labels of .* are no classes but Sequence"),
+        ({"image": image, "label": tfds.features.Text()}, "labels of .* are not classes but Text"),
+        ({"image": image, "label": several}, "labels of .* are not classes but Sequence"),
         ({"image": image}, "has no feature 'label', only image: its pictures have no classes"),
         ({"image": scalar, "label": scalar}, "has no feature 'image' of pictures, only image, lab"),
     ):

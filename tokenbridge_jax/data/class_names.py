@@ -131,7 +131,7 @@ def class_number(class_id: Any, names: tuple[str, ...], classes: int) -> int:
         try:
             number = checks.whole("class", class_id)
         except UserError:
-            raise UserError(f"{class_id!r} is no class; give a whole number or a name") from None
+            raise UserError(f"{class_id!r} is not a class; give a whole number or a name") from None
     if str(number) in places:
         return places[str(number)]
     if number in numbered:

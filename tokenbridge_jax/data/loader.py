@@ -196,36 +196,28 @@ def make_image_loader(
             f"a batch of {batch_size} needs as many images, but there are {len(chosen)}; use a "
             "smaller batch or more images"
         )
-    pictures = _Pictures(source, chosen, image_size, image_channels)
+    named, lock = set[int](), threading.Lock()
+
+    def load(i: int) -> tuple[np.ndarray, int]:
+        """Picture i of those chosen, or the next one that is not broken, and its label."""
+        for step in range(len(chosen)):
+            picture = int(chosen[(i + step) % len(chosen)])
+            try:
+                return load_prepared(source, picture, image_size, image_channels)
+            except ImageError as error:
+                with lock:
+                    if picture not in named:
+                        print(f"broken image left out: {error}", file=sys.stderr)
+                    named.add(picture)
+        raise UserError("none of the images can be read")
 
     def read(numbers: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
-        loaded, labels = zip(*map(pictures.load, numbers.tolist()), strict=True)
+        loaded, labels = zip(*map(load, numbers.tolist()), strict=True)
         images = np.stack(loaded)
         images[mirrored == 1] = images[mirrored == 1, :, ::-1]
         return {"images": images, "labels": np.array(labels, np.int32)}
 
     return _shuffled(read, len(chosen), 2 if flip else 1, batch_size, rows, seed, start_step)
-
-
-class _Pictures:
-    """Loads prepared pictures by number. Broken ones are replaced by the next good one."""
-
-    def __init__(self, source: Source, chosen: np.ndarray, size: int, channels: int):
-        self._source, self._chosen, self._size, self._channels = source, chosen, size, channels
-        self._named: set[int] = set()
-        self._lock = threading.Lock()
-
-    def load(self, i: int) -> tuple[np.ndarray, int]:
-        for step in range(len(self._chosen)):
-            picture = int(self._chosen[(i + step) % len(self._chosen)])
-            try:
-                return load_prepared(self._source, picture, self._size, self._channels)
-            except ImageError as error:
-                with self._lock:
-                    if picture not in self._named:
-                        print(f"broken image left out: {error}", file=sys.stderr)
-                    self._named.add(picture)
-        raise UserError("none of the images can be read")
 
 
 def _shuffled(

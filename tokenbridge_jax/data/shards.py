@@ -253,7 +253,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     path = storage.as_path(folder) / INFO_FILE
     if not storage.exists(path):
         state = (
-            "is not finished; run `tokenbridge tokenize` again, it goes on where it stopped"
+            "is not finished; run `tokenbridge tokenize` again to continue where it stopped"
             if (path.parent / PARTIAL_INFO_FILE).exists()
             else "holds no token shards; run `tokenbridge tokenize` first"
         )

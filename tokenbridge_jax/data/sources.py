@@ -90,7 +90,7 @@ class FolderSource:
             more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
             raise UserError(
                 f"{self.root} has class folders without pictures: {', '.join(empty[:3])}{more}; "
-                "fill them, or remove them if they are no classes"
+                "fill them, or remove them if they are not classes"
             )
         self._labels = [label for label, files in enumerate(classes.values()) for _ in files]
         self.class_names = readable_names(self.root / "classes.txt", list(classes))
@@ -202,12 +202,12 @@ def _tfds_classes(folder: Path, features: Any, num_classes: int) -> tuple[str, .
     if label is None:
         raise UserError(
             f"{folder} has no feature 'label', only {_list(named)}: its pictures have no classes; "
-            "write them to class folders, for --config.data.source=folder"
+            "put them into class folders and set --config.data.source=folder"
         )
     if isinstance(label, tfds.features.ClassLabel) and label.names:
         return tuple(label.names)
     if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
-        raise UserError(f"the labels of {folder} are no classes but {type(label).__name__}")
+        raise UserError(f"the labels of {folder} are not classes but {type(label).__name__}")
     return tuple(map(str, range(num_classes)))
 
 
