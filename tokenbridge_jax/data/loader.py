@@ -24,7 +24,7 @@ from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.data.readers import ShardReaders, damaged
 from tokenbridge_jax.data.shards import DatasetInfo
-from tokenbridge_jax.data.sources import Source, load_prepared
+from tokenbridge_jax.data.sources import Subset, load_prepared
 from tokenbridge_jax.runtime.errors import UserError
 
 # Threads mostly wait for the disk. The buffer counts batches.
@@ -91,9 +91,8 @@ def make_loader(
     *,
     start_step: int = 0,
     rows: Int64[np.ndarray, " b"] | None = None,
-    split: str = "train",
 ) -> Iterator[dict[str, np.ndarray]]:
-    """An endless, shuffled stream of batches for training.
+    """An endless, shuffled stream of batches from the split "train".
 
     Args:
       folder: of the token shards.
@@ -101,7 +100,6 @@ def make_loader(
       seed: of the order and of the choice of views.
       start_step: how many batches to skip at the beginning, at no cost.
       rows: which rows of every batch to read; by default all, for a single process.
-      split: which shards.
 
     Returns:
       An iterator of `indices` `[b, L, C]`, uint8 or uint16, of a random view of each image, and
@@ -111,10 +109,10 @@ def make_loader(
       UserError: shards are missing or damaged, or have fewer images than a batch.
     """
     info = shards.read_info(folder)
-    records = TokenRecords(folder, info, split)
+    records = TokenRecords(folder, info, "train")
     if len(records) < batch_size:
         raise UserError(
-            f"a batch of {batch_size} needs as many images, but split '{split}' of {folder} has "
+            f"a batch of {batch_size} needs as many images, but split 'train' of {folder} has "
             f"{len(records)}; use a smaller batch or more images"
         )
 
@@ -137,7 +135,8 @@ def validation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over a split: the first view of every image, in order.
 
-    Args: as for `make_loader`.
+    Args: as for `make_loader`, and
+      split: which shards.
 
     Returns:
       An iterator of batches as from `make_loader`, with `weights` float32 `[b]`. The last batch is
@@ -163,13 +162,12 @@ def validation_batches(
 
 
 def make_image_loader(
-    source: Source,
+    subset: Subset,
     image_size: int,
     image_channels: int,
     batch_size: int,
     seed: int,
     *,
-    subset: np.ndarray | None = None,
     flip: bool = True,
     start_step: int = 0,
     rows: Int64[np.ndarray, " b"] | None = None,
@@ -177,10 +175,9 @@ def make_image_loader(
     """An endless, shuffled stream of pictures, for training an autoencoder.
 
     Args: as for `make_loader`, and
-      source: pictures.
+      subset: the pictures.
       image_size: pixels a side after the centre crop.
       image_channels: 3 or 1.
-      subset: the indices into the source to use; all by default.
       flip: mirror half of the pictures, at random.
 
     Returns:
@@ -190,7 +187,7 @@ def make_image_loader(
     Raises:
       UserError: there are fewer pictures than a batch.
     """
-    chosen = np.arange(len(source)) if subset is None else subset
+    source, chosen = subset.source, subset.images
     if len(chosen) < batch_size:
         raise UserError(
             f"a batch of {batch_size} needs as many images, but there are {len(chosen)}; use a "
