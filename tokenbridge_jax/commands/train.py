@@ -160,9 +160,8 @@ def make_run(
     def validation_hook() -> Hook:
         """Negative log-likelihood of the validation split under the EMA, in bits an index."""
         validate = make_validation(model, masks, mesh)
-        parts = meshes.batch_shards(mesh)
-        whole = -(-info.splits["validation"]["images"] // parts) * parts
-        batch_size = min(how.batch_size, whole)
+        count = info.splits["validation"]["images"]
+        batch_size = min(how.batch_size, meshes.round_up_batch(count, mesh))
 
         def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
             rows = meshes.local_rows(mesh, batch_size)

@@ -104,12 +104,11 @@ class _Training:
             recipe=recipe(config, "vae_training", len(train.images)),
             seed=config.seed,
             batches=lambda start: make_image_loader(
-                train.source,
+                train,
                 data.image_size,
                 data.image_channels,
                 batch_size,
                 config.seed,
-                subset=train.images,
                 flip=data.flip,
                 start_step=start,
                 rows=meshes.local_rows(mesh, batch_size),

@@ -122,8 +122,7 @@ def draw(
         print(f"{folder} holds {done} samples: going on from there", file=sys.stderr)
     if len(set(processes.gather(str(done)))) > 1:
         raise UserError(f"the processes of this job see different files in {folder}: share it")
-    size = min(batch_size, len(labels))
-    size = -(-size // meshes.batch_shards(pipeline.mesh)) * meshes.batch_shards(pipeline.mesh)
+    size = meshes.round_up_batch(min(batch_size, len(labels)), pipeline.mesh)
     with Progress(len(labels), desc="sample", done=done, visible=progress) as bar:
         for start in range(done, len(labels), size):
             wanted = labels[start : start + size]

@@ -254,8 +254,8 @@ class Pipeline:
         indices = np.asarray(check_indices(indices, shape, self.config.quantizer))
         hidden = np.ones(shape[:2], bool) if hidden is None else hidden
         hidden = np.asarray(checks.array("hidden", hidden, "bool", shape[:2]))
-        shards, sharding = meshes.batch_shards(self.mesh), meshes.batch_sharding(self.mesh)
-        size = -(-min(batch_size, len(labels)) // shards) * shards
+        sharding = meshes.batch_sharding(self.mesh)
+        size = meshes.round_up_batch(min(batch_size, len(labels)), self.mesh)
 
         def score(rows: np.ndarray) -> np.ndarray:
             full = np.pad(rows, (0, size - len(rows)), mode="edge")

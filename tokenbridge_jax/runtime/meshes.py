@@ -173,6 +173,11 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def round_up_batch(size: int, mesh: Mesh) -> int:
+    """The smallest batch size of at least `size` that divides over the mesh."""
+    return -(-size // batch_shards(mesh)) * batch_shards(mesh)
+
+
 def batch_shards_in_use() -> int:
     """Into how many parts the batch is split by the mesh of `use_mesh`; 1 outside it."""
     mesh = jax.sharding.get_abstract_mesh()

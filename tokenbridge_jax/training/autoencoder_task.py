@@ -139,8 +139,7 @@ class Pictures:
 
         `batch_size` is rounded up to a multiple of the batch shards; the last batch is padded.
         """
-        shards = meshes.batch_shards(self._mesh)
-        batch_size = -(-batch_size // shards) * shards
+        batch_size = meshes.round_up_batch(batch_size, self._mesh)
         rows = meshes.local_rows(self._mesh, batch_size)
         last = len(self._numbers) - 1
         # This process's rows of every batch. The last picture also stands for missing ones.
