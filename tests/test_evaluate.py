@@ -225,7 +225,7 @@ def test_a_reference_of_another_network_is_refused(tmp_path):
         ),
         (["reference", "--config.data.source=folder"], "--config.data.path is not set"),
         (["generation", "--reference={}/cut.npz"], "cut.npz cannot be read: "),
-        (["generation", "--reference={}/text.npz"], "it is no .npz file of numbers"),
+        (["generation", "--reference={}/text.npz"], "damaged, or not a .npz file of numbers"),
         (["generation", "--reference={}/words.npz"], "mu and sigma must be numbers"),
         (["generation", "--reference={}/skew.npz"], "that is not symmetric"),
         (["generation", "--reference={}/minus.npz"], "sigma has negative eigenvalues"),

@@ -183,7 +183,7 @@ def test_training_begins_with_what_was_imported(without_average, state, tmp_path
         assert f"belongs to another run: model.{name} was {was}, is {other}" in error
     assert run("train", tmp_path, *train, f"--config.data.num_classes={classes}") == 0
     error = capsys.readouterr().err
-    assert "goes on from step 0 of 1" in error
+    assert "continues from step 0 of 1" in error
     assert ("data.num_classes was 10, is 12" in error) == (classes == 12)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "1"]
     assert ModelDescription.load(tmp_path).config.first_token_quirk

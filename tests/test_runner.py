@@ -162,8 +162,8 @@ def test_help_shows_the_docstring_and_the_flags(probe, run, flag):
     status, out, err = run(flag, workdir=None)
     assert (status, err) == (0, "")
     assert out.startswith("Probes.\n\nAt length.\n")
-    for name in ("--count", "--config", "--workdir", "--[no]distributed"):
-        assert name in out
+    for text in ("--count", "--config", "--workdir", "--[no]distributed", "(default: 'digits')"):
+        assert text in out
     assert probe.args is None
 
 

@@ -146,6 +146,7 @@ def _defined(
     )
     if remembered is None:
         _with_experiment(args, argv, experiment_file(default_config), text)
+        args["config"].default_as_str = f"'{default_config}'"  # Not the path of its file.
     else:
         config_flags.DEFINE_config_dict(
             "config", remembered, text, flag_values=args, sys_argv=["tokenbridge", *argv]
