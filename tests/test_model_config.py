@@ -39,7 +39,7 @@ def test_published_sizes(size: str, name: str, published: int):
     """Parameter counts are the published ones, and the table has every official name and shape."""
     quantizer = Quantizer.gaussian(64)
     config = TokenBridgeConfig(quantizer, KL16_CHANNEL_ORDER, **SIZES[size])
-    leaves = traverse_util.flatten_dict(abstract_params(config))
+    leaves = traverse_util.flatten_dict(abstract_params(config), sep=".")
     assert sum(leaf.size for leaf in leaves.values()) == published
     assert OFFICIAL[f"tokenbridge_{name}:parameters"] == published
 
