@@ -1,8 +1,8 @@
 """Trains every row of `configs/ablations.py` at a small scale and compares them.
 
 All rows share one autoencoder, and rows with the same number of levels share token shards. Every
-row is trained with `--seeds` seeds. A second start does what is left. Rows that are the same
-experiment are trained once.
+row is trained with `--seeds` seeds. Rows that are the same experiment are trained once. If the
+script is stopped, the same command continues.
 
   python launch/ablations.py --workdir runs/ablations --jobs 4
   python launch/ablations.py --workdir runs/flowers --data /data/flowers --config.data.image_size=32
@@ -98,7 +98,7 @@ class Study:
 
 
 def main() -> int:
-    """Runs everything that is not done yet; prints and writes the tables."""
+    """Runs what has no result yet; prints and writes the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -114,7 +114,7 @@ def main() -> int:
     wrong += [name for name in names if name not in ROWS]
     if wrong:
         parser.error(f"{wrong[0]} is neither --config.section.key=value nor one of {list(ROWS)}")
-    # These are for the worker processes. Runs of a row share all programs except that of training.
+    # For the worker processes: runs of a row share all compiled programs except the training step.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.workdir.resolve() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -145,7 +145,7 @@ def _data_flags(data: str) -> list[str]:
 
 
 def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, Any]:
-    """Runs everything that is not done yet; returns all measurements.
+    """Runs what has no result yet; returns all measurements.
 
     Raises:
       UserError: the folder has results of other settings, or a command failed.
@@ -157,7 +157,7 @@ def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, 
         raise UserError(f"{path} has other settings; use another --workdir")
     storage.write_json(path, settings)
 
-    # Rows that are the same experiment have the name of the first of them.
+    # Row -> the first row that is the same experiment.
     first: dict[str, str] = {}
     same = {name: first.setdefault(study.config(name).to_json(), name) for name in ROWS}
     runs = list(dict.fromkeys(same[name] for name in names))
@@ -180,7 +180,7 @@ def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, 
 
 
 def _do(pool: Executor, task: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
-    """Results of a task, in the order of the arguments; a failure cancels what has not begun."""
+    """Returns the results of a task, in the order of its arguments. A failure cancels the rest."""
     futures = [pool.submit(task, *a) for a in arguments]
     try:
         for future in as_completed(futures):
@@ -192,7 +192,7 @@ def _do(pool: Executor, task: Callable[..., Any], arguments: list[tuple[Any, ...
 
 
 def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns the result of `make`, or of an earlier run if `path` has it."""
+    """Returns the result of an earlier run in `path`, or that of `make`, which is written there."""
     if path.exists():
         return storage.read_json(path)
     started = time.monotonic()
@@ -268,9 +268,10 @@ def _tokenize(study: Study, name: str) -> dict[str, Any]:
 
 
 def mean_log2_cell(quantizer: Quantizer, indices: np.ndarray) -> float:
-    """Mean over indices of log2 of the width of their levels' cells, in latent units.
+    """Mean over indices of log2 of the width of a level's cell, in latent units.
 
-    A cell is the interval of latents that take its level; the outermost cells end at the range.
+    A cell is the interval of latents that are quantized to the level. The outermost cells end where
+    the quantizer's range ends.
     """
     edges = [quantizer.minimum, *quantizer.thresholds, quantizer.maximum]
     return float(np.log2(np.diff(np.array(edges, np.float64)))[indices].mean())
@@ -317,7 +318,7 @@ def _link(path: Path, target: Path) -> None:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The tables in Markdown, each with the number of pairs of rows in the paper's order."""
+    """Formats the tables in Markdown, each with the number of row pairs in the paper's order."""
     lines = []
     for table, group in itertools.groupby(results["rows"], key=lambda row: row["table"]):
         rows = list(group)
@@ -361,9 +362,9 @@ def mean_and_error(row: dict[str, Any], measure: str) -> tuple[float, float]:
 
 
 def pairs(rows: list[dict[str, Any]], measure: str) -> dict[str, int]:
-    """The number of pairs of rows in the paper's order, and of those the other way round.
+    """Counts pairs of rows in the paper's order, in the opposite order, and undecided ones.
 
-    A pair is undecided if it differs by less than two standard errors of the difference.
+    A pair is undecided if its difference is less than two standard errors of the difference.
     """
     counts = {"as in the paper": 0, "the other way round": 0, "undecided": 0}
     with_figure = [row for row in rows if row["paper_fid"] is not None]

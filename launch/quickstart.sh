@@ -16,6 +16,8 @@ export JAX_NUM_CPU_DEVICES=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA
 tokenbridge=.venv/bin/tokenbridge
 
 echo "== 1/4 train-vae: an autoencoder for digits"
+echo "   (Both trainings first list the network's parameters. \"peak\" is the fastest matrix product of"
+echo "   this machine, and in later lines the share of it that the training reaches.)"
 "$tokenbridge" train-vae --config configs/digits.py --workdir "$workdir"
 echo "== 2/4 tokenize: digits -> indices"
 "$tokenbridge" tokenize --workdir "$workdir"

@@ -4,7 +4,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ def start_job(
     output: Any = None,
     **variables: str,
 ) -> list[subprocess.Popen]:
-    """Starts Python processes that are to join one another.
+    """Starts Python processes that join each other.
 
     Args:
       command: arguments of the interpreter, the same for all.
-      of_process: further arguments, for every process.
-      devices: of each process.
-      output: open file for their stdout and stderr; without it stdout is kept for the caller.
-      **variables: of the environment.
+      of_process: further arguments of each process.
+      devices: number of devices of each process.
+      output: open file for stdout and stderr; None gives the caller stdout as a pipe.
+      **variables: variables of the environment.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -47,3 +48,12 @@ def start_job(
         )
         for index, arguments in enumerate(of_process)
     ]
+
+
+def wait_until(condition: Callable[[], Any]) -> Any:
+    """Waits at most a minute until a condition is true; returns its value."""
+    end = time.monotonic() + 60
+    while not (value := condition()):
+        assert time.monotonic() < end, "the condition was not fulfilled in time"
+        time.sleep(0.1)
+    return value

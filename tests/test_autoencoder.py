@@ -54,7 +54,7 @@ def test_kl16_has_the_published_parameters():
     assert parameter_count(params) == 66_456_019
     assert (config.downsampling, config.grid, config.positions) == (16, 16, 256)
 
-    leaves = traverse_util.flatten_dict(params)
+    leaves = traverse_util.flatten_dict(params, sep=".")
     entries = table(config)
     assert {entry.path for entry in entries} == set(leaves)
     assert len(entries) == 312
@@ -76,7 +76,8 @@ def test_kl16_has_the_published_parameters():
 )
 def test_family(config: AutoencoderConfig, grid: int):
     params = nn.unbox(abstract_params(config))
-    assert {entry.path for entry in table(config)} == set(traverse_util.flatten_dict(params))
+    leaves = traverse_util.flatten_dict(params, sep=".")
+    assert {entry.path for entry in table(config)} == set(leaves)
     images = jax.ShapeDtypeStruct(
         (2, config.image_size, config.image_size, config.image_channels), jnp.float32
     )
@@ -320,10 +321,8 @@ def test_table_stacks_and_reshapes():
     rng = np.random.default_rng(0)
     state = {f"blocks.{i}.qkv.weight": rng.normal(size=(12, 5)) for i in range(3)}
     state |= {f"heads.{i}": rng.normal(size=(1, 4)) for i in range(2)}
-    entries = [
-        Entry(f"blocks.{i}.qkv.weight", ("qkv", "kernel"), "linear", i, (12, 5)) for i in range(3)
-    ]
-    entries += [Entry(f"heads.{i}", ("heads",), "same", i, (1, 4)) for i in range(2)]
+    entries = [Entry(f"blocks.{i}.qkv.weight", "qkv.kernel", "linear", i) for i in range(3)]
+    entries += [Entry(f"heads.{i}", "heads", "batched", i) for i in range(2)]
     target = {"qkv": {"kernel": np.empty((3, 5, 3, 2, 2))}, "heads": np.empty((2, 4))}
     params = from_torch(entries, state, target)
     # Row 1 * 4 + 0 * 2 + 1 of the product is part 1 (k), head 0, place 1 of the head.

@@ -1,4 +1,4 @@
-"""The page: what it draws against `Pipeline`, what it refuses, and a visit with a real browser."""
+"""The page: its images compared with `Pipeline`, mistakes, and a visit with a real browser."""
 
 import importlib.util
 import io
@@ -16,6 +16,7 @@ import zipfile
 import numpy as np
 import pytest
 from etils import epath
+from jobs import wait_until
 from ml_collections import ConfigDict
 from PIL import Image
 from selenium import webdriver
@@ -23,7 +24,6 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 
 from tokenbridge_jax.autoencoder import save_autoencoder
-from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.import_torch import write_checkpoint
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.demo.drawing import (
@@ -46,7 +46,7 @@ SAMPLING = dict(
     order="random",
     choice_temperature=1.0,
 )
-# The same draws, and the programs that are compiled already.
+# With a preview, `Pipeline` uses the programs that the page has compiled.
 STEP_BY_STEP = SAMPLING | dict(preview=lambda *state: None)
 CHOICES = Choices(
     class_id=1, second=NO_CLASS, share=0.5, images=1, seed=3, guidance=1.0, temperature=0.8,
@@ -56,7 +56,7 @@ CHOICES = Choices(
 
 @pytest.fixture(scope="module")
 def workdir(pipeline, tmp_path_factory):
-    """The pipeline on disk, with a class whose name is its number."""
+    """A workdir with the pipeline; the name of the third class is its number."""
     workdir = epath.Path(tmp_path_factory.mktemp("demo"))
     codec, config = pipeline.codec, pipeline.config
     hashed = save_autoencoder(workdir / "autoencoder", codec.config, codec.params, {})
@@ -80,10 +80,10 @@ def image(pixels):
 MASK = np.arange(8) < np.full((8, 1), 4)  # The left half.
 
 
-# --- What is drawn --------------------------------------------------------------------------------
+# --- Drawing --------------------------------------------------------------------------------------
 
 
-def test_it_generates_what_the_pipeline_does(demo, pipeline):
+def test_it_generates_the_same_images_as_the_pipeline(demo, pipeline):
     frames = [frame for frame in demo.generate(CHOICES) if frame]
     assert [(frame.done, frame.steps) for frame in frames] == [(1, 2), (2, 2), (2, 2)]
     expected = pipeline.generate([1], seed=3, **STEP_BY_STEP)
@@ -91,7 +91,7 @@ def test_it_generates_what_the_pipeline_does(demo, pipeline):
     assert (frames[0].images != expected).any()
 
 
-def test_every_choice_counts(demo, pipeline, monkeypatch):
+def test_every_choice_has_an_effect(demo, pipeline, monkeypatch):
     calls = []
     monkeypatch.setattr(
         pipeline, "generate", lambda *x, **y: calls.append((x, y)) or np.zeros((4, 8, 8, 1))
@@ -111,31 +111,29 @@ def test_every_choice_counts(demo, pipeline, monkeypatch):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("blend", [None, 1])
-def test_it_edits_as_the_pipeline_does(demo, pipeline, image, blend):
-    frames = list(demo.edit(CHOICES, image, MASK, 0.25, blend))
-    expected = pipeline.edit(image, MASK, 1, keep=0.25, blend=blend, seed=3, **STEP_BY_STEP)
-    np.testing.assert_array_equal(frames[-1].images, expected[None])
+@pytest.mark.parametrize(
+    ("mask", "keep", "blend"), [(MASK, 0.25, None), (MASK, 0.25, 1), (MASK & False, 0.625, None)]
+)
+def test_it_edits_like_the_pipeline(demo, pipeline, image, mask, keep, blend):
+    """An empty mask gives variations of the whole image."""
+    *_, last = demo.edit(CHOICES, image, mask, keep, blend)
+    mask = mask if mask.any() else None
+    expected = pipeline.edit(image, mask, 1, keep=keep, blend=blend, seed=3, **STEP_BY_STEP)
+    np.testing.assert_array_equal(last.images, expected[None])
     assert (expected != image).any()
 
 
-def test_nothing_painted_makes_variations(demo, pipeline, image):
-    *_, last = demo.edit(CHOICES, image, MASK & False, 0.625, None)
-    expected = pipeline.edit(image, None, 1, keep=0.625, seed=3, **STEP_BY_STEP)
-    np.testing.assert_array_equal(last.images, expected[None])
-
-
-def test_a_touch_up_sees_what_is_painted_over(demo, pipeline, image, monkeypatch):
+def test_a_touch_up_encodes_the_painted_part(demo, pipeline, image, monkeypatch):
     seen = []
     monkeypatch.setattr(
         pipeline, "edit", lambda images, *x, **y: seen.append(y["encode_hidden"]) or images
     )
     for touch_up in (False, True):
         list(demo.edit(CHOICES, image, MASK, 0, None, touch_up))
-    assert seen == [None, True]  # None leaves it to `keep`.
+    assert seen == [None, True]  # With None, `keep` decides.
 
 
-def test_who_leaves_ends_the_drawing(demo, pipeline, monkeypatch):
+def test_drawing_ends_when_the_visitor_leaves(demo, pipeline, monkeypatch):
     steps = []
 
     def generate(class_ids, *, preview, **settings):
@@ -148,7 +146,7 @@ def test_who_leaves_ends_the_drawing(demo, pipeline, monkeypatch):
     frames = demo.generate(CHOICES)
     next(frames)
     frames.close()
-    demo._sampler.submit(lambda: None).result()  # Waits until it has noticed.
+    demo._sampler.submit(lambda: None).result()  # Waits until the drawing has ended.
     assert len(steps) < 1000
 
 
@@ -163,19 +161,18 @@ def test_a_brush_that_covers_a_quarter_of_a_pixel_paints_it():
     assert not painted([], 8).any()
 
 
-def test_uploads_are_cut_as_tokenize_cuts_them(demo, tmp_path):
+def test_uploads_are_cropped_as_in_tokenize(demo, tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(30, 41, 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "large.png")
-    with Image.open(tmp_path / "large.png") as picture:
-        np.testing.assert_array_equal(
-            demo.read(str(tmp_path / "large.png")), prepare(picture, 8, 1)
-        )
-    (tmp_path / "text.png").write_text("no picture")
+    path = tmp_path / "x.png"
+    Image.fromarray(pixels).save(path)
+    with Image.open(path) as picture:
+        np.testing.assert_array_equal(demo.read(str(path)), prepare(picture, 8, 1))
+    path.write_text("no picture")
     with pytest.raises(UserError, match="this file cannot be used: not a picture"):
-        demo.read(str(tmp_path / "text.png"))
-    Image.new("1", (2**14, 2**13)).save(tmp_path / "huge.png")
+        demo.read(str(path))
+    Image.new("1", (2**14, 2**13)).save(path)
     with pytest.raises(UserError, match="cannot be used: more than 67108864 pixels"):
-        demo.read(str(tmp_path / "huge.png"))
+        demo.read(str(path))
 
 
 def test_a_download_holds_pictures_arrays_and_settings(tmp_path):
@@ -190,7 +187,7 @@ def test_a_download_holds_pictures_arrays_and_settings(tmp_path):
         assert json.loads(archive.read("settings.json")) == CHOICES._asdict()
 
 
-# --- What is refused ------------------------------------------------------------------------------
+# --- Mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,51 +216,45 @@ def test_choices_are_bounded(demo, image, changes, message):
         demo.edit(choices, image, MASK, 0, None)
 
 
-def test_mistakes_in_an_edit_are_told(demo, image):
+def test_mistakes_in_an_edit_are_reported(demo, image):
     def refused(match, image=image, mask=MASK, keep=0.0, blend=None):
         with pytest.raises(UserError, match=match):
             list(demo.edit(CHOICES, image, mask, keep, blend))
 
     refused("there is no picture yet", image=None)
-    refused("paint over what to draw anew", mask=MASK & False)
+    refused("paint over the part to redraw", mask=MASK & False)
     refused("keep=1 must be a number from 0 to 0.95", keep=1)
     refused("blend=3 must be a number from 0 to 2", blend=3)
     refused("covers all positions of image 0", mask=MASK | True)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flag", "message"),
     [
-        (["--port=70000"], "port"),
-        (["--host=192.0.2.1"], "cannot listen on 192.0.2.1:7860"),
-        (["--step=5"], "there is no checkpoint of step 5; there are 0"),
-        (["--distributed"], "demo runs in one process"),
+        ("--port=70000", "port"),
+        ("--host=192.0.2.1", "cannot listen on 192.0.2.1:7860"),
+        ("--step=5", "there is no checkpoint of step 5; there are 0"),
+        ("--distributed", "demo runs in one process"),
     ],
 )
-def test_mistakes_in_a_flag_are_told_in_one_line(workdir, capsys, monkeypatch, flags, message):
+def test_mistakes_in_a_flag_are_reported(refused, workdir, monkeypatch, flag, message):
     monkeypatch.setattr("tokenbridge_jax.runtime.processes.join", lambda *x, **y: None)
-    assert runner.run("demo", [f"--workdir={workdir}", *flags]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    refused("demo", message, [f"--workdir={workdir}", flag])
 
 
-def test_a_port_in_use_is_told(workdir, capsys):
+def test_a_port_in_use_is_reported(refused, workdir):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert runner.run("demo", [f"--workdir={workdir}", f"--port={port}"]) == 2
-    assert "(Address already in use); --port=0 takes any free port" in capsys.readouterr().err
+        flags = [f"--workdir={workdir}", f"--port={server.getsockname()[1]}"]
+        refused("demo", "(Address already in use); --port=0 takes any free port", flags)
 
 
-def test_without_gradio_it_says_what_to_install(workdir, capsys, monkeypatch):
+def test_without_gradio_it_says_what_to_install(refused, workdir, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *x: None if name == "gradio" else find(name, *x)
     )
-    assert runner.run("demo", [f"--workdir={workdir}"]) == 2
-    assert capsys.readouterr().err == (
-        "tokenbridge demo: error: the page needs Gradio: pip install -e '.[demo]'\n"
-    )
+    message = "error: the page needs Gradio: pip install -e '.[demo]'\n"
+    refused("demo", message, [f"--workdir={workdir}"])
 
 
 # --- The page -------------------------------------------------------------------------------------
@@ -271,7 +262,7 @@ def test_without_gradio_it_says_what_to_install(workdir, capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def server(workdir):
-    """The command in a process of its own, and the address it told."""
+    """The command in its own process, and the address that it printed."""
     flags = [f"--config.sampling.{name}={SAMPLING[name]}" for name in ("num_iter", "temperature")]
     command = [sys.executable, "-m", "tokenbridge_jax.commands.demo", f"--workdir={workdir}"]
     process = subprocess.Popen(
@@ -286,7 +277,7 @@ def server(workdir):
     process.communicate()
 
 
-def test_the_page_starts_with_the_config_and_tells_nobody(server):
+def test_the_page_starts_with_the_config_and_sends_no_analytics(server):
     _, address = server
     assert address.startswith("http://127.0.0.1:")
     with urllib.request.urlopen(f"{address}config") as answer:
@@ -318,17 +309,8 @@ def browser():
     browser.quit()
 
 
-def _until(condition, seconds=60):
-    """The condition's value once it is true."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "the page did not come so far"
-        time.sleep(0.1)
-    return value
-
-
 class Visitor:
-    """What somebody sees of the page and does there."""
+    """A person who looks at the page and uses it."""
 
     def __init__(self, browser):
         self.browser = browser
@@ -338,22 +320,22 @@ class Visitor:
         return [element for element in elements if element.is_displayed()]
 
     def click(self, css: str, text: str):
-        _until(lambda: [e for e in self.seen(css) if e.text == text])[0].click()
+        wait_until(lambda: [e for e in self.seen(css) if e.text == text])[0].click()
 
     def draw(self, button: str) -> np.ndarray:
         """Clicks a button and waits for the image."""
         self.click("button.primary", button)
-        _until(lambda: "done in" in self.seen(".status")[0].text)
+        wait_until(lambda: "done in" in self.seen(".status")[0].text)
         (shown,) = self.seen(".images img")
         with urllib.request.urlopen(shown.get_attribute("src")) as answer:
             return np.asarray(Image.open(io.BytesIO(answer.read())))
 
     def canvas(self) -> np.ndarray:
-        (canvas,) = _until(lambda: self.seen("canvas"))
+        (canvas,) = wait_until(lambda: self.seen("canvas"))
         return np.asarray(Image.open(io.BytesIO(canvas.screenshot_as_png)))
 
     def paint_upper_left(self) -> None:
-        """A stroke of the brush, of one eighth of the image, from its upper left to its centre."""
+        """Paints from the upper left to the centre; the brush is an eighth of the image wide."""
         (canvas,) = self.seen("canvas")
         before = self.canvas()
         # The image fills most of the canvas' height.
@@ -363,7 +345,7 @@ class Visitor:
         )
         stroke.click_and_hold().move_by_offset(size, size).move_by_offset(size, size).release()
         stroke.perform()
-        _until(lambda: (self.canvas() != before).any())
+        wait_until(lambda: (self.canvas() != before).any())
 
     def requests(self) -> list[str]:
         messages = [
@@ -374,7 +356,7 @@ class Visitor:
 
 
 def test_a_visit(browser, server, tmp_path):
-    """One image is generated, a part of it painted over and edited, and nobody else asked."""
+    """Generates an image, paints over a part, edits it; no request goes to another server."""
     _, address = server
     browser.get(address)
     visitor = Visitor(browser)
@@ -383,13 +365,10 @@ def test_a_visit(browser, server, tmp_path):
     assert image.shape == (8, 8)
 
     visitor.click("button", "Edit selected")
-    _until(lambda: visitor.canvas().std() > 20)  # White until the image is there.
+    wait_until(lambda: visitor.canvas().std() > 20)  # It is white until the image is shown.
     visitor.click("button.primary", "Edit")
-    _until(
-        lambda: (
-            "paint over what to draw anew" in " ".join(e.text for e in visitor.seen(".toast-body"))
-        )
-    )
+    message = "paint over the part to redraw"
+    wait_until(lambda: any(message in element.text for element in visitor.seen(".toast-body")))
     visitor.click("label", "Original pixels outside")
     visitor.paint_upper_left()
     edited = visitor.draw("Edit")
@@ -403,7 +382,7 @@ def test_a_visit(browser, server, tmp_path):
     assert all(url.startswith(address) for url in asked)
 
 
-def test_ctrl_c_ends_it(server):
+def test_ctrl_c_stops_the_server(server):
     process, _ = server
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""`tokenbridge edit` on the smallest of models: what it writes, and mistakes in one line."""
+"""`tokenbridge edit` with the smallest model: its files, and mistakes in one line."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ FLAGS = [f"--config.sampling.{name}={value}" for name, value in SAMPLING.items()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two colour pictures of one size, a wide one, and what is no picture."""
+    """Two colour pictures of one size, a wide one, and a file that is not a picture."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for name, size in (("a.png", (24, 20)), ("b.jpg", (24, 20)), ("wide/c.png", (40, 20))):
@@ -27,21 +27,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(pipeline, folder, tmp_path, monkeypatch):
-    """Runs the command with a loaded pipeline; the status."""
+    """Runs the command with a loaded pipeline; returns the status."""
     monkeypatch.setattr(Pipeline, "load", lambda workdir, **rest: pipeline)
 
     def run(*flags: str, source: str = "") -> int:
-        return runner.run(
-            "edit",
-            [f"--workdir={tmp_path}", f"--input={folder / source}", *FLAGS, *flags],
-        )
+        argv = [f"--workdir={tmp_path}", f"--input={folder / source}", *FLAGS, *flags]
+        return runner.run("edit", argv)
 
     return run
 
 
 @pytest.fixture
 def refused(run, capsys):
-    """Runs the command, which ends with a line about a mistake."""
+    """Runs the command, which must end with one line about a mistake."""
 
     def refused(message: str, *flags: str) -> None:
         assert run(*flags) == 2, flags
@@ -64,7 +62,7 @@ def _square(path) -> np.ndarray:
 
 def test_pictures_and_a_sheet_are_written(run, pipeline, folder, tmp_path, capsys):
     mask = np.zeros((20, 24), np.uint8)
-    mask[:, :12] = 255  # Cut from 24x20 to the square in the middle: its left half.
+    mask[:, :12] = 255  # After cropping 24x20 to the square in the middle: its left half.
     Image.fromarray(mask).save(tmp_path / "mask.png")
     flags = "--num_images=3", "--classes=cat,none", "--seed=4", "--blend=0"
     assert run(f"--mask={tmp_path / 'mask.png'}", *flags) == 0
@@ -91,7 +89,7 @@ def test_pictures_and_a_sheet_are_written(run, pipeline, folder, tmp_path, capsy
     np.testing.assert_array_equal(_read(out / "a-0.png"), found[0])
 
 
-def test_what_is_behind_a_box_changes_nothing_but_touch_ups(run, tmp_path):
+def test_pixels_in_a_box_affect_touch_ups_only(run, tmp_path):
     picture = np.random.default_rng(1).integers(256, size=(8, 8)).astype(np.uint8)
     edits = []
     for i, left in enumerate((picture[:, :4], 255 - picture[:, :4])):
@@ -120,9 +118,9 @@ def test_variations_and_margins(run, pipeline, folder, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "say what to draw anew: --mask, --box, --keep or --outpaint"),
-        (["--box=0,0,1,1", "--mask=m.png"], "--mask and --box both say what to draw anew"),
-        (["--keep=0.5", "--outpaint=1,0,0,0"], "leave it or --outpaint out"),
+        ([], "name the part to redraw: --mask, --box, --keep or --outpaint"),
+        (["--box=0,0,1,1", "--mask=m.png"], "--mask and --box both name the part to redraw"),
+        (["--keep=0.5", "--outpaint=1,0,0,0"], "give either --keep or --outpaint"),
         (["--box=0,0,1"], "--box=0,0,1 must be four shares, 0 or more, such as 0.25,0.25,0.5,0.5"),
         (["--box=0,0,1,half"], "--box=0,0,1,half must be four shares"),
         (["--outpaint=-1,0,0,0"], "--outpaint=-1,0,0,0 must be four shares, 0 or more"),
@@ -141,7 +139,7 @@ def test_variations_and_margins(run, pipeline, folder, tmp_path):
         (["--mask=nowhere.png"], "cannot read the picture nowhere.png ("),
     ],
 )
-def test_mistakes_are_told_in_one_line(refused, tmp_path, flags, message):
+def test_mistakes_are_reported_in_one_line(refused, tmp_path, flags, message):
     refused(message, *flags)
     assert not (tmp_path / "edits").exists()
 
@@ -157,7 +155,7 @@ def test_pictures_that_cannot_be_used_are_named(refused, tmp_path):
 
 
 def test_pictures_are_not_overwritten(refused, folder, tmp_path):
-    """And what cannot be written is told before anything is drawn."""
+    """Output that cannot be written is reported before anything is drawn."""
     own = tmp_path / "own"
     own.mkdir()
     for name in ("a.png", "a-0.png", "edits.png", "m.png"):
@@ -166,28 +164,23 @@ def test_pictures_are_not_overwritten(refused, folder, tmp_path):
     (tmp_path / "link").symlink_to(own)
     (tmp_path / "file").write_text("a file")
     (tmp_path / ("x" * 250 + ".png")).write_bytes(before["a.png"])
-    keep, box = "--keep=0.5", "--box=0,0,0.5,1"
+    keep, box, out = "--keep=0.5", "--box=0,0,0.5,1", f"--output={tmp_path}"
     for message, *flags in (
         ("is the folder of the pictures", keep, f"--input={own}", f"--output={own}"),
-        ("folder of the pictures", keep, f"--input={own}", f"--output={tmp_path}/link/../own"),
+        ("folder of the pictures", keep, f"--input={own}", f"{out}/link/../own"),
         ("a-0.png would be overwritten", keep, f"--input={own}/a*.png", f"--output={own}"),
-        ("would be overwritten", keep, f"--input={own}/edits.png", f"--output={tmp_path}/link"),
+        ("would be overwritten", keep, f"--input={own}/edits.png", f"{out}/link"),
         ("overwritten", f"--mask={own}/a-0.png", f"--input={own}/a.png", f"--output={own}"),
         ("a.png is a file; name a folder", box, f"--input={own}/a.png", f"--output={own}/a.png"),
-        (
-            "256 bytes, a file's at most 255",
-            box,
-            f"--input={tmp_path}/x*",
-            f"--output={tmp_path}/o",
-        ),
-        ("file is a file; name a folder", box, f"--output={tmp_path}/file/o"),
+        ("256 bytes, a file's at most 255", box, f"--input={tmp_path}/x*", f"{out}/o"),
+        ("file is a file; name a folder", box, f"{out}/file/o"),
     ):
         refused(message, *flags)
     assert {path.name: path.read_bytes() for path in own.iterdir()} == before
     assert not (tmp_path / "o").exists()
 
 
-def test_a_class_is_told_from_a_mixture():
+def test_classes_and_mixtures_are_distinguished():
     assert edit.parse_classes([]) == [None]
     assert edit.parse_classes(["3", "none", "cat"]) == ["3", None, "cat"]
     assert edit.parse_classes(["3:0.5", "cat:0.5"]) == [{"3": 0.5, "cat": 0.5}]

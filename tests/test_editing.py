@@ -1,6 +1,5 @@
-"""Editing and the orders of sampling against brute force, and `Pipeline.edit` from pixels on."""
+"""Compares editing and the sampling orders with brute force; tests `Pipeline.edit` on images."""
 
-import functools
 import math
 
 import jax
@@ -33,7 +32,7 @@ def params(pipeline):
 
 
 def _random_known(config, count: int, num_hidden: int, seed: int = 0) -> Known:
-    """Indices with as many hidden positions everywhere; these hold what no index may be."""
+    """Images with `num_hidden` hidden positions each, which hold 255 instead of a valid index."""
     rng = np.random.default_rng(seed)
     hidden = np.arange(config.positions) < num_hidden
     hidden = np.stack([rng.permutation(hidden) for _ in range(count)])
@@ -55,7 +54,7 @@ def _random_known(config, count: int, num_hidden: int, seed: int = 0) -> Known:
         (6, dict(num_iter=3, order="confidence", choice_temperature=0.0, temperature=0.0)),
     ],
 )
-def test_edits_are_those_of_brute_force(params, num_hidden: int, settings: dict):
+def test_edits_equal_those_of_brute_force(params, num_hidden: int, settings: dict):
     settings = SamplingSettings(**{"temperature": 0.8} | settings)
     labels = random_batch(CONFIG, 3, seed=7)["labels"]
     request = Request(labels, NUMBERS, 13, known=_random_known(CONFIG, 3, num_hidden))
@@ -63,8 +62,8 @@ def test_edits_are_those_of_brute_force(params, num_hidden: int, settings: dict)
     np.testing.assert_array_equal(generate(CONFIG, params, request, settings), expected)
 
 
-def test_confidence_order_over_several_stages_is_that_of_brute_force():
-    """40 positions: up to 20 and up to 40 of them visible."""
+def test_confidence_order_over_several_stages_equals_brute_force():
+    """There are 40 positions, so one stage has up to 20 visible positions and one up to 40."""
     config = tiny(positions=40)
     params = random_params(config)
     settings = SamplingSettings(num_iter=4, guidance=1.7, order="confidence")
@@ -72,7 +71,7 @@ def test_confidence_order_over_several_stages_is_that_of_brute_force():
     request = Request(np.array([1], np.int32), NUMBERS[:1], 3, known=known)
     expected = brute_force(config, params, request, settings)
     np.testing.assert_array_equal(generate(config, params, request, settings), expected)
-    # Previews compile one program for every stage. (A model that scans its layers has two.)
+    # Previews compile one program for each stage. (A model that scans its layers has two.)
     compiled = sampler._step._cache_size()
     for _ in range(2):
         *_, (done, steps, last) = generate_steps(config, params, request, settings)
@@ -83,7 +82,7 @@ def test_confidence_order_over_several_stages_is_that_of_brute_force():
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
 def test_many_masks_share_a_few_programs(order: str):
-    """Of 40 positions 1 to 20, or 21 to 40; more steps than some masks hide positions."""
+    """1 to 20 hidden positions share a program, 21 to 40 another; some masks hide fewer than 7."""
     config = tiny(positions=40)
     params = random_params(config)
     settings = SamplingSettings(num_iter=7, guidance=1.6, order=order)
@@ -98,12 +97,12 @@ def test_many_masks_share_a_few_programs(order: str):
     assert sampler._edit._cache_size() == compiled + 2
 
 
-# --- What is kept, what is shown ------------------------------------------------------------------
+# --- Kept positions, previews ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_kept_positions_keep_their_indices_and_every_other_is_revealed_once(params, order: str):
-    """Previews show what is hidden as `known` has it: there something no model can draw."""
+    """Previews show hidden positions as `known` has them: here 255, which no model can draw."""
     known = _random_known(CONFIG, 4, 13, seed=3)
     settings = SamplingSettings(num_iter=6, order=order)
     numbers = np.arange(4, dtype=np.int32)
@@ -131,8 +130,8 @@ def test_kept_positions_keep_their_indices_and_every_other_is_revealed_once(para
         assert sorted(first) != np.flatnonzero(revealed[0][0]).tolist()
 
 
-def test_kept_positions_stay_where_the_model_overflows(params):
-    """Certainty is NaN everywhere then."""
+def test_kept_positions_stay_even_if_the_model_overflows(params):
+    """The confidence is then NaN everywhere."""
     known = _random_known(CONFIG, 3, 11)
     settings = SamplingSettings(num_iter=3, guidance=3e38, order="confidence")
     request = Request(np.zeros(3, np.int32), NUMBERS, known=known)
@@ -140,7 +139,7 @@ def test_kept_positions_stay_where_the_model_overflows(params):
     np.testing.assert_array_equal(drawn[~known.hidden], known.indices[~known.hidden])
 
 
-def test_editing_everything_is_generating_and_previews_start_from_the_middle(params):
+def test_editing_everything_is_generating_and_previews_start_from_the_middle_level(params):
     settings = SamplingSettings(num_iter=3, guidance=1.5, temperature=0.9)
     whole = Request(np.arange(3, dtype=np.int32), NUMBERS, 5)
     expected = generate(CONFIG, params, whole, settings)
@@ -149,7 +148,7 @@ def test_editing_everything_is_generating_and_previews_start_from_the_middle(par
     shown = list(generate_steps(CONFIG, params, whole, settings, every=2))
     np.testing.assert_array_equal(shown[-1][2], expected)
     assert [x[:2] for x in shown] == [(2, 3), (3, 3)]
-    # The middle one of five levels.
+    # Hidden positions have the middle one of five levels.
     hidden = (np.asarray(shown[0][2]) == 2).all(axis=2)
     assert (hidden.sum(axis=1) >= hidden_counts(16, 3)[1]).all()
     differs = (np.asarray(shown[0][2]) != np.asarray(expected)).any(axis=2)
@@ -157,7 +156,7 @@ def test_editing_everything_is_generating_and_previews_start_from_the_middle(par
 
 
 def test_choice_temperature_goes_from_certain_to_random(params):
-    """The first of 16 steps reveals one position: the most certain, or, very hot, any."""
+    """The first of 16 steps reveals one position: the most certain one, or (very hot) any."""
     hidden = np.ones((64, 16), bool)
     known = Known(np.full((64, 16, 4), 255, np.uint8), hidden, 16)
     request = Request(np.zeros(64, np.int32), np.arange(64, dtype=np.int32), known=known)
@@ -182,7 +181,7 @@ def test_weights_of_classes_mix_their_embeddings(params):
     one_hot = request._replace(labels=np.eye(3, dtype=np.float32)[request.labels])
     expected = np.asarray(generate(CONFIG, params, request, settings))
     np.testing.assert_array_equal(generate(CONFIG, params, one_hot, settings), expected)
-    # A mixture is a class of a model whose table has it; no class is that model's null latent.
+    # For a model with the mixture in its table, it is a class; so is the null latent for no class.
     weights = np.array([[0.25, 0.75, 0], [0, 0, 0], [0, 0, 1]], np.float32)
     backbone = params["backbone"]
     mixed = 0.25 * backbone["class_embedding"][0] + 0.75 * backbone["class_embedding"][1]
@@ -194,26 +193,27 @@ def test_weights_of_classes_mix_their_embeddings(params):
     assert (np.asarray(found) != expected).any(axis=(1, 2)).all()
 
 
-def test_weights_are_checked(params):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(labels=[[0, 0, 1], [0.5, 0.2, 0]]), r"classes must sum to 1, not to 0\.7"),
+        (dict(labels=[[0.5, 0.5]]), "weights of 2 classes, the model has 3"),
+        (dict(labels=[0], preview_every=0), "preview_every=0 must be at least 1"),
+    ],
+)
+def test_weights_are_checked(params, arguments, message):
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    run = functools.partial(
-        generate_in_batches, CONFIG, params, settings=SamplingSettings(2), mesh=mesh
-    )
-    with pytest.raises(UserError, match=r"classes must sum to 1, not to 0\.7"):
-        run(labels=np.array([[0, 0, 1], [0.5, 0.2, 0]]))
-    with pytest.raises(UserError, match="weights of 2 classes, the model has 3"):
-        run(labels=np.array([[0.5, 0.5]]))
-    with pytest.raises(UserError, match="preview_every=0 must be at least 1"):
-        run(labels=np.zeros(1, np.int32), preview_every=0)
+    with pytest.raises(UserError, match=message):
+        generate_in_batches(CONFIG, params, settings=SamplingSettings(2), mesh=mesh, **arguments)
 
 
 # --- Batches and devices --------------------------------------------------------------------------
 
 
 def test_batch_size_and_devices_change_no_edit(params):
-    """Images with 5, 9 and no hidden positions, mixed; one of a mixture of classes.
+    """The images have 5, 9 or no hidden positions in mixed order; one has a mixture of classes.
 
-    Confidence order moves what random order leaves in its slots.
+    In contrast to random order, confidence order moves positions between slots.
     """
     settings = SamplingSettings(num_iter=3, guidance=1.8, temperature=0.9, order="confidence")
     few, many = _random_known(CONFIG, 4, 5), _random_known(CONFIG, 3, 9, seed=1)
@@ -240,32 +240,32 @@ def test_batch_size_and_devices_change_no_edit(params):
     np.testing.assert_array_equal(run((2, 2, 2), 8), expected)
 
 
-# --- From pixels on -------------------------------------------------------------------------------
+# --- Images ---------------------------------------------------------------------------------------
 
 
 SETTINGS = dict(num_iter=2, temperature=0.8)
+MASK = np.zeros((8, 8), bool)
+MASK[3, 2:5] = True  # Row 1 of positions, columns 1 and 2.
 
 
-def test_a_position_is_drawn_where_any_of_its_pixels_is_masked(pipeline, pixels):
-    mask = np.zeros((8, 8), bool)
-    mask[3, 2:5] = True  # Row 1 of positions, columns 1 and 2.
+def test_a_position_is_redrawn_if_any_of_its_pixels_is_masked(pipeline, pixels):
     changed = np.zeros((4, 4), bool)
     changed[1, 1:3] = True
     before = pipeline.encode(pixels)
     settings = SETTINGS | dict(encode_hidden=True)
-    edited = pipeline.edit(pixels, mask, "dog", seed=1, **settings)
+    edited = pipeline.edit(pixels, MASK, "dog", seed=1, **settings)
     hidden = np.tile(changed.ravel(), (3, 1))
     indices = pipeline.generate_indices([1] * 3, known=before, hidden=hidden, seed=1, **SETTINGS)
     np.testing.assert_array_equal(edited, pipeline.decode(indices))
     np.testing.assert_array_equal(indices[~hidden], before[~hidden])
     assert (indices[hidden] != before[hidden]).any()
-    # One image alone, and classes one by one.
-    alone = pipeline.edit(pixels[0], mask, {"dog": 1.0}, seed=1, **settings)
+    # One image alone; then a mask and a class for each image.
+    alone = pipeline.edit(pixels[0], MASK, {"dog": 1.0}, seed=1, **settings)
     np.testing.assert_array_equal(alone, edited[0])
     shown: list = []
     each = pipeline.edit(
         pixels,
-        np.stack([mask] * 3),
+        np.stack([MASK] * 3),
         [1, "dog", 1],
         seed=1,
         batch_size=2,
@@ -279,26 +279,29 @@ def test_a_position_is_drawn_where_any_of_its_pixels_is_masked(pipeline, pixels)
     np.testing.assert_array_equal(shown[1][2], edited[:2])
 
 
-def _known_of(pipeline, monkeypatch, *arguments, **keywords):
-    """What `edit` draws, and the indices it starts from."""
-    known: list = []
+@pytest.fixture
+def calls(pipeline, monkeypatch):
+    """The keyword arguments with which an edit calls `generate_indices`."""
+    calls: list[dict] = []
     draw = pipeline.generate_indices
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            pipeline, "generate_indices", lambda *x, **y: known.append(y["known"]) or draw(*x, **y)
-        )
-        edited = pipeline.edit(*arguments, **keywords, **SETTINGS)
-    return known[0], edited
+    monkeypatch.setattr(
+        pipeline, "generate_indices", lambda *x, **y: calls.append(y) or draw(*x, **y)
+    )
+    return calls
 
 
-def test_what_is_behind_the_mask_changes_nothing(pipeline, pixels, monkeypatch):
-    """Each image with a mask of its own, which cuts through two positions."""
+def test_pixels_of_hidden_positions_have_no_effect(pipeline, pixels, calls):
+    """Each image has its own mask, which covers parts of two positions."""
     mask = np.zeros((3, 8, 8), bool)
     mask[0, 3, 2:5] = mask[1, 5:7, 7] = mask[2, 1:3, 0] = True
     cells = mask.reshape(3, 4, 2, 4, 2).any(axis=(2, 4))
     covered = cells.repeat(2, axis=1).repeat(2, axis=2)[..., None]
     visible = ~cells.reshape(3, 16)
-    run = functools.partial(_known_of, pipeline, monkeypatch, mask=mask, class_id=1)
+
+    def run(images, mask=mask, **keywords):
+        edited = pipeline.edit(images, mask, 1, **keywords, **SETTINGS)
+        return calls[-1]["known"], edited
+
     known, edited = run(pixels)
     assert len(np.unique(pipeline.encode(pixels)[visible] != known[visible])) == 2
     for other in (255 - pixels, pixels[::-1], pixels & 0):
@@ -307,10 +310,9 @@ def test_what_is_behind_the_mask_changes_nothing(pipeline, pixels, monkeypatch):
         np.testing.assert_array_equal(same, edited)
     hidden = np.where(mask[..., None], 255 - pixels, pixels)
     np.testing.assert_array_equal(run(hidden, blend=2)[1], run(pixels, blend=2)[1])
-    # A touch-up sees it, and so does a variation unless it is told not to.
+    # Touch-ups encode them, and so do variations by default.
     seen, _ = run(hidden, encode_hidden=True)
     np.testing.assert_array_equal(seen, pipeline.encode(hidden))
-    monkeypatch.setattr(pipeline, "generate_indices", lambda *x, **y: y["known"])
     varied, _ = run(pixels, keep=0.5)
     np.testing.assert_array_equal(varied, pipeline.encode(pixels))
     drawn = hidden_positions(mask, (3, 8, 8), 2, keep=0.5).reshape(3, 4, 4)
@@ -319,31 +321,23 @@ def test_what_is_behind_the_mask_changes_nothing(pipeline, pixels, monkeypatch):
     np.testing.assert_array_equal(varied, pipeline.encode(filled))
 
 
-def test_variations_keep_a_share(pipeline, pixels, monkeypatch):
-    calls: list = []
-    draw = pipeline.generate_indices
-    monkeypatch.setattr(
-        pipeline, "generate_indices", lambda *x, **y: calls.append(y["hidden"]) or draw(*x, **y)
-    )
-    pipeline.edit(pixels, None, None, keep=0.25, **SETTINGS)
-    assert (calls[0].sum(axis=1) == 12).all()
-    assert len(np.unique(calls[0], axis=0)) == 3
-    pipeline.edit(pixels[:1], None, None, keep=0.25, **SETTINGS)
-    np.testing.assert_array_equal(calls[1], calls[0][:1])
-    mask = np.arange(8)[None] < np.full((8, 1), 4)  # The left 8 positions.
-    pipeline.edit(pixels, mask, None, keep=0.25, **SETTINGS)
-    left = np.tile(np.arange(16) % 4 < 2, (3, 1))
-    assert not calls[2][~left].any()
-    assert (calls[2].sum(axis=1) == 6).all()
+def test_variations_keep_a_share(pipeline, pixels, calls):
+    left_half = np.tile(np.arange(8) < 4, (8, 1))
+    for images, mask in (pixels, None), (pixels[:1], None), (pixels, left_half):
+        pipeline.edit(images, mask, None, keep=0.25, **SETTINGS)
+    every, first, left = (call["hidden"] for call in calls)
+    assert (every.sum(axis=1) == 12).all()
+    assert len(np.unique(every, axis=0)) == 3
+    np.testing.assert_array_equal(first, every[:1])
+    assert not left[:, np.arange(16) % 4 >= 2].any()
+    assert (left.sum(axis=1) == 6).all()
 
 
 def test_blending_puts_the_original_pixels_back(pipeline, pixels):
-    mask = np.zeros((8, 8), bool)
-    mask[3, 2:5] = True
-    plain = pipeline.edit(pixels, mask, 0, **SETTINGS)
-    hard = pipeline.edit(pixels, mask, 0, blend=0, **SETTINGS)
-    np.testing.assert_array_equal(hard, np.where(mask[..., None], plain, pixels))
-    # One row masked: the ramp goes down by thirds on both sides of it.
+    plain = pipeline.edit(pixels, MASK, 0, **SETTINGS)
+    hard = pipeline.edit(pixels, MASK, 0, blend=0, **SETTINGS)
+    np.testing.assert_array_equal(hard, np.where(MASK[..., None], plain, pixels))
+    # With one masked row, the ramp falls by a third in each row on both sides.
     row = np.zeros((1, 8, 8), bool)
     row[0, 3] = True
     old, new = np.zeros((1, 8, 8, 1), np.uint8), np.full((1, 8, 8, 1), 240, np.uint8)
@@ -352,7 +346,7 @@ def test_blending_puts_the_original_pixels_back(pipeline, pixels):
 
 
 def test_previews_of_a_model_on_fewer_devices_than_the_autoencoder(pipeline):
-    """And of a batch that these do not divide."""
+    """The batch does not divide over the devices of the autoencoder."""
     codec = pipeline.codec
     everywhere = meshes.make_mesh(devices=jax.devices()[:2])
     codec = Codec(codec.config, codec.params, codec.quantizer, everywhere)
@@ -363,20 +357,17 @@ def test_previews_of_a_model_on_fewer_devices_than_the_autoencoder(pipeline):
     np.testing.assert_array_equal(pixels, pipeline.generate([0, 1, 2], num_iter=2))
 
 
-def test_mistakes_in_an_edit_are_told(pipeline, pixels):
-    mask = np.zeros((8, 8), bool)
-    mask[0, 0] = True
-
-    def refused(match, pixels=pixels, mask=mask, class_id=0, **settings):
+def test_mistakes_in_an_edit_are_reported(pipeline, pixels):
+    def refused(match, pixels=pixels, mask=MASK, class_id=0, **settings):
         with pytest.raises(UserError, match=match):
             pipeline.edit(pixels, mask, class_id, **settings)
 
-    refused("mask of image 0 is empty: there is nothing to draw anew", mask=mask & False)
-    refused("mask of image 1 is empty", mask=np.stack([mask, mask & False, mask]))
-    refused("covers all positions of image 0: nothing would be kept", mask=mask | True)
-    refused("the mask must be bool, True where to draw anew, not uint8", mask=mask.astype(np.uint8))
-    refused(r"mask's shape \(4, 4\) is neither that of an image, \(8, 8\)", mask=mask[:4, :4])
-    refused("nothing says what to draw anew", mask=None)
+    refused("mask of image 0 is empty: there is nothing to redraw", mask=MASK & False)
+    refused("mask of image 1 is empty", mask=np.stack([MASK, MASK & False, MASK]))
+    refused("covers all positions of image 0: nothing would be kept", mask=MASK | True)
+    refused("the mask must be bool, True where to redraw, not uint8", mask=MASK.astype(np.uint8))
+    refused(r"mask's shape \(4, 4\) is neither that of an image, \(8, 8\)", mask=MASK[:4, :4])
+    refused("nothing is to be redrawn", mask=None)
     refused(r"keep=1\.0 must be a share above 0 and below 1", mask=None, keep=1.0)
     refused("blend=-1 must be 0 or more", blend=-1)
     refused("there are 2 classes for 3 images", class_id=[0, 1])

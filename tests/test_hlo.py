@@ -1,9 +1,9 @@
-"""Programs' texts read by `preflight/hlo.py`, against counts by hand."""
+"""Compares what `preflight/hlo.py` reads from programs with counts by hand."""
 
 from tokenbridge_jax.preflight.hlo import Collective, read_program
 
-# The form of a TPU program's text: a loop of 14 runs with collectives of every form. The gathering
-# starts before the loop, hidden behind other fusions, and goes on in it.
+# Text like that of a TPU program: a loop of 14 runs with collectives of every form. The all-gather
+# is split into several fusions; the first is before the loop and the next one in it.
 HLO = """HloModule jit_step, is_scheduled=true
 
 %async_collective_fusion.1 (param.1: f32[2,8]) -> f32[8,8] {
@@ -70,8 +70,8 @@ def test_cycles_and_collectives_of_a_program():
     }
 
 
-# A stack of 14 layers of 2 KiB: a step of the loop cuts one out, adds it to 2 KiB in VMEM, writes
-# the sum into another stack in place, and starts fetching 1 KiB.
+# A stack of 14 layers of 2 KiB. A step of the loop slices one layer, adds 2 KiB in VMEM to it,
+# writes the sum in place into another stack, and starts to fetch 1 KiB.
 TRAFFIC_HLO = """HloModule jit_step, is_scheduled=true
 
 %layer (stack.1: f32[14,512], sums.1: f32[14,512], x.1: f32[512], i.1: s32[]) -> f32[14,512] {

@@ -1,4 +1,4 @@
-"""metrics.jsonl has every step once, also after a kill; TensorBoard gets the same metrics."""
+"""`metrics.jsonl`, which holds every step once, also after a kill; TensorBoard."""
 
 import json
 import resource
@@ -36,7 +36,7 @@ def test_an_object_store_has_every_line_before_a_checkpoint(monkeypatch):
     files.store.clear()
     writer = MetricWriter("gs://bucket/run", 0)
     writer.write(1, {"loss": 1.0})
-    assert not files.exists(path)  # It is not uploaded for every line.
+    assert not files.exists(path)  # Not every line is uploaded at once.
     writer.flush()
     assert files.cat(path) == b'{"step": 1, "loss": 1.0}\n'
     writer.write(2, {"loss": 1 / 2})
@@ -57,16 +57,16 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     writer.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     data = events.read_bytes()
-    assert all(part in data for part in (b"loss", b"grid", b"\x89PNG"))
+    assert all(text in data for text in (b"loss", b"grid", b"\x89PNG"))
 
 
-def test_a_workdir_that_is_a_file_is_one_clear_message(tmp_path):
+def test_a_workdir_that_is_a_file_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file/run: Not a directory"):
         MetricWriter(tmp_path / "file" / "run", 0)
 
 
-def test_a_full_disk_is_one_clear_message(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     write(tmp_path, 0, range(1, 1000))
     writer = MetricWriter(tmp_path, 999)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

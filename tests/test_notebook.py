@@ -1,4 +1,4 @@
-"""`launch/colab.ipynb`, from top to bottom with the smallest sizes, and what of it lies in git."""
+"""`launch/colab.ipynb` runs from top to bottom with small sizes, and is stored without outputs."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_it_is_stored_without_outputs(stored):
     assert NOTEBOOK.read_text(encoding="utf-8") == text
 
 
-@pytest.mark.filterwarnings("ignore")  # Of the notebook's machinery.
+@pytest.mark.filterwarnings("ignore")  # The libraries that run notebooks warn.
 def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="needs nbclient: pip install '.[notebook]'")
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install '.[notebook]'")
@@ -65,7 +65,7 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
 
-    # It checks by itself that saved and imported weights give the same samples.
+    # The notebook itself checks that saved and imported weights give the same samples.
     workdir = tmp_path / "runs" / "notebook"
     for name in ("model.json", "tokens/dataset.json", "pretrained/model.safetensors"):
         assert (workdir / name).exists()
@@ -73,11 +73,10 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     for folder in (workdir / "autoencoder" / "training", workdir):
         losses = [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
         assert np.mean(losses[-2:]) < losses[0]
-    outputs = {c.id: c.outputs for c in notebook.cells if c.cell_type == "code"}
     pictured = {
-        name
-        for name, found in outputs.items()
-        if any("image/png" in output.get("data", {}) for output in found)
+        cell.id
+        for cell in notebook.cells
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
     }
     assert pictured == {
         *("train-vae", "quantization", "maps", "train", "sample", "play", "orders"),

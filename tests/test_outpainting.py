@@ -1,4 +1,4 @@
-"""Outpainting against edits done window by window, and what stays of the known part."""
+"""Compares outpainting with separate edits of each window, and tests what it keeps."""
 
 import functools
 import itertools
@@ -13,7 +13,7 @@ SETTINGS = dict(num_iter=2, temperature=0.8)
 
 
 def _canvas_of(pixels, pipeline, monkeypatch, *arguments, **keywords):
-    """What `outpaint` decodes last: the whole canvas of indices, and its picture."""
+    """The last canvas of indices that `outpaint` decodes, and the images that it returns."""
     canvases: list = []
     decode = pipeline.codec.decode_maps
     with monkeypatch.context() as patch:
@@ -22,23 +22,23 @@ def _canvas_of(pixels, pipeline, monkeypatch, *arguments, **keywords):
     return canvases[-1], drawn
 
 
-def test_a_canvas_is_that_of_edits_window_by_window(pipeline, pixels, monkeypatch):
-    """4 columns more at the left and 3 at the right, of 4 rows: windows from column 4 outwards."""
-    canvas, drawn = _canvas_of(
-        pixels, pipeline, monkeypatch, ["dog", None, {0: 0.5, 1: 0.5}], left=8, right=6, seed=9,
-        **SETTINGS,
-    )  # fmt: skip
+def test_a_canvas_equals_separate_edits_of_each_window(pipeline, pixels, monkeypatch):
+    """Margins of 4 columns at the left and 3 at the right; windows go outwards from column 4."""
+    classes = ["dog", None, {0: 0.5, 1: 0.5}]
+    settings = SETTINGS | dict(left=8, right=6, seed=9)
+    canvas, drawn = _canvas_of(pixels, pipeline, monkeypatch, classes, **settings)
     assert drawn.shape == (3, 8, 22, 1)
     expected = np.zeros((3, 4, 11, 4), np.uint8)
     expected[:, :, 4:8] = before = pipeline.encode(pixels).reshape(3, 4, 4, 4)
     left = np.ones((4, 11), bool)
     left[:, 4:8] = False
-    # Starts every 2 columns, and the last at 7. Fewest to draw first; of equals the left one.
+    # Windows start at every second column and at 7. First comes the one with the fewest positions
+    # to draw; of equal ones, the left one.
     seeds = [9, *np.random.SeedSequence(9).generate_state(9)]
     for column, seed in zip([2, 0, 6, 7], seeds, strict=False):
         window = np.s_[:, column : column + 4]
         edited = pipeline.generate_indices(
-            ["dog", None, {0: 0.5, 1: 0.5}],
+            classes,
             known=expected[:, *window].reshape(3, 16, 4),
             hidden=np.tile(left[window].reshape(1, 16), (3, 1)),
             seed=int(seed),
@@ -49,18 +49,16 @@ def test_a_canvas_is_that_of_edits_window_by_window(pipeline, pixels, monkeypatc
     assert not left.any()
     np.testing.assert_array_equal(canvas, expected)
     np.testing.assert_array_equal(canvas[:, :, 4:8], before)
-    # Neither the size of a batch nor the other images matter.
-    again = pipeline.outpaint(
-        pixels, ["dog", None, {0: 0.5, 1: 0.5}], left=8, right=6, seed=9, batch_size=2, **SETTINGS
-    )
+    # Neither the batch size nor the other images have an effect.
+    again = pipeline.outpaint(pixels, classes, batch_size=2, **settings)
     np.testing.assert_array_equal(again, drawn)
-    alone = pipeline.outpaint(pixels[0], "dog", left=8, right=6, seed=9, **SETTINGS)
+    alone = pipeline.outpaint(pixels[0], "dog", **settings)
     np.testing.assert_array_equal(alone, drawn[0])
 
 
 @pytest.mark.parametrize("overlap", [0.5, 0.0, 0.75])
 def test_every_hidden_position_is_drawn_once(pipeline, monkeypatch, overlap: float):
-    """Random masks, of which each image has its own: some windows have nothing known."""
+    """Each image has its own random mask. In some windows nothing is known."""
     rng = np.random.default_rng(4)
     canvas = rng.integers(5, size=(3, 7, 9, 4)).astype(np.uint8)
     hidden = rng.random((3, 7, 9)) < np.array([0.9, 0.5, 0.02])[:, None, None]
@@ -69,7 +67,7 @@ def test_every_hidden_position_is_drawn_once(pipeline, monkeypatch, overlap: flo
     seeds = []
 
     def draw(class_ids, *, known, hidden, seed):
-        """A window holds what it was given; what it draws is 100 and more."""
+        """Draws the numbers from 101; known positions keep theirs."""
         seeds.append(seed)
         return np.where(hidden[..., None], 100 + len(seeds), known)
 
@@ -84,14 +82,14 @@ def test_every_hidden_position_is_drawn_once(pipeline, monkeypatch, overlap: flo
     for was, now in itertools.pairwise(states):
         assert (was <= now).all()
         drawn_by += now & ~was
-        for new in now & ~was:  # All in one window.
+        for new in now & ~was:  # They are all in one window.
             rows, columns = new.nonzero()
             assert not len(rows) or (np.ptp(rows) < 4 and np.ptp(columns) < 4)
     np.testing.assert_array_equal(drawn_by, hidden)
     assert [done for done, _, _ in shown] == list(range(1, shown[0][1] + 1))
 
 
-def test_pictures_larger_and_smaller_than_the_model_have_margins_and_masks(
+def test_images_larger_and_smaller_than_the_model_accept_margins_and_masks(
     pipeline, pixels, monkeypatch
 ):
     tall = np.concatenate([pixels, pixels[::-1]], axis=1)  # 16x8 pixels.
@@ -106,7 +104,7 @@ def test_pictures_larger_and_smaller_than_the_model_have_margins_and_masks(
     np.testing.assert_array_equal(canvas[:, :8][:, ~hidden[:8]], known[:, ~hidden[:8]])
     kept = np.concatenate([~mask, np.zeros((2, 8), bool)])
     np.testing.assert_array_equal(drawn[:, kept], tall[:, ~mask])
-    # What is behind the mask changes nothing, unless it is to be seen.
+    # Pixels of hidden positions have no effect, except with `encode_hidden`.
     covered = hidden[:8].repeat(2, axis=0).repeat(2, axis=1)[..., None]
     unseen, _ = run(tall, **settings)
     assert (unseen[:, ~hidden] != canvas[:, ~hidden]).any()
@@ -124,14 +122,14 @@ def test_pictures_larger_and_smaller_than_the_model_have_margins_and_masks(
     assert drawn.shape == (3, 8, 8, 1)
 
 
-def test_mistakes_in_outpainting_are_told(pipeline, pixels):
+def test_mistakes_in_outpainting_are_reported(pipeline, pixels):
     def refused(match, pixels=pixels, class_id=0, **keywords):
         with pytest.raises(UserError, match=match):
             pipeline.outpaint(pixels, class_id, **keywords)
 
     refused("left=3 must be a multiple of 2 pixels, 0 or more", left=3)
     refused("top=-2 must be a multiple of 2 pixels", top=-2)
-    refused("nothing says what to draw anew: give left, top, right, bottom or mask")
+    refused("nothing is to be redrawn: give left, top, right, bottom or mask")
     refused(r"4x10 pixels with the margins are less than the 8x8", pixels[:, :4], right=2)
     refused(r"overlap=1\.0 must be a share from 0 to below 1", left=2, overlap=1.0)
     refused(r"7x8 is not divisible", pixels[:, :7], left=2)

@@ -1,21 +1,21 @@
-"""`tokenbridge preflight` where libtpu takes its process with it, or the command is ended."""
+"""`tokenbridge preflight` when libtpu crashes, or when somebody stops the command."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from jobs import wait_until
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.preflight import text
 
 ROOT = Path(__file__).parent.parent
 
-# In libtpu's place; JAX asks every process for the path, and the one that compiles does {}.
+# It replaces libtpu. JAX asks it for a path in every process; in the one that compiles, it runs {}.
 LIBTPU = """
 import multiprocessing, os, time
 def get_library_path():
@@ -26,7 +26,7 @@ def get_library_path():
 COMPILE = ["--config=configs/imagenet256.py:quick", "--topology=v6e-64", "--config.mesh.fsdp=8"]
 
 
-def test_a_crash_of_the_compiler_is_a_line_a_status_and_a_row(tmp_path, monkeypatch, capfd):
+def test_a_crash_of_the_compiler_has_a_message_a_status_and_a_row(tmp_path, monkeypatch, capfd):
     (tmp_path / "libtpu.py").write_text(LIBTPU.format("os.kill(os.getpid(), 11)"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
@@ -53,16 +53,9 @@ def test_the_compiler_ends_with_the_command(tmp_path, monkeypatch, number, statu
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as parent:
         try:
-            wait_for(lambda: told.exists() and told.read_text())
+            wait_until(lambda: told.exists() and told.read_text())
             parent.send_signal(number)
             assert parent.wait(20) == status
         finally:
             parent.kill()
-    wait_for(lambda: not Path(f"/proc/{told.read_text()}").exists())
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not Path(f"/proc/{told.read_text()}").exists())

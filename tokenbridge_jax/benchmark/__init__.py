@@ -1,6 +1,6 @@
-"""Speed: the cases to time, in the four files `*_speed.py`, and how to time them.
+"""Measures speed. The four files `*_speed.py` define the cases.
 
-`measure.py` measures a case and writes its numbers as a line, with `timing.py` (seconds),
-`programs.py` (what the compiler counts), `flops.py` (what the mathematics needs), `ceilings.py`
-(the device's best) and `profiles.py` (where time is spent).
+`measure.py` measures a case and prints its numbers as a line of JSON. It uses `timing.py` (the
+seconds), `programs.py` (the compiler's counts), `ceilings.py` (the best rates of the device) and
+`profiles.py` (where the time goes).
 """

@@ -1,4 +1,4 @@
-"""The best of one device: a large matrix product and a large copy, on random numbers."""
+"""The best rates of one device: a large matrix product and a large copy of random numbers."""
 
 import dataclasses
 from typing import Any
@@ -11,14 +11,14 @@ from tokenbridge_jax.benchmark.timing import Timing, time_calls
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """Rates of one device.
+    """The best rates of one device.
 
     Attributes:
       matmul_size: rows and columns of both factors.
-      matmul_dtype: of the factors: bfloat16, or float32 on a CPU.
-      matmul: of one product.
-      copy_bytes: read plus written.
-      copy: of one copy.
+      matmul_dtype: dtype of the factors: bfloat16, or float32 on a CPU.
+      matmul: time of one product.
+      copy_bytes: bytes read plus bytes written.
+      copy: time of one copy.
     """
 
     matmul_size: int
@@ -29,12 +29,12 @@ class Ceilings:
 
     @property
     def flops_per_second(self) -> float:
-        """Of the product."""
+        """Rate of the product."""
         return 2 * self.matmul_size**3 / self.matmul.median
 
     @property
     def bytes_per_second(self) -> float:
-        """Of the copy, read plus written."""
+        """Rate of the copy: bytes read plus bytes written."""
         return self.copy_bytes / self.copy.median
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Ceilings:
 
 
 def measure_ceilings(repeats: int) -> Ceilings:
-    """Measures this process's first device: 8192^3 and 8 GiB, on a CPU 1024^3 and 128 MiB."""
+    """Measures the first device of this process: 8192^3 and 8 GiB; a CPU 1024^3 and 128 MiB."""
     device = jax.local_devices()[0]
     on_cpu = device.platform == "cpu"
     size, dtype = (1024, "float32") if on_cpu else (8192, "bfloat16")
@@ -79,7 +79,7 @@ def _matmul(size: int, dtype: str, repeats: int) -> Timing:
 
 
 def _copy(values: int, repeats: int) -> Timing:
-    """Reads and writes every value once, in place, which takes half the memory of a copy."""
+    """Reads and writes every value once, in place: a real copy would need twice the memory."""
     part = jax.random.normal(jax.random.key(0), (2**20,))
     kept = [jax.jit(lambda x: jnp.tile(x, values // len(x)))(part)]
     add = jax.jit(lambda x: x + 1, donate_argnums=0)

@@ -18,15 +18,15 @@ from tokenbridge_jax.runtime import meshes
 
 
 def autoencoder_cases(config: ConfigDict, batches: Sequence[int], precision: str) -> list[Case]:
-    """`Codec` on uint8 images and on latents that are on the devices.
+    """Cases of `Codec`, for uint8 images and for latents, which are already on the devices.
 
     Args:
       config: the experiment: autoencoder, image size, quantizer.
-      batches: numbers of images at once, over this process's devices.
+      batches: batch sizes, each over all devices of this process.
       precision: one of `precision.PRECISIONS`.
 
     Raises:
-      UserError: a batch does not fit the devices, or the autoencoder makes no sense.
+      UserError: a batch does not divide over the devices, or the config makes no sense.
     """
     mesh = meshes.make_mesh(devices=jax.local_devices())
     check_batches(batches, mesh)
@@ -74,7 +74,7 @@ def autoencoder_cases(config: ConfigDict, batches: Sequence[int], precision: str
 
 
 def quantize_cases(config: ConfigDict, values: int) -> list[Case]:
-    """Latents -> indices and back, on one device.
+    """Cases of latents -> indices, and of indices -> latents, on one device.
 
     Args:
       config: the experiment.

@@ -1,6 +1,6 @@
-"""What the cases share: a config's parts, and random inputs for them.
+"""The parts of a config that the cases share, and random inputs for them.
 
-No timed input is zero: devices multiply zeros faster than other numbers.
+No input is zero, because devices multiply zeros faster than other numbers.
 """
 
 import functools
@@ -27,10 +27,10 @@ VIEWS = 2
 
 
 def make_info(config: ConfigDict) -> DatasetInfo:
-    """A description of shards as `tokenize` would make them, with VIEWS views of every image."""
+    """Describes shards as `tokenize` would write them, with VIEWS views of every image."""
     autoencoder = autoencoder_config(config)
     rule = config.quantizer.channel_order
-    # "frequency" is measured on data; any order gives the same speed.
+    # "frequency" would need data; every order has the same speed.
     known = "identity" if rule == "frequency" else rule
     return DatasetInfo(
         quantizer=make_quantizer(config),
@@ -50,7 +50,7 @@ def make_info(config: ConfigDict) -> DatasetInfo:
 
 
 def make_model(config: ConfigDict) -> TokenBridgeConfig:
-    """The model of `config.model`, for such shards.
+    """Makes the model of `config.model` for the shards of `make_info`.
 
     Raises:
       UserError: a value makes no sense.
@@ -60,19 +60,16 @@ def make_model(config: ConfigDict) -> TokenBridgeConfig:
 
 
 def describe_model(config: ConfigDict) -> dict[str, Any]:
-    """The model, for the settings of a case: its published size, if it has one, and all keys."""
-    sizes = [
-        name
-        for name, fields in SIZES.items()
-        if all(config.model[field] == value for field, value in fields.items())
-    ]
-    return {"size": next(iter(sizes), None), "model": config.model.to_dict()}
+    """Describes the model in the settings of a case: its published size, if any, and all keys."""
+    model = config.model.to_dict()
+    sizes = (name for name, fields in SIZES.items() if fields.items() <= model.items())
+    return {"size": next(sizes, None), "model": model}
 
 
 def random_like(abstract: Any, key: jax.Array) -> Any:
-    """Parameters of these shapes and dtypes: scales of norms about 1, all others about 0.
+    """Random parameters of these shapes and dtypes: scales of norms about 1, all others about 0.
 
-    All are slices of one draw: one draw for each would compile longer than what is measured.
+    All are slices of one draw: separate draws would take longer to compile than the case itself.
     """
     leaves, tree = jax.tree.flatten_with_path(abstract)
     ends = np.cumsum([leaf.size for _, leaf in leaves])
@@ -87,7 +84,7 @@ def random_like(abstract: Any, key: jax.Array) -> Any:
 
 
 def random_init(init: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
-    """Like `init`, but no parameter is zero, as those of AdaLN and biases initially are."""
+    """Returns a function like `init` that sets no parameter to zero, not even AdaLN or biases."""
 
     def make(key: jax.Array) -> Any:
         boxed = jax.eval_shape(init, key)
@@ -97,7 +94,7 @@ def random_init(init: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
 
 
 def random_params(model: TokenBridgeConfig, mesh: Mesh) -> Any:
-    """Parameters of a model on a mesh, with the shardings and dtypes that `Pipeline` loads."""
+    """Random parameters of a model on a mesh, with the shardings and dtypes of `Pipeline`."""
     abstract = abstract_sharded_params(model, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = jax.jit(functools.partial(random_like, abstract), out_shardings=shardings)
@@ -105,7 +102,7 @@ def random_params(model: TokenBridgeConfig, mesh: Mesh) -> Any:
 
 
 def random_batch(model: TokenBridgeConfig, batch: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Random indices and labels of a global batch, as a loader gives them, on the devices."""
+    """Random indices and labels of a global batch on the devices, in the form of a loader's."""
     rng, rows = np.random.default_rng(0), meshes.local_rows(mesh, batch)
     indices = rng.integers(model.levels, size=(batch, model.positions, model.channels))
     labels = rng.integers(model.classes, size=batch)

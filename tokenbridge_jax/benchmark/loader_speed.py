@@ -18,23 +18,23 @@ from tokenbridge_jax.data.shard_writer import ShardWriter
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.runtime.errors import UserError
 
-# The loader reads several batches at once, so they come in bursts: one call takes several.
+# The loader reads several batches at once, so a call takes several too.
 BATCHES_PER_CALL = 8
 
 
 def cases(
     config: ConfigDict, batches: Sequence[int], records: int, folder: Path | None = None
 ) -> list[Case]:
-    """Batches of a split `train`.
+    """Cases that load batches of the split `train`.
 
     Args:
-      config: the experiment, which sizes the records.
-      batches: numbers of images in a batch of this process.
-      records: images in temporary shards of random indices, written before anything is timed.
+      config: the experiment, which determines the size of a record.
+      batches: batch sizes of this process.
+      records: images in temporary shards of random indices, which are written before the timing.
       folder: shards to read instead.
 
     Raises:
-      UserError: the folder holds no shards, or there are fewer records than a batch.
+      UserError: the folder has no shards, or there are fewer records than in a batch.
     """
     info = inputs.make_info(config) if folder is None else shards.read_info(folder)
     held = records if folder is None else info.splits["train"]["images"]

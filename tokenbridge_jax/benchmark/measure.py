@@ -1,21 +1,22 @@
 """Measures cases, and reports each as a line of JSON.
 
-what, settings         which case; if `calls_per_timing` is above 1, short calls were timed in runs
+what, settings         the case; if `calls_per_timing` is above 1, that many short calls were timed
+                       together
 seconds                of one call: median, min and max of the repeats; in training, the time
-                       between the ends of two steps, while the next one is already started
+                       between the ends of two steps, while the next step has already started
 compile_seconds        the first call's time minus the median
-cpu_seconds            of one call, over all threads of this process
+cpu_seconds            CPU time of one call, over all threads of this process
 *_per_second           images, positions, values or bytes, from the median
 flops_by_hand          matmul FLOPs that the mathematics needs for one call, without padding and
                        recomputation
-flops_by_compiler      what XLA counts in the programs of a call, over all devices; the body of a
-                       loop counts once, however often it runs
+flops_by_compiler      XLA's count for the programs of a call, over all devices; the body of a loop
+                       counts once, however often it runs
 share_of_peak          flops_by_hand a second, relative to the large matrix product of this run
 share_of_copy          bytes a second, relative to the large copy of this run
-peak_memory_bytes      the most that a device has held; null if an earlier case held more, or if the
-                       device does not say
-program_memory_bytes   what the compiler plans for the largest program, on one device
-error                  instead of the numbers: why there are none, such as too little memory
+peak_memory_bytes      the most memory that a device has used; null if an earlier case used more, or
+                       if the device does not report it
+program_memory_bytes   the compiler's plan for the largest program, on one device
+error                  instead of the numbers: the reason, for example too little memory
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from tokenbridge_jax.benchmark.timing import time_calls
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.progress import say
 
-# A profile is of this many calls; of one, where that is long.
+# Number of calls in a profile. If a call takes longer than LONG_SECONDS, it is one.
 PROFILED_CALLS = 3
 LONG_SECONDS = 1.0
 
@@ -44,16 +45,16 @@ Line = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Something to time.
+    """A call to time.
 
     Attributes:
       name: for people and file names; its first word is the benchmark.
-      settings: all choices, as JSON.
-      prepare: makes the inputs and returns the call, whose result is waited for. The stack closes
-        what must be closed afterwards.
-      work: what one call does: `{"images": 64}` is reported as `images_per_second`.
-      flops: matmul FLOPs of one call, by hand.
-      devices: how many run it.
+      settings: all choices, as JSON values.
+      prepare: makes the inputs and returns the call; the timer waits for the call's result. The
+        stack closes what must be closed afterwards.
+      work: amount of work in one call: `{"images": 64}` is reported as `images_per_second`.
+      flops: matmul FLOPs of one call, counted by hand.
+      devices: number of devices that run it.
       overlapped: whether the next call starts before this one has ended.
     """
 
@@ -67,7 +68,7 @@ class Case:
 
 
 class Reporter:
-    """Prints a line for every case; the others go on if one fails."""
+    """Prints a line for every case; if a case fails, the next one still runs."""
 
     def __init__(
         self,
@@ -78,10 +79,10 @@ class Reporter:
         out: Path | None = None,
     ):
         """Args:
-          ceilings: what cases are compared with; the first line.
-          repeats: timings of every case.
-          profile_folder: gets a table `NAME.txt` for each case.
-          out: a file that the lines are also appended to.
+          ceilings: the rates to compare with; they are the first line.
+          repeats: number of timings of every case.
+          profile_folder: folder for a table `NAME.txt` of each case.
+          out: file to which the lines are appended as well.
 
         Raises:
           UserError: the file cannot be written.
@@ -91,7 +92,7 @@ class Reporter:
         self.emit(ceilings.to_json())
 
     def emit(self, line: Line) -> None:
-        """Prints a line; with several processes the first one does."""
+        """Prints a line; of several processes, only the first one does."""
         if jax.process_index() > 0:
             return
         text = json.dumps(_rounded(line))
@@ -105,7 +106,7 @@ class Reporter:
 
     def measure(self, case: Case) -> Line:
         """Measures a case, prints its line and returns it."""
-        gc.collect()  # The case may need all the memory; a failed one leaves cycles behind.
+        gc.collect()  # The case may need all memory, and a failed case leaves reference cycles.
         say(f"benchmark: {case.name}")
         line: Line = {"what": case.name.split("_")[0], "settings": dict(case.settings)}
         try:
@@ -147,14 +148,14 @@ class Reporter:
     def _profile(self, path: Path, call: Call, calls: int, new: Sequence[Any]) -> None:
         try:
             table = profiles.record(call, calls, programs.source_names(new))
-        except jax.errors.JaxRuntimeError as error:  # The numbers are good without it.
+        except jax.errors.JaxRuntimeError as error:  # The numbers are valid without it.
             return say(f"benchmark: no {path}: {error}")
         if jax.process_index() == 0:
             storage.write_bytes(path, table.encode())
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits are more than any of this is good for."""
+    """Rounds numbers to six digits, which is more than their accuracy."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):

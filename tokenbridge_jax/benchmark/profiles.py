@@ -1,7 +1,6 @@
-"""Where the time of a call is spent: the profiler's device events as a table, longest first."""
+"""Shows where the time of a call goes: the profiler's device events as tables, longest first."""
 
 import collections
-import dataclasses
 import itertools
 import re
 import tempfile
@@ -13,30 +12,21 @@ import jax
 
 # Longer names (a kernel's C++ signature) are shortened in the middle.
 _NAME_WIDTH = 60
-# Parts of an instruction's name that say how it runs: control flow, transformations such as
-# `jit(step)`, methods of modules such as `TokenBridge.loss`.
+# Parts of an instruction's name that do not name a module: control flow, transformations such as
+# `jit(step)`, methods such as `TokenBridge.loss`.
 _HOW = re.compile(
     r"while|body|cond|closed_call|checkpoint|rematted_computation|eval_jaxpr|.*\(.*|[A-Z].*"
 )
 
 
-@dataclasses.dataclass
-class Row:
-    """Events of one kind: how many, and their nanoseconds."""
-
-    count: int = 0
-    nanoseconds: float = 0.0
-
-    def add(self, nanoseconds: float) -> None:
-        """Counts one more."""
-        self.count += 1
-        self.nanoseconds += nanoseconds
+# Name -> nanoseconds of each event.
+Rows = dict[str, list[float]]
 
 
 def record(call: Callable[[], Any], calls: int, names: Mapping[str, str]) -> str:
-    """Profiles `calls` calls back to back, already compiled; returns `tabulate`'s text."""
+    """Profiles `calls` calls in a row, which are already compiled; returns `tabulate`'s text."""
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # Python's own calls are many, and not needed.
+    options.python_tracer_level = 0  # Calls of Python functions are many, and not needed.
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(calls):
@@ -48,32 +38,35 @@ def record(call: Callable[[], Any], calls: int, names: Mapping[str, str]) -> str
 
 
 def tabulate(data: jax.profiler.ProfileData, calls: int, names: Mapping[str, str]) -> str:
-    """Two tables: the time of every place in the code, and of every operation.
+    """Makes two tables: the time of every place in the code, and of every operation.
 
     Args:
-      data: what the profiler saw.
-      calls: the number of calls; the tables are about one.
-      names: instruction -> where in the code it comes from (`programs.source_names`).
+      data: the profiler's events.
+      calls: the number of calls; the tables are averages over them.
+      names: instruction -> the place in the code that it comes from (`programs.source_names`).
 
     Returns:
-      Text. The time of an operation that contains others (a loop) is its own only. If streams (on a
-      CPU: threads) run at once, operations add up to more than the time in which any ran.
+      Text. The time of a loop does not include the operations in it. If streams (on a CPU: threads)
+      run at once, the sum over operations is more than the time in which any of them ran.
     """
-    places: dict[str, Row] = collections.defaultdict(Row)
-    operations: dict[str, Row] = collections.defaultdict(Row)
+    places: Rows = collections.defaultdict(list)
+    operations: Rows = collections.defaultdict(list)
     busy = 0.0
     for lines in _devices(data):
         busy += _covered([event for line in lines for event, _ in line])
         for event, nanoseconds in itertools.chain.from_iterable(lines):
-            name = event.name.split(" = ")[0].lstrip("%")  # A TPU's are whole lines of HLO.
+            name = event.name.split(" = ")[0].lstrip("%")  # On a TPU it is a whole line of HLO.
             instruction = _instruction(event)
-            # What runs inside a CUDA graph is known by its kernel's name only.
+            # Operations inside a CUDA graph have the name of the kernel only.
             source = names.get(instruction) or names.get(name) or ""
-            places[_place(source) or name].add(nanoseconds)
-            operations[f"{_shortened(name):{_NAME_WIDTH}}  {source}"].add(nanoseconds)
+            places[_place(source) or name].append(nanoseconds)
+            if len(name) > _NAME_WIDTH:
+                half = (_NAME_WIDTH - 3) // 2
+                name = f"{name[:half]}...{name[-half:]}"
+            operations[f"{name:{_NAME_WIDTH}}  {source}"].append(nanoseconds)
     if not operations:
         return "the profiler saw no operation of a device\n"
-    total = sum(row.nanoseconds for row in places.values())
+    total = sum(map(sum, places.values()))
     head = (
         f"{total / calls / 1e6:.3f} ms a call in operations, {busy / calls / 1e6:.3f} ms in which "
         f"any of them ran; over all devices; {calls} calls\n"
@@ -82,20 +75,20 @@ def tabulate(data: jax.profiler.ProfileData, calls: int, names: Mapping[str, str
     return "\n".join([head, *tables])
 
 
-def _table(title: str, rows: Mapping[str, Row], calls: int) -> str:
-    """Longest first: milliseconds, share and events of a call, microseconds of an event."""
-    total = sum(row.nanoseconds for row in rows.values())
+def _table(title: str, rows: Rows, calls: int) -> str:
+    """A line for each name: milliseconds, share and events of a call, microseconds of an event."""
+    total = sum(map(sum, rows.values()))
     lines = [f"{'ms':>10} {'share':>7} {'events':>8} {'us each':>9}  {title}"]
-    for name, row in sorted(rows.items(), key=lambda item: -item[1].nanoseconds):
+    for name, times in sorted(rows.items(), key=lambda item: -sum(item[1])):
         lines.append(
-            f"{row.nanoseconds / calls / 1e6:10.3f} {row.nanoseconds / total:7.2%} "
-            f"{row.count / calls:8.4g} {row.nanoseconds / row.count / 1e3:9.1f}  {name}"
+            f"{sum(times) / calls / 1e6:10.3f} {sum(times) / total:7.2%} "
+            f"{len(times) / calls:8.4g} {sum(times) / len(times) / 1e3:9.1f}  {name}"
         )
     return "\n".join(lines) + "\n"
 
 
 def _place(source: str) -> str:
-    """The module of an instruction, and whether it runs backward or again."""
+    """The module of an instruction; marks the backward pass and recomputation."""
     again = "again: " if "rematted_computation" in source else ""
     which = again or ("backward: " if "transpose(" in source else "")
     modules = [part for part in source.split("/")[:-1] if not _HOW.fullmatch(part)]
@@ -103,10 +96,10 @@ def _place(source: str) -> str:
 
 
 def _devices(data: Any) -> Iterator[list[list[tuple[Any, float]]]]:
-    """The events of each stream of each device, or of each thread of a CPU, with nanoseconds."""
+    """Events with nanoseconds, for each stream of each device, or for each thread of a CPU."""
     planes = [plane for plane in data.planes if plane.name.startswith("/device:")]
     for plane in planes:
-        # Kernels of a GPU do not contain each other, even where their times overlap.
+        # Kernels of a GPU do not contain each other, even if their times overlap.
         streams = [line for line in plane.lines if line.name.startswith("Stream")]
         kernels = [[(event, event.duration_ns) for event in line.events] for line in streams]
         operations = [line for line in plane.lines if line.name == "XLA Ops"]  # of a TPU
@@ -126,12 +119,12 @@ def _covered(events: list[Any]) -> float:
 
 
 def _instruction(event: Any) -> str:
-    """The instruction that an event belongs to, or nothing."""
+    """The instruction that an event belongs to, or an empty text."""
     return str(dict(event.stats).get("hlo_op", ""))
 
 
 def _own_time(events: list[Any]) -> list[tuple[Any, float]]:
-    """Events of one line with their nanoseconds, without those of the events inside them."""
+    """Events with their nanoseconds, without the nanoseconds of events inside them."""
     events = sorted(events, key=lambda event: (event.start_ns, -event.duration_ns))
     own = [event.duration_ns for event in events]
     around: list[int] = []
@@ -146,10 +139,3 @@ def _own_time(events: list[Any]) -> list[tuple[Any, float]]:
 
 def _end(event: Any) -> float:
     return event.start_ns + event.duration_ns
-
-
-def _shortened(name: str) -> str:
-    if len(name) <= _NAME_WIDTH:
-        return name
-    half = (_NAME_WIDTH - 3) // 2
-    return f"{name[:half]}...{name[-half:]}"

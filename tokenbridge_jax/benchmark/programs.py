@@ -1,4 +1,4 @@
-"""What the compiler says about the programs that a call runs."""
+"""The compiler's counts for the programs of a call, and the names of their instructions."""
 
 import contextlib
 import re
@@ -23,46 +23,47 @@ def loaded_programs() -> list[Program]:
 
 
 def new_programs(before: Sequence[Program]) -> list[Program]:
-    """The programs that this process holds now and did not hold `before`."""
+    """The compiled programs that this process holds now, without those `before`."""
     known = {id(program) for program in before}
     return [program for program in loaded_programs() if id(program) not in known]
 
 
 def count_flops(programs: Sequence[Program], devices: int) -> int | float | None:
-    """XLA's count over all devices, loop bodies once; None if XLA does not count."""
-    costs = list(_costs(programs))
-    return devices * sum(cost.get("flops", 0.0) for cost in costs) if costs else None
+    """XLA's count over all devices, with loop bodies once; None if XLA does not count."""
+    counts = []
+    for program in programs:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Not every platform counts.
+            counts.append(program.cost_analysis().get("flops", 0.0))
+    return devices * sum(counts) if counts else None
 
 
 def planned_memory(programs: Sequence[Program]) -> dict[str, int] | None:
-    """Bytes on one device of the program that needs the most.
+    """Bytes on one device that the largest program needs.
 
-    `donated` are bytes of arguments whose memory outputs reuse: both include them.
+    `donated` are bytes that are counted twice: outputs reuse the memory of these arguments.
     """
-    plans = []
-    for program in programs:
-        stats = program.get_compiled_memory_stats()
-        plans.append(
-            {
-                "arguments": stats.argument_size_in_bytes,
-                "outputs": stats.output_size_in_bytes,
-                "donated": stats.alias_size_in_bytes,
-                "temporaries": stats.temp_size_in_bytes,
-            }
-        )
-    return max(plans, key=_total, default=None)
+    plans = [
+        {
+            "arguments": stats.argument_size_in_bytes,
+            "outputs": stats.output_size_in_bytes,
+            "donated": stats.alias_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes,
+        }
+        for stats in (program.get_compiled_memory_stats() for program in programs)
+    ]
+    return max(plans, key=lambda plan: sum(plan.values()) - 2 * plan["donated"], default=None)
 
 
 def peak_memory() -> int | None:
-    """The most bytes that one of this process's devices has held; None if they do not say."""
+    """The most bytes that a device of this process has used; None if devices do not report it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max(entry.get("peak_bytes_in_use", 0) for entry in stats) or None
 
 
 def source_names(programs: Sequence[Program]) -> dict[str, str]:
-    """Instruction of a program -> where in the code it comes from, `jit(step)/head/mlp/dot`.
+    """Maps each instruction to the place in the code it comes from, `jit(step)/head/mlp/dot`.
 
-    Also by the name of its GPU kernel, `loop_add_fusion_3` for `loop_add_fusion.3`.
+    It is also listed by the name of its GPU kernel, `loop_add_fusion_3` for `loop_add_fusion.3`.
     """
     names: dict[str, str] = {}
     for program in programs:
@@ -73,8 +74,8 @@ def source_names(programs: Sequence[Program]) -> dict[str, str]:
 
 
 def _sources(text: str) -> Iterator[tuple[str, str]]:
-    """Instructions with their sources; a fusion without one has that of its last instruction."""
-    last: dict[str, str] = {}  # Of every computation; callers come after what they call.
+    """Instructions with their sources; a fusion without one gets that of its last instruction."""
+    last: dict[str, str] = {}  # By computation. Callers follow the computations that they call.
     computation = ""
     for line in text.splitlines():
         if instruction := _INSTRUCTION.match(line):
@@ -86,13 +87,3 @@ def _sources(text: str) -> Iterator[tuple[str, str]]:
                 yield instruction[1], source
         elif begins := _COMPUTATION.match(line):
             computation = begins[1]
-
-
-def _costs(programs: Sequence[Program]) -> Iterator[dict[str, float]]:
-    for program in programs:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Not every platform counts.
-            yield program.cost_analysis()
-
-
-def _total(plan: dict[str, int]) -> int:
-    return plan["arguments"] + plan["outputs"] - plan["donated"] + plan["temporaries"]

@@ -1,4 +1,4 @@
-"""Sampling whole images, and the channel head alone."""
+"""Cases that sample whole images, and cases of the channel head alone."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,7 @@ from tokenbridge_jax.config import check_batches, sampling_settings
 from tokenbridge_jax.flops import head_flops, sampling_flops
 from tokenbridge_jax.model import TokenBridge
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.sampling.sampler import (
-    Request,
-    SamplingSettings,
-    generate,
-    prepare_params,
-)
+from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate, prepare_params
 
 
 def sample_cases(
@@ -33,17 +28,17 @@ def sample_cases(
     steps: Sequence[int],
     guidance: float | None = None,
 ) -> list[Case]:
-    """`generate` for every batch size and number of reveal steps; indices only, no decoding.
+    """Cases of `generate`, for every batch size and number of reveal steps, without decoding.
 
     Args:
       config: the experiment; its section `sampling` has the other settings.
       mesh: the devices.
-      batches: numbers of images at once, over all devices.
+      batches: batch sizes, each over all devices.
       steps: numbers of reveal steps.
-      guidance: scale; the config's by default.
+      guidance: scale; by default that of the config.
 
     Raises:
-      UserError: a batch does not fit the mesh, or a setting makes no sense.
+      UserError: a batch does not divide over the mesh, or a setting makes no sense.
     """
     check_batches(batches, mesh)
     model = inputs.make_model(config)
@@ -78,7 +73,7 @@ def sample_cases(
 
 
 def head_cases(config: ConfigDict, positions: Sequence[int]) -> list[Case]:
-    """The head drawing all channels of some positions, on one device."""
+    """Cases in which the head draws all channels of some positions, on one device."""
     model = inputs.make_model(config)
     mesh = meshes.make_mesh(devices=jax.local_devices()[:1])
     module = TokenBridge(dataclasses.replace(model, scan_layers=False))

@@ -1,4 +1,4 @@
-"""Seconds of a call."""
+"""Times calls."""
 
 import dataclasses
 import itertools
@@ -10,25 +10,25 @@ from typing import Any
 
 import jax
 
-# Shorter calls are timed in runs of about RUN_SECONDS, so that neither the clock nor the host's
-# dispatch is measured instead of the device.
+# Shorter calls are timed in runs of about RUN_SECONDS. Otherwise the clock and the host's dispatch
+# would be measured instead of the device.
 SHORT_SECONDS = 20e-3
 RUN_SECONDS = 50e-3
 
-# When timings add up to this, FEWEST of them are enough: 256 sampling steps take a minute.
+# FEWEST timings are enough when they add up to this: 256 sampling steps take a minute.
 ENOUGH_SECONDS = 30.0
 FEWEST = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What `time_calls` saw.
+    """The result of `time_calls`.
 
     Attributes:
-      first: seconds of the first call, compilation included.
-      repeats: seconds of one call, of every timing after it.
-      calls_per_timing: back to back; the seconds are those of a run divided by it.
-      cpu: seconds of one call over all threads of this process.
+      first: seconds of the first call, including compilation.
+      repeats: seconds of one call, for every later timing.
+      calls_per_timing: number of calls in each timing; its seconds are divided by this number.
+      cpu: CPU seconds of one call, over all threads of this process.
     """
 
     first: float
@@ -38,22 +38,22 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Of the repeats."""
+        """Median of the repeats."""
         return statistics.median(self.repeats)
 
     def to_json(self) -> dict[str, int | float]:
-        """Median, min and max of the repeats, and how many there were."""
+        """Median, min and max of the repeats, and their number."""
         low, high = min(self.repeats), max(self.repeats)
         return {"median": self.median, "min": low, "max": high, "repeats": len(self.repeats)}
 
 
 def time_calls(call: Callable[[], Any], repeats: int, overlapped: bool = False) -> Timing:
-    """Times `call` `repeats` times after a first call, waiting for the arrays it returns.
+    """Times `call` `repeats` times after a first call; it waits for the arrays that are returned.
 
     Calls of many seconds are timed less often: FEWEST times, or until ENOUGH_SECONDS have passed.
 
-    `overlapped` starts every call before the previous one has ended, as a training loop does: the
-    time between two results is then the device's, without the host's. All of these are timed.
+    `overlapped` starts every call before the previous one has ended, as a training loop does. The
+    time between two results is then that of the device alone. The number of timings is not reduced.
     """
     first = _run(call, 1)
     if overlapped:

@@ -1,11 +1,12 @@
-"""The training step: loss and gradients with dropout, clip, AdamW, EMA, on random indices.
+"""Cases of the training step: loss and gradients with dropout, clipping, AdamW and EMA.
 
 The number of hidden positions decides which program a step runs (see `training/masking.py`). Each
-program is a case. The default is the one for the expected number; with all programs,
-`expectations` gives the average step of training.
+program is a case. The default case is the program for the expected number. With the cases of all
+programs, `expectations` computes the average step of training.
 """
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,7 @@ class Trainer:
         self.model = inputs.make_model(config)
         self.masks = mask_sampler(config, self.model.positions)
         task = model_task(config, self.model)
-        # The length of an epoch changes the learning rate and nothing else.
+        # The length of an epoch affects only the learning rate.
         self._optimizer, schedule = make_optimizer(optimizer_config(config, "training", 1000))
         self._init = inputs.random_init(task.init)
         self.abstract = abstract_state(self._init, self._optimizer, mesh)
@@ -61,13 +62,13 @@ class Trainer:
         self._state: Any = None
 
     def prepare(self, stack: contextlib.ExitStack) -> None:
-        """Makes the state, unless an earlier case left one."""
+        """Makes the state, unless an earlier case has made it."""
         stack.push(self._on_exit)
         if self._state is None:
             self._state = create_state(self._init, self._optimizer, self.abstract, seed=0)
 
     def trace(self, batch: int, draw: MaskDraw) -> jax.stages.Traced:
-        """The step for this many images over all devices, which need not exist."""
+        """Traces the step for a batch over all devices of the mesh, which need not exist."""
         model, sharding = self.model, meshes.batch_sharding(self._mesh)
         shape = (batch, model.positions, model.channels)
         images = {
@@ -78,12 +79,12 @@ class Trainer:
             return self._step.trace(self.abstract, images, draw)
 
     def _on_exit(self, error: Any, *_: Any) -> None:
-        """Drops the state, which a step that fails has destroyed."""
+        """Drops the state after an error, because a step that fails destroys it."""
         if error is not None:
             self._state = None
 
     def step(self, batch: Any, draw: MaskDraw) -> Any:
-        """One update; returns its metrics, which are ready when the update is."""
+        """Starts one update; returns its metrics, which are ready when the update has ended."""
         self._state, metrics = self._step(self._state, batch, draw)
         return metrics
 
@@ -96,17 +97,17 @@ def cases(
     hidden: int | None = None,
     all_buckets: bool = False,
 ) -> list[Case]:
-    """A case for every batch size and program.
+    """Makes a case for every batch size and program.
 
     Args:
       config: the experiment.
       mesh: the devices.
-      batches: numbers of images of a step, over all devices.
-      hidden: positions hidden; by default the expected number, rounded.
-      all_buckets: every program instead.
+      batches: batch sizes, each over all devices.
+      hidden: number of hidden positions; by default the expected number, rounded.
+      all_buckets: make a case for every program instead.
 
     Raises:
-      UserError: a batch does not fit the mesh, or training never hides this many positions.
+      UserError: a batch does not divide over the mesh, or training never hides this many positions.
     """
     check_batches(batches, mesh, config.training.accumulation)
     trainer = Trainer(config, mesh)
@@ -126,7 +127,7 @@ def cases(
 
 
 def _buckets(masks: MaskSampler) -> list[dict[int, float]]:
-    """The numbers of hidden positions that share a program, with their probabilities."""
+    """Groups numbers of hidden positions that share a program, with their probabilities."""
     buckets: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
     for number, chance in masks.probabilities().items():
         draw = masks.slots(number)
@@ -137,7 +138,7 @@ def _buckets(masks: MaskSampler) -> list[dict[int, float]]:
 def _case(
     config: ConfigDict, mesh: Mesh, trainer: Trainer, batch: int, bucket: dict[int, float]
 ) -> Case:
-    """The step at the mean number of a bucket; its FLOPs are expected over the bucket."""
+    """The step for the mean number of a bucket; its FLOPs are the mean over the bucket."""
     total = sum(bucket.values())
     hidden = round(sum(number * chance for number, chance in bucket.items()) / total)
     draw = trainer.masks.slots(hidden)
@@ -176,10 +177,8 @@ def _case(
 
 def expectations(lines: Sequence[Line]) -> list[Line]:
     """One line for each batch size: the mean of its programs, weighted by their probabilities."""
-    by_batch: dict[int, list[Line]] = defaultdict(list)
-    for line in lines:
-        by_batch[line["settings"]["batch"]].append(line)
-    return [_expectation(group) for group in by_batch.values()]
+    groups = itertools.groupby(lines, key=lambda line: line["settings"]["batch"])
+    return [_expectation(list(group)) for _, group in groups]
 
 
 def _expectation(lines: list[Line]) -> Line:
@@ -195,7 +194,7 @@ def _expectation(lines: list[Line]) -> Line:
         name: float(chances @ [other["seconds"][name] for other in lines])
         for name in ("median", "min", "max")
     }
-    # The same for all: what share_of_peak is a share of.
+    # The FLOP/s that share_of_peak refers to; they are the same for all programs.
     peak = flops[0] / lines[0]["seconds"]["median"] / lines[0]["share_of_peak"]
     return line | {
         "seconds": seconds | {"repeats": lines[0]["seconds"]["repeats"]},

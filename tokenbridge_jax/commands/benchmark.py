@@ -1,4 +1,4 @@
-"""Measures speed: a config -> JSON lines on stdout: the device's own rates, then every case.
+"""Measures speed. Prints JSON lines to stdout: first the best rates of the device, then each case.
 
   tokenbridge benchmark train --config configs/imagenet256.py:size=L --batch 64,256
   tokenbridge benchmark sample --config configs/imagenet256.py:size=L --batch 256 --steps 64,256
@@ -12,8 +12,8 @@
   loader       batches from shards
 
 Weights and data are random. `tokenbridge_jax/benchmark/measure.py` explains the fields. Large
-programs take minutes to compile: set JAX_COMPILATION_CACHE_DIR to a folder to keep them for the
-next call. The status is 0 even if a case does not fit the memory: its line then has an `error`.
+programs take minutes to compile: the folder JAX_COMPILATION_CACHE_DIR keeps them for the next call.
+If a case does not fit into memory, its line has an `error`, and the exit status is still 0.
 """
 
 import sys
@@ -33,7 +33,7 @@ from tokenbridge_jax.runtime.errors import UserError
 
 WORDS = ("train", "sample", "head", "autoencoder", "quantize", "loader")
 
-# Sizes without flags: on an accelerator, and on a CPU.
+# Default sizes: on an accelerator, and on a CPU.
 DEFAULT_BATCH = {
     "train": ([64, 256], [8]),
     "sample": ([256, 1], [8]),
@@ -46,7 +46,7 @@ QUANTIZED_VALUES = (2**28, 2**20)
 
 
 def define_flags(flag_values: flags.FlagValues, word: str | None) -> None:
-    """Adds the flags of this command; all words share them."""
+    """Adds the flags of this command, which are the same for every word."""
     del word
 
     def define(kind, name, default, help_text, **options):
@@ -60,7 +60,7 @@ def define_flags(flag_values: flags.FlagValues, word: str | None) -> None:
     define(flags.DEFINE_list, "positions", None, "head: numbers of positions.")
     help_text = "autoencoder: precision of its products, as tokenize.precision."
     define(flags.DEFINE_enum, "precision", "float32", help_text, enum_values=PRECISIONS)
-    define_path("data", "loader: folder of shards to read, not random ones.", flag_values)
+    define_path("data", "loader: folder of shards to read, instead of random ones.", flag_values)
     define(flags.DEFINE_integer, "records", 50_000, "loader: images in the random shards.")
     define(flags.DEFINE_integer, "repeats", 10, "Timings of every case.")
     define_path("profile", "Folder for tables of device time, one for each case.", flag_values)
@@ -86,7 +86,7 @@ def main(args: flags.FlagValues, what: str) -> None:
 
 
 def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
-    """The cases of benchmark `what`, before anything is made.
+    """Returns the cases of benchmark `what`; their weights and data are not made yet.
 
     Raises:
       UserError: a flag or the config makes no sense.

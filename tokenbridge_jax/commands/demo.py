@@ -1,9 +1,10 @@
-"""A page in the browser: WORKDIR/checkpoints + WORKDIR/autoencoder -> images, edits.
+"""Serves a page that generates and edits images with WORKDIR/checkpoints and WORKDIR/autoencoder.
 
-It needs `pip install -e '.[demo]'`. Only this machine can reach it, unless --host says otherwise.
-Its settings start with the values of `config.sampling`. Ctrl-C ends it.
+It needs `pip install -e '.[demo]'`. Only this machine can reach the page, unless --host is given.
+The page starts with the settings of `config.sampling`. Ctrl-C stops the server.
 """
 
+import functools
 import importlib.util
 import socket
 import sys
@@ -20,23 +21,11 @@ from tokenbridge_jax.runtime.errors import UserError
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
-    flags.DEFINE_integer(
-        "step", None, "Step of the checkpoint; the latest by default.", flag_values=flag_values
-    )
-    flags.DEFINE_string(
-        "host",
-        "127.0.0.1",
-        "Address to listen on; 0.0.0.0 admits everybody who can reach this machine.",
-        flag_values=flag_values,
-    )
-    flags.DEFINE_integer(
-        "port",
-        7860,
-        "Port to listen on; 0 takes any free one.",
-        lower_bound=0,
-        upper_bound=65535,
-        flag_values=flag_values,
-    )
+    integer = functools.partial(flags.DEFINE_integer, flag_values=flag_values)
+    host = "Address to listen on; 0.0.0.0 admits everybody who can reach this machine."
+    integer("step", None, "Step of the checkpoint; the latest by default.")
+    flags.DEFINE_string("host", "127.0.0.1", host, flag_values=flag_values)
+    integer("port", 7860, "Port to listen on; 0 takes any free one.", 0, 65535)
 
 
 def main(args: flags.FlagValues) -> None:
@@ -63,10 +52,10 @@ def main(args: flags.FlagValues) -> None:
 
 
 def free_port(host: str, port: int) -> int:
-    """The port itself, or a free one for 0.
+    """Returns the port, or a free one for 0.
 
     Raises:
-      UserError: it is impossible to listen there.
+      UserError: this process cannot listen there.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

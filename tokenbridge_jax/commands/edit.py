@@ -1,15 +1,16 @@
-"""Edits pictures: draws parts of them anew with WORKDIR/checkpoints and WORKDIR/autoencoder.
+"""Edits pictures: redraws parts of them with WORKDIR/checkpoints and WORKDIR/autoencoder.
 
-Pictures are resized and cut to a square as `tokenize` does it. Say what to draw anew: --mask or
---box, --keep for variations of the whole picture or of that part, --outpaint for margins around it.
+Pictures are resized and cropped to a square, as in `tokenize`. --mask or --box names the part to
+redraw. --keep gives variations of the whole picture or of that part. --outpaint adds margins.
 Writes PICTURE-0.png, PICTURE-1.png, ... and `edits.png`, a sheet with one row per picture: the
-original, the mask, the edits. `config.sampling` says how to draw, as for `tokenbridge sample`.
+original, the mask, the edits. `config.sampling` has the settings, as for `tokenbridge sample`.
 """
 
-import functools
+import contextlib
 import glob
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,42 +36,37 @@ SIDES = ("left", "top", "right", "bottom")
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
-    integer = functools.partial(flags.DEFINE_integer, flag_values=flag_values)
-    list_ = functools.partial(flags.DEFINE_list, flag_values=flag_values)
-    shares = "as shares of the side of the square that is cut"
-    define_path("input", "A picture, a folder of pictures, or a glob.", flag_values)
-    define_path(
-        "mask",
-        "A picture, white where to draw anew, of the size of the pictures or of the model's.",
-        flag_values,
+
+    def define(kind: Callable[..., Any], name: str, default: Any, help_text: str) -> None:
+        kind(name, default, help_text, flag_values=flag_values)
+
+    shares = "as shares of the side of the cropped square"
+    mask = (
+        "A picture whose white pixels are redrawn; as large as the pictures or the model's images."
     )
-    list_("box", None, f"Instead of a mask: left,top,width,height {shares}.")
-    flags.DEFINE_float(
-        "keep", None, "Share of the positions to keep, chosen at random.", flag_values=flag_values
+    encode_hidden = (
+        "Let the encoder see the part to redraw, for touch-ups that resemble it. By default it "
+        "sees that part only with --keep."
     )
-    flags.DEFINE_boolean(
-        "encode_hidden",
-        None,
-        "Let the encoder see the part to draw anew, for touch-ups that resemble it. By default it "
-        "sees that part only with --keep.",
-        flag_values=flag_values,
-    )
-    list_("outpaint", None, f"Margins: left,top,right,bottom {shares}.")
-    list_(
-        "classes",
-        "none",
+    classes = (
         "Classes by number or name; the edits of a picture cycle through them. Or a mixture, "
-        "207:0.5,388:0.5; or none.",
+        "207:0.5,388:0.5; or none."
     )
-    integer("num_images", 1, "Number of edits of every picture.")
-    integer(
-        "blend",
-        None,
+    blend = (
         "Put the original pixels back where nothing was drawn, with a ramp of this many pixels. By "
-        "default the autoencoder decodes those pixels.",
+        "default the autoencoder decodes those pixels."
     )
-    integer("seed", 0, "Fixes all randomness.")
-    integer("step", None, "Step of the checkpoint; the latest by default.")
+    define_path("input", "A picture, a folder of pictures, or a glob.", flag_values)
+    define_path("mask", mask, flag_values)
+    define(flags.DEFINE_list, "box", None, f"Instead of a mask: left,top,width,height {shares}.")
+    define(flags.DEFINE_float, "keep", None, "Share of the positions to keep, chosen at random.")
+    define(flags.DEFINE_boolean, "encode_hidden", None, encode_hidden)
+    define(flags.DEFINE_list, "outpaint", None, f"Margins: left,top,right,bottom {shares}.")
+    define(flags.DEFINE_list, "classes", "none", classes)
+    define(flags.DEFINE_integer, "num_images", 1, "Number of edits of every picture.")
+    define(flags.DEFINE_integer, "blend", None, blend)
+    define(flags.DEFINE_integer, "seed", 0, "Fixes all randomness.")
+    define(flags.DEFINE_integer, "step", None, "Step of the checkpoint; the latest by default.")
     define_path("output", "Folder to write to instead of WORKDIR/edits.", flag_values)
 
 
@@ -79,14 +75,15 @@ def main(args: flags.FlagValues) -> None:
     if args.num_images < 1:
         raise UserError(f"--num_images={args.num_images} must be at least 1")
     if args.mask and args.box:
-        raise UserError("--mask and --box both say what to draw anew; give one of them")
+        raise UserError("--mask and --box both name the part to redraw; give one of them")
     if args.outpaint and args.keep is not None:
-        raise UserError("--keep is for what is inside a picture; leave it or --outpaint out")
+        raise UserError("--keep redraws inside a picture; give either --keep or --outpaint")
     if not (args.mask or args.box or args.outpaint or args.keep is not None):
-        raise UserError("say what to draw anew: --mask, --box, --keep or --outpaint")
+        raise UserError("name the part to redraw: --mask, --box, --keep or --outpaint")
     paths = picture_paths(args.input)
+    count = args.num_images
     output = storage.check_folder(args.output or epath.Path(args.workdir) / "edits")
-    check_output(output, args.input, paths, args.num_images, args.mask)
+    check_output(output, args.input, paths, count, args.mask)
     class_ids = parse_classes(args.classes)
     box, outpaint = (parse_shares(name, args[name].value) for name in ("box", "outpaint"))
     pipeline = Pipeline.load(
@@ -95,15 +92,12 @@ def main(args: flags.FlagValues) -> None:
 
     patch, side = pipeline.patch_size, pipeline.image_size
     channels = pipeline.codec.config.image_channels
-    read = [read_picture(path, side, channels) for path in paths]
-    images = np.stack([image for image, _ in read])
-    mask = None
+    crops, sizes = zip(*(read_picture(path, side, channels) for path in paths), strict=True)
+    images = np.stack(crops)
+    mask = None if box is None else box_mask(box, side)
     if args.mask:
-        mask = read_mask(args.mask, side, {size for _, size in read})
-    elif box is not None:
-        mask = box_mask(box, side)
+        mask = read_mask(args.mask, side, set(sizes))
 
-    count = args.num_images
     settings: dict[str, Any] = dict(
         class_id=list(np.resize(np.array(class_ids, object), count)) * len(images),
         mask=mask,
@@ -113,21 +107,18 @@ def main(args: flags.FlagValues) -> None:
         **args.config.sampling,
     )
     repeated = np.repeat(images, count, axis=0)
-    margins = dict.fromkeys(SIDES, 0)
+    pixels = [patch * round(share * side / patch) for share in outpaint or (0, 0, 0, 0)]
+    margins = dict(zip(SIDES, pixels, strict=True))
+    seen = args.encode_hidden
     if outpaint is None:
-        edited = pipeline.edit(
-            repeated, keep=args.keep, encode_hidden=args.encode_hidden, **settings
-        )
+        edited = pipeline.edit(repeated, keep=args.keep, encode_hidden=seen, **settings)
+    elif any(pixels) or mask is not None:
+        edited = pipeline.outpaint(repeated, encode_hidden=bool(seen), **settings | margins)
     else:
-        pixels = [patch * round(share * side / patch) for share in outpaint]
-        if not any(pixels) and mask is None:
-            raise UserError(
-                f"--outpaint={','.join(map(str, outpaint))} rounds to nothing: margins are "
-                f"multiples of {patch} of {side} pixels"
-            )
-        margins = dict(zip(SIDES, pixels, strict=True))
-        hidden = bool(args.encode_hidden)
-        edited = pipeline.outpaint(repeated, encode_hidden=hidden, **settings | margins)
+        raise UserError(
+            f"--outpaint={','.join(map(str, outpaint))} rounds to nothing: margins are "
+            f"multiples of {patch} of {side} pixels"
+        )
     if jax.process_index() > 0:
         return  # Every process has all the images; one writes them.
     for i, image in enumerate(edited):
@@ -137,7 +128,7 @@ def main(args: flags.FlagValues) -> None:
 
 
 def picture_paths(given: str | None) -> list[Path]:
-    """The pictures of a file, a folder or a glob, sorted.
+    """Lists the pictures of --input: a file, a folder or a glob. They are sorted.
 
     Raises:
       UserError: there are none, or the edits of two would have the same name.
@@ -146,12 +137,12 @@ def picture_paths(given: str | None) -> list[Path]:
         raise UserError("--input is not set; name a picture, a folder of pictures or a glob")
     if Path(given).is_file():
         return [Path(given)]
-    if not Path(given).is_dir() and not glob.has_magic(given):
-        raise UserError(f"--input={given} does not exist")
     if Path(given).is_dir():
         paths = [Path(given) / name for name in list_pictures(given, deep=False)]
-    else:
+    elif glob.has_magic(given):
         paths = _matching(given)
+    else:
+        raise UserError(f"--input={given} does not exist")
     if not paths:
         raise UserError(f"--input={given} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
     by_name: dict[str, Path] = {}
@@ -170,18 +161,18 @@ def edit_name(path: Path, number: int) -> str:
 def check_output(
     output: epath.PathLike, given: str, paths: list[Path], count: int, mask: str | None = None
 ) -> None:
-    """Checks, before anything is drawn, where the edits will be written.
+    """Checks where the edits will be written, before anything is drawn.
 
     Args:
       output: the folder to write to.
       given: --input.
-      paths: of the pictures.
+      paths: the pictures.
       count: number of edits of every picture.
       mask: --mask.
 
     Raises:
-      UserError: an input file would be overwritten, or an edit would count as a picture to edit the
-        next time, or a name would be too long.
+      UserError: an input file would be overwritten, the same command would edit the edits next
+        time, or a file name would be too long.
     """
     for path in paths:
         storage.check_name(edit_name(path, count - 1))
@@ -199,7 +190,7 @@ def check_output(
 
 
 def _matching(pattern: str) -> list[Path]:
-    """The pictures that a glob matches, each once; junk folders count only if it names them."""
+    """Pictures that a glob matches, each once; those in junk folders only if it names these."""
     found: dict[str, Path] = {}
     for path in map(Path, sorted(glob.glob(pattern, recursive=True))):
         wild = set(path.parent.parts) - set(Path(pattern).parts)
@@ -215,7 +206,7 @@ def parse_classes(parts: list[str]) -> list[ClassId]:
     """`207,cat` -> two classes; `207:0.5,cat:0.5` -> a mixture; `none` or nothing -> no class.
 
     Raises:
-      UserError: the text with a colon is not a mixture.
+      UserError: a text has a colon, but together they are not a mixture.
     """
     if not any(":" in part for part in parts):
         return [None if part == "none" else part for part in parts or ["none"]]
@@ -230,28 +221,26 @@ def parse_classes(parts: list[str]) -> list[ClassId]:
 
 
 def parse_shares(flag: str, parts: list[str] | None) -> tuple[float, ...] | None:
-    """Reads four numbers that are 0 or more.
+    """Reads the four numbers of a flag, which are 0 or more; None if it is not set.
 
     Raises:
       UserError: they are not four such numbers.
     """
     if parts is None:
         return None
-    try:
-        a, b, c, d = shares = tuple(map(float, parts))
-        if min(shares) < 0 or not np.isfinite(shares).all():
-            raise ValueError
-    except ValueError:
-        raise UserError(
-            f"--{flag}={','.join(parts)} must be four shares, 0 or more, such as 0.25,0.25,0.5,0.5"
-        ) from None
-    return a, b, c, d
+    with contextlib.suppress(ValueError):
+        shares = tuple(map(float, parts))
+        if len(shares) == 4 and all(0 <= share < np.inf for share in shares):
+            return shares
+    raise UserError(
+        f"--{flag}={','.join(parts)} must be four shares, 0 or more, such as 0.25,0.25,0.5,0.5"
+    )
 
 
 def read_picture(
     path: Path, side: int, channels: int
 ) -> tuple[UInt8[np.ndarray, "H W I"], tuple[int, int]]:
-    """A picture as the model takes it, and its original width and height.
+    """Reads a picture and crops it to the model's size; returns its original size too.
 
     Raises:
       UserError: it cannot be read.
@@ -265,7 +254,7 @@ def read_picture(
 
 
 def read_mask(path: str, side: int, sizes: set[tuple[int, int]]) -> Bool[np.ndarray, "H W"]:
-    """The white pixels of a mask, cut like the pictures.
+    """Returns the white pixels of a mask, which is cropped like the pictures.
 
     Raises:
       UserError: it cannot be read, or has neither the size of all pictures nor that of the model.
@@ -281,10 +270,10 @@ def read_mask(path: str, side: int, sizes: set[tuple[int, int]]) -> Bool[np.ndar
 
 
 def box_mask(box: tuple[float, ...], side: int) -> Bool[np.ndarray, "H W"]:
-    """A rectangle of the square.
+    """Returns a mask with a rectangle: left, top, width and height as shares of the square.
 
     Raises:
-      UserError: it does not fit into the square, or is empty.
+      UserError: the rectangle does not fit into the square, or is empty.
     """
     left, top, width, height = box
     if max(left + width, top + height) > 1 + 1e-9:
@@ -306,7 +295,7 @@ def sheet(
     edited: UInt8[np.ndarray, "E height width I"],
     margins: dict[str, int],
 ) -> UInt8[np.ndarray, "sheetH sheetW I"]:
-    """One row per picture: the original, the mask, the edits."""
+    """Makes a picture with one row per input picture: the original, the mask, the edits."""
     around = (margins["top"], margins["bottom"]), (margins["left"], margins["right"])
     if mask is None:
         mask = np.full(images.shape[1:3], not any(margins.values()))

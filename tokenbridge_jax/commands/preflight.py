@@ -1,4 +1,4 @@
-"""Checks a config against a TPU slice without a TPU: does it fit, how long does a run take?
+"""Checks without a TPU whether a config fits a TPU slice, and estimates how long a run takes.
 
   tokenbridge preflight --config configs/imagenet256.py:size=L --topology v5e:16x16 \\
     --config.model.scan_layers=True --config.model.head_chunk=512
@@ -8,11 +8,11 @@ Compiles the training step (or the sampler) with libtpu, which takes minutes. Pr
 it needs on a chip, its FLOPs and collectives, and an estimate of its time. If it does not fit, it
 is compiled again with settings that need less memory, until one fits.
 
-A topology is GENERATION:SHAPE, of v4, v5e, v5p, v6e or tpu7x, or a name in Google's cloud, such as
-v5litepod-256.
+A topology is GENERATION:SHAPE, where GENERATION is v4, v5e, v5p, v6e or tpu7x, or a name in
+Google's cloud, such as v5litepod-256.
 
-Status 0: it fits. 3: it does not fit. 4: libtpu crashed; the last line names the settings. 2: a
-mistake.
+Exit status 0: it fits. 3: it does not fit. 4: libtpu crashed; the last line names the settings. 2:
+a mistake in the flags or the config.
 """
 
 import json
@@ -53,7 +53,7 @@ def main(args: flags.FlagValues) -> int:
         raise UserError("--topology is not set; name the slice, such as --topology v5e:16x16")
     where = parse_slice(args.topology)
     check_libtpu()
-    jax.config.update("jax_platforms", "cpu")  # Leaves this machine's devices alone.
+    jax.config.update("jax_platforms", "cpu")  # The devices of this machine stay unused.
     config = args.config
     if not config.model.scan_layers and not args.sample:
         say("preflight: compiling takes much longer without --config.model.scan_layers=True")

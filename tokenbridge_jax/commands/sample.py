@@ -1,7 +1,7 @@
 """Samples images: WORKDIR/checkpoints + WORKDIR/autoencoder -> WORKDIR/samples.
 
 Writes `samples.npz` (`arr_0`: uint8 NHWC, `labels`: int32) and `grid.png` with the first 100.
-`config.sampling` says how to sample: --config.sampling.num_iter=64, .guidance, .guidance_schedule,
+`config.sampling` has the settings: --config.sampling.num_iter=64, .guidance, .guidance_schedule,
 .guidance_interval, .temperature, .order, .choice_temperature, .batch_size.
 """
 

@@ -1,4 +1,4 @@
-"""Checks the requests of the page and draws them in a thread, with previews."""
+"""Checks the requests of the page, and draws them in a thread with previews."""
 
 import dataclasses
 import io as bytes_io
@@ -27,29 +27,29 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.batches import Preview
 
 NO_CLASS = -1
-# Every number of images needs a compiled program of its own.
+# Each number of images needs its own compiled program.
 NUMBERS_OF_IMAGES = (1, 4, 9, 16)
 MAX_TEMPERATURE = 2.0
-# A larger guidance of the config is allowed too.
+# If the config has a larger guidance, that is the maximum.
 MAX_GUIDANCE = 10.0
 MAX_KEEP = 0.95
 MAX_UPLOAD_PIXELS = 2**26
 # Decoding a preview takes time.
 MAX_PREVIEWS = 16
-# Seconds between two signs of life while nothing is new.
+# Seconds without a new image after which an iterator yields None.
 TICK = 1.0
 
 
 class Choices(NamedTuple):
-    """The settings of the page, in the order of the page.
+    """The settings on the page, in the same order as there.
 
     Attributes:
-      class_id: number of a class, or NO_CLASS for the model's unconditional images.
+      class_id: number of a class, or NO_CLASS for unconditional images.
       second: number of a class to mix in, or NO_CLASS.
       share: weight of the second class, from 0 to 1.
-      images: how many, one of NUMBERS_OF_IMAGES.
+      images: number of images, one of NUMBERS_OF_IMAGES.
       seed: from 0 to MAX_SEED.
-      guidance: see `SamplingSettings`, also for those below.
+      guidance: this and the following are fields of `SamplingSettings`.
       temperature: at most MAX_TEMPERATURE.
       num_iter: at most L.
       order: one of ORDERS.
@@ -66,7 +66,7 @@ class Choices(NamedTuple):
     order: str
 
     def mixture(self, names: tuple[str, ...]) -> ClassId:
-        """The class, or two classes with their weights; `names` are the names of all classes."""
+        """Returns the class, or two classes with their weights, given the names of all classes."""
         if self.class_id == NO_CLASS:
             return None
         first = class_at(self.class_id, names)
@@ -76,7 +76,7 @@ class Choices(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Images while they are drawn: steps done, number of steps, uint8 `[B, H, W, I]`."""
+    """Images after some steps: steps done, number of all steps, uint8 `[B, H, W, I]`."""
 
     done: int
     steps: int
@@ -87,7 +87,7 @@ class Demo:
     """Draws the requests of the page, one at a time."""
 
     def __init__(self, pipeline: Pipeline, sampling: ConfigDict):
-        """The page starts with the settings of `sampling`, the section of a config."""
+        """The page starts with the settings in `sampling`, a section of the config."""
         self.pipeline = pipeline
         self.defaults = sampling_settings(sampling)
         self._names = pipeline.description.class_names
@@ -98,14 +98,14 @@ class Demo:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Stops the request that is being drawn, at its next step."""
+        """Stops the current request at its next step."""
         self._closed.set()
         self._sampler.shutdown(wait=False, cancel_futures=True)
 
     def generate(self, choices: Choices) -> Iterator[Frame | None]:
-        """Yields images while they are drawn, and finally those of `Pipeline.generate`.
+        """Yields images while they are drawn, and at the end the result of `Pipeline.generate`.
 
-        While there is nothing new, it yields None once a second, so that it can be closed.
+        Without a new image, it yields None once a second, so that the caller can close it.
 
         Raises:
           UserError: a choice is out of range.
@@ -130,19 +130,19 @@ class Demo:
         Args:
           choices: the settings.
           image: the image to edit, of the model's size.
-          mask: True where it was painted; if nothing is painted, the whole image is meant.
-          keep: share of the masked positions to keep; 0 draws all of them.
-          blend: see `Pipeline.edit`.
-          encode_hidden: see `Pipeline.edit`; if it is False, `keep` decides.
+          mask: True where the visitor painted; nowhere means the whole image.
+          keep: share of the masked positions to keep; 0 redraws all of them.
+          blend: as in `Pipeline.edit`.
+          encode_hidden: as in `Pipeline.edit`; False stands for None.
 
         Raises:
-          UserError: there is no image or nothing to draw anew, or a choice is out of range.
+          UserError: there is no image or nothing to redraw, or a choice is out of range.
         """
         settings = self._settings(choices)
         if image is None:
             raise UserError("there is no picture yet; upload one or take a generated one")
         if not mask.any() and not keep:
-            raise UserError("paint over what to draw anew, or keep a share for variations")
+            raise UserError("paint over the part to redraw, or keep a share for variations")
         _check("keep", keep, 0, MAX_KEEP)
         if blend is not None:
             _check("blend", blend, 0, self.side // 4)
@@ -174,7 +174,7 @@ class Demo:
             raise UserError(f"this file cannot be used: {reason}") from error
 
     def _settings(self, choices: Choices) -> dict[str, Any]:
-        """Checks the choices; returns arguments of `Pipeline.generate` and `edit`."""
+        """Checks the choices; returns arguments for `Pipeline.generate` and `edit`."""
         for class_id in (choices.class_id, choices.second):
             if class_id != NO_CLASS:
                 self.pipeline.class_id(class_at(class_id, self._names))
@@ -201,7 +201,7 @@ class Demo:
         )
 
     def _frames(self, draw: Callable[[Preview], np.ndarray]) -> Iterator[Frame | None]:
-        """Runs `draw` in the sampler's thread; closing this iterator stops it at its next step."""
+        """Runs `draw` in the sampler's thread. Closing this iterator stops it at the next step."""
         frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         left = threading.Event()
 
@@ -230,7 +230,7 @@ class Demo:
 
 
 def painted(layers: Sequence[np.ndarray], side: int) -> Bool[np.ndarray, "H W"]:
-    """The pixels of an image of which a brush has covered at least a quarter.
+    """Returns the pixels of an image that a brush has covered by at least a quarter.
 
     Args:
       layers: RGBA, of any size; pixels that are not transparent were painted.

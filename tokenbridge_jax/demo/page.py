@@ -1,4 +1,4 @@
-"""The page, in Gradio: settings on the left; generated and edited images on the right."""
+"""The page, in Gradio: settings on the left, generated and edited images on the right."""
 
 import html
 import math
@@ -34,11 +34,11 @@ from tokenbridge_jax.sampling.orders import ORDERS
 
 MAX_UPLOAD = "20mb"
 MAX_WAITING = 8
-# Seconds until a file of the page is deleted.
+# Seconds after which files of the page are deleted.
 KEEP_FILES = 3600
-# Pixels a side of the canvas for painting. Small images are enlarged by a whole factor.
+# Side in pixels of the canvas for painting. Small images are enlarged by a whole factor.
 CANVAS = 512
-# Images with fewer pixels a side are shown with sharp pixels.
+# Images with a smaller side are enlarged without smoothing.
 PIXELATED_BELOW = 128
 
 CSS = """
@@ -65,9 +65,7 @@ class Drawing(NamedTuple):
 
 
 def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
-    """Starts to serve the page and returns.
-
-    Neither the server nor the page contacts other servers.
+    """Starts a server for the page, and returns. Neither contacts any other server.
 
     Args:
       demo: draws the images.
@@ -106,10 +104,14 @@ def launch(demo: Demo, host: str, port: int, folder: str) -> gr.Blocks:
 
 def build(demo: Demo, folder: Path) -> gr.Blocks:
     """Builds the page and connects its buttons; `folder` is for its files."""
+    config, step = demo.pipeline.config, demo.pipeline.step
     with gr.Blocks(
         title="TokenBridge", analytics_enabled=False, delete_cache=(KEEP_FILES, KEEP_FILES)
     ) as page:
-        gr.Markdown(f"## TokenBridge\n{_about(demo)}")
+        gr.Markdown(
+            f"## TokenBridge\n{demo.side}×{demo.side} pixels, {config.positions} positions, "
+            f"{config.classes} classes, checkpoint of step {step}"
+        )
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 settings = _settings(demo)
@@ -162,23 +164,18 @@ def build(demo: Demo, folder: Path) -> gr.Blocks:
 
 
 def on_canvas(image: UInt8[np.ndarray, "H W I"]) -> Image.Image:
-    """An image, enlarged to the size of the canvas."""
+    """Enlarges an image to the size of the canvas."""
     factor = max(1, CANVAS // len(image))
     return pictures.to_pil(image.repeat(factor, axis=0).repeat(factor, axis=1))
 
 
-def _about(demo: Demo) -> str:
-    config = demo.pipeline.config
-    return (
-        f"{demo.side}×{demo.side} pixels, {config.positions} positions, {config.classes} classes, "
-        f"checkpoint of step {demo.pipeline.step}"
-    )
-
-
 def _settings(demo: Demo) -> list[Component]:
     """One component for each field of `Choices`, in the same order."""
-    defaults, positions = demo.defaults, demo.pipeline.config.positions
-    classes = _classes(demo)
+    defaults, config = demo.defaults, demo.pipeline.config
+    labels = [str(i) for i in range(config.classes)]
+    for i, name in enumerate(demo.pipeline.description.class_names):
+        labels[i] = name if name == labels[i] else f"{name} ({i})"
+    classes = [(label, i) for i, label in enumerate(labels)]
     with gr.Row():
         class_id = gr.Dropdown(
             [*classes, ("no class", NO_CLASS)], value=0, label="Class", min_width=120
@@ -206,23 +203,13 @@ def _settings(demo: Demo) -> list[Component]:
             0, MAX_TEMPERATURE, value=defaults.temperature, step=0.05, label="Temperature",
             info="less makes images more typical, and less varied",
         )  # fmt: skip
-        steps = gr.Slider(
-            1, positions, value=min(defaults.num_iter, positions), step=1, label="Steps"
-        )
+        most = config.positions
+        steps = gr.Slider(1, most, value=min(defaults.num_iter, most), step=1, label="Steps")
         order = gr.Dropdown(
             list(ORDERS), value=defaults.order, label="Order",
             info="the order in which positions are drawn",
         )  # fmt: skip
     return [class_id, second, share, images, seed, guidance, temperature, steps, order]
-
-
-def _classes(demo: Demo) -> list[tuple[str, int]]:
-    """A label and the number of every class."""
-    names = demo.pipeline.description.class_names
-    labels = [str(i) for i in range(demo.pipeline.config.classes)]
-    for i, name in enumerate(names):
-        labels[i] = name if name == labels[i] else f"{name} ({i})"
-    return [(label, i) for i, label in enumerate(labels)]
 
 
 def _edit_inputs(demo: Demo) -> tuple[gr.UploadButton, gr.ImageEditor, Any, Any, Any, Any]:
@@ -274,13 +261,13 @@ def _drawing(demo: Demo, action: str) -> Drawing:
     with gr.Row():
         take = gr.Button("Edit selected", size="md", interactive=False, min_width=120)
         download = gr.DownloadButton("Download all", size="md", interactive=False, min_width=120)
-    drawing = Drawing(start, stop, status, gallery, take, download, gr.State(), gr.State(0))
+    selected = gr.State(0)
 
     def select(event: gr.SelectData) -> int:
         return event.index
 
-    gallery.select(select, None, drawing.selected, queue=False, api_visibility="private")
-    return drawing
+    gallery.select(select, None, selected, queue=False, api_visibility="private")
+    return Drawing(start, stop, status, gallery, take, download, gr.State(), selected)
 
 
 def _look(demo: Demo) -> list[str]:
@@ -293,7 +280,7 @@ def _connect(
     inputs: Sequence[Component],
     archive: Path,
 ) -> None:
-    """Lets the buttons start and stop `draw(*values of inputs)`."""
+    """Connects the buttons that start and stop `draw`, which gets the values of `inputs`."""
 
     def run(*values: Any) -> Iterator[dict[Component, Any]]:
         started = time.monotonic()
@@ -338,7 +325,7 @@ def _connect(
 
 
 def _tiled(images: UInt8[np.ndarray, "B H W I"]) -> gr.Gallery:
-    """A gallery of the images, with none selected."""
+    """Makes a gallery of the images; none is selected."""
     shown = [pictures.to_pil(image) for image in images]
     return gr.Gallery(shown, columns=math.isqrt(len(images)), selected_index=None)
 
@@ -352,5 +339,5 @@ def _progress(frame: Frame | None, seconds: float) -> str:
 
 
 def _shown(error: UserError) -> gr.Error:
-    """The message of a mistake. The page reads messages as HTML, so it is escaped."""
+    """Shows a mistake on the page, which reads messages as HTML: so the text is escaped."""
     return gr.Error(html.escape(str(error), quote=False), print_exception=False)

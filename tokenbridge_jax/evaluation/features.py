@@ -88,7 +88,7 @@ class InceptionExtractor(Extractor):
           facts: about the weights.
         """
         self._mesh = meshes.make_mesh(devices=jax.local_devices())
-        self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+        self.batch_size = meshes.round_up_batch(batch_size, self._mesh)
         self.facts = {
             "features": "inception-2015-12-05 (pool 2048, mixed_6/conv 7 x 17 x 17, logits 1008)",
             "resize": "bilinear to 299 x 299 as TensorFlow 1, without half-pixel centres",

@@ -117,8 +117,7 @@ def draw(
         say(f"{folder} holds {done} samples: continuing from there")
     if len(set(processes.gather(str(done)))) > 1:
         raise UserError(f"the processes of this job see different files in {folder}: share it")
-    shards = meshes.batch_shards(pipeline.mesh)
-    size = -(-min(batch_size, len(labels)) // shards) * shards
+    size = meshes.round_up_batch(min(batch_size, len(labels)), pipeline.mesh)
     first = jax.process_index() == 0
     with Progress(len(labels), desc="sample", done=done, visible=first) as bar:
         for start in range(done, len(labels), size):

@@ -224,8 +224,7 @@ def likelihood(
     scorer = Scorer(config, pipeline.mesh, num_iter)
     totals = _Totals(config, scorer.hidden, count, num_orders)
     draw = jax.jit(make_orders, static_argnums=(0, 3))
-    shares = meshes.batch_shards(pipeline.mesh)
-    size = -(-min(batch_size, count) // shares) * shares
+    size = meshes.round_up_batch(min(batch_size, count), pipeline.mesh)
     rows = meshes.local_rows(pipeline.mesh, size)
     visible = progress and jax.process_index() == 0
     with Progress(count * num_orders, desc="likelihood", visible=visible) as bar:

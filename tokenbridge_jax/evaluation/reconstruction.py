@@ -203,8 +203,7 @@ def _distance(
     codec: Codec, network: str, params: lpips.Params, batch_size: int
 ) -> Callable[..., Float[np.ndarray, " n"]]:
     """LPIPS of pairs of at most `batch_size` images, on the codec's devices."""
-    shards = meshes.batch_shards(codec.mesh)
-    size = -(-batch_size // shards) * shards
+    size = meshes.round_up_batch(batch_size, codec.mesh)
     held = jax.device_put(dict(params), meshes.replicated(codec.mesh))
     compiled = jax.jit(functools.partial(lpips.distance, network=network))
 

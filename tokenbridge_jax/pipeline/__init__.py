@@ -1,4 +1,4 @@
-"""The trained autoencoder and model as one object, and what it does with pictures."""
+"""The trained autoencoder and model as one object, which generates, encodes and edits images."""
 
 from tokenbridge_jax.pipeline.pipeline import Pipeline
 

@@ -1,4 +1,4 @@
-"""What a workdir's `model.json` says of its model."""
+"""The description of a model in a workdir's `model.json`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,18 +12,18 @@ from tokenbridge_jax.runtime.errors import UserError
 
 MODEL_FILE = "model.json"
 
-# A class by number or name, classes with their weights, or none: the model's unconditional images.
+# A class by number or name; several classes with weights; or None for unconditional images.
 ClassId = int | str | Mapping[int | str, float | int] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
-    """What `WORKDIR/model.json` says: all that the checkpoints' arrays do not.
+    """The content of `WORKDIR/model.json`: all that the arrays of the checkpoints do not say.
 
     Attributes:
       config: of the model.
-      class_names: by label.
-      autoencoder_hash: of the autoencoder whose latents the model was trained on.
+      class_names: one for each label.
+      autoencoder_hash: hash of the autoencoder whose latents the model was trained on.
     """
 
     config: TokenBridgeConfig
@@ -39,15 +39,15 @@ class ModelDescription:
         }
 
     def save(self, workdir: epath.PathLike) -> None:
-        """Writes `model.json`, whole or not at all."""
+        """Writes `model.json`. If this fails, an existing file stays as it is."""
         storage.write_json(storage.as_path(workdir) / MODEL_FILE, self.to_json())
 
     @classmethod
     def load(cls, workdir: epath.PathLike) -> "ModelDescription":
-        """Reads what `save` wrote.
+        """Reads `model.json`.
 
         Raises:
-          UserError: there is none, or it is damaged.
+          UserError: the file does not exist or is damaged.
         """
         path = storage.as_path(workdir) / MODEL_FILE
         if not storage.exists(path):

@@ -1,13 +1,13 @@
-"""Editing images: some positions are drawn anew, the others stay.
+"""Editing images: the model redraws some positions and keeps the others.
 
-A mask of pixels says what to draw anew. A position is hidden if the mask touches any pixel of its
-patch. Hidden content stays unseen: the encoder sees beyond a position's own pixels, so the pixels
-of hidden positions are filled from visible ones before anything is encoded. Two pictures that
-differ only in hidden positions have the same edits.
+A mask of pixels says what to redraw. A position is hidden if the mask touches any pixel of its
+patch. The encoder looks beyond a position's own pixels, so the pixels of hidden positions are
+filled from visible ones before an image is encoded. Two images that differ only in hidden positions
+therefore have the same edits.
 
-Pictures larger than the model's are drawn in overlapping *windows* of its size. Every window is an
-edit whose known part includes what earlier windows have drawn. The autoencoder is convolutional and
-encodes and decodes such a picture whole.
+Images larger than the model's are drawn in overlapping *windows* of the model's size. Each window
+is an edit; its known part includes what earlier windows have drawn. The autoencoder is
+convolutional, so it encodes and decodes the large image at once.
 """
 
 import functools
@@ -32,16 +32,13 @@ from tokenbridge_jax.sampling.batches import Preview
 
 @runtime_checkable
 class Drawer(Protocol):
-    """What editing needs of a `Pipeline`, which has `edit` and `outpaint` as methods."""
+    """The part of a `Pipeline` that editing uses; `edit` and `outpaint` are methods of one."""
 
     config: TokenBridgeConfig
     codec: Codec
     grid: int
     patch_size: int
     image_size: int
-
-    def encode(self, images: Any) -> np.ndarray:
-        """As `Pipeline.encode`."""
 
     def decode(self, indices: Any) -> np.ndarray:
         """As `Pipeline.decode`."""
@@ -66,36 +63,34 @@ def edit(
     preview_every: int | Any = 1,
     **settings: Any,
 ) -> UInt8[np.ndarray, "*B H W I"]:
-    """Draws the masked part of images anew, given the rest of them and a class.
+    """Redraws the masked part of images, given their other parts and a class.
 
-    Masks that hide up to an eighth, a quarter, half, or all of the positions share a program.
+    Masks that hide up to an eighth, a quarter, half, or all positions share a compiled program.
 
     Args:
       pipeline: draws the positions.
       images: uint8 `[B, H, W, I]` or one `[H, W, I]`, of the size the model draws.
-      mask: bool `[H, W]`, or `[B, H, W]` with one for each image; True where something new is to be
-        drawn. None draws variations of whole images, with `keep`.
-      class_id: of the new part, as `Pipeline.labels` takes them: one for all, or a list with one
-        for each image.
-      keep: share of the masked positions, above 0 and below 1, that is kept, chosen at random.
-      encode_hidden: True shows the encoder the pixels of hidden positions, so that visible
-        positions have the indices of the whole image and the edits resemble it: for touch-ups.
-        False shows it only visible pixels, with the others filled from them. None is True with
-        `keep`, which asks for variations of the image, and False without.
-      blend: None gives what the autoencoder decodes, kept parts included. A number puts the
+      mask: bool `[H, W]`, or `[B, H, W]` with one mask for each image; True where to redraw. None
+        redraws whole images except for the share `keep`, which gives variations.
+      class_id: class of the new part, as in `Pipeline.labels`: one class for all images, or a list
+        with one for each image.
+      keep: share of the masked positions to keep, chosen at random; above 0 and below 1.
+      encode_hidden: True shows the encoder the whole image, so that the edit resembles it: for
+        touch-ups. False shows it only visible pixels, and fills the others from them. None is True
+        if `keep` is given, because variations should resemble the image, and False otherwise.
+      blend: None returns what the autoencoder decodes, including kept parts. A number puts the
         original pixels back outside the mask, with a ramp of that many pixels; 0 is a hard edge.
-      seed: image i is the same for the same seed, whatever other images are edited with it.
+      seed: the edit of image i depends on the seed and on i, but not on the other images.
       batch_size: images at once.
       progress: print rate and ETA to stderr.
-      preview: called with the steps done, their number, and the decoded images of a batch, which
-        has images with equally many hidden positions. Positions that are still hidden are shown as
-        they were encoded.
+      preview: called with the steps done, the number of steps, and the decoded images of a batch.
+        All images of a batch have equally many hidden positions. Positions that are still hidden
+        show what was encoded.
       preview_every: number of steps between two calls.
       **settings: fields of `SamplingSettings`.
 
     Returns:
-      As many images. With `encode_hidden`, the indices of kept positions are those of
-      `Pipeline.encode`.
+      As many images. With `encode_hidden`, kept positions have the indices of `Pipeline.encode`.
 
     Raises:
       UserError: an image, a mask or a setting does not fit, or a mask hides nothing or everything.
@@ -104,12 +99,10 @@ def edit(
     batch_size, seed, blend = _check(batch_size, seed, blend, preview)
     mask = None if mask is None else np.asarray(checks.to_array("mask", mask))
     hidden = hidden_positions(mask, images.shape[:3], pipeline.patch_size, keep, seed)
-    class_ids = _class_list(class_id, len(images))
-    if encode_hidden is None:
-        encode_hidden = keep is not None
+    encode_hidden = keep is not None if encode_hidden is None else encode_hidden
     indices = pipeline.generate_indices(
-        class_ids,
-        known=in_batches(pipeline.encode, _seen(images, hidden, encode_hidden), batch_size),
+        _class_list(class_id, len(images)),
+        known=_encode(pipeline, images, hidden, encode_hidden, batch_size),
         hidden=hidden.reshape(len(images), -1),
         seed=seed,
         batch_size=batch_size,
@@ -147,23 +140,23 @@ def outpaint(
 
     Args:
       pipeline: draws the windows.
-      images: uint8 `[B, H, W, I]` or one `[H, W, I]`, of any size that is a multiple of the
-        autoencoder's downsampling; with the margins at least as large as the model's.
-      class_id: of the new part, as for `edit`.
-      left: pixels to add at that side, a multiple of the downsampling.
+      images: uint8 `[B, H, W, I]` or one `[H, W, I]`. Height and width are multiples of the
+        autoencoder's downsampling and, with the margins, at least the size the model draws.
+      class_id: class of the new part, as in `edit`.
+      left: pixels to add at this side, a multiple of the downsampling.
       top: likewise.
       right: likewise.
       bottom: likewise.
-      mask: bool `[H, W]` or `[B, H, W]`: the part of the images themselves to draw anew.
-      overlap: share of a window's side that the next window has in common with it, 0 or more and
+      mask: bool `[H, W]` or `[B, H, W]`: the part of the images themselves to redraw.
+      overlap: share of a window's side that it has in common with the next window; at least 0 and
         below 1.
-      encode_hidden: as for `edit`, for positions that the mask hides.
-      blend: as for `edit`; margins count as masked.
-      seed: image i is the same for the same seed, whatever other images are drawn with it.
-      batch_size: windows at once, of different images.
+      encode_hidden: as in `edit`, for positions that the mask hides.
+      blend: as in `edit`; margins count as masked.
+      seed: the result for image i depends on the seed and on i, but not on the other images.
+      batch_size: windows at once, each of another image.
       progress: print windows done, rate and ETA to stderr.
-      preview: called after every window with the windows done of an image, the largest number
-        that an image has, and the decoded images.
+      preview: called after every window with the number of windows done in each image, the largest
+        number of windows of an image, and the decoded images.
       **settings: fields of `SamplingSettings`.
 
     Returns:
@@ -181,7 +174,7 @@ def outpaint(
     count, height, width = images.shape[:3]
     if mask is None:
         if not np.any(margins):
-            raise UserError("nothing says what to draw anew: give left, top, right, bottom or mask")
+            raise UserError("nothing is to be redrawn: give left, top, right, bottom or mask")
         hidden = np.zeros((count, height // patch, width // patch), bool)
     else:
         mask = np.asarray(checks.to_array("mask", mask))
@@ -191,25 +184,22 @@ def outpaint(
         )
     class_ids = _class_list(class_id, count)
 
-    seen = _seen(images, hidden, encode_hidden)
     border = [(0, 0), *((before // patch, after // patch) for before, after in margins)]
-    shape = hidden.shape
-    hidden = np.pad(hidden, border, constant_values=True)
-    batch = max(1, batch_size * pipeline.config.positions // hidden[0].size)
-    indices = in_batches(lambda x: pipeline.codec.encode(x).indices, seen, batch)
+    to_draw = np.pad(hidden, border, constant_values=True)
+    # The autoencoder takes as many positions at once as the model does.
+    batch = max(1, batch_size * pipeline.config.positions // to_draw[0].size)
+    indices = _encode(pipeline, images, hidden, encode_hidden, batch).reshape(*hidden.shape, -1)
     nothing = np.argmin(np.abs(pipeline.config.quantizer.dequantized_levels))
-    canvas = np.pad(indices.reshape(*shape, -1), [*border, (0, 0)], constant_values=nothing)
+    canvas = np.pad(indices, [*border, (0, 0)], constant_values=nothing)
     decode = functools.partial(in_batches, pipeline.codec.decode_maps, canvas, batch)
-    arguments: dict[str, Any] = dict(
-        overlap=overlap, seed=seed, progress=progress, batch_size=batch_size
-    )
-    for done, most in draw_windows(pipeline, class_ids, canvas, hidden, **arguments, **settings):
+    settings |= dict(overlap=overlap, seed=seed, progress=progress, batch_size=batch_size)
+    for done, most in draw_windows(pipeline, class_ids, canvas, to_draw, **settings):
         if preview is not None:
             preview(done, most, decode())
     drawn = decode()
     if blend is not None:
         original = np.pad(images, [(0, 0), *margins, (0, 0)])
-        drawn = blend_images(original, drawn, _redrawn(hidden, mask, patch), blend)
+        drawn = blend_images(original, drawn, _redrawn(to_draw, mask, patch), blend)
     return drawn[0] if single else drawn
 
 
@@ -219,32 +209,33 @@ def draw_windows(
     canvas: Integer[np.ndarray, "B height width C"],
     hidden: Bool[np.ndarray, "B height width"],
     *,
-    overlap: float = 0.5,
-    seed: int = 0,
+    overlap: float,
+    seed: int,
     progress: bool = False,
     **arguments: Any,
 ) -> Iterator[tuple[int, int]]:
-    """Draws the hidden positions of a canvas, in place; each in the first window that holds it.
+    """Draws the hidden positions of a canvas in place, each in the first window that contains it.
 
     Args:
-      pipeline: draws the windows, an image's k-th one with the k-th seed and the image's number.
-      class_ids: of the images.
+      pipeline: draws the k-th windows of all images together, with the k-th seed.
+      class_ids: one for each image.
       canvas: indices, with at least as many positions on a side as the model has.
       hidden: the positions to draw.
-      overlap: as for `outpaint`.
-      seed: of the first windows; the seeds of the others follow from it.
-      progress: as for `outpaint`.
-      **arguments: of `Pipeline.generate_indices`.
+      overlap: as in `outpaint`.
+      seed: for the first windows; the seeds of the others are derived from it.
+      progress: as in `outpaint`.
+      **arguments: for `Pipeline.generate_indices`.
 
     Yields:
-      After every window: the windows done of an image, and the largest number that an image has.
+      After every window, the number of windows done in each image, and the largest number of
+      windows of an image.
     """
     grid = pipeline.grid
     stride = max(1, round(grid * (1 - overlap)))
     visits = [list(_windows(image, grid, stride)) for image in hidden]
     most = max(map(len, visits))
-    # With one seed for all, every window would hold the same noise.
-    others = np.random.SeedSequence(seed % 2**32).generate_state(most - 1).tolist()
+    # With one seed for all windows, all would have the same noise.
+    others = np.random.SeedSequence(seed).generate_state(most - 1).tolist()
     left = hidden.copy()
     with Progress(sum(map(len, visits)), "windows", "outpaint", visible=progress) as bar:
         for done, window_seed in enumerate([seed, *others], 1):
@@ -270,7 +261,7 @@ def draw_windows(
 def _windows(
     hidden: Bool[np.ndarray, "height width"], grid: int, stride: int
 ) -> Iterator[tuple[slice, slice]]:
-    """The windows to draw: each time one with the fewest hidden positions, until none is left."""
+    """Windows in drawing order: next is always one with the fewest (but some) hidden positions."""
     left = hidden.copy()
     starts = [[*range(0, extent - grid, stride), extent - grid] for extent in hidden.shape]
     windows = [np.s_[y : y + grid, x : x + grid] for y, x in itertools.product(*starts)]
@@ -287,14 +278,14 @@ def hidden_positions(
     keep: float | Any = None,
     seed: int = 0,
 ) -> Bool[np.ndarray, "B h w"]:
-    """The positions that a mask hides.
+    """Finds the positions that a mask hides.
 
     Args:
-      mask: as for `edit`.
+      mask: as in `edit`.
       shape: number, height and width of the images.
       patch: side of one position in pixels.
-      keep: as for `edit`.
-      seed: with an image's number, of the choice of what to keep.
+      keep: as in `edit`.
+      seed: with an image's number, determines which positions are kept.
 
     Raises:
       UserError: a mask does not fit, or hides nothing or everything.
@@ -302,12 +293,12 @@ def hidden_positions(
     count, height, width = shape
     if mask is None:
         if keep is None:
-            raise UserError("nothing says what to draw anew: give a mask, or keep for variations")
+            raise UserError("nothing is to be redrawn: give a mask, or keep for variations")
         mask = np.ones((height, width), bool)
     if keep is not None and not 0 < checks.number("keep", keep) < 1:
         raise UserError(f"keep={keep} must be a share above 0 and below 1")
     if mask.dtype != bool:
-        raise UserError(f"the mask must be bool, True where to draw anew, not {mask.dtype}")
+        raise UserError(f"the mask must be bool, True where to redraw, not {mask.dtype}")
     if mask.shape not in ((height, width), (count, height, width)):
         raise UserError(
             f"the mask's shape {mask.shape} is neither that of an image, {(height, width)}, nor "
@@ -317,11 +308,11 @@ def hidden_positions(
     hidden = np.broadcast_to(mask, shape).reshape(patches).any(axis=(2, 4)).reshape(count, -1)
     for image, row in enumerate(hidden):
         if not row.any():
-            raise UserError(f"the mask of image {image} is empty: there is nothing to draw anew")
+            raise UserError(f"the mask of image {image} is empty: there is nothing to redraw")
         if keep is not None:
             masked = np.flatnonzero(row)
             kept = min(max(round(keep * len(masked)), 1), len(masked) - 1)
-            rng = np.random.default_rng([seed % 2**32, image])
+            rng = np.random.default_rng([seed, image])
             row[rng.permutation(masked)[:kept]] = False
         elif row.all():
             raise UserError(
@@ -337,7 +328,10 @@ def blend_images(
     redrawn: Bool[np.ndarray, "B H W"],
     ramp: int,
 ) -> UInt8[np.ndarray, "B H W I"]:
-    """Edited pixels where redrawn, original ones elsewhere, mixed over `ramp` pixels outside."""
+    """Returns edited pixels where redrawn, and original ones elsewhere.
+
+    Over a ramp of `ramp` pixels outside the redrawn part, the two are mixed.
+    """
     distance = np.stack([np.asarray(distance_transform_edt(~image)) for image in redrawn])
     share = np.clip(1 - distance / (ramp + 1), 0, 1)[..., None]
     return np.round(share * edited + (1 - share) * original).astype(np.uint8)
@@ -346,7 +340,7 @@ def blend_images(
 def _batch(
     pipeline: Drawer, images: Any, side: int | None = None
 ) -> tuple[UInt8[np.ndarray, "B H W I"], bool]:
-    """Images on the host, and whether a single one was given, without a batch axis."""
+    """Checks images; returns them as a batch on the host, and whether a single one was given."""
     images = np.asarray(check_images(images, pipeline.codec.config, single=True, side=side))
     single = images.ndim == 3
     return (images[None] if single else images), single
@@ -362,7 +356,7 @@ def _check(batch_size: Any, seed: Any, blend: Any, preview: Any) -> tuple[int, i
 def _margins(
     pipeline: Drawer, images: np.ndarray, **pixels: Any
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Above and below, left and right."""
+    """Checks margins; returns the pixels above and below, and left and right."""
     patch, side = pipeline.patch_size, pipeline.image_size
     pixels = {name: checks.whole(name, value) for name, value in pixels.items()}
     for name, value in pixels.items():
@@ -393,17 +387,23 @@ def _class_list(class_id: Any, count: int) -> Sequence[ClassId]:
     return class_ids
 
 
-def _seen(
-    images: UInt8[np.ndarray, "B H W I"], hidden: Bool[np.ndarray, "B h w"], encode_hidden: bool
-) -> UInt8[np.ndarray, "B H W I"]:
-    """The images as the encoder sees them."""
-    patch = images.shape[1] // hidden.shape[1]
-    return images if encode_hidden else fill_hidden(images, _redrawn(hidden, None, patch), patch)
+def _encode(
+    pipeline: Drawer,
+    images: UInt8[np.ndarray, "B H W I"],
+    hidden: Bool[np.ndarray, "B h w"],
+    encode_hidden: bool,
+    batch_size: int,
+) -> Integer[np.ndarray, "B L C"]:
+    """Encodes images; unless `encode_hidden`, the pixels of hidden positions are filled first."""
+    if not encode_hidden:
+        patch = pipeline.patch_size
+        images = fill_hidden(images, _redrawn(hidden, None, patch), patch)
+    return in_batches(lambda batch: pipeline.codec.encode(batch).indices, images, batch_size)
 
 
 def _redrawn(
     hidden: Bool[np.ndarray, "B h w"], mask: Bool[np.ndarray, "*B H W"] | None, patch: int
 ) -> Bool[np.ndarray, "B H W"]:
-    """The pixels of hidden positions that a mask covers, if there is one."""
+    """The pixels of hidden positions, or those of them that a mask covers."""
     pixels = hidden.repeat(patch, axis=1).repeat(patch, axis=2)
     return pixels if mask is None else pixels & mask

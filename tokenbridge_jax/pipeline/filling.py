@@ -1,28 +1,29 @@
-"""Fills the pixels of hidden positions from visible ones, before the encoder sees an image.
+"""Fills the pixels of hidden positions from visible ones, before an image is encoded.
 
-An encoder sees far, and its normalisation sees everything, so the content of hidden positions moves
-the indices of visible ones. Hidden pixels take the colour of the nearest visible pixel, which
-continues the border. Over the width of a position they fade to the mean colour, which keeps the
-normalisation close to that of the whole image. `docs/editing.md` compares this with other fills.
+The encoder looks beyond a position, and its normalisation uses the whole image. So the content of
+hidden positions would change the indices of visible ones. Hidden pixels take the colour of the
+nearest visible pixel, which continues the image across the border. Over the width of a position
+they fade to the mean colour, which keeps the normalisation close to that of the whole image.
+`docs/editing.md` compares this with other fills.
 """
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 from scipy.ndimage import distance_transform_edt
 
-# Where nothing is visible.
+# The fill of an image without visible pixels.
 GREY = 128
 
 
 def fill_hidden(
     images: UInt8[np.ndarray, "B H W I"], hidden: Bool[np.ndarray, "B H W"], width: int
 ) -> UInt8[np.ndarray, "B H W I"]:
-    """Images with their hidden pixels filled; the result does not depend on those pixels.
+    """Returns copies of images with hidden pixels filled; their old values have no effect.
 
     Args:
-      images: not changed.
-      hidden: the pixels to fill, for each image.
-      width: distance in pixels over which the nearest visible colour fades, to 1/e, into the mean.
+      images: uint8.
+      hidden: the pixels to fill in each image.
+      width: distance in pixels over which the share of the nearest visible colour falls to 1/e.
     """
     filled = images.copy()
     for image, where in zip(filled, hidden, strict=True):

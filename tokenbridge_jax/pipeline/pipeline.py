@@ -1,4 +1,4 @@
-"""All that is trained, as one object: images -> indices, indices -> images, classes -> images."""
+"""Autoencoder and model as one object: images -> indices, indices -> images, class -> image."""
 
 import dataclasses
 import functools
@@ -28,17 +28,18 @@ from tokenbridge_jax.sampling.schedule import SamplingSettings
 class Pipeline:
     """Autoencoder, quantizer and model of a workdir.
 
-    Images are uint8 NHWC; indices are integers `[B, L, C]`, positions row-major, channels in the
-    autoencoder's order.
+    Images are uint8 NHWC. Indices are integers `[B, L, C]`, with positions row-major and channels
+    in the autoencoder's order.
 
     Attributes:
-      description: of the model.
-      config: of the model.
-      params: of the model, laid out on `mesh`.
+      description: the model's config, class names and autoencoder hash.
+      config: the model's.
+      params: the model's, laid out on `mesh`.
       codec: autoencoder and quantizer.
       mesh: the devices that sample.
-      step: updates the parameters have seen.
-      facts: for `save_pretrained`.
+      step: number of updates that made the parameters.
+      facts: for `save_pretrained`: `config` of the run, and `autoencoder`, the `extra` of its
+        description.
       grid: side of the model's images in positions.
       patch_size: side of a position in pixels.
       image_size: side of the model's images in pixels.
@@ -53,17 +54,7 @@ class Pipeline:
         step: int = 0,
         facts: Mapping[str, Any] | None = None,
     ):
-        """Use `Pipeline.load` for a workdir.
-
-        Args:
-          description: of the model.
-          params: of the model, laid out on `mesh`.
-          codec: autoencoder and quantizer.
-          mesh: devices to sample on.
-          step: updates the parameters have seen.
-          facts: for `save_pretrained`: `config` of the run, and `autoencoder`, the `extra` of its
-            description.
-        """
+        """`Pipeline.load` makes one from a workdir. The class describes the arguments."""
         self.description, self.config = description, description.config
         self.params, self.codec, self.mesh = params, codec, mesh
         self.step, self.facts = step, facts or {}
@@ -83,19 +74,18 @@ class Pipeline:
         precision: str = "float32",
         mesh: Mesh | Any = None,
     ) -> "Pipeline":
-        """Loads the EMA parameters and all else from a workdir or a folder of `save_pretrained`.
+        """Loads a pipeline with the EMA parameters from a workdir or a `save_pretrained` folder.
 
         Args:
-          workdir: with `autoencoder/`, `model.json`, and `checkpoints/` or `model.safetensors`.
-          step: of the checkpoint; the latest if not given.
-          dtype: compute dtype of the model, "bfloat16" or "float32"; by default the one it was
-            trained in.
-          precision: of the autoencoder, as `Codec` takes it.
-          mesh: devices to use; all of this process's by default.
+          workdir: has `autoencoder/`, `model.json`, and `checkpoints/` or `model.safetensors`.
+          step: step of the checkpoint; by default the latest.
+          dtype: compute dtype of the model, "bfloat16" or "float32"; by default that of training.
+          precision: precision of the autoencoder, as in `Codec`.
+          mesh: devices to use; by default all devices of this process.
 
         Raises:
-          UserError: something is missing or damaged, or the autoencoder is not the one the model
-            was trained with.
+          UserError: a file is missing or damaged, or the model was trained with another
+            autoencoder.
         """
         checks.path("workdir", workdir)
         checks.mesh(mesh)
@@ -108,22 +98,16 @@ class Pipeline:
         if dtype is not None:
             config = dataclasses.replace(description.config, dtype=dtype)
             description = dataclasses.replace(description, config=config)
-        config = description.config
-        autoencoder_config, autoencoder_params = load_autoencoder(workdir / "autoencoder")
-        described = read_description(workdir / "autoencoder")
+        config, folder = description.config, workdir / "autoencoder"
+        autoencoder, described = load_autoencoder(folder), read_description(folder)
         found, facts = described["hash"], {"autoencoder": described["extra"]}
         if found != description.autoencoder_hash:
             raise UserError(
-                f"{workdir / 'autoencoder'} is not the autoencoder this model was trained with "
+                f"{folder} is not the autoencoder this model was trained with "
                 f"(hash {found[:12]} instead of {description.autoencoder_hash[:12]}); restore it"
             )
-        codec = Codec(
-            autoencoder_config,
-            autoencoder_params,
-            config.quantizer,
-            meshes.make_mesh(devices=jax.local_devices()),
-            precision,
-        )
+        local = meshes.make_mesh(devices=jax.local_devices())
+        codec = Codec(*autoencoder, config.quantizer, local, precision)
         params, step = pretrained.load_weights(
             workdir, abstract_sharded_params(config, mesh), step=step
         )
@@ -132,9 +116,9 @@ class Pipeline:
         return cls(description, params, codec, mesh, step, facts)
 
     def save_pretrained(self, directory: epath.PathLike | Any) -> None:
-        """Writes a folder that stands alone, for `load` and for a model hub (see `pretrained`).
+        """Writes a folder that needs no other file, for `load` and model hubs (see `pretrained`).
 
-        It is written whole or not at all. Every process of a job calls this, and one writes.
+        If writing fails, no folder is left. Every process of a job calls this; one writes.
 
         Raises:
           UserError: the folder exists and is not empty, or cannot be written.
@@ -146,11 +130,13 @@ class Pipeline:
         )
 
     def encode(self, images: UInt8[np.ndarray, "B H W I"] | Any) -> Integer[np.ndarray, "B L C"]:
-        """Images of the size the model draws -> indices of their posterior means.
+        """Images of the size the model draws -> indices of the means of their posteriors.
+
+        `data.images.prepare` crops a picture to this size; `codec.encode` accepts any size.
 
         Raises:
-          UserError: the images are not uint8, not of this size or the autoencoder's channels, or
-            there are none. (`data.images.prepare` cuts a picture; `codec.encode` takes any size.)
+          UserError: the images are not uint8, have another size or number of channels, or there
+            are none.
         """
         return np.asarray(self.codec.encode(images, side=self.image_size).indices)
 
@@ -158,7 +144,8 @@ class Pipeline:
         """Indices -> images.
 
         Raises:
-          UserError: they are not integers from 0 to V - 1 of the model's shape, or there are none.
+          UserError: they are not integers from 0 to V - 1, do not have the model's shape, or there
+            are none.
         """
         return np.asarray(self.codec.decode(indices, grid=self.grid))
 
@@ -173,17 +160,17 @@ class Pipeline:
         preview_every: int | Any = 1,
         **settings: Any,
     ) -> UInt8[np.ndarray, "B H W I"]:
-        """Samples one image for every class asked for.
+        """Samples one image for each class in the list.
 
         Args:
-          class_ids: as `labels` takes them.
-          seed: image i is the same for the same seed, whatever other images are drawn with it.
+          class_ids: as in `labels`.
+          seed: image i depends on the seed, on i and on its class, but not on the other images.
           batch_size: images at once.
           progress: print rate and ETA to stderr.
-          preview: called with the steps done, their number, and the decoded images of a batch,
-            where hidden positions are decoded from latents near 0; one batch after the other. The
-            steps are then started one by one, which takes longer.
-          preview_every: number of steps between two calls; there is always one after the last step.
+          preview: called with the steps done, the number of steps, and the decoded images of a
+            batch, one batch after the other. Hidden positions are decoded from latents near 0. With
+            a preview the host starts each step by itself, which takes longer.
+          preview_every: number of steps between two calls; the last step always has a call.
           **settings: fields of `SamplingSettings`: num_iter, guidance, guidance_schedule,
             temperature, guidance_interval, order, choice_temperature.
 
@@ -218,7 +205,7 @@ class Pipeline:
         preview_every: int | Any = 1,
         **settings: Any,
     ) -> Integer[np.ndarray, "B L C"]:
-        """As `generate`, without decoding; with `known`, only the `hidden` positions are drawn."""
+        """Like `generate`, without decoding. With `known`, only `hidden` positions are drawn."""
         return generate_in_batches(
             self.config,
             self.params,
@@ -242,15 +229,16 @@ class Pipeline:
         hidden: Bool[np.ndarray, "B L"] | Any = None,
         batch_size: int | Any = 64,
     ) -> Float[np.ndarray, "B L C"]:
-        """How likely the model finds the indices at hidden positions, given the visible ones.
+        """Computes the log-probabilities of indices at hidden positions, given the visible ones.
 
-        Every position is predicted by itself, each of its channels given those before it in the
-        channel order. Confidence order compares the sum over channels, at temperature 1 and without
-        guidance: these are the probabilities of sampling, with `first_token_quirk` if it is on.
+        Each position is predicted independently; each of its channels is predicted from the
+        channels before it in the channel order. These are the probabilities of sampling at
+        temperature 1 without guidance, with `first_token_quirk` if it is on. Confidence order
+        compares their sum over channels.
 
         Args:
           indices: of whole images.
-          class_ids: one for each image, as `labels` takes them.
+          class_ids: one for each image, as in `labels`.
           hidden: the positions to predict; all by default, so that only the class is given.
           batch_size: images at once.
 
@@ -266,8 +254,8 @@ class Pipeline:
         indices = np.asarray(check_indices(indices, shape, self.config.quantizer))
         hidden = np.ones(shape[:2], bool) if hidden is None else hidden
         hidden = np.asarray(checks.array("hidden", hidden, "bool", shape[:2]))
-        shards, sharding = meshes.batch_shards(self.mesh), meshes.batch_sharding(self.mesh)
-        size = -(-min(batch_size, len(labels)) // shards) * shards
+        sharding = meshes.batch_sharding(self.mesh)
+        size = meshes.round_up_batch(min(batch_size, len(labels)), self.mesh)
 
         def score(rows: np.ndarray) -> np.ndarray:
             full = np.pad(rows, (0, size - len(rows)), mode="edge")
@@ -280,14 +268,15 @@ class Pipeline:
     def labels(
         self, class_ids: Sequence[ClassId] | Any
     ) -> Int[np.ndarray, " B"] | Float[np.ndarray, "B classes"]:
-        """Classes as the model takes them: numbers, or weights if one is a mixture or None.
+        """Converts classes to the model's input: numbers, or weights if one is a mixture or None.
 
         Args:
-          class_ids: each a number or a name, which `class_id` looks up, a dict of classes with
-            weights, whose embeddings are mixed, or None: no class, where guidance changes nothing.
+          class_ids: each is a number or a name, which `class_id` looks up; or a dict of classes
+            with weights, which mixes their embeddings; or None for no class, where guidance has no
+            effect.
 
         Raises:
-          UserError: a class does not exist, or there is none, or a mixture has no weight.
+          UserError: a class does not exist, the list is empty, or the weights of a mixture are 0.
         """
         listed = checks.items(class_ids)
         if listed is None:
@@ -308,7 +297,7 @@ class Pipeline:
         return weights
 
     def class_id(self, class_id: int | str) -> int:
-        """The number of a class given by number or name (see `class_names.class_number`).
+        """Returns the number of a class given by number or name (see `class_names`).
 
         Raises:
           UserError: there is no such class.
@@ -317,7 +306,7 @@ class Pipeline:
 
 
 def abstract_sharded_params(config: TokenBridgeConfig, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of the model's parameters on a mesh."""
+    """Returns shapes, dtypes and shardings of the model's parameters on a mesh."""
     with jax.enable_x64(False):
         boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return meshes.abstract_arrays(boxed, mesh)

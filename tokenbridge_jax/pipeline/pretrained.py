@@ -1,14 +1,14 @@
-"""A trained pipeline as a folder that stands alone, laid out as on a model hub.
+"""Saves a trained pipeline as a folder that needs no other file, in the layout of model hubs.
 
-  README.md           the model card: what is known of the model and its training, how to use it
-  model.json          what the arrays do not say (`description.ModelDescription`), and the step
-  model.safetensors   the averaged parameters, by the names they have here, `backbone/z_proj/kernel`
+  README.md           the model card: what is known about the model and its training; how to use it
+  model.json          `description.ModelDescription`, and the step
+  model.safetensors   the averaged parameters by their names in Flax: `backbone/z_proj/kernel`
   autoencoder/        `config.json` and `params.safetensors`, as in a workdir
   config.json         the settings of the run, without its mesh and the path of its images
 
-It is a workdir with one file instead of its checkpoints: commands that only read accept it as
---workdir. Parameters are float32 whatever dtype the model computes in: samples stay the same, bit
-for bit, and numpy, which has no bfloat16, reads them.
+It is a workdir with one file instead of checkpoints: commands that only read accept it as
+--workdir. Parameters are float32, whatever dtype the model computes in: so samples stay the same,
+bit for bit, and numpy, which has no bfloat16, can read them.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from tokenbridge_jax.training.checkpoints import differences, latest_step, load_
 
 WEIGHTS_FILE = "model.safetensors"
 
-# `config.mesh` where nothing is known of the devices.
+# `config.mesh` for unknown devices.
 ANY_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1}
 
 
 class Trained(NamedTuple):
-    """What a folder holds; the attributes are those of `Pipeline`."""
+    """The content of a folder. The attributes are those of `Pipeline`."""
 
     description: ModelDescription
     params: dict[str, Any]
@@ -45,7 +45,7 @@ class Trained(NamedTuple):
 
 
 def save(trained: Trained, directory: epath.PathLike) -> None:
-    """Writes the folder, whole or not at all. Every process of a job calls it, and one writes.
+    """Writes the folder; if that fails, none is left. All processes of a job call it; one writes.
 
     Raises:
       UserError: the folder exists and is not empty, or cannot be written.
@@ -67,17 +67,17 @@ def save(trained: Trained, directory: epath.PathLike) -> None:
 def load_weights(
     workdir: epath.PathLike, abstract: Any, *, part: str = "ema_params", step: int | None = None
 ) -> tuple[Any, int]:
-    """The model's parameters of a workdir or a saved folder, and the updates they have seen.
+    """Loads the model's parameters from a workdir or a saved folder; returns their step too.
 
     Args:
-      workdir: with `model.json`, and `checkpoints/` or `model.safetensors`.
+      workdir: has `model.json`, and `checkpoints/` or `model.safetensors`.
       abstract: tree of `jax.ShapeDtypeStruct` with shardings, on any mesh.
-      part: "ema_params" or, of checkpoints, "params".
-      step: which checkpoint; None is the latest.
+      part: "ema_params", or "params", which only checkpoints have.
+      step: step of the checkpoint; None is the latest.
 
     Raises:
-      UserError: there is no such checkpoint, arrays differ (all are named), or a file is missing or
-        damaged.
+      UserError: there is no such checkpoint, arrays differ (the message names all), or a file is
+        missing or damaged.
     """
     workdir = storage.as_path(workdir)
     saved = storage.read_json(workdir / MODEL_FILE).get("step")
@@ -102,27 +102,26 @@ def _from_checkpoints(
     checkpoints: epath.Path, abstract: Any, part: str, step: int | None
 ) -> tuple[Any, int]:
     latest = latest_step(checkpoints)
-    if step is not None and not (checkpoints / str(step)).exists():
+    step = latest if step is None else step
+    if not (checkpoints / str(step)).exists():
         there = sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
         raise UserError(
             f"there is no checkpoint of step {step}; there are {', '.join(map(str, there))}"
         )
-    step = latest if step is None else step
     return load_params(checkpoints, abstract, part=part, step=step), step
 
 
 def _write(trained: Trained, directory: epath.Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is there already; name a new folder, or empty it")
-    # What takes the folder's name is complete. In an object store `model.json`, the last, says so.
+    # A folder gets its name when it is complete. In an object store, `model.json` is written last.
     folder = directory
     if not storage.in_object_store(directory):
         folder = directory.with_name(f".{uuid.uuid4().hex}.tmp")
     description, params, codec, step, facts = trained
-    config = dict(facts.get("config", {}))
     try:
         storage.write_bytes(folder / "README.md", model_card(trained, directory.name).encode())
-        if config:
+        if config := facts.get("config"):
             elsewhere = {"data": config["data"] | {"path": ""}, "mesh": ANY_DEVICES}
             storage.write_json(folder / "config.json", config | elsewhere)
         save_autoencoder(
@@ -141,18 +140,14 @@ def _write(trained: Trained, directory: epath.Path) -> None:
 
 
 def model_card(trained: Trained, name: str) -> str:
-    """`README.md` of the folder `name`, with the YAML header that model hubs read."""
+    """Returns `README.md` for the folder `name`, with the YAML header that model hubs read."""
     description, params, codec, step, facts = trained
     model, autoencoder, names = description.config, codec.config, description.class_names
     config: Mapping[str, Any] = facts.get("config", {})
     sampling = {k: v for k, v in config.get("sampling", {}).items() if k != "batch_size"}
     used = [f"{k}={tuple(v) if isinstance(v, list) else v!r}" for k, v in sampling.items()]
     side = round(model.positions**0.5) * autoencoder.downsampling
-    quirk = (
-        "on: when sampling, the first timestep embedding is added to the head's first token"
-        if model.first_token_quirk
-        else "off"
-    )
+    quirk = "on: when sampling, the first timestep embedding is added to the head's first token"
     rows = {
         "images": f"{side}x{side} pixels, {autoencoder.image_channels} channels",
         "classes": f"{model.classes:,} ({', '.join(names[:5])}{', ...' if names[5:] else ''})",
@@ -166,7 +161,7 @@ def model_card(trained: Trained, name: str) -> str:
         "quantizer": f"{model.levels} levels, latents in "
         f"[{model.quantizer.minimum:g}, {model.quantizer.maximum:g}]",
         "channel order": ", ".join(map(str, model.channel_order)),
-        "first-token quirk": quirk,
+        "first-token quirk": quirk if model.first_token_quirk else "off",
         "autoencoder": f"{_count(codec.params):,} parameters, latents scaled by "
         f"{autoencoder.scale:g}, {_listed(facts.get('autoencoder', {}))}",
         "autoencoder's hash": description.autoencoder_hash,
@@ -219,9 +214,7 @@ def _count(params: Any) -> int:
 
 
 def _size(model: Any, part: str) -> str:
-    width, layers, heads = (
-        getattr(model, f"{part}_{name}") for name in ("width", "layers", "heads")
-    )
+    layers, width, heads = (getattr(model, f"{part}_{x}") for x in ("layers", "width", "heads"))
     return f"{layers} layers of width {width}, {heads} heads"
 
 

@@ -1,1 +1,1 @@
-"""Compiles for TPUs on a machine without one, and estimates a step's memory and time."""
+"""Compiles for TPUs on a machine without any, and estimates the memory and time of a step."""

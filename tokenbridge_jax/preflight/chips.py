@@ -1,15 +1,15 @@
-"""The TPU generations: their figures, and the names of their slices.
+"""The figures of the TPU generations, and the names of their slices.
 
 Compute, memory and bandwidths are from Google's pages https://cloud.google.com/tpu/docs/v4, v5e,
 v5p, v6e and tpu7x, except:
 
-  memory         what libtpu's compiler calls available, less than the data sheet says
+  memory         the memory that libtpu's compiler calls available; the data sheets say more
   ici of v4      from 1.1 PB/s of all-reduce on a pod of 4096 chips, on the page of v4; the other
-                 pages give a chip's bandwidth in both directions, which is halved here
-  cycle_flops    a bfloat16 product's FLOPs in a cycle, from the number and size of the matrix
-                 units (on v6e and tpu7x the fewest that libtpu's cycles allow). Peak FLOP/s divided
-                 by it is the clock, which turns cycles into seconds. With it, libtpu's cycles of a
-                 product of 8192 x 8192 matrices give 70 to 93 % of the peak
+                 pages give a chip's bandwidth in both directions together, which is halved here
+  cycle_flops    FLOPs of a bfloat16 product in a cycle, from the number and size of the matrix
+                 units (for v6e and tpu7x the smallest value that agrees with libtpu's cycles). Peak
+                 FLOP/s divided by it is the clock, which converts cycles to seconds. So computed,
+                 libtpu's cycles of a product of 8192 x 8192 matrices give 70 to 93 % of the peak
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from tokenbridge_jax.runtime.hardware import listed_flops
 
 GIB = 2**30
 
-# Bytes of a stack of a thread of libtpu's.
+# Bytes of the stack of each thread of libtpu.
 STACK = 4 * 2**20
 
 
@@ -37,13 +37,13 @@ class Generation:
     Attributes:
       memory: bytes that a program may use.
       hbm: bytes a second, from or to memory.
-      ici: bytes a second that it can send to its neighbours, over all links together.
+      ici: bytes a second that the device can send to its neighbours, over all links together.
       cycle_flops: FLOPs of a bfloat16 product in a clock cycle.
-      devices: in a chip. (A chip of v4 or v5p has two cores that are one device.)
-      cores: in a chip, for the cloud's names: v4-32 is sixteen chips.
-      ring: an axis of this many chips, or a multiple, is closed to a ring; others are lines. (In
-        three dimensions all axes or none: slices are made of cubes of 4 x 4 x 4.)
-      dimensions: of a slice's shape.
+      dimensions: number of axes of a slice's shape.
+      ring: an axis of this many chips, or of a multiple, is a closed ring; other axes are lines.
+        (In three dimensions all axes or none are rings: slices consist of cubes of 4 x 4 x 4.)
+      devices: number in a chip. (The two cores of a v4 or v5p chip are one device.)
+      cores: number in a chip, for the names in the cloud: v4-32 has sixteen chips.
       options: further arguments for libtpu.
     """
 
@@ -71,7 +71,7 @@ GENERATIONS = {
     ),
 }  # fmt: skip
 
-# The shapes that clouds offer, by the number of dimensions.
+# Shapes that the cloud offers, by the number of dimensions.
 SHAPES = {
     2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
@@ -80,12 +80,12 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips of one generation that are wired together.
+    """Connected chips of one generation.
 
     Attributes:
-      name: `v5e:16x16`, as libtpu calls it.
-      generation: its key in `GENERATIONS`.
-      shape: chips along each axis.
+      name: libtpu's name, such as `v5e:16x16`.
+      generation: key in `GENERATIONS`.
+      shape: number of chips along each axis.
     """
 
     name: str
@@ -94,42 +94,40 @@ class Slice:
 
     @property
     def figures(self) -> Generation:
-        """Of one device."""
+        """The figures of one device."""
         return GENERATIONS[self.generation]
 
     @property
     def chips(self) -> int:
-        """How many."""
+        """Number of chips."""
         return math.prod(self.shape)
 
     def is_ring(self, size: int) -> bool:
-        """Whether an axis of `size` chips is closed to a ring."""
+        """Whether an axis of `size` chips is a closed ring."""
         ring = self.figures.ring
         made_of_cubes = all(other % ring == 0 for other in self.shape)
         return size % ring == 0 and (self.figures.dimensions == 2 or made_of_cubes)
 
 
 def parse_slice(name: str) -> Slice:
-    """Reads `v5e:16x16`, or a name of the cloud's: `v5litepod-256`, `v5p-128`.
+    """Reads `v5e:16x16`, or a name in the cloud: `v5litepod-256`, `v5p-128`.
 
     Raises:
-      UserError: there is no such slice; the message lists those there are.
+      UserError: there is no such slice; the message lists the existing ones.
     """
     wanted = name.lower().replace("v5litepod", "v5e")
-    generation, colon, text = wanted.partition(":")
-    if not colon:
-        generation, _, cores = wanted.partition("-")
+    generation = re.split("[:-]", wanted)[0]
     if figures := GENERATIONS.get(generation):
-        shapes = SHAPES[figures.dimensions]
-        by_cores = {str(math.prod(_sizes(text)) * figures.cores): text for text in shapes}
-        if not colon:
-            text = by_cores.get(cores, "")
-        if re.fullmatch(r"\d+(x\d+)*", text):
-            shape = _sizes(text)
+        in_cloud = {
+            f"{generation}-{math.prod(_sizes(text)) * figures.cores}": f"{generation}:{text}"
+            for text in SHAPES[figures.dimensions]
+        }
+        wanted = in_cloud.get(wanted, wanted)
+        if match := re.fullmatch(r"\w+:(\d+(x\d+)*)", wanted):
+            shape = _sizes(match[1])
             if len(shape) == figures.dimensions and 0 not in shape:
-                return Slice(f"{generation}:{text}", generation, shape)
-        valid = [f"{generation}:{text}" for text in shapes]
-        valid += [f"{generation}-{cores}" for cores in by_cores]
+                return Slice(wanted, generation, shape)
+        valid = [*in_cloud.values(), *in_cloud]
     else:
         valid = [f"{key}:{SHAPES[g.dimensions][0]}" for key, g in GENERATIONS.items()]
         valid += ["v5litepod-256", "v5p-128"]
@@ -141,7 +139,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def check_libtpu() -> None:
-    """Looks for libtpu without loading it.
+    """Checks that libtpu is installed, without loading it.
 
     Raises:
       UserError: libtpu is not installed.
@@ -153,15 +151,15 @@ def check_libtpu() -> None:
 
 
 def slice_devices(wanted: Slice) -> list[Any]:
-    """Devices of a slice that nobody has: programs are compiled for them and never run.
+    """Describes the devices of a slice: programs are compiled for them, but cannot run.
 
     Raises:
       UserError: libtpu knows no such slice.
     """
-    # Several processes may load libtpu; these replace its questions to a TPU's host.
+    # These let several processes load libtpu, and keep it from asking the host of a TPU.
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
     os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
-    # The stacks it gives its own threads overflow on some programs (0.0.42.1: L on v6e-64).
+    # The default stacks of its threads overflow for some programs (0.0.42.1: L on v6e-64).
     if "stack_size" not in (given := os.environ.get("LIBTPU_INIT_ARGS", "")):
         os.environ["LIBTPU_INIT_ARGS"] = f"{given} --fibers_default_thread_stack_size={STACK}"
     options = dict(wanted.figures.options)

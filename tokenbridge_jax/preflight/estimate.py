@@ -1,4 +1,4 @@
-"""The report of `tokenbridge preflight`, as JSON values."""
+"""Makes the report of `tokenbridge preflight`, as JSON values."""
 
 import dataclasses
 import multiprocessing
@@ -15,16 +15,11 @@ from ml_collections import ConfigDict
 from tokenbridge_jax.config import optimizer_config
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.preflight.chips import Slice, peak_flops, slice_devices
-from tokenbridge_jax.preflight.lowering import (
-    Compiled,
-    Work,
-    compile_work,
-    sampling_work,
-    training_work,
-)
+from tokenbridge_jax.preflight.hlo import Program
+from tokenbridge_jax.preflight.lowering import Work, compile_work, sampling_work, training_work
 from tokenbridge_jax.preflight.roofline import ASSUMPTIONS, estimate
 from tokenbridge_jax.preflight.suggestions import candidates, with_changes
-from tokenbridge_jax.preflight.text import gib, listed
+from tokenbridge_jax.preflight.text import Report, gib, listed
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
@@ -32,18 +27,16 @@ from tokenbridge_jax.runtime.progress import say
 # Images of ImageNet's training split (ILSVRC 2012).
 IMAGENET_IMAGES = 1_281_167
 
-Report = dict[str, Any]
-
 
 def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Report:
-    """Runs `check` in another process, which ends if libtpu crashes.
+    """Runs `check` in another process, because libtpu may crash.
 
     After a crash the report has no memory and no time: `fits` is False, `crashed` says what to do.
 
     Raises:
       UserError: as `check`.
     """
-    spawn = multiprocessing.get_context("spawn")  # A fork would lose JAX's threads.
+    spawn = multiprocessing.get_context("spawn")  # A fork would not have JAX's threads.
     receiver, sender = spawn.Pipe(duplex=False)
     child = spawn.Process(target=_check_as_child, args=(sender, config, where, sample))
     child.start()
@@ -59,7 +52,7 @@ def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Re
             ) from None
         if child.exitcode == -signal.SIGKILL:
             raise UserError(
-                "the process that compiles was killed, most likely for want of memory"
+                "the process that compiles was killed, most likely because memory ran out"
             ) from None
         return _crash(config, where, -child.exitcode, sample=sample)
     finally:
@@ -72,7 +65,7 @@ def check_apart(config: ConfigDict, where: Slice, *, sample: bool = False) -> Re
 
 def _check_as_child(sender: Connection, config: ConfigDict, where: Slice, sample: bool) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    jax.config.update("jax_platforms", "cpu")  # Leaves this machine's devices alone.
+    jax.config.update("jax_platforms", "cpu")  # The devices of this machine stay unused.
     try:
         sender.send(check(config, where, slice_devices(where), sample=sample))
     except UserError as error:
@@ -80,7 +73,7 @@ def _check_as_child(sender: Connection, config: ConfigDict, where: Slice, sample
 
 
 def _end_with_parent() -> None:
-    """Ends minutes of compiling if the parent is killed."""
+    """Ends this process, which may compile for minutes, when its parent has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -101,29 +94,30 @@ def _crash(config: ConfigDict, where: Slice, number: int, *, sample: bool) -> Re
 
 
 def _begun(config: ConfigDict, where: Slice, mesh: dict[str, int], *, sample: bool) -> Report:
-    """What a report says before anything is compiled."""
+    """The part of a report that is known before compiling."""
     settings: Report = {
         "batch": (config.sampling if sample else config.training).batch_size,
         "mesh": mesh,
         "remat": config.model.remat,
         "head_chunk": config.model.head_chunk,
     }
+    if not sample:
+        settings["accumulation"] = config.training.accumulation
     return {
         "what": "sample" if sample else "train",
         "topology": where.name,
         "chips": where.chips,
         "devices": where.chips * where.figures.devices,
-        "settings": settings
-        if sample
-        else settings | {"accumulation": config.training.accumulation},
+        "settings": settings,
     }
 
 
 def check(config: ConfigDict, where: Slice, devices: list[Any], *, sample: bool = False) -> Report:
-    """Compiles the program of a config and measures what it needs.
+    """Compiles the program of a config, and reports its memory and time.
 
     Raises:
-      UserError: a value makes no sense, or the compiler refuses for another reason than memory.
+      UserError: a value makes no sense, or the program cannot be compiled for a reason other than
+        memory.
     """
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
     work = (sampling_work if sample else training_work)(config, mesh)
@@ -133,27 +127,28 @@ def check(config: ConfigDict, where: Slice, devices: list[Any], *, sample: bool 
         compiled = compile_work(work, len(devices))
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"libtpu cannot compile it: {str(error).splitlines()[0]}") from error
+    program, needed = compiled.program, compiled.needed
     report |= {
         "device": devices[0].device_kind,
         "program": work.about,
         "compile_seconds": round(compiled.seconds),
-        "fits": compiled.fits,
-        "memory": {"available": where.figures.memory, "needed": compiled.needed, **work.state},
+        "fits": program is not None,
+        "memory": {"available": where.figures.memory, "needed": needed, **work.state},
     }
-    if compiled.program is not None:
-        report["memory"] |= {"temporaries": compiled.temporaries, "program": compiled.code}
-        report |= _time(work, compiled, where, devices)
+    if program is not None:
+        temporaries = needed - compiled.code - sum(work.state.values())
+        report["memory"] |= {"temporaries": temporaries, "program": compiled.code}
+        report |= _time(work, program, compiled.flops, where, devices)
     return report
 
 
-def _time(work: Work, compiled: Compiled, where: Slice, devices: list[Any]) -> Report:
-    program, peak = compiled.program, peak_flops(devices[0])
-    assert program is not None
-    spent = estimate(program, compiled.flops, peak, where)
+def _time(work: Work, program: Program, flops: int, where: Slice, devices: list[Any]) -> Report:
+    peak = peak_flops(devices[0])
+    spent = estimate(program, flops, peak, where)
     step = work.mean * spent.step
     return {
         "a_device": {
-            "product_flops": compiled.flops,
+            "product_flops": flops,
             "memory_traffic": program.traffic,
             "cycles": program.cycles,
             "collectives": [
@@ -178,10 +173,10 @@ def _time(work: Work, compiled: Compiled, where: Slice, devices: list[Any]) -> R
 
 
 def run_length(report: Report, config: ConfigDict, workdir: str | None) -> Report:
-    """Steps of the whole run, its days and chip-hours.
+    """Reports the steps, days and chip-hours of the whole run.
 
     Raises:
-      UserError: the config gives no length.
+      UserError: the config has no length of training.
     """
     images, whose = IMAGENET_IMAGES, "ImageNet's, as there are no shards"
     if workdir and (epath.Path(workdir) / "tokens").exists():
@@ -197,9 +192,9 @@ def run_length(report: Report, config: ConfigDict, workdir: str | None) -> Repor
 
 
 def suggest(config: ConfigDict, where: Slice, report: Report) -> Report | None:
-    """The report of the first settings that fit, and their flags; None if no settings fit.
+    """Returns the report of the first settings that fit, with their flags; None if none fit.
 
-    Settings that the compiler refuses, or that make it crash, are printed and skipped.
+    Settings that cannot be compiled, or at which libtpu crashes, are printed and skipped.
     """
     memory = report["memory"]
     excess = memory["needed"] - memory["available"]

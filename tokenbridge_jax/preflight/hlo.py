@@ -1,6 +1,6 @@
-"""Reads the text of a program that libtpu compiled: cycles, memory traffic, collectives.
+"""Reads cycles, memory traffic and collectives from the text of a program compiled by libtpu.
 
-Loops' bodies count as often as they run. (`compiled.cost_analysis()` counts them once.)
+The body of a loop counts as often as it runs. (`compiled.cost_analysis()` counts it once.)
 """
 
 import collections
@@ -10,19 +10,13 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*{\n((?:  .*\n)*)", re.MULTILINE)
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)")
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]({[^}]*})?")
 
-# Instructions that move nothing, or whose other half is counted.
+# Instructions that move nothing, or that are the uncounted half of a pair.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "custom-call",
     "copy-done", "slice-done", "partition-id", "replica-id", "iota",
@@ -39,20 +33,20 @@ class Instruction(NamedTuple):
     text: str
 
 
-# The instructions of a computation by their names; the last is its result.
+# The instructions of a computation by name; the last one is its result.
 Body = dict[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind and group size, together.
+    """All collectives of one kind and group size.
 
     Attributes:
       kind: one of `COLLECTIVES`.
-      group: devices that take part in each.
-      count: instructions.
-      runs: how often they run.
-      bytes: of the whole arrays (a gathering's result, a scattering's operand), all runs.
+      group: number of devices that take part in each.
+      count: number of instructions.
+      runs: number of times that they run, together.
+      bytes: size of the whole arrays (a gather's result, a scatter's operand), over all runs.
     """
 
     kind: str
@@ -63,17 +57,17 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends: of an array cut into `group` parts, what a ring moves."""
+        """Bytes that a device sends if the array is split into `group` parts in a ring."""
         share = (self.group - 1) / self.group
         return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1}.get(self.kind, share)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one device does in one run of a program.
+    """The work of one device in one run of a program.
 
     Attributes:
-      cycles: libtpu's estimate for its instructions, one after another, collectives left out.
+      cycles: libtpu's estimate for all instructions but collectives, one after another.
       traffic: bytes read from and written to memory.
       collectives: largest first.
     """
@@ -110,7 +104,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def _executed(bodies: dict[str, Body]) -> Iterator[tuple[Instruction, Body, int, str]]:
-    """Every instruction, with its computation, how often it runs, and the fusion it is in."""
+    """Yields each instruction, its computation, how often it runs, and the fusion it is part of."""
 
     def visit(name: str, runs: int, fusion: str) -> Iterator[tuple[Instruction, Body, int, str]]:
         for instruction in bodies[name].values():
@@ -133,7 +127,7 @@ def _called(instruction: Instruction) -> str:
 
 
 def _sizes(result: str, *, in_memory: bool = False) -> list[int]:
-    """Bytes of the arrays of a result; with `in_memory` 0 for those in a core's own memories."""
+    """Bytes of each array of a result; with `in_memory`, 0 for those in memories of the core."""
     return [
         0
         if in_memory and "S(" in layout
@@ -143,7 +137,7 @@ def _sizes(result: str, *, in_memory: bool = False) -> list[int]:
 
 
 def _traffic(instruction: Instruction, body: Body, bodies: dict[str, Body]) -> int:
-    """Bytes that one run of an instruction reads from memory and writes to it."""
+    """Bytes that one run of an instruction reads from memory and writes to memory."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return 0
@@ -163,7 +157,7 @@ def _traffic(instruction: Instruction, body: Body, bodies: dict[str, Body]) -> i
 
 
 def _fusion_traffic(body: Body, read: list[int], written: list[int]) -> int:
-    """A sliced operand counts as its slice, one that is updated in place as the update."""
+    """Traffic of a fusion: a sliced operand counts as its slice, an updated one as its update."""
     total = 0
     users = collections.defaultdict[str, list[Instruction]](list)
     for instruction in body.values():
@@ -171,7 +165,7 @@ def _fusion_traffic(body: Body, read: list[int], written: list[int]) -> int:
             users[operand].append(instruction)
 
     def cut(operand: str) -> int | float:
-        """Bytes read from an operand that is only sliced or updated in place, else infinity."""
+        """Bytes read of an operand that is only sliced or updated in place; otherwise infinity."""
         total: int | float = 0
         for user in users[operand]:
             if user.opcode == "dynamic-slice":
@@ -200,10 +194,10 @@ def _fusion_traffic(body: Body, read: list[int], written: list[int]) -> int:
 def _collective(
     instruction: Instruction, runs: int, fusion: str
 ) -> tuple[str, tuple[str, int, int, int]]:
-    """A collective's identity, and its kind, group size, runs and bytes."""
+    """A collective's identity, and its kind, group size, runs and bytes of all runs."""
     kind = instruction.opcode.removesuffix("-start")
     sizes, group = _sizes(instruction.result), _group_size(instruction.text)
-    # A start's result holds the operand too.
+    # The result of a start contains the operand too.
     size = max(sizes) if instruction.opcode.endswith("-start") else sum(sizes)
     if kind == "reduce-scatter":
         size *= group
@@ -212,12 +206,12 @@ def _collective(
     if fusion.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     elif fusion and channel:
-        name = channel[1]  # Spread over several fusions; the first one starts it.
+        name = channel[1]  # It is split into several fusions; the first one starts it.
     return name, (kind, group, runs, runs * size)
 
 
 def _group_size(text: str) -> int:
-    """Devices that take part: `{{0,1},{2,3}}`, `[2,2]<=[4]`, or axes `mesh['a'=2,...] {'a'}`."""
+    """Size of a group, from `{{0,1},{2,3}}`, `[2,2]<=[4]`, or axes: `mesh['a'=2,...] {'a'}`."""
     if listed := re.search(r"replica_groups={{([\d,]+)}", text):
         return listed[1].count(",") + 1
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
@@ -226,7 +220,7 @@ def _group_size(text: str) -> int:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return 2  # Of a permutation: pairs.
+    return 2  # A permutation has pairs.
 
 
 def _together(found: Any) -> list[Collective]:

@@ -1,8 +1,8 @@
-"""Compiles a config's training step or sampler for a slice, and finds what it needs on a device.
+"""Compiles a config's training step or sampler for a slice, and counts its memory and FLOPs.
 
 The training step has a program for every bucket of hidden positions (`training/masking.py`). Only
-the one that needs the most memory is compiled: where it fits, all of them fit. Its time is scaled
-to the mean of all programs by their products.
+the program that needs the most memory is compiled: if it fits, all of them fit. Its time is scaled
+to the mean of all programs by the FLOPs of their products.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.sampling.sampler import Request, generate
 from tokenbridge_jax.training.model_task import training_flops
 
-# Bytes of libtpu's units.
+# Bytes of the units in libtpu's messages.
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A traced program and what is known about it before it is compiled.
+    """A traced program, and what is known about it before it is compiled.
 
     Attributes:
       traced: the program.
-      batch: images of a run, over all devices.
+      batch: images of one run, over all devices.
       state: name of an input -> its bytes on a device.
-      model_flops: what the mathematics needs, over all devices; no padding, nothing computed twice.
+      model_flops: FLOPs of the mathematics over all devices, without padding and recomputation.
       mean: time of the mean program divided by the time of this one.
-      about: which program it is.
+      about: description of the program.
     """
 
     traced: jax.stages.Traced
@@ -55,21 +55,17 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What libtpu says about a program.
+    """The result of compiling a program.
 
     Attributes:
-      fits: whether it fits into the memory of a device.
-      needed: bytes on a device that the program holds at once, or wants.
-      temporaries: bytes on a device except for the state; 0 unless it fits.
-      code: bytes of the program itself; 0 unless it fits.
-      flops: of a device's products, with padding and recomputation.
-      program: what it does; None unless it fits.
-      seconds: the time of compiling.
+      needed: bytes that the program needs at once on a device.
+      code: bytes of the program itself; 0 if it does not fit.
+      flops: FLOPs of the products of a device, with padding and recomputation.
+      program: its instructions; None if it does not fit into the memory of a device.
+      seconds: time of compiling.
     """
 
-    fits: bool
     needed: int
-    temporaries: int
     code: int
     flops: int
     program: Program | None
@@ -77,7 +73,7 @@ class Compiled:
 
 
 def training_work(config: ConfigDict, mesh: Mesh) -> Work:
-    """The training step of a config.
+    """Traces the training step of a config.
 
     Raises:
       UserError: a value makes no sense, or the batch does not divide over the mesh.
@@ -91,7 +87,7 @@ def training_work(config: ConfigDict, mesh: Mesh) -> Work:
     micro_batch = batch // section.accumulation
 
     def activations(draw: MaskDraw) -> int:
-        """Tokens x layers x width, of the encoder and of one chunk of the head."""
+        """Tokens x layers x width of the encoder and of one chunk of the head."""
         slots = draw.share(section.head_fraction).hidden_slots
         _, chunk = head_chunks(model, slots, micro_batch, meshes.batch_shards(mesh))
         head = chunk * model.channels * model.head_layers * model.head_width
@@ -121,7 +117,7 @@ def training_work(config: ConfigDict, mesh: Mesh) -> Work:
 
 
 def sampling_work(config: ConfigDict, mesh: Mesh) -> Work:
-    """The sampler as `config.sampling` sets it, indices only.
+    """Traces the sampler with the settings of `config.sampling`, without decoding.
 
     Raises:
       UserError: a value makes no sense, or the batch does not divide over the mesh.
@@ -152,7 +148,7 @@ def compile_work(work: Work, devices: int) -> Compiled:
     """Compiles a program for the devices of its shardings.
 
     Raises:
-      jax.errors.JaxRuntimeError: it cannot be compiled, and the reason is not memory.
+      jax.errors.JaxRuntimeError: it cannot be compiled, for a reason other than memory.
     """
     start = time.monotonic()
     flops = matmul_flops(work.traced.jaxpr.jaxpr) // devices
@@ -161,18 +157,16 @@ def compile_work(work: Work, devices: int) -> Compiled:
     except jax.errors.JaxRuntimeError as error:
         if (wanted := wanted_memory(str(error))) is None:
             raise
-        return Compiled(False, wanted, 0, 0, flops, None, time.monotonic() - start)
+        return Compiled(wanted, 0, flops, None, time.monotonic() - start)
     memory: Any = compiled.memory_analysis()
     code = memory.generated_code_size_in_bytes
     needed = memory.peak_memory_in_bytes + code
     program = read_program(compiled.as_text())
-    seconds = time.monotonic() - start
-    temporaries = needed - code - sum(work.state.values())
-    return Compiled(True, needed, temporaries, code, flops, program, seconds)
+    return Compiled(needed, code, flops, program, time.monotonic() - start)
 
 
 def wanted_memory(message: str) -> int | None:
-    """The bytes that a program wanted, from libtpu's message that it does not fit."""
+    """Reads from libtpu's message the bytes of a program that does not fit; None without them."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
     required = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available", message)
     found = used or required
@@ -180,7 +174,7 @@ def wanted_memory(message: str) -> int | None:
 
 
 def matmul_flops(jaxpr: Any) -> int:
-    """FLOPs of the products in a traced program, on all devices: a sum of n products is 2n."""
+    """FLOPs of the products in a traced program, on all devices; a sum of n products has 2n."""
     total = 0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -190,9 +184,9 @@ def matmul_flops(jaxpr: Any) -> int:
             total += 2 * equation.outvars[0].aval.size * terms
         inner = list(jaxprs_in_params(params))
         if params.get("branches_platforms"):
-            inner = inner[-1:]  # The default one; all do the same products.
+            inner = inner[-1:]  # The default branch; all branches do the same products.
         runs = params["length"] if name == "scan" else 1
-        if name == "shard_map":  # Inside, shapes are those of one device.
+        if name == "shard_map":  # The shapes inside are those of one device.
             runs = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         total += runs * sum(map(matmul_flops, inner))
     return total

@@ -1,6 +1,6 @@
-"""The time of a program on a slice, from the figures of its generation.
+"""Estimates the time of a program on a slice from the figures of its generation.
 
-`ASSUMPTIONS` are printed with every estimate.
+Every report prints `ASSUMPTIONS`.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ class Estimate:
     """Seconds of one run of a program on a device, by cause.
 
     Attributes:
-      products: all products at the peak.
-      memory: all traffic at the memory's bandwidth.
+      products: all products at the peak rate.
+      memory: all traffic at the bandwidth of the memory.
       network: all collectives.
-      instructions: libtpu's cycles.
+      instructions: libtpu's cycles at the clock rate.
     """
 
     products: float
@@ -36,7 +36,7 @@ class Estimate:
 
     @property
     def bound(self) -> float:
-        """The roofline: the slowest of the three, which hides the other two."""
+        """The roofline: the slowest of products, memory and network, if they all overlap."""
         return max(self.products, self.memory, self.network)
 
     @property
@@ -46,11 +46,11 @@ class Estimate:
 
 
 def estimate(program: Program, flops: int, peak: float, where: Slice) -> Estimate:
-    """The seconds of a program.
+    """Estimates the seconds of a program.
 
     Args:
-      program: what a device does.
-      flops: of its products.
+      program: the work of a device.
+      flops: FLOPs of the device's products.
       peak: FLOP/s of the device.
       where: the slice.
     """
@@ -67,7 +67,7 @@ def estimate(program: Program, flops: int, peak: float, where: Slice) -> Estimat
 
 
 def links(collective: Collective, where: Slice) -> float:
-    """The share of a chip's links that a collective uses; its group spans the longest axes."""
+    """Share of a chip's links that a collective uses, if its group spans the longest axes."""
     needed, share = math.ceil(collective.group / where.figures.devices), 0.0
     for size in sorted(where.shape, reverse=True):
         if needed > 1 or not share:

@@ -1,12 +1,12 @@
-"""The nearest settings that fit, found by compiling them.
+"""Lists settings that need less memory, the cheapest first.
 
-Settings change one after another, the cheapest first, and stay changed:
+Settings change one after another and stay changed. This is what each of them costs:
 
-  mesh.fsdp            parameters, EMA and optimizer over more devices: gathers
-  model.remat=dots     attention and elementwise parts of the backbone computed twice
-  model.head_chunk     down to MIN_CHUNK positions: smaller products, more reductions
-  model.remat=full     the backbone's forward pass computed twice: a twelfth of all FLOPs at size L
-  training.accumulation  work that a step does once for the parameters, several times
+  mesh.fsdp            gathers: parameters, EMA and optimizer are split over more devices
+  model.remat=dots     attention and elementwise operations of the backbone are computed twice
+  model.head_chunk     smaller products and more reductions; the least is MIN_CHUNK positions
+  model.remat=full     the backbone's forward pass is computed twice: a twelfth of size L's FLOPs
+  training.accumulation  the work for all parameters is done for every micro-batch
 """
 
 from collections.abc import Callable, Iterator
@@ -16,21 +16,21 @@ from ml_collections import ConfigDict
 MIN_CHUNK = 256
 MAX_FSDP = 64
 
-# What to change: `section.key` -> value.
+# Changed settings: `section.key` -> value.
 Changes = dict[str, int | str]
 
 
 def candidates(
     config: ConfigDict, devices: int, excess: int, saved: Callable[[int], float]
 ) -> Iterator[Changes]:
-    """Settings that need less and less memory, each with all earlier changes.
+    """Yields settings that need less and less memory, each with all earlier changes.
 
     Args:
       config: the settings that do not fit.
-      devices: of the mesh.
+      devices: number of devices in the mesh.
       excess: bytes on a device that do not fit.
-      saved: `mesh.fsdp` -> bytes on a device that it saves at most. The smallest size that may be
-        enough is tried; if none may be, the largest, unless it would hardly help.
+      saved: `mesh.fsdp` -> bytes on a device that it saves at most. The smallest size that may save
+        enough is tried; if there is none, the largest one, unless it saves little.
     """
     model, mesh, batch = config.model, config.mesh, config.training.batch_size
     tensor = max(mesh.tensor, 1)
@@ -61,7 +61,7 @@ def candidates(
 
 
 def with_changes(config: ConfigDict, changes: Changes) -> ConfigDict:
-    """A copy of a config with some values changed."""
+    """Returns a copy of a config with some values changed."""
     changed = config.copy_and_resolve_references()
     for name, value in changes.items():
         section, key = name.split(".")

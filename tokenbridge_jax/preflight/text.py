@@ -1,4 +1,4 @@
-"""Reports as text: one in full, several as a table in Markdown.
+"""Formats a report as text, or several reports as a table in Markdown.
 
 python -m tokenbridge_jax.preflight.text runs/preflight/TYPE_SIZE_*.json
 """
@@ -14,7 +14,7 @@ Report = dict[str, Any]
 
 
 def as_text(report: Report) -> str:
-    """The report for a reader."""
+    """Formats a report for a reader."""
     memory, settings = report["memory"], report["settings"]
     device = "chip" if report["chips"] == report["devices"] else "device (half a chip)"
     lines = [
@@ -71,14 +71,14 @@ def _time_lines(report: Report, device: str) -> list[str]:
 
 
 def listed(settings: Report) -> str:
-    """Settings on one line."""
+    """Formats settings on one line."""
     mesh = " ".join(f"{name}={size}" for name, size in settings["mesh"].items())
     rest = ", ".join(f"{k} {v}" for k, v in settings.items() if k != "mesh")
     return f"{rest}, mesh {mesh}"
 
 
 def gib(size: int | float) -> str:
-    """Bytes in GiB."""
+    """Formats bytes in GiB."""
     return f"{size / GIB:.2f} GiB"
 
 
@@ -89,7 +89,7 @@ COLUMNS = (
 
 
 def table(reports: dict[str, Report]) -> str:
-    """One row for each report, its name first."""
+    """Makes a table with one row for each report, which begins with its name."""
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(_row(name, r) for name, r in reports.items())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -120,11 +120,5 @@ def _row(name: str, report: Report) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(
-        table(
-            {
-                " ".join(Path(path).stem.split("_")[:2]): json.loads(Path(path).read_text())
-                for path in sys.argv[1:]
-            }
-        )
-    )
+    paths = map(Path, sys.argv[1:])
+    print(table({" ".join(p.stem.split("_")[:2]): json.loads(p.read_text()) for p in paths}))
