@@ -94,6 +94,22 @@ def pipeline():
 
 
 @pytest.fixture(scope="session")
+def params():
+    """Random parameters of `tiny_model.TINY`."""
+    from tiny_model import TINY, random_params
+
+    return random_params(TINY)
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """Three images for `tiny_model.TINY`."""
+    from tiny_model import BATCH, TINY, random_batch
+
+    return random_batch(TINY, BATCH)
+
+
+@pytest.fixture(scope="session")
 def pixels():
     """Three images for `pipeline`."""
     return np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uint8)

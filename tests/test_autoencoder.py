@@ -91,7 +91,7 @@ def test_family(config: AutoencoderConfig, grid: int):
 
 @pytest.mark.parametrize("name", ["multipliers", "attention_resolutions"])
 @pytest.mark.parametrize("values", [("",), ("1", "2"), ("1,2",), (1, 1.5), (1, None)])
-def test_lists_of_other_things_than_numbers_are_refused(name, values):
+def test_lists_must_contain_whole_numbers(name, values):
     with pytest.raises(UserError, match=rf"{name} .* whole numbers, such as --config.*{name}=1,2"):
         AutoencoderConfig.from_json(TINY.to_json() | {name: values})
 
@@ -119,7 +119,7 @@ def test_other_image_sizes_than_the_nominal_one():
         ({"scale": 0.0}, "scale"),
     ],
 )
-def test_nonsense_sizes_are_refused(change, message):
+def test_impossible_sizes_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(TINY, **change)
 
@@ -186,7 +186,7 @@ def test_gradients_of_bfloat16_add_up_in_float32():
 
 
 def test_group_normalisation_around_an_outlier_in_the_middle():
-    """The sums are counted from the middle pixel; rounding must not make a variance negative."""
+    """Sums are of differences from the middle pixel; rounding must not make a variance negative."""
     x = np.full((1, 32, 32, 32), 0.1, np.float32)
     x[:, 16, 16] = 3e4
     params = {"scale": np.ones(32, np.float32), "bias": np.zeros(32, np.float32)}

@@ -9,15 +9,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 from scipy import stats
-from tiny_model import equations, examples, leaf_names, random_batch, tiny
+from tiny_model import leaf_names, loss_flops, tiny
 
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
-from tokenbridge_jax.loss import MaskDraw, training_loss
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, abstract_params, init_params
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
@@ -154,32 +152,13 @@ def test_every_parameter_starts_from_its_published_distribution():
 # --- Cost -----------------------------------------------------------------------------------------
 
 
-def _matmul_flops(
-    config: TokenBridgeConfig, hidden: int, head_fraction: float = 1.0
-) -> tuple[int, jax.stages.Lowered]:
-    """The FLOPs of all products in the program of one image's loss, and that program."""
-    draw = MaskDraw(jnp.int32(hidden), hidden, config.positions - hidden)
-
-    def run(params, batch):
-        return training_loss(config, params, batch, draw, head_fraction=head_fraction)
-
-    traced = jax.jit(run).trace(abstract_params(config), examples(random_batch(config, 1)))
-    flops = 0
-    for times, eqn in equations(traced.jaxpr.jaxpr):
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-            flops += times * 2 * inner * math.prod(eqn.outvars[0].aval.shape)
-    return flops, traced.lower()
-
-
 @pytest.mark.parametrize(("hidden", "scored"), [(3, None), (8, None), (8, 2)])
 def test_forward_flops_equal_those_of_the_program(hidden: int, scored: int | None):
     """Exactly, for depths and widths that are all different."""
     config = tiny(encoder_layers=2, decoder_layers=3, head_layers=4, head_width=32, buffer=5)
     fraction = 1.0 if scored is None else scored / hidden
     flops = {
-        _matmul_flops(dataclasses.replace(config, scan_layers=scan_layers), hidden, fraction)[0]
+        loss_flops(dataclasses.replace(config, scan_layers=scan_layers), hidden, fraction)[0]
         for scan_layers in (True, False)
     }
     assert flops == {config.forward_flops(hidden, scored)}
@@ -191,6 +170,6 @@ def test_forward_flops_equal_xlas_count():
         quantizer=Quantizer.gaussian(64), channel_order=KL16_CHANNEL_ORDER, positions=64, buffer=16,
         encoder_width=256, decoder_width=320, head_width=192,
     )  # fmt: skip
-    flops, lowered = _matmul_flops(config, 48)
+    flops, lowered = loss_flops(config, 48)
     assert config.forward_flops(48) == flops
     assert 1.0 < lowered.cost_analysis()["flops"] / flops < 1.05

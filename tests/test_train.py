@@ -19,8 +19,8 @@ from token_shards import (
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.commands import runner, train
 from tokenbridge_jax.data import shards
+from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.pipeline.description import ModelDescription
-from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import checkpoints
@@ -68,7 +68,7 @@ def ema_params(workdir):
     """The EMA parameters in the last checkpoint."""
     config = ModelDescription.load(workdir).config
     mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    abstract = abstract_sharded_params(config, mesh)
+    abstract = abstract_params(config, mesh)
     return checkpoints.load_params(workdir / "checkpoints", abstract)
 
 

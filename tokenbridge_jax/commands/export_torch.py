@@ -19,9 +19,8 @@ from etils import epath
 from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
 from tokenbridge_jax.pipeline.description import ModelDescription
-from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.pipeline.pretrained import load_weights
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
@@ -65,7 +64,7 @@ def main(args: flags.FlagValues) -> None:
 def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
     config = ModelDescription.load(workdir).config
     mesh = meshes.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
-    abstract = abstract_sharded_params(config, mesh)
+    abstract = abstract_params(config, mesh)
 
     def state_dict(part: str) -> state_dicts.StateDict:
         params, _ = load_weights(workdir, abstract, part=part)
