@@ -302,7 +302,7 @@ def test_command(workdir, images, tmp_path, capsys):
     table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:4:2])
     assert table["images"] == "27 (train 27)"
     assert table["rate"].endswith("img/s")
-    assert storage.read_json(workdir / "config.json") == json.loads(json.dumps(config.to_dict()))
+    assert storage.read_json(workdir / "config.json") == json.loads(json.dumps(config))
     assert runner.run("tokenize", ["--strict", f"--workdir={workdir}"]) == 0
     assert capsys.readouterr().out.startswith("all shards exist already: nothing to do")
     assert runner.run("tokenize", [*arguments, "--config.quantizer.levels=8"]) == 2
