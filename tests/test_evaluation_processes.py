@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from evaluated import save_tiny, write_pictures
 from jobs import start_job
 
 from tokenbridge_jax.commands import runner
@@ -54,6 +53,9 @@ def scores(folder: Path) -> dict:
 
 
 def test_two_processes_get_the_result_of_one(tmp_path):
+    # Not in the processes of the job: it makes a key, and they must join before JAX is used.
+    from evaluated import save_tiny, write_pictures
+
     save_tiny(tmp_path / "model")
     write_pictures(tmp_path / "real")
     job = start_job([__file__, tmp_path], [[], []], devices=1)

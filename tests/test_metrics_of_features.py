@@ -161,7 +161,7 @@ def test_kernel_distance_is_unbiased():
 # --- Precision and recall -------------------------------------------------------------------------
 
 
-def share_inside(points: np.ndarray, centres: np.ndarray, k: int) -> float:
+def inside(points: np.ndarray, centres: np.ndarray, k: int) -> float:
     radii = np.sort(distance.cdist(centres, centres), axis=1)[:, k]
     return (distance.cdist(points, centres) <= radii).any(axis=1).mean()
 
@@ -170,8 +170,7 @@ def share_inside(points: np.ndarray, centres: np.ndarray, k: int) -> float:
 def test_precision_and_recall_equal_scipys(neighbours: int, monkeypatch):
     monkeypatch.setattr("tokenbridge_jax.evaluation.metrics._BLOCK", 13)
     reference, samples = features(60, 3), features(45, 3, shift=0.7, seed=1)[:, :3] * 0.7
-    pairs = (samples, reference), (reference, samples)
-    expected = tuple(share_inside(*pair, neighbours) for pair in pairs)
+    expected = inside(samples, reference, neighbours), inside(reference, samples, neighbours)
     assert precision_recall(reference, samples, neighbours) == pytest.approx(expected)
     assert expected[0] != expected[1]
     with pytest.raises(UserError, match="the samples has 3"):

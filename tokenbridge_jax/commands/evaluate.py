@@ -81,8 +81,7 @@ def _define(values: flags.FlagValues, name: str, default: Any, text: str, *choic
     if choices:
         flags.DEFINE_enum(name, default, choices, text, flag_values=values)
         return
-    kinds: dict[type, Callable[..., Any]]
-    kinds = {str: flags.DEFINE_string, bool: flags.DEFINE_bool, list: flags.DEFINE_list}
+    kinds: Any = {str: flags.DEFINE_string, bool: flags.DEFINE_bool, list: flags.DEFINE_list}
     kinds.get(type(default), flags.DEFINE_integer)(name, default, text, flag_values=values)
 
 
