@@ -159,7 +159,7 @@ def tarred():
         (b"", "is empty; download or copy it again"),
         (b"\0" * 3000, "begins with zeros"),
         (b"\xc3\x28" * 300, "not a PyTorch, safetensors or numpy file, or is damaged"),
-        (gzip.compress(b"content"), "is compressed with gzip; unpack it", mtime=0),
+        (gzip.compress(b"content", mtime=0), "is compressed with gzip; unpack it"),
         (bz2.compress(b"content"), "is compressed with bzip2; unpack it"),
         (lzma.compress(b"content"), "is compressed with xz; unpack it"),
         (tarred(), "is a tar archive; unpack it"),
