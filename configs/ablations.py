@@ -16,17 +16,16 @@ What the paper measured, as FID on ImageNet 256x256 (lower is better):
 
 Four tables share the figure 1.94. Here it is one experiment: size L with a head of 1024x6, all
 channels one after another in the autoencoder's own ("normal") order, 64 levels. The table of groups
-is another experiment. Its heads were published as 60M, 63M and 530M parameters, which 16 levels and
-1024x3 have (60.4M, 63.8M, 529.9M; with four layers they would be 79M, 83M and 549M).
+is another experiment. The published sizes of its heads are 60M, 63M and 530M parameters, as for 16
+levels and 1024x3 (60.4M, 63.8M, 529.9M; with four layers they would be 79M, 83M and 549M).
 
-"reverse" is the order by frequency backwards. Rows with the same number of levels train on the same
-token shards, whatever their channel order: the indices are stored in autoencoder order.
+"reverse" is the reversed order by frequency. Rows with the same number of levels train on the same
+token shards, for any channel order: the indices are stored in the order of the autoencoder.
 
 With `on=digits` everything except the head is as in the experiment `digits`. A row keeps its name
-but has half the levels that it says (8, 16, 32), a sixteenth of the width and two thirds of the
-layers (16x2, 32x2, 32x3, 64x3, 64x4). It samples at temperature 1 without guidance, from the
-model's own distribution: settings tuned for one row would favour it. `launch/ablations.py` compares
-all rows.
+but has half of its levels (8, 16, 32), a sixteenth of its width and two thirds of its layers (16x2,
+32x2, 32x3, 64x3, 64x4). It samples at temperature 1 without guidance, from the model's own
+distribution: settings tuned for one row would favour it. `launch/ablations.py` compares all rows.
 """
 
 from typing import NamedTuple
@@ -38,7 +37,7 @@ from tokenbridge_jax.runtime.errors import UserError
 
 
 class Row(NamedTuple):
-    """An experiment in the paper's sizes; the defaults are the values that the tables share."""
+    """An experiment in the paper's sizes; the tables share the default values."""
 
     table: str
     fid: float | None

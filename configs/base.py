@@ -26,11 +26,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         image_size=256,
         image_channels=3,  # or 1, grey
         num_classes=1000,
-        flip=False,  # trains on mirrored images, too
+        flip=False,  # True: also trains on mirrored images
     )
     config.autoencoder = dict(
         channels=128,
-        multipliers=(1, 1, 2, 2, 4),  # of `channels`, one a level
+        multipliers=(1, 1, 2, 2, 4),  # of `channels`, one for each level
         blocks=2,
         attention_resolutions=(16,),
         latent_channels=16,
@@ -51,9 +51,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         posterior_samples=1,
         records_per_shard=4096,
         validation_fraction=0.0,
-        decode_workers=0,  # threads; 0: one for every core
-        # Shards are kept. 5 of 100,000 indices differ from a CPU's (on an H200); with
-        # tensorfloat32 2 of 100, with bfloat16 17.
+        decode_workers=0,  # threads; 0: one for each core
+        # Shards are used for long, so this is precise: on an H200, 5 of 100,000 indices differ from
+        # those of a CPU; with tensorfloat32 2 of 100 differ, with bfloat16 17 of 100.
         precision="float32",
     )
     config.model = dict(
@@ -89,7 +89,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         choice_temperature=1.0,
         batch_size=64,
     )
-    # Scores of samples in training; `every`: updates between two of them, 0 is never.
+    # Scores of samples in training; `every` is the number of updates between two; 0 is never.
     config.evaluation = dict(every=0, num_images=1000, reference="", features="inception")
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=-1)
     return config.lock()

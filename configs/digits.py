@@ -1,7 +1,7 @@
-"""Handwritten digits: every command in minutes on two CPU cores, with data that needs no download.
+"""Handwritten digits: every command takes minutes on two CPU cores; the data need no download.
 
 The 1,797 8x8 digits of scikit-learn, enlarged to 16x16; an autoencoder of 4x4 positions and 8
-channels, 32 levels a channel. Most commands use this config where none is named.
+channels, 32 levels for each channel. Most commands use this config if none is named.
 
   tokenbridge train-vae --config digits --workdir runs/digits
   tokenbridge tokenize --workdir runs/digits
@@ -21,7 +21,7 @@ from tokenbridge_jax.config import experiment, parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """`quick` trains for seconds, to see that everything works."""
+    """`quick` trains for seconds, to check that everything works."""
     arguments = parse_arg(arg, quick=False)
     config = experiment("base")
     config.data.update(

@@ -9,16 +9,16 @@ The recipe is the paper's (v3, appendix): batch 2048, 800 epochs of which 200 wa
 peak learning rate 4e-4 and cosine decay, bfloat16, EMA 0.9999.
 
 `WORKDIR/autoencoder` must hold an autoencoder: `tokenbridge import-torch` writes KL-16 there, or
-`tokenbridge train-vae` with the flags of `tokenize` trains one on your images. Such an autoencoder
-has its own channel order: tokenize with `--config.quantizer.channel_order=frequency`.
+`tokenbridge train-vae` with the flags of `tokenize` trains one on your images. An autoencoder that
+you trained has its own channel order: use `--config.quantizer.channel_order=frequency`.
 
 Published results of these sizes (FID / IS, 256 steps, linear guidance): L 1.76 / 294.8 at guidance
 3.1 and temperature 0.97; H 1.55 / 313.3 at 3.45 and 0.91. Published cost of L: about 6000 A100
 hours for 400 epochs. Nothing of this size has been trained with this code yet.
 
-Arguments: `size=B|L|H`; `tfds` reads TFDS `imagenet2012` instead of class folders; `quick` shrinks
-everything to laptop size, to try a data set or a machine. Keys that are not here, the autoencoder's
-among them, have the values of `configs/base.py`.
+Arguments: `size=B|L|H`; `tfds` reads TFDS `imagenet2012` instead of class folders; `quick` reduces
+everything to laptop size, to try a data set or a machine. Other keys, such as those of the
+autoencoder, have the values of `configs/base.py`.
 """
 
 from ml_collections import ConfigDict

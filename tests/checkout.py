@@ -1,4 +1,4 @@
-"""The launch scripts in a folder of their own, among stand-ins for what they call."""
+"""The launch scripts in a folder with stand-ins for the programs that they call."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 
-# Notes its name, arguments and a few variables; ends with the first of the statuses left to it.
+# Records its name, arguments and some variables, and ends with the next of its statuses.
 STAND_IN = """#!{python}
 import json, os, pathlib, sys, time
 here = pathlib.Path({here!r})
@@ -39,7 +39,7 @@ sys.exit(statuses[0])
 
 
 class Checkout:
-    """A copy of the launch scripts, and stand-ins for what they call."""
+    """A copy of the launch scripts, and stand-ins for the programs that they call."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "checkout"
@@ -75,7 +75,7 @@ class Checkout:
         )
 
     def run(self, script: str, *arguments: str, status: int = 0, **variables: str) -> str:
-        """What the script prints, which must end with the status."""
+        """Runs a script, which must end with this status; returns its output."""
         process = self.start(script, *arguments, **variables)
         out, error = process.communicate(timeout=60)
         assert process.returncode == status, error

@@ -6,7 +6,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Nearly all the time goes into compiling programs that then run for milliseconds.
+# Most of the time is spent in compiling programs, which then run for milliseconds.
 FLAGS = [
     "--xla_backend_optimization_level=0",
     "--xla_cpu_parallel_codegen_split_count=1",
@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_finish():
-    """A tenth of the time went into looking for garbage among the libraries' own objects."""
+    """Keeps the garbage collector from searching the libraries' objects, a tenth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
@@ -33,9 +33,9 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """Compiled programs on disk, for a module whose runs and processes compile the same ones again.
+    """Compiled programs on disk, for modules that compile the same programs several times.
 
-    In others, writing them takes longer than it saves.
+    In other modules, writing them takes longer than it saves.
     """
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
@@ -53,7 +53,7 @@ def programs(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
-# Fixtures import the package themselves: before pytest starts, annotations are not yet checked.
+# Fixtures import the package: before pytest starts, annotations are not yet checked.
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +74,7 @@ def workdir(tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, images):
-    """A workdir tokenized without disturbance."""
+    """A workdir tokenized without interruption."""
     from token_shards import make_config, write_autoencoder
 
     from tokenbridge_jax.data.tokenizing import tokenize
@@ -94,6 +94,22 @@ def pipeline():
 
 
 @pytest.fixture(scope="session")
+def params():
+    """Random parameters of `tiny_model.TINY`."""
+    from tiny_model import TINY, random_params
+
+    return random_params(TINY)
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """Three images for `tiny_model.TINY`."""
+    from tiny_model import BATCH, TINY, random_batch
+
+    return random_batch(TINY, BATCH)
+
+
+@pytest.fixture(scope="session")
 def pixels():
     """Three images for `pipeline`."""
     return np.random.default_rng(0).integers(256, size=(3, 8, 8, 1)).astype(np.uint8)
@@ -101,7 +117,7 @@ def pixels():
 
 @pytest.fixture
 def gpu_to_lower_for(monkeypatch):
-    """What jax 0.11 and later must know to lower a GPU's kernels on a machine without one."""
+    """Tells jax 0.11 and later about a GPU, to lower its kernels on a machine without one."""
     if jax.__version_info__ >= (0, 11):
         from jax._src.pallas.triton import gpu_info
 

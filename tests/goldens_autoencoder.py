@@ -1,4 +1,4 @@
-"""Every assertion that a `kl_vae_*.npz` file is held to."""
+"""Checks one `kl_vae_*.npz` golden against the autoencoder."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tokenbridge_jax.torch_bridge.table import from_torch, to_torch
 def read_autoencoder_golden(
     path: Path,
 ) -> tuple[AutoencoderConfig, dict[str, Any], dict[str, np.ndarray]]:
-    """Config, parameters and all arrays of a file."""
+    """Returns the config, the parameters and all arrays of a file."""
     with np.load(path) as file:
         golden = {name: file[name] for name in file.files}
     state = {k.removeprefix("state/"): v for k, v in golden.items() if k.startswith("state/")}

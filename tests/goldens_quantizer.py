@@ -1,4 +1,4 @@
-"""Every assertion that a `quantizer*.npz` file is held to."""
+"""Checks one `quantizer*.npz` golden against the quantizer."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tokenbridge_jax.quantizer import Quantizer
 
 
 def quantizer_groups(path: Path) -> list[tuple[Quantizer, dict[str, np.ndarray]]]:
-    """The quantizers of a file with their golden level values, and the arrays of each."""
+    """Returns each quantizer of a file, made of its golden level values, with its arrays."""
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
     groups = []
@@ -24,7 +24,7 @@ def quantizer_groups(path: Path) -> list[tuple[Quantizer, dict[str, np.ndarray]]
 
 
 def check_quantizer_file(path: Path) -> None:
-    """Indices exact with the golden levels; own levels to 2e-5 and as good away from midpoints."""
+    """Indices must be equal with the golden levels; with own levels, except near midpoints."""
     for quantizer, golden in quantizer_groups(path):
         indices = np.asarray(jax.jit(quantizer.quantize)(golden["x"]))
         np.testing.assert_array_equal(indices, golden["indices"])
@@ -34,7 +34,8 @@ def check_quantizer_file(path: Path) -> None:
 
         own = Quantizer.gaussian(quantizer.levels, quantizer.maximum)
         golden_levels = golden["reconstruction_values"]
-        # A level is a difference of two float32 Phi over the mass of a bin, which shrinks with V.
+        # A level is a difference of two float32 values of Phi, divided by the bin's mass, which
+        # shrinks with V.
         tolerance = max(2e-5, 3e-7 * quantizer.levels) * np.abs(golden_levels).max()
         np.testing.assert_allclose(own.level_values, golden_levels, rtol=0, atol=tolerance)
         np.testing.assert_allclose(own.boundaries(), golden["boundaries"], rtol=0, atol=tolerance)
@@ -44,6 +45,6 @@ def check_quantizer_file(path: Path) -> None:
         levels_on_latents = np.sort(np.asarray(quantizer.dequantized_levels, np.float64))
         midpoints = (levels_on_latents[1:] + levels_on_latents[:-1]) / 2
         distance = np.abs(golden["x"][differ, None] - midpoints).min(axis=1, initial=np.inf)
-        moved = tolerance * 2 * quantizer.maximum / 6  # what that is in latents
+        moved = tolerance * 2 * quantizer.maximum / 6  # The tolerance in units of latents.
         assert (distance < moved).all(), "own levels disagree away from every midpoint"
         assert (np.abs(own_indices - golden["indices"]) <= 1).all()

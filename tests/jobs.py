@@ -20,14 +20,14 @@ def start_job(
     output: Any = None,
     **variables: str,
 ) -> list[subprocess.Popen]:
-    """Starts Python processes that are to join one another.
+    """Starts Python processes that join each other.
 
     Args:
       command: arguments of the interpreter, the same for all.
-      of_process: further arguments, for every process.
-      devices: of each process.
-      output: open file for their stdout and stderr; without it stdout is kept for the caller.
-      **variables: of the environment.
+      of_process: further arguments of each process.
+      devices: number of devices of each process.
+      output: open file for stdout and stderr; None gives the caller stdout as a pipe.
+      **variables: variables of the environment.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))

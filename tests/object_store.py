@@ -7,7 +7,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class ObjectStore(MemoryFileSystem):
-    """Takes the place of gs://; notes which files were read."""
+    """Takes the place of gs:// and lists the files that were read."""
 
     protocol = "gs"
     store: ClassVar[dict] = {}
@@ -25,5 +25,5 @@ class ObjectStore(MemoryFileSystem):
 
 
 def register() -> None:
-    """From here on gs:// is this one."""
-    fsspec.register_implementation("gcs", ObjectStore, clobber=True)  # As epath asks for it.
+    """Makes gs:// this store from now on."""
+    fsspec.register_implementation("gcs", ObjectStore, clobber=True)  # The name that epath uses.

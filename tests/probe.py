@@ -1,4 +1,4 @@
-"""A command of the tests' own, which keeps what it gets, run in-process."""
+"""A command for tests that keeps its arguments, and is run in this process."""
 
 import sys
 import types
@@ -25,7 +25,7 @@ def get_config(arg=None):
 
 
 class Probe:
-    """A command that keeps what it was given and then does `then(args)`."""
+    """A command that keeps its arguments and then calls `then(args)`."""
 
     def __init__(self):
         self.module = types.ModuleType("tokenbridge_jax.commands.probe", "Probes.\n\nAt length.")
@@ -72,7 +72,7 @@ def run(probe, tmp_path, capsys):
 
 @pytest.fixture
 def mistake(probe, run):
-    """Runs the probe, which must not start; returns the one line that names the mistake."""
+    """Runs the probe, which must not start; returns the line that names the mistake."""
 
     def mistake(*argv, **options):
         status, out, err = run(*argv, **options)

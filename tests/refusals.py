@@ -1,4 +1,4 @@
-"""A system that refuses, and files that were damaged: what many tests of reading need."""
+"""Shared by tests of reading: a system that refuses to open files, and damaged files."""
 
 import contextlib
 import os
@@ -11,18 +11,17 @@ from tokenbridge_jax.runtime.errors import UserError
 
 
 def open_files() -> int:
-    """How many files this process has open."""
-    return len(os.listdir("/dev/fd")) - 1  # Without that of the listing.
+    """The number of files that this process has open."""
+    return len(os.listdir("/dev/fd")) - 1  # The listing itself opens one.
 
 
 @contextlib.contextmanager
 def no_more_files() -> Iterator[None]:
-    """Lets this process open no file (EMFILE): root, who may read all, is refused this too."""
+    """Makes every opening of a file fail with EMFILE, which root cannot override."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 2, limits[1])
-    )
+    highest = max(map(int, os.listdir("/dev/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, limits[1]))
     try:
         with contextlib.suppress(OSError):
             while True:
@@ -35,7 +34,7 @@ def no_more_files() -> Iterator[None]:
 
 
 def outcome(read: Callable[[], Any]) -> tuple[Any, str]:
-    """What was read, or the mistake that was told."""
+    """Returns the result and "", or None and the message of the `UserError`."""
     try:
         return read(), ""
     except UserError as error:
@@ -44,7 +43,7 @@ def outcome(read: Callable[[], Any]) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def flipped(path: Path, bit: int) -> Iterator[None]:
-    """The file has this bit flipped meanwhile."""
+    """Flips one bit of a file within the block."""
     content = path.read_bytes()
     damaged = bytearray(content)
     damaged[bit // 8] ^= 1 << bit % 8

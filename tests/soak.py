@@ -1,17 +1,17 @@
-"""Trains a tiny model, killed at random again and again, beside one left alone; compares losses.
+"""Trains a tiny model that is killed again and again, and compares it with an undisturbed run.
 
   python tests/soak.py --kills=30
 
-Every life of the job is ended in one of these ways:
+Each life of the job ends in one of these ways:
 
   start     kill -9 of all processes while they start
-  all       kill -9 of all, a random number of steps after those done before
+  all       kill -9 of all, after a random number of new steps
   writing   kill -9 of all while a checkpoint is being written
   one       kill -9 of one process; the others must end by themselves, with status 76
   term      SIGTERM to one process; all must save one step and end with status 75
 
-The last life runs to the end. Status 0: every loss, gradient norm and validation is equal to those
-of the undisturbed run, to the last bit.
+The last life runs to the end. Status 0: every loss, gradient norm and validation equals that of the
+undisturbed run, to the last bit.
 """
 
 import random
@@ -36,9 +36,9 @@ from tokenbridge_jax.training.metric_writer import read_metrics
 
 WAYS = ("start", "all", "writing", "one", "term")
 
-# After so many seconds without a lost process's heartbeat the others end.
+# Seconds without the heartbeat of a lost process after which the others end.
 HEARTBEAT_SECONDS = 10
-# On a busy machine a life is slow, but none takes so long.
+# Longer than any life takes, even on a busy machine.
 LIMIT_SECONDS = 300
 WHOLE_RUN_SECONDS = 3600
 
@@ -53,8 +53,8 @@ CONFIG = TRAINING | {
 def start(workdir: Path, processes: int, log: Path, **config: object) -> list[subprocess.Popen]:
     """Starts a training job on four devices; its output is appended to `log`.
 
-    Programs are compiled anew: on CPUs only process 0 finds those on disk, and where the others
-    compile for more than 30 seconds meanwhile, Gloo gives up.
+    Programs are always compiled: on CPUs only process 0 finds those on disk, and if the others
+    compile for more than 30 seconds meanwhile, Gloo stops.
     """
     command = ["-m", "tokenbridge_jax.commands.train", "--distributed", "--workdir", workdir]
     command += [f"--config.{name}={value}" for name, value in (CONFIG | config).items()]
@@ -70,7 +70,7 @@ def start(workdir: Path, processes: int, log: Path, **config: object) -> list[su
 
 
 def end(job: Sequence[subprocess.Popen], seconds: int = LIMIT_SECONDS) -> list[int]:
-    """Waits for all processes, each at most so long; their exit statuses."""
+    """Waits for all processes, for at most `seconds` each; returns their exit statuses."""
     try:
         return [process.wait(seconds) for process in job]
     except subprocess.TimeoutExpired:
@@ -92,12 +92,12 @@ def steps_done(workdir: Path) -> int:
 
 
 def saved(workdir: Path) -> int:
-    """Updates behind the latest complete checkpoint."""
+    """Number of updates at the latest complete checkpoint."""
     return Checkpoints(workdir / "checkpoints").latest or 0
 
 
 def unfinished(workdir: Path) -> set[Path]:
-    """Folders of checkpoints being written, or left behind by a kill."""
+    """Folders of unfinished checkpoints."""
     return set((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
@@ -109,7 +109,7 @@ def wait_until(job: Sequence[subprocess.Popen], happened: Callable[[], bool]) ->
             return True
         if time.monotonic() > limit:
             kill(job)
-            raise TimeoutError("the job neither goes on nor ends")
+            raise TimeoutError("the job neither continues nor ends")
         time.sleep(0.01)
     return False
 
@@ -117,7 +117,7 @@ def wait_until(job: Sequence[subprocess.Popen], happened: Callable[[], bool]) ->
 def one_life(
     way: str, job: Sequence[subprocess.Popen], workdir: Path, rng: random.Random
 ) -> list[int]:
-    """Ends the job in this way; the exit statuses, all 0 if it was done before."""
+    """Ends the job in this way; returns the exit statuses, all 0 if the job was done before."""
     left, goal = unfinished(workdir), steps_done(workdir) + rng.randrange(1, 12)
     if way == "start":
         time.sleep(rng.uniform(0, 10))
@@ -135,12 +135,10 @@ def one_life(
 
 
 def check_life(way: str, statuses: Sequence[int], before: int, workdir: Path) -> str | None:
-    """What is wrong after a life, if anything."""
-    allowed = {
-        "term": [EXIT_INTERRUPTED, 0],
-        "one": [EXIT_LOST, -signal.SIGKILL, 0],
-    }.get(way, [-signal.SIGKILL, 0])
-    if not set(statuses) <= set(allowed) or (way == "term" and len(set(statuses)) > 1):
+    """What is wrong after a life, if anything is."""
+    causes = {"term": {EXIT_INTERRUPTED}, "one": {EXIT_LOST, -signal.SIGKILL}}
+    allowed = causes.get(way, {-signal.SIGKILL}) | {0}
+    if not set(statuses) <= allowed or (way == "term" and len(set(statuses)) > 1):
         return f"statuses {statuses}"
     if saved(workdir) < before:
         return f"checkpoint {before} is gone"
@@ -148,15 +146,15 @@ def check_life(way: str, statuses: Sequence[int], before: int, workdir: Path) ->
 
 
 def lives(ways: Sequence[str], workdir: Path, rng: random.Random, **job: object) -> Iterator[str]:
-    """Lets a run live and die in these ways and then to its end; yields what went wrong."""
+    """Ends a run in each of these ways and then lets it finish; yields what was wrong."""
     counts: Counter[str] = Counter()
     for number, way in enumerate(ways):
         before = saved(workdir)
         begun = time.monotonic()
         statuses = one_life(way, start(workdir, **job), workdir, rng)
         after = f"{saved(workdir)} saved, {steps_done(workdir)} done"
-        took = time.monotonic() - begun
-        print(f"life {number}: {way} -> {statuses}, {after}, {took:.0f} s", flush=True)
+        seconds = time.monotonic() - begun
+        print(f"life {number}: {way} -> {statuses}, {after}, {seconds:.0f} s", flush=True)
         counts[way] += 1
         if wrong := check_life(way, statuses, before, workdir):
             yield f"life {number} ({way}): {wrong}"
@@ -169,7 +167,7 @@ def lives(ways: Sequence[str], workdir: Path, rng: random.Random, **job: object)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs both and compares."""
+    """Runs both and compares their metrics."""
     del argv
     args = flags.FLAGS
     folder = Path(args.folder or tempfile.mkdtemp(prefix="soak"))
@@ -185,14 +183,14 @@ def main(argv: Sequence[str]) -> int:
     if ours != theirs:
         wrong.append(f"{sum(a != b for a, b in zip(ours, theirs, strict=False))} lines differ")
     print("\n".join(wrong) or f"all {len(theirs)} lines of metrics are equal", flush=True)
-    print(f"everything lies in {folder}")
+    print(f"all files are in {folder}")
     return bool(wrong)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("kills", 30, "Lives that are ended.", lower_bound=0)
-    flags.DEFINE_integer("processes", 2, "Of the job, on four devices.", lower_bound=1)
+    flags.DEFINE_integer("kills", 30, "Number of lives that are ended early.", lower_bound=0)
+    flags.DEFINE_integer("processes", 2, "Processes of the job, on four devices.", lower_bound=1)
     flags.DEFINE_integer("steps", 600, "Updates of the whole run.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of ways and moments.")
-    flags.DEFINE_string("folder", None, "Where everything is written; a temporary one by default.")
+    flags.DEFINE_integer("seed", 0, "Seed for the ways and times of ends.")
+    flags.DEFINE_string("folder", None, "Folder for all files; a temporary one by default.")
     app.run(main)

@@ -1,9 +1,9 @@
-"""Trains a tiny model in an object store, killed once, and compares it with one in a local folder.
+"""Trains a tiny model in an object store, with one kill, and compares it with a local run.
 
   python tests/store_check.py gs://my-bucket/new-folder
 
-The credentials are those of gcsfs and tensorstore (`gcloud auth application-default login`). What
-it writes, less than 10 MB, stays there. It needs `pip install -e '.[gcs,test]'`.
+The credentials are those of gcsfs and tensorstore (`gcloud auth application-default login`). It
+leaves less than 10 MB there. It needs `pip install -e '.[gcs,test]'`.
 
 Without a bucket, against an emulator (`pip install gcp-storage-emulator`):
 
@@ -12,8 +12,8 @@ Without a bucket, against an emulator (`pip install gcp-storage-emulator`):
   export GOOGLE_AUTH_TOKEN_FOR_TESTING=any GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT=false
   python tests/store_check.py gs://bucket/check
 
-Status 0: the shards came from there, the killed run went on from a checkpoint there, all its
-numbers equal those of the local run, and images were sampled from it.
+Status 0 means: the shards were read from there, the killed run resumed from a checkpoint there, all
+its numbers equal those of the local run, and images were sampled from it.
 """
 
 import subprocess
@@ -49,7 +49,7 @@ def main(store: epath.Path) -> int:
     print(f"killed with {saved} of {STEPS} steps saved: {soak.end(job)}")
     statuses = soak.end(soak.start(store, 1, log, **config))
     statuses += soak.end(soak.start(local, 1, log, **config))
-    # In a process of its own: gcsfs remembers what it has listed in this one.
+    # A new process is needed, because gcsfs caches listings in this one.
     sample = [sys.executable, "-m", "tokenbridge_jax.commands.sample", f"--workdir={store}"]
     sample += ["--config.mesh.data=-1", "--config.mesh.fsdp=1", "--num_images=4"]
     statuses.append(subprocess.run(sample, check=False).returncode)

@@ -1,4 +1,4 @@
-"""Arguments of a command: configs by name, file or workdir, files of flags, mistakes in them."""
+"""A command's arguments: configs by name, file or workdir, files of flags, error messages."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ def test_a_command_gets_its_flags_config_and_workdir(probe, run, config_file, tm
     config = probe.args.config
     assert (config.training.steps, config.sizes, config.training.fast) == (7, (8,), True)
     assert config.training.rate == 0.5
-    with pytest.raises(AttributeError, match="steeps"):  # Locked: a typo in code shows too.
+    with pytest.raises(AttributeError, match="steeps"):  # Locked, so a typo in code raises too.
         config.training.steeps = 1
 
 
@@ -34,7 +34,7 @@ def test_the_argument_behind_the_colon(probe, run, config_file):
 
 def test_experiments_by_name(probe, run, mistake):
     assert run()[0] == 0
-    assert probe.args.config.data.source == "digits"  # Without a config.
+    assert probe.args.config.data.source == "digits"  # The default.
     assert run("--config", "imagenet256:size=B,quick", "--config.training.steps=5")[0] == 0
     config = probe.args.config
     assert (config.data.source, config.data.image_size, config.training.steps) == ("folder", 64, 5)
@@ -42,6 +42,7 @@ def test_experiments_by_name(probe, run, mistake):
         "there is no experiment 'imagenet'; the built-in ones are ablations, base, digits, "
         "imagenet256, and a file's name ends in .py"
     )
+    assert "nowhere.py" in mistake("--config=nowhere.py")
 
 
 # --- The remembered config ------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def test_the_workdir_remembers_its_config(probe, run, remember, config_file, tmp
     again = probe.args.config
     assert again.training.steps == 7
     assert again.training.rate == 0.25
-    # Tuples survive JSON, nested and empty ones too; so do types.
+    # JSON changes neither tuples, even nested and empty ones, nor types.
     assert again.nested == ((1, 2), (3,))
     assert again.empty == ()
     assert again.to_dict() == first.to_dict() | {
@@ -64,7 +65,7 @@ def test_the_workdir_remembers_its_config(probe, run, remember, config_file, tmp
     assert {k: type(v) for k, v in again.items()} == {k: type(v) for k, v in first.items()}
     assert run("--config.sizes=(3,3)")[0] == 0
     assert probe.args.config.sizes == (3, 3)
-    # An override alone is not remembered; a config file takes the remembered one's place.
+    # Overrides are not remembered. A config file replaces the remembered config.
     assert run()[0] == 0
     assert (probe.args.config.training.rate, probe.args.config.sizes) == (0.5, (1, 2, 4))
     assert run("--config", config_file)[0] == 0
@@ -82,11 +83,11 @@ OLD = experiment("base").to_dict() | {"model": {"mask_mean": 1.0, "class_dropout
     [
         ('{"training": ', "config.json is not valid JSON"),
         ("{}", "the config has no autoencoder, data"),
-        # Of an earlier version.
+        # From an earlier version.
         (json.dumps(OLD), "config.model has no key class_dropout, mask_mean; move class_dropout, "),
     ],
 )
-def test_a_remembered_config_that_is_no_good_is_named(mistake, tmp_path, content, message):
+def test_a_wrong_remembered_config_is_named(mistake, tmp_path, content, message):
     storage.write_bytes(tmp_path / "work" / "config.json", content.encode())
     assert message in mistake()
 
@@ -105,31 +106,27 @@ def test_a_value_that_is_not_set_can_be_set_later(probe, run, remember, config_f
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--flagfile=F"],
-        ["--flagfile", "F"],
-        ["-flagfile=F"],
-        ["--workdir=other", "--flagfile=F"],
-        ["--count", "3", "--flagfile=F"],
-        ["--config.training.rate", "0.5", "--flagfile=F"],
-        ["--flagfile=NESTED"],
-        ["--workdir=other", "-workdir", "W"],
-        ["--undefok=extra", "--extra=1", "--flagfile=F"],
+        "--flagfile=run.flags",
+        "--flagfile run.flags",
+        "-flagfile=run.flags",
+        "--workdir=other --flagfile=run.flags",
+        "--count 3 --flagfile=run.flags",
+        "--config.training.rate 0.5 --flagfile=run.flags",
+        "--flagfile=outer.flags",
+        "--workdir=other -workdir work",
+        "--undefok=extra --extra=1 --flagfile=run.flags",
     ],
 )
-def test_the_workdir_is_found_wherever_it_is_named(
+def test_the_workdir_is_found_anywhere_among_the_arguments(
     probe, run, remember, config_file, tmp_path, monkeypatch, argv
 ):
     monkeypatch.chdir(tmp_path)
     remember(f"--config={config_file}", "--config.training.steps=7")
-    files = {"F": tmp_path / "run.flags", "NESTED": tmp_path / "outer.flags"}
-    files["F"].write_text(f"# the run\n\n--workdir={tmp_path / 'work'}\n")
-    files["NESTED"].write_text(f"--count=2\n--flagfile={files['F']}\n")
-    argv = [a.replace("NESTED", str(files["NESTED"])) for a in argv]
-    argv = [str(tmp_path / "work") if a == "W" else a for a in argv]
-    argv = [a.removesuffix("F") + str(files["F"]) if a.endswith("F") else a for a in argv]
-    status, _, err = run(*argv, workdir=None)
+    (tmp_path / "run.flags").write_text("# the run\n\n--workdir=work\n")
+    (tmp_path / "outer.flags").write_text("--count=2\n--flagfile=run.flags\n")
+    status, _, err = run(*argv.split(), workdir=None)
     assert (status, err) == (0, "")
-    assert probe.args.workdir == str(tmp_path / "work")
+    assert probe.args.workdir == "work"
     assert probe.args.config.training.steps == 7
 
 
@@ -142,11 +139,8 @@ def test_a_file_of_flags_may_name_the_config_and_change_it(
     )
     assert run(f"--flagfile={tmp_path / 'run.flags'}", "--config.training.fast=true")[0] == 0
     config = probe.args.config
-    assert (config.name, config.training.to_dict()) == (
-        "plain",
-        {"steps": 12, "rate": 0.25, "fast": True},
-    )
-    assert config.sizes == (9,)
+    assert config.training.to_dict() == {"steps": 12, "rate": 0.25, "fast": True}
+    assert (config.name, config.sizes) == ("plain", (9,))
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
@@ -156,7 +150,7 @@ def test_a_file_of_flags_that_cannot_be_read_is_named(mistake, tmp_path, content
     assert mistake(f"--flagfile={tmp_path / 'run.flags'}").startswith("--flagfile cannot be read: ")
 
 
-def test_a_home_is_found_behind_an_equals_sign(
+def test_a_home_is_expanded_after_an_equals_sign(
     probe, run, remember, mistake, config_file, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -164,7 +158,7 @@ def test_a_home_is_found_behind_an_equals_sign(
     assert probe.args.workdir == str(tmp_path / "work")
     assert storage.read_json(tmp_path / "work" / "config.json")["training"]["steps"] == 12
     assert run("--workdir=~/work", workdir=None)[0] == 0
-    assert probe.args.config.training.steps == 12  # And so is what the workdir remembers.
+    assert probe.args.config.training.steps == 12  # From the workdir's config.
     for workdir, message in (
         ("~nobody-here/work", "--workdir: ~nobody-here/work: there is no user 'nobody-here'"),
         ("ü" * 130, "has 260 bytes, a file's at most 255"),
@@ -203,20 +197,16 @@ def test_a_wrong_flag_is_named_in_one_line(remember, mistake, config_file, argv,
 @pytest.mark.parametrize(
     ("text", "argument", "named"),
     [
-        (None, "", "nowhere.py"),
         ("def get_config(arg=None):\n    return 1 / 0\n", "", "division by zero"),
         ("def get_config(arg=None\n", "", "was never closed"),
-        ("that of the tests", ":stepz=3", "no argument 'stepz'; it takes steps"),
-        ("that of the tests", ":steps=x", "config argument steps=x is not a int"),
+        (None, ":stepz=3", "no argument 'stepz'; it takes steps"),
+        (None, ":steps=x", "config argument steps=x is not a int"),
     ],
 )
-def test_a_config_file_that_fails_is_one_line(
-    mistake, config_file, tmp_path, text, argument, named
-):
-    path = config_file if text == "that of the tests" else tmp_path / "nowhere.py"
-    if text and path != config_file:
-        path.write_text(text)
-    assert named in mistake(f"--config={path}{argument}")
+def test_a_config_file_that_fails_gives_one_line(mistake, config_file, text, argument, named):
+    if text:
+        config_file.write_text(text)
+    assert named in mistake(f"--config={config_file}{argument}")
 
 
 def test_workdir_is_required(mistake):

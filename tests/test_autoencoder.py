@@ -54,7 +54,7 @@ def test_kl16_has_the_published_parameters():
     assert parameter_count(params) == 66_456_019
     assert (config.downsampling, config.grid, config.positions) == (16, 16, 256)
 
-    leaves = traverse_util.flatten_dict(params)
+    leaves = traverse_util.flatten_dict(params, sep=".")
     entries = table(config)
     assert {entry.path for entry in entries} == set(leaves)
     assert len(entries) == 312
@@ -76,7 +76,8 @@ def test_kl16_has_the_published_parameters():
 )
 def test_family(config: AutoencoderConfig, grid: int):
     params = nn.unbox(abstract_params(config))
-    assert {entry.path for entry in table(config)} == set(traverse_util.flatten_dict(params))
+    leaves = traverse_util.flatten_dict(params, sep=".")
+    assert {entry.path for entry in table(config)} == set(leaves)
     images = jax.ShapeDtypeStruct(
         (2, config.image_size, config.image_size, config.image_channels), jnp.float32
     )
@@ -90,7 +91,7 @@ def test_family(config: AutoencoderConfig, grid: int):
 
 @pytest.mark.parametrize("name", ["multipliers", "attention_resolutions"])
 @pytest.mark.parametrize("values", [("",), ("1", "2"), ("1,2",), (1, 1.5), (1, None)])
-def test_lists_of_other_things_than_numbers_are_refused(name, values):
+def test_lists_must_contain_whole_numbers(name, values):
     with pytest.raises(UserError, match=rf"{name} .* whole numbers, such as --config.*{name}=1,2"):
         AutoencoderConfig.from_json(TINY.to_json() | {name: values})
 
@@ -118,7 +119,7 @@ def test_other_image_sizes_than_the_nominal_one():
         ({"scale": 0.0}, "scale"),
     ],
 )
-def test_nonsense_sizes_are_refused(change, message):
+def test_impossible_sizes_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(TINY, **change)
 
@@ -185,7 +186,7 @@ def test_gradients_of_bfloat16_add_up_in_float32():
 
 
 def test_group_normalisation_around_an_outlier_in_the_middle():
-    """The sums are counted from the middle pixel; rounding must not make a variance negative."""
+    """Sums are of differences from the middle pixel; rounding must not make a variance negative."""
     x = np.full((1, 32, 32, 32), 0.1, np.float32)
     x[:, 16, 16] = 3e4
     params = {"scale": np.ones(32, np.float32), "bias": np.zeros(32, np.float32)}
@@ -320,10 +321,8 @@ def test_table_stacks_and_reshapes():
     rng = np.random.default_rng(0)
     state = {f"blocks.{i}.qkv.weight": rng.normal(size=(12, 5)) for i in range(3)}
     state |= {f"heads.{i}": rng.normal(size=(1, 4)) for i in range(2)}
-    entries = [
-        Entry(f"blocks.{i}.qkv.weight", ("qkv", "kernel"), "linear", i, (12, 5)) for i in range(3)
-    ]
-    entries += [Entry(f"heads.{i}", ("heads",), "same", i, (1, 4)) for i in range(2)]
+    entries = [Entry(f"blocks.{i}.qkv.weight", "qkv.kernel", "linear", i) for i in range(3)]
+    entries += [Entry(f"heads.{i}", "heads", "batched", i) for i in range(2)]
     target = {"qkv": {"kernel": np.empty((3, 5, 3, 2, 2))}, "heads": np.empty((2, 4))}
     params = from_torch(entries, state, target)
     # Row 1 * 4 + 0 * 2 + 1 of the product is part 1 (k), head 0, place 1 of the head.

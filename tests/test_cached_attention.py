@@ -1,4 +1,4 @@
-"""Attention with cached keys and values: against the attention over whole sequences."""
+"""Attention with cached keys and values, against the attention over whole sequences."""
 
 import functools
 
@@ -6,10 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
-from tiny_model import TINY, normal, random_params, relative_error, tiny, triton_kernels
+from tiny_model import (
+    TINY,
+    head_method,
+    normal,
+    on_mesh,
+    relative_error,
+    shard_shapes,
+    triton_kernels,
+)
 
-from tokenbridge_jax.model import TokenBridge
 from tokenbridge_jax.ops.cached_attention import (
     Cache,
     attend_cached,
@@ -17,8 +23,6 @@ from tokenbridge_jax.ops.cached_attention import (
     plain_cached_attention,
 )
 from tokenbridge_jax.ops.channel_attention import plain_channel_attention
-from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.transformer import unstack
 
 STEPS = {
     "plain": jax.jit(plain_cached_attention),
@@ -39,10 +43,10 @@ def arguments(count: int, channels: int, heads: int, width: int, dtype=jnp.float
 @pytest.mark.parametrize(
     ("count", "channels", "heads", "width"), [(5, 4, 2, 16), (1, 8, 3, 20), (3, 6, 1, 128)]
 )
-def test_place_after_place_it_is_causal_attention(
+def test_all_places_together_are_causal_attention(
     name: str, dtype, count: int, channels: int, heads: int, width: int
 ):
-    """Whatever stood in the caches before."""
+    """For any earlier content of the caches."""
     qkv, bias, norms, keys, values = arguments(count, channels, heads, width, dtype)
     seed = jnp.zeros(2, jnp.uint32)
     whole = jax.jit(plain_channel_attention, static_argnums=4)
@@ -76,26 +80,24 @@ def test_the_kernel_is_the_same_on_any_mesh(count: int, heads: int):
     qkv, bias, norms, keys, values = arguments(count, 4, heads, 16)
     expected = STEPS["kernel"](qkv[:, 2:3], bias, norms, Cache(keys, values, jnp.int32(2)))
     batch = ("data", "fsdp") if count % 4 == 0 else None
-    split_heads = "tensor" if heads % 2 == 0 else None
-    mesh = meshes.make_mesh(2, 2, 2)
-
-    def put(x, *spec):
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
-
-    with meshes.use_mesh(mesh):
-        actual = STEPS["kernel"](
-            put(qkv[:, 2:3], batch, None, None, split_heads),
-            put(bias, None, split_heads),
-            tuple(map(put, norms)),
-            Cache(*(put(x, batch, split_heads) for x in (keys, values)), put(jnp.int32(2))),
-        )
+    tensor = "tensor" if heads % 2 == 0 else None
+    actual = on_mesh(
+        lambda qkv, bias, norms, caches, place: STEPS["kernel"](
+            qkv, bias, norms, Cache(*caches, place)
+        ),
+        (qkv[:, 2:3], (batch, None, None, tensor)),
+        (bias, (None, tensor)),
+        (norms, ()),
+        ((keys, values), (batch, tensor)),
+        (jnp.int32(2), ()),
+    )
     arrays = (jax.tree.leaves(found)[:3] for found in (actual, expected))
     for mine, other, axis in zip(*arrays, (2, 1, 1), strict=True):
         assert relative_error(mine, other) < 1e-6
         share = list(mine.shape)
         share[0] //= 4 if batch else 1
-        share[axis] //= 2 if split_heads else 1
-        assert {shard.data.shape for shard in mine.addressable_shards} == {tuple(share)}
+        share[axis] //= 2 if tensor else 1
+        assert shard_shapes(mine) == {tuple(share)}
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -110,18 +112,12 @@ def test_gpus_run_one_kernel_and_other_platforms_none(dtype, width: int, kernels
     assert triton_kernels(traced) == {"cuda": kernels, "cpu": 0, "tpu": 0}
 
 
-def test_a_position_alone_is_drawn_as_among_others():
-    count = 3
-    feature = normal(0, count, TINY.decoder_width)
-    keys = jax.random.split(jax.random.key(0), count)
-    variables = {"params": unstack(random_params(TINY))}
+def test_a_position_alone_is_drawn_as_among_others(params):
+    feature, keys = normal(0, 3, TINY.decoder_width), jax.random.split(jax.random.key(0), 3)
 
-    @jax.jit
-    def draw(feature, keys):
-        indices, _ = TokenBridge(tiny(scan_layers=False)).apply(
-            variables, feature[None], keys[None], jnp.float32(1), method="sample_positions"
-        )
-        return indices[0]
+    def draw(positions):
+        sample = head_method(TINY, "sample")
+        return sample(params, feature[positions], keys[positions], jnp.float32(1))[0]
 
-    alone = [draw(feature[i : i + 1], keys[i : i + 1])[0] for i in range(count)]
-    np.testing.assert_array_equal(draw(feature, keys), alone)
+    alone = np.concatenate([draw(slice(i, i + 1)) for i in range(3)])
+    np.testing.assert_array_equal(draw(slice(3)), alone)

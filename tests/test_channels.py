@@ -1,4 +1,4 @@
-"""The channel order and the channel statistics against plain numpy."""
+"""The channel order and the channel statistics, compared with plain numpy."""
 
 import json
 
@@ -16,12 +16,12 @@ from tokenbridge_jax.runtime.errors import UserError
 
 
 def _waves(frequencies: list[float], rng: np.random.Generator, size: int = 16) -> np.ndarray:
-    """Latents whose channel c is a wave of `frequencies[c]` cycles an image, and noise."""
+    """Latents whose channel c is a wave of `frequencies[c]` cycles per image, plus noise."""
     places = np.arange(size) / size
     phase = rng.uniform(0, 2 * np.pi, (6, 1, 1, len(frequencies)))
     waves = np.sin(2 * np.pi * places[None, :, None, None] * np.array(frequencies) + phase)
     waves = np.broadcast_to(waves, (6, size, size, len(frequencies)))
-    # The finer the wave, the more white noise: shares are then all different.
+    # Finer waves get more white noise, so that all shares differ.
     noise = rng.normal(size=waves.shape) * (0.1 + 0.05 * np.array(frequencies))
     return (waves + noise).astype(np.float32)
 
@@ -30,7 +30,7 @@ def test_channel_order_of_known_channels():
     rng = np.random.default_rng(0)
     latents = _waves([7, 1, 2, 0], rng)
     latents[..., 3] = rng.normal(size=latents.shape[:3])  # white: a few low of many frequencies
-    latents[..., 0] += 100.0  # a constant says nothing about an image
+    latents[..., 0] += 100.0  # a constant carries no information about an image
     spectrum = ChannelSpectrum(4)
     spectrum.update(latents)
     assert spectrum.order() == (1, 2, 3, 0)

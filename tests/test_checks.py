@@ -1,4 +1,4 @@
-"""The Python interface: what is refused in one line, and which kinds of arrays are as good."""
+"""The Python interface: arguments that are refused in one line, and equivalent arrays."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -137,7 +137,7 @@ def _sample(pipeline, labels=(0, 1), **arguments):
         (lambda p: p.save_pretrained(None), "directory=None must be a path"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_in_one_line(pipeline, call, message):
+def test_mistakes_are_reported_in_one_line(pipeline, call, message):
     with pytest.raises(UserError, match=message) as raised:
         call(pipeline)
     assert "\n" not in str(raised.value)
@@ -158,7 +158,7 @@ def test_settings_are_numbers(settings, message):
         SamplingSettings(**settings)
 
 
-def test_arrays_of_any_library_and_lists_are_as_good(pipeline, pixels):
+def test_arrays_of_any_library_and_lists_are_equivalent(pipeline, pixels):
     indices = pipeline.encode(pixels)
     for given in (list(pixels), jnp.asarray(pixels), [jnp.asarray(x) for x in pixels]):
         np.testing.assert_array_equal(pipeline.encode(given), indices)
@@ -170,7 +170,7 @@ def test_arrays_of_any_library_and_lists_are_as_good(pipeline, pixels):
         np.testing.assert_array_equal(pipeline.decode(given), decoded)
 
 
-def test_classes_and_numbers_of_any_library_are_as_good(pipeline):
+def test_classes_and_numbers_of_any_library_are_equivalent(pipeline):
     for given in (
         [0, 2], (0, 2), range(0, 3, 2), np.array([0, 2]), jnp.array([0, 2]), list(np.array([0, 2])),
         list(jnp.array([0, 2])), np.array(["cat", "7"]), np.array([0, "7"], object),

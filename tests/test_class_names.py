@@ -1,4 +1,4 @@
-"""Names of classes: from `classes.txt` in any encoding, looked up, compared."""
+"""Names of classes: read from `classes.txt` in any encoding, found by name, compared."""
 
 import itertools
 
@@ -29,12 +29,12 @@ def test_files_of_every_program_are_read(tmp_path, encoding, line):
 
 
 def test_a_folder_that_begins_another(tmp_path):
-    folders = ("Golden", "Golden Retriever", "cafe\u0301")  # An accent by itself, as macOS has it.
+    folders = ("Golden", "Golden Retriever", "cafe\u0301")  # A separate accent, as on macOS.
     path = saved(tmp_path, "Golden a colour\nGolden Retriever a dog\ncafé a place\nother x\n")
     assert readable_names(path, folders) == ("a colour", "a dog", "a place")
 
 
-def test_a_file_that_says_nothing_or_two_things(tmp_path, capsys):
+def test_files_without_names_and_with_two_names(tmp_path, capsys):
     assert readable_names(saved(tmp_path, "cat\ndog\n"), FOLDERS) == FOLDERS
     assert capsys.readouterr().err.startswith(f"note: {tmp_path}/classes.txt names none of the")
     assert readable_names(saved(tmp_path, "n01 a\nn01 a\n"), ("n01",)) == ("a",)
@@ -86,8 +86,8 @@ def test_numbers_are_places_or_names():
 @pytest.mark.parametrize(
     "value", [3.7, 1.0, np.float32(1), float("nan"), True, np.True_, [1], b"1", np.array([1, 2])]
 )
-def test_what_is_no_class(value):
-    with pytest.raises(UserError, match="is no class; give a whole number or a name"):
+def test_values_that_are_not_classes(value):
+    with pytest.raises(UserError, match="is not a class; give a whole number or a name"):
         class_number(value, ("a", "b", "c"), 3)
     for text in ("1.0", " 1", "+1", "1_0", "²", "9" * 5000):
         assert "there is no class named" in outcome(text, ("a", "b", "c"), 3)
@@ -103,7 +103,7 @@ def test_the_same_classes_go_together():
         assert match(model, shards) == (model, "")
     remark = "the token shards have the first 5 of the model's 12 classes"
     assert match(WORDS, WORDS[:5]) == (WORDS, remark)
-    # The numbers of an import, or of folders such as ImageNetV2's, against names: the names stay.
+    # Numbers, of an imported model or of folders such as ImageNetV2's, give way to names.
     for model, shards in ((IMPORTED, WORDS), (WORDS, IMPORTED)):
         names, remark = match(model, shards)
         assert names == WORDS

@@ -1,7 +1,7 @@
-"""Experiments and their arguments, and what is built from a config: values, checks, the wheel."""
+"""Experiments and their arguments, typed parts of a config, checks of values, the wheel."""
 
 import dataclasses
-import importlib.util
+import importlib
 import os
 import shutil
 import subprocess
@@ -38,10 +38,7 @@ PARAMETERS = {
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"configs.{name}")
 
 
 # --- Experiments ----------------------------------------------------------------------------------
@@ -92,10 +89,7 @@ def test_the_paper_trains_for_800_epochs():
 @pytest.mark.parametrize(("on", "scale"), [("imagenet256", 1), ("digits", 2)])
 def test_every_ablation_makes_a_model(on: str, scale: int):
     ablations = load("ablations")
-    made = {}
-    for name in ablations.ROWS:
-        config = ablations.get_config(f"{name},on={on}")
-        made[name] = make_model(config)
+    made = {name: make_model(ablations.get_config(f"{name},on={on}")) for name in ablations.ROWS}
     base = made["head_channel_ar"]
     assert base.channel_order == tuple(range(base.channels))
     for same in ("order_normal", "levels_64", "head_1024x6"):
@@ -121,10 +115,9 @@ def test_unknown_arguments_are_refused():
         parse_arg("quick=maybe", quick=False)
     with pytest.raises(UserError, match="size=XL is not one of B, L, H"):
         load("imagenet256").get_config("size=XL")
+    unknown = r"there is no ablation '.*'; its name comes first .* head_channel_ar"
     for arg in (None, "head", "on=digits"):
-        with pytest.raises(
-            UserError, match=r"there is no ablation '.*'; its name comes first .* head_channel_ar"
-        ):
+        with pytest.raises(UserError, match=unknown):
             load("ablations").get_config(arg)
     with pytest.raises(UserError, match="on=mnist is not one of imagenet256, digits"):
         load("ablations").get_config("group_2,on=mnist")
@@ -141,7 +134,7 @@ def test_an_experiment_adds_no_keys():
 
 
 def test_an_installed_wheel_has_types_and_experiments(tmp_path):
-    """Built from a copy, unpacked, and run where nothing of the checkout is found."""
+    """It is built from a copy, unpacked, and run in a folder without the checkout."""
     source, unpacked = tmp_path / "source", tmp_path / "unpacked"
     source.mkdir()
     for name in ("setup.py", "README.md"):
@@ -192,9 +185,10 @@ def test_an_installed_wheel_has_types_and_experiments(tmp_path):
         *((key, 1.0, "below 1") for key in ("ema_decay", "beta1", "beta2", "class_dropout")),
         ("ema_decay", -0.1, "0 or more"),
         ("schedule", "linear", "cosine or constant"),
+        ("reconstruction", "l3", "l1 or l2"),
         ("dtype", "float99", "float32 or bfloat16"),
         ("dtype", "int8", "float32 or bfloat16"),
-        ("epochs", "many", "a finite number"),  # A value that was not set has no type.
+        ("epochs", "many", "a finite number"),  # A key without a default has no type.
     ],
 )
 def test_values_that_make_no_sense_are_named(key, value, message):
@@ -203,13 +197,13 @@ def test_values_that_make_no_sense_are_named(key, value, message):
         check_ranges(config, "training")
 
 
-def test_values_at_the_edge_will_do():
+def test_values_at_the_limits_are_accepted():
     section = dict(batch_size=8, clip=0.0, ema_decay=0.0, eval_every=0, epochs=None, keep=1)
     config = with_lengths(**section, head_fraction=1.0, accumulation=1)
     check_training(config, "training", meshes.make_mesh(2, 2, 2))
 
 
-def test_a_batch_that_does_not_divide_is_told_what_does():
+def test_a_batch_that_does_not_divide_is_refused():
     config = with_lengths(batch_size=12, accumulation=2)
     with pytest.raises(UserError, match=r"^training.batch_size 12 .* multiple of 8"):
         check_training(config, "training", meshes.make_mesh(2, 2, 2))

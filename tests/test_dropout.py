@@ -1,10 +1,11 @@
-"""Dropout's generator as a source of random bits, and what is computed with it."""
+"""The random bits of dropout's generator, and dropout itself."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from tiny_model import normal, on_mesh, shard_shapes
 
 from tokenbridge_jax.ops.dropout import (
     PAIR_STRIDE,
@@ -16,7 +17,6 @@ from tokenbridge_jax.ops.dropout import (
     pair_rate,
     seed_words,
 )
-from tokenbridge_jax.runtime import meshes
 
 GROUP = 8
 GROUPS = 2**15
@@ -27,9 +27,10 @@ _keep_pair = jax.jit(keep_pair, static_argnums=3)
 
 
 def assert_independent(kept: np.ndarray, rate: float) -> None:
-    """Chi-square of the patterns of 2, 4 and 8 neighbours in `[..., 8]`.
+    """A chi-square test of the patterns of 2, 4 and 8 neighbours in `[..., 8]`.
 
-    Against independent draws of probability 1 - `rate`; rare patterns count together.
+    The expected patterns are independent draws of probability 1 - `rate`. Rare patterns share a
+    cell.
     """
     for size in (2, 4, GROUP):
         groups = np.asarray(kept).reshape(-1, size)
@@ -44,7 +45,7 @@ def assert_independent(kept: np.ndarray, rate: float) -> None:
 
 
 def counters(stride: int = 1, seed: int = 0) -> jax.Array:
-    """Groups of counters `stride` apart that start anywhere."""
+    """Groups of counters with distance `stride` and random first counters."""
     start = np.random.default_rng(seed).integers(2**32, size=(GROUPS, 1), dtype=np.uint32)
     return jnp.asarray(start + np.uint32(stride) * np.arange(GROUP, dtype=np.uint32))
 
@@ -57,13 +58,13 @@ def test_the_share_kept_is_one_minus_the_rate(rate: float):
     shape = (1024, 1024)
     for key in jax.random.split(jax.random.key(0), 4):
         share = np.mean(np.asarray(keep_elements(seed_words(key), shape, rate)))
-        # Five standard deviations of a binomial.
+        # Five standard deviations of a binomial distribution.
         assert abs(share - (1 - rate)) <= 5 * np.sqrt(rate * (1 - rate) / (1024 * 1024))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_neighbours_are_independent(rate: float):
-    """Neighbours in an array, along any axis: their counters are a stride apart."""
+    """Neighbours along any axis of an array: the distance of their counters is a stride."""
     in_a_row = jnp.arange(GROUPS * GROUP, dtype=jnp.uint32).reshape(GROUPS, GROUP)
     assert_independent(_keep(*SEED, in_a_row, rate), rate)
     for bit in range(21):
@@ -75,15 +76,20 @@ def test_neighbours_are_independent(rate: float):
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 @pytest.mark.parametrize("words", [(0,), (1,), (0, 1)])
 def test_either_word_of_the_seed_gives_another_mask(words: tuple[int, ...], rate: float):
-    """The same elements under seeds that have one word in common, or none."""
+    """The same elements, with seeds that share one word, or none."""
     rng = np.random.default_rng(3)
     elements = counters()[:, 0]
     for _ in range(4):
-        seeds = np.tile(rng.integers(2**32, size=2, dtype=np.uint32), (GROUP, 1))
-        for word in words:
-            seeds[:, word] = rng.integers(2**32, size=GROUP, dtype=np.uint32)
-        masks = [_keep(*jnp.asarray(seed), elements, rate) for seed in seeds]
+        masks = [_keep(*seed, elements, rate) for seed in seeds_with_other(words, GROUP, rng)]
         assert_independent(np.stack(masks, axis=1), rate)
+
+
+def seeds_with_other(words: tuple[int, ...], count: int, rng: np.random.Generator) -> jax.Array:
+    """Random seeds that differ in these words."""
+    seeds = np.tile(rng.integers(2**32, size=2, dtype=np.uint32), (count, 1))
+    for word in words:
+        seeds[:, word] = rng.integers(2**32, size=count, dtype=np.uint32)
+    return jnp.asarray(seeds)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -116,7 +122,7 @@ def test_a_seed_is_two_words_of_the_key():
 
 @pytest.mark.parametrize("rate", [1e-4, 0.1, 0.5, 0.9])
 def test_partners_have_the_same_rate_and_are_independent(rate: float):
-    """Covariance of partners, and all patterns of four neighbours and their partners."""
+    """The covariance of partners, and all patterns of four neighbours and their partners."""
     rate, count = pair_rate(rate), 2**20
     numbers = jnp.arange(count, dtype=jnp.uint32).reshape(-1, 4)
     for key in jax.random.split(jax.random.key(0), 4):
@@ -131,7 +137,7 @@ def test_partners_have_the_same_rate_and_are_independent(rate: float):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_neighbours_of_partners_are_independent(rate: float):
-    """As for whole words, of which the first decision takes the high bits."""
+    """As for `keep`, whose decisions are those of the first partners."""
     rate = pair_rate(rate)
     for stride in (*(2**bit for bit in range(21)), 1024 * 3, 5120):
         numbers = counters(stride, seed=stride)
@@ -142,11 +148,9 @@ def test_neighbours_of_partners_are_independent(rate: float):
 
 @pytest.mark.parametrize("words", [(0,), (1,), (0, 1)])
 def test_either_word_of_the_seed_gives_partners_another_mask(words: tuple[int, ...]):
-    rng, rate = np.random.default_rng(3), pair_rate(0.1)
-    seeds = np.tile(rng.integers(2**32, size=2, dtype=np.uint32), (GROUP // 2, 1))
-    for word in words:
-        seeds[:, word] = rng.integers(2**32, size=len(seeds), dtype=np.uint32)
-    masks = [_keep_pair(*jnp.asarray(seed), counters()[:, 0], rate) for seed in seeds]
+    rate = pair_rate(0.1)
+    seeds = seeds_with_other(words, GROUP // 2, np.random.default_rng(3))
+    masks = [_keep_pair(*seed, counters()[:, 0], rate) for seed in seeds]
     assert_independent(np.concatenate(masks).T, rate)
 
 
@@ -182,46 +186,39 @@ def test_dropout_zeroes_or_divides_and_preserves_the_mean(rate: float):
 
 
 def test_bfloat16_is_divided_by_the_exact_rate():
-    """bfloat16 has no 0.9: dividing by what is nearest would be 0.2 % off everywhere."""
+    """bfloat16 cannot represent 0.9; the nearest number would make every result 0.2 % wrong."""
     x = jnp.asarray(np.random.default_rng(0).uniform(1, 2, 100_000), jnp.bfloat16)
     y = np.asarray(drop(x, SEED, 0.1), np.float64)
     exact = np.asarray(x, np.float64) / 0.9
     assert np.mean(y[y > 0] / exact[y > 0]) == pytest.approx(1, abs=1e-4)
 
 
-def test_dropout_of_rate_0_is_nothing():
+def test_dropout_of_rate_0_changes_nothing():
     x = jnp.linspace(-1, 1, 1000)
     np.testing.assert_array_equal(drop(x, SEED, 0.0), x)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_gradient_drops_what_was_dropped(dtype):
-    x, d_y = (
-        jnp.asarray(np.random.default_rng(i).normal(size=(30, 40)), jnp.float32).astype(dtype)
-        for i in range(2)
-    )
+    x, d_y = (normal(i, 30, 40, dtype=dtype) for i in range(2))
     y, backward = jax.vjp(lambda x: drop(x, SEED, 0.3), x)
     (d_x,) = backward(d_y)
     assert y.dtype == d_x.dtype == dtype
     np.testing.assert_array_equal(d_x != 0, y != 0)
     np.testing.assert_array_equal(d_x, drop(d_y, SEED, 0.3))
-    # Nothing is kept for it but the seed.
+    # The backward pass keeps only the seed.
     assert [leaf.shape for leaf in jax.tree.leaves(backward)] == [(2,)]
 
 
 def test_what_is_dropped_does_not_depend_on_the_devices():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 16)), jnp.float32)
+    x = normal(0, 8, 6, 16)
 
+    @jax.jit
     def run(x):
         y, backward = jax.vjp(lambda x: drop(x, SEED, 0.3), x)
         return y, backward(y)[0]
 
-    expected = jax.jit(run)(x)
-    mesh = meshes.make_mesh(2, 2, 2)
-    with meshes.use_mesh(mesh):
-        spec = jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor")
-        sharding = jax.sharding.NamedSharding(mesh, spec)
-        actual = jax.jit(run, out_shardings=sharding)(jax.device_put(x, sharding))
-    for mine, other in zip(actual, expected, strict=True):
-        assert {shard.data.shape for shard in mine.addressable_shards} == {(2, 6, 8)}
+    actual = on_mesh(run, (x, (("data", "fsdp"), None, "tensor")))
+    for mine, other in zip(actual, run(x), strict=True):
+        assert shard_shapes(mine) == {(2, 6, 8)}
         np.testing.assert_allclose(mine, other, rtol=1e-6, atol=1e-7)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from evaluated import CLASSES, save_tiny, write_pictures
@@ -61,13 +62,13 @@ def means(images: np.ndarray) -> np.ndarray:
 
 def scipys_distance(one: np.ndarray, other: np.ndarray) -> float:
     mean, covariance = zip(*((x.mean(axis=0), np.cov(x.T)) for x in (one, other)), strict=True)
-    # Singular covariances: their product's root has no unique form, but the trace has.
+    # The square root of a product of singular covariances is not unique, but its trace is.
     values = linalg.eigvals(covariance[0] @ covariance[1]).real
     root = np.sqrt(np.maximum(values, 0)).sum()
     return ((mean[0] - mean[1]) ** 2).sum() + sum(map(np.trace, covariance)) - 2 * root
 
 
-def test_samples_are_those_of_the_pipeline_and_scored_as_numpy_would(folder, scored, capsys):
+def test_samples_are_those_of_the_pipeline_with_scores_as_from_numpy(folder, scored, capsys):
     with np.load(scored / "samples.npz") as file:
         samples = dict(file)
     assert np.bincount(samples["labels"]).tolist() == [7, 7, 8]
@@ -87,7 +88,7 @@ def test_samples_are_those_of_the_pipeline_and_scored_as_numpy_would(folder, sco
     assert {"weights_sha256", "checkpoint_step", "rounding", "reference_sha256"} <= set(facts)
     assert any("22 samples have a singular covariance" in line for line in result["remarks"])
 
-    # The same images given as a file, or the reference as its statistics: the same numbers.
+    # The same images from a file, and the reference from its statistics: the same numbers.
     given = [f"--images={scored / 'samples.npz'}", f"--output={folder / 'given'}"]
     reference = ["reference", f"--images={folder / 'real'}", f"--output={folder / 'ref'}"]
     assert evaluate(folder, *reference) == 0
@@ -96,14 +97,14 @@ def test_samples_are_those_of_the_pipeline_and_scored_as_numpy_would(folder, sco
     (given_result,) = results_of(folder / "given")
     assert given_result["metrics"] == result["metrics"]
     assert given_result["facts"]["reference_of"] == "real"
-    table = f"distance of thumbnails (lower)  {expected:>12.4f}"
+    table = f"thumbnail distance (lower)      {expected:>12.4f}"
     assert table in capsys.readouterr().out
     with Image.open(scored / "samples.png") as picture:
         assert picture.size[0] > 400
 
 
-def test_a_stopped_run_goes_on(folder, scored, monkeypatch, capsys):
-    """And fewer samples are the first of those that are there."""
+def test_a_stopped_run_continues(folder, scored, monkeypatch, capsys):
+    """Fewer samples are the first of the stored ones."""
     before = {path.name: path.read_bytes() for path in scored.glob("*.npy")}
     (metrics,) = (result["metrics"] for result in results_of(folder / "model" / "evaluation"))
     assert sorted(before) == [f"indices_{i:08d}.npy" for i in (0, 8, 16)]
@@ -117,7 +118,7 @@ def test_a_stopped_run_goes_on(folder, scored, monkeypatch, capsys):
     )
     assert generate(folder) == 0
     assert drawn == [16]
-    assert "holds 16 samples: going on from there" in capsys.readouterr().err
+    assert "holds 16 samples: continuing from there" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in scored.glob("*.npy")} == before
     (again,) = results_of(folder / "model" / "evaluation")
     assert again["metrics"] == metrics
@@ -126,59 +127,49 @@ def test_a_stopped_run_goes_on(folder, scored, monkeypatch, capsys):
     assert results_of(folder / "model" / "evaluation")[-1]["facts"]["samples"] == 9
 
 
-def test_what_changes_samples_gives_them_a_folder_of_their_own(folder, scored):
+def test_samples_that_differ_have_their_own_folder(folder, scored, tmp_path):
     evaluation = folder / "model" / "evaluation"
     assert generate(folder, "--seed=1", "--labels=random") == 0
     assert results_of(evaluation)[-1]["facts"]["label_policy"] == "random"
-    # The same weights, but another function of them.
-    shutil.copytree(folder / "model", folder / "other")
+    # The same weights, but another model.
+    shutil.copytree(folder / "model", tmp_path / "model")
     described = json.loads((folder / "model" / "model.json").read_text())
     described["model"]["channel_order"] = described["model"]["channel_order"][::-1]
-    (folder / "other" / "model.json").write_text(json.dumps(described))
-    (folder / "model").rename(folder / "kept")
-    (folder / "other").rename(folder / "model")
-    try:
-        assert generate(folder) == 0
-        folders = sorted(evaluation.glob("samples_*"))
-        assert len(folders) == 3
-        drawn = [np.load(path / "indices_00000000.npy") for path in folders]
-        assert all((a != b).any() for a, b in itertools.combinations(drawn, 2))
-    finally:
-        (folder / "model").rename(folder / "other")
-        (folder / "kept").rename(folder / "model")
+    (tmp_path / "model" / "model.json").write_text(json.dumps(described))
+    assert generate(tmp_path, f"--reference={folder / 'real'}", f"--output={evaluation}") == 0
+    folders = sorted(evaluation.glob("samples_*"))
+    assert len(folders) == 3
+    drawn = [np.load(path / "indices_00000000.npy") for path in folders]
+    assert all((a != b).any() for a, b in itertools.combinations(drawn, 2))
 
 
 @pytest.mark.parametrize("policy", generation.LABEL_POLICIES)
-def test_labels_do_not_come_sorted(policy):
+def test_labels_are_not_sorted_and_more_labels_begin_with_fewer(policy):
     labels = generation.make_labels(policy, 1000, CLASSES, seed=3)
     counts = np.bincount(labels)
     assert counts.sum() == 1000
     assert (np.ptp(counts) <= 1) == (policy == "balanced")
     parts = [np.bincount(part, minlength=CLASSES) for part in np.array_split(labels, 10)]
     assert np.min(parts) > 10
+    np.testing.assert_array_equal(labels[:31], generation.make_labels(policy, 31, CLASSES, 3))
 
 
-def test_more_labels_begin_with_those_of_fewer():
-    for policy in generation.LABEL_POLICIES:
-        more = generation.make_labels(policy, 70, CLASSES, seed=3)
-        np.testing.assert_array_equal(more[:31], generation.make_labels(policy, 31, CLASSES, 3))
-
-
-def test_sorted_files_are_remarked_on():
-    """ADM's inception score of them is far off."""
+def test_a_remark_warns_of_sorted_files():
+    """Their inception score in ADM's way is far too low."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(200, 3)).astype(np.float32)
     logits = 9 * np.eye(10, 1008, dtype=np.float32)[np.repeat(np.arange(10), 20)]
     keys = rng.permutation(200).astype(np.uint64)
     reference = scores.Reference(gaussian(features), None, None, {})
-    said = {}
-    for name, order in (("sorted", np.arange(200)), ("shuffled", rng.permutation(200))):
+    results = []
+    for order in (np.arange(200), rng.permutation(200)):
         found = SetFeatures(200, gaussian(features), None, features, logits[order], keys[order])
         result = scores.generation_scores(found, reference)
-        said[name] = result, " ".join(scores.remarks(result, found, reference, {}))
-    assert said["sorted"][0] == pytest.approx(said["shuffled"][0])
-    assert "these images are sorted, and ADM's inception score depends on" in said["sorted"][1]
-    assert "these images are sorted" not in said["shuffled"][1]
+        results.append((result, " ".join(scores.remarks(result, found, reference, {}))))
+    (ordered, warned), (shuffled, unwarned) = results
+    assert ordered == pytest.approx(shuffled)
+    assert "these images are sorted, and ADM's inception score depends on" in warned
+    assert "these images are sorted" not in unwarned
 
 
 def test_a_reference_of_another_network_is_refused(tmp_path):
@@ -186,62 +177,48 @@ def test_a_reference_of_another_network_is_refused(tmp_path):
     extractor = ThumbnailExtractor()
     reference = scores.Reference(gaussian(features), None, features, {"reference": "pictures"})
     scores.save_reference(tmp_path / "x.npz", reference, extractor)
-    assert scores.load_reference(tmp_path / "x.npz", extractor).facts["reference"] == "x.npz"
+    found = scores.find_reference(tmp_path / "x.npz", None, extractor)
+    assert found.facts["reference"] == "x.npz"
     extractor.facts = extractor.facts | {"features": "others"}
     with pytest.raises(UserError, match="was made with features pixels of 8 x 8"):
-        scores.load_reference(tmp_path / "x.npz", extractor)
+        scores.find_reference(tmp_path / "x.npz", None, extractor)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--what=tokens"], "--what is now a word: tokenbridge evaluate tokens [flags]"),
+        ("--what=tokens", "--what is now a word: tokenbridge evaluate tokens [flags]"),
+        ("--seed=1 --what generation", "--what is now a word: tokenbridge evaluate generation [fl"),
+        ("--seed=1", "name one: tokenbridge evaluate generation|reconstruction|likelihood|"),
+        ("everything", "there is no 'everything'; name one: tokenbridge evaluate generation|"),
+        ("generation --config.evaluation.reference=", "name what to compare with: --reference FI"),
+        ("generation --reference=none.npz", "--reference none.npz does not exist; it"),
+        ("generation --reference={}/empty", "empty holds no pictures"),
+        ("generation --reference={}/mixed", "mixed holds pictures of several sizes"),
+        ("generation --reference={}/wide.npz", "statistics of 2048 features, not of 192"),
+        ("generation --reference={}/nan.npz", "nan.npz: the statistics of the features contain"),
+        ("generation --reference={}/one.npz", "one.npz: statistics need at least 2 "),
+        ("generation --num_images=0", "--num_images=0 must be at least 2"),
         (
-            ["--seed=1", "--what", "generation"],
-            "--what is now a word: tokenbridge evaluate generation [flags]",
-        ),
-        (["--seed=1"], "name one: tokenbridge evaluate generation|reconstruction|likelihood|"),
-        (["everything"], "there is no 'everything'; name one: tokenbridge evaluate generation|"),
-        (
-            ["generation", "--config.evaluation.reference="],
-            "name what to compare with: --reference FILE",
-        ),
-        (
-            ["generation", "--reference=none.npz"],
-            "--reference none.npz does not exist; it",
-        ),
-        (["generation", "--reference={}/empty"], "empty holds no pictures"),
-        (["generation", "--reference={}/mixed"], "mixed holds pictures of several sizes"),
-        (["generation", "--reference={}/wide.npz"], "statistics of 2048 features, not of"),
-        (["generation", "--reference={}/nan.npz"], "nan.npz: the statistics of the feat"),
-        (
-            ["generation", "--reference={}/one.npz"],
-            "one.npz: statistics need at least 2 ",
-        ),
-        (["generation", "--num_images=0"], "--num_images=0 must be at least 2"),
-        (
-            ["generation", "--features=inception", "--networks={}/empty"],
+            "generation --features=inception --networks={}/empty",
             "empty holds no Inception network: `tokenbridge import-metrics --help` says how",
         ),
-        (["reference", "--config.data.source=folder"], "--config.data.path is not set"),
-        (["generation", "--reference={}/cut.npz"], "cut.npz cannot be read: "),
-        (["generation", "--reference={}/text.npz"], "it is no .npz file of numbers"),
-        (["generation", "--reference={}/words.npz"], "mu and sigma must be numbers"),
-        (["generation", "--reference={}/skew.npz"], "that is not symmetric"),
-        (["generation", "--reference={}/minus.npz"], "sigma has negative eigenvalues"),
-        (["generation", "--reference=data", "--seed=-1"], "--seed=-1 must be from 0"),
-        (["generation", "--batch_size=0"], "--batch_size=0 must be at least 1"),
-        (
-            ["likelihood", "--images=x"],
-            "--images belongs to `tokenbridge evaluate generation|recon",
-        ),
-        (["generation", "--noall_views"], "--noall_views belongs to `tokenbridge evaluate tokens`"),
-        (["generation", "--images=x", "--step=3"], "--step is about new samples"),
-        (["reconstruction", "--perturb=1"], "--perturb=1 must be SHARE:LEVELS"),
-        (["reconstruction", "--levels=a"], "--levels=a must be numbers"),
+        ("reference --config.data.source=folder", "--config.data.path is not set"),
+        ("generation --reference={}/cut.npz", "cut.npz cannot be read: "),
+        ("generation --reference={}/text.npz", "it is damaged, or not a .npz file of numbers"),
+        ("generation --reference={}/words.npz", "mu and sigma must be numbers"),
+        ("generation --reference={}/skew.npz", "skew.npz: the covariance is not symmetric"),
+        ("generation --reference={}/minus.npz", "sigma has negative eigenvalues"),
+        ("generation --reference=data --seed=-1", "--seed=-1 must be from 0"),
+        ("generation --batch_size=0", "--batch_size=0 must be at least 1"),
+        ("likelihood --images=x", "--images belongs to `tokenbridge evaluate generation|recon"),
+        ("generation --noall_views", "--noall_views belongs to `tokenbridge evaluate tokens`"),
+        ("generation --images=x --step=3", "--step applies to new samples"),
+        ("reconstruction --perturb=1", "--perturb=1 must be SHARE:LEVELS"),
+        ("reconstruction --levels=a", "--levels=a must be numbers"),
     ],
 )
-def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, flags, message):
+def test_mistakes_give_one_line(folder, tmp_path, capsys, flags, message):
     (tmp_path / "empty").mkdir()
     write_pictures(tmp_path / "mixed", count=2)
     write_pictures(tmp_path / "mixed" / "x", count=1)
@@ -252,24 +229,23 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, flags, message)
     np.savez(tmp_path / "skew.npz", mu=np.zeros(192), sigma=np.triu(np.ones((192, 192))))
     np.savez(tmp_path / "minus.npz", mu=np.zeros(192), sigma=np.diag([-9.0, *[1.0] * 191]))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "wide.npz").read_bytes()[:5000])
-    (tmp_path / "text.npz").write_text("not what was meant")
+    (tmp_path / "text.npz").write_text("not an archive")
     np.savez(tmp_path / "one.npz", np.zeros((1, 8, 8, 3), np.uint8))
-    flags = [flag.format(tmp_path) for flag in flags]
-    assert evaluate(folder, *flags) == runner.EXIT_USER_ERROR
+    assert evaluate(folder, *flags.format(tmp_path).split()) == runner.EXIT_USER_ERROR
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("tokenbridge evaluate: error: ")
     assert message in error
 
 
-def test_help_lists_the_words_and_a_words_flags(capsys):
+def test_help_lists_the_words_and_the_flags_of_a_word(capsys):
     assert runner.run("evaluate", ["--help"]) == runner.run("evaluate", ["tokens", "--help"]) == 0
     both = capsys.readouterr().out
-    assert both.count("likelihood      bits an index") == 2
+    assert both.count("likelihood      bits per index") == 2
     assert both.count("--[no]all_views") == 1
     assert "--levels" not in both
 
 
-def test_a_name_that_would_be_too_long_is_told_before_measuring(folder, tmp_path, capsys):
+def test_a_name_that_is_too_long_is_refused_before_measuring(folder, tmp_path, capsys):
     images = tmp_path / ("x" * 240)
     write_pictures(images, 2)
     assert evaluate(folder, "reference", f"--images={images}", f"--output={tmp_path}") == 2
@@ -279,10 +255,10 @@ def test_a_name_that_would_be_too_long_is_told_before_measuring(folder, tmp_path
 # --- Networks -------------------------------------------------------------------------------------
 
 
-def test_without_a_home_only_what_needs_networks_is_refused(tmp_path, monkeypatch, capsys):
+def test_without_a_home_only_features_of_networks_are_refused(tmp_path, monkeypatch, capsys):
     for name in ("HOME", "XDG_CACHE_HOME", networks.FOLDER_VARIABLE):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # Nobody's.
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # No user has this number.
     assert networks.default_folder() is None
     assert networks.load_network("lpips_vgg", None) is None
     assert networks.make_extractor("thumbnails", None).name == "thumbnails"
@@ -303,9 +279,8 @@ def test_networks_are_imported_once(tmp_path, capsys):
         return status, capsys.readouterr().err
 
     assert "nothing to import" in imported()[1]
-    assert (
-        "LPIPS needs two files: --vgg16 FILE and --lpips_vgg FILE" in imported("--vgg16=x.npz")[1]
-    )
+    needed = "LPIPS needs two files: --vgg16 FILE and --lpips_vgg FILE"
+    assert needed in imported("--vgg16=x.npz")[1]
     for content, what in (
         ("version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
         ("<!DOCTYPE html>", "web page"),
@@ -329,7 +304,5 @@ def test_networks_are_imported_once(tmp_path, capsys):
     assert network.facts["inception_published"] is False
     assert len(network.facts["inception_sha256"]) == 64
     expected = inception.import_inception(state)
-    np.testing.assert_array_equal(
-        network.params["Mixed_6d.branch1x1"]["kernel"], expected["Mixed_6d.branch1x1"]["kernel"]
-    )
+    jax.tree.map(np.testing.assert_array_equal, network.params, expected)
     assert networks.load_network("lpips_vgg", tmp_path / "networks") is None

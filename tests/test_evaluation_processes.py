@@ -1,4 +1,4 @@
-"""What two processes with a device each find is what one process with eight finds."""
+"""Two processes with one device each get the result of one process with eight devices."""
 
 import hashlib
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from evaluated import save_tiny, write_pictures
 from jobs import start_job
 
 from tokenbridge_jax.commands import runner
@@ -18,9 +17,9 @@ from tokenbridge_jax.runtime import processes
 
 
 def found_in(folder: Path) -> list[str]:
-    """Features and sums, to the bit."""
+    """Hashes of features and of their sums."""
     lines = []
-    for count in (37, 1):  # Of one image there is no share for a second process.
+    for count in (37, 1):  # With one image, the second process has no share.
         images = open_images(folder / "real")
         images.take(count)
         (found,) = features.blocks(
@@ -36,14 +35,9 @@ def digest(array: np.ndarray) -> str:
 
 
 def evaluate(folder: Path, output: Path) -> int:
-    argv = [f"--workdir={folder / 'model'}", f"--reference={folder / 'real'}"]
-    argv += [
-        "--features=thumbnails",
-        "--write_samples",
-        "--num_images=13",
-        "--config.sampling.num_iter=3",
-    ]
-    return runner.run("evaluate", ["generation", f"--output={output}", *argv])
+    paths = [f"--workdir={folder / 'model'}", f"--reference={folder / 'real'}"]
+    settings = "--features=thumbnails --write_samples --num_images=13 --config.sampling.num_iter=3"
+    return runner.run("evaluate", ["generation", f"--output={output}", *paths, *settings.split()])
 
 
 def process(folder: Path) -> None:
@@ -58,7 +52,10 @@ def scores(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_two_processes_find_what_one_does(tmp_path):
+def test_two_processes_get_the_result_of_one(tmp_path):
+    # Not in the processes of the job: it makes a key, and they must join before JAX is used.
+    from evaluated import save_tiny, write_pictures
+
     save_tiny(tmp_path / "model")
     write_pictures(tmp_path / "real")
     job = start_job([__file__, tmp_path], [[], []], devices=1)

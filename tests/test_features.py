@@ -1,4 +1,4 @@
-"""Features of sets of images: the same however they are divided."""
+"""Features of sets of images do not depend on batches, devices or the order."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def write_images(path: Path, count: int = 5, size: int = 20) -> np.ndarray:
 
 
 def test_features_do_not_depend_on_batches_and_devices(params, tmp_path, monkeypatch):
-    """Nor does an image's key on anything but the image."""
+    """The key of an image depends only on the image."""
     images = write_images(tmp_path / "x.npz")
     found = extract(open_images(tmp_path / "x.npz"), InceptionExtractor(params, batch_size=4))
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
@@ -45,13 +45,11 @@ def test_features_do_not_depend_on_batches_and_devices(params, tmp_path, monkeyp
     assert found.keys[4] == found.keys[1]
 
 
-def test_what_is_kept_does_not_depend_on_the_order(tmp_path):
+def test_kept_features_do_not_depend_on_the_order(tmp_path):
     images = write_images(tmp_path / "x.npz", count=40)
     np.savez(tmp_path / "y.npz", images[::-1])
-    one, other = (
-        extract(open_images(tmp_path / f"{name}.npz"), ThumbnailExtractor(), keep=7)
-        for name in "xy"
-    )
+    sets = (open_images(tmp_path / name) for name in ("x.npz", "y.npz"))
+    one, other = (extract(images, ThumbnailExtractor(), keep=7) for images in sets)
     assert (one.count, len(one.kept), one.logits) == (40, 7, None)
     np.testing.assert_array_equal(one.kept, other.kept)
     whole = extract(open_images(tmp_path / "x.npz"), ThumbnailExtractor())
@@ -67,9 +65,6 @@ def test_thumbnails_are_means_of_cells(height: int, width: int, channels: int):
     )
     found = features.thumbnails(images).reshape(3, 8, 8, channels)
     assert found.dtype == np.float32
-    for row in range(8):
-        for column in range(8):
-            cell = images[:, rows == row][:, :, columns == column]
-            np.testing.assert_allclose(
-                found[:, row, column], cell.mean(axis=(1, 2)) / 255, atol=1e-6
-            )
+    for row, column in np.ndindex(8, 8):
+        mean = images[:, rows == row][:, :, columns == column].mean(axis=(1, 2)) / 255
+        np.testing.assert_allclose(found[:, row, column], mean, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Imports go down only: from a higher floor to a lower one, or within a floor without a circle."""
+"""Imports only go down: from a higher floor to a lower one, or within a floor without a circle."""
 
 import ast
 import graphlib

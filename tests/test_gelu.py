@@ -1,12 +1,13 @@
-"""Bias, GELU and dropout: the plain version against mathematics, the kernels against that."""
+"""Bias, GELU and dropout: the plain version against formulas, the kernels against both."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special, stats
-from tiny_model import relative_error, triton_kernels
+from tiny_model import on_mesh, relative_error, shard_shapes, triton_kernels
 
 from tokenbridge_jax.ops import gelu
 from tokenbridge_jax.ops.dropout import PAIR_STRIDE, keep_units
@@ -20,29 +21,27 @@ PAIRS = 2 * PAIR_STRIDE
 def inputs(*shape: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x, its bias, and the gradient of the result.
 
-    Sums with the bias are odd multiples of 1/32 below 8: never zero, and exact in bfloat16, which a
-    compiler may round or not.
+    Sums with the bias are odd multiples of 1/32 below 8. They are never zero. A compiler may round
+    them to bfloat16 or not: they are exact in both.
     """
     rng = np.random.default_rng(0)
     x, bias = (np.round(11 * rng.normal(size=size)) / 16 for size in (shape, shape[-1]))
     return tuple(jnp.asarray(a, dtype) for a in (x, bias + 1 / 32, rng.normal(size=shape)))
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def both_ways(x, bias, d_y, rate, function=gelu_dropout):
     """The result, and the gradients with respect to x and bias."""
     y, backward = jax.vjp(lambda x, bias: function(x, bias, SEED, rate), x, bias)
     return y, *backward(d_y)
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def kernels(x, bias, d_y, rate):
-    """The same by the kernels, their Python run on this platform."""
+    """The same by the kernels, run as Python on this platform."""
     settings = dict(rate=rate, interpret=True)
     y = gelu.kernel_forward(x, bias, SEED, **settings)
     return y, *gelu.kernel_backward(x, bias, SEED, d_y, **settings)
-
-
-both_ways = jax.jit(both_ways, static_argnums=(3, 4))
-kernels = jax.jit(kernels, static_argnums=3)
 
 
 # --- The plain version ----------------------------------------------------------------------------
@@ -59,7 +58,7 @@ def test_gelu_and_its_gradient_are_exact():
 
 @pytest.mark.parametrize("shape", [(50, 60), (3, 7, PAIRS + 10)])
 def test_gelu_dropout_is_bias_then_gelu_then_dropout(shape: tuple[int, ...]):
-    """Of rate 6554 / 65536, and divided by exactly what that leaves of 1."""
+    """The rate is 6554 / 65536, and kept units are divided by exactly 1 minus this rate."""
     kept = keep_units(SEED, shape, 0.1)
 
     def by_hand(x, bias, seed, rate):
@@ -73,7 +72,7 @@ def test_gelu_dropout_is_bias_then_gelu_then_dropout(shape: tuple[int, ...]):
         np.testing.assert_allclose(mine, other, rtol=1e-6, atol=2e-6 * np.max(np.abs(other)))
 
 
-def test_the_backward_pass_keeps_nothing_but_the_arguments():
+def test_the_backward_pass_keeps_only_the_arguments():
     x, bias, _ = inputs(50, 60)
     _, backward = jax.vjp(lambda x, bias: gelu_dropout(x, bias, SEED, 0.3), x, bias)
     assert sorted(leaf.shape for leaf in jax.tree.leaves(backward)) == [(2,), (50, 60), (60,)]
@@ -99,8 +98,8 @@ def test_bfloat16_rounds_once():
     [
         (1, 1, PAIRS),  # Less than a tile.
         (3, 2, 2 * PAIRS),  # The last tile is half full.
-        (gelu.ROWS, PAIRS),  # As many rows as a program of the backward pass sums over,
-        (3, gelu.ROWS // 2 + 1, PAIRS),  # and some more.
+        (gelu.ROWS, PAIRS),  # As many rows as one program of the backward pass sums.
+        (3, gelu.ROWS // 2 + 1, PAIRS),  # More rows than that.
     ],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2**-7)])
@@ -114,8 +113,8 @@ def test_kernels_agree_with_the_plain_version(shape, rate: float, dtype, toleran
     np.testing.assert_array_equal(actual[0] == 0, expected[0] == 0)
 
 
-def test_kernels_are_exact_and_more_so_where_little_is_left():
-    """1 + erf has no digits left below -6."""
+def test_kernels_are_exact_and_even_more_in_the_lower_tail():
+    """Below -6, 1 + erf(x) has no correct digits, but the kernels have."""
     x = jnp.linspace(-12, 12, 8 * PAIRS).reshape(8, PAIRS)
     y, slope, d_bias = kernels(x, jnp.zeros(PAIRS), jnp.ones_like(x), 0.0)
     exact = np.asarray(x, np.float64)
@@ -126,7 +125,7 @@ def test_kernels_are_exact_and_more_so_where_little_is_left():
 
 
 def test_the_code_for_gpus_is_the_polynomial(monkeypatch):
-    """Its PTX, run instruction by instruction, against the version for other platforms."""
+    """The PTX code, run instruction by instruction, against the version for other platforms."""
     operations = {
         "abs.f32": jnp.abs,
         "fma.rn.f32": lambda a, b, c: a * b + c,
@@ -159,41 +158,36 @@ def test_the_code_for_gpus_is_the_polynomial(monkeypatch):
 @pytest.mark.parametrize(
     ("function", "images", "width"),
     [
-        (both_ways, 8, PAIRS + PAIR_STRIDE),  # Whose pairs may be on two devices.
+        (both_ways, 8, PAIRS + PAIR_STRIDE),  # The two units of a pair may be on two devices.
         (kernels, 8, 2 * PAIRS),
-        (kernels, 3, 2 * PAIRS),  # Six rows, which no mesh divides.
+        (kernels, 3, 2 * PAIRS),  # The mesh does not divide six rows.
     ],
 )
 def test_units_are_the_same_on_any_mesh(mesh, function, images: int, width: int):
     x, bias, d_y = inputs(images, 2, width)
     expected = function(x, bias, d_y, 0.1)
-    batch = ("data", "fsdp") if images == 8 else None
-    made = meshes.make_mesh(*mesh)
-    with meshes.use_mesh(made):
-        units = NamedSharding(made, PartitionSpec(batch, None, "tensor"))
-        of_bias = NamedSharding(made, PartitionSpec("tensor"))
-        placed = jax.device_put((x, bias, d_y), (units, of_bias, units))
-        actual = function(*placed, 0.1)
+    units = ("data", "fsdp") if images == 8 else None, None, "tensor"
+    arguments = (x, units), (bias, ("tensor",)), (d_y, units)
+    actual = on_mesh(lambda *x: function(*x, 0.1), *arguments, sizes=mesh)
     np.testing.assert_array_equal(actual[0] == 0, expected[0] == 0)
     for mine, other in zip(actual, expected, strict=True):
         assert relative_error(mine, other) < 1e-6
     if images == 8:
         share = (8 // (mesh[0] * mesh[1]), 2, width // mesh[2])
-        for array in actual[:2]:
-            assert {shard.data.shape for shard in array.addressable_shards} == {share}
+        assert shard_shapes(actual[0]) == shard_shapes(actual[1]) == {share}
 
 
-# --- Which platform computes how ------------------------------------------------------------------
+# --- Platforms with and without kernels -----------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.usefixtures("gpu_to_lower_for")
 @pytest.mark.parametrize(
-    ("rows", "width", "dtype", "tensor", "kernels"),  # Rows of a device.
+    ("rows", "width", "dtype", "tensor", "kernels"),  # `rows` are those of one device.
     [
         (4096, PAIRS, jnp.bfloat16, 1, 2),
         (4096, 2 * PAIRS, jnp.bfloat16, 2, 2),
-        (4096, PAIRS, jnp.bfloat16, 2, 0),  # A device would hold halves of pairs.
+        (4096, PAIRS, jnp.bfloat16, 2, 0),  # Each device would have one unit of every pair.
         (4096, PAIRS + PAIR_STRIDE, jnp.bfloat16, 1, 0),
         (4096, PAIRS, jnp.float32, 1, 0),
         (640, PAIRS, jnp.bfloat16, 1, 0),  # Sampling one image.
@@ -201,7 +195,7 @@ def test_units_are_the_same_on_any_mesh(mesh, function, images: int, width: int)
 )
 def test_gpus_run_one_kernel_forward_and_one_backward(rows, width, dtype, tensor, kernels: int):
     def gradients(x, bias, d_y):
-        # Of squares: else the forward pass would be dead code.
+        # With d_y = y, the gradient needs the forward pass, so this is not dead code.
         return both_ways(x, bias, both_ways(x, bias, d_y, 0.1)[0], 0.1)[1:]
 
     with meshes.use_mesh(meshes.make_mesh(-1, 1, tensor)):

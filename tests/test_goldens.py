@@ -1,6 +1,6 @@
-"""Parity with arrays the reference produced: `.npz` in tests/goldens and $TOKENBRIDGE_GOLDENS.
+"""Parity with arrays of the reference: `.npz` files in tests/goldens and $TOKENBRIDGE_GOLDENS.
 
-Each kind of file has its check; sizes come from the file. A kind that is not known fails.
+Every kind of file has its own check. Sizes are read from the file. An unknown kind fails.
 """
 
 import os
@@ -19,7 +19,7 @@ CHECKS = {
 
 
 def golden_files() -> list[Path]:
-    """Files named, and all in folders named; a place without any is an error."""
+    """All golden files; a named folder without any is an error."""
     places = [Path(__file__).parent / "goldens"]
     if extra := os.environ.get("TOKENBRIDGE_GOLDENS"):
         places += map(Path, extra.split(os.pathsep))

@@ -1,4 +1,4 @@
-"""Which entry of the table of peaks a device gets."""
+"""The entry of a device in the table of peaks."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from tokenbridge_jax.runtime.hardware import listed_flops
         ("TPU v5 lite", 197),
         ("TPU v5", 459),
         ("TPU v6 lite", 918),
-        # Not listed, though their names hold one that is.
+        # Not listed, but their names contain a listed name.
         ("NVIDIA L40", None),
         ("NVIDIA A10G", None),
         ("NVIDIA RTX A1000", None),

@@ -1,4 +1,4 @@
-"""Every kind of head against probability itself: all outcomes of a position, counted."""
+"""Every kind of head: exact probabilities of all outcomes of a position, and draws."""
 
 import dataclasses
 import functools
@@ -10,29 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special, stats
-from test_model_config import _matmul_flops
-from tiny_model import (
-    TINY,
-    random_params,
-    tiny,
-    tiny_pipeline,
-)
+from tiny_model import TINY, head_method, loss_flops, random_params, tiny, tiny_pipeline
 
-from tokenbridge_jax import Pipeline
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.config import ConfigDict, model_config
-from tokenbridge_jax.model import (
-    SIZES,
-    TokenBridge,
-    TokenBridgeConfig,
-    abstract_params,
-    init_params,
-)
+from tokenbridge_jax.model import SIZES, TokenBridge, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge.official import export_model
-from tokenbridge_jax.transformer import unstack
 
 HEADS = {
     "ar": TINY,
@@ -40,7 +26,7 @@ HEADS = {
     "grouped": tiny(channels_per_group=2),
     "parallel, grouped": tiny(head="parallel", channels_per_group=2),
 }
-# All 5^4 outcomes of a position, in channel order and as heads take them.
+# All 5^4 outcomes of a position, in channel order, and in autoencoder order as heads take them.
 OUTCOMES = np.array(list(itertools.product(range(5), repeat=4)), np.int32)
 INDICES = OUTCOMES[:, np.argsort(TINY.channel_order)]
 FEATURE = np.random.default_rng(5).normal(size=(1, TINY.decoder_width)).astype(np.float32)
@@ -49,7 +35,7 @@ DRAWS = 4000
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a head says of one position: its logits and likelihoods of all outcomes, and draws."""
+    """The logits and likelihoods that a head gives to all outcomes of one position."""
 
     logits: np.ndarray
     nll: np.ndarray
@@ -57,22 +43,8 @@ class Found:
 
     @property
     def log_probs(self) -> np.ndarray:
-        """[625], of the outcomes."""
+        """Of the outcomes: [625]."""
         return -self.nll.astype(np.float64).sum(axis=1)
-
-
-@functools.cache
-def head_method(config: TokenBridgeConfig, method: str):
-    """Jitted method of a model's head; it samples without scanned layers."""
-
-    def run(params, *arguments):
-        scan_layers = method != "sample"
-        return TokenBridge(dataclasses.replace(config, scan_layers=scan_layers)).apply(
-            {"params": params if scan_layers else unstack(params)},
-            method=lambda model: getattr(model.head, method)(*arguments),
-        )
-
-    return jax.jit(run)
 
 
 @functools.cache
@@ -86,7 +58,7 @@ def exact(kind: str) -> Found:
 
 @functools.cache
 def draws(kind: str, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the outcomes drawn, and the log-probabilities that came with them."""
+    """The numbers of the drawn outcomes, and the log-probabilities that the head returns."""
     feature = jnp.repeat(FEATURE, DRAWS, axis=0)
     keys = jax.random.split(jax.random.key(3), DRAWS)
     sample = head_method(HEADS[kind], "sample")
@@ -101,7 +73,7 @@ def test_probabilities_of_a_position_sum_to_one(kind: str):
     assert found.logits.shape == (625, 4, 5)
     assert found.nll.shape == (625, 4)
     assert np.exp(found.log_probs).sum() == pytest.approx(1, abs=1e-5)
-    # The likelihoods are those of the logits, which are in channel order.
+    # The likelihoods follow from the logits, which are in channel order.
     expected = special.log_softmax(found.logits.astype(np.float64), axis=-1)
     expected = np.take_along_axis(expected, OUTCOMES[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(-found.nll[:, TINY.channel_order], expected, atol=1e-5)
@@ -109,7 +81,7 @@ def test_probabilities_of_a_position_sum_to_one(kind: str):
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_place_sees_the_places_before_it_or_none(kind: str):
-    """By all outcomes: logits of place c take a value for every beginning that it may see."""
+    """The logits of place c differ between outcomes if and only if a channel it sees differs."""
     logits = exact(kind).logits.reshape(5, 5, 5, 5, 4, 5)
     for place in range(4):
         start = {"ar": 0, "parallel": place, "grouped": 0, "parallel, grouped": place // 2 * 2}
@@ -124,7 +96,7 @@ def test_a_place_sees_the_places_before_it_or_none(kind: str):
 
 @pytest.mark.parametrize("kind", ["grouped", "parallel, grouped"])
 def test_channels_of_a_group_are_marginals_of_its_classes(kind: str):
-    """The head of the groups by itself: classes in base V, summed by hand."""
+    """Sums of the joint head's probabilities, with classes as numbers in base V."""
     config, found = HEADS[kind], exact(kind)
     joint = config.joint_classes
     assert (joint, config.groups) == (25, 2)
@@ -152,20 +124,20 @@ def test_draws_have_the_exact_probabilities(kind: str, temperature: float):
     np.testing.assert_allclose(log_probs, expected[drawn], atol=1e-4)
     p = np.exp(expected)
     assert p.sum() == pytest.approx(1, abs=1e-5)
-    # Rare outcomes together, so that all are expected often enough.
+    # Rare outcomes share bins, so that every bin is expected often enough.
     rank = np.argsort(-p)
     bins = np.empty(625, int)
     bins[rank] = np.minimum(np.cumsum(p[rank]) * 40, 39).astype(int)
     counts, chances = np.bincount(bins[drawn], minlength=40), np.bincount(bins, p, minlength=40)
     some = chances > 0
     assert stats.chisquare(counts[some], chances[some] / p.sum() * DRAWS).pvalue > 1e-3
-    # The test has the power to tell another temperature.
+    # The test is able to detect another temperature.
     other = np.bincount(bins, special.softmax(1.3 * expected), minlength=40)
     assert stats.chisquare(counts[some], other[some] * DRAWS).pvalue < 1e-4
 
 
 def _tempered(kind: str, temperature: float) -> np.ndarray:
-    """Log-probabilities of the outcomes where what is drawn at once is tempered at once."""
+    """Log-probabilities of the outcomes if the temperature applies to the classes of a group."""
     config, found = HEADS[kind], exact(kind)
     log_p = special.log_softmax(found.logits.astype(np.float64), axis=-1)
     total = np.zeros(625)
@@ -173,7 +145,7 @@ def _tempered(kind: str, temperature: float) -> np.ndarray:
         size = config.channels_per_group
         places = range(group * size, (group + 1) * size)
         chosen = sum(log_p[np.arange(625), place, OUTCOMES[:, place]] for place in places)
-        # Outcomes that agree before the group, and which of its classes each has.
+        # Normalise over the group's classes among outcomes with the same earlier channels.
         scaled = chosen / temperature
         before = [tuple(row) for row in OUTCOMES[:, : places[0]]]
         own = [tuple(row) for row in OUTCOMES[:, places[0] : places[-1] + 1]]
@@ -204,14 +176,11 @@ def test_temperature_0_takes_the_most_likely_class_of_every_group(kind: str):
 
 
 def test_images_and_likelihoods_on_a_mesh():
-    """Confidence order and `log_probs`, on one device and on 2 x 2 x 2."""
+    """Confidence order and `log_probs` are equal on one device and on a 2 x 2 x 2 mesh."""
     config = HEADS["parallel, grouped"]
     params = random_params(config, seed=1, spread=0.2)
     one = tiny_pipeline(config, params)
-    mesh = meshes.make_mesh(2, 2, 2)
-    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    placed = jax.device_put(params, meshes.logical_shardings(boxed, mesh))
-    many = Pipeline(one.description, placed, one.codec, mesh)
+    many = tiny_pipeline(config, params, meshes.make_mesh(2, 2, 2))
     settings = dict(num_iter=2, guidance=1.0, order="confidence")
     classes = [0, 1, 2, 0]
     images = one.generate_indices(classes, **settings)
@@ -224,11 +193,11 @@ def test_images_and_likelihoods_on_a_mesh():
 def test_forward_flops_are_those_of_the_program():
     sizes = dict(encoder_layers=2, head_layers=3, head_width=32)
     config = dataclasses.replace(HEADS["parallel, grouped"], **sizes)
-    assert _matmul_flops(config, 5)[0] == config.forward_flops(5)
+    assert loss_flops(config, 5)[0] == config.forward_flops(5)
 
 
 def test_groups_have_the_published_numbers_of_parameters():
-    """60M, 63M and 530M: of 16 levels and three layers."""
+    """60M, 63M and 530M, with 16 levels and three layers."""
     sizes = SIZES["L"] | dict(head_layers=3)
     counts = []
     for group in (1, 2, 4):
@@ -240,7 +209,7 @@ def test_groups_have_the_published_numbers_of_parameters():
     assert [count // 10**6 for count in counts] == [60, 63, 529]
 
 
-def test_the_parallel_head_lacks_the_tables_of_previous_indices_alone():
+def test_the_parallel_head_only_lacks_the_tables_of_previous_indices():
     trees = [abstract_params(HEADS[kind])["head"] for kind in ("ar", "parallel")]
     assert trees[0].pop("token_embeddings").shape == (3, 5, 16)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, *trees))
@@ -263,20 +232,20 @@ def test_the_parallel_head_lacks_the_tables_of_previous_indices_alone():
         ({"head": "parallel", "first_token_quirk": True}, "first_token_quirk is for imported"),
     ],
 )
-def test_heads_that_cannot_be_are_named(changes: dict, message: str):
+def test_impossible_heads_are_refused(changes: dict, message: str):
     with pytest.raises(UserError, match=message):
         tiny(**changes)
 
 
 @pytest.mark.parametrize("kind", list(HEADS)[1:])
-def test_descriptions(kind: str):
+def test_configs_survive_json_and_only_the_published_head_is_exported(kind: str):
     config = HEADS[kind]
     assert TokenBridgeConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(UserError, match=r"PyTorch files hold model\.head='channel_ar' with one"):
         export_model(config, exact(kind).params)
 
 
-def test_orders_of_the_head_on_the_same_shards():
+def test_channel_orders_that_the_head_may_choose():
     config = ConfigDict({"data": {"num_classes": 3}, "model": {}})
     make = lambda: model_config(config, TINY.quantizer, (2, 0, 3, 1), 8)  # noqa: E731
     assert make().channel_order == (2, 0, 3, 1)

@@ -1,4 +1,4 @@
-"""Sets of images against numpy's and Pillow's own reading of them."""
+"""Sets of images, against numpy and Pillow."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tokenbridge_jax.data.shards import write_info
 from tokenbridge_jax.data.sources import make_source
 from tokenbridge_jax.evaluation.features import ThumbnailExtractor
 from tokenbridge_jax.evaluation.image_sets import data_images, open_images
-from tokenbridge_jax.evaluation.scores import load_reference
+from tokenbridge_jax.evaluation.scores import find_reference
 from tokenbridge_jax.runtime.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 6, 5, 3), dtype=np.uint8)
@@ -31,7 +31,7 @@ def read(images, size, first=0, last=None):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz_is_read_in_parts(tmp_path, save):
+def test_npz_is_read_in_batches(tmp_path, save):
     save(tmp_path / "x.npz", labels=np.arange(11), arr_0=IMAGES)
     images = open_images(tmp_path / "x.npz")
     assert (images.count, images.shape) == (11, (6, 5, 3))
@@ -42,8 +42,8 @@ def test_npz_is_read_in_parts(tmp_path, save):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_flipped_bit_of_an_npz_is_told_whatever_is_read_of_it(tmp_path, save):
-    """Also where the images that are asked for are whole: nobody knows which are."""
+def test_a_flipped_bit_of_an_npz_is_reported_whatever_is_read(tmp_path, save):
+    """Also if the images that are read are undamaged, because it is unknown which are."""
     path = tmp_path / "x.npz"
     save(path, IMAGES)
     whole = open_images(path)
@@ -55,17 +55,17 @@ def test_a_flipped_bit_of_an_npz_is_told_whatever_is_read_of_it(tmp_path, save):
         images.take(2)
         return read(images, 1)
 
-    told = 0
+    reported = 0
     for bit in np.random.default_rng(0).choice(8 * path.stat().st_size, 60, replace=False):
         with flipped(path, int(bit)):
             found, message = outcome(some)
         assert bool(message) or np.array_equal(found, expected)
         assert "\n" not in message
-        told += bool(message)
-    assert told > 30
+        reported += bool(message)
+    assert reported > 30
 
 
-def test_folder_is_read_in_the_order_of_its_names(tmp_path):
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     images = open_images(write_folder(tmp_path))
     assert (images.count, images.shape) == (11, (6, 5, 3))
     expected = np.concatenate([IMAGES[::2], IMAGES[1::2]])
@@ -82,27 +82,28 @@ def test_grey_pictures_become_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("arrays", [{"mean": 1, "cov": 2}, {"mu": 1, "cov": 2}, {}])
-def test_statistics_of_other_names_are_listed(tmp_path, arrays):
+def test_arrays_with_other_names_are_listed(tmp_path, arrays):
     np.savez(tmp_path / "x.npz", **arrays)
     held = ", ".join(sorted(arrays)) or "nothing"
-    with pytest.raises(UserError, match=f"x.npz holds {held}: a reference has .* mu and sigma"):
-        load_reference(tmp_path / "x.npz", ThumbnailExtractor())
+    with pytest.raises(
+        UserError, match=f"x.npz holds {held}: a reference must have .* mu and sigma"
+    ):
+        find_reference(tmp_path / "x.npz", None, ThumbnailExtractor())
 
 
-def test_what_was_broken_for_the_shards_is_left_out(tmp_path):
-    """The pictures of a class folder, one of which is none; with shards of them and of others."""
+def test_images_that_the_shards_left_out_are_left_out(tmp_path):
+    """One picture of a class folder is broken; there are shards of this folder and of another."""
     write_folder(tmp_path / "data")
     (tmp_path / "data" / "class_1" / "03.png").write_bytes(b"no picture")
     config = ConfigDict(SETTINGS)
     config.data.update(path=str(tmp_path / "data"), image_size=4)
     described = make_source(config.data).describe()
-    found = [6 + 1]  # Six even ones come first.
 
     def shards(name, **source):
         info = make_info(
             sources={"train": {**described, "path": "elsewhere", "chosen": 11, **source}},
             splits={},
-            skipped=tuple({"split": "train", "image": i, "reason": "no picture"} for i in found),
+            skipped=({"split": "train", "image": 7, "reason": "no picture"},),
         )
         write_info(tmp_path / name, info)
         return tmp_path / name
@@ -119,10 +120,10 @@ def test_what_was_broken_for_the_shards_is_left_out(tmp_path):
             read(images, 16)
 
 
-def test_what_cannot_be_used_is_named(tmp_path):
-    def refused(path, words, use=lambda images: None):
-        with pytest.raises(UserError, match=words):
-            use(open_images(path))
+def test_unusable_files_are_named(tmp_path):
+    def refused(path, message):
+        with pytest.raises(UserError, match=message):
+            read(open_images(path), 4)
 
     refused(tmp_path / "none", "none does not exist; give a folder of pictures or an .npz")
     refused(tmp_path, "holds no pictures")
@@ -130,19 +131,17 @@ def test_what_cannot_be_used_is_named(tmp_path):
     refused(tmp_path / "x.txt", "neither a folder nor an .npz file")
     (tmp_path / "x.npz").write_text("x")
     refused(tmp_path / "x.npz", "cannot be read: File is not a zip file")
-    np.savez(tmp_path / "x.npz", images=IMAGES)
-    refused(tmp_path / "x.npz", "has no array arr_0")
-    np.savez(tmp_path / "x.npz", IMAGES.astype(np.float32))
-    refused(
-        tmp_path / "x.npz",
-        r"must be uint8 of shape \[N, H, W, 3\] or .*, not float32 \[11, 6, 5, 3\]",
-    )
-    np.savez(tmp_path / "x.npz", IMAGES[:0])
-    refused(tmp_path / "x.npz", "arr_0 holds no images")
+    wrong = r"must be uint8 of shape \[N, H, W, 3\] or .*, not float32 \[11, 6, 5, 3\]"
+    for arrays, message in [
+        ({"images": IMAGES}, "has no array arr_0"),
+        ({"arr_0": IMAGES.astype(np.float32)}, wrong),
+        ({"arr_0": IMAGES[:0]}, "arr_0 holds no images"),
+    ]:
+        np.savez(tmp_path / "x.npz", **arrays)
+        refused(tmp_path / "x.npz", message)
 
     folder = write_folder(tmp_path / "mixed")
     Image.fromarray(IMAGES[0, :4]).save(folder / "class_1" / "small.png")
-    words = r"several sizes \(00.png 5x6 and small.png 5x4\)"
-    refused(folder, words, lambda images: read(images, 4))
+    refused(folder, r"several sizes \(00.png 5x6 and small.png 5x4\)")
     (folder / "class_1" / "small.png").write_text("x")
-    refused(folder, "small.png cannot be read as a picture", lambda images: read(images, 4))
+    refused(folder, "small.png cannot be read as a picture")

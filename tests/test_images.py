@@ -1,8 +1,10 @@
-"""The crop against ADM's description in numpy, and pictures of every kind; the sources."""
+"""The crop against ADM's description in numpy, and pictures of every kind."""
 
 import io
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +21,15 @@ SAMPLE = Path(
 
 
 def halve(pixels: np.ndarray) -> np.ndarray:
-    """A box filter from (h, w) to (h // 2, w // 2), odd sizes included, rounded as Pillow does."""
-    for axis in (1, 0):  # Pillow goes along rows first and rounds in between.
+    """A box filter from (h, w) to (h // 2, w // 2), also for odd sizes, rounded as Pillow does."""
+    for axis in (1, 0):  # Pillow resizes rows first and rounds in between.
         pixels = np.moveaxis(pixels, axis, 0)
         n, half = len(pixels), len(pixels) // 2
         if n == 2 * half:
             mean = (pixels[0::2].astype(np.float64) + pixels[1::2]) / 2
         else:
-            # Output i averages the inputs within half a window of its centre. At a tie (the middle
-            # of an odd length) rounding decides, so the arithmetic is Pillow's.
+            # Output i averages the inputs within half a window of its centre. In the middle of an
+            # odd length the result depends on rounding, so the arithmetic is Pillow's.
             windows = []
             for centre in (np.arange(half) + 0.5) * (n / half):
                 x = np.arange(n) - centre + 0.5
@@ -40,7 +42,7 @@ def halve(pixels: np.ndarray) -> np.ndarray:
 
 
 def bicubic(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Separable, antialiased bicubic (a = -0.5) by explicit weight matrices, rounded between."""
+    """Antialiased bicubic filter (a = -0.5) with explicit weights, rounded between the axes."""
 
     def kernel(x: np.ndarray) -> np.ndarray:
         x = np.abs(x)
@@ -80,7 +82,7 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
 
 
 def encoded(image: Image.Image, format: str, **options) -> Image.Image:
-    """The picture as it comes back from a file of the given format."""
+    """The picture as read from a file of this format."""
     file = io.BytesIO()
     image.save(file, format, **options)
     return Image.open(io.BytesIO(file.getvalue()))
@@ -140,7 +142,7 @@ def test_palettes_and_transparency_keep_the_stored_colours():
     image.putpalette(colours.tobytes())
     assert image.mode == "P"
     assert np.array_equal(prepare(encoded(image, "PNG"), 12), expected)
-    for transparency in (1, b"\x00\x80\xff"):  # One transparent entry, or alpha for each.
+    for transparency in (1, b"\x00\x80\xff"):  # One transparent entry, or alpha for every entry.
         transparent = encoded(image, "PNG", transparency=transparency)
         assert transparent.mode == "P"
         assert np.array_equal(prepare(transparent, 12), expected)
@@ -167,15 +169,10 @@ def test_16_bit_grey_is_scaled_not_clipped():
         assert np.array_equal(prepare(image, 32, 3)[..., 2], expected)
 
 
-def test_float_pictures_are_refused():
-    with pytest.raises(ImageError, match="floating-point"):
-        prepare(Image.fromarray(np.ones((8, 8), np.float32)), 8)
-
-
 @pytest.mark.parametrize("orientation", range(0, 10))
 def test_exif_orientation_is_applied(orientation):
     stored = noise(10, 10, seed=1)
-    # What the picture's first row and column are, by the EXIF standard.
+    # The meaning of every orientation in the EXIF standard.
     shown = {
         2: stored[:, ::-1],
         3: stored[::-1, ::-1],
@@ -188,7 +185,7 @@ def test_exif_orientation_is_applied(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert np.array_equal(prepare(encoded(Image.fromarray(stored), "PNG", exif=exif), 10), shown)
-    # Pillow turns TIFFs itself: they must not be turned twice.
+    # Pillow turns TIFFs itself, so they must not be turned again.
     tiff = encoded(Image.fromarray(stored), "TIFF", tiffinfo={0x0112: orientation})
     assert np.array_equal(prepare(tiff, 10), shown)
 
@@ -200,7 +197,7 @@ def test_unreadable_exif_counts_as_none():
 
 
 def test_huge_picture(tmp_path):
-    # 225 megapixels: beyond where Pillow refuses, within what is allowed here.
+    # Pillow refuses 225 megapixels, but here they are allowed.
     Image.new("L", (15000, 15000), 77).save(tmp_path / "huge.png", compress_level=1)
     with pytest.raises(Image.DecompressionBombError):
         Image.open(tmp_path / "huge.png")
@@ -211,7 +208,7 @@ def test_huge_picture(tmp_path):
 
 @pytest.mark.parametrize("size", [(2**16, 2**14), (1, 2**20)])
 def test_excessive_pictures_are_refused(size):
-    # The second is small as a file, but its short side is 1: it would be 32 x 33 million pixels.
+    # The second is small, but its short side is 1, so it would become 32 x 33 million pixels.
     image = Image.new("L", (1, 1))
     image = image.resize(size) if size[0] == 1 else _Pretends(size)
     with pytest.raises(ImageError, match="pixels are more than"):
@@ -219,7 +216,7 @@ def test_excessive_pictures_are_refused(size):
 
 
 class _Pretends(Image.Image):
-    """A picture of a size that was never allocated."""
+    """A picture that claims a size without allocating it."""
 
     def __init__(self, size):
         super().__init__()
@@ -252,11 +249,11 @@ def test_the_white_of_deep_grey():
     for tag in (281, 341):  # MaxSampleValue, SMaxSampleValue.
         image = tiff(twelve, tiffinfo={tag: 4095})
         assert np.array_equal(prepare(image, 16, 1)[..., 0], expected)
-    # Without a tag: neither black nor a guess. The same in a PNG, and in three colours.
+    # Without a tag white is not guessed, whether in a TIFF, in a PNG or in three colours.
     for image in (tiff(twelve), encoded(Image.fromarray(twelve), "PNG"), deep_rgb(twelve)):
         with pytest.raises(ImageError, match="16-bit pixels of which none reaches a sixteenth"):
             prepare(image, 16, 3)
-    # A largest value that is a statistic moves nothing, and black is black.
+    # A largest value that is a statistic changes nothing, and black stays black.
     sixteen = twelve * 16
     scaled = np.round(sixteen / 257)
     for image in (tiff(sixteen, tiffinfo={281: int(sixteen.max())}), tiff(sixteen)):
@@ -266,14 +263,11 @@ def test_the_white_of_deep_grey():
 
 
 def deep_rgb(grey: np.ndarray) -> Image.Image:
-    """A PNG of three times 16 bits, which Pillow reads but does not write."""
-    import struct
-    import zlib
+    """A PNG with 16 bits per colour, which Pillow reads but does not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        content = kind + data
+        return struct.pack(">I", len(data)) + content + struct.pack(">I", zlib.crc32(content))
 
     height, width = grey.shape
     rows = np.stack([grey] * 3, axis=-1).astype(">u2").reshape(height, -1).view(np.uint8)
@@ -284,7 +278,9 @@ def deep_rgb(grey: np.ndarray) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def test_integers_without_a_known_white_are_refused():
+def test_pictures_without_a_known_white_are_refused():
+    with pytest.raises(ImageError, match="floating-point"):
+        prepare(Image.fromarray(np.ones((8, 8), np.float32)), 8)
     pixels = np.random.default_rng(0).integers(0, 2**20, (8, 8)).astype(np.int32)
     with pytest.raises(ImageError, match="32-bit integer pixels, whose white is unknown"):
         prepare(tiff(pixels), 8)

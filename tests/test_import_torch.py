@@ -1,4 +1,4 @@
-"""`import-torch` and `export-torch`: files to workdirs and back, and what works on those."""
+"""`import-torch` and `export-torch`: files to workdirs and back, and the use of the workdirs."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from token_shards import write_tokens
-from torch_states import TINY, assert_same, in_diffusers, module_of
+from torch_states import GOLDENS, STATE, TINY, assert_same, in_diffusers, module_of
 
 from tokenbridge_jax.autoencoder import init_params, load_autoencoder, read_description
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
@@ -28,14 +28,14 @@ from tokenbridge_jax.torch_bridge.ldm import table
 from tokenbridge_jax.torch_bridge.official import BUFFERS, export_model
 from tokenbridge_jax.torch_bridge.table import to_torch
 
-GOLDENS = Path(__file__).parent / "goldens"
 MODEL, AUTOENCODER = GOLDENS / "tokenbridge_tiny.npz", GOLDENS / "kl_vae_tiny.npz"
-# What no array shows.
+# Settings that no array shows.
 HEADS = {
     "encoder_width": 48, "encoder_heads": 4, "decoder_width": 64, "decoder_heads": 4,
     "dtype": "float32", "scan_layers": True,
 }  # fmt: skip
 FLAGS = [f"--config.model.{name}={value}" for name, value in HEADS.items()]
+VAE = ["--autoencoder", AUTOENCODER, "--scale=0.5"]
 
 
 def run(command, workdir, *argv):
@@ -43,68 +43,61 @@ def run(command, workdir, *argv):
 
 
 @pytest.fixture(scope="module")
-def state():
-    return state_dicts.read(MODEL)["model"]
+def autoencoder_state():
+    return state_dicts.read(AUTOENCODER)["model"]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(state, tmp_path_factory):
-    """The golden weights as the release saves them, with an average of their own."""
+def checkpoint(tmp_path_factory):
+    """The golden weights in the format of the release, with an average."""
     path = tmp_path_factory.mktemp("release") / "checkpoint-last.pth"
-    average = {k: torch.from_numpy(v + 0.5) for k, v in state.items() if k not in BUFFERS}
-    model = {k: torch.from_numpy(v) for k, v in state.items()}
+    average = {k: torch.from_numpy(v + 0.5) for k, v in STATE.items() if k not in BUFFERS}
+    model = {k: torch.from_numpy(v) for k, v in STATE.items()}
     torch.save({"model": model, "model_ema": average, "epoch": 1}, path)
     return path
 
 
 @pytest.fixture(scope="module")
 def imported(checkpoint, tmp_path_factory):
-    """A workdir made of it and the golden autoencoder."""
+    """A workdir with this checkpoint and the golden autoencoder."""
     workdir = tmp_path_factory.mktemp("imported")
-    arguments = ["--checkpoint", checkpoint, "--autoencoder", AUTOENCODER, "--scale=0.5"]
-    assert run("import-torch", workdir, *arguments, *FLAGS) == 0
+    assert run("import-torch", workdir, "--checkpoint", checkpoint, *VAE, *FLAGS) == 0
     return workdir
 
 
 @pytest.fixture(scope="module")
 def without_average(tmp_path_factory):
-    """A workdir made of the golden weights alone."""
+    """A workdir with only the golden weights, and the golden autoencoder."""
     workdir = tmp_path_factory.mktemp("without_average")
-    argv = ["--checkpoint", MODEL, "--autoencoder", AUTOENCODER, "--scale=0.5", *FLAGS]
-    assert run("import-torch", workdir, *argv) == 0
+    assert run("import-torch", workdir, "--checkpoint", MODEL, *VAE, *FLAGS) == 0
     return workdir
 
 
-def test_an_imported_model_samples_as_the_release(without_average):
+def test_an_imported_model_samples_like_the_release(without_average):
     pipeline = Pipeline.load(without_average, mesh=meshes.make_mesh(devices=jax.devices()[:1]))
     assert pipeline.config.first_token_quirk
     assert pipeline.codec.config.scale == 0.5
     golden = np.load(MODEL)
-    indices = generate(
-        pipeline.config,
-        pipeline.params,
-        Request(
-            jnp.asarray(golden["in/labels"], jnp.int32),
-            jnp.arange(3),
-            orders=jnp.asarray(golden["in/orders"], jnp.int32),
-        ),
-        SamplingSettings(5, 2.5, "constant", temperature=0.0),
-    )
+    labels, orders = (jnp.asarray(golden[f"in/{name}"], jnp.int32) for name in ("labels", "orders"))
+    request = Request(labels, jnp.arange(3), orders=orders)
+    settings = SamplingSettings(5, 2.5, "constant", temperature=0.0)
+    indices = generate(pipeline.config, pipeline.params, request, settings)
     np.testing.assert_array_equal(indices, golden["sample_t0/iter5_cfg2.5_constant/indices"])
 
 
-def test_an_imported_autoencoder_is_the_golden_one(imported, state):
+def test_an_imported_autoencoder_equals_the_golden_one(imported, autoencoder_state):
     config, params = load_autoencoder(imported / "autoencoder")
-    # Three levels of a 4x4 grid; attention at the coarsest.
+    # Three levels with a 4x4 grid, and attention at the coarsest.
     assert (config.image_size, config.attention_resolutions) == (16, (4,))
-    assert_same(to_torch(table(config), params), state_dicts.read(AUTOENCODER)["model"])
-    assert read_description(imported / "autoencoder")["extra"] == {
-        "imported_from": "kl_vae_tiny.npz"
-    }
+    assert_same(to_torch(table(config), params), autoencoder_state)
+    extra = read_description(imported / "autoencoder")["extra"]
+    assert extra == {"imported_from": "kl_vae_tiny.npz"}
 
 
 @pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
-def test_an_export_is_what_was_imported(imported, checkpoint, tmp_path, capsys, name):
+def test_an_export_equals_the_imported_files(
+    imported, checkpoint, autoencoder_state, tmp_path, capsys, name
+):
     original = state_dicts.read(checkpoint)
     out, autoencoder = tmp_path / name, tmp_path / f"autoencoder{Path(name).suffix}"
     assert run("export-torch", imported, "--out", out, "--autoencoder", autoencoder) == 0
@@ -113,7 +106,7 @@ def test_an_export_is_what_was_imported(imported, checkpoint, tmp_path, capsys, 
     assert_same(exported["model"], original["model"])
     if name.endswith(".pth"):
         assert_same(exported["model_ema"], original["model_ema"])
-    assert_same(state_dicts.read(autoencoder)["model"], state_dicts.read(AUTOENCODER)["model"])
+    assert_same(state_dicts.read(autoencoder)["model"], autoencoder_state)
 
     assert run("export-torch", imported, "--out", out, "--ema") == 2
     assert f"{out} is there already; name another file" in capsys.readouterr().err
@@ -122,12 +115,12 @@ def test_an_export_is_what_was_imported(imported, checkpoint, tmp_path, capsys, 
     averaged = state_dicts.read(out)["model"]
     buffers = {name: original["model"][name] for name in BUFFERS}
     assert_same(averaged, original["model_ema"] | buffers)
-    # Names, shapes and buffers are those that the release's code asks for.
+    # The release's code requires these names, shapes and buffers.
     tensors = {k: torch.from_numpy(v) for k, v in averaged.items()}
     module_of(original["model"]).load_state_dict(tensors, strict=True)
 
 
-def test_an_import_of_an_export_is_the_same_workdir(imported, tmp_path, capsys):
+def test_an_import_of_an_export_gives_the_same_workdir(imported, tmp_path, capsys):
     out = tmp_path / "out.pth"
     assert run("export-torch", imported, "--out", out, "--autoencoder", tmp_path / "a.ckpt") == 0
     again = tmp_path / "again"
@@ -138,8 +131,7 @@ def test_an_import_of_an_export_is_the_same_workdir(imported, tmp_path, capsys):
     assert run("export-torch", again, "--out", tmp_path / "twice.pth") == 0
     for part, arrays in state_dicts.read(out).items():
         assert_same(state_dicts.read(tmp_path / "twice.pth")[part], arrays)
-    # Weights that were trained here come back, with the flags that the export prints, without the
-    # quirk of the release's.
+    # With the flags that the export prints, weights that were trained here come back as they were.
     own = tmp_path / "own"
     shutil.copytree(imported, own)
     description = ModelDescription.load(own)
@@ -160,8 +152,8 @@ def test_an_import_of_an_export_is_the_same_workdir(imported, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("classes", [10, 12])
-def test_training_begins_with_what_was_imported(without_average, state, tmp_path, capsys, classes):
-    """At learning rate 0 it also ends with it, but for a class table of another size."""
+def test_training_starts_with_the_imported_weights(without_average, tmp_path, capsys, classes):
+    """At learning rate 0 it also ends with them, except for a class table of another size."""
     shutil.copytree(without_average, tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokens").mkdir()
     autoencoder, _ = load_autoencoder(tmp_path / "autoencoder")
@@ -183,23 +175,23 @@ def test_training_begins_with_what_was_imported(without_average, state, tmp_path
         assert f"belongs to another run: model.{name} was {was}, is {other}" in error
     assert run("train", tmp_path, *train, f"--config.data.num_classes={classes}") == 0
     error = capsys.readouterr().err
-    assert "goes on from step 0 of 1" in error
+    assert "continues from step 0 of 1" in error
     assert ("data.num_classes was 10, is 12" in error) == (classes == 12)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "1"]
     assert ModelDescription.load(tmp_path).config.first_token_quirk
     assert run("export-torch", tmp_path, "--out", tmp_path / "out.pth") == 0
     for exported in state_dicts.read(tmp_path / "out.pth").values():
-        expected = {name: state[name] for name in exported}
+        expected = {name: STATE[name] for name in exported}
         if classes == 12:
             drawn = expected["class_emb.weight"] = exported["class_emb.weight"]
             assert drawn.shape == (12, 48)
-            assert not np.isin(drawn, state["class_emb.weight"]).any()
+            assert not np.isin(drawn, STATE["class_emb.weight"]).any()
             assert drawn.std() == pytest.approx(0.02, rel=0.1)
         assert_same(exported, expected)
 
 
 def write_diffusers(folder, **config):
-    """TINY as diffusers saves it; returns the weights' path."""
+    """Saves TINY in the format of diffusers; returns the path of the weights."""
     folder.mkdir()
     path = folder / "diffusion_pytorch_model.safetensors"
     state = in_diffusers(to_torch(table(TINY), init_params(TINY, jax.random.key(0))))
@@ -218,7 +210,7 @@ def write_diffusers(folder, **config):
         ({"scaling_factor": 0.3, "shift_factor": 0.125}, ["--scale=2", "--shift=0"], 2.0, 0),
     ],
 )
-def test_an_autoencoder_of_diffusers_by_itself(tmp_path, described, argv, scale, shift):
+def test_an_autoencoder_of_diffusers_without_a_model(tmp_path, described, argv, scale, shift):
     path = write_diffusers(tmp_path / "vae", **described)
     size = "--config.data.image_size=8"
     assert run("import-torch", tmp_path / "w", "--autoencoder", path, size, *argv) == 0
@@ -229,23 +221,20 @@ def test_an_autoencoder_of_diffusers_by_itself(tmp_path, described, argv, scale,
     remembered = storage.read_json(tmp_path / "w" / "config.json")
     assert remembered["quantizer"]["channel_order"] == "frequency"
     assert remembered["autoencoder"]["multipliers"] == [1, 2]
-    # The same again changes nothing, another autoencoder is refused.
+    # The same autoencoder may be imported again, but not another one.
     assert run("import-torch", tmp_path / "w", "--autoencoder", path, *argv) == 0
     assert run("import-torch", tmp_path / "w", "--autoencoder", path, "--scale=9") == 2
 
 
-def test_what_lies_deep_in_its_file_in_half_precision_is_imported(
-    state, tmp_path, capsys, monkeypatch
+def test_nested_networks_in_half_precision_are_imported(
+    autoencoder_state, tmp_path, capsys, monkeypatch
 ):
-    """What was taken and what was left is said; levels are the exact ones again."""
-    average = {f"ema.{name}": torch.from_numpy(v).bfloat16() for name, v in state.items()}
-    other = {f"net.module.{name}": tensor + 1 for name, tensor in average.items()}
-    other = {name.replace("ema.", ""): tensor for name, tensor in other.items()}
+    """Messages tell what was taken and what was left out. The exact levels are restored."""
+    average = {f"ema.{k}": torch.from_numpy(v).bfloat16() for k, v in STATE.items()}
+    other = {k.replace("ema.", "net.module."): tensor + 1 for k, tensor in average.items()}
     checkpoint, autoencoder = tmp_path / "m.ckpt", tmp_path / "sd.bin"
     safetensors.torch.save_file(average | other, checkpoint)
-    first_stage = {
-        f"first_stage_model.{k}": v for k, v in state_dicts.read(AUTOENCODER)["model"].items()
-    }
+    first_stage = {f"first_stage_model.{k}": v for k, v in autoencoder_state.items()}
     first_stage |= {"first_stage_model.loss.logvar": np.zeros(1, "f4"), "betas": np.ones(1, "f4")}
     safetensors.numpy.save_file(first_stage, autoencoder)
     written = {}
@@ -258,51 +247,44 @@ def test_what_lies_deep_in_its_file_in_half_precision_is_imported(
     assert run("import-torch", tmp_path / "w", *argv, *FLAGS) == 0
     said = capsys.readouterr().out
     assert "m.ckpt: took ema.*, an average, as the parameters too" in said
-    assert f"m.ckpt: left out net.* ({len(state)})" in said
+    assert f"m.ckpt: left out net.* ({len(STATE)})" in said
     assert "sd.bin: took first_stage_model.*" in said
     assert "sd.bin: left out betas.* (1), first_stage_model.loss.* (1)" in said
     config, params = load_autoencoder(tmp_path / "w" / "autoencoder")
-    assert_same(to_torch(table(config), params), state_dicts.read(AUTOENCODER)["model"])
+    assert_same(to_torch(table(config), params), autoencoder_state)
     model = written["model"]
     assert ModelDescription.load(tmp_path / "w").config == model
     assert model.quantizer == Quantizer.gaussian(model.levels)
     assert list(written["params"]) == ["model"]
     exported = export_model(model, written["params"]["model"])
-    for name in state.keys() - set(BUFFERS):
+    for name in STATE.keys() - set(BUFFERS):
         np.testing.assert_array_equal(exported[name], average[f"ema.{name}"].float())
 
 
-def test_what_cannot_be_imported_is_told_and_leaves_nothing(imported, state, tmp_path, capsys):
+def test_a_refused_import_writes_nothing(imported, tmp_path, capsys):
     workdir = tmp_path / "w"
     vae = write_diffusers(tmp_path / "vae", norm_num_groups=16)
-    broken = tmp_path / "broken.npz"
-    np.savez(
-        broken, **{k: v for k, v in state.items() if k != "class_emb.weight"}, extra=np.ones(1)
-    )
+    broken, twice = tmp_path / "broken.npz", tmp_path / "twice.npz"
+    np.savez(broken, **{k: STATE[k] for k in STATE if k != "class_emb.weight"}, extra=np.ones(1))
+    np.savez(twice, **{f"{part}.{k}": v for part in ("model", "net") for k, v in STATE.items()})
     pointer, page = tmp_path / "lfs.ckpt", tmp_path / "page.safetensors"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     page.write_text("<!DOCTYPE html>\n<html></html>")
-    twice = tmp_path / "twice.npz"
-    np.savez(twice, **{f"{part}.{k}": v for part in ("model", "net") for k, v in state.items()})
-    both = ["--autoencoder", AUTOENCODER, "--scale=0.5"]
     for argv, message in [
         ([], "nothing to import"),
         (["--checkpoint", MODEL], "there is no autoencoder in"),
-        (["--checkpoint", MODEL, "--autoencoder", AUTOENCODER], "it is not KL-16"),
-        (["--checkpoint", MODEL, *both], "how many heads an encoder of width 48 has"),
-        (["--checkpoint", AUTOENCODER, *both], "kl_vae_tiny.npz holds no TokenBridge model"),
-        (["--autoencoder", MODEL], "tokenbridge_tiny.npz: these are not the tensors of a KL"),
-        (["--autoencoder", vae], "asks for norm_num_groups"),
+        (["--checkpoint", MODEL, *VAE[:2]], "it is not KL-16"),
+        (["--checkpoint", MODEL, *VAE], "how many heads an encoder of width 48 has"),
+        (["--checkpoint", AUTOENCODER, *VAE], "kl_vae_tiny.npz holds no TokenBridge model"),
+        (["--autoencoder", MODEL], "tokenbridge_tiny.npz: these tensors are not those of a KL"),
+        (["--autoencoder", vae], "config.json has norm_num_groups"),
         (["--checkpoint", MODEL, *FLAGS, "--autoencoder", vae, "--scale=1"], "norm_num_groups"),
-        (
-            ["--checkpoint", broken, *both, *FLAGS],
-            "broken.npz: missing class_emb.weight; unexpected extra",
-        ),
+        (["--checkpoint", broken, *VAE, *FLAGS], "broken.npz: missing class_emb.weight; unexpec"),
         (["--checkpoint", MODEL, "--autoencoder", pointer], "lfs.ckpt cannot be read: it is a Git"),
-        (["--checkpoint", page, *both], "page.safetensors cannot be read: it is a web page"),
-        (["--checkpoint", twice, *both], "twice.npz: it holds the network several times (model.*"),
-        (["--checkpoint", twice, *both, "--prefix=nett"], "say which: --prefix=model or --prefix"),
-        (["--checkpoint", MODEL, *both, "--prefix=net"], "no network is at --prefix=net"),
+        (["--checkpoint", page, *VAE], "page.safetensors cannot be read: it is a web page"),
+        (["--checkpoint", twice, *VAE], "twice.npz: it holds the network several times (model.*"),
+        (["--checkpoint", twice, *VAE, "--prefix=nett"], "say which: --prefix=model or --prefix"),
+        (["--checkpoint", MODEL, *VAE, "--prefix=net"], "no file has a network at --prefix=net"),
     ]:
         assert run("import-torch", workdir, *argv) == 2
         error = capsys.readouterr().err.strip()
@@ -313,24 +295,17 @@ def test_what_cannot_be_imported_is_told_and_leaves_nothing(imported, state, tmp
     assert "holds a model already" in capsys.readouterr().err
 
 
-def test_what_cannot_be_exported_is_told(imported, tmp_path, capsys):
+def test_a_refused_export_writes_nothing(imported, tmp_path, capsys):
     lone = tmp_path / "lone"
     shutil.copytree(imported, lone, ignore=shutil.ignore_patterns("autoencoder"))
+    x, y = tmp_path / "x.pth", tmp_path / "y.pth"
     for workdir, argv, message in [
         (imported, [], "nothing to export"),
-        (
-            imported,
-            ["--out", tmp_path / "x.pth", "--autoencoder", tmp_path / "x.pth"],
-            "name one file",
-        ),
-        (
-            lone,
-            ["--out", tmp_path / "x.pth", "--autoencoder", tmp_path / "y.pth"],
-            "no autoencoder",
-        ),
+        (imported, ["--out", x, "--autoencoder", x], "name one file"),
+        (lone, ["--out", x, "--autoencoder", y], "no autoencoder"),
         (imported, ["--out", tmp_path / "x.npz"], "x.npz ends in none of .pth"),
-        (tmp_path, ["--out", tmp_path / "x.pth"], "holds no trained model"),
+        (tmp_path, ["--out", x], "holds no trained model"),
     ]:
         assert run("export-torch", workdir, *argv) == 2
         assert message in capsys.readouterr().err
-    assert not (tmp_path / "x.pth").exists()
+    assert not x.exists()

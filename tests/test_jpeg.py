@@ -1,4 +1,4 @@
-"""JPEGs that lost data, and whole ones of every kind that must not be taken for such."""
+"""JPEGs that lost data are detected, and complete ones of every kind are not."""
 
 import io
 
@@ -33,16 +33,16 @@ def decoded(data: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("pixels", [PICTURE, PICTURE[..., 0]], ids=["colours", "grey"])
 @pytest.mark.parametrize("options", KINDS, ids=str)
-def test_data_that_end_early_are_told(options, pixels):
+def test_data_that_end_early_are_detected(options, pixels):
     data = jpeg(pixels, **options)
     for share in (0.3, 0.5, 0.7, 0.9):
         cut = data[: int(len(data) * share)].rstrip(b"\xff") + b"\xff\xd9"
-        assert decoded(cut).shape == (96, 120, 3)  # Pillow says nothing.
+        assert decoded(cut).shape == (96, 120, 3)  # Pillow does not complain.
         with pytest.raises(ImageError, match="its data end early"):
             prepare(Image.open(io.BytesIO(cut)), 96)
 
 
-def test_a_lost_block_is_told(tmp_path):
+def test_a_lost_block_is_detected(tmp_path):
     data = jpeg(PICTURE)
     half = len(data) // 2
     lost = data[:half] + bytes(2048) + data[half + 2048 :]
@@ -54,7 +54,7 @@ def test_a_lost_block_is_told(tmp_path):
         prepare(Image.open(io.BytesIO(data[:half] + data[half + 2048 :])), 96)
 
 
-def test_whole_pictures_are_taken():
+def test_complete_pictures_are_accepted():
     flat = [np.full((64, 64, 3), value, np.uint8) for value in (0, 128, 255)]
     bottom = PICTURE.copy()
     bottom[48:] = 128
@@ -67,7 +67,7 @@ def test_whole_pictures_are_taken():
             odd = data[:-2] + bytes(20) + data[-2:]  # "Extraneous bytes", as ImageNet has them.
             for file in (data, odd, data + bytes(5000)):
                 np.testing.assert_array_equal(prepare(Image.open(io.BytesIO(file)), side), expected)
-    # Zeros that stand for a flat area, and zeros where there is no picture.
+    # Zeros that encode a flat area, and zeros outside the picture's data.
     large = jpeg(np.full((2048, 2048), 77, np.uint8), optimize=True, comment=bytes(2000))
     assert (prepare(Image.open(io.BytesIO(large)), 64, 1) == 77).all()
     picture = io.BytesIO()

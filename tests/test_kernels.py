@@ -1,4 +1,4 @@
-"""The attention kernels, their Python run on CPU, against the plain versions and mathematics."""
+"""The attention kernels, run as Python on the CPU, against the plain versions and formulas."""
 
 import functools
 import subprocess
@@ -8,23 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special
-from tiny_model import normal, relative_error, triton_kernels
+from tiny_model import normal, on_mesh, relative_error, shard_shapes, triton_kernels
 
 from tokenbridge_jax.ops import attention as over_positions
 from tokenbridge_jax.ops import channel_attention as over_channels
 from tokenbridge_jax.ops import pallas
 from tokenbridge_jax.ops.attention import attend, plain_attention
 from tokenbridge_jax.ops.channel_attention import attend_channels, plain_channel_attention
-from tokenbridge_jax.runtime import meshes
 
 SEED = jnp.array([123, 456], jnp.uint32)
 BLOCK, TILE = over_positions.BLOCK, over_channels.TILE
 
 
 def visible_tokens(kind: str, images: int, length: int) -> jax.Array | None:
-    """A mask that leaves every image something to see, from the far end at least."""
+    """A mask in which every image has visible tokens, the last one at least."""
     if kind == "all":
         return None
     shape = (1 if kind == "same" else images, length)
@@ -36,12 +34,8 @@ def positions_kernel(qkv, bias, visible, seed, d_out, dropout):
     """Output, normalizer and gradient of the attention over positions, by its kernels."""
     settings = dict(rate=dropout, interpret=True)
     inputs = qkv, bias, visible, seed
-    out, normalizer = over_positions.kernel_forward(*inputs, **settings)
-    return (
-        out,
-        normalizer,
-        over_positions.kernel_backward(*inputs, out, normalizer, d_out, **settings),
-    )
+    out = over_positions.kernel_forward(*inputs, **settings)
+    return *out, over_positions.kernel_backward(*inputs, *out, d_out, **settings)
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -129,26 +123,21 @@ def test_dropped_weights_are_dropped_after_the_softmax():
     np.testing.assert_allclose(dropped, np.where(kept, np.asarray(weights) / 0.75, 0), rtol=1e-5)
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def image_by_image(qkv, bias, visible, seed, dropout):
-    assert not dropout
-    return over_positions.image_by_image(qkv, bias, visible, seed)
-
-
 @pytest.mark.parametrize(
     ("images", "heads", "kind"), [(8, 4, "same"), (4, 2, "each"), (4, 3, "all"), (3, 2, "each")]
 )
-def test_one_image_after_the_other_is_all_at_once(images: int, heads: int, kind: str):
-    """On one device and on a mesh, whether or not that divides batch and heads."""
+def test_image_by_image_is_equal_to_all_at_once(images: int, heads: int, kind: str):
+    """On one device and on a mesh, also where the mesh does not divide batch or heads."""
     qkv, bias = normal(0, images, 6, 3, heads, 8), normal(2, 3, heads, 8)
     visible = visible_tokens(kind, images, 6)
     arguments = qkv, bias, visible, SEED
     expected = attend_plainly(*arguments, 0.0)
-    assert relative_error(image_by_image(*arguments, 0.0), expected) < 1e-6
-    several = on_mesh(image_by_image, 0.0, *((argument, ()) for argument in arguments))
+    run = jax.jit(over_positions.image_by_image)
+    assert relative_error(run(*arguments), expected) < 1e-6
+    several = on_mesh(run, *((argument, ()) for argument in arguments))
     assert relative_error(several, expected) < 1e-6
     share = (images // (4 if images % 4 == 0 else 1), 6, heads // (2 if heads % 2 == 0 else 1), 8)
-    assert {shard.data.shape for shard in several.addressable_shards} == {share}
+    assert shard_shapes(several) == {share}
 
 
 # --- The kernels ----------------------------------------------------------------------------------
@@ -184,8 +173,8 @@ def test_attention_kernels_agree_with_plain_attention(
     np.testing.assert_allclose(normalizer, special.logsumexp(scores, axis=-1), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_that_fill_a_tile_have_no_part_in_gradients():
-    """Whatever their scores: such rows are all bias, here far beyond what exp can hold."""
+def test_rows_that_pad_a_tile_do_not_change_gradients():
+    """Such rows contain only the bias; here exp of their scores would overflow."""
     qkv, bias = normal(0, 1, 7, 3, 1, 16), 6 * jnp.ones((3, 1, 16))
     d_out = normal(1, 1, 7, 1, 16)
     actual = positions_kernel(qkv, bias, None, SEED, d_out, 0.0)[2]
@@ -214,26 +203,12 @@ def test_channel_attention_kernels_agree_with_plain_channel_attention(
     assert relative_error(actual[0], out) < 3e-6
     for part in range(3):
         assert relative_error(actual[1][:, :, part], d_qkv[:, :, part]) < 2e-5
-    # But the bias of the keys' norm, whose gradient is zero in exact arithmetic.
+    # In exact arithmetic, the gradient of the bias of the keys' norm is zero.
     assert relative_error(actual[2][:3], d_norms[:3]) < 2e-5
     assert np.max(np.abs(actual[2][3])) < 1e-5 * np.max(np.abs(d_norms))
 
 
 # --- On several devices ---------------------------------------------------------------------------
-
-
-def on_mesh(function, dropout, *arguments):
-    """`function` on a 2 x 2 x 2 mesh, each argument `(array, how it lies there)`."""
-    mesh = meshes.make_mesh(2, 2, 2)
-    with meshes.use_mesh(mesh):
-        placed = [
-            jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
-            for array, spec in arguments
-        ]
-        return function(*placed, dropout)
-
-
-BATCH = ("data", "fsdp")
 
 
 @pytest.mark.parametrize(
@@ -249,9 +224,9 @@ BATCH = ("data", "fsdp")
     ],
 )
 def test_kernels_are_the_same_on_any_mesh(kernel, count: int, heads: int, kind: str):
-    """With dropout, and for a batch or heads that the mesh does not divide."""
+    """With dropout, also where the mesh does not divide batch or heads."""
     over_positions, length = kernel is positions_kernel, 6 if kind else 4
-    batch = BATCH if count % 4 == 0 else None
+    batch = ("data", "fsdp") if count % 4 == 0 else None
     tensor = "tensor" if heads % 2 == 0 else None
     qkv, d_out = normal(0, count, length, 3, heads, 16), normal(1, count, length, heads, 16)
     third = visible_tokens(kind, count, length) if over_positions else normal(3, 4, 16)
@@ -259,21 +234,21 @@ def test_kernels_are_the_same_on_any_mesh(kernel, count: int, heads: int, kind: 
     of_third = (batch,) if kind == "each" else ()
     layouts = (batch, None, None, tensor), (None, tensor), of_third, (), (batch, None, tensor)
     expected = kernel(*arguments, 0.2)
-    actual = on_mesh(kernel, 0.2, *zip(arguments, layouts, strict=True))
+    actual = on_mesh(lambda *x: kernel(*x, 0.2), *zip(arguments, layouts, strict=True))
     for mine, other in zip(actual, expected, strict=True):
         assert relative_error(mine, other) < (1e-6 if over_positions else 2e-6)
-    # The axis of the heads in each result; the gradient of the norms has none.
+    # Each result is split over its axis of heads; the gradient of the norms has no such axis.
     for mine, axis in zip(actual, (2, 1, 3) if over_positions else (2, 3), strict=False):
         share = list(mine.shape)
         share[0] //= 4 if batch else 1
         share[axis] //= 2 if tensor else 1
-        assert {shard.data.shape for shard in mine.addressable_shards} == {tuple(share)}
+        assert shard_shapes(mine) == {tuple(share)}
 
 
-# --- Which platform computes how ------------------------------------------------------------------
+# --- Platforms with and without kernels -----------------------------------------------------------
 
 NORMS, VISIBLE = normal(1, 4, 16), jnp.array([[True, False, True, True]])
-# What the model calls, and its plain version.
+# The functions that the model calls, and their plain versions.
 FUNCTIONS = {
     "positions": (
         lambda qkv, bias: attend(qkv, bias, VISIBLE, SEED, 0.2),
@@ -287,7 +262,7 @@ FUNCTIONS = {
 
 
 def gradients_and_output(function):
-    """With respect to queries, keys and values, and to their bias."""
+    """The output, and gradients with respect to queries, keys and values and to their bias."""
 
     def total(qkv, bias):
         out = function(qkv, bias)
@@ -320,7 +295,7 @@ def test_gpus_run_one_kernel_forward_and_one_backward(name: str, dtype, kernels:
 
 
 @pytest.mark.parametrize(("channels", "width"), [(12, 16), (4, 8)])
-def test_what_does_not_fill_a_tile_has_no_kernel(channels: int, width: int):
+def test_shapes_that_do_not_fill_a_tile_use_no_kernel(channels: int, width: int):
     norms = normal(1, 4, width)
     run = gradients_and_output(lambda *x: attend_channels(*x, norms, SEED, 0.2))
     assert triton_kernels(run.trace(*inputs(jnp.bfloat16, channels, width)))["cuda"] == 0
@@ -343,8 +318,8 @@ assert "triton" not in text
 """
 
 
-def test_without_pallass_triton_backend_plain_operations_take_over():
-    """Which JAX says that it will drop: nothing fails when it is imported, and one line is told."""
+def test_without_the_triton_backend_of_pallas_plain_operations_are_used():
+    """JAX plans to remove it. Without it nothing fails, and one line on stderr says so."""
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=120
     )
@@ -355,7 +330,7 @@ def test_without_pallass_triton_backend_plain_operations_take_over():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_kernel_that_cannot_be_made_is_given_up(name: str, monkeypatch, capsys):
+def test_after_a_kernel_cannot_be_built_no_kernel_is_used(name: str, monkeypatch, capsys):
     def changed(*arguments, **others):
         raise TypeError("pallas_call() takes\nsomething else now")
 

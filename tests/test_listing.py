@@ -1,8 +1,9 @@
-"""Listing pictures: against trees whose content is known, and against `os.walk` on a plain one."""
+"""Listing pictures: compared with the known content of trees, and with `os.walk` on a plain one."""
 
 import os
 import random
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -50,7 +51,7 @@ JUNK = (
 )
 
 
-def test_what_systems_leave_is_no_class_and_no_picture(tmp_path):
+def test_files_of_operating_systems_are_ignored(tmp_path):
     plant(tmp_path, "n01/1.TIF", "n02/2.webp", *JUNK, *(f"n01/{name}" for name in JUNK))
     assert list_classes(tmp_path) == {"n01": ["n01/1.TIF"], "n02": ["n02/2.webp"]}
     assert list_pictures(tmp_path) == ["n01/1.TIF", "n02/2.webp"]
@@ -67,25 +68,23 @@ def test_every_command_lists_alike(tmp_path, monkeypatch):
     assert edit.picture_paths(str(tmp_path / "0")) == expected
     assert edit.picture_paths(f"{tmp_path}/**/*") == expected
     monkeypatch.setattr(
-        "tokenbridge_jax.evaluation.image_sets._Folder._read", lambda self, file: file
+        "tokenbridge_jax.evaluation.image_sets._read_picture", lambda file: np.zeros((1, 1, 3))
     )
-    monkeypatch.setattr("tokenbridge_jax.evaluation.image_sets._size", lambda shape: "")
-    monkeypatch.setattr(type(tmp_path), "shape", (1, 1, 3), raising=False)
-    assert open_images(tmp_path)._files == expected
+    assert open_images(tmp_path)._items.tolist() == expected
 
 
 def test_links(tmp_path):
     root = plant(tmp_path / "root", "cat/1.png", "cat/2.png", "dog/3.png")
     store = plant(tmp_path / "store", "owl/4.png", "more/5.png")
-    (root / "cat" / "cat").symlink_to(root / "cat")  # A loop, and two that lead further up.
+    (root / "cat" / "cat").symlink_to(root / "cat")  # A loop, and two links to folders above.
     (root / "dog" / "all").symlink_to(root)
     (root / "above").symlink_to(tmp_path)
-    (root / "owl").symlink_to(store / "owl")  # A class that lies elsewhere,
-    (root / "cat" / "more").symlink_to(store / "more")  # part of one, named twice,
+    (root / "owl").symlink_to(store / "owl")  # A class in another place,
+    (root / "cat" / "more").symlink_to(store / "more")  # a part of a class, linked twice,
     (root / "cat" / "again").symlink_to(store / "more")
     (store / "more" / "back").symlink_to(root / "cat")
     (root / "cat" / "6.png").symlink_to(store / "owl" / "4.png")  # and a picture.
-    (root / "cat" / "7.png").symlink_to(store / "gone.png")  # Named when it is read.
+    (root / "cat" / "7.png").symlink_to(store / "gone.png")  # This is an error when it is read.
     assert list_classes(root) == {
         "cat": [f"cat/{name}.png" for name in ("1", "2", "6", "7", "again/5")],
         "dog": ["dog/3.png"],
@@ -101,11 +100,13 @@ def test_links(tmp_path):
         list_classes(root)
 
 
-def test_what_cannot_be_listed_is_named(tmp_path, monkeypatch):
+def test_unreadable_folders_are_named(tmp_path, monkeypatch):
     plant(tmp_path, "n01/1.png", "n03/3.png")
     (tmp_path / "n02").symlink_to("/nowhere/n02")
     for list_ in (list_classes, list_pictures):
-        with pytest.raises(UserError, match=r"the link .*n02 leads to /nowhere/n02, which is not"):
+        with pytest.raises(
+            UserError, match=r"the link .*n02 leads to /nowhere/n02, which does not exist"
+        ):
             list_(tmp_path)
     (tmp_path / "n02").unlink()
     (tmp_path / "n02").symlink_to("n02")
@@ -115,7 +116,7 @@ def test_what_cannot_be_listed_is_named(tmp_path, monkeypatch):
     (tmp_path / "n02").mkdir()
     scandir = os.scandir
 
-    def stale(path):  # Rights alone would not stop root.
+    def stale(path):  # Permissions would not stop root.
         if str(path).endswith("n02"):
             raise OSError(116, "Stale file handle", str(path))
         return scandir(path)
@@ -134,7 +135,7 @@ def test_classes_without_pictures_are_named(tmp_path):
         dict(source="folder", path=str(tmp_path), split="train", num_classes=3, image_channels=3)
     )
     assert sources.make_source(data).class_names == ("a", "b", "c")
-    # Not every class must be held out.
+    # A validation split may lack classes.
     assert sources.make_source(data, "val").class_names == ("a", "b", "c")
 
 
@@ -144,10 +145,12 @@ def test_numbers_are_sorted_as_numbers(tmp_path):
     assert source.class_names == tuple(map(str, range(12)))
     assert [source.label(i) for i in range(12)] == list(range(12))
     assert source.name(2) == "2/2.png"
-    plant(tmp_path, "x/x.png")  # One that is none: all are text.
+    plant(tmp_path, "x/x.png")  # With one name that is no number, all are sorted as text.
     assert FolderSource(tmp_path).class_names[:4] == ("0", "1", "10", "11")
     (tmp_path / "x" / "x.png").rename(tmp_path / "0" / "x.png")
     (tmp_path / "x").rmdir()
     plant(tmp_path, "007/1.png")
-    with pytest.raises(UserError, match="the class folders 007 and 7 are one number; rename one"):
+    with pytest.raises(
+        UserError, match="the class folders 007 and 7 are the same number; rename one"
+    ):
         FolderSource(tmp_path)

@@ -1,4 +1,4 @@
-"""Batches: what is in them on any number of processes, coverage, resumption, damage."""
+"""Batches: their content on any number of processes, coverage, resumption, damaged shards."""
 
 import collections
 import itertools
@@ -35,11 +35,10 @@ def many_views(tmp_path_factory):
 
 
 def numbered(info, count: int) -> dict[bytes, tuple[int, int]]:
-    """Content of a view -> (image, view)."""
-    records = random_records(info, range(count))
+    """(image, view) by the content of a view."""
     return {
         view.tobytes(): (int(record["image"]), number)
-        for record in records
+        for record in random_records(info, range(count))
         for number, view in enumerate(record["indices"])
     }
 
@@ -58,7 +57,7 @@ def test_batches_hold_the_records(folder):
 
 
 def test_batches_are_what_their_definition_says(many_views):
-    """Element by element: the order of its epoch, the view of its row, the record of its number."""
+    """Every element has the record that its epoch's order gives, and the view drawn for its row."""
     seed, batch_size, count = 7, 8, 20
     records = random_records(make_info(levels=300, flips=True, samples=2), range(count))
     loader = make_loader(many_views, batch_size, seed)
@@ -86,16 +85,14 @@ def test_every_epoch_holds_every_image_once(folder):
 @pytest.mark.parametrize("start_step", [0, 5])
 @pytest.mark.parametrize("kind", ["tokens", "views", "images", "validation"])
 def test_rows_of_processes_make_up_the_batches_of_one(folder, many_views, kind, start_step):
-    """Neighbouring rows or not, and shared by processes or not."""
+    """The rows of a process may be neighbours or not, and processes may have rows in common."""
 
     def batches(**rows):
         if kind == "validation":
             return list(validation_batches(folder, 4, **rows))
         if kind == "images":
-            source = sources.DigitsSource("validation")
-            loader = make_image_loader(
-                source, 8, 1, 8, seed=1, subset=np.arange(30), start_step=start_step, **rows
-            )
+            digits = sources.Subset(sources.DigitsSource("validation"), np.arange(30))
+            loader = make_image_loader(digits, 8, 1, 8, seed=1, start_step=start_step, **rows)
         else:
             tokens = folder if kind == "tokens" else many_views
             loader = make_loader(tokens, 8, 1, start_step=start_step, **rows)
@@ -110,7 +107,7 @@ def test_rows_of_processes_make_up_the_batches_of_one(folder, many_views, kind, 
 
 
 def test_resumed_loader_goes_on_exactly(many_views):
-    """Step 3 goes over the border of the epoch of 20, step 10 begins with an epoch."""
+    """Step 3 crosses the end of an epoch of 20, and step 10 begins with an epoch."""
     whole = list(itertools.islice(make_loader(many_views, 6, seed=2), 14))
     for step in (0, 1, 3, 4, 10):
         resumed = make_loader(many_views, 6, seed=2, start_step=step)
@@ -129,7 +126,7 @@ def test_views_are_drawn_evenly(many_views):
             image, view = names[indices.tobytes()]
             seen[view] += 1
             of_image[image].add(view)
-    # 1200 draws over 4 views: 300 +- 15.
+    # 1200 draws of 4 views: 300 +- 15 each.
     assert all(240 < seen[view] < 360 for view in range(4))
     assert all(views == {0, 1, 2, 3} for views in of_image.values())
 
@@ -157,27 +154,43 @@ def test_validation_is_one_pass(folder, count, batch_size):
 def test_validation_takes_the_plain_view(many_views):
     names = numbered(make_info(levels=300, flips=True, samples=2), 20)
     (batch,) = validation_batches(many_views, 20, split="train")
-    assert [names[indices.tobytes()] for indices in batch["indices"]] == [
-        (image, 0) for image in range(20)
-    ]
+    drawn = [names[indices.tobytes()] for indices in batch["indices"]]
+    assert drawn == [(image, 0) for image in range(20)]
 
 
 def test_mistakes_are_named(folder):
     with pytest.raises(UserError, match=r"a batch of 24 needs as many images.* has 23"):
         make_loader(folder, 24, 0)
     with pytest.raises(UserError, match="no split 'test'"):
-        make_loader(folder, 8, 0, split="test")
+        validation_batches(folder, 8, split="test")
 
 
-def test_damaged_shard_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("content", "is damaged"),
+        ("footer", r"is damaged \(it lists"),
+        ("fewer records", r"is damaged \(it lists"),
+        ("longer records", "holds records of another size than"),
+    ],
+)
+def test_damaged_shards_are_named(tmp_path, damage, message):
+    """The file has the right length, but its content, its list or its records are wrong."""
     write_tokens(tmp_path, {"train": [10, 10]})
     path = tmp_path / "train-00001-of-00002.array_record"
-    content = bytearray(path.read_bytes())
-    content[100:5000] = bytes(4900)  # Of the same length, so only reading it shows.
-    path.write_bytes(bytes(content))
-    loader = make_loader(tmp_path, 10, 0)
-    with pytest.raises(UserError, match=r"train-00001-of-00002\.array_record is damaged"):
-        list(itertools.islice(loader, 2))
+    content = path.read_bytes()
+    if damage == "content":
+        changed = content[:100] + bytes(4900) + content[5000:]
+    elif damage == "footer":
+        changed = bytes(len(content))
+    else:
+        sizes = [10, 4 if damage == "fewer records" else 10]
+        write_tokens(tmp_path / "other", {"train": sizes}, flips=damage == "longer records")
+        changed = (tmp_path / "other" / path.name).read_bytes()
+    assert len(changed) == len(content)  # Every small shard has the size of one block.
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=rf"train-00001-of-00002\.array_record {message}"):
+        list(itertools.islice(make_loader(tmp_path, 10, 0), 2))
 
 
 def test_few_shards_are_open_at_once_for_any_number_of_threads(tmp_path, monkeypatch):
@@ -214,33 +227,6 @@ def test_a_shard_that_the_system_refuses_is_not_called_damaged(tmp_path):
     assert len(records.read(np.arange(4))) == 4
 
 
-@pytest.mark.parametrize("damage", ["footer", "fewer"])
-def test_shard_that_does_not_list_its_records_is_named(tmp_path, damage):
-    """The length of the file is right, but its list of records is broken or another's."""
-    write_tokens(tmp_path, {"train": [10]})
-    path = tmp_path / "train-00000-of-00001.array_record"
-    size = path.stat().st_size
-    if damage == "footer":
-        path.write_bytes(bytes(size))
-    else:
-        write_tokens(tmp_path / "other", {"train": [4]})
-        path.write_bytes((tmp_path / "other" / path.name).read_bytes())
-        assert path.stat().st_size == size  # Small shards are filled up to one block.
-    with pytest.raises(
-        UserError, match=r"train-00000-of-00001\.array_record is damaged \(it lists"
-    ):
-        next(make_loader(tmp_path, 5, 0))
-
-
-def test_shard_of_other_records_is_named(tmp_path):
-    write_tokens(tmp_path / "a", {"train": [10]})
-    write_tokens(tmp_path / "b", {"train": [10]}, flips=True)
-    name = "train-00000-of-00001.array_record"
-    (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
-    with pytest.raises(UserError, match="another size than"):
-        next(make_loader(tmp_path / "a", 5, 0))
-
-
 def test_labels_of_no_class_are_refused(tmp_path):
     write_tokens(tmp_path, {"train": [9], "validation": [3]}, class_names=("cat", "dog"))
     message = r"-00000-of-00001.array_record holds label 2, but there are 2 classes"
@@ -250,7 +236,7 @@ def test_labels_of_no_class_are_refused(tmp_path):
         next(validation_batches(tmp_path, 3))
 
 
-def test_empty_shards_are_passed_over(tmp_path):
+def test_empty_shards_are_skipped(tmp_path):
     write_tokens(tmp_path, {"train": [0, 4, 0]})
     names = numbered(make_info(), 4)
     assert sorted(images_of(next(make_loader(tmp_path, 4, 0)), names)) == [0, 1, 2, 3]
@@ -258,10 +244,10 @@ def test_empty_shards_are_passed_over(tmp_path):
 
 def test_image_loader_covers_and_mirrors():
     source = sources.DigitsSource("validation")
-    subset = np.arange(0, 40)
-    plain = {source.images[i].tobytes(): int(i) for i in subset}
-    mirrored = {source.images[i][:, ::-1].tobytes(): int(i) for i in subset}
-    loader = make_image_loader(source, 8, 1, 10, seed=0, subset=subset)
+    plain = {source.images[i].tobytes(): i for i in range(40)}
+    mirrored = {source.images[i][:, ::-1].tobytes(): i for i in range(40)}
+    subset = sources.Subset(source, np.arange(40))
+    loader = make_image_loader(subset, 8, 1, 10, seed=0)
     flipped, stream = 0, []
     for batch in itertools.islice(loader, 40):
         assert batch["images"].shape == (10, 8, 8, 1)
@@ -273,7 +259,7 @@ def test_image_loader_covers_and_mirrors():
     assert 130 < flipped < 270
     for start in range(0, 400, 40):
         assert sorted(stream[start : start + 40]) == list(range(40))
-    resumed = make_image_loader(source, 8, 1, 10, seed=0, subset=subset, start_step=39)
+    resumed = make_image_loader(subset, 8, 1, 10, seed=0, start_step=39)
     assert np.array_equal(next(resumed)["images"], batch["images"])
 
 
@@ -285,7 +271,8 @@ def test_image_loader_names_and_replaces_broken_pictures(capsys):
             return super().load(i)
 
     source = Broken("validation")
-    loader = make_image_loader(source, 8, 1, 6, seed=0, subset=np.arange(6), flip=False)
+    subset = sources.Subset(source, np.arange(6))
+    loader = make_image_loader(subset, 8, 1, 6, seed=0, flip=False)
     for batch in itertools.islice(loader, 3):
         found = [bytes(image) for image in batch["images"]]
         expected = [source.images[i].tobytes() for i in (0, 1, 2, 5, 5, 5)]
@@ -293,4 +280,4 @@ def test_image_loader_names_and_replaces_broken_pictures(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert sorted(lines) == [f"broken image left out: {source.name(i)}: no picture" for i in (3, 4)]
     with pytest.raises(UserError, match="a batch of 7 needs as many"):
-        make_image_loader(source, 8, 1, 7, seed=0, subset=np.arange(6))
+        make_image_loader(subset, 8, 1, 7, seed=0)

@@ -1,8 +1,9 @@
-"""Shards of an object store: copied once and whole; what is wrong with them is named."""
+"""Shards of an object store are copied once and completely; error messages name what is wrong."""
 
 import errno
 import os
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def _registered():
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """Holds what `tmp_path / "tokens"` holds; copies go to `tmp_path / "cache"`."""
+    """An object store with the files in `tmp_path / "tokens"`; copies go to `tmp_path/"cache"`."""
     monkeypatch.setenv("TOKENBRIDGE_CACHE", str(tmp_path / "cache"))
     write_tokens(tmp_path / "tokens", {"train": [10, 9], "validation": [4]})
     files = ObjectStore()
@@ -40,7 +41,7 @@ def test_batches_are_those_of_the_folder_that_was_copied(store, tmp_path):
         np.testing.assert_equal(next(ours), next(theirs))
 
 
-def test_only_what_is_not_there_is_copied(store, tmp_path):
+def test_only_missing_files_are_copied(store, tmp_path):
     copy = local_copy(FOLDER)
     assert copy.is_relative_to(tmp_path / "cache")
     assert sorted(path.name for path in copy.iterdir()) == sorted(
@@ -76,43 +77,34 @@ def test_a_folder_of_the_file_system_is_not_copied(tmp_path):
     assert local_copy(str(tmp_path)) == tmp_path
 
 
-def test_what_cannot_be_copied_is_named(store, tmp_path, monkeypatch):
+def test_failed_copies_are_named(store, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gs://bucket/other holds no finished token shards"):
         local_copy("gs://bucket/other")
 
     shard = f"{FOLDER}/train-00000-of-00002.array_record"
     content = store.cat(shard)
     store.pipe(shard, content[:-3])
-    expected = (
-        rf"train-00000-of-00002.array_record has {len(content) - 3} bytes, not {len(content)}"
-    )
-    with pytest.raises(UserError, match=expected):
+    lengths = f"{len(content) - 3} bytes, not {len(content)}"
+    with pytest.raises(UserError, match=rf"train-00000-of-00002\.array_record has {lengths}"):
         local_copy(FOLDER)
     store.rm(shard)
     with pytest.raises(UserError, match=r"train-00000-of-00002\.array_record is missing"):
         local_copy(FOLDER)
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
-    def refuse(*_, **__):
-        raise PermissionError("no credentials")
-
-    def interrupted(*_, **__):
-        raise ConnectionResetError("the network is down")
-
-    monkeypatch.setattr(ObjectStore, "_open", refuse)
+    opened = mock.Mock(side_effect=PermissionError("no credentials"))
+    monkeypatch.setattr(ObjectStore, "_open", opened)
     with pytest.raises(UserError, match="cannot read gs://bucket/run/tokens: no credentials"):
         local_copy(FOLDER)
-    # No mistake of the user's: launch scripts may try again.
-    monkeypatch.setattr(ObjectStore, "_open", interrupted)
+    # This is not a mistake of the user, and launch scripts may try again.
+    opened.side_effect = ConnectionResetError("the network is down")
     with pytest.raises(ConnectionResetError):
         local_copy(FOLDER)
 
 
 def test_a_full_disk_is_named(store, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("os.fsync", mock.Mock(side_effect=full))
     with pytest.raises(UserError, match=r"cannot write .*array_record: the disk is full"):
         local_copy(FOLDER)
     assert not list((tmp_path / "cache").rglob("*.tmp"))

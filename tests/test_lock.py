@@ -1,4 +1,4 @@
-"""One run at a time in a workdir, with real processes; `test_processes.py` restarts killed jobs."""
+"""Only one run may use a workdir, tested with real processes."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ TRAIN = [f"--config.{name}={value}" for name, value in TRAINING.items()]
 TRAIN += ["--config.mesh.data=-1", "--config.mesh.fsdp=1"]
 TRAIN += ["--config.training.sample_every=0", "--config.training.eval_every=0"]
 
-# One of a job's processes.
+# The program of each process of a job.
 MEMBER = """
 import sys
 from tokenbridge_jax.commands import runner
@@ -41,7 +41,7 @@ def _impatient(monkeypatch):
     monkeypatch.setattr(storage, "LOCK_SECONDS", 1)
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path, capsys):
+def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path, capsys):
     write_workdir(tmp_path)
     command = [sys.executable, "-m", "tokenbridge_jax.commands.train", f"--workdir={tmp_path}"]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
@@ -76,7 +76,7 @@ def test_a_job_has_one_lock_and_is_refused_as_a_whole(tmp_path, held, status):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_where_there_are_no_locks_a_line_says_so(tmp_path, monkeypatch, capsys, number):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys, number):
     def refuse(*args):
         raise OSError(number, os.strerror(number))
 
@@ -92,7 +92,7 @@ def test_an_object_store_has_no_lock():
         pass
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"), storage.lock(tmp_path / "file" / "work"):
         pass

@@ -1,20 +1,17 @@
-"""`Pipeline.log_probs` against the model's logits, and against probability itself."""
+"""`Pipeline.log_probs` against the model's logits; probabilities sum to one."""
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
 from tiny_model import in_order, jitted, random_batch, random_params, tiny, tiny_pipeline
 
-from tokenbridge_jax import Pipeline
-from tokenbridge_jax.model import init_params
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 
-# Its sampler adds something that is not there in training.
+# Its sampler adds something that training does not add.
 CONFIG = tiny(positions=16, first_token_quirk=True)
 
 
@@ -31,8 +28,8 @@ def batch():
     return random_batch(CONFIG, 5, seed=2)["indices"], hidden
 
 
-def test_they_are_those_of_what_is_sampled(pipeline, batch):
-    """Of the training logits where the first channel's embedding has what sampling adds."""
+def test_they_are_those_of_the_sampled_distribution(pipeline, batch):
+    """The training logits of a model whose first channel embedding includes what sampling adds."""
     indices, hidden = batch
     head = pipeline.params["head"]
     added = head["channel_embed"].at[0].add(head["timestep_embed"][0])
@@ -69,20 +66,20 @@ def test_probabilities_of_a_position_sum_to_one(pipeline, batch):
 
 def test_devices_change_nothing(pipeline, batch):
     indices, hidden = batch
-    mesh = meshes.make_mesh(2, 2, 2)
-    boxed = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-    placed = jax.device_put(pipeline.params, meshes.logical_shardings(boxed, mesh))
-    other = Pipeline(pipeline.description, placed, pipeline.codec, mesh)
+    other = tiny_pipeline(CONFIG, pipeline.params, meshes.make_mesh(2, 2, 2))
     expected = pipeline.log_probs(indices, [{0: 0.5, 2: 0.5}] * 5, hidden=hidden)
     found = other.log_probs(indices, [{0: 0.5, 2: 0.5}] * 5, hidden=hidden)
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5)
 
 
-def test_what_does_not_fit_is_told(pipeline, batch):
-    indices, _ = batch
-    with pytest.raises(UserError, match=r"indices must be integers of shape \[1, 16, 4\], not"):
-        pipeline.log_probs(indices, [0])
-    with pytest.raises(UserError, match="indices must be from 0 to 4"):
-        pipeline.log_probs(indices + 5, [0] * 5)
-    with pytest.raises(UserError, match="batch_size=0 must be at least 1"):
-        pipeline.log_probs(indices, [0] * 5, batch_size=0)
+@pytest.mark.parametrize(
+    ("added", "labels", "batch_size", "message"),
+    [
+        (0, [0], 5, r"indices must be integers of shape \[1, 16, 4\], not"),
+        (5, [0] * 5, 5, "indices must be from 0 to 4"),
+        (0, [0] * 5, 0, "batch_size=0 must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(pipeline, batch, added, labels, batch_size, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.log_probs(batch[0] + added, labels, batch_size=batch_size)

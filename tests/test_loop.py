@@ -1,4 +1,4 @@
-"""The loop: exact resume, interruption, non-finite losses, hooks, and what it says."""
+"""The training loop: exact resume, interruption, non-finite losses, hooks, printed lines."""
 
 import itertools
 import os
@@ -14,16 +14,18 @@ from toy import ToyTask, toy_batch, toy_batches
 
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training import loop
 from tokenbridge_jax.training.checkpoints import latest_step
 from tokenbridge_jax.training.loop import Hook, Interrupted, Recipe, Run, fit
 from tokenbridge_jax.training.metric_writer import read_metrics
 from tokenbridge_jax.training.optimizer import OptimizerConfig
+from tokenbridge_jax.training.step import make_train_step
 
 TOTAL = 6
 
 
 def make_run(directory, **changes):
-    """A toy run with everything on: dropout, noise, accumulation, warm-up, cosine, clipping."""
+    """A toy run with dropout, noise, accumulation, warm-up, cosine decay and clipping."""
     recipe = Recipe(
         OptimizerConfig(0.05, TOTAL, warmup_steps=2, clip=0.5),
         batch_size=16,
@@ -55,13 +57,13 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def straight(mesh, tmp_path_factory):
-    """A run that nothing disturbs: its folder and final state."""
+    """The folder and final state of a run that was not interrupted."""
     directory = tmp_path_factory.mktemp("straight")
     return directory, fit(make_run(directory), mesh)
 
 
 def losses(directory):
-    """Step, loss and gradient norm of every line, as exact numbers."""
+    """Step, loss, gradient norm and learning rate of every line, as exact numbers."""
     rows = read_metrics(directory / "metrics.jsonl")
     return [(row["step"], row["loss"], row["grad_norm"], row["learning_rate"]) for row in rows]
 
@@ -79,7 +81,7 @@ def signal_at(step, number):
     return Hook(1, run)
 
 
-def test_told_to_stop_it_saves_and_goes_on_bit_for_bit(straight, mesh, tmp_path, capsys):
+def test_a_stopped_run_continues_bit_for_bit(straight, mesh, tmp_path, capsys):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted):
         fit(make_run(tmp_path, hooks=[signal_at(3, signal.SIGINT)]), mesh)
@@ -87,13 +89,13 @@ def test_told_to_stop_it_saves_and_goes_on_bit_for_bit(straight, mesh, tmp_path,
     assert "stopped and saved at step 4" in capsys.readouterr().err
     assert latest_step(tmp_path / "checkpoints") == 4
     state = fit(make_run(tmp_path), mesh)
-    assert "goes on from step 4 of 6" in capsys.readouterr().err
+    assert "continues from step 4 of 6" in capsys.readouterr().err
     assert losses(tmp_path) == losses(straight[0])
     assert [step for step, *_ in losses(tmp_path)] == list(range(1, TOTAL + 1))
     assert_same_state(state, straight[1])
 
 
-def test_killed_between_checkpoints_it_repeats_the_lost_steps_exactly(straight, mesh, tmp_path):
+def test_a_run_killed_between_checkpoints_repeats_the_lost_steps_exactly(straight, mesh, tmp_path):
     def dying_batches(start):
         return itertools.islice(toy_batches(start), 5)  # Step 6 finds no batch and raises.
 
@@ -134,35 +136,44 @@ def test_another_runs_checkpoints_are_refused_by_field(straight, mesh, capsys):
     assert "note: log_every was 1, is 5" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_checkpoint(mesh, tmp_path):
-    def poisoned(start):
+def test_an_implicit_transfer_in_a_step_is_an_error(mesh, tmp_path, monkeypatch):
+    def make_step(*arguments, **settings):
+        step = make_train_step(*arguments, **settings)
+        return lambda state, batch, draw: step(state, jax.device_get(batch), draw)
+
+    monkeypatch.setattr(loop, "make_train_step", make_step)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        fit(make_run(tmp_path), mesh)
+
+
+def poisoned(bad_step, factor):
+    """Batches of which one is multiplied by a factor."""
+
+    def batches(start):
         for step in itertools.count(start):
             batch = toy_batch(step)
-            if step == 4:  # The fifth update.
-                batch["y"][3] = np.nan
+            batch["y"] *= np.float32(factor if step == bad_step else 1)
             yield batch
 
+    return batches
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_checkpoint(mesh, tmp_path):
     with pytest.raises(UserError) as caught:
-        fit(make_run(tmp_path, batches=poisoned), mesh)
+        fit(make_run(tmp_path, batches=poisoned(4, np.nan)), mesh)
     message = str(caught.value)
     assert "loss is nan at step 5" in message
-    assert f"the last good checkpoint is that of step 4 in {tmp_path}/checkpoints" in message
+    assert f"the last good checkpoint is step 4 in {tmp_path}/checkpoints" in message
     assert latest_step(tmp_path / "checkpoints") == 4
     assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4]
     assert all(np.isfinite(row).all() for row in losses(tmp_path))
 
 
 def test_a_bad_update_is_never_saved(mesh, tmp_path):
-    """The poisoned update is itself due for a checkpoint."""
-
-    def poisoned(start):
-        for step in itertools.count(start):
-            batch = toy_batch(step)
-            batch["y"] = batch["y"] * np.float32(1e30 if step == 1 else 1)
-            yield batch
+    """The update that is not finite is itself due for a checkpoint."""
 
     with pytest.raises(UserError, match=r"is inf at step 2: stopped; no checkpoint had been"):
-        fit(make_run(tmp_path, batches=poisoned), mesh)
+        fit(make_run(tmp_path, batches=poisoned(1, 1e30)), mesh)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == []
 
 
@@ -181,18 +192,12 @@ def test_hooks_join_their_steps_line_and_lines_come_when_due(mesh, tmp_path, cap
     assert [(row["step"], row.get("val")) for row in rows] == [(3, None), (4, 40.0), (6, 60.0)]
     assert {"loss", "grad_norm", "learning_rate", "param_norm", "largest"} <= rows[0].keys()
     assert all(row["images_per_second"] > 0 for row in rows)
-    assert rows[0]["share_of_peak"] == pytest.approx(
-        rows[0]["images_per_second"] * 1e3 / peak_in(capsys.readouterr().err), rel=0.01
-    )
-
-
-def peak_in(text):
-    """What a run said of its peak; the same text holds the table of parameters."""
-    assert "first/kernel" in text
-    assert "Total: 67" in text  # 4 x 8 + 8 + 8 x 3 + 3.
-    assert "toy 6/6" in text
-    words = text[text.index("peak ") :].split()
-    return float(words[1]) * 1e12
+    printed = capsys.readouterr().err
+    for text in ("first/kernel", "Total: 67", "toy 6/6"):  # 4 x 8 + 8 + 8 x 3 + 3 parameters.
+        assert text in printed
+    peak = 1e12 * float(printed.partition("peak ")[2].split()[0])
+    share = rows[0]["images_per_second"] * 1e3 / peak
+    assert rows[0]["share_of_peak"] == pytest.approx(share, rel=0.01)
 
 
 def test_an_impossible_run_is_refused_before_anything_is_written(mesh, tmp_path):
@@ -204,32 +209,30 @@ def test_an_impossible_run_is_refused_before_anything_is_written(mesh, tmp_path)
     assert not (tmp_path / "new").exists()
 
 
-def test_an_incomplete_checkpoint_is_told_and_the_one_before_it_taken(
-    straight, mesh, tmp_path, capsys
-):
+def test_an_incomplete_checkpoint_is_reported_and_skipped(straight, mesh, tmp_path, capsys):
     shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "6" / "opt_state")
     state = fit(make_run(tmp_path), mesh)
-    assert "checkpoint 6 is incomplete: going on from 4" in capsys.readouterr().err
+    assert "checkpoint 6 is incomplete: continuing from step 4" in capsys.readouterr().err
     assert_same_state(state, straight[1])
 
 
-def test_metrics_of_lost_checkpoints_are_not_wiped(straight, mesh, tmp_path):
+def test_metrics_of_lost_checkpoints_are_not_erased(straight, mesh, tmp_path):
     shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(UserError, match=r"metrics.jsonl goes to step 6 but .* has no complete"):
+    with pytest.raises(UserError, match=r"metrics.jsonl ends at step 6 but .* has no complete"):
         fit(make_run(tmp_path), mesh)
     assert losses(tmp_path) == losses(straight[0])
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_what_hooks_take_is_no_part_of_the_speed(mesh, tmp_path):
+def test_the_time_of_hooks_is_not_part_of_the_speed(mesh, tmp_path):
     def slow(state, step, writer):
         time.sleep(1)
         return {}
 
     fit(make_run(tmp_path, log_every=3, hooks=[Hook(4, slow)]), mesh)
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    # Two updates and the one after the hook: a second's sleep would make less than 32 a second.
+    # With the second that the hook sleeps, the speed would be below 32 images per second.
     assert rows[-1]["step"] == 6
     assert rows[-1]["images_per_second"] > 32

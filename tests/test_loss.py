@@ -1,4 +1,4 @@
-"""The loss against a mean over all logits, whatever its chunks, slots, layers and devices."""
+"""The loss equals a mean over all logits, for any chunks, slots, layers and devices."""
 
 import dataclasses
 import functools
@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 from scipy import special
 from tiny_model import (
+    BATCH,
+    DROPOUT_KEY,
+    HIDDEN,
     TINY,
     bfloat16_sums,
     equations,
     examples,
+    in_order,
+    jitted,
+    lay_out,
     leaf_names,
     loss_and_gradients,
     random_batch,
@@ -23,66 +29,38 @@ from tiny_model import (
 )
 
 from tokenbridge_jax.loss import Examples, MaskDraw, image_nll, sum_over_chunks, training_loss
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params, init_params
+from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
-
-BATCH = 3
-HIDDEN = 6
-DROPOUT_KEY = jax.random.key(5)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return random_params(TINY)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    return random_batch(TINY, BATCH)
-
 
 # --- Value and gradients --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def brute_force(params, batch):
-    """From all logits: NLL `[B, C]` of images, in float64 by hand, and gradients of the mean."""
-    labels, order = batch["labels"], jnp.asarray(batch["order"])
+    """From all logits: NLL `[B, C]` of images in float64, and gradients of the mean."""
+    targets = in_order(batch["indices"], batch["order"])[:, :HIDDEN, TINY.channel_order]
 
-    @jax.jit
     def mean_nll(params):
-        logits = TokenBridge(TINY).apply(
-            {"params": params},
-            jnp.asarray(batch["indices"]),
-            jnp.asarray(labels),
-            order,
-            jnp.int32(HIDDEN),
-            jnp.arange(BATCH) == 0,
-        )
-        slots = jnp.take_along_axis(jnp.asarray(batch["indices"]), order[:, :, None], axis=1)
-        targets = slots[..., np.array(TINY.channel_order)]
+        rest = np.int32(HIDDEN), np.arange(BATCH) == 0
+        logits = jitted(TINY)(params, *batch.values(), *rest)
         log_probability = jax.nn.log_softmax(logits)[:, :HIDDEN]
-        chosen = jnp.take_along_axis(
-            log_probability, targets[:, :HIDDEN, :, None].astype(jnp.int32), axis=-1
-        )
+        chosen = jnp.take_along_axis(log_probability, targets[..., None].astype(np.int32), axis=-1)
         return -jnp.mean(chosen), logits
 
     gradients, logits = jax.grad(mean_nll, has_aux=True)(params)
     log_probability = special.log_softmax(np.asarray(logits, np.float64), axis=-1)
     nll = np.zeros((BATCH, HIDDEN, TINY.channels))
-    for image in range(BATCH):
-        for slot in range(HIDDEN):
-            position = batch["order"][image, slot]
-            for place, channel in enumerate(TINY.channel_order):
-                index = batch["indices"][image, position, channel]
-                nll[image, slot, channel] = -log_probability[image, slot, place, index]
+    for image, slot, place in np.ndindex(nll.shape):
+        position, channel = batch["order"][image, slot], TINY.channel_order[place]
+        index = batch["indices"][image, position, channel]
+        nll[image, slot, channel] = -log_probability[image, slot, place, index]
     return nll.mean(axis=1), gradients
 
 
 @pytest.fixture(scope="module")
 def padded(params, batch):
-    """Loss and gradients with all slots, of which two are padding, in one chunk."""
+    """Loss and gradients with all slots in one chunk; two slots are padding."""
     return loss_and_gradients(TINY, 8, 8)(params, batch, np.int32(HIDDEN), None)
 
 
@@ -91,9 +69,9 @@ def test_loss_is_the_mean_over_hidden_positions_and_channels(padded, brute_force
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, brute_force[0].mean(), rtol=1e-6)
     assert tree_error(gradients, brute_force[1]) < 5e-5
-    # Every parameter learns.
+    # Every parameter has a gradient.
     assert all(leaf.any() for leaf in leaf_names(gradients).values())
-    # So does each shift, scale and gate of AdaLN.
+    # So has each shift, scale and gate of AdaLN.
     for name, chunks in (("blocks/modulation", 6), ("final_modulation", 2)):
         kernel = np.moveaxis(leaf_names(gradients)[f"head/{name}/kernel"], -2, 0)
         assert len(kernel) == chunks
@@ -103,8 +81,8 @@ def test_loss_is_the_mean_over_hidden_positions_and_channels(padded, brute_force
 @pytest.mark.parametrize(
     "changes", [dict(head="parallel"), dict(channels_per_group=2, dropout=0.1, remat="full")]
 )
-def test_whatever_a_large_batch_adds_up_is_float32(batch, changes):
-    """Not only on a platform whose compiler adds bfloat16 numbers up in float32 by itself."""
+def test_all_large_sums_are_float32(batch, changes):
+    """On every platform, not only where the compiler adds bfloat16 numbers in float32 by itself."""
     config = tiny(dtype="bfloat16", head_chunk=11, **changes)
 
     def mean(params):
@@ -125,7 +103,7 @@ def test_neither_padding_nor_chunks_change_loss_or_gradients(
     function = loss_and_gradients(tiny(head_chunk=head_chunk), hidden_slots, visible_slots)
     value, gradients = function(params, batch, np.int32(HIDDEN), None)
     np.testing.assert_allclose(value, brute_force[0].mean(), rtol=1e-6)
-    # Other slots and chunks add the same float32 terms up in another order.
+    # Other slots and chunks add the same float32 terms in another order.
     assert tree_error(gradients, brute_force[1]) < 5e-5
 
 
@@ -137,7 +115,7 @@ def test_image_nll_is_the_mean_of_every_image_and_channel(params, batch, brute_f
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_unrolled_layers_are_those_of_the_scan(batch, remat: str):
+def test_unrolled_layers_give_the_loss_and_gradients_of_the_scan(batch, remat: str):
     layers = dict(encoder_layers=2, head_layers=2)
     params = random_params(tiny(**layers), spread=0.2)
     arguments = params, batch, np.int32(HIDDEN), None
@@ -145,7 +123,7 @@ def test_unrolled_layers_are_those_of_the_scan(batch, remat: str):
     config = tiny(**layers, scan_layers=False, remat=remat, head_chunk=12)
     value, gradients = loss_and_gradients(config, 8, 8)(*arguments)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    # In the scan's layout: what trains, averages and saves knows of no difference.
+    # The gradients have the scan's layout, so training, averaging and saving do not change.
     assert jax.tree.structure(gradients) == jax.tree.structure(params)
     assert tree_error(gradients, expected_gradients) < 5e-5
 
@@ -154,7 +132,7 @@ def test_unrolled_layers_are_those_of_the_scan(batch, remat: str):
 
 
 def test_head_chunk_bounds_what_exists_at_once():
-    """No value of grad(loss) holds all hidden positions x channels x levels (or x head width)."""
+    """No value of grad(loss) has all hidden positions x channels x levels (or x head width)."""
     images, chunk = 4, 2
     config = dict(
         quantizer=Quantizer.gaussian(levels=64), positions=32, head_width=32, decoder_width=8,
@@ -170,9 +148,9 @@ def test_head_chunk_bounds_what_exists_at_once():
 
 
 def _largest_value(config: TokenBridgeConfig, images: int) -> int:
-    """Elements of the largest value in the program of the loss's gradient, loops included."""
-    batch, all_slots = random_batch(config, images), (config.positions,) * 2
-    draw = MaskDraw(jnp.int32(config.positions), *all_slots)
+    """The number of elements of the largest value in the gradient's program, loops included."""
+    batch = random_batch(config, images)
+    draw = MaskDraw(jnp.int32(config.positions), config.positions, config.positions)
     run = jax.grad(lambda params: training_loss(config, params, examples(batch), draw))
     jaxpr = jax.make_jaxpr(run)(abstract_params(config))
     values = (v.aval for _, eqn in equations(jaxpr.jaxpr) for v in eqn.outvars)
@@ -198,7 +176,7 @@ def test_a_sum_over_chunks_has_the_gradients_of_the_sum():
         return sum(function(params, *chunk) for chunk in chunks)
 
     np.testing.assert_allclose(total(params, inputs), plain(params, inputs), rtol=1e-6)
-    # As part of something else, so that its own gradient is not 1.
+    # The sum is part of another function, so that the gradient with respect to it is not 1.
     for outer in (lambda x: x, lambda x: -3 * x, lambda x: jnp.sin(x) * x):
         gradients = [
             jax.jit(jax.value_and_grad(lambda *x, f=f, g=outer: g(f(*x)), argnums=(0, 1)))(
@@ -209,7 +187,7 @@ def test_a_sum_over_chunks_has_the_gradients_of_the_sum():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *gradients)
 
 
-def test_a_sum_over_chunks_goes_forward_once_and_keeps_no_more_than_gradients():
+def test_a_sum_over_chunks_runs_forward_once_and_keeps_only_gradients():
     params, inputs = jnp.ones((4, 4)), jnp.ones((6, 50, 4))
 
     def function(params, x, rest):
@@ -219,7 +197,7 @@ def test_a_sum_over_chunks_goes_forward_once_and_keeps_no_more_than_gradients():
         return sum_over_chunks(function, params, inputs, None)
 
     jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(params, inputs)
-    # Forward once, backward a product for each argument.
+    # One product in the forward pass, and one per argument in the backward pass.
     products = [n for n, eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
     assert products == [6, 6, 6]
     kept = jax.eval_shape(lambda *x: jax.vjp(total, *x)[1], params, inputs)
@@ -230,9 +208,9 @@ def test_a_sum_over_chunks_goes_forward_once_and_keeps_no_more_than_gradients():
 
 
 def test_the_loss_of_a_share_estimates_the_whole(params, batch, brute_force):
-    """Every hidden position in front equally often: the mean of the estimates is the loss.
+    """If every hidden position comes first equally often, the mean of the estimates is the loss.
 
-    Positions of the same image, wherever they stand among the hidden ones, are the same problem.
+    The order of an image's hidden positions does not change the problem.
     """
     function = loss_and_gradients(tiny(head_chunk=3), HIDDEN, TINY.positions, 1 / 3)
     estimates = []
@@ -248,7 +226,7 @@ def test_the_loss_of_a_share_estimates_the_whole(params, batch, brute_force):
 
 
 def test_random_orders_make_it_an_unbiased_estimate(params, batch):
-    """Over orders as training draws them, hidden sets included."""
+    """The mean over orders as training draws them, with other positions hidden by each."""
     draws = 400
     rng = np.random.default_rng(0)
     orders = np.array([[rng.permutation(8) for _ in range(BATCH)] for _ in range(draws)], np.int32)
@@ -276,7 +254,7 @@ def test_random_orders_make_it_an_unbiased_estimate(params, batch):
 def test_a_share_that_holds_all_hidden_positions_is_the_loss(
     params, batch, fraction: float, hidden: int
 ):
-    """The share is of the slots, of which the last may be padding: that counts for nothing."""
+    """The share is a share of the slots, and padding among them does not change the loss."""
     arguments = params, batch, np.int32(hidden), None
     share, gradients = loss_and_gradients(TINY, 8, 8, fraction)(*arguments)
     whole, expected = loss_and_gradients(TINY, 8, 8)(*arguments)
@@ -288,7 +266,7 @@ def test_a_share_that_holds_all_hidden_positions_is_the_loss(
 
 
 def test_every_chunk_of_the_head_drops_something_else(params):
-    """All positions alike and deaf to the backbone: only what is dropped tells them apart."""
+    """All positions are equal and ignore the backbone, so only dropout makes them differ."""
     config = tiny(head_chunk=2, dropout=0.5)
     proj = jax.tree.map(jnp.zeros_like, params["head"]["condition_proj"])
     params = params | {"head": params["head"] | {"condition_proj": proj}}
@@ -304,7 +282,7 @@ def test_every_chunk_of_the_head_drops_something_else(params):
         return training_loss(config, params, Examples(**batch), MaskDraw(num_hidden, 6, 8), key)
 
     def slot_nll(key):
-        """From the sums over the first slots."""
+        """The loss of each slot, from sums over the first slots."""
         return np.diff([n * float(mean(np.int32(n), key)) for n in range(1, 7)], prepend=0)
 
     alike = slot_nll(None)
@@ -314,7 +292,7 @@ def test_every_chunk_of_the_head_drops_something_else(params):
 
 
 def test_gradients_with_dropout_in_chunks_are_those_of_the_loss(params, batch):
-    """By central differences: what is computed again must drop the same as the first time."""
+    """Central differences: what the backward pass computes again must drop the same elements."""
     function = loss_and_gradients(tiny(dropout=0.2, head_chunk=12), 8, 8)
 
     def run(params, key=DROPOUT_KEY):
@@ -324,7 +302,7 @@ def test_gradients_with_dropout_in_chunks_are_those_of_the_loss(params, batch):
     assert float(run(params)[0]) == float(value)
     assert abs(float(run(params, jax.random.key(6))[0]) - float(value)) > 1e-3
 
-    # Along the gradient the slope is its norm, and no other direction has that.
+    # Along the gradient, the slope is the gradient's norm; in all other directions it is less.
     slope = math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients)))
     step = 1e-3
 
@@ -335,7 +313,7 @@ def test_gradients_with_dropout_in_chunks_are_those_of_the_loss(params, batch):
 
 
 def test_dropout_of_the_same_chunks_does_not_depend_on_the_devices():
-    """Loss and gradients of two chunks on one device and on eight."""
+    """The loss and the gradients of two chunks are equal on one device and on eight."""
     images = 8
     params, batch = random_params(TINY, spread=0.1), random_batch(TINY, images)
     rest = np.int32(HIDDEN), DROPOUT_KEY
@@ -345,10 +323,9 @@ def test_dropout_of_the_same_chunks_does_not_depend_on_the_devices():
     mesh = meshes.make_mesh(2, 2, 2)
     # Each of the four batch shards has a quarter of the images.
     eight = dataclasses.replace(one, head_chunk=images)
-    boxed = jax.eval_shape(lambda: init_params(eight, jax.random.key(0)))
-    placed = jax.device_put(params, meshes.logical_shardings(boxed, mesh))
     with meshes.use_mesh(mesh):
         function = loss_and_gradients(eight, 8, 8)
-        value, gradients = function(placed, meshes.to_global(batch, mesh), *rest)
+        arguments = lay_out(params, eight, mesh), meshes.to_global(batch, mesh)
+        value, gradients = function(*arguments, *rest)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     assert tree_error(gradients, expected_gradients) < 5e-5

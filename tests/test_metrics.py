@@ -1,4 +1,4 @@
-"""metrics.jsonl: every step once, whatever happened; TensorBoard beside it."""
+"""`metrics.jsonl`, which holds every step once, also after a kill; TensorBoard."""
 
 import json
 import resource
@@ -19,16 +19,15 @@ def write(folder, start, steps):
     writer.close()
 
 
-def test_each_step_stands_once_after_a_resume(tmp_path):
+def test_each_step_is_written_once_after_a_resume(tmp_path):
     write(tmp_path, 0, range(1, 6))
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
         file.write('{"step": 6, "lo')  # A kill in the middle of a line.
     write(tmp_path, 3, range(4, 8))
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"step": step, "loss": 1 / step} for step in range(1, 8)
-    ]
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": 7, "loss": 1 / 7}
+    expected = [{"step": step, "loss": 1 / step} for step in range(1, 8)]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == expected
+    assert read_metrics(path) == expected
 
 
 def test_an_object_store_has_every_line_before_a_checkpoint(monkeypatch):
@@ -37,7 +36,7 @@ def test_an_object_store_has_every_line_before_a_checkpoint(monkeypatch):
     files.store.clear()
     writer = MetricWriter("gs://bucket/run", 0)
     writer.write(1, {"loss": 1.0})
-    assert not files.exists(path)  # An upload a line would be many.
+    assert not files.exists(path)  # Not every line is uploaded at once.
     writer.flush()
     assert files.cat(path) == b'{"step": 1, "loss": 1.0}\n'
     writer.write(2, {"loss": 1 / 2})
@@ -58,18 +57,16 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     writer.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     data = events.read_bytes()
-    assert b"loss" in data
-    assert b"grid" in data
-    assert b"\x89PNG" in data
+    assert all(text in data for text in (b"loss", b"grid", b"\x89PNG"))
 
 
-def test_a_workdir_that_is_a_file_is_one_clear_message(tmp_path):
+def test_a_workdir_that_is_a_file_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file/run: Not a directory"):
         MetricWriter(tmp_path / "file" / "run", 0)
 
 
-def test_a_full_disk_is_one_clear_message(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     write(tmp_path, 0, range(1, 1000))
     writer = MetricWriter(tmp_path, 999)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

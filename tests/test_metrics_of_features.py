@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy import linalg
+from scipy import linalg, special, stats
 from scipy.spatial import distance
 
 from tokenbridge_jax.evaluation.metrics import (
@@ -37,7 +37,7 @@ def test_mean_and_covariance_are_numpys(offset: float, monkeypatch):
     np.testing.assert_allclose(found.covariance, np.cov(rows.T), rtol=1e-9, atol=1e-12)
 
 
-def test_features_that_have_no_moments():
+def test_features_without_moments_are_refused():
     rows = features(5, 3)
     with pytest.raises(UserError, match="at least 2 images, not 1"):
         gaussian(rows[:1])
@@ -46,7 +46,7 @@ def test_features_that_have_no_moments():
         gaussian(rows)
     with pytest.raises(UserError, match="do not belong together"):
         Gaussian(np.zeros(3), np.zeros((2, 2)))
-    with pytest.raises(UserError, match="NaN or infinity"):
+    with pytest.raises(UserError, match="contain NaN or infinity"):
         Gaussian(np.zeros(2), np.full((2, 2), np.nan))
 
 
@@ -63,7 +63,7 @@ def test_frechet_distance_is_scipys():
 
 
 def test_frechet_distance_of_singular_covariances():
-    """Of commuting matrices it is known: the squared differences of the eigenvalues' roots."""
+    """For commuting matrices, it is the sum of (root of a - root of b)^2 over the eigenvalues."""
     turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))
     one, other = np.array([4.0, 1, 0, 0, 9]), np.array([1.0, 0, 0, 16, 9])
     a, b = (Gaussian(np.zeros(5), turn * values @ turn.T) for values in (one, other))
@@ -71,9 +71,6 @@ def test_frechet_distance_of_singular_covariances():
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-7)
     same = gaussian(features(4, 12))
     assert frechet_distance(same, same) == pytest.approx(0, abs=1e-6)
-
-
-def test_frechet_distance_of_different_features():
     with pytest.raises(UserError, match="of 3 features cannot be compared with those of 4"):
         frechet_distance(gaussian(features(9, 3)), gaussian(features(9, 4)))
 
@@ -85,23 +82,18 @@ def predictions(count: int, classes: int = 7) -> np.ndarray:
     return (3 * np.random.default_rng(0).normal(size=(count, classes))).astype(np.float32)
 
 
-def test_inception_score_is_its_definition():
+def test_inception_score_equals_its_definition():
     logits = predictions(60)
     logits[3, 2] = 1000
     scores = []
-    for split in range(4):
-        part = [np.exp(row - row.max()) for row in np.float64(logits[15 * split : 15 * split + 15])]
-        part = [row / row.sum() for row in part]
-        mean = [sum(row[k] for row in part) / 15 for k in range(7)]
-        divergences = [
-            sum(q * np.log(q / m) for q, m in zip(row, mean, strict=True) if q > 0) for row in part
-        ]
-        scores.append(np.exp(sum(divergences) / 15))
+    for part in np.split(special.softmax(np.float64(logits), axis=1), 4):
+        divergences = [stats.entropy(row, part.mean(axis=0)) for row in part]
+        scores.append(np.exp(np.mean(divergences)))
     expected = np.mean(scores), np.std(scores)
     assert inception_score(logits, splits=4) == pytest.approx(expected, rel=1e-12)
 
 
-def test_inception_score_with_keys_does_not_see_the_order():
+def test_inception_score_with_keys_does_not_depend_on_the_order():
     logits = predictions(60)
     by_class = logits[np.argsort(logits.argmax(axis=1), kind="stable")]
     keys = {row.tobytes(): i for i, row in enumerate(logits)}
@@ -118,8 +110,8 @@ def test_inception_score_with_keys_does_not_see_the_order():
 # --- KID ------------------------------------------------------------------------------------------
 
 
-def test_kernel_distance_is_its_definition():
-    """One subset of everything, so that the draws change nothing."""
+def test_kernel_distance_equals_its_definition():
+    """Every subset has all images, so that the random choice changes nothing."""
     x, y = features(12, 5), features(12, 5, shift=0.5, seed=1)
 
     def kernel(a: np.ndarray, b: np.ndarray) -> float:
@@ -133,8 +125,8 @@ def test_kernel_distance_is_its_definition():
 
 
 def test_metrics_are_torch_fidelitys():
-    """Of the same features: its draws of KID, too."""
-    import torch_networks  # noqa: F401  (It stands in for torchvision.)
+    """The same features, and the same subsets for KID."""
+    import torch_networks  # noqa: F401  (It replaces torchvision.)
     from torch_fidelity import metric_fid, metric_kid, metric_prc
 
     x, y = features(130, 12), features(150, 12, shift=0.2, seed=1)
@@ -152,7 +144,7 @@ def test_metrics_are_torch_fidelitys():
         assert value == pytest.approx(theirs[name], rel=1e-4), name
 
 
-def test_adm_takes_parts_of_5000_neighbours():
+def test_adm_scores_consecutive_parts_of_5000():
     logits = predictions(10_500)
     parts = [inception_score(logits[i : i + 5000], splits=1)[0] for i in (0, 5000, 10_000)]
     assert adm_inception_score(logits) == pytest.approx(np.mean(parts), rel=1e-12)
@@ -170,18 +162,12 @@ def test_kernel_distance_is_unbiased():
 
 
 def inside(points: np.ndarray, centres: np.ndarray, k: int) -> float:
-    """A loop over pairs."""
-    radii = [sorted(distance.euclidean(a, b) for b in centres)[k] for a in centres]
-    return np.mean(
-        [
-            any(distance.euclidean(p, c) <= r for c, r in zip(centres, radii, strict=True))
-            for p in points
-        ]
-    )
+    radii = np.sort(distance.cdist(centres, centres), axis=1)[:, k]
+    return (distance.cdist(points, centres) <= radii).any(axis=1).mean()
 
 
 @pytest.mark.parametrize("neighbours", [1, 3])
-def test_precision_and_recall_are_those_of_pairs(neighbours: int, monkeypatch):
+def test_precision_and_recall_equal_scipys(neighbours: int, monkeypatch):
     monkeypatch.setattr("tokenbridge_jax.evaluation.metrics._BLOCK", 13)
     reference, samples = features(60, 3), features(45, 3, shift=0.7, seed=1)[:, :3] * 0.7
     expected = inside(samples, reference, neighbours), inside(reference, samples, neighbours)
@@ -192,6 +178,6 @@ def test_precision_and_recall_are_those_of_pairs(neighbours: int, monkeypatch):
 
 
 def test_precision_and_recall_of_a_subset():
-    """All of its samples are real, but they do not reach everywhere."""
+    """All samples are reference images, but they cover only half of the reference."""
     reference = np.concatenate([features(50, 4), features(50, 4, shift=20)])
     assert precision_recall(reference, reference[:50]) == (1.0, 0.5)

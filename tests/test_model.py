@@ -1,4 +1,4 @@
-"""The model against mathematics: causality, leaks, padding, precision."""
+"""The model: causality, hidden positions, padding, precision."""
 
 import math
 
@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import (
+    BATCH,
+    HIDDEN,
     TINY,
     ZERO_GRADIENT,
+    head_method,
     in_order,
     jitted,
     leaf_names,
     loss_and_gradients,
-    random_batch,
     random_params,
     relative_error,
     tiny,
@@ -23,63 +25,40 @@ from tiny_model import (
 from tokenbridge_jax.model import TokenBridge
 from tokenbridge_jax.runtime.errors import UserError
 
-BATCH = 3
-HIDDEN = 6
-
-
-@pytest.fixture(scope="module")
-def params():
-    return random_params(TINY)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    return random_batch(TINY, BATCH)
-
-
 # --- Causality in the channel order ---------------------------------------------------------------
 
 
 def test_logits_of_a_channel_depend_on_exactly_the_channels_before_it(params):
-    """By changing indices: place c sees channel k iff k's place lies before c."""
-    config = tiny(channel_order=(2, 0, 3, 1))
+    """Changed indices show that place c sees channel k if and only if k's place is before c."""
     rng = np.random.default_rng(1)
-    feature = jnp.asarray(rng.normal(size=(7, config.decoder_width)), jnp.float32)
-    indices = rng.integers(config.levels, size=(7, config.channels)).astype(np.int32)
-    logits = jax.jit(
-        lambda indices: TokenBridge(config).apply(
-            {"params": params}, method=lambda model: model.head.logits(feature, indices)
-        )
-    )
-    before = np.asarray(logits(indices))
-    assert before.shape == (7, config.channels, config.levels)
+    feature = jnp.asarray(rng.normal(size=(7, TINY.decoder_width)), jnp.float32)
+    indices = rng.integers(TINY.levels, size=(7, TINY.channels)).astype(np.int32)
+    logits = head_method(TINY, "logits")
+    before = np.asarray(logits(params, feature, indices))
+    assert before.shape == (7, TINY.channels, TINY.levels)
     assert before.dtype == np.float32
-    for channel in range(config.channels):
+    for channel in range(TINY.channels):
         changed = indices.copy()
-        changed[:, channel] = (changed[:, channel] + 1) % config.levels
-        differs = (np.asarray(logits(changed)) != before).any(axis=-1)
-        place = config.channel_order.index(channel)
-        later = np.arange(config.channels) > place
+        changed[:, channel] = (changed[:, channel] + 1) % TINY.levels
+        differs = (np.asarray(logits(params, feature, changed)) != before).any(axis=-1)
+        later = np.arange(TINY.channels) > TINY.channel_order.index(channel)
         np.testing.assert_array_equal(differs, np.broadcast_to(later, differs.shape))
 
 
 def test_gradient_of_a_channel_reaches_exactly_the_tables_before_it(params):
-    """By gradient: d logits[place c] / d table of place p is zero iff p >= c.
+    """The gradient d logits[place c] / d table of place p is zero if and only if p >= c.
 
-    Within a table only the row of that channel's index counts, which pins table p to channel
-    `channel_order[p]`.
+    Within a table, only the row of that channel's index has a gradient. This shows that table p
+    belongs to channel `channel_order[p]`.
     """
     rng = np.random.default_rng(2)
     feature = jnp.asarray(rng.normal(size=(1, TINY.decoder_width)), jnp.float32)
-    indices = jnp.array([[0, 1, 2, 3]])  # Channel k holds level k.
+    indices = jnp.array([[0, 1, 2, 3]])  # Channel k has level k.
     direction = rng.normal(size=TINY.levels).astype(np.float32)
 
     def projected(tables):
         head = params["head"] | {"token_embeddings": tables}
-        return TokenBridge(TINY).apply(
-            {"params": params | {"head": head}},
-            method=lambda model: model.head.logits(feature, indices)[0] @ direction,
-        )
+        return head_method(TINY, "logits")(params | {"head": head}, feature, indices)[0] @ direction
 
     gradient = np.asarray(jax.jit(jax.jacrev(projected))(params["head"]["token_embeddings"]))
     reached = (gradient != 0).all(axis=-1)  # [place c, table p, level]
@@ -91,10 +70,10 @@ def test_gradient_of_a_channel_reaches_exactly_the_tables_before_it(params):
             np.testing.assert_array_equal(reached[place, earlier], expected)
 
 
-def test_channel_order_must_be_a_permutation():
-    for order in [(0, 1, 1, 3), (0,), (1, 2, 3, 4), ()]:
-        with pytest.raises(UserError, match=r"each of 0\.\.C-1 once"):
-            tiny(channel_order=order)
+@pytest.mark.parametrize("order", [(0, 1, 1, 3), (0,), (1, 2, 3, 4), ()])
+def test_channel_order_must_be_a_permutation(order: tuple[int, ...]):
+    with pytest.raises(UserError, match=r"each of 0\.\.C-1 once"):
+        tiny(channel_order=order)
 
 
 # --- Hidden positions -----------------------------------------------------------------------------
@@ -102,8 +81,8 @@ def test_channel_order_must_be_a_permutation():
 
 @pytest.mark.parametrize("visible_slots", [3, 5, TINY.positions])
 def test_hidden_positions_never_leak_into_features(params, batch, visible_slots: int):
-    """Whatever the padding: changing what is hidden changes no bit; visible ones do count."""
-    num_hidden = np.array([5, 8, 6], np.int32)  # One an image; nothing of image 1 is visible.
+    """With any padding, hidden indices change no bit of the features, and visible ones do."""
+    num_hidden = np.array([5, 8, 6], np.int32)  # One per image; nothing of image 1 is visible.
     features = jitted(TINY, "features")
     rest = batch["labels"], batch["order"], num_hidden, np.zeros(BATCH, bool)
     slots = in_order(batch["indices"], batch["order"])[:, TINY.positions - visible_slots :]
@@ -116,11 +95,11 @@ def test_hidden_positions_never_leak_into_features(params, batch, visible_slots:
     other = (slots + 1) % TINY.levels
     np.testing.assert_array_equal(features(params, np.where(hidden, other, slots), *rest), before)
 
-    # Padding changes nothing but rounding.
+    # Padding changes only how results are rounded.
     exact = features(params, in_order(batch["indices"], batch["order"])[:, 3 - 8 :], *rest)
     assert relative_error(before, exact) < 1e-6
 
-    # Each visible position alone reaches every slot of its image and no other image.
+    # Each visible position by itself changes every slot of its image and no other image.
     for image, j in zip(*np.nonzero(~hidden[..., 0]), strict=True):
         changed = slots.copy()
         changed[image, j] = other[image, j]
@@ -150,28 +129,27 @@ def test_gradient_with_respect_to_latents_is_zero_exactly_where_hidden(params, b
 
 
 def test_logits_of_a_hidden_position_see_only_its_own_earlier_channels(params, batch):
-    """The whole model: teacher forcing leaks neither between hidden positions nor backwards."""
+    """In the whole model, positions do not leak into each other, nor channels into earlier ones."""
     logits = jitted(TINY)
     rest = batch["labels"], batch["order"], np.int32(HIDDEN), np.zeros(BATCH, bool)
     before = np.asarray(logits(params, batch["indices"], *rest))
     slot, channel = 2, TINY.channel_order[1]
     indices = batch["indices"].copy()
-    position = batch["order"][:, slot]
-    images = np.arange(BATCH)
-    indices[images, position, channel] = (indices[images, position, channel] + 1) % TINY.levels
+    changed = np.arange(BATCH), batch["order"][:, slot], channel
+    indices[changed] = (indices[changed] + 1) % TINY.levels
     differs = (np.asarray(logits(params, indices, *rest)) != before).any(axis=-1)
     expected = np.zeros((BATCH, TINY.positions, TINY.channels), bool)
     expected[:, slot, 2:] = True
     np.testing.assert_array_equal(differs, expected)
 
 
-def test_dropping_the_class_puts_the_null_latent_in_its_place(params, batch):
+def test_a_dropped_class_is_replaced_by_the_null_latent(params, batch):
     features = jitted(TINY, "features")
     slots = in_order(batch["indices"], batch["order"])
     rest = batch["order"], np.int32(HIDDEN)
     drop = np.array([True, False, True])
     mixed = features(params, slots, batch["labels"], *rest, drop)
-    # A model whose class embeddings all are the null latent.
+    # In this model, every class embedding is the null latent.
     backbone = params["backbone"]
     null = jnp.tile(backbone["null_latent"], (TINY.classes, 1))
     no_classes = params | {"backbone": backbone | {"class_embedding": null}}
@@ -179,9 +157,8 @@ def test_dropping_the_class_puts_the_null_latent_in_its_place(params, batch):
     kept = features(params, slots, batch["labels"], *rest, np.zeros(BATCH, bool))
     np.testing.assert_array_equal(mixed, np.where(drop[:, None, None], dropped, kept))
     assert not np.isclose(dropped, kept).all(axis=(1, 2)).any()
-    other_class = features(
-        params, slots, (batch["labels"] + 1) % TINY.classes, *rest, np.zeros(BATCH, bool)
-    )
+    other = (batch["labels"] + 1) % TINY.classes
+    other_class = features(params, slots, other, *rest, np.zeros(BATCH, bool))
     assert not np.isclose(other_class, kept).all(axis=(1, 2)).any()
 
 
@@ -189,16 +166,16 @@ def test_dropping_the_class_puts_the_null_latent_in_its_place(params, batch):
 
 
 def test_bfloat16_agrees_with_float32_to_its_accuracy(batch):
-    """bfloat16 keeps 8 bits: rounding to it errs by up to u = 2^-9 of a value.
+    """bfloat16 keeps 8 bits, so rounding changes a value by up to u = 2^-9 of it.
 
-    A feature or gradient has gone through some 50 roundings in series (forward and back, weights
-    included). Independent errors grow to sqrt(50) u = 0.014, coherent ones to 50 u = 0.1. All of
-    the gradient, and all of the features, must come near the first, any one leaf within the second.
-    The loss depends on the rounding of many positions at once: 0.002. Weights of 0.1 keep the model
-    itself from magnifying errors: rounding nothing but them changes the gradient by 0.008.
+    About 50 roundings in series lead to a feature or gradient (forward and backward, weights
+    included). Independent errors grow to sqrt(50) u = 0.014, coherent ones to 50 u = 0.1. The whole
+    gradient and the features must be near the first bound, and every leaf within the second. The
+    loss is a mean over many positions, so its bound is 0.002. The model does not magnify errors,
+    because its weights have a spread of 0.1: rounding only them changes the gradient by 0.008.
 
-    The batch is that of float32 683 times: its mean gradient is the same, but a sum over it in
-    bfloat16 stops growing when one more image is below half of its last bit.
+    The bfloat16 batch repeats the float32 batch 683 times. Its mean gradient is the same, but a sum
+    over it in bfloat16 stops growing when the next image is below half of its last bit.
     """
     params = random_params(TINY, spread=0.1)
     config = tiny(dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Inception and LPIPS against the public PyTorch networks with the same weights."""
+"""Inception and LPIPS, against the public PyTorch networks with the same weights."""
 
 import sys
 
@@ -9,21 +9,22 @@ import torch
 import torch_networks
 import torchvision_stand_in
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch_networks import (
-    lpips_network,
-    random_inception_state,
-    torch_fidelity_extractor,
-)
+from torch_networks import lpips_network, random_inception_state, torch_fidelity_extractor
 
 from tokenbridge_jax.evaluation import inception, lpips, pixels
 from tokenbridge_jax.runtime.errors import UserError
 
 
 def pictures(*shape: int) -> np.ndarray:
-    """Noise, but for the first, which is smooth."""
+    """Noise; only the first image is smooth."""
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     images[0] = np.add.outer(np.arange(shape[1]), 2 * np.arange(shape[2]))[..., None] % 256
     return images
+
+
+def noisy(images: np.ndarray, scale: float) -> np.ndarray:
+    noise = np.random.default_rng(1).normal(scale=scale, size=images.shape)
+    return np.clip(images + noise, 0, 255).astype(np.uint8)
 
 
 def nchw(images: np.ndarray) -> torch.Tensor:
@@ -36,7 +37,7 @@ def state() -> dict[str, np.ndarray]:
 
 
 def test_inception_is_torch_fidelitys_layer_by_layer(state, tmp_path):
-    """From uint8 images of another size than the network's, resizing included."""
+    """From uint8 images of another size, so resizing is compared too."""
     images = pictures(2, 256, 190, 3)
     extractor = torch_fidelity_extractor(state, tmp_path / "inception.pth")
     theirs = {}
@@ -61,12 +62,10 @@ def test_inception_is_torch_fidelitys_layer_by_layer(state, tmp_path):
 
 
 def test_inceptions_weights_are_checked(state):
-    wrong = dict(state)
+    wrong = state | {"fc.weight": state["fc.weight"][:1000]}
     del wrong["Mixed_7c.branch1x1.bn.bias"]
-    wrong["fc.weight"] = wrong["fc.weight"][:1000]
-    with pytest.raises(
-        UserError, match=r"\(2 of 471 tensors differ\): fc.weight: \(1000, 2048\) instead"
-    ):
+    message = r"\(2 of 471 tensors differ\): fc.weight: \(1000, 2048\) instead"
+    with pytest.raises(UserError, match=message):
         inception.import_inception(wrong)
 
 
@@ -74,8 +73,7 @@ def test_inceptions_weights_are_checked(state):
 def test_lpips_is_that_of_its_package(name: str):
     network, backbone, linear = lpips_network(name)
     one = pictures(3, 64, 80, 3)
-    other = np.clip(one + np.random.default_rng(1).normal(scale=30, size=one.shape), 0, 255)
-    other = other.astype(np.uint8)
+    other = noisy(one, 30)
     other[2] = one[2]
     with torch.no_grad():
         expected = network(*(nchw(x).float() / 127.5 - 1 for x in (one, other))).flatten()
@@ -90,8 +88,7 @@ def test_lpips_is_that_of_its_package(name: str):
 
 def test_psnr_and_ssim_are_scikit_images():
     one = pictures(3, 40, 50, 3)
-    other = np.clip(one + np.random.default_rng(1).normal(scale=20, size=one.shape), 0, 255)
-    other = other.astype(np.uint8)
+    other = noisy(one, 20)
     pairs = list(zip(one, other, strict=True))
     expected = [peak_signal_noise_ratio(a, b) for a, b in pairs]
     np.testing.assert_allclose(pixels.psnr(one, other), expected, rtol=1e-12)
@@ -102,7 +99,7 @@ def test_psnr_and_ssim_are_scikit_images():
 
 
 def test_no_reference_loads_torchvisions_binary():
-    """Installed or not: it ends the interpreter beside some builds of PyTorch."""
+    """Whether it is installed or not: with some builds of PyTorch it stops the interpreter."""
     assert torch_networks.lpips.pretrained_networks.tv.vgg16 is torchvision_stand_in.VGG16
     files = [getattr(module, "__file__", None) or "" for module in sys.modules.values()]
     assert not [path for path in (*files, *torch.ops.loaded_libraries) if "/torchvision/" in path]

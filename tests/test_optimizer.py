@@ -1,4 +1,4 @@
-"""AdamW, clipping, schedules and the EMA against arithmetic written out in float64 numpy."""
+"""AdamW, clipping and schedules against float64 numpy."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_adamw_with_clip_and_decay_equals_numpy(clip):
         np.testing.assert_allclose(mine[name], value, rtol=2e-5, atol=2e-6, err_msg=name)
 
 
-def test_clipping_or_not_the_state_has_one_structure():
+def test_the_state_has_one_structure_with_and_without_clipping():
     params = {"kernel": jnp.ones(2)}
     states = [
         make_optimizer(OptimizerConfig(0.1, 5, clip=clip))[0].init(params) for clip in (0.0, 1.0)
@@ -69,17 +69,17 @@ def test_clipping_or_not_the_state_has_one_structure():
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 
-def test_clip_is_the_references_formula_and_not_optax():
+def test_clipping_has_the_references_formula_and_not_that_of_optax():
     gradients = {"a": jnp.array([3e-3, 0.0]), "b": jnp.array([4e-3])}  # Norm 5e-3.
     transform = clip_by_global_norm(5e-3)
     clipped, _ = transform.update(gradients, transform.init(gradients))
-    # 1e-6 under the fraction bar is 2e-4 of this norm.
+    # The 1e-6 in the denominator is 2e-4 of this norm.
     np.testing.assert_allclose(clipped["b"], 4e-3 * 5e-3 / (5e-3 + 1e-6), rtol=1e-6)
     unclipped, _ = clip_by_global_norm(1.0).update(gradients, optax.EmptyState())
     np.testing.assert_array_equal(unclipped["a"], gradients["a"])
 
 
-def test_decay_goes_by_leaf_name():
+def test_the_leaf_name_decides_about_decay():
     params = {
         "block": {"kernel": 0, "bias": 0, "norm": {"scale": 0, "bias": 0}},
         "mask_token": 0,

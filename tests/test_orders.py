@@ -1,4 +1,4 @@
-"""Orders: low discrepancy, raster, and hidden positions in front."""
+"""The orders of positions: Halton, raster, random, and hidden positions first."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from tokenbridge_jax.sampling.orders import (
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (1, 1), (5, 7), (8, 3)])
 def test_halton_is_the_published_sequence(height: int, width: int):
-    """Cells by the points of scipy's sequence; a hair to the right, as its points are rounded."""
+    """The cells of scipy's points, moved a little to the right because scipy rounds them."""
     points = stats.qmc.Halton(2, scramble=False).random(8 * height * width + 64)
     x, y = np.floor((points + 1e-12) * [width, height]).astype(int).T
     expected = list(dict.fromkeys((y * width + x).tolist()))

@@ -18,7 +18,7 @@ from tokenbridge_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("asked", "got"),
+    ("sizes", "expected"),
     [
         ({}, (8, 1, 1)),
         ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
@@ -27,12 +27,12 @@ from tokenbridge_jax.runtime.errors import UserError
         ({"data": -1, "fsdp": 4, "tensor": 2}, (1, 4, 2)),
     ],
 )
-def test_one_size_may_be_left_to_the_mesh(asked: dict[str, int], got: tuple[int, ...]):
-    mesh = meshes.make_mesh(**asked)
+def test_one_size_may_follow_from_the_others(sizes: dict[str, int], expected: tuple[int, ...]):
+    mesh = meshes.make_mesh(**sizes)
     assert mesh.axis_names == ("data", "fsdp", "tensor")
-    assert tuple(mesh.shape.values()) == got
+    assert tuple(mesh.shape.values()) == expected
     assert sorted(d.id for d in mesh.devices.ravel()) == sorted(d.id for d in jax.devices())
-    assert meshes.batch_shards(mesh) == got[0] * got[1]
+    assert meshes.batch_shards(mesh) == expected[0] * expected[1]
 
 
 def test_a_mesh_of_some_devices():
@@ -41,7 +41,7 @@ def test_a_mesh_of_some_devices():
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("sizes", "message"),
     [
         ({"data": 3}, "data=3 fsdp=1 tensor=1 does not fit 8 devices"),
         ({"data": -1, "fsdp": 3}, "data=-1 fsdp=3 tensor=1 does not fit 8 devices"),
@@ -52,26 +52,26 @@ def test_a_mesh_of_some_devices():
         ({"tensor": 0}, "must be positive"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(asked: dict[str, int], message: str):
+def test_sizes_that_do_not_fit_are_named(sizes: dict[str, int], message: str):
     with pytest.raises(UserError, match=message):
-        meshes.make_mesh(**asked)
+        meshes.make_mesh(**sizes)
 
 
-def test_batches_are_split_and_come_back():
+def test_batches_are_split():
     mesh = meshes.make_mesh(2, 2, 2)
     batch = {"a": np.arange(24).reshape(8, 3), "b": np.arange(8, dtype=np.uint8)}
     placed = meshes.to_global(batch, mesh)
     for name, array in placed.items():
         np.testing.assert_array_equal(array, batch[name])
         assert array.dtype == jax.dtypes.canonicalize_dtype(batch[name].dtype)
-        # Four parts, in order; the two devices of a tensor group hold the same one.
+        # Four parts, in order; the two devices of a tensor group hold the same part.
         starts = sorted(shard.index[0].start for shard in array.addressable_shards)
         assert starts == [0, 0, 2, 2, 4, 4, 6, 6]
     with pytest.raises(UserError, match="6 rows of a batch do not divide over the 4 batch shards"):
         meshes.to_global(np.zeros((6, 1)), mesh)
 
 
-def test_logical_names_become_shardings_where_sizes_divide():
+def test_logical_names_become_shardings_if_sizes_divide():
     mesh = meshes.make_mesh(2, 2, 2)
     shapes = {
         "both": ((16, 32), ("embed", "mlp"), ("fsdp", "tensor")),
@@ -132,7 +132,7 @@ def test_parameters_are_made_sharded_and_equal_on_every_mesh():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """As much of a device as a mesh asks for."""
+    """The attributes of a device that a mesh needs."""
 
     id: int
     process_index: int = 0
@@ -144,7 +144,7 @@ class Chip:
 
 
 def chips(slices, count, a_process, **fields):
-    """`slices` x `count` of them in no order, `a_process` of a slice on every process."""
+    """`slices` x `count` chips in random order, with `a_process` chips on each process."""
     made = [
         Chip(i, process_index=i // a_process, slice_index=i // count, **fields)
         for i in range(slices * count)
@@ -153,17 +153,17 @@ def chips(slices, count, a_process, **fields):
 
 
 @pytest.mark.parametrize("sizes", [(-1, 1, 1), (4, 2, 2), (2, 2, -1), (-1, 8, 1), (8, 1, 2)])
-def test_only_data_goes_from_slice_to_slice(sizes):
+def test_only_the_data_axis_crosses_slices(sizes):
     mesh = meshes.make_mesh(*sizes, devices=chips(2, 8, 4))
     seen = mesh.devices
     assert sorted(chip.id for chip in seen.ravel()) == list(range(16))
     slices = np.vectorize(lambda chip: chip.slice_index)(seen)
-    # Along fsdp and tensor all is of one slice; along data the slices follow one another.
+    # Along fsdp and tensor all chips are of one slice; along data the slices are in order.
     assert (slices == slices[:, :1, :1]).all()
     assert slices[:, 0, 0].tolist() == sorted(slices[:, 0, 0])
 
 
-def test_slices_may_be_told():
+def test_the_number_of_slices_may_be_given():
     devices = chips(2, 8, 4)
     assert meshes.make_mesh(slices=2, devices=devices) == meshes.make_mesh(devices=devices)
     crossing = meshes.make_mesh(1, 16, 1, slices=1, devices=devices)
@@ -177,7 +177,7 @@ def test_slices_may_be_told():
 
 
 def test_a_mesh_need_not_follow_the_axes_of_a_torus():
-    """8 x 8 on 4 x 4 x 4 chips: two axes of 8, which no axes of the torus multiply to."""
+    """8 x 8 on 4 x 4 x 4 chips: no axes of the torus multiply to 8."""
     torus = [
         Chip(i, coords=coords, platform="tpu", device_kind="TPU v4")
         for i, coords in enumerate(itertools.product(range(4), repeat=3))
@@ -189,7 +189,7 @@ def test_a_mesh_need_not_follow_the_axes_of_a_torus():
 @pytest.mark.parametrize("sizes", [(16, 1, 1), (2, 4, 2), (2, 2, 4), (1, 2, 8), (4, 2, 2)])
 @pytest.mark.parametrize("a_process", [2, 4, 8])
 def test_a_process_reads_the_rows_of_its_devices(monkeypatch, sizes, a_process):
-    """Row by row: also where processes share rows, and where the mesh does not follow them."""
+    """Also if processes share rows, and if the mesh does not follow the order of processes."""
     mesh = meshes.make_mesh(*sizes, devices=chips(1, 16, a_process))
     batch_size = 2 * sizes[0] * sizes[1]
     expected = {process: set() for process in range(16 // a_process)}

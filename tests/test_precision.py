@@ -1,4 +1,4 @@
-"""Products say how exact they are, so that platforms agree: read off what is compiled."""
+"""The compiled programs state the precision of every product, so that platforms agree."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from tokenbridge_jax.transformer import unstack
 
 
 def products(lowered: str) -> list[tuple[str, str]]:
-    """Of a program's text: the precision of every product, and the dtype of its operands."""
+    """The precision of every product in a program's text, and the dtype of its operands."""
     found = []
     for line in lowered.splitlines():
         if "stablehlo.convolution" in line or "stablehlo.dot_general" in line:
@@ -61,7 +61,7 @@ def test_the_autoencoder_compiles_to_its_precision(name, platform, allowed):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_whatever_the_model_computes_in_float32_is_float32_on_tpus(dtype):
-    """Training's gradient, and sampling; of a bfloat16 model what is float32 (`z_proj`)."""
+    """In training's gradient and in sampling, and in the float32 parts of a bfloat16 model."""
     config = tiny(dtype=dtype, dropout=0.1)
     params, batch = random_params(config), examples(random_batch(config, 2))
 
@@ -92,7 +92,7 @@ def test_an_unknown_precision_is_named():
     [(3, 3, (1, 1), "SAME"), (150, 3, (2, 2), ((0, 1), (0, 1))), (70, 1, (1, 1), "SAME")],
 )
 def test_three_passes_of_tensor_cores_give_float32(monkeypatch, channels, size, strides, padding):
-    """With operands rounded as tensor cores round them; scipy in float64 is the reference."""
+    """Operands are rounded as tensor cores do it; the reference is scipy in float64."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 8, 6, channels)).astype(np.float32)
     kernel = rng.normal(size=(size, size, channels, 5)).astype(np.float32)
@@ -108,9 +108,8 @@ def test_three_passes_of_tensor_cores_give_float32(monkeypatch, channels, size, 
 
     monkeypatch.setattr(precision, "_convolve", on_tensor_cores)
     once = np.asarray(on_tensor_cores(x, kernel, strides, padding, "high"))
-    found = np.asarray(
-        precision.three_passes(jnp.asarray(x), jnp.asarray(kernel), strides, padding)
-    )
+    arrays = jnp.asarray(x), jnp.asarray(kernel)
+    found = np.asarray(precision.three_passes(*arrays, strides, padding))
     scale = np.abs(expected).max()
     assert np.abs(once - expected).max() > 1e-4 * scale
     assert np.abs(found - expected).max() < 1e-6 * scale
@@ -134,7 +133,6 @@ def test_gradients_of_a_convolution_are_those_of_the_plain_one():
             x, kernel, (2, 2), padding, dimension_numbers=numbers, precision="highest"
         )
 
-    found, expected = (jax.grad(total, (1, 2))(f, x, kernel) for f in (ours, plain))
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected
-    )
+    gradients = (jax.grad(total, (1, 2))(f, x, kernel) for f in (ours, plain))
+    for found, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

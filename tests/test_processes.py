@@ -1,4 +1,4 @@
-"""One job of one and of two real processes, killed or not: the same losses, the same images."""
+"""Jobs of several real processes, killed or not, against one process: losses and images."""
 
 import random
 import shutil
@@ -14,7 +14,7 @@ from tokenbridge_jax.runtime.processes import EXIT_LOST
 
 STEPS = 30
 CONFIG = {"training.steps": STEPS, "training.checkpoint_every": 5, "training.eval_every": 10}
-# Waits for the others, which wait for it, unless it is the one to die.
+# Waits for the other processes, unless it is the one that dies.
 MEMBER = """
 import os, signal, sys
 from tokenbridge_jax.runtime import processes
@@ -28,7 +28,7 @@ processes.gather("never")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Workdirs of the same training, by number of processes; each on the same four devices."""
+    """Workdirs of the same training on four devices, by number of processes."""
     root = tmp_path_factory.mktemp("trained")
     soak.write_workdir(root / "1")
     shutil.copytree(root / "1", root / "2")
@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
 
 
 def test_training_gives_the_losses_of_one_process(trained):
-    """Sums over devices are taken in another order, by another library: float32 rounding."""
+    """Up to float32 rounding: another library sums over devices, in another order."""
     one = soak.results(trained[1])
     assert [row["step"] for row in one] == list(range(1, STEPS + 1))
     assert "val_nll_bits_per_index" in one[-1]
@@ -52,8 +52,8 @@ def test_training_gives_the_losses_of_one_process(trained):
         assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4)
 
 
-def test_a_run_killed_and_stopped_ends_with_the_losses_of_one_left_alone(trained, tmp_path):
-    """`soak.py` does it many times."""
+def test_a_run_killed_and_stopped_has_the_losses_of_an_undisturbed_run(trained, tmp_path):
+    """`soak.py` does this many times."""
     soak.write_workdir(tmp_path / "killed")
     job = {"processes": 2, "log": tmp_path / "log.txt", **CONFIG}
     ways = ("writing", "term")
@@ -63,33 +63,28 @@ def test_a_run_killed_and_stopped_ends_with_the_losses_of_one_left_alone(trained
     assert "stopped and saved at step" in (tmp_path / "log.txt").read_text()
 
 
-def test_where_one_process_dies_the_others_end_and_say_so(tmp_path):
+def test_if_one_process_dies_the_others_end_with_a_message(tmp_path):
     with (tmp_path / "log.txt").open("w") as log:
         job = start_job(
-            ["-c", MEMBER],
-            [["a"], ["dies"], ["b"]],
-            output=log,
-            TOKENBRIDGE_HEARTBEAT_SECONDS="10",
+            ["-c", MEMBER], [["a"], ["dies"], ["b"]], output=log, TOKENBRIDGE_HEARTBEAT_SECONDS="10"
         )
     begun = time.monotonic()
     assert soak.end(job) == [EXIT_LOST, -signal.SIGKILL, EXIT_LOST]
-    assert time.monotonic() - begun < 60  # The processes start within the time, too.
+    assert time.monotonic() - begun < 60  # This includes their start.
     log = (tmp_path / "log.txt").read_text()
     for index in (0, 2):
         assert f"process {index} ends: another process of this job is gone or did not" in log
     assert "unhealthy (stopped sending heartbeats):\n1\n" in log
 
 
-def test_sampling_gives_every_image_once_and_the_same_ones(trained, tmp_path):
-    """Also: a checkpoint of two processes restores on one and four."""
+def test_sampling_gives_every_image_once_for_any_number_of_processes(trained, tmp_path):
+    """Also, a checkpoint of two processes is restored on one and on four."""
     command = ["-m", "tokenbridge_jax.commands.sample", "--distributed", "--workdir", trained[2]]
     command += ["--num_images=22", "--config.sampling.batch_size=8"]
-    jobs = {
-        count: start_job(
-            [*command, "--output", tmp_path / str(count)], [[]] * count, devices=4 // count
-        )
-        for count in (1, 4)
-    }
+    jobs = {}
+    for count in (1, 4):
+        output = ["--output", tmp_path / str(count)]
+        jobs[count] = start_job([*command, *output], [[]] * count, devices=4 // count)
     for count, job in jobs.items():
         outputs = [process.communicate(timeout=soak.LIMIT_SECONDS)[0] for process in job]
         assert [process.returncode for process in job] == [0] * count
@@ -101,16 +96,12 @@ def test_sampling_gives_every_image_once_and_the_same_ones(trained, tmp_path):
     np.testing.assert_array_equal(four["arr_0"], one["arr_0"])
 
 
-def test_processes_that_see_different_folders_are_told(trained, tmp_path):
+def test_processes_that_find_different_folders_are_refused(trained, tmp_path):
     shutil.copytree(trained[2], tmp_path / "other")
     shutil.rmtree(tmp_path / "other" / "checkpoints")
     command = ["-m", "tokenbridge_jax.commands.train", "--distributed"]
     with (tmp_path / "log.txt").open("w") as log:
-        job = start_job(
-            command,
-            [["--workdir", trained[2]], ["--workdir", tmp_path / "other"]],
-            devices=2,
-            output=log,
-        )
+        folders = [["--workdir", trained[2]], ["--workdir", tmp_path / "other"]]
+        job = start_job(command, folders, devices=2, output=log)
     assert soak.end(job) == [2, 2]
     assert "checkpoints: 30, none; give all of them the same" in (tmp_path / "log.txt").read_text()

@@ -1,13 +1,12 @@
-"""Reconstruction of quantized and perturbed latents against all of it computed at once."""
+"""Reconstruction of quantized and perturbed latents, against numpy on all images at once."""
 
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from evaluated import assert_json_and_plots
 from scipy import stats
 from tiny_model import AUTOENCODER
 
@@ -16,7 +15,7 @@ from tokenbridge_jax.codec import Codec, in_batches
 from tokenbridge_jax.evaluation import lpips, pixels
 from tokenbridge_jax.evaluation import reconstruction as module
 from tokenbridge_jax.evaluation.features import Extractor, Features
-from tokenbridge_jax.evaluation.image_sets import MadeImages, rgb
+from tokenbridge_jax.evaluation.image_sets import ImageSet, rgb
 from tokenbridge_jax.evaluation.metrics import frechet_distance, inception_score
 from tokenbridge_jax.evaluation.moments import gaussian
 from tokenbridge_jax.evaluation.reconstruction import reconstruction
@@ -25,7 +24,7 @@ from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 
-# Three deviations of an untrained autoencoder's latents.
+# The range is three deviations of an untrained autoencoder's latents.
 OWN = Quantizer.gaussian(16, 0.4)
 COUNT = 23
 GREY = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 1), np.uint8)
@@ -34,7 +33,7 @@ VARIANTS = sweep(OWN, levels=(4, 8), ranges=(0.2,), perturbations=[(0.5, 2)])
 
 
 class Projection(Extractor):
-    """Random sums of pixels as features, and of squares as logits."""
+    """Random sums of pixels as features, and of their squares as logits."""
 
     distance = "fid"
 
@@ -55,9 +54,8 @@ def make_codec(devices: int = 1) -> Codec:
     return Codec(AUTOENCODER, init_params(AUTOENCODER, jax.random.key(0)), OWN, mesh)
 
 
-def image_set(images: np.ndarray = IMAGES) -> MadeImages:
-    numbers, side = np.arange(len(images)), images.shape[1]
-    return MadeImages(Path("noise"), lambda some: images[some], numbers, side, {})
+def image_set(images: np.ndarray = IMAGES) -> ImageSet:
+    return ImageSet(Path("noise"), lambda some: some, images, images.shape[1:])
 
 
 def score(codec: Codec, batch_size: int = 5, **settings):
@@ -78,7 +76,7 @@ def found(codec):
 
 @pytest.fixture(scope="module", params=["mean", "sample"])
 def decoded(request, codec):
-    """What `reconstruction` says, the latents, and for every variant those decoded."""
+    """The result of `reconstruction`, the latents, and the indices of every variant."""
     found = score(codec, posterior=request.param, seed=7)
     numbers = np.arange(COUNT)
     noise = None if request.param == "mean" else numbers
@@ -105,7 +103,7 @@ def test_rows_are_those_of_all_images_at_once(codec, decoded):
     assert found["latent_variance"] == pytest.approx(variance, rel=1e-6)
     for row, (variant, indices) in zip(found["rows"], made, strict=True):
         changed = latents if indices is None else levels_of(variant.quantizer, indices)
-        # In the same batches: in others a pixel may be rounded to the next level.
+        # In the same batches, because rounding in others may change a pixel.
         images = in_batches(lambda some: np.asarray(codec.decode_latents(some)), changed, 5)
         expected = {
             "psnr": pixels.psnr(GREY, images).mean(),
@@ -116,7 +114,7 @@ def test_rows_are_those_of_all_images_at_once(codec, decoded):
             ),
         }
         by_split = extract(rgb(images)).logits[np.argsort(np.arange(COUNT) % 10, kind="stable")]
-        # Three splits have three images, the others two, in this order and numpy's alike.
+        # Three splits have three images and the others two, as in numpy's splits.
         score, deviation = inception_score(by_split)
         expected |= {"inception_score": score, "inception_score_std": deviation}
         if indices is not None:
@@ -136,14 +134,8 @@ def test_rows_are_those_of_all_images_at_once(codec, decoded):
 def test_rows_of_a_sweep(found):
     rows = [(r["levels"], r["range"], r["share"], r["delta"]) for r in found["rows"]]
     own, paper = (16, 0.4), Quantizer.gaussian(64, 5.0)
-    assert rows[0] == (None, None, 0, 0)
-    assert rows[1:] == [
-        (4, 0.4, 0, 0),
-        (8, 0.4, 0, 0),
-        (*own, 0, 0),
-        (16, 0.2, 0, 0),
-        (*own, 0.5, 2),
-    ]
+    quantized = [(4, 0.4, 0, 0), (8, 0.4, 0, 0), (*own, 0, 0), (16, 0.2, 0, 0), (*own, 0.5, 2)]
+    assert rows == [(None, None, 0, 0), *quantized]
     quantizers = [variant.quantizer for variant in sweep(paper)]
     assert [q and q.levels for q in quantizers] == [None, 8, 16, 32, 64, 64, 64, 64]
     assert [q and q.maximum for q in quantizers] == [None, 5, 5, 5, 5, 2, 3, 4]
@@ -163,7 +155,7 @@ def test_rows_of_a_sweep(found):
 
 
 def assert_alike(row: dict, expected: dict) -> None:
-    """Equal but for float32 rounding, which may change a pixel or an index."""
+    """Equal except for float32 rounding, which may change a pixel or an index."""
     ours, theirs = ({k: v for k, v in x.items() if v is not None} for x in (row, expected))
     assert ours == pytest.approx(theirs, rel=1e-3)
 
@@ -176,7 +168,7 @@ def test_batches_blocks_and_devices_change_nothing(found, monkeypatch):
 
 
 def test_reference_and_perceptual_distance(codec, found, monkeypatch):
-    network = ((lpips.Conv(0, 4),), (lpips.Pool(2), lpips.Conv(2, 6)))
+    network = ((lpips.Conv(0, 4),), (2, lpips.Conv(2, 6)))
     monkeypatch.setitem(lpips.NETWORKS, "small", network)
     rng = np.random.default_rng(0)
     shapes = {"conv0": (3, 3, 3, 4), "conv2": (3, 3, 4, 6)}
@@ -217,7 +209,7 @@ def test_perturbed_indices_are_moved_by_chance():
     assert stats.chisquare(counts, chances * indices.size).pvalue > 0.01
     everything = perturb(indices, numbers, 40, Variant(OWN, 1.0, 1), seed=0)
     assert set(np.unique(everything)) == {19, 21}
-    # More are moved, but none otherwise.
+    # A larger share moves more indices, and the same ones alike.
     more = perturb(indices, numbers, 40, Variant(OWN, 0.6, 3), seed=0)
     np.testing.assert_array_equal(more[moved != 20], moved[moved != 20])
     assert (more != 20).mean() == pytest.approx(0.6, abs=0.01)
@@ -230,7 +222,7 @@ def test_perturbed_indices_stay_levels():
     assert 0 < (moved == indices).mean() < 1
 
 
-def test_perturbations_belong_to_the_image():
+def test_perturbations_depend_on_the_number_of_the_image():
     indices = np.random.default_rng(0).integers(16, size=(6, 9, 3))
     variant = Variant(OWN, 0.5, 2)
     moved = perturb(indices, np.arange(6), 16, variant, seed=3)
@@ -240,19 +232,21 @@ def test_perturbations_belong_to_the_image():
     assert (perturb(indices, np.arange(6) + 1, 16, variant, seed=3) != moved).any()
 
 
-# --- Mistakes, and what is written ----------------------------------------------------------------
+# --- Mistakes, and results ------------------------------------------------------------------------
 
 
-def test_mistakes_are_told(codec):
+def test_mistakes_are_reported(codec):
     for share, delta in ((0.5, 0), (0.0, 2), (1.5, 1), (0.5, -1)):
         with pytest.raises(UserError, match=f"perturbed with share {share} and delta {delta}"):
             Variant(OWN, share, delta)
     with pytest.raises(UserError, match="posterior='mode' is neither"):
         reconstruction(codec, image_set(), VARIANTS, posterior="mode")
-    with pytest.raises(UserError, match="SSIM needs images of at least 7 pixels"):
-        reconstruction(codec, image_set(IMAGES[:, :4]), VARIANTS)
-    with pytest.raises(UserError, match="noise: there are colours, but the autoencoder"):
-        reconstruction(codec, image_set(IMAGES * np.array([1, 1, 0], np.uint8)), VARIANTS)
+    for images, message in [
+        (IMAGES[:, :4], "SSIM needs images of at least 7 pixels"),
+        (IMAGES * np.array([1, 1, 0], np.uint8), "noise: there are colours, but the autoencoder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            reconstruction(codec, image_set(images), VARIANTS)
     with pytest.raises(UserError, match="at least 2 images, not 1"):
         reconstruction(codec, image_set(IMAGES[:1]), VARIANTS[:1], extractor=Projection())
     broken = make_codec()
@@ -261,8 +255,5 @@ def test_mistakes_are_told(codec):
         reconstruction(broken, image_set(), VARIANTS[:1])
 
 
-def test_what_is_found_is_json_and_drawn(found, tmp_path):
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    (path,) = module.plot(found, tmp_path / "pictures")
-    with Image.open(path) as picture:
-        assert min(picture.size) > 400
+def test_the_result_is_json_and_plotted(found, tmp_path):
+    assert_json_and_plots(found, module.plot, tmp_path, 1)

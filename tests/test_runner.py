@@ -1,4 +1,4 @@
-"""The command runner in-process, with a command of the tests' own: statuses and messages."""
+"""The command runner: exit statuses and messages of a test command that runs in-process."""
 
 import errno
 import os
@@ -22,41 +22,42 @@ def test_a_command_may_choose_its_status(probe, run):
         assert run()[0] == status
 
 
-def test_a_users_mistake_within_the_command_is_status_2(probe, run):
-    def fail(args):
-        raise UserError("the folder is empty; put images there")
+def failing(error):
+    """A function that takes any arguments and raises an error."""
 
-    probe.then = fail
-    expected = "tokenbridge probe: error: the folder is empty; put images there\n"
-    assert run() == (2, "", expected)
+    def fail(*args, **options):
+        raise error
 
-
-def test_an_interrupt_is_status_130(probe, run):
-    def interrupt(args):
-        raise KeyboardInterrupt
-
-    probe.then = interrupt
-    assert run() == (130, "", "tokenbridge probe: interrupted\n")
+    return fail
 
 
-def test_a_defect_is_one_line_and_a_file_with_its_traceback(probe, run, tmp_path, monkeypatch):
-    def fail(args):
-        raise ZeroDivisionError("a defect of ours\nat length")
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("the folder is empty; put images there"), 2, "error: the folder is empty; put "
+         "images there"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)  # fmt: skip
+def test_a_mistake_or_an_interrupt_gives_one_line(probe, run, error, status, message):
+    probe.then = failing(error)
+    assert run() == (status, "", f"tokenbridge probe: {message}\n")
 
-    probe.then = fail
+
+def test_a_bug_gives_one_line_and_a_file_with_its_traceback(probe, run, tmp_path, monkeypatch):
+    probe.then = failing(ZeroDivisionError("a bug\nat length"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     status, out, err = run()
     kept = list(tmp_path.glob("tokenbridge-probe-*.txt"))
     assert (status, out, len(kept)) == (1, "", 1)
     assert err == (
-        "tokenbridge probe: error: ZeroDivisionError: a defect of ours; the whole traceback is in "
-        f"{kept[0]}\n"
+        f"tokenbridge probe: error: ZeroDivisionError: a bug; the whole traceback is in {kept[0]}\n"
     )
     text = kept[0].read_text()
     assert "Traceback" in text
     assert "in fail" in text
-    assert text.endswith("ZeroDivisionError: a defect of ours\nat length\n")
-    # Where there is no place for a file, nothing is lost.
+    assert text.endswith("ZeroDivisionError: a bug\nat length\n")
+    # If no file can be written, the traceback goes to stderr.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     assert "in fail" in run()[2]
 
@@ -65,14 +66,11 @@ def test_a_defect_is_one_line_and_a_file_with_its_traceback(probe, run, tmp_path
     ("code", "status"),
     [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EIO, 1), (errno.ESTALE, 1), (errno.ENOENT, 1)],
 )
-def test_what_the_system_refuses_is_named(probe, run, tmp_path, monkeypatch, code, status):
-    def fail(args):
-        raise OSError(code, os.strerror(code), "some/file")
-
-    probe.then = fail
+def test_an_error_of_the_system_is_named(probe, run, tmp_path, monkeypatch, code, status):
+    probe.then = failing(OSError(code, os.strerror(code), "some/file"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found, _, err = run()
-    assert found == status  # 2 where it would be in vain to start again.
+    assert found == status  # 2 if a restart cannot help.
     assert f"error: cannot read or write some/file: {os.strerror(code)}; " in err
     assert err.count("\n") == 1
 
@@ -86,11 +84,11 @@ def test_distributed_joins_before_the_command_runs(probe, run, monkeypatch):
     assert run("--distributed")[0] == 11
 
 
-def test_no_cluster_to_join_is_a_users_mistake(mistake, monkeypatch):
-    def fail(**_):
-        raise ValueError("coordinator_address should be defined.")
+NO_ADDRESS = ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
+
+def test_no_cluster_to_join_is_a_users_mistake(mistake, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", failing(NO_ADDRESS))
     line = mistake("--distributed")
     assert "--distributed" in line
     assert "coordinator_address" in line
@@ -113,7 +111,7 @@ def test_no_cluster_to_join_is_a_users_mistake(mistake, monkeypatch):
         ({"SLURM_JOB_ID": "7"}, "srun has not started it as one of its tasks"),
     ],
 )
-def test_a_job_that_cannot_come_together_is_told(mistake, monkeypatch, variables, message):
+def test_wrong_settings_of_a_job_are_named(mistake, monkeypatch, variables, message):
     names = {
         "ADDRESS": "JAX_COORDINATOR_ADDRESS",
         "NUM": "JAX_NUM_PROCESSES",
@@ -122,26 +120,17 @@ def test_a_job_that_cannot_come_together_is_told(mistake, monkeypatch, variables
     }
     for name, value in variables.items():
         monkeypatch.setenv(names.get(name, name), value)
-
-    def unknown(host, port):
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    def fail(**_):
-        raise ValueError("coordinator_address should be defined.")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", failing(unknown))
     monkeypatch.setattr(processes, "NAME_SECONDS", -1)
     monkeypatch.setattr(processes, "_tell_when_aborted", lambda: None)
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(jax.distributed, "initialize", failing(NO_ADDRESS))
     assert message in mistake("--distributed")
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Backend 'cuda' is not in the")])
-def test_devices_that_are_not_there_are_named(mistake, monkeypatch, error):
-    def fail():
-        raise error
-
-    monkeypatch.setattr(jax, "devices", fail)
+def test_missing_devices_are_named(mistake, monkeypatch, error):
+    monkeypatch.setattr(jax, "devices", failing(error))
     assert "JAX_PLATFORMS=cpu asks for devices that JAX does not find here" in mistake()
 
 
@@ -162,8 +151,8 @@ def test_help_shows_the_docstring_and_the_flags(probe, run, flag):
     status, out, err = run(flag, workdir=None)
     assert (status, err) == (0, "")
     assert out.startswith("Probes.\n\nAt length.\n")
-    for name in ("--count", "--config", "--workdir", "--[no]distributed"):
-        assert name in out
+    for text in ("--count", "--config", "--workdir", "--[no]distributed", "(default: 'digits')"):
+        assert text in out
     assert probe.args is None
 
 
@@ -177,7 +166,7 @@ def test_the_console_script_runs_the_command(probe, monkeypatch, tmp_path):
     assert main(monkeypatch, "probe", "--workdir", str(tmp_path), "--count=4") == 4
 
 
-def test_an_unknown_command_is_status_2_and_lists_those_there_are(monkeypatch, capsys):
+def test_an_unknown_command_is_status_2_and_lists_all_commands(monkeypatch, capsys):
     assert main(monkeypatch, "trian", "--workdir", "x") == 2
     out, err = capsys.readouterr()
     assert err == "tokenbridge: there is no command 'trian'\n"
@@ -186,7 +175,7 @@ def test_an_unknown_command_is_status_2_and_lists_those_there_are(monkeypatch, c
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
-def test_usage_is_no_mistake(monkeypatch, capsys, argv):
+def test_usage_is_status_0(monkeypatch, capsys, argv):
     assert main(monkeypatch, *argv) == 0
     out, err = capsys.readouterr()
     assert out.startswith("usage: tokenbridge COMMAND --workdir DIR")

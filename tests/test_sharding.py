@@ -1,7 +1,7 @@
-"""Training on several meshes against training on one device, and what is compiled for it.
+"""Training on several meshes against training on one device, and the compiled programs.
 
-Numbers agree to float32 rounding only: the order in which a sum over the batch or over a split axis
-is added up follows from the mesh.
+Numbers agree only to float32 rounding: the mesh decides the order in which a sum over the batch or
+over a split axis is added.
 """
 
 import functools
@@ -34,7 +34,7 @@ from tokenbridge_jax.training.step import make_train_step
 BATCH = 16
 # Plain gradient sums, so that an update shows every gradient as it is.
 OPTIMIZER = optax.sgd(0.01, momentum=0.9)
-# A model, and in how many micro-batches it is trained; the second with all that training knows.
+# A model, and its number of micro-batches. The second uses every feature of training.
 SCANNED = tiny(encoder_layers=2, dropout=0.1), 1
 UNROLLED = tiny(scan_layers=False, dropout=0.1, remat="dots"), 2
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -43,16 +43,8 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 def make_step(config, mesh, accumulation=1):
     task = ModelTask(config, class_dropout=0.5)
     abstract = abstract_state(task.init, OPTIMIZER, mesh)
-    step = make_train_step(
-        task,
-        OPTIMIZER,
-        lambda step: 0.01,
-        abstract,
-        mesh,
-        seed=0,
-        ema_decay=0.9,
-        accumulation=accumulation,
-    )
+    settings = dict(seed=0, ema_decay=0.9, accumulation=accumulation)
+    step = make_train_step(task, OPTIMIZER, lambda step: 0.01, abstract, mesh, **settings)
     return abstract, step
 
 
@@ -62,10 +54,9 @@ def train(sizes, config, accumulation):
     abstract, step = make_step(config, mesh, accumulation)
     params = random_params(config)
     start = TrainState(np.int32(0), params, params, OPTIMIZER.init(params))
-    # A copy each: the step gives its inputs away.
+    # Copies, because the step donates its inputs.
     state = jax.tree.map(lambda x, to: jax.device_put(np.array(x), to.sharding), start, abstract)
     batch = random_batch(config, BATCH)
-    batch = {name: batch[name] for name in ("indices", "labels")}
     history = []
     with meshes.use_mesh(mesh):
         for i in range(2):
@@ -96,7 +87,7 @@ def test_training_on_a_mesh_is_training_on_one_device(settings, sizes):
     assert_trees_close(state.params, expected.params)
     assert_trees_close(state.ema_params, expected.ema_params)
 
-    # Parameters, average and momentum lie alike, and the large ones are split.
+    # Parameters, average and momentum have the same layout, and the large ones are split.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
     assert jax.tree.map(lambda leaf: leaf.sharding, state.ema_params) == shardings
     assert jax.tree.map(lambda leaf: leaf.sharding, state.opt_state[0].trace) == shardings
@@ -106,6 +97,7 @@ def test_training_on_a_mesh_is_training_on_one_device(settings, sizes):
     assert qkv.addressable_shards[0].data.shape[3] == config.head_heads // sizes[2]
 
 
+@functools.cache
 def train_autoencoder(sizes):
     config = AutoencoderConfig(4, 1, 8, (1, 2), 1, (), 2, 1.0)
     task = AutoencoderTask(config, "float32", kl_weight=1e-3)
@@ -113,25 +105,16 @@ def train_autoencoder(sizes):
     _, state, step = toy_training(task, mesh := first_devices(*sizes))
     with meshes.use_mesh(mesh):
         state, metrics = step(state, meshes.to_global({"images": images}, mesh), None)
-    # After one step Adam's first moment is the gradient, but for a factor.
-    (moments,) = [s.mu for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s)]
+    # After one step the first moment of Adam is the gradient, except for a factor.
+    moments = state.opt_state[1].mu
     return {name: float(value) for name, value in metrics.items()}, moments, state.params
 
 
-def is_adam(state):
-    return isinstance(state, optax.ScaleByAdamState)
-
-
-@pytest.fixture(scope="module")
-def autoencoder_on_one_device():
-    return train_autoencoder((1, 1, 1))
-
-
-# Its parameters are split over fsdp alone: the tensor axis is one of copies.
+# Its parameters are split only over fsdp: the devices of the tensor axis hold copies.
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
-def test_the_autoencoder_trains_alike_on_a_mesh(autoencoder_on_one_device, sizes):
+def test_the_autoencoder_trains_on_a_mesh_as_on_one_device(sizes):
     metrics, moments, params = train_autoencoder(sizes)
-    expected, expected_moments, _ = autoencoder_on_one_device
+    expected, expected_moments, _ = train_autoencoder((1, 1, 1))
     assert metrics == pytest.approx(expected, rel=1e-5)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected_moments))
     # Some gradients are zero in exact arithmetic: a bias before a norm.
@@ -142,7 +125,7 @@ def test_the_autoencoder_trains_alike_on_a_mesh(autoencoder_on_one_device, sizes
 
 
 def wide(layers):
-    """Wide enough for parameters to weigh more than activations; sizes that 8 devices divide."""
+    """So wide that parameters need more memory than activations; 8 devices divide its sizes."""
     return tiny(
         encoder_layers=layers, encoder_width=128, encoder_heads=8, decoder_width=128,
         decoder_heads=8, head_width=128, head_heads=8, positions=4, buffer=1,
@@ -162,25 +145,22 @@ def test_no_device_ever_holds_the_whole_state():
 
 @pytest.fixture(scope="module")
 def fsdp_programs():
-    """The compiled step of two layers and of four, parameters split over eight devices."""
+    """The compiled steps of two layers and of four, with parameters split over eight devices."""
     mesh = meshes.make_mesh(1, 8, 1)
     masks = MaskSampler(4, bucket=4)
 
     def compiled(layers):
         config = wide(layers)
         abstract, step = make_step(config, mesh)
-        batch = random_batch(config, 8)
-        batch = {name: batch[name] for name in ("indices", "labels")}
+        batch = meshes.to_global(random_batch(config, 8), mesh)
         with meshes.use_mesh(mesh):
-            return abstract, step.lower(
-                abstract, meshes.to_global(batch, mesh), masks.draw(0, 0)
-            ).compile()
+            return abstract, step.lower(abstract, batch, masks.draw(0, 0)).compile()
 
     return {layers: compiled(layers) for layers in (2, 4)}
 
 
 def layer_bytes(abstract):
-    """Of one layer of the encoder: the bytes of its largest parameter, and of all."""
+    """The bytes of the largest parameter in one layer of the encoder, and of the whole layer."""
     blocks = jax.tree.leaves(abstract.params["backbone"]["encoder_blocks"])
     sizes = [4 * math.prod(leaf.shape[1:]) for leaf in blocks]
     return max(sizes), sum(sizes)
@@ -196,7 +176,7 @@ def test_parameters_are_gathered_layer_by_layer(fsdp_programs):
     ]
     # The head's modulation is the largest of all parameters: 6 D x D, and fc1 is 4 D x D.
     assert largest <= max(gathered) <= 1.5 * largest < layer
-    # Activations stay with their images: only gradients and sums go round.
+    # Activations stay with their images: devices exchange only gradients and sums.
     assert not re.search(r" (all-to-all|collective-permute)(-start)?\(", program.as_text())
 
 
@@ -205,7 +185,7 @@ def test_twice_the_layers_need_no_second_copy_of_the_parameters(fsdp_programs):
     more = program.memory_analysis().temp_size_in_bytes
     more -= fsdp_programs[2][1].memory_analysis().temp_size_in_bytes
     _, layer = layer_bytes(abstract)
-    # Two layers more: their gradients' eighths and activations, but not the layers themselves.
+    # Two more layers need an eighth of their gradients, and activations, but not their parameters.
     assert more < layer
 
 
@@ -243,14 +223,11 @@ processes.leave(0)
 """
 
 
-def test_two_processes_put_together_the_batch():
-    """Rows that alternate between processes, and rows that both hold: tensor crosses processes."""
+def test_two_processes_assemble_the_batch():
+    """Rows that alternate between processes, and rows of both, where tensor crosses processes."""
     job = start_job(["-c", PROCESS], [[], []], devices=2)
     printed = [process.communicate(timeout=120)[0] for process in job]
-    # Lines of the collectives' library may stand behind them.
+    # Other lines may come from the library for collectives.
     rows = [re.findall(r"rows (\[[\d, ]*\])", text) for text in printed]
     everything = str(list(range(8)))
-    assert rows == [
-        ["[0, 1, 4, 5]", everything, everything],
-        ["[2, 3, 6, 7]", everything, everything],
-    ]
+    assert rows == [[own, everything, everything] for own in ("[0, 1, 4, 5]", "[2, 3, 6, 7]")]

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import textwrap
+from unittest import mock
 
 import numpy as np
 import pytest
-from token_shards import make_info, random_records, write_tokens
+from token_shards import full_disk, make_info, random_records, write_tokens
 
 from tokenbridge_jax.channels import ChannelStatistics
-from tokenbridge_jax.data import shard_writer, shards
+from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.shard_writer import ShardWriter, read_summary
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.quantizer import Quantizer
@@ -41,12 +42,7 @@ def test_info_survives_json(levels, flips, samples, views):
 
 def test_views_are_sample_major_and_plain_first():
     views = make_info(flips=True, samples=2).to_json()["views"]
-    assert [(view["sample"], view["flipped"]) for view in views] == [
-        (0, False),
-        (0, True),
-        (1, False),
-        (1, True),
-    ]
+    assert views == [{"sample": s, "flipped": f} for s in (0, 1) for f in (False, True)]
 
 
 def test_the_five_documented_lines(tmp_path, monkeypatch):
@@ -56,7 +52,7 @@ def test_the_five_documented_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = {}
     code = textwrap.dedent(code).replace('open("dataset.json")', "file")
-    with open("dataset.json") as file:  # The documented line leaves closing to the interpreter.
+    with open("dataset.json") as file:  # The documented line does not close it.
         exec(code, {"file": file}, found)
     expected = random_records(info, range(7))
     assert found["records"].dtype == expected.dtype
@@ -64,7 +60,7 @@ def test_the_five_documented_lines(tmp_path, monkeypatch):
 
 
 def test_documented_formula_dequantizes(tmp_path):
-    # What the module's documentation says an index stands for, in float32.
+    # The formula in the module's documentation, in float32.
     quantizer = Quantizer.gaussian(64)
     described = make_info(levels=64).to_json()["quantizer"]
     v = np.array(described["level_values"], np.float32)
@@ -113,71 +109,33 @@ def test_incomplete_shards_have_no_summary(tmp_path):
     assert read_summary(path) is None
 
 
-def test_an_exception_leaves_nothing(tmp_path):
-    info = make_info()
+def write(folder, records, before_commit=lambda: None):
+    with ShardWriter(folder / "x.array_record") as writer:
+        writer.write(records)
+        before_commit()
+        writer.commit([], statistics_of(make_info(), records))
 
-    def write():
-        with ShardWriter(tmp_path / "x.array_record") as writer:
-            writer.write(random_records(info, range(5)))
-            raise KeyError
 
+def test_failures_leave_nothing(tmp_path):
+    records = random_records(make_info(), range(5))
     with pytest.raises(KeyError):
-        write()
+        write(tmp_path, records, before_commit=lambda: {}["missing"])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_full_disk_while_writing(tmp_path, monkeypatch):
-    info = make_info()
-    records = random_records(info, range(3000))
-    # The temporary file is a link to the device that is always full.
-    create = shard_writer.ArrayRecordWriter
-
-    def on_full_disk(path, options):
-        os.symlink("/dev/full", path)
-        return create(path, options)
-
-    def write():
-        with ShardWriter(tmp_path / "x.array_record") as writer:
-            for _ in range(100):
-                writer.write(records)
-            writer.commit([], statistics_of(info, records))
-
-    monkeypatch.setattr(shard_writer, "ArrayRecordWriter", on_full_disk)
-    with pytest.raises(UserError, match=r"cannot write .*x\.array_record: the disk is full"):
-        write()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_full_disk_while_writing_the_summary(tmp_path, monkeypatch):
-    info = make_info()
-    records = random_records(info, range(3))
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def write():
-        with ShardWriter(tmp_path / "x.array_record") as writer:
-            writer.write(records)
-            monkeypatch.setattr(os, "fsync", full)
-            writer.commit([], statistics_of(info, records))
-
-    with pytest.raises(UserError, match="the disk is full"):
-        write()
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_vanished_temporary_file(tmp_path):
-    info = make_info()
-    records = random_records(info, range(3))
-
-    def write():
-        with ShardWriter(tmp_path / "x.array_record") as writer:
-            writer.write(records)
-            next(tmp_path.glob(".*.tmp")).unlink()
-            writer.commit([], statistics_of(info, records))
-
     with pytest.raises(UserError, match="temporary file vanished; let only one run"):
-        write()
+        write(tmp_path, records, before_commit=lambda: next(tmp_path.glob(".*.tmp")).unlink())
+
+
+def test_full_disks_are_named_and_nothing_is_left(tmp_path, monkeypatch):
+    records = random_records(make_info(), range(3000))
+    message = r"cannot write .*x\.array_record: the disk is full"
+    with full_disk(), pytest.raises(UserError, match=message):
+        write(tmp_path, np.tile(records, 100))
+    assert list(tmp_path.iterdir()) == []
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", mock.Mock(side_effect=full))
+    with pytest.raises(UserError, match=message):
+        write(tmp_path, records)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unwritable_folder(tmp_path):
@@ -189,16 +147,15 @@ def test_unwritable_folder(tmp_path):
 def test_check_names_the_field(tmp_path):
     info = make_info(levels=16)
     info.check(levels=16, quantizer=Quantizer.gaussian(16), image_size=16, channel_order=(2, 0, 1))
-    mend = "tokenize again with another --workdir, or set it back$"
-    with pytest.raises(UserError, match=f"levels = 16 but this run has 64; {mend}"):
+    advice = "tokenize again with another --workdir, or set it back$"
+    with pytest.raises(UserError, match=f"levels = 16 but this run has 64; {advice}"):
         info.check(image_size=16, levels=64)
     with pytest.raises(UserError, match=r"quantizer\.minimum = -5\.0 but this run has -4\.0"):
         info.check(quantizer=Quantizer(info.quantizer.level_values, -4.0, 5.0))
     with pytest.raises(UserError, match=r"autoencoder\.latent_channels = 3 but this run has 4"):
         info.check(autoencoder=dataclasses.replace(info.autoencoder, latent_channels=4))
-    with pytest.raises(
-        UserError, match=r"autoencoder_hash = 0{12} but.* put the autoencoder back$"
-    ):
+    message = r"autoencoder_hash = 0{12} but.* put the autoencoder back$"
+    with pytest.raises(UserError, match=message):
         info.check(autoencoder_hash="abc")
 
 
@@ -211,15 +168,11 @@ def test_check_names_the_field(tmp_path):
     ],
 )
 def test_any_difference_in_making_is_refused(name, value):
-    info = make_info()
-    info.check_same_making(dataclasses.replace(info, splits={"train": {}}, skipped=({},)))
+    info = make_info(sources={"train": {"path": "/a", "images": 1}})
+    same = make_info(sources={"train": {"path": "/b", "images": 1}}, skipped=({},))
+    info.check_same_making(dataclasses.replace(same, splits={"train": {}}))
     with pytest.raises(UserError, match=name):
         info.check_same_making(dataclasses.replace(info, **{name: value}))
-
-
-def test_where_the_pictures_lie_does_not_matter():
-    one = make_info(sources={"train": {"path": "/a", "images": 1}})
-    one.check_same_making(make_info(sources={"train": {"path": "/b", "images": 1}}))
 
 
 def test_missing_and_foreign_folders(tmp_path):

@@ -1,4 +1,4 @@
-"""What Slurm's variables say, against what its manual says they mean."""
+"""The meaning of Slurm's variables, from its manual."""
 
 import pytest
 
@@ -15,7 +15,7 @@ TASK = {
 
 @pytest.fixture
 def given(monkeypatch):
-    """Sets the variables of a task and more."""
+    """Sets the variables of a task, and others."""
 
     def given(variables):
         for name, value in (TASK | variables).items():
@@ -28,7 +28,7 @@ def given(monkeypatch):
     ("text", "node", "tasks"),
     [("8", 0, 8), ("1(x4)", 3, 1), ("2(x3),1", 2, 2), ("2(x3),1", 3, 1), ("4,2(x2)", 1, 2)],
 )
-def test_tasks_are_counted_node_by_node(given, text, node, tasks):
+def test_tasks_of_each_node_are_counted(given, text, node, tasks):
     given({"SLURM_STEP_TASKS_PER_NODE": text, "SLURM_NODEID": str(node)})
     assert slurm.tasks_on_node() == tasks
 
@@ -49,7 +49,7 @@ def test_tasks_are_counted_node_by_node(given, text, node, tasks):
         ({"SLURM_STEP_TASKS_PER_NODE": "(x4),,1(y2)"}, ""),
     ],
 )
-def test_idle_gpus_are_told(given, variables, words):
+def test_idle_gpus_are_reported(given, variables, words):
     given({"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"} | variables)
     found = slurm.idle_gpus()
     assert words in found

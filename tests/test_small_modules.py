@@ -1,4 +1,4 @@
-"""io, progress, pictures and filling."""
+"""Storage, progress lines, pictures, filling, and the picture of the README."""
 
 import errno
 import math
@@ -7,6 +7,7 @@ import pwd
 import re
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ from tokenbridge_jax.runtime import pictures, progress, safetensors_file, storag
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress, format_seconds
 
-# --- io -------------------------------------------------------------------------------------------
+# --- Storage --------------------------------------------------------------------------------------
 
 
-def test_json_comes_back_and_is_for_people_too(tmp_path):
+def test_json_is_read_back_and_is_readable(tmp_path):
     value = {"a": [1, 2.5, None], "b": {"ü": True}, "c": 0.1 + 0.2}
     path = tmp_path / "deep" / "er" / "x.json"
     storage.write_json(path, value)
@@ -31,7 +32,7 @@ def test_json_comes_back_and_is_for_people_too(tmp_path):
     assert path.read_text().endswith("}\n")
 
 
-def test_writing_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
+def test_writing_replaces_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "x"
     storage.write_bytes(path, b"old, and longer")
     storage.write_bytes(str(path), b"new")
@@ -39,13 +40,13 @@ def test_writing_replaces_the_old_file_and_leaves_nothing_beside_it(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_name_may_be_as_long_as_the_file_system_has_it(tmp_path):
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
     path = tmp_path / ("x" * storage.NAME_BYTES)
     storage.write_bytes(path, b"here")
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_homes_are_where_the_system_says(monkeypatch, tmp_path):
+def test_homes_are_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert storage.expand("~/run") == "/home/me/run"
@@ -54,10 +55,10 @@ def test_homes_are_where_the_system_says(monkeypatch, tmp_path):
     assert storage.user_cache() == Path("/home/me/.cache")
     for same in ("/a/~b", "a~/b", "gs://bucket/~a", "", "gs://bucket/" + "x" * 300):
         assert storage.expand(same) == same
-    # What is called so all the same, stays itself, also as a path.
+    # A file whose name begins with ~.
     monkeypatch.chdir(tmp_path)
     assert storage.expand("./~run") == str(tmp_path / "~run")
-    # A user that nobody knows, in a container say.
+    # A user without a home, as in a container.
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
     with pytest.raises(UserError, match="HOME is not set; write the whole path"):
@@ -67,7 +68,7 @@ def test_homes_are_where_the_system_says(monkeypatch, tmp_path):
     assert storage.user_cache() == tmp_path
 
 
-@pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.parametrize("content", [None, "[1]"])
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -76,25 +77,24 @@ def test_homes_are_where_the_system_says(monkeypatch, tmp_path):
         (errno.EIO, "Input/output error"),
     ],
 )
-def test_a_failed_write_changes_nothing_and_says_why(monkeypatch, tmp_path, existed, code, message):
+def test_a_failed_write_changes_nothing(monkeypatch, tmp_path, content, code, message):
     path = tmp_path / "x.json"
-    if existed:
-        path.write_text("[1]")
+    if content:
+        path.write_text(content)
 
     def fail(descriptor):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(UserError, match=f"{path}.*{message}"):
         storage.write_json(path, [2])
-    assert str(path) in str(raised.value)
-    assert os.listdir(tmp_path) == (["x.json"] if existed else [])
-    if existed:
-        assert storage.read_json(path) == [1]
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == (
+        {"x.json": content} if content else {}
+    )
 
 
-def test_bytes_are_on_disk_before_the_name_is(monkeypatch, tmp_path):
-    """A crash in between must not leave the name on a file whose bytes were never written."""
+def test_bytes_are_on_disk_before_the_name(monkeypatch, tmp_path):
+    """After a crash between the two, no file has the name without its bytes."""
     path = tmp_path / "x"
     at_fsync = []
     monkeypatch.setattr(
@@ -104,7 +104,7 @@ def test_bytes_are_on_disk_before_the_name_is(monkeypatch, tmp_path):
     assert at_fsync == [(False, 5)]
 
 
-def test_a_file_where_a_folder_should_be_is_a_users_mistake(tmp_path):
+def test_a_file_in_place_of_a_folder_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file/x\.json"):
         storage.write_json(tmp_path / "file" / "x.json", {})
@@ -114,7 +114,7 @@ def test_a_file_where_a_folder_should_be_is_a_users_mistake(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
-def test_a_reader_beside_a_writer_sees_whole_files_only(tmp_path):
+def test_a_reader_sees_only_complete_files(tmp_path):
     path = tmp_path / "x.json"
     storage.write_json(path, [0] * 1000)
     stop = threading.Event()
@@ -146,42 +146,33 @@ def test_json_that_cannot_be_read_is_named(tmp_path, text):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_flipped_bit_of_an_npz_is_told_or_does_no_harm(tmp_path, save):
+@pytest.mark.parametrize(
+    ("save", "read", "message"),
+    [
+        (storage.write_npz, storage.read_npz, "cannot be read: "),
+        (lambda path, x: np.savez_compressed(path, **x), storage.read_npz, "cannot be read: "),
+        (safetensors_file.write, safetensors_file.read, "is damaged: "),
+    ],
+)
+def test_a_flipped_bit_is_reported_or_harmless(tmp_path, save, read, message):
     path, rng = tmp_path / "x.npz", np.random.default_rng(0)
     saved = {"mu": rng.normal(size=20), "sigma": rng.integers(3, size=(20, 20))}
-    save(path, **saved)
-    told = 0
+    save(path, saved)
+    reported = 0
     for bit in rng.choice(8 * path.stat().st_size, 60, replace=False):
         with flipped(path, int(bit)):
-            found, message = outcome(lambda: storage.read_npz(path))
-        if message:
-            assert re.fullmatch(rf"{path} cannot be read: .*", message)
-            told += 1
-        else:  # In the archive's list, where a name may now be another, or a date.
-            for name in found.keys() & saved.keys():
-                assert np.array_equal(found[name], saved[name])
-    assert told > 40
+            found, error = outcome(lambda: read(path))
+        if error:
+            assert error.startswith(f"{path} {message}")
+            reported += 1
+        else:  # A bit in the list of a `.npz` file may change a name or a date.
+            names = saved.keys() & found.keys() if read is storage.read_npz else saved.keys()
+            for name in names:
+                np.testing.assert_array_equal(found[name], saved[name], strict=True)
+    assert reported > (40 if read is storage.read_npz else 48)
 
 
-def test_a_flipped_bit_of_safetensors_is_told_or_does_no_harm(tmp_path):
-    path, rng = tmp_path / "x.safetensors", np.random.default_rng(0)
-    saved = {"layer": {"kernel": rng.normal(size=(8, 9)), "bias": np.arange(3, dtype=np.float32)}}
-    safetensors_file.write(path, saved)
-    told = 0
-    for bit in rng.choice(8 * path.stat().st_size, 60, replace=False):
-        with flipped(path, int(bit)):
-            found, message = outcome(lambda: safetensors_file.read(path)["layer"])
-        if message:
-            assert re.fullmatch(rf"{path} is damaged: .*", message)
-            told += 1
-        else:
-            for name, array in saved["layer"].items():
-                np.testing.assert_array_equal(found[name], array, strict=True)
-    assert told > 48
-
-
-def test_what_the_system_refuses_is_told_with_its_reason(tmp_path):
+def test_the_systems_reason_for_an_unreadable_file_is_reported(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, x=np.zeros(3))
     for read in (storage.read_npz, storage.read_json, storage.sha256, safetensors_file.read):
@@ -192,7 +183,7 @@ def test_what_the_system_refuses_is_told_with_its_reason(tmp_path):
             read(tmp_path / "y.npz")
 
 
-# --- progress -------------------------------------------------------------------------------------
+# --- Progress lines -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -207,24 +198,16 @@ def test_durations(seconds: float, text: str):
     assert format_seconds(float(seconds)) == text
 
 
-class Clock:
-    """A clock that stands until told otherwise."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
+    """A clock that a test moves."""
+    clock = types.SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
     monkeypatch.setattr(progress, "time", clock)
     return clock
 
 
-def test_a_line_says_how_far_how_fast_and_when_it_ends(clock, capsys):
+def test_a_line_has_the_progress_the_rate_and_the_time_left(clock, capsys):
     bar = Progress(1000, "img", "tokenize", every_seconds=5.0)
     clock.now += 4
     bar.update(100)
@@ -238,10 +221,10 @@ def test_a_line_says_how_far_how_fast_and_when_it_ends(clock, capsys):
     line = "tokenize 1000/1000 (100%)  25.0 img/s  took 40s  loss 1.235  file b.png\n"
     assert capsys.readouterr().err == line
     bar.close()
-    assert capsys.readouterr().err == ""  # It stands there already.
+    assert capsys.readouterr().err == ""  # The final line is already printed.
 
 
-def test_the_rate_does_not_count_what_was_there_at_the_start(clock, capsys):
+def test_the_rate_does_not_count_the_initial_work(clock, capsys):
     bar = Progress(100, "img", "train", done=40, scale=64, every_seconds=0.0)
     clock.now += 8
     bar.update(10)  # 10 steps of 64 images in 8 seconds; 50 steps are left.
@@ -250,7 +233,7 @@ def test_the_rate_does_not_count_what_was_there_at_the_start(clock, capsys):
     assert capsys.readouterr().err == "train 50/100 (50%)  80.0 img/s  eta 40s\n"
 
 
-def test_before_anything_is_done_there_is_no_estimate(clock, capsys):
+def test_without_finished_work_there_is_no_estimate(clock, capsys):
     bar = Progress(100, every_seconds=0.0)
     clock.now += 1
     bar.update(0)
@@ -279,19 +262,17 @@ def test_a_note_gets_a_line_of_its_own(clock, monkeypatch, capsys):
     assert capsys.readouterr().err == "\r\033[Ka.png is broken\n"
 
 
-def test_only_one_process_need_speak(clock, capsys):
+def test_a_line_may_be_invisible(clock, capsys):
     with Progress(2, visible=False, every_seconds=0.0) as bar:
         clock.now += 1
         bar.update()
     assert capsys.readouterr() == ("", "")
     with Progress(2, every_seconds=0.0):
         pass
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- Pictures -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,7 +280,7 @@ def test_only_one_process_need_speak(clock, capsys):
     [(1, None, (1, 1)), (4, None, (2, 2)), (5, None, (2, 3)), (7, 2, (4, 2)), (3, 10, (1, 10))],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grid_lays_images_out_row_by_row(count, columns, shape, channels):
+def test_a_grid_holds_images_row_by_row(count, columns, shape, channels):
     size = pictures.SMALLEST_SIDE
     images = np.random.default_rng(0).integers(256, size=(count, size, size, channels))
     images = images.astype(np.uint8)
@@ -324,7 +305,7 @@ def test_small_images_are_enlarged_by_a_whole_factor(side: int, factor: int):
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-def test_png_holds_the_exact_pixels(tmp_path, channels: int, mode: str):
+def test_a_png_file_holds_the_exact_pixels(tmp_path, channels: int, mode: str):
     image = np.random.default_rng(2).integers(256, size=(5, 9, channels)).astype(np.uint8)
     pictures.write_png(tmp_path / "new" / "x.png", image)
     with Image.open(tmp_path / "new" / "x.png") as read:
@@ -335,16 +316,15 @@ def test_png_holds_the_exact_pixels(tmp_path, channels: int, mode: str):
 # --- README ---------------------------------------------------------------------------------------
 
 
-def test_the_readme_shows_a_picture_that_is_there():
+def test_the_picture_of_the_readme_exists():
     root = Path(__file__).parent.parent
     text = (root / "README.md").read_text()
     assert "@@" not in text
-    pictures_shown = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert pictures_shown
-    assert all((root / name).is_file() for name in pictures_shown)
+    shown = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert [(root / name).is_file() for name in shown] == [True] * max(1, len(shown))
 
 
-# --- filling --------------------------------------------------------------------------------------
+# --- Filling --------------------------------------------------------------------------------------
 
 
 def test_hidden_pixels_fade_from_the_nearest_visible_one_to_the_mean():

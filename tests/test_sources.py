@@ -23,11 +23,9 @@ def noise(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "BMP", "TIFF"])
 def test_truncated_files_are_named(tmp_path, format):
-    (tmp_path / "cat").mkdir()
-    file = io.BytesIO()
-    Image.fromarray(noise(64, 64)).save(file, format)
     path = tmp_path / "cat" / f"half.{format.lower()}"
-    path.write_bytes(file.getvalue()[: len(file.getvalue()) // 2])
+    write_tree(tmp_path, {f"cat/{path.name}": noise(64, 64)})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (tmp_path / "cat" / "junk.png").write_bytes(b"this is no picture")
     (tmp_path / "cat" / "nothing.png").write_bytes(b"")
     (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "elsewhere.png")
@@ -101,26 +99,21 @@ def config(**data) -> ConfigDict:
 
 
 def test_bad_sources_are_named(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        sources.make_source(config(source="folder", path=str(tmp_path / "nowhere")))
-    with pytest.raises(UserError, match="no class folders"):
-        sources.make_source(config(source="folder", path=str(tmp_path)))
-    (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match="no pictures"):
-        sources.make_source(config(source="folder", path=str(tmp_path)))
-    with pytest.raises(UserError, match=r"data\.path is not set"):
-        sources.make_source(config(source="folder"))
-    with pytest.raises(UserError, match="must be folder, tfds or digits"):
-        sources.make_source(config(source="webdataset"))
-    with pytest.raises(UserError, match="num_classes=10"):
-        sources.make_source(config(source="digits", num_classes=5))
-    for channels in (0, 2, 4):
-        with pytest.raises(UserError, match=f"image_channels is {channels}; it must be 3"):
-            sources.make_source(config(source="digits", image_channels=channels))
-    with pytest.raises(UserError, match="'test'"):
-        sources.make_source(config(source="digits"), "test")
-    with pytest.raises(UserError, match="TFDS data directory"):
-        sources.make_source(config(source="tfds", path=str(tmp_path)))
+    (tmp_path / "classes" / "a").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for data, message in [
+        ({"source": "folder", "path": str(tmp_path / "nowhere")}, "does not exist"),
+        ({"source": "folder", "path": str(tmp_path / "empty")}, "no class folders"),
+        ({"source": "folder", "path": str(tmp_path / "classes")}, "no pictures"),
+        ({"source": "folder"}, r"data\.path is not set"),
+        ({"source": "webdataset"}, "must be folder, tfds or digits"),
+        ({"source": "digits", "num_classes": 5}, "num_classes=10"),
+        *[({"source": "digits", "image_channels": n}, f"is {n}; it must be 3") for n in (0, 2, 4)],
+        ({"source": "digits", "split": "test"}, "'test'"),
+        ({"source": "tfds", "path": str(tmp_path)}, "TFDS data directory"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            sources.make_source(config(**data))
 
 
 def test_folder_split_is_a_subfolder(tmp_path):
@@ -129,7 +122,7 @@ def test_folder_split_is_a_subfolder(tmp_path):
     data.split = "train"
     assert sources.make_source(data).name(0) == "a/1.png"
     assert sources.make_source(data, "val").name(0) == "a/2.png"
-    data.path = str(tmp_path / "val")  # No subfolder "train": it is the training tree.
+    data.path = str(tmp_path / "val")  # Without a subfolder "train" it is the training tree.
     assert sources.make_source(data).name(0) == "a/2.png"
     with pytest.raises(UserError, match="val/val does not exist"):
         sources.make_source(data, "val")
@@ -168,12 +161,13 @@ def test_hold_out_is_by_name(tmp_path):
 
 
 def write_tfds_archive(
-    root: Path, shards: dict[str, list[list[tuple[bytes, int, str]]]], features: dict | None = None
-) -> Path:
-    """An archive as `tfds build --file_format=array_record` leaves it, of (JPEG, label, name)."""
+    root: Path, shards: dict[str, list[list[tuple[bytes, int]]]], features: dict | None = None
+) -> None:
+    """Writes an archive of (JPEG, label) pairs as `tfds build --file_format=array_record` does."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+    from tensorflow_datasets.proto import tf_example_pb2
+    from tensorflow_datasets.proto import tf_feature_pb2 as proto
 
     folder = root / "imagenet2012" / "5.1.0"
     folder.mkdir(parents=True)
@@ -183,23 +177,17 @@ def write_tfds_archive(
         "file_name": tfds.features.Text(),
     }
     tfds.features.FeaturesDict(features).save_config(str(folder))
-
-    def feature(**value):
-        return tf_feature_pb2.Feature(**value)
-
     for split, lists in shards.items():
         for number, examples in enumerate(lists):
             name = f"imagenet2012-{split}.array_record-{number:05d}-of-{len(lists):05d}"
             writer = ArrayRecordWriter(str(folder / name), "group_size:1")
-            for jpeg, label, file_name in examples:
+            for jpeg, label in examples:
                 values = {
-                    "image": feature(bytes_list=tf_feature_pb2.BytesList(value=[jpeg])),
-                    "label": feature(int64_list=tf_feature_pb2.Int64List(value=[label])),
-                    "file_name": feature(
-                        bytes_list=tf_feature_pb2.BytesList(value=[file_name.encode()])
-                    ),
+                    "image": proto.Feature(bytes_list=proto.BytesList(value=[jpeg])),
+                    "label": proto.Feature(int64_list=proto.Int64List(value=[label])),
+                    "file_name": proto.Feature(bytes_list=proto.BytesList(value=[b"n1_1.JPEG"])),
                 }
-                example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=values))
+                example = tf_example_pb2.Example(features=proto.Features(feature=values))
                 writer.write(example.SerializeToString())
             writer.close()
     info = {
@@ -219,87 +207,73 @@ def write_tfds_archive(
         ],
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    return folder
+
+
+def jpeg(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
 def tfds_archive(tmp_path_factory):
     root = tmp_path_factory.mktemp("tfds")
-
-    def example(i: int) -> tuple[bytes, int, str]:
-        file = io.BytesIO()
-        Image.fromarray(np.full((20, 30 + i, 3), 20 * i, np.uint8)).save(file, "JPEG")
-        return file.getvalue(), i % 3, f"n{i % 3 + 1}_{i}.JPEG"
-
-    write_tfds_archive(
-        root,
-        {
-            "train": [[example(0), example(1), example(2)], [example(3), example(4)]],
-            "validation": [[example(5), example(6)]],
-        },
-    )
+    grey = [np.full((20, 30 + i, 3), 20 * i, np.uint8) for i in range(7)]
+    examples = [(jpeg(pixels), i % 3) for i, pixels in enumerate(grey)]
+    write_tfds_archive(root, {"train": [examples[:3], examples[3:5]], "validation": [examples[5:]]})
     return root
-
-
-def test_tfds_source(tfds_archive):
-    version_folder = tfds_archive / "imagenet2012" / "5.1.0"
-    for path in (tfds_archive, version_folder):
-        source = sources.make_source(config(source="tfds", path=str(path), split="train"))
-        assert len(source) == 5
-        assert source.class_names == ("n1", "n2", "n3")
-        for i in range(5):
-            image, label = source.load(i)
-            assert image.format == "JPEG"  # The archive's own bytes, decoded by nobody before us.
-            assert image.size == (30 + i, 20)
-            pixels, _ = sources.load_prepared(source, i, 16, 3)
-            assert np.abs(pixels.astype(int) - 20 * i).max() <= 2
-            assert label == i % 3
-    data = config(source="tfds", path=str(tfds_archive), split="train[1:3]")
-    assert len(sources.make_source(data)) == 2
-    assert len(sources.make_source(data, "validation")) == 2
-    with pytest.raises(UserError, match="cannot read split 'test'"):
-        sources.make_source(data, "test")
 
 
 def tfds_config(root: Path, split: str, **data) -> ConfigDict:
     return config(source="tfds", path=str(root), split=split, **data)
 
 
-def test_an_empty_tfds_split_is_named(tfds_archive):
+def test_tfds_source(tfds_archive):
+    for path in (tfds_archive, tfds_archive / "imagenet2012" / "5.1.0"):
+        source = sources.make_source(tfds_config(path, "train"))
+        assert len(source) == 5
+        assert source.class_names == ("n1", "n2", "n3")
+        for i in range(5):
+            image, label = source.load(i)
+            assert image.format == "JPEG"  # The bytes of the archive, not decoded before.
+            assert image.size == (30 + i, 20)
+            pixels, _ = sources.load_prepared(source, i, 16, 3)
+            assert np.abs(pixels.astype(int) - 20 * i).max() <= 2
+            assert label == i % 3
+    data = tfds_config(tfds_archive, "train[1:3]")
+    assert len(sources.make_source(data)) == 2
+    assert len(sources.make_source(data, "validation")) == 2
+    with pytest.raises(UserError, match="cannot read split 'test'"):
+        sources.make_source(data, "test")
     for split in ("train[:0%]", "validation[1:1]"):
         with pytest.raises(UserError, match=r"split '.*' of .*5\.1\.0 holds no pictures"):
-            sources.make_source(tfds_config(tfds_archive, split))
+            sources.make_source(data, split)
 
 
 def test_tfds_labels(tmp_path):
     import tensorflow_datasets as tfds
 
     image, scalar = tfds.features.Image(encoding_format="jpeg"), tfds.features.Scalar(np.int64)
-    file = io.BytesIO()
-    Image.fromarray(noise(9, 9)).save(file, "JPEG")
-    examples = {"train": [[(file.getvalue(), label, "") for label in (0, 1, 1)]]}
-    for name, label in (
-        ("integers", scalar),
-        ("text", tfds.features.Text()),
-        ("several", tfds.features.Sequence(tfds.features.ClassLabel(num_classes=2))),
-        ("none", None),
-    ):
-        features = {"image": image} | ({"label": label} if label else {})
+    several = tfds.features.Sequence(tfds.features.ClassLabel(num_classes=2))
+    picture = jpeg(noise(9, 9))
+
+    def source(name, **features):
+        examples = {"train": [[(picture, label) for label in (0, 1, 1)]]}
         write_tfds_archive(tmp_path / name, examples, features)
-    source = sources.make_source(tfds_config(tmp_path / "integers", "train", num_classes=3))
-    assert source.class_names == ("0", "1", "2")
-    assert [source.label(i) for i in range(3)] == [0, 1, 1]
-    assert sources.load_prepared(source, 2, 9, 3)[1] == 1
-    for name, message in (
-        ("text", "labels of .* are no classes but Text"),
-        ("several", "labels of .* are no classes but Sequence"),
-        ("none", "has no feature 'label', only image: its pictures have no classes"),
+        return sources.make_source(tfds_config(tmp_path / name, "train", num_classes=3))
+
+    integers = source("integers", image=image, label=scalar)
+    assert integers.class_names == ("0", "1", "2")
+    assert [integers.label(i) for i in range(3)] == [0, 1, 1]
+    assert sources.load_prepared(integers, 2, 9, 3)[1] == 1
+    for features, message in (
+        ({"image": image, "label": tfds.features.Text()}, "labels of .* are not classes but Text"),
+        ({"image": image, "label": several}, "labels of .* are not classes but Sequence"),
+        ({"image": image}, "has no feature 'label', only image: its pictures have no classes"),
+        ({"image": scalar, "label": scalar}, "has no feature 'image' of pictures, only image, lab"),
     ):
         with pytest.raises(UserError, match=message):
-            sources.make_source(tfds_config(tmp_path / name, "train"))
-    write_tfds_archive(tmp_path / "numbers", examples, {"image": scalar, "label": scalar})
-    with pytest.raises(UserError, match="has no feature 'image' of pictures, only image, label"):
-        sources.make_source(tfds_config(tmp_path / "numbers", "train"))
+            source(f"{len(message)}", **features)
 
 
 def test_tfds_needs_no_tensorflow(tfds_archive):
@@ -310,14 +284,10 @@ def test_tfds_needs_no_tensorflow(tfds_archive):
         "print(sources.load_prepared(source, 4, 16, 3)[0].mean().round())\n"
         "assert 'tensorflow' not in sys.modules\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        check=False,
-    )
-    assert done.stdout.strip() == "80.0", done.stderr
+    command = [sys.executable, "-c", code]
+    folder = Path(__file__).parent.parent
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=folder, check=True)
+    assert done.stdout.strip() == "80.0"
 
 
 def test_spread_covers_a_subset_evenly():

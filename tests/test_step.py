@@ -1,4 +1,4 @@
-"""The step: against arithmetic by hand, against itself on other meshes, and its compilations."""
+"""The step: against numpy, against itself on other meshes, and the number of compilations."""
 
 import jax
 import numpy as np
@@ -26,25 +26,16 @@ def train(task, mesh, batches, draws=None, **settings):
 
 def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for name, a, b in zip(
-        jax.tree.flatten_with_path(expected)[0],
-        jax.tree.leaves(actual),
-        jax.tree.leaves(expected),
-        strict=True,
-    ):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=str(name[0]))
+
+    def check(path, a, b):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=str(path))
+
+    jax.tree.map_with_path(check, actual, expected)
 
 
-@pytest.fixture(scope="module")
-def mesh_of():
-    one = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    return {"1x1x1": one, "2x2x2": meshes.make_mesh(2, 2, 2)}
-
-
-def test_first_step_by_hand(mesh_of):
-    """Loss, gradient norm, update and average of one step, from numpy."""
-    task = ToyTask(dropout=0.0, noise=0.0)
-    mesh = mesh_of["2x2x2"]
+def test_the_first_step_equals_numpy():
+    """Loss, gradient norm, update and average of one step."""
+    task, mesh = ToyTask(dropout=0.0, noise=0.0), first_devices(2, 2, 2)
     abstract, state, step = toy_training(task, mesh, clip=0.05, weight_decay=0.5)
     before = jax.device_get(state.params)
     batch = toy_batch(0)
@@ -63,7 +54,7 @@ def test_first_step_by_hand(mesh_of):
     assert float(metrics["largest"]) == pytest.approx(np.abs(batch["y"]).max())
 
     def updated(path, p, g):
-        # After one step Adam's two moments are g and g^2, whatever the betas.
+        # After one step the two moments of Adam are g and g^2, for any betas.
         g = g * 0.05 / (norm + 1e-6)
         decay = 0.0 if path[-1].key == "bias" else 0.5
         return p * (1 - 0.01 * decay) - 0.01 * g / (np.abs(g) + 1e-8)
@@ -78,15 +69,15 @@ def test_first_step_by_hand(mesh_of):
 
 
 @pytest.fixture(scope="module")
-def whole_batches(mesh_of):
+def whole_batches():
     """Three updates with noise in the examples and no dropout, on one device."""
     task = ToyTask(dropout=0.0, noise=0.5)
-    return train(task, mesh_of["1x1x1"], [toy_batch(i) for i in range(3)])
+    return train(task, first_devices(1, 1, 1), [toy_batch(i) for i in range(3)])
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 1), (2, 1, 2), (2, 2, 2)])
-def test_nothing_depends_on_the_mesh_and_the_state_lies_on_it(whole_batches, sizes):
-    """Two devices, four and eight; the order of sums differs and nothing else."""
+def test_nothing_depends_on_the_mesh_that_splits_the_state(whole_batches, sizes):
+    """Two, four and eight devices: only the order of sums differs."""
     expected_state, expected, _ = whole_batches
     task = ToyTask(dropout=0.0, noise=0.5)
     state, history, step = train(task, first_devices(*sizes), [toy_batch(i) for i in range(3)])
@@ -96,50 +87,39 @@ def test_nothing_depends_on_the_mesh_and_the_state_lies_on_it(whole_batches, siz
     assert step._cache_size() == 1
     kernel = state.params["first"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (4 // sizes[1], 8 // sizes[2])
-    moments = [
-        leaf
-        for path, leaf in jax.tree.flatten_with_path(state.opt_state)[0]
-        if path[-2:] == jax.tree.flatten_with_path({"first": {"kernel": 0}})[0][0][0]
-    ]
-    assert [moment.sharding for moment in moments] == [kernel.sharding] * 2
+    adam = state.opt_state[1]
+    for moment in (adam.mu, adam.nu):
+        assert moment["first"]["kernel"].sharding == kernel.sharding
 
 
-def test_accumulation_equals_the_whole_batch(mesh_of, whole_batches):
-    # Noise belongs to the examples: cutting the batch must not change it.
+def test_accumulation_equals_the_whole_batch(whole_batches):
+    # Noise belongs to the examples: micro-batches must not change it.
     whole_state, whole, _ = whole_batches
     task = ToyTask(dropout=0.0, noise=0.5)
     batches = [toy_batch(i) for i in range(3)]
-    cut_state, cut, step = train(task, mesh_of["2x2x2"], batches, accumulation=4)
+    cut_state, cut, step = train(task, first_devices(2, 2, 2), batches, accumulation=4)
     for mine, other in zip(cut, whole, strict=True):
-        # `largest` becomes a mean over micro-batches of their maxima.
+        # `largest` becomes the mean of the maxima of the micro-batches.
         assert mine | {"largest": 0} == pytest.approx(other | {"largest": 0}, rel=1e-5)
     assert_trees_close(cut_state, whole_state)
     assert step._cache_size() == 1
 
 
-def test_dropout_differs_between_steps_and_micro_batches(mesh_of):
-    """Every example alike: only dropout can tell steps and micro-batches apart."""
+def test_dropout_differs_between_steps_and_micro_batches():
+    """All examples are equal: only dropout can differ between steps and micro-batches."""
     batch = jax.tree.map(lambda x: np.repeat(x[:1], 16, axis=0), toy_batch(0))
-    _, history, _ = train(
-        ToyTask(noise=0.0), mesh_of["1x1x1"], [batch] * 3, learning_rate=0.0, accumulation=2
-    )
-    losses = [metrics["loss"] for metrics in history]
-    assert len(set(losses)) == 3
+    task, mesh = ToyTask(noise=0.0), first_devices(1, 1, 1)
+    _, history, _ = train(task, mesh, [batch] * 3, learning_rate=0.0, accumulation=2)
+    assert len({metrics["loss"] for metrics in history}) == 3
 
 
 CONFIG = tiny(dropout=0.1)
 MASKS = MaskSampler(CONFIG.positions, bucket=8)
 
 
-def model_batch(size=8):
-    batch = random_batch(CONFIG, size)
-    return {name: batch[name] for name in ("indices", "labels")}
-
-
-def test_validation_ignores_padding_and_batching_and_repeats(mesh_of):
-    params = random_params(CONFIG, spread=0.02)
-    batch = model_batch(12) | {"weights": np.ones(12, np.float32)}
-    mesh = mesh_of["2x2x2"]
+def test_validation_ignores_padding_and_batching_and_repeats():
+    params, mesh = random_params(CONFIG, spread=0.02), first_devices(2, 2, 2)
+    batch = random_batch(CONFIG, 12) | {"weights": np.ones(12, np.float32)}
     validate = make_validation(CONFIG, MASKS, mesh)
     with meshes.use_mesh(mesh):
         whole = validate(params, [batch])
@@ -159,7 +139,7 @@ def test_training_flops_are_three_forward_passes_over_the_draws(fraction: float)
     assert training_flops(CONFIG, MASKS, fraction) == pytest.approx(sampled, rel=1e-2)
 
 
-def test_the_task_measures_the_loss_of_its_share():
+def test_the_task_measures_the_loss_of_its_share_of_slots():
     fraction = 0.5
     batch, draw = random_batch(CONFIG, 4), MASKS.draw(seed=0, step=0)
     params, key = random_params(CONFIG), jax.random.key(0)

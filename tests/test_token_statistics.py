@@ -7,7 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from PIL import Image
+from evaluated import assert_json_and_plots
 from scipy import stats
 from sklearn.metrics import mutual_info_score
 from token_shards import random_records, write_tokens
@@ -19,14 +19,25 @@ from tokenbridge_jax.runtime.errors import UserError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """30 images with 2 posterior samples, each mirrored, in 2 shards, and 7 others."""
+    """30 images with 2 posterior samples, each also mirrored, in 2 shards; 7 for validation."""
     folder = tmp_path_factory.mktemp("tokens")
     write_tokens(folder, {"train": [17, 13], "validation": [7]}, levels=5, samples=2, flips=True)
     return folder
 
 
+def shared_bits(found) -> dict:
+    """The plug-in estimates of mutual information."""
+    places = ("channels", "right", "below")
+    return {place: found["mutual_information"][place]["plug_in"] for place in places}
+
+
+def assert_shared(one, other, found) -> None:
+    bits = mutual_info_score(one.ravel(), other.ravel()) / math.log(2)
+    assert found == pytest.approx(bits, rel=1e-9)
+
+
 @pytest.mark.parametrize("all_views", [False, True])
-def test_they_are_those_of_all_indices_at_once(folder, all_views, monkeypatch):
+def test_statistics_equal_those_of_all_indices_at_once(folder, all_views, monkeypatch):
     monkeypatch.setattr(tokens, "_BATCH", 8)
     found = tokens.token_statistics(folder, all_views=all_views)
     info = tokens.shards.read_info(folder)
@@ -34,6 +45,7 @@ def test_they_are_those_of_all_indices_at_once(folder, all_views, monkeypatch):
     grids = indices.reshape(-1, 4, 4, 3)
     assert (found["images"], found["views"]) == (30, 4 if all_views else 1)
     assert found["samples"] == len(grids) * 16
+    shared = shared_bits(found)
     for c in range(3):
         counts = np.bincount(grids[..., c].ravel(), minlength=5)
         expected = stats.entropy(counts, base=2)
@@ -41,25 +53,17 @@ def test_they_are_those_of_all_indices_at_once(folder, all_views, monkeypatch):
         assert found["level_use"]["perplexity"][c] == pytest.approx(2**expected, rel=1e-12)
         assert found["level_use"]["most_used_level"][c] == counts.argmax()
         assert found["level_use"]["least_used_share"][c] == counts.min() / counts.sum()
-        neighbours = {
-            "right": (grids[:, :, :-1, c], grids[:, :, 1:, c]),
-            "below": (grids[:, :-1, :, c], grids[:, 1:, :, c]),
-        }
-        for name, (one, other) in neighbours.items():
-            bits = mutual_info_score(one.ravel(), other.ravel()) / math.log(2)
-            value = found["mutual_information"][name]["plug_in"][c]
-            assert value == pytest.approx(bits, rel=1e-9)
+        assert_shared(grids[:, :, :-1, c], grids[:, :, 1:, c], shared["right"][c])
+        assert_shared(grids[:, :-1, :, c], grids[:, 1:, :, c], shared["below"][c])
         for d in range(3):
-            bits = mutual_info_score(grids[..., c].ravel(), grids[..., d].ravel()) / math.log(2)
-            value = found["mutual_information"]["channels"]["plug_in"][c][d]
-            assert value == pytest.approx(bits, rel=1e-9)
+            assert_shared(grids[..., c], grids[..., d], shared["channels"][c][d])
     assert found["entropy"]["bits_per_pixel"] == pytest.approx(
         16 * sum(found["entropy"]["corrected"]) / 16**2
     )
 
 
-def test_neither_parts_nor_blocks_change_anything(folder, monkeypatch):
-    """As they are used where there are millions of pairs."""
+def test_counting_in_parts_and_blocks_changes_nothing(folder, monkeypatch):
+    """As for millions of pairs."""
     expected = tokens.token_statistics(folder)
     monkeypatch.setattr(tokens, "_MOST_CELLS", 2 * 5**2)  # Two of the nine tables at a time.
     monkeypatch.setattr(tokens, "_RANKS", 7)
@@ -76,32 +80,26 @@ def assert_same_fit(found, expected):
         assert found[field] == pytest.approx(value, rel=1e-9), field
 
 
-def test_memory_is_that_of_the_pairs_that_occur():
-    """Of 4096 levels 152 tables of all pairs would take 20 GB."""
+def test_only_pairs_that_occur_take_memory():
+    """With 4096 levels, 152 tables of all pairs would take 20 GB."""
     indices = np.random.default_rng(0).zipf(1.2, size=(4, 16, 16, 16)) % 4096
     tracemalloc.start()
-    counts = tokens.TokenCounts.zeros(16, 4096)
+    counts = tokens.TokenCounts(16, 4096)
     counts.update(indices[:3])
     counts.update(indices[3:])
-    found = tokens.describe(counts)
+    found = tokens.describe([counts])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**26
-    for name, c, d, one, other in (
-        ("channels", 2, 7, indices[..., 2], indices[..., 7]),
-        ("right", 3, None, indices[:, :, :-1, 3], indices[:, :, 1:, 3]),
-        ("below", 3, None, indices[:, :-1, :, 3], indices[:, 1:, :, 3]),
-    ):
-        bits = mutual_info_score(one.ravel(), other.ravel()) / math.log(2)
-        value = found["mutual_information"][name]["plug_in"][c]
-        assert (value if d is None else value[d]) == pytest.approx(bits, rel=1e-9)
-    pairs = np.concatenate(
-        [
-            np.unique(indices[..., c] * 4096 + indices[..., d], return_counts=True)[1]
-            for c, d in itertools.combinations(range(16), 2)
-        ]
-    )
-    expected = zipf_fit(pairs) | {"possible_types": 120 * 4096**2}
+    shared = shared_bits(found)
+    assert_shared(indices[..., 2], indices[..., 7], shared["channels"][2][7])
+    assert_shared(indices[:, :, :-1, 3], indices[:, :, 1:, 3], shared["right"][3])
+    assert_shared(indices[:, :-1, :, 3], indices[:, 1:, :, 3], shared["below"][3])
+    pairs = [
+        np.unique(indices[..., c] * 4096 + indices[..., d], return_counts=True)[1]
+        for c, d in itertools.combinations(range(16), 2)
+    ]
+    expected = zipf_fit(np.concatenate(pairs)) | {"possible_types": 120 * 4096**2}
     assert_same_fit(found["rank_frequency"]["pairs"], expected)
 
 
@@ -114,7 +112,7 @@ def test_splits_and_subsets(folder):
         tokens.token_statistics(folder, max_images=0)
 
 
-def test_shards_with_foreign_indices_or_none(tmp_path):
+def test_shards_without_images_or_with_too_large_indices(tmp_path):
     write_tokens(tmp_path, {"train": [3], "validation": [0]}, levels=16)
     path = tmp_path / "dataset.json"
     path.write_text(path.read_text().replace('"levels": 16', '"levels": 4'))
@@ -127,7 +125,7 @@ def test_shards_with_foreign_indices_or_none(tmp_path):
         tokens.token_statistics(tmp_path, "validation")
 
 
-def test_entropies_are_scipys_and_corrected_ones_less_biased():
+def test_entropies_are_scipys_and_the_corrected_ones_are_less_biased():
     counts = np.array([[10, 0, 6, 4], [5, 5, 5, 5], [0, 20, 0, 0]])
     plug_in, corrected = entropies(counts)
     np.testing.assert_allclose(plug_in, stats.entropy(counts, base=2, axis=1), rtol=1e-13)
@@ -141,7 +139,7 @@ def test_entropies_are_scipys_and_corrected_ones_less_biased():
 def test_mutual_information_of_known_distributions():
     independent = np.outer([1, 2, 5], [4, 3, 1])
     equal = np.diag([8, 8, 16])
-    # A bit that is transmitted wrongly one time in ten: its capacity.
+    # A channel that flips one bit in ten: its capacity.
     noisy = np.array([[45, 5], [5, 45]])
     capacity = 1 - stats.entropy([0.1, 0.9], base=2)
     for counts, bits in ((independent, 0), (equal, 1.5), (noisy, capacity)):
@@ -155,14 +153,14 @@ def test_mutual_information_of_known_distributions():
     assert abs(corrected) < 0.003 < 0.06 < plug_in
 
 
-def test_total_correlation_of_a_tree_is_found():
-    """Channel 1 copies 0, channel 2 copies it half of the time: two bits, and what 2 tells of 0."""
+def test_total_correlation_of_a_tree():
+    """Channel 1 copies 0 (two bits), channel 2 copies 0 half of the time."""
     rng = np.random.default_rng(0)
     first = rng.integers(4, size=(500, 4, 4))
     third = np.where(rng.random(first.shape) < 0.5, first, rng.integers(4, size=first.shape))
-    counts = tokens.TokenCounts.zeros(3, 4)
+    counts = tokens.TokenCounts(3, 4)
     counts.update(np.stack([first, first, third], axis=-1).astype(np.uint8))
-    found = tokens.describe(counts)["mutual_information"]
+    found = tokens.describe([counts])["mutual_information"]
     expected = 2 + 2 - stats.entropy([0.625, 0.125, 0.125, 0.125], base=2)
     assert found["total_correlation_at_least"] == pytest.approx(expected, abs=0.03)
     np.testing.assert_allclose(found["right"]["corrected"], 0, atol=0.003)
@@ -195,16 +193,10 @@ def test_zipf_fit_is_the_most_likely():
     assert found["kolmogorov_smirnov"] == pytest.approx(distance, rel=1e-9)
 
 
-def test_zipf_fit_of_what_has_no_slope():
+def test_zipf_fit_without_a_slope():
     assert zipf_fit(np.full(9, 4))["exponent"] == 0
     assert zipf_fit(np.array([0, 7, 0]))["exponent"] is None
 
 
-def test_what_is_found_is_json_and_drawn(folder, tmp_path):
-    found = tokens.token_statistics(folder)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    paths = tokens.plot(found, tmp_path / "pictures")
-    assert len(paths) == 3
-    for path in paths:
-        with Image.open(path) as picture:
-            assert min(picture.size) > 400
+def test_statistics_are_json_and_plotted(folder, tmp_path):
+    assert_json_and_plots(tokens.token_statistics(folder), tokens.plot, tmp_path, 3)

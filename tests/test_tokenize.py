@@ -1,4 +1,4 @@
-"""Tokenizing as a whole: content, restarts after kill -9, broken pictures, refusals, processes."""
+"""Tokenizing as a whole: content, broken pictures, validation splits, refused settings."""
 
 import hashlib
 import json
@@ -28,8 +28,12 @@ from tokenbridge_jax.data.tokenizing import tokenize
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
-REPOSITORY = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("programs")
+
+
+def cropped(path: Path) -> np.ndarray:
+    """One of the pictures, prepared by Pillow alone."""
+    return np.asarray(Image.open(path).resize((20, 16), Image.BICUBIC))[:, 2:18]
 
 
 def test_records_are_the_quantized_pictures(workdir, images):
@@ -41,12 +45,11 @@ def test_records_are_the_quantized_pictures(workdir, images):
     assert records["label"].tolist() == sorted(i % 3 for i in range(27))
     names = [f"class{c}/{i:02}.png" for c in range(3) for i in range(c, 27, 3)]
     for record in records[::6]:
-        picture = Image.open(images / names[record["image"]]).resize((20, 16), Image.BICUBIC)
-        pixels = np.asarray(picture)[:, 2:18]
+        pixels = cropped(images / names[record["image"]])
         for view, mirrored in enumerate((pixels, pixels[:, ::-1])):
             latents = posterior_of(workdir, mirrored)[0] * 1.5
             expected = nearest(latents, result.info.quantizer.level_values, 3.0)
-            # A latent at the very edge between two levels may fall either way.
+            # A latent between two levels may be rounded to either.
             assert np.mean(record["indices"][view] != expected) < 0.02
     assert result.info.class_names == ("class0", "class1", "class2")
     assert result.info.statistics["train"]["latents"] == 27 * 2 * 64 * 4
@@ -59,20 +62,18 @@ def test_posterior_samples_have_the_posteriors_spread(workdir, images):
     assert record["indices"].shape == (24, 64, 4)
     latents = np.asarray(info.quantizer.dequantize(record["indices"].astype(np.int32)))
     plain, mirrored = latents[0::2], latents[1::2]
-    picture = Image.open(images / "class0" / "00.png").resize((20, 16), Image.BICUBIC)
-    pixels = np.asarray(picture)[:, 2:18]
+    pixels = cropped(images / "class0" / "00.png")
     for samples, shown in ((plain, pixels), (mirrored, pixels[:, ::-1])):
         mean, deviation = posterior_of(workdir, shown)
         z = (samples / 1.5 - mean) / deviation
         assert abs(z.mean()) < 0.1  # 3072 draws: 0.018 is one standard error.
         assert abs(z.std() - 1) < 0.1
-    assert (
-        np.abs(np.corrcoef(plain.reshape(12, -1) - plain.mean(axis=0).ravel())[0, 1:]).max() < 0.5
-    )
+    correlations = np.corrcoef((plain - plain.mean(axis=0)).reshape(12, -1))
+    assert np.abs(correlations[0, 1:]).max() < 0.5
 
 
 def test_noise_depends_on_the_picture_alone(workdir, finished, images):
-    # Other batches, other shards, other threads: the same draws.
+    # Batches, shards and threads do not change the draws.
     config = make_config(images, tokenize__batch_size=16, tokenize__records_per_shard=100)
     config.tokenize.decode_workers = 1
     tokenize(config, workdir)
@@ -100,7 +101,7 @@ def test_broken_pictures_are_named_counted_and_left_out(partly_broken, workdir, 
     assert [entry["image"] for entry in info.skipped] == [9, 26]
     assert info.skipped[0]["reason"].startswith("class1/01.png: image file is truncated")
     assert "broken image left out: class2/26.png: cannot identify" in capsys.readouterr().err
-    # All others are what they would have been.
+    # The others do not change.
     whole = read_split(finished)
     assert np.array_equal(read_split(workdir), np.delete(whole, [9, 26]))
     assert info.splits["train"]["images"] == 25
@@ -108,7 +109,7 @@ def test_broken_pictures_are_named_counted_and_left_out(partly_broken, workdir, 
 
 
 def test_pictures_without_a_class_are_refused(workdir, images, monkeypatch):
-    """As TFDS has them: -1 in a split of its own, or anywhere."""
+    """TFDS writes the label -1 for pictures without a class."""
     label, load = sources.FolderSource.label, sources.FolderSource.load
     unlabelled = {3, 26}
 
@@ -120,7 +121,7 @@ def test_pictures_without_a_class_are_refused(workdir, images, monkeypatch):
     with pytest.raises(UserError, match=message):
         tokenize(make_config(images), workdir)
     assert not (workdir / "tokens").exists()
-    # One that is not among those looked at before.
+    # A wrong label that is found only when the picture is encoded.
     monkeypatch.setattr(sources.FolderSource, "label", label)
     monkeypatch.setattr(
         sources.FolderSource, "load", lambda self, i: (load(self, i)[0], 3 if i == 26 else 0)
@@ -174,17 +175,15 @@ def test_own_validation_split(workdir, finished, images, tmp_path):
     (root / "val" / "class3").rmdir()
     (root / "val" / "class2" / "26.png").unlink()
     info = tokenize(config, workdir).info
-    assert {split: entry["images"] for split, entry in info.splits.items()} == {
-        "train": 27,
-        "validation": 26,
-    }
-    # The same pictures with the same numbers have other noise; that of training is as ever.
+    counts = {split: entry["images"] for split, entry in info.splits.items()}
+    assert counts == {"train": 27, "validation": 26}
+    # In the other split, pictures have other noise; in training they have the same as without it.
     train = read_split(workdir)["indices"]
     assert np.mean(train != read_split(finished)["indices"]) < 0.002
     validation = read_split(workdir, "validation")["indices"]
     assert np.mean(validation != train[:26], axis=(2, 3)).min() > 0.1
 
-    # Shards that an earlier version began are finished as it would have.
+    # Shards begun by an earlier version are finished as that version would do it.
     described = workdir / "tokens" / "dataset.json"
     text = described.read_text().replace('"split_noise": true', '"ignored": 0')
     described.write_text(text.replace('"precision": "float32"', '"dtype": "float32"'))
@@ -195,7 +194,7 @@ def test_own_validation_split(workdir, finished, images, tmp_path):
     assert "split_noise" not in described.read_text()
     info = shards.read_info(described.parent)
     assert info.precision == "unstated"
-    # A model that was trained on them goes on: it knows them by this hash of their description.
+    # Training on them can be resumed, because this hash of their description has not changed.
     earlier = json.loads(described.read_text()) | {"sources": None}
     assert {"dtype": "float32"}.items() <= earlier.items()
     assert "precision" not in earlier
@@ -205,10 +204,8 @@ def test_own_validation_split(workdir, finished, images, tmp_path):
 def test_channel_order_is_measured_once(workdir, images, monkeypatch):
     config = make_config(images, quantizer__channel_order="frequency", data__flip=False)
     info = tokenize(config, workdir).info
-    means = []
-    for path in sorted(images.rglob("*.png")):
-        pixels = np.asarray(Image.open(path).resize((20, 16), Image.BICUBIC))[:, 2:18]
-        means.append(posterior_of(workdir, pixels)[0].reshape(8, 8, 4))
+    pictures = map(cropped, sorted(images.rglob("*.png")))
+    means = [posterior_of(workdir, pixels)[0].reshape(8, 8, 4) for pixels in pictures]
     spectrum = ChannelSpectrum(info.channels)
     spectrum.update(np.stack(means))
     assert info.channel_order == spectrum.order()
@@ -239,17 +236,13 @@ def test_other_settings_are_refused_by_name(finished, images, tmp_path):
     assert contents(finished) == before
 
 
-def test_another_autoencoder_is_refused(finished, workdir, images):
+def test_another_autoencoder_and_lost_descriptions_are_refused(finished, workdir, images):
     shutil.copytree(finished / "tokens", workdir / "tokens")
     params = jax.device_get(init_params(AUTOENCODER, jax.random.key(1)))
     save_autoencoder(workdir / "autoencoder", AUTOENCODER, params)
     hashes = "autoencoder_hash = [0-9a-f]{12} but this run has [0-9a-f]{12}; "
     with pytest.raises(UserError, match=f"{hashes}.*or put the autoencoder back$"):
         tokenize(make_config(images), workdir)
-
-
-def test_shards_without_a_description_are_refused(finished, workdir, images):
-    shutil.copytree(finished / "tokens", workdir / "tokens")
     (workdir / "tokens" / shards.INFO_FILE).unlink()
     with pytest.raises(UserError, match=r"holds shards without a dataset\.json"):
         tokenize(make_config(images), workdir)
@@ -281,7 +274,7 @@ def test_impossible_settings_leave_nothing(workdir, images, changes, complaint):
     assert not begun
 
 
-def test_workdirs_that_cannot_be(tmp_path, images):
+def test_unusable_workdirs(tmp_path, images):
     with pytest.raises(UserError, match=r"there is no autoencoder in .*train-vae"):
         tokenize(make_config(images), tmp_path)
     with pytest.raises(UserError, match="mount the bucket"):
@@ -298,25 +291,20 @@ def test_nan_names_the_picture(workdir, images):
 
 
 def test_command(workdir, images, tmp_path, capsys):
-    config = make_config(images)
-    for section in experiment("base"):
-        if section not in config:
-            config[section] = {}
+    config = {section: {} for section in experiment("base")} | make_config(images).to_dict()
     config_file = tmp_path / "config.py"
     config_file.write_text(
         "from ml_collections import ConfigDict\n\n\n"
-        f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n"
+        f"def get_config():\n    return ConfigDict({config!r})\n"
     )
     arguments = [f"--config={config_file}", f"--workdir={workdir}"]
     assert runner.run("tokenize", arguments) == 0
     table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:4:2])
     assert table["images"] == "27 (train 27)"
     assert table["rate"].endswith("img/s")
-    assert storage.read_json(workdir / runner.CONFIG_FILE) == json.loads(
-        json.dumps(config.to_dict())
-    )
+    assert storage.read_json(workdir / "config.json") == json.loads(json.dumps(config))
     assert runner.run("tokenize", ["--strict", f"--workdir={workdir}"]) == 0
-    assert capsys.readouterr().out.startswith("all shards are there already: nothing to do")
+    assert capsys.readouterr().out.startswith("all shards exist already: nothing to do")
     assert runner.run("tokenize", [*arguments, "--config.quantizer.levels=8"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("tokenbridge tokenize: error: ")

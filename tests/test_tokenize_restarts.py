@@ -1,4 +1,4 @@
-"""Tokenizing that is interrupted, repeated or divided among processes ends with the same shards."""
+"""Interrupted, repeated or divided among processes, tokenizing gives the same shards."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from jobs import start_job
-from token_shards import contents, make_config
+from token_shards import contents, full_disk, make_config
 
-from tokenbridge_jax.data import shard_writer, shards, tokenizing
+from tokenbridge_jax.data import shards, tokenizing
 from tokenbridge_jax.data.tokenizing import tokenize
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -97,16 +97,9 @@ def test_killed_runs_end_as_if_undisturbed(finished, workdir, images, moments):
     assert contents(workdir) == contents(finished)
 
 
-def test_full_disk_leaves_nothing_half_written(workdir, images, finished, monkeypatch):
-    create = shard_writer.ArrayRecordWriter
-
-    def on_full_disk(path, options):
-        if "train-00001" in path:
-            os.symlink("/dev/full", path)
-        return create(path, options)
-
-    monkeypatch.setattr(shard_writer, "ArrayRecordWriter", on_full_disk)
-    with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record: the disk is full"):
+def test_full_disk_leaves_nothing_half_written(workdir, images, finished):
+    message = r"train-00001-of-00003\.array_record: the disk is full"
+    with full_disk("train-00001"), pytest.raises(UserError, match=message):
         tokenize(make_config(images), workdir)
     left = contents(workdir)
     partial = left.pop(shards.PARTIAL_INFO_FILE)
@@ -115,7 +108,6 @@ def test_full_disk_leaves_nothing_half_written(workdir, images, finished, monkey
         "statistics/train-00000-of-00003.json",
     }
     assert json.loads(partial)["splits"] == {}
-    monkeypatch.setattr(shard_writer, "ArrayRecordWriter", create)
     assert tokenize(make_config(images), workdir).images == 17
     assert contents(workdir) == contents(finished)
 
@@ -144,7 +136,7 @@ def run_two(images, workdirs) -> list[list[str]]:
 
 def test_two_processes_share_the_work(workdir, images, finished):
     printed = run_two(images, [workdir, workdir])
-    # Gloo, which connects the processes, prints as well.
+    # Gloo, which connects the processes, prints other lines.
     assert [lines[-1] for lines in printed] == ["17", "10"]
     assert ["begun" in lines for lines in printed] == [True, False]
     assert contents(workdir) == contents(finished)

@@ -1,11 +1,10 @@
-"""State dicts of PyTorch: names, shapes and values both ways, where they lie, what is refused."""
+"""PyTorch state dicts: names, shapes and values both ways, networks in files, error messages."""
 
 import argparse
 import dataclasses
 import functools
 import json
 import re
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -15,7 +14,7 @@ import pytest
 import torch
 from flax import traverse_util
 from goldens_model import config_of
-from torch_states import ATTENTION, TINY, assert_same, in_diffusers
+from torch_states import ATTENTION, GOLDENS, STATE, TINY, assert_same, in_diffusers
 
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, abstract_params, init_params
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
@@ -42,28 +41,24 @@ from tokenbridge_jax.torch_bridge.official import NETWORK as MODEL
 from tokenbridge_jax.torch_bridge.parts import find
 from tokenbridge_jax.torch_bridge.table import to_torch
 
-GOLDENS = Path(__file__).parent / "goldens"
 OFFICIAL = json.loads((GOLDENS / "official_state_dict_shapes.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return dict(np.load(GOLDENS / "tokenbridge_tiny.npz"))
-
-
-@pytest.fixture(scope="module")
-def state(golden):
-    """The golden state dict."""
-    return {k.removeprefix("state/"): v for k, v in golden.items() if k.startswith("state/")}
+CONFIG = config_of(np.load(GOLDENS / "tokenbridge_tiny.npz"))
 
 
 @pytest.fixture(scope="module")
 def autoencoder_params():
-    """Random, biases and norms too."""
-    params = traverse_util.flatten_dict(init_params(TINY, jax.random.key(0)))
+    """Parameters of TINY; biases and norms are random too."""
     rng = np.random.default_rng(0)
-    noisy = {k: np.asarray(v) + rng.normal(0, 0.1, v.shape).astype("f4") for k, v in params.items()}
-    return traverse_util.unflatten_dict(noisy)
+    return jax.tree.map(
+        lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape).astype("f4"),
+        init_params(TINY, jax.random.key(0)),
+    )
+
+
+@pytest.fixture(scope="module")
+def autoencoder_state(autoencoder_params):
+    """Their state dict, in the layout of LDM."""
+    return to_torch(table(TINY), autoencoder_params)
 
 
 def shapes_of(name):
@@ -74,7 +69,7 @@ def shapes_of(name):
 
 
 @pytest.mark.parametrize(("size", "name"), [("B", "base"), ("L", "large"), ("H", "huge")])
-def test_sizes_of_the_published_models_are_read_off_their_shapes(size, name):
+def test_shapes_give_the_sizes_of_the_published_models(size, name):
     shapes = shapes_of(f"tokenbridge_{name}")
     sizes = infer_sizes(shapes)
     heads = ("encoder_heads", "decoder_heads")
@@ -89,41 +84,38 @@ def test_kl16_has_every_published_name_and_shape():
     shapes = shapes_of("kl16")
     config = infer_config(shapes, image_size=256)
     assert dataclasses.replace(config, scale=0.2325) == AutoencoderConfig.kl16()
-    leaves = traverse_util.flatten_dict(nn.unbox(abstract_params(config)))
+    leaves = traverse_util.flatten_dict(nn.unbox(abstract_params(config)), sep=".")
     ours = {e.torch_name: e.expected_shape(leaves[e.path].shape) for e in table(config)}
     assert ours == {name: leaf.shape for name, leaf in shapes.items()}
 
 
-def test_the_golden_model_goes_there_and_back_unchanged(golden, state):
-    config = config_of(golden)
-    fields = config.to_json() | {"channels": config.channels, "levels": config.levels}
-    sizes = infer_sizes(state)
+def test_a_round_trip_of_the_golden_model_changes_nothing():
+    fields = CONFIG.to_json() | {"channels": CONFIG.channels, "levels": CONFIG.levels}
+    sizes = infer_sizes(STATE)
     assert sizes == {name: fields[name] for name in sizes}
     assert len(sizes) == 12
-    params = import_model(config, {"model": state})["model"]
-    assert_same(export_model(config, params), state)
+    params = import_model(CONFIG, {"model": STATE})["model"]
+    assert_same(export_model(CONFIG, params), STATE)
 
 
-def test_an_average_without_buffers_is_taken_too(golden, state):
-    config = config_of(golden)
-    average = {k: v + 1 for k, v in state.items() if k not in BUFFERS}
-    parts = import_model(config, {"model": state, "model_ema": average})
+def test_an_average_may_have_no_buffers():
+    average = {k: v + 1 for k, v in STATE.items() if k not in BUFFERS}
+    parts = import_model(CONFIG, {"model": STATE, "model_ema": average})
     bias = [part["backbone"]["decoder_norm"]["bias"] for part in parts.values()]
     np.testing.assert_array_equal(bias[1], bias[0] + 1)
 
 
-def test_all_that_is_wrong_with_a_model_is_told_at_once(golden, state):
-    config = config_of(golden)
-    broken = dict(state)
+def test_one_message_names_all_mistakes_in_a_model():
+    broken = dict(STATE)
     broken["scaler"] = broken.pop("class_emb.weight")
-    broken["z_proj.bias"] = state["z_proj.bias"][1:]
-    broken["channel_mask"] = state["channel_mask"][1:]
-    broken["boundaries"] = state["boundaries"] * np.float32(1.0007)  # Less than bfloat16 rounds by.
+    broken["z_proj.bias"] = STATE["z_proj.bias"][1:]
+    broken["channel_mask"] = STATE["channel_mask"][1:]
+    broken["boundaries"] = STATE["boundaries"] * np.float32(1.0007)  # Below bfloat16's rounding.
     del broken["reconstruction_values"]
-    average = {k: v for k, v in state.items() if k != "channel_heads.3.weight"}
+    average = {k: v for k, v in STATE.items() if k != "channel_heads.3.weight"}
     assert infer_sizes(broken)["encoder_width"] == 48
     with pytest.raises(UserError) as caught:
-        import_model(config, {"model": broken, "model_ema": average})
+        import_model(CONFIG, {"model": broken, "model_ema": average})
     lines = str(caught.value).split("; ")
     assert sorted(lines) == [
         "model: boundaries holds other values than this model's quantizer or mask",
@@ -139,29 +131,28 @@ def test_all_that_is_wrong_with_a_model_is_told_at_once(golden, state):
 # --- Buffers of fewer bits ------------------------------------------------------------------------
 
 
-def rounded(state, dtype):
-    """A state dict that was in this type once."""
-    return {name: array.astype(jnp.dtype(dtype)).astype("f4") for name, array in state.items()}
+def rounded(array, dtype):
+    """A float32 array of values that were rounded to a type."""
+    return array.astype(jnp.dtype(dtype)).astype("f4")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_buffers_of_half_precision_are_those_of_the_model(golden, state, dtype):
-    config = config_of(golden)
-    exact = np.asarray(Quantizer.gaussian(config.levels).level_values, np.float32)
-    read = rounded(state, dtype)
-    assert dtype == "float64" or not np.array_equal(read["boundaries"], state["boundaries"])
+def test_buffers_in_half_precision_match_those_of_the_model(dtype):
+    exact = np.asarray(Quantizer.gaussian(CONFIG.levels).level_values, np.float32)
+    read = {name: rounded(array, dtype) for name, array in STATE.items()}
+    assert dtype == "float64" or not np.array_equal(read["boundaries"], STATE["boundaries"])
     levels = level_values(read, exact)
-    # The float32 buffer comes as it is, a rounded one as what it was.
-    expected = state["reconstruction_values"] if dtype == "float64" else exact
+    # A float32 buffer is used as it is; a rounded one is replaced by the exact values.
+    expected = STATE["reconstruction_values"] if dtype == "float64" else exact
     np.testing.assert_array_equal(levels, expected)
-    config = dataclasses.replace(config, quantizer=Quantizer(tuple(levels.tolist())))
+    config = dataclasses.replace(CONFIG, quantizer=Quantizer(tuple(levels.tolist())))
     params = import_model(config, {"model": read})["model"]
     kernel = params["backbone"]["z_proj"]["kernel"]
     np.testing.assert_array_equal(kernel, read["z_proj.weight"].T)
-    # Other values than the rounded ones are told as ever.
+    # Differences above the rounding are still errors.
     wrong = {
-        "channel_mask": np.zeros_like(state["channel_mask"]),
-        "boundaries": rounded({"x": 1.05 * state["boundaries"]}, dtype)["x"],
+        "channel_mask": np.zeros_like(STATE["channel_mask"]),
+        "boundaries": rounded(1.05 * STATE["boundaries"], dtype),
     }
     with pytest.raises(UserError) as caught:
         import_model(config, {"model": read | wrong})
@@ -169,20 +160,19 @@ def test_buffers_of_half_precision_are_those_of_the_model(golden, state, dtype):
     assert str(caught.value) == "; ".join(f"{name} {message}" for name in wrong)
 
 
-def test_levels_are_the_files_unless_they_are_the_exact_ones_rounded():
+def test_levels_of_the_file_are_used_unless_they_are_the_exact_ones_rounded():
     exact = np.asarray(Quantizer.gaussian(64).level_values, np.float32)
     own = np.linspace(-2.5, 2.5, 64, dtype=np.float32)
-    for values in (own, *(rounded({"x": own}, dtype)["x"] for dtype in ("float16", "bfloat16"))):
+    # Values in float32 are used even if they are almost the exact ones.
+    near = np.nextafter(exact, np.float32(0))
+    for values in (own, rounded(own, "float16"), rounded(own, "bfloat16"), near):
         found = level_values({"reconstruction_values": values}, exact)
         np.testing.assert_array_equal(found, values)
-    # Of float32, what is within rounding of the exact ones is its own too.
-    near = np.nextafter(exact, np.float32(0))
-    np.testing.assert_array_equal(level_values({"reconstruction_values": near}, exact), near)
     for state in ({}, {"reconstruction_values": own[1:]}):
         np.testing.assert_array_equal(level_values(state, exact), exact)
 
 
-# --- Where a network lies in its file -------------------------------------------------------------
+# --- Networks in files ----------------------------------------------------------------------------
 
 
 def prefixed(state, prefix):
@@ -190,7 +180,7 @@ def prefixed(state, prefix):
 
 
 def inside(state, word):
-    """As of layers that are wrapped one by one: the word stands before every name's last."""
+    """The names if every layer is wrapped: the wrapper's word stands before the last word."""
     return {re.sub(r"\.(?=[^.]+$)", f".{word}.", name): state[name] for name in state}
 
 
@@ -219,7 +209,7 @@ EMA = {f"model_ema.{name.replace('.', '')}": array for name, array in SMALL.item
         {"net": SMALL, "optimizer": {"state": {0: {"exp_avg": np.ones(3)}}, "groups": [{}]}},
     ],
 )
-def test_a_model_is_found_wherever_it_lies(tmp_path, content):
+def test_a_model_is_found_anywhere_in_a_file(tmp_path, content):
     def tensors(value):
         if isinstance(value, dict):
             return {name: tensors(entry) for name, entry in value.items()}
@@ -236,52 +226,52 @@ def test_parameters_and_their_average(tmp_path):
         found = find(prefixed(SMALL, f"{plain}.") | prefixed(AVERAGE, f"{average}."), MODEL)
         assert_same(found.parts["model"], SMALL)
         assert_same(found.parts["model_ema"], AVERAGE)
-    # Alone, it is both, which is said.
+    # An average without parameters is used for both.
     found = find(prefixed(AVERAGE, "model_ema.module."), MODEL)
+    assert list(found.parts) == ["model"]
     assert_same(found.parts["model"], AVERAGE)
-    assert (list(found.parts), found.notes) == (
-        ["model"],
-        ("took model_ema.*, an average, as the parameters too",),
-    )
+    assert found.notes == ("took model_ema.*, an average, as the parameters too",)
     assert find(prefixed(SMALL, "model."), MODEL).notes == ()
 
 
-def test_of_several_copies_a_flag_takes_one():
-    both = prefixed(SMALL, "model.") | prefixed(AVERAGE, "student.net.")
-    averaged = both | prefixed(AVERAGE, "ema.")
-    for tensors, flags in (
-        (both, "--prefix=model or --prefix=student.net"),
-        (averaged, "--prefix=model,ema or --prefix=student.net,ema"),
-        (SMALL | prefixed(SMALL, "copy."), "--prefix=. or --prefix=copy"),
-        (
-            prefixed(SMALL, "ema.") | prefixed(SMALL, "ema2.ema."),
-            "--prefix=ema or --prefix=ema2.ema",
-        ),
-    ):
-        with pytest.raises(UserError) as caught:
-            find(tensors, MODEL)
-        assert str(caught.value).endswith(f"; say which: {flags}")
-        first = flags.split()[0].removeprefix("--prefix=").split(",")
-        assert find(tensors, MODEL, first).places == tuple("" if p == "." else p for p in first)
-    found = find(averaged, MODEL, ["student.net.", "ema", "elsewhere"])
+BOTH = prefixed(SMALL, "model.") | prefixed(AVERAGE, "student.net.")
+WITH_AVERAGE = BOTH | prefixed(AVERAGE, "ema.")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "choices"),
+    [
+        (BOTH, [["model"], ["student.net"]]),
+        (WITH_AVERAGE, [["model", "ema"], ["student.net", "ema"]]),
+        (SMALL | prefixed(SMALL, "copy."), [["."], ["copy"]]),
+        (prefixed(SMALL, "ema.") | prefixed(SMALL, "ema2.ema."), [["ema"], ["ema2.ema"]]),
+    ],
+)
+def test_the_message_about_several_copies_offers_choices(tensors, choices):
+    with pytest.raises(UserError) as caught:
+        find(tensors, MODEL)
+    flags = " or ".join("--prefix=" + ",".join(choice) for choice in choices)
+    assert str(caught.value).endswith(f"; say which: {flags}")
+    for choice in choices:
+        assert find(tensors, MODEL, choice).places == tuple(p.strip(".") for p in choice)
+
+
+def test_a_prefix_chooses_one_of_several_copies():
+    found = find(WITH_AVERAGE, MODEL, ["student.net.", "ema", "elsewhere"])
     assert list(found.parts) == ["model", "model_ema"]
     assert_same(found.parts["model"], AVERAGE)
     assert found.notes == ("took student.net.*", "left out model.* (4)")
-    assert list(find(averaged, MODEL, ["ema"]).parts) == ["model"]
-    with pytest.raises(
-        UserError, match=r"two tensors mask_token, one of them as module.mask_token"
-    ):
+    assert list(find(WITH_AVERAGE, MODEL, ["ema"]).parts) == ["model"]
+    with pytest.raises(UserError, match=r"two tensors mask_token, one .* as module.mask_token"):
         find(SMALL | {"module.mask_token": np.ones(1)}, MODEL)
 
 
-def test_what_lies_among_a_networks_tensors_stays_to_be_named(golden, state):
-    """Only what lies beside it is left out."""
-    stray = prefixed(state | {"scaler": np.ones(1, np.float32)}, "net.") | {"beside": np.ones(1)}
+def test_unknown_tensors_are_errors_only_under_the_networks_prefix():
+    stray = prefixed(STATE | {"scaler": np.ones(1, np.float32)}, "net.") | {"beside": np.ones(1)}
     found = find({k: v for k, v in stray.items() if k != "net.mask_token"}, MODEL)
     assert found.notes == ("took net.*", "left out beside.* (1)")
-    with pytest.raises(UserError) as caught:
-        import_model(config_of(golden), found.parts)
-    assert str(caught.value) == "missing mask_token; unexpected scaler"
+    with pytest.raises(UserError, match=r"^missing mask_token; unexpected scaler$"):
+        import_model(CONFIG, found.parts)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +284,8 @@ def test_what_lies_among_a_networks_tensors_stays_to_be_named(golden, state):
         ("vae.", prefixed(SMALL, "model."), None),
     ],
 )
-def test_an_autoencoder_is_found_beside_other_networks(autoencoder_params, prefix, beside, note):
-    state = to_torch(table(TINY), autoencoder_params)
-    for layout in (state, in_diffusers(state)):
+def test_an_autoencoder_is_found_beside_other_networks(autoencoder_state, prefix, beside, note):
+    for layout in (autoencoder_state, in_diffusers(autoencoder_state)):
         found = find(prefixed(layout, prefix) | beside, AUTOENCODER)
         assert_same(found.parts["model"], layout)
         assert any(line.startswith("left out ") for line in found.notes)
@@ -308,20 +297,21 @@ def test_an_autoencoder_is_found_beside_other_networks(autoencoder_params, prefi
 
 @pytest.mark.parametrize("names", list(ATTENTION))
 @pytest.mark.parametrize("linear", [True, False])
-def test_the_layout_of_diffusers_is_recognised(autoencoder_params, names, linear):
-    state = in_diffusers(to_torch(table(TINY), autoencoder_params), names, linear)
-    config = infer_config(state, image_size=8)
-    assert config == TINY
-    params = import_autoencoder(config, state)
+def test_the_layout_of_diffusers_is_recognised(
+    autoencoder_params, autoencoder_state, names, linear
+):
+    state = in_diffusers(autoencoder_state, names, linear)
+    assert infer_config(state, image_size=8) == TINY
+    params = import_autoencoder(TINY, state)
     jax.tree.map(np.testing.assert_array_equal, params, autoencoder_params)
 
 
 def test_the_published_autoencoders_of_diffusers():
-    """SD, SDXL, SD3 and FLUX: 248 tensors, the quantization convolutions among them or added."""
+    """SD, SDXL, SD3 and FLUX have 248 tensors, counting the quantization convolutions."""
     config = AutoencoderConfig(
         multipliers=(1, 2, 4, 4), attention_resolutions=(), latent_channels=4, scale=1.0
     )
-    leaves = traverse_util.flatten_dict(nn.unbox(abstract_params(config)))
+    leaves = traverse_util.flatten_dict(nn.unbox(abstract_params(config)), sep=".")
     entries = diffusers_table(config)
     shapes = {e.torch_name: e.expected_shape(leaves[e.path].shape) for e in entries}
     assert len(shapes) == len(entries) == 248
@@ -334,50 +324,46 @@ def test_the_published_autoencoders_of_diffusers():
         "decoder.up_blocks.3.resnets.2.norm2.weight": (128,),
     }.items():
         assert shapes[name] == shape
-    assert (
-        infer_config({k: jax.ShapeDtypeStruct(v, "f4") for k, v in shapes.items()}, 256) == config
+    arrays = {k: jax.ShapeDtypeStruct(v, "f4") for k, v in shapes.items()}
+    assert infer_config(arrays, 256) == config
+
+
+@pytest.mark.parametrize("layout", [dict, in_diffusers])
+def test_messages_use_the_names_of_the_layout(autoencoder_state, layout):
+    names = ("encoder.down.1.block.0.nin_shortcut.bias", "decoder.norm_out.bias")
+    shortcut, out = layout({name: autoencoder_state[name] for name in names})
+    broken = layout(autoencoder_state) | {"loss.logvar": np.zeros(1)}
+    del broken[shortcut]
+    broken[out] = broken[out][1:]
+    with pytest.raises(UserError) as caught:
+        import_autoencoder(infer_config(broken, image_size=8), broken)
+    assert str(caught.value) == (
+        f"missing {shortcut}; unexpected loss.logvar; {out} has shape [7], expected [8]"
     )
 
 
-def test_both_layouts_complain_in_their_own_names(autoencoder_params):
-    ldm = to_torch(table(TINY), autoencoder_params)
-    theirs = in_diffusers(ldm)
-    for state, shortcut, out in (
-        (ldm, "encoder.down.1.block.0.nin_shortcut.bias", "decoder.norm_out.bias"),
-        (
-            theirs,
-            "encoder.down_blocks.1.resnets.0.conv_shortcut.bias",
-            "decoder.conv_norm_out.bias",
-        ),
-    ):
-        broken = {k: v for k, v in state.items() if k != shortcut} | {"loss.logvar": np.zeros(1)}
-        broken[out] = broken[out][1:]
-        with pytest.raises(UserError) as caught:
-            import_autoencoder(infer_config(broken, image_size=8), broken)
-        assert str(caught.value) == (
-            f"missing {shortcut}; unexpected loss.logvar; {out} has shape [7], expected [8]"
-        )
-    with pytest.raises(UserError, match="not the tensors of a KL autoencoder, but a, b"):
+def test_tensors_of_another_network_are_named():
+    with pytest.raises(UserError, match="not those of a KL autoencoder: a, b,"):
         infer_config({"a": np.zeros(1), "b": np.zeros(1)}, image_size=8)
 
 
-def test_one_misshapen_tensor_of_an_autoencoder_is_named_alone(autoencoder_params, monkeypatch):
-    """Whichever it is: no size is read off a single tensor."""
+def test_one_misshapen_tensor_of_an_autoencoder_is_the_only_one_named(
+    autoencoder_state, monkeypatch
+):
+    """This holds for every tensor, because no size is inferred from one tensor alone."""
     cached = functools.cache(abstract_params)
     monkeypatch.setattr("tokenbridge_jax.torch_bridge.ldm.abstract_params", cached)
-    state = to_torch(table(TINY), autoencoder_params)
-    for name, array in state.items():
-        broken = state | {name: array[1:]}
+    for name, array in autoencoder_state.items():
+        broken = autoencoder_state | {name: array[1:]}
         with pytest.raises(UserError) as caught:
             import_autoencoder(infer_config(broken, image_size=8), broken)
         shapes = f"{list(array[1:].shape)}, expected {list(array.shape)}"
         assert str(caught.value) == f"{name} has shape {shapes}"
 
 
-def test_an_autoencoder_without_quant_convolutions_and_with_a_shift(autoencoder_params):
-    """As SD3's and FLUX's: latents are (sample - shift) x scale."""
-    state = to_torch(table(TINY), autoencoder_params)
-    state = {k: v for k, v in state.items() if "quant_conv" not in k}
+def test_an_autoencoder_without_quant_convolutions_and_with_a_shift(autoencoder_state):
+    """As in SD3 and FLUX, latents are (sample - shift) x scale."""
+    state = {k: v for k, v in autoencoder_state.items() if "quant_conv" not in k}
     plain = import_autoencoder(TINY, state)
     shifted = import_autoencoder(TINY, state, shift=0.25)
     module = Autoencoder(TINY)

@@ -1,7 +1,5 @@
 """`train`: from shards to checkpoints, pictures and numbers; exact resume; refusals."""
 
-import io as bytes_io
-
 import jax
 import numpy as np
 import pytest
@@ -21,8 +19,8 @@ from token_shards import (
 from tokenbridge_jax.autoencoder import init_params, save_autoencoder
 from tokenbridge_jax.commands import runner, train
 from tokenbridge_jax.data import shards
+from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.pipeline.description import ModelDescription
-from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import checkpoints
@@ -56,7 +54,7 @@ def straight(programs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(programs, tmp_path_factory):
-    """The same, told to stop on the way and started again; and its first exit status."""
+    """The same run, stopped once and started again; its first exit status and the step then."""
     workdir = tmp_path_factory.mktemp("resumed")
     write_workdir(workdir)
     with stopped_at_the_third_batch(train, "make_loader"):
@@ -67,14 +65,14 @@ def resumed(programs, tmp_path_factory):
 
 
 def ema_params(workdir):
-    """The EMA parameters as they lie in the last checkpoint."""
+    """The EMA parameters in the last checkpoint."""
     config = ModelDescription.load(workdir).config
     mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    abstract = abstract_sharded_params(config, mesh)
+    abstract = abstract_params(config, mesh)
     return checkpoints.load_params(workdir / "checkpoints", abstract)
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(straight, resumed):
+def test_a_stopped_run_continues_bit_for_bit(straight, resumed):
     workdir, status, stopped_at = resumed
     assert status == EXIT_INTERRUPTED == 75
     assert stopped_at == 3
@@ -82,11 +80,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(straight, resumed):
     jax.tree.map(np.testing.assert_array_equal, ema_params(workdir), ema_params(straight))
 
 
-def test_what_a_run_leaves_behind(straight):
+def test_the_files_of_a_run(straight):
     lines = results(straight)
     assert [row["step"] for row in lines] == list(range(1, STEPS + 1))
     assert [row["step"] for row in lines if "val_nll_bits_per_index" in row] == [3, 6]
-    # Random indices of 16 levels cannot be told to better than 4 bits.
+    # Random indices of 16 levels cannot be predicted with fewer than 4 bits.
     assert 3.9 < lines[-1]["val_nll_bits_per_index"] < 7
     assert lines[-1]["loss"] > 0.9 * np.log(16)
     assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["4", "6"]
@@ -96,11 +94,9 @@ def test_what_a_run_leaves_behind(straight):
     assert description.config.positions == 16
     assert any((straight / "tensorboard").iterdir())
     assert storage.read_json(straight / "config.json")["training"]["steps"] == STEPS
-    picture = Image.open(
-        bytes_io.BytesIO((straight / "samples" / f"step_{STEPS:07d}.png").read_bytes())
-    )
-    # 40 images of 16x16 pixels, enlarged threefold, ten a row, with gaps of 2.
-    assert picture.size == (10 * 50 - 2, 4 * 50 - 2)
+    # 40 images of 16x16 pixels, enlarged threefold, ten in a row, with gaps of 2.
+    with Image.open(straight / "samples" / f"step_{STEPS:07d}.png") as picture:
+        assert picture.size == (10 * 50 - 2, 4 * 50 - 2)
 
 
 def test_a_finished_run_does_nothing(straight, capsys):
@@ -143,7 +139,7 @@ def test_another_run_is_refused_and_changes_nothing(straight, capsys, changes, m
         ({"training__mask_min": 1.5}, "mask_min is 1.5"),
     ],
 )
-def test_what_does_not_fit_is_named(straight, tmp_path, capsys, changes, message):
+def test_settings_that_do_not_fit_are_named(straight, tmp_path, capsys, changes, message):
     for name in ("tokens", "autoencoder"):
         (tmp_path / name).symlink_to(straight / name)
     assert run(tmp_path, **changes) == runner.EXIT_USER_ERROR
@@ -161,23 +157,25 @@ def test_shards_of_another_autoencoder_are_refused(straight, tmp_path, capsys):
     assert "autoencoder_hash" in capsys.readouterr().err
 
 
-def test_it_says_what_it_leaves_out(tmp_path):
+def test_hooks_that_are_not_possible_are_reported(tmp_path):
     (tmp_path / "tokens").mkdir()
     write_tokens(tmp_path / "tokens", {"train": [20, 13]})
     info = shards.read_info(tmp_path / "tokens")
-    config = ConfigDict({"training": {"eval_every": 1, "sample_every": 1}})
-    config.evaluation = ConfigDict({"every": 1})
-    validation, scores, samples = train._left_out(config, epath.Path(tmp_path), info)
+
+    def left_out(every):
+        training = {"eval_every": every, "sample_every": every}
+        config = ConfigDict({"training": training, "evaluation": {"every": every}})
+        return list(train._left_out(config, epath.Path(tmp_path), info))
+
+    validation, scores, samples = left_out(1)
     assert "has no validation split" in validation
-    assert "autoencoder is not there: no scores" in scores
-    assert "autoencoder is not there: no sample grids" in samples
-    config.training.update(eval_every=0, sample_every=0)
-    config.evaluation.every = 0
-    assert list(train._left_out(config, epath.Path(tmp_path), info)) == []
+    assert "autoencoder does not exist: no scores" in scores
+    assert "autoencoder does not exist: no sample grids" in samples
+    assert left_out(0) == []
 
 
 def test_the_classes_of_a_model_and_of_shards_are_compared(tmp_path):
-    """Training that goes on from an import, whose classes are numbers, and from a model's own."""
+    """Training that continues from an import, whose classes are numbers, and from its own model."""
     workdir = epath.Path(tmp_path)
     config = ConfigDict({"data": {"num_classes": 3}})
 
@@ -187,7 +185,7 @@ def test_the_classes_of_a_model_and_of_shards_are_compared(tmp_path):
         return train.agree_on_classes(config, workdir, make_info(class_names=now))
 
     names, numbers = ("cat", "dog", "owl"), ("0", "1", "2")
-    assert agreed(("x", "y", "z"), names) == (names, [])  # There is no checkpoint to go on from.
+    assert agreed(("x", "y", "z"), names) == (names, [])  # There is no checkpoint.
     for part in ("params", "ema_params", "opt_state", "run"):
         (tmp_path / "checkpoints" / "0" / part).mkdir(parents=True)
     assert agreed(names, names) == (names, [])

@@ -1,7 +1,6 @@
-"""`train-vae`: its loss by hand, what it measures and writes, and its refusals."""
+"""`train-vae`: its loss against numpy, its measurements and files, and its refusals."""
 
 import dataclasses
-import io as bytes_io
 import json
 import shutil
 
@@ -23,9 +22,8 @@ from tokenbridge_jax.commands import runner, train_vae
 from tokenbridge_jax.data.images import prepare
 from tokenbridge_jax.data.sources import DigitsSource
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import autoencoder_task
-from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, Pictures
+from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, picture_batches
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
 from tokenbridge_jax.training.metric_writer import read_metrics
 
@@ -58,14 +56,14 @@ def run(workdir, *more):
 
 @pytest.fixture(scope="module")
 def trained(programs, tmp_path_factory):
-    """A workdir with an autoencoder trained for a moment on the digits, over eight devices."""
+    """A workdir with an autoencoder trained briefly on the digits, on eight devices."""
     workdir = tmp_path_factory.mktemp("vae")
     assert run(workdir) == 0
     return workdir
 
 
 def digits(split):
-    """The prepared digits, one by one."""
+    """The prepared digits."""
     source = DigitsSource(split)
     return np.stack([prepare(source.load(i)[0], 8, 1) for i in range(len(source))])
 
@@ -80,8 +78,8 @@ def apply(workdir, images):
 
 
 @pytest.mark.parametrize(("kind", "power"), [("l1", 1), ("l2", 2)])
-def test_loss_by_hand(kind, power):
-    """In float64 numpy, but for the two halves of the network."""
+def test_the_loss_equals_numpy(kind, power):
+    """In float64 numpy, except for the two halves of the network."""
     task = AutoencoderTask(TINY, "float32", kl_weight=0.3, reconstruction=kind)
     params = init_params(TINY, jax.random.key(1))
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
@@ -104,7 +102,7 @@ def test_loss_by_hand(kind, power):
     assert not np.array_equal(examples["noise"][0], examples["noise"][1])
 
 
-def test_loss_and_gradient_stay_finite_where_the_log_variance_explodes():
+def test_loss_and_gradient_are_finite_for_an_extreme_log_variance():
     task = AutoencoderTask(TINY, "float32", kl_weight=1e-6)
     params = init_params(TINY, jax.random.key(1))
     params["quant_conv"]["bias"] = jnp.array([0.0, 0.0, 1e4, -1e4])
@@ -117,7 +115,7 @@ def test_loss_and_gradient_stay_finite_where_the_log_variance_explodes():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
-def test_scale_brings_the_training_latents_to_unit_variance(trained):
+def test_the_scale_gives_the_training_latents_unit_variance(trained):
     config, _ = load_autoencoder(trained / "autoencoder")
     posterior, _ = apply(trained, digits("train"))
     noise = np.random.default_rng(0).normal(size=posterior.mean.shape)
@@ -143,17 +141,13 @@ def test_it_learns_and_reports_psnr_of_the_validation_images(trained):
 
 def test_pictures_show_originals_beside_reconstructions(trained):
     folder = trained / "autoencoder" / "training" / "reconstructions"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "step_0000005.png",
-        "step_0000008.png",
-    ]
-    picture = np.asarray(Image.open(bytes_io.BytesIO((folder / "step_0000008.png").read_bytes())))
-    # 8x8 pixels are enlarged sixfold, with gaps of 2: the first, third, ... are the originals.
+    assert {path.name for path in folder.iterdir()} == {"step_0000005.png", "step_0000008.png"}
+    picture = np.asarray(Image.open(folder / "step_0000008.png"))
     originals = digits("validation")
     originals = originals[np.linspace(0, len(originals) - 1, 16).astype(int)]
-    for column in (0, 2, 4, 6):
-        shown = picture[0:48:6, column * 50 : column * 50 + 48 : 6]
-        np.testing.assert_array_equal(shown, originals[column // 2, :, :, 0])
+    # 8x8 pixels are enlarged sixfold, with gaps of 2. Every second image is an original.
+    for image, left in zip(originals, (0, 100, 200, 300), strict=False):
+        np.testing.assert_array_equal(picture[0:48:6, left : left + 48 : 6], image[:, :, 0])
 
 
 def test_a_second_run_does_nothing_and_says_so(trained, capsys):
@@ -178,13 +172,13 @@ def test_an_autoencoder_in_use_is_not_replaced(trained, tmp_path, capsys, user):
     (tmp_path / "tokens").mkdir()
     (tmp_path / user).write_text(json.dumps({"autoencoder_hash": json.loads(before)["hash"]}))
     assert run(tmp_path, "--config.vae_training.steps=9") == runner.EXIT_USER_ERROR
-    assert f"{tmp_path / user} depends on the autoencoder" in capsys.readouterr().err
+    assert f"{tmp_path / user} depends on the present autoencoder" in capsys.readouterr().err
     assert written.read_bytes() == before
     assert run(tmp_path) == 0
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(trained, tmp_path):
+def test_a_stopped_run_continues_bit_for_bit(trained, tmp_path):
     with stopped_at_the_third_batch(train_vae, "make_image_loader"):
         assert run(tmp_path) == EXIT_INTERRUPTED
     assert not (tmp_path / "autoencoder" / "config.json").exists()
@@ -214,7 +208,7 @@ def test_bfloat16_computes_the_loss_but_not_the_parameters():
     assert losses["bfloat16"] != losses["float32"]
 
 
-def test_an_autoencoder_from_elsewhere_is_not_overwritten(tmp_path, capsys):
+def test_an_autoencoder_that_was_not_trained_here_is_not_overwritten(tmp_path, capsys):
     save_autoencoder(tmp_path / "autoencoder", TINY, init_params(TINY, jax.random.key(0)))
     assert run(tmp_path) == runner.EXIT_USER_ERROR
     assert "was not trained here" in capsys.readouterr().err
@@ -224,7 +218,7 @@ def test_an_autoencoder_from_elsewhere_is_not_overwritten(tmp_path, capsys):
     ("flag", "message"),
     [
         ("--config.data.image_size=9", "image size 9x9 is not divisible"),
-        ("--config.vae_training.reconstruction=l3", "'l3'; choose l1 or l2"),
+        ("--config.vae_training.reconstruction=l3", "reconstruction is l3; it must be l1 or l2"),
         ("--config.vae_training.batch_size=30", "make it a multiple of 8"),
         ("--config.vae_training.batch_size=0", "vae_training.batch_size is 0"),
         ("--config.vae_training.dtype=int8", "vae_training.dtype is int8"),
@@ -241,8 +235,8 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, capsys, flag, 
     assert not (tmp_path / "new").exists()
 
 
-def test_flops_are_those_that_the_compiler_counts():
-    """But for norms, activations, and places of kernels beyond the border."""
+def test_flops_equal_the_compilers_count():
+    """Except for norms, activations, and the places of kernels outside the image."""
     config = dataclasses.replace(TINY, image_size=64, channels=64)
     task = AutoencoderTask(config, "float32", 0.0)
     examples = {
@@ -256,15 +250,11 @@ def test_flops_are_those_that_the_compiler_counts():
     assert autoencoder_task.training_flops(config) == pytest.approx(counted, rel=0.1)
 
 
-def test_pictures_pad_the_last_batch_with_weight_zero():
+def test_padding_of_the_last_batch_has_weight_zero():
     mesh = meshes.make_mesh(2, 2, 2)
-    pictures = Pictures(DigitsSource("train"), np.arange(6), 8, 1, mesh)
-    first, second = (jax.device_get(batch) for batch in pictures.batches(3))
-    assert first["weights"].tolist() == [1, 1, 1, 1]  # 3 rounded up to the 4 batch shards.
+    # Three images are rounded up to the 4 batch shards.
+    batches = picture_batches(DigitsSource("train"), np.arange(6), 8, 1, mesh, batch_size=3)
+    first, second = map(jax.device_get, batches)
+    assert first["weights"].tolist() == [1, 1, 1, 1]
     assert second["weights"].tolist() == [1, 1, 0, 0]
     np.testing.assert_array_equal(second["images"][:2], digits("train")[4:6])
-
-
-def test_unknown_error_kind():
-    with pytest.raises(UserError, match="choose l1 or l2"):
-        AutoencoderTask(TINY, "float32", 0.0, "huber")

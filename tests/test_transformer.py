@@ -1,4 +1,4 @@
-"""Dropout and rematerialisation: where it drops, that it drops the same when computed again."""
+"""Where the layers drop, and that rematerialisation drops the same elements again."""
 
 import math
 
@@ -7,32 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import (
-    TINY,
-    equations,
-    in_order,
-    random_batch,
-    random_params,
-    tiny,
-    tree_error,
-)
+from tiny_model import BATCH, DROPOUT_KEY, HIDDEN, equations, in_order, jitted, tiny, tree_error
 
 from tokenbridge_jax.model import TokenBridge, abstract_params
 from tokenbridge_jax.transformer import Block, ConditionedBlock, Dropout, stack_layers, unstack
-
-BATCH = 3
-HIDDEN = 6
-DROPOUT_KEY = jax.random.key(5)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return random_params(TINY)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    return random_batch(TINY, BATCH)
 
 
 def test_dropout_is_on_only_with_a_key_and_keeps_the_mean():
@@ -41,7 +19,7 @@ def test_dropout_is_on_only_with_a_key_and_keeps_the_mean():
     dropped = np.asarray(Dropout(0.1).apply({}, ones, rngs={"dropout": jax.random.key(0)}))
     kept = dropped != 0
     np.testing.assert_allclose(dropped[kept], 1 / 0.9, rtol=1e-6)
-    # Five standard deviations of a binomial.
+    # Five standard deviations of a binomial distribution.
     assert abs(kept.mean() - 0.9) < 5 * math.sqrt(0.09 / kept.size)
 
 
@@ -75,9 +53,9 @@ def test_blocks_drop_attention_weights_projection_and_both_mlp_layers(conditione
         for _, eqn in equations(jaxpr)
         if eqn.primitive.name == "ge" and eqn.invars[0].aval.dtype == jnp.uint32
     ]
-    # The units' hashes decide twice each.
+    # Each hash of the MLP's units gives two masks.
     assert sorted(masks) == sorted([(2, 2, 3, 3), x.shape, *[(2, 3, 32)] * 2, x.shape])
-    # The two of the same shape are not the same.
+    # The two masks of the same shape differ.
     _, state = block(0.5).apply(
         variables,
         *arguments,
@@ -88,7 +66,7 @@ def test_blocks_drop_attention_weights_projection_and_both_mlp_layers(conditione
     first, second = (np.asarray(y) == 0 for y in jax.tree.leaves(state))
     assert first.shape == second.shape == x.shape
     assert 0.2 < np.mean(first != second) < 0.8
-    # Dropping (all but surely) everything leaves nothing of a branch: dropout stands last in both.
+    # Dropout is the last step of both branches: if it drops everything, the input is left.
     out, _ = block(1 - 2**-20).apply(variables, *arguments, rngs=rngs)
     np.testing.assert_array_equal(out, x)
     assert not np.isclose(block(0.9).apply(variables, *arguments)[0], x).any()
@@ -96,22 +74,20 @@ def test_blocks_drop_attention_weights_projection_and_both_mlp_layers(conditione
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_rematerialisation_changes_no_gradient(params, batch, scan_layers: bool):
-    """With dropout on, so that what is dropped has to be the same again."""
+    """With dropout on, so the second computation must drop the same elements."""
+
+    slots = in_order(batch["indices"], batch["order"])
+    arguments = jax.tree.map(
+        jnp.asarray, (slots, batch["labels"], batch["order"], HIDDEN, np.zeros(BATCH, bool))
+    )
 
     def gradient(remat):
         config = tiny(dropout=0.2, remat=remat, scan_layers=scan_layers)
 
         def projected(params):
-            feature = TokenBridge(config).apply(
-                {"params": params if scan_layers else unstack(params)},
-                jnp.asarray(in_order(batch["indices"], batch["order"])),
-                jnp.asarray(batch["labels"]),
-                jnp.asarray(batch["order"]),
-                jnp.int32(HIDDEN),
-                jnp.zeros(BATCH, bool),
-                rngs={"dropout": DROPOUT_KEY},
-                method="features",
-            )
+            variables = {"params": params if scan_layers else unstack(params)}
+            rngs = {"dropout": DROPOUT_KEY}
+            feature = TokenBridge(config).apply(variables, *arguments, rngs=rngs, method="features")
             return jnp.sum(feature * np.random.default_rng(4).normal(size=feature.shape))
 
         return jax.jit(jax.grad(projected))(params)
@@ -121,24 +97,15 @@ def test_rematerialisation_changes_no_gradient(params, batch, scan_layers: bool)
         assert tree_error(gradient(remat), expected) < 1e-5
 
 
-def test_rematerialisation_keeps_less():
+def test_rematerialisation_keeps_less(batch):
+    arguments = *batch.values(), np.int32(HIDDEN), np.zeros(BATCH, bool)
     kept = []
     for remat in ("none", "dots", "full"):
         config = tiny(remat=remat, encoder_layers=2, decoder_layers=2)
-        arguments = (
-            jnp.zeros((BATCH, config.positions, config.channels), jnp.int32),
-            jnp.zeros(BATCH, jnp.int32),
-            jnp.zeros((BATCH, config.positions), jnp.int32),
-            jnp.int32(HIDDEN),
-            jnp.zeros(BATCH, bool),
-        )
+        features = jitted(config, "features")
 
-        def backward(params, config=config, arguments=arguments):
-            def run(params):
-                variables = {"params": params}
-                return TokenBridge(config).apply(variables, *arguments, method="features")
-
-            return jax.vjp(run, params)[1]
+        def backward(params, features=features):
+            return jax.vjp(lambda params: features(params, *arguments), params)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(backward, abstract_params(config)))
         kept.append(sum(leaf.size for leaf in leaves))

@@ -1,7 +1,8 @@
-"""The smallest model with every part of the real one, and weights that leave no part idle."""
+"""The smallest model with every part of the real one, and weights that use every part."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import AutoencoderConfig
@@ -20,8 +22,9 @@ from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_param
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.transformer import unstack
 
-# Widths differ from part to part, and the channel order is its own inverse nowhere.
+# Widths differ between parts, and no place of the channel order is its own inverse.
 TINY = TokenBridgeConfig(
     quantizer=Quantizer.gaussian(levels=5, range=3.0),
     channel_order=(2, 0, 3, 1),
@@ -51,8 +54,11 @@ AUTOENCODER = AutoencoderConfig(
     attention_resolutions=(),
     latent_channels=4,
 )
-# Gradients that are zero in exact arithmetic: softmax ignores a constant added to every key.
+# Its gradient is zero in exact arithmetic: softmax ignores a constant added to every key.
 ZERO_GRADIENT = "head/blocks/attn/k_norm/bias"
+# The images of the fixture `batch`, how many positions tests hide in them, and a key.
+BATCH, HIDDEN = 3, 6
+DROPOUT_KEY = jax.random.key(5)
 
 
 def tiny(**changes: Any) -> TokenBridgeConfig:
@@ -61,7 +67,7 @@ def tiny(**changes: Any) -> TokenBridgeConfig:
 
 
 def random_params(config: TokenBridgeConfig, seed: int = 0, spread: float = 0.3) -> dict[str, Any]:
-    """Random numbers in every leaf: freshly drawn, AdaLN-Zero would shut half of the head off."""
+    """Random numbers in every leaf; initial weights of AdaLN-Zero would turn off half the head."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -83,16 +89,41 @@ def random_batch(config: TokenBridgeConfig, size: int, seed: int = 0) -> dict[st
     )
 
 
-def tiny_pipeline(config: TokenBridgeConfig, params: dict[str, Any]) -> Pipeline:
-    """Grey images, a position 2x2 pixels; classes "cat", "dog" and "7"."""
-    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+def tiny_pipeline(
+    config: TokenBridgeConfig, params: dict[str, Any], mesh: Mesh | None = None
+) -> Pipeline:
+    """Grey images with positions of 2x2 pixels; classes "cat", "dog" and "7"."""
+    mesh = mesh or meshes.make_mesh(devices=jax.devices()[:1])
     weights = init_autoencoder(AUTOENCODER, jax.random.key(0))
     codec = Codec(AUTOENCODER, weights, config.quantizer, mesh)
-    return Pipeline(ModelDescription(config, ("cat", "dog", "7"), ""), params, codec, mesh)
+    description = ModelDescription(config, ("cat", "dog", "7"), "")
+    return Pipeline(description, lay_out(params, config, mesh), codec, mesh)
+
+
+def lay_out(params: dict[str, Any], config: TokenBridgeConfig, mesh: Mesh) -> dict[str, Any]:
+    """The parameters laid out on a mesh."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+    return jax.device_put(params, shardings)
+
+
+def on_mesh(function: Callable[..., Any], *arguments: Any, sizes: Any = (2, 2, 2)) -> Any:
+    """`function` on a mesh, given `(tree, mesh axes that its arrays are split over)` for each."""
+    mesh = meshes.make_mesh(*sizes)
+    with meshes.use_mesh(mesh):
+        placed = (
+            jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+            for tree, axes in arguments
+        )
+        return function(*placed)
+
+
+def shard_shapes(array: jax.Array) -> set[tuple[int, ...]]:
+    """The shapes of the parts of an array on its devices."""
+    return {shard.data.shape for shard in array.addressable_shards}
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    """Numbers from a standard normal."""
+    """Random numbers of a standard normal distribution."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32).astype(dtype)
 
 
@@ -103,7 +134,7 @@ def triton_kernels(traced: jax.stages.Traced) -> dict[str, int]:
 
 
 def in_order(indices: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Positions row-major -> order layout."""
+    """Row-major positions -> order layout."""
     return np.take_along_axis(indices, order[:, :, None], axis=1)
 
 
@@ -120,7 +151,7 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def examples(batch: dict[str, Any]) -> Examples:
-    """A batch as the loss takes it: the first image's class is dropped, unless the batch says."""
+    """A batch as the loss takes it; by default the class of the first image is dropped."""
     first = jnp.arange(len(batch["labels"])) == 0
     return Examples(**{"drop_class": first} | jax.tree.map(jnp.asarray, batch))
 
@@ -148,8 +179,23 @@ def jitted(config: TokenBridgeConfig, method: str | Callable[..., Any] = "__call
     )
 
 
+@functools.cache
+def head_method(config: TokenBridgeConfig, method: str, **settings: Any):
+    """Jitted `(params, *arguments) -> output` of a method of the head; `sample` unstacks layers."""
+    if method == "sample":
+        config = dataclasses.replace(config, scan_layers=False)
+
+    def run(params, *arguments):
+        return TokenBridge(config).apply(
+            {"params": params if config.scan_layers else unstack(params)},
+            method=lambda model: getattr(model.head, method)(*arguments, **settings),
+        )
+
+    return jax.jit(run)
+
+
 def tree_error(actual, expected) -> float:
-    """Largest relative error over the leaves whose gradient is not zero in exact arithmetic."""
+    """The largest relative error, over leaves whose exact gradient is not zero."""
     actual, expected = leaf_names(actual), leaf_names(expected)
     return max(
         relative_error(without_key_bias(name, leaf), without_key_bias(name, expected[name]))
@@ -159,27 +205,59 @@ def tree_error(actual, expected) -> float:
 
 
 def without_key_bias(name: str, gradient: np.ndarray) -> np.ndarray:
-    """The backbone's key bias has no gradient either; the head's does, as its keys are normed."""
+    """Removes the backbone's bias of keys, whose exact gradient is zero too.
+
+    In the head, keys are normalized, so their bias has a gradient.
+    """
     if name.startswith("backbone") and name.endswith("qkv/bias"):
         gradient = np.delete(gradient, 1, axis=1)
     return gradient
 
 
 def equations(jaxpr, repeated: int = 1):
-    """Every equation of a program as this platform runs it, with how often it runs."""
+    """Every equation of a program on this platform, and how often it runs."""
     for eqn in jaxpr.eqns:
         yield repeated, eqn
         times = repeated * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
         inner = list(jax.extend.core.jaxprs_in_params(eqn.params))
-        # The last is for platforms without a branch of their own.
+        # The last branch is for all platforms that have no branch of their own.
         for jaxpr_inside in inner[-1:] if eqn.params.get("branches_platforms") else inner:
             yield from equations(jaxpr_inside, times)
 
 
-def bfloat16_sums(function: Callable[..., Any], *arguments: Any) -> list[str]:
-    """The sums of more than two numbers each that a function's gradient takes in bfloat16.
+def program_flops(jaxpr) -> int:
+    """FLOPs of every product and convolution in a program."""
+    flops = 0
+    for times, eqn in equations(jaxpr):
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            _, *summed = eqn.params["dimension_numbers"].rhs_spec
+            inner = math.prod(eqn.invars[1].aval.shape[axis] for axis in summed)
+        else:
+            continue
+        flops += times * 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+    return flops
 
-    Products count for nothing: accelerators add theirs up in float32.
+
+def loss_flops(
+    config: TokenBridgeConfig, hidden: int, head_fraction: float = 1.0
+) -> tuple[int, jax.stages.Lowered]:
+    """FLOPs of every product in the program of one image's loss, and that program."""
+    draw = MaskDraw(jnp.int32(hidden), hidden, config.positions - hidden)
+
+    def run(params, batch):
+        return training_loss(config, params, batch, draw, head_fraction=head_fraction)
+
+    traced = jax.jit(run).trace(abstract_params(config), examples(random_batch(config, 1)))
+    return program_flops(traced.jaxpr.jaxpr), traced.lower()
+
+
+def bfloat16_sums(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """The sums of more than two numbers that a function's gradient computes in bfloat16.
+
+    The sums of products are left out: accelerators compute them in float32.
     """
     jaxpr = jax.make_jaxpr(jax.grad(function))(*arguments).jaxpr
     sums = []

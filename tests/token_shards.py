@@ -1,4 +1,4 @@
-"""What tests of the token shards share: shards of random indices, and what makes real ones."""
+"""Shared by tests of token shards: shards of random indices, and inputs for real ones."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ from tokenbridge_jax.autoencoder import (
     save_autoencoder,
 )
 from tokenbridge_jax.channels import ChannelStatistics
-from tokenbridge_jax.data import shards
+from tokenbridge_jax.data import shard_writer, shards
 from tokenbridge_jax.data.shard_writer import ShardWriter
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.quantizer import Quantizer
@@ -96,7 +96,7 @@ def make_info(*, levels: int = 16, flips: bool = False, samples: int = 1, **chan
 
 
 def random_records(info: DatasetInfo, images: range) -> np.ndarray:
-    """One record an image; what it holds depends on its number alone."""
+    """One record per image, whose content depends only on the image's number."""
     records = np.empty(len(images), info.record)
     for record, image in zip(records, images, strict=True):
         rng = np.random.default_rng(image)
@@ -107,27 +107,41 @@ def random_records(info: DatasetInfo, images: range) -> np.ndarray:
 
 
 def write_tokens(folder: Path, counts: dict[str, list[int]], **settings) -> DatasetInfo:
-    """Writes shards of so many records a split, and their `dataset.json`."""
+    """Writes shards with these numbers of records for every split, and `dataset.json`."""
     info = make_info(**settings)
     splits = {}
     for split, sizes in counts.items():
-        listed, start = [], 0
+        listed = []
         for number, size in enumerate(sizes):
-            path = folder / shards.shard_name(split, number, len(sizes))
+            path, start = folder / shards.shard_name(split, number, len(sizes)), sum(sizes[:number])
             with ShardWriter(path) as writer:
                 writer.write(random_records(info, range(start, start + size)))
                 statistics = ChannelStatistics(info.channels, info.quantizer.levels)
                 summary = writer.commit([], statistics)
             listed.append({"file": path.name, "records": size, "bytes": summary.size})
-            start += size
-        splits[split] = {"images": start, "shards": listed}
+        splits[split] = {"images": sum(sizes), "shards": listed}
     info = make_info(**settings, splits=splits)
     shards.write_info(folder, info)
     return info
 
 
+@contextlib.contextmanager
+def full_disk(name: str = "") -> Iterator[None]:
+    """Lets shards whose names contain `name` be written to the device that is always full."""
+    create = shard_writer.ArrayRecordWriter
+
+    def on_full_disk(path, options):
+        if name in path:
+            os.symlink("/dev/full", path)
+        return create(path, options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, "ArrayRecordWriter", on_full_disk)
+        yield
+
+
 def write_workdir(workdir: Path) -> None:
-    """Random shards of three classes and the autoencoder they claim to come from."""
+    """Writes random shards of three classes, and the autoencoder that their description names."""
     config = make_info().autoencoder
     params = init_params(config, jax.random.key(0))
     autoencoder_hash = save_autoencoder(workdir / "autoencoder", config, params)
@@ -141,17 +155,17 @@ def write_workdir(workdir: Path) -> None:
 
 
 def results(workdir: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl` without what depends on the clock."""
-    timings = {"images_per_second", "share_of_peak"}
-    return [
-        {name: value for name, value in row.items() if name not in timings}
-        for row in read_metrics(workdir / "metrics.jsonl")
-    ]
+    """The lines of `metrics.jsonl` without the fields that depend on time."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    for row in rows:
+        row.pop("images_per_second", None)
+        row.pop("share_of_peak", None)
+    return rows
 
 
 @contextlib.contextmanager
 def stopped_at_the_third_batch(command: Any, loader: str) -> Iterator[None]:
-    """Has a training command be told to stop (SIGTERM) when it asks for that batch."""
+    """Sends SIGTERM to a training command when it asks for its third batch."""
     make_loader = getattr(command, loader)
 
     def stopping_loader(*args, **kwargs):
@@ -166,30 +180,26 @@ def stopped_at_the_third_batch(command: Any, loader: str) -> Iterator[None]:
 
 
 def write_autoencoder(workdir: Path) -> Path:
-    """A random autoencoder whose latents have about unit variance."""
+    """Writes a random autoencoder whose latents have a variance of about 1; returns `workdir`."""
     params = jax.tree.map(np.array, init_params(AUTOENCODER, jax.random.key(0)))
-    # Posterior noise of about a tenth: large enough to move indices.
+    # Posterior noise with a deviation of about 0.1, which is large enough to change indices.
     params["quant_conv"]["bias"][AUTOENCODER.latent_channels :] = -4.0
     save_autoencoder(workdir / "autoencoder", AUTOENCODER, params)
     return workdir
 
 
 def make_config(images: Path, **changes) -> ConfigDict:
-    """The settings above with some replaced, `data__flip=False` say."""
+    """The settings above with changes such as `data__flip=False`."""
     config = ConfigDict(SETTINGS)
     config.data.path = str(images)
-    for name, value in changes.items():
-        section, _, key = name.partition("__")
-        with config.ignore_type():  # A channel order is a name or a tuple.
-            if key:
-                config[section][key] = value
-            else:
-                config[section] = value
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    with config.ignore_type():  # A channel order is a name or a tuple.
+        config.update_from_flattened_dict(named)
     return config
 
 
 def write_pictures(root: Path) -> Path:
-    """27 smooth pictures in 3 class folders."""
+    """Writes 27 smooth pictures in 3 class folders; returns `root`."""
     for i in range(27):
         rng = np.random.default_rng(i)
         path = root / f"class{i % 3}" / f"{i:02}.png"
@@ -200,17 +210,15 @@ def write_pictures(root: Path) -> Path:
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
-    files = (path for path in (workdir / "tokens").rglob("*") if path.is_file())
+    files = filter(Path.is_file, (workdir / "tokens").rglob("*"))
     return {str(path.relative_to(workdir / "tokens")): path.read_bytes() for path in files}
 
 
 def read_split(workdir: Path, split: str = "train") -> np.ndarray:
     info = shards.read_info(workdir / "tokens")
-    parts = []
-    for path, _ in shards.shard_files(workdir / "tokens", info, split):
-        reader = ArrayRecordReader(str(path))
-        parts.append(np.frombuffer(b"".join(reader.read_all()), info.record))
-    return np.concatenate(parts)
+    files = shards.shard_files(workdir / "tokens", info, split)
+    records = [record for path, _ in files for record in ArrayRecordReader(str(path)).read_all()]
+    return np.frombuffer(b"".join(records), info.record)
 
 
 @jax.jit
@@ -219,7 +227,7 @@ def encode(params, pixels):
 
 
 def posterior_of(workdir: Path, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation `[L, C]` of one picture, by itself."""
+    """Mean and deviation `[L, C]` of the posterior of one picture, encoded alone."""
     _, params = load_autoencoder(workdir / "autoencoder")
     posterior = encode(params, jnp.asarray(picture[None], jnp.float32))
     mean, logvar = np.asarray(posterior.mean), np.asarray(posterior.logvar)

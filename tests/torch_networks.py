@@ -1,4 +1,4 @@
-"""The public PyTorch networks that evaluation is compared with."""
+"""The public PyTorch networks that the tests of evaluation compare with."""
 
 import re
 from pathlib import Path
@@ -12,9 +12,7 @@ from tokenbridge_jax.evaluation import inception
 torchvision_stand_in.install()
 
 import lpips  # noqa: E402
-from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: E402
-    FeatureExtractorInceptionV3,
-)
+from torch_fidelity import feature_extractor_inceptionv3  # noqa: E402
 
 LPIPS_BACKBONES = {"vgg": torchvision_stand_in.VGG16, "alex": torchvision_stand_in.AlexNet}
 
@@ -33,15 +31,15 @@ def random_inception_state(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def torch_fidelity_extractor(state: dict[str, np.ndarray], path: Path) -> torch.nn.Module:
-    """torch-fidelity's extractor with these weights, which go through a file."""
+    """torch-fidelity's extractor with these weights, which it reads from a file."""
     torch.save({name: torch.from_numpy(array) for name, array in state.items()}, path)
-    return FeatureExtractorInceptionV3(
+    return feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
         "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
     )
 
 
 def lpips_network(name: str) -> tuple[torch.nn.Module, dict, dict]:
-    """The lpips package's network on a random backbone; the backbone's state dict, the layers'."""
+    """The lpips package's network on a random backbone, and the state dicts of its two parts."""
     torch.manual_seed(0)
     backbone = LPIPS_BACKBONES[name]()
     network = lpips.LPIPS(net=name, pnet_rand=True, verbose=False).eval()

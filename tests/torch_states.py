@@ -1,4 +1,6 @@
-"""What tests of the PyTorch bridge share: an autoencoder, its names in diffusers, a module."""
+"""Shared by the tests of the PyTorch bridge: state dicts, an autoencoder, a PyTorch module."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -6,7 +8,13 @@ import torch
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.torch_bridge.official import BUFFERS
 
-# Two levels, of different widths; attention at the coarser one; widths that groups divide.
+GOLDENS = Path(__file__).parent / "goldens"
+
+# The state dict in the golden file of the model.
+with np.load(GOLDENS / "tokenbridge_tiny.npz") as golden:
+    STATE = {k.removeprefix("state/"): golden[k] for k in golden if k.startswith("state/")}
+
+# Two levels of different widths, with attention at the coarser one.
 TINY = AutoencoderConfig(
     image_size=8,
     channels=8,
@@ -17,9 +25,9 @@ TINY = AutoencoderConfig(
     scale=1.0,
 )
 
-# Parts of TINY, in LDM and in diffusers, which counts the decoder's levels from the other end.
+# Parts of TINY that LDM and diffusers name differently. Diffusers counts the decoder's levels from
+# the other end.
 DIFFUSERS = {
-    "encoder.conv_in": "encoder.conv_in",
     "encoder.down.0.block.0": "encoder.down_blocks.0.resnets.0",
     "encoder.down.0.downsample.conv": "encoder.down_blocks.0.downsamplers.0.conv",
     "encoder.down.1.block.0": "encoder.down_blocks.1.resnets.0",
@@ -28,10 +36,6 @@ DIFFUSERS = {
     "encoder.mid.attn_1": "encoder.mid_block.attentions.0",
     "encoder.mid.block_2": "encoder.mid_block.resnets.1",
     "encoder.norm_out": "encoder.conv_norm_out",
-    "encoder.conv_out": "encoder.conv_out",
-    "quant_conv": "quant_conv",
-    "post_quant_conv": "post_quant_conv",
-    "decoder.conv_in": "decoder.conv_in",
     "decoder.mid.block_1": "decoder.mid_block.resnets.0",
     "decoder.mid.attn_1": "decoder.mid_block.attentions.0",
     "decoder.mid.block_2": "decoder.mid_block.resnets.1",
@@ -41,33 +45,32 @@ DIFFUSERS = {
     "decoder.up.0.block.0": "decoder.up_blocks.1.resnets.0",
     "decoder.up.0.block.1": "decoder.up_blocks.1.resnets.1",
     "decoder.norm_out": "decoder.conv_norm_out",
-    "decoder.conv_out": "decoder.conv_out",
 }
+# Names of the layers of attention in current diffusers, and in its first versions.
 ATTENTION = {
-    "now": {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"},
+    "now": {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"},
     "first": {
-        "norm": "group_norm",
         "q": "query",
         "k": "key",
         "v": "value",
         "proj_out": "proj_attn",
+        "norm": "group_norm",
     },
 }
 
 
 def in_diffusers(state, names="now", linear=True):
-    """LDM's state dict of TINY as diffusers keeps it."""
+    """LDM's state dict of TINY in the layout of diffusers."""
     renamed = {}
-    for part, theirs in DIFFUSERS.items():
-        for name in [name for name in state if name.startswith(f"{part}.")]:
-            array, rest = state[name], name.removeprefix(f"{part}.")
-            rest = rest.replace("nin_shortcut", "conv_shortcut")
-            if ".attentions." in theirs:
-                layer, _, kind = rest.partition(".")
-                rest = f"{ATTENTION[names][layer]}.{kind}"
-                array = array[:, :, 0, 0] if linear and array.ndim == 4 else array
-            renamed[f"{theirs}.{rest}"] = array
-    assert len(renamed) == len(state)
+    for name, array in state.items():
+        part = next((part for part in DIFFUSERS if name.startswith(f"{part}.")), "")
+        theirs = DIFFUSERS.get(part, "") + name.removeprefix(part)
+        theirs = theirs.replace("nin_shortcut", "conv_shortcut")
+        if ".attentions." in theirs:
+            prefix, layer, kind = theirs.rsplit(".", 2)
+            theirs = f"{prefix}.{ATTENTION[names][layer]}.{kind}"
+            array = array[:, :, 0, 0] if linear and array.ndim == 4 else array
+        renamed[theirs] = array
     return renamed
 
 

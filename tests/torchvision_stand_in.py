@@ -1,7 +1,7 @@
-"""What the public networks use of torchvision, in plain PyTorch.
+"""The parts of torchvision that the public networks use, in plain PyTorch.
 
-torchvision's compiled part ends the interpreter, or cannot be imported, beside a build of PyTorch
-that is not its own. The networks need only the layers of two architectures.
+With another build of PyTorch than its own, torchvision's compiled part stops the interpreter or
+cannot be imported. The networks need only the layers of two architectures.
 """
 
 import sys
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def install() -> None:
-    """Takes torchvision's place among the imported modules, whether or not it is installed."""
+    """Replaces torchvision among the imported modules, whether or not it is installed."""
     unused = dict.fromkeys(("CIFAR10", "CIFAR100", "STL10"), object)
     contents = {
         "torchvision": {"__version__": "0.28.0"},
@@ -32,39 +32,38 @@ def install() -> None:
             setattr(sys.modules[parent], child, module)
 
 
-class VGG16(nn.Module):
-    """Configuration D, without its classifier; weights are random, as without `pretrained`."""
+class _Network(nn.Module):
+    """Random convolutions of the given widths, without a classifier; None is a pooling."""
+
+    pool: tuple[int, int]
+    widths: tuple[int | None, ...]
+    # Size, stride and padding of the first convolutions; the others are 3 x 3 with padding 1.
+    first: tuple[tuple[int, int, int], ...] = ()
 
     def __init__(self, pretrained: bool = False):
         assert not pretrained
         super().__init__()
-        layers, inputs = [], 3
-        for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-            for _ in range(count):
-                layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(inplace=True)]
+        layers, inputs, first = [], 3, iter(self.first)
+        for width in self.widths:
+            if width is None:
+                layers.append(nn.MaxPool2d(*self.pool))
+            else:
+                layers.append(nn.Conv2d(inputs, width, *next(first, (3, 1, 1))))
+                layers.append(nn.ReLU(inplace=True))
                 inputs = width
-            layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
 
 
-class AlexNet(nn.Module):
-    """The one-column AlexNet, without its classifier."""
+class VGG16(_Network):
+    """Configuration D."""
 
-    def __init__(self, pretrained: bool = False):
-        assert not pretrained
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(3, 64, 11, stride=4, padding=2),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2),
-            nn.Conv2d(64, 192, 5, padding=2),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2),
-            nn.Conv2d(192, 384, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(384, 256, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(256, 256, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2),
-        )
+    pool = (2, 2)
+    widths = (64, 64, None, 128, 128, None, *[256] * 3, None, *[512] * 3, None, *[512] * 3, None)
+
+
+class AlexNet(_Network):
+    """The one-column AlexNet."""
+
+    pool = (3, 2)
+    widths = (64, None, 192, None, 384, 256, 256, None)
+    first = ((11, 4, 2), (5, 1, 2))

@@ -1,5 +1,6 @@
-"""A small task with every ingredient of the real ones: random examples, dropout, logical axes."""
+"""A small task with all features of the real ones: random examples, dropout, logical axes."""
 
+import itertools
 from collections.abc import Iterator
 
 import flax.linen as nn
@@ -15,28 +16,23 @@ from tokenbridge_jax.training.step import make_train_step
 
 
 class Regressor(nn.Module):
-    """Two layers; sizes that a 2 x 2 x 2 mesh divides, and one (3 outputs) that it does not."""
+    """Two layers. A 2 x 2 x 2 mesh divides all sizes except the 3 outputs."""
 
     width: int
     dropout: float
 
     @nn.compact
     def __call__(self, x):
-        xavier = nn.initializers.xavier_uniform()
-        zeros = nn.initializers.zeros
-        x = nn.Dense(
-            self.width,
-            kernel_init=named_axes(xavier, "embed", "mlp"),
-            bias_init=named_axes(zeros, "mlp"),
-            name="first",
-        )(x)
+        xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
+        kernel, bias = named_axes(xavier, "embed", "mlp"), named_axes(zeros, "mlp")
+        x = nn.Dense(self.width, kernel_init=kernel, bias_init=bias, name="first")(x)
         x = constrain(nn.gelu(x), "batch", "mlp")
         x = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x)
         return nn.Dense(3, kernel_init=named_axes(xavier, "mlp", "embed"), name="second")(x)
 
 
 class ToyTask:
-    """Regression from noisy inputs; the noise belongs to the examples."""
+    """Regression from noisy inputs; `examples` adds the noise."""
 
     def __init__(self, dropout: float = 0.1, width: int = 8, noise: float = 0.1):
         self.model = Regressor(width, dropout)
@@ -57,12 +53,12 @@ class ToyTask:
 
 
 def first_devices(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of as many of the devices as it needs."""
+    """A mesh of these sizes, on the first devices."""
     return make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
 
 
 def toy_batch(step: int, size: int = 16) -> dict[str, np.ndarray]:
-    """The batch of a step, a function of the step alone."""
+    """The batch of a step, which depends only on the step."""
     rng = np.random.default_rng([1, step])
     x = rng.normal(size=(size, 4)).astype(np.float32)
     return {"x": x, "y": np.tanh(x[:, :3])}
@@ -70,9 +66,7 @@ def toy_batch(step: int, size: int = 16) -> dict[str, np.ndarray]:
 
 def toy_batches(start: int) -> Iterator[dict[str, np.ndarray]]:
     """The batches from `start` on."""
-    while True:
-        yield toy_batch(start)
-        start += 1
+    return map(toy_batch, itertools.count(start))
 
 
 def toy_training(task, mesh, *, accumulation=1, **recipe):
@@ -81,14 +75,6 @@ def toy_training(task, mesh, *, accumulation=1, **recipe):
     optimizer, schedule = make_optimizer(config)
     abstract = abstract_state(task.init, optimizer, mesh)
     state = create_state(task.init, optimizer, abstract, seed=0)
-    step = make_train_step(
-        task,
-        optimizer,
-        schedule,
-        abstract,
-        mesh,
-        seed=0,
-        ema_decay=0.9,
-        accumulation=accumulation,
-    )
+    settings = {"seed": 0, "ema_decay": 0.9, "accumulation": accumulation}
+    step = make_train_step(task, optimizer, schedule, abstract, mesh, **settings)
     return abstract, state, step

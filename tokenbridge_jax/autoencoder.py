@@ -380,6 +380,11 @@ def save_autoencoder(
     return content_hash
 
 
+def autoencoder_exists(directory: epath.PathLike) -> bool:
+    """Whether there is a saved autoencoder in `directory`."""
+    return (storage.as_path(directory) / "config.json").exists()
+
+
 def read_description(directory: epath.PathLike) -> dict[str, Any]:
     """Reads the `config.json` of a saved autoencoder: `config`, `hash` and `extra`.
 

@@ -40,23 +40,19 @@ class Backbone(nn.Module):
     scan_layers: bool = True
 
     def setup(self) -> None:
-        encoder_length = self.buffer + self.positions
+        length = self.buffer + self.positions
         self.class_embedding = self._embedding("class_embedding", self.classes, self.encoder_width)
         self.null_latent = self._embedding("null_latent", 1, self.encoder_width)
         # In float32, which is cheap at this width: bfloat16 cannot distinguish 4096 levels.
         self.z_proj = Dense((self.encoder_width,), (None, "embed"))
-        self.encoder_position = self._embedding(
-            "encoder_position", encoder_length, self.encoder_width
-        )
+        self.encoder_position = self._embedding("encoder_position", length, self.encoder_width)
         self.z_proj_norm = LayerNorm(self.dtype)
         self.encoder_blocks = self._blocks(self.encoder_layers, self.encoder_heads)
         self.encoder_norm = LayerNorm(self.dtype)
 
         self.decoder_embed = Dense((self.decoder_width,), (None, "embed"), self.dtype)
         self.mask_token = self._embedding("mask_token", 1, self.decoder_width)
-        self.decoder_position = self._embedding(
-            "decoder_position", encoder_length, self.decoder_width
-        )
+        self.decoder_position = self._embedding("decoder_position", length, self.decoder_width)
         self.decoder_blocks = self._blocks(self.decoder_layers, self.decoder_heads)
         self.decoder_norm = LayerNorm(self.dtype)
         self.output_position = self._embedding(

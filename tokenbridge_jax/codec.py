@@ -174,7 +174,7 @@ class Codec:
 
     def _run(self, function: Callable[..., Any], *batched: Any) -> Any:
         size = len(batched[0])
-        padded = padded_size(size, meshes.batch_shards(self.mesh))
+        padded = padded_size(size, self.mesh)
         with meshes.use_mesh(self.mesh):
             result = function(*jax.tree.map(lambda x: _pad(x, padded), batched))
             return jax.tree.map(lambda x: x[:size], result) if padded > size else result
@@ -285,11 +285,12 @@ def in_batches(
     return np.concatenate([function(values[i : i + size]) for i in range(0, len(values), size)])
 
 
-def padded_size(size: int, shards: int) -> int:
-    """The next of the sizes 1, 2, 3, 4, 6, 8, 12, 16, 24, ... per shard.
+def padded_size(size: int, mesh: Mesh) -> int:
+    """The next of the sizes 1, 2, 3, 4, 6, 8, 12, 16, 24, ... per batch shard of the mesh.
 
     At most a third of a batch is then padding, and few programs are compiled.
     """
+    shards = meshes.batch_shards(mesh)
     share = max(1, -(-size // shards))
     step = 1 << max(0, (share - 1).bit_length() - 2)
     return -(-share // step) * step * shards

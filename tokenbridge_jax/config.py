@@ -1,8 +1,8 @@
 """Configs: the built-in experiments, the checks of values, and the typed parts made from them.
 
 An experiment is a file of `configs/` whose `get_config(arg)` changes values of `configs/base.py`.
-Commands turn a config into what the modules below take: the config of a model, a training recipe.
-Sections `data`, `tokenize` and `quantizer` are read by `data/`, which makes images and shards.
+Commands turn a config into typed parts for the modules below: the config of a model, a training
+recipe. `data/`, which makes images and shards, reads the sections `data`, `tokenize`, `quantizer`.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.schedule import SamplingSettings
+from tokenbridge_jax.training.autoencoder_task import RECONSTRUCTION_ERRORS
 from tokenbridge_jax.training.loop import Recipe
 from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import ModelTask
@@ -64,7 +65,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 
 
 def experiments() -> dict[str, Path]:
-    """The built-in experiments, name -> file: in an installed package, beside a checkout's."""
+    """The built-in experiments, name -> file, of an installed package or of a checkout."""
     package = Path(__file__).resolve().parent
     inside = package / "configs"
     folder = inside if inside.is_dir() else package.parent / "configs"
@@ -72,7 +73,7 @@ def experiments() -> dict[str, Path]:
 
 
 def experiment(name: str) -> ConfigDict:
-    """The config of a built-in experiment without argument; `base` holds every key."""
+    """The config of a built-in experiment, without an argument; `base` has every key."""
     return runpy.run_path(str(experiments()[name]))["get_config"]()
 
 
@@ -96,39 +97,31 @@ def experiment_file(text: str) -> str:
 
 # --- Checks ---------------------------------------------------------------------------------------
 
-# Values that the typed parts do not check themselves: keys, what they must be, and a test of that,
-# which NaN fails.
-_Rule = tuple[tuple[str, ...], str, Callable[[Any], bool]]
-_RULES: tuple[_Rule, ...] = (
+# Rules for values that the typed parts do not check themselves: keys, what a value must be, and a
+# test of that, which NaN fails.
+_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     (
-        ("batch_size", "accumulation", "hidden_bucket", "log_every", "checkpoint_every", "keep"),
+        "batch_size accumulation hidden_bucket log_every checkpoint_every keep",
         "at least 1",
         lambda value: value >= 1,
     ),
+    ("keep_every eval_every sample_every every", "0 (never) or more", lambda value: value >= 0),
     (
-        ("keep_every", "eval_every", "sample_every", "every"),
-        "0 (never) or more",
-        lambda value: value >= 0,
-    ),
-    (
-        ("epochs", "warmup_epochs", "learning_rate", "weight_decay", "clip", "kl_weight"),
+        "epochs warmup_epochs learning_rate weight_decay clip kl_weight",
         "a finite number, 0 or more",
         lambda value: 0 <= value < math.inf,
     ),
-    (
-        ("beta1", "beta2", "ema_decay", "class_dropout"),
-        "0 or more and below 1",
-        lambda value: 0 <= value < 1,
-    ),
-    (("head_fraction",), "above 0 and at most 1", lambda value: 0 < value <= 1),
-    (("num_images",), "at least 2", lambda value: value >= 2),
-    (("schedule",), "cosine or constant", lambda value: value in ("cosine", "constant")),
-    (("dtype",), " or ".join(DTYPES), lambda value: value in DTYPES),
+    ("beta1 beta2 ema_decay class_dropout", "0 or more and below 1", lambda value: 0 <= value < 1),
+    ("head_fraction", "above 0 and at most 1", lambda value: 0 < value <= 1),
+    ("num_images", "at least 2", lambda value: value >= 2),
+    ("schedule", "cosine or constant", lambda value: value in ("cosine", "constant")),
+    ("reconstruction", " or ".join(RECONSTRUCTION_ERRORS), RECONSTRUCTION_ERRORS.__contains__),
+    ("dtype", " or ".join(DTYPES), DTYPES.__contains__),
 )
 
 
 def check_config(config: ConfigDict) -> None:
-    """Checks what every command needs: the sections, the seed, and the keys of a model.
+    """Checks the parts that every command needs: the sections, the seed, the keys of the model.
 
     Raises:
       UserError: a section is missing, the seed is out of range, or `model` has an unknown key.
@@ -147,17 +140,17 @@ def check_config(config: ConfigDict) -> None:
 
 
 def check_ranges(config: ConfigDict, name: str) -> None:
-    """Checks every value of section `name` that there is a rule for.
+    """Checks every value of section `name` that has a rule.
 
     Raises:
       UserError: a value makes no sense; the message names it and says what it may be.
     """
     for keys, text, is_right in _RULES:
-        for key in keys:
+        for key in keys.split():
             value = config[name].get(key)
             try:
                 right = value is None or is_right(value)
-            except TypeError:  # A value that was not set has no type, and takes any.
+            except TypeError:  # A key without a default value accepts a value of any type.
                 right = False
             if not right:
                 raise UserError(f"{name}.{key} is {value}; it must be {text}")
@@ -207,10 +200,10 @@ def autoencoder_config(config: ConfigDict) -> AutoencoderConfig:
 def model_config(
     config: ConfigDict, quantizer: Quantizer, channel_order: tuple[int, ...], positions: int
 ) -> TokenBridgeConfig:
-    """The model of `config.model` for indices of this kind.
+    """The model of `config.model`, for indices of this quantizer, channel order and number.
 
-    `channel_order` is that of the shards: `config.model.channel_order` takes it unchanged
-    ("tokens"), backwards ("reverse"), or not at all ("identity").
+    `channel_order` is that of the shards: `config.model.channel_order` uses it ("tokens"), reverses
+    it ("reverse"), or ignores it ("identity").
 
     Raises:
       UserError: a value makes no sense.
@@ -251,7 +244,7 @@ def model_task(config: ConfigDict, model: TokenBridgeConfig) -> ModelTask:
 
 
 def sampling_settings(section: ConfigDict, **changes: Any) -> SamplingSettings:
-    """The settings of `config.sampling`, which also holds a batch size, with some changed.
+    """The settings of `config.sampling`, with some changed; its batch size is not one of them.
 
     Raises:
       UserError: a value makes no sense.
@@ -290,7 +283,7 @@ def optimizer_config(config: ConfigDict, name: str, steps_per_epoch: int) -> Opt
             f"warm-up of {warmup} steps does not fit a run of {total}; "
             f"change {name}.warmup_steps or {name}.warmup_epochs"
         )
-    # A user may give a whole number where a float is meant.
+    # A user may write a float as a whole number.
     numbers = ("learning_rate", "beta1", "beta2", "weight_decay", "clip")
     return OptimizerConfig(
         total_steps=total,

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
 from tokenbridge_jax.backbone import Backbone
@@ -15,6 +16,7 @@ from tokenbridge_jax.heads.grouped import GroupedHead
 from tokenbridge_jax.heads.head import Head
 from tokenbridge_jax.heads.independent import IndependentHead
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.transformer import REMAT_POLICIES, Window
 
@@ -161,11 +163,8 @@ class TokenBridgeConfig:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal config."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return fields | {
-            "quantizer": self.quantizer.to_json(),
-            "channel_order": list(self.channel_order),
-        }
+        order = list(self.channel_order)
+        return vars(self) | {"quantizer": self.quantizer.to_json(), "channel_order": order}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TokenBridgeConfig":
@@ -212,24 +211,11 @@ class TokenBridge(nn.Module):
     config: TokenBridgeConfig
 
     def setup(self) -> None:
-        c = self.config
-        dtype = jnp.dtype(c.dtype)
-        self.backbone = Backbone(
-            positions=c.positions,
-            classes=c.classes,
-            buffer=c.buffer,
-            encoder_width=c.encoder_width,
-            encoder_layers=c.encoder_layers,
-            encoder_heads=c.encoder_heads,
-            decoder_width=c.decoder_width,
-            decoder_layers=c.decoder_layers,
-            decoder_heads=c.decoder_heads,
-            dropout=c.dropout,
-            dtype=dtype,
-            remat=c.remat,
-            scan_layers=c.scan_layers,
-        )
-        self.head = make_head(c)
+        # The fields of a backbone are fields of the config too.
+        names = {field.name for field in dataclasses.fields(Backbone)}
+        settings = {name: value for name, value in vars(self.config).items() if name in names}
+        self.backbone = Backbone(**settings | {"dtype": jnp.dtype(self.config.dtype)})
+        self.head = make_head(self.config)
 
     def __call__(
         self,
@@ -343,6 +329,8 @@ def init_params(config: TokenBridgeConfig, key: Key[Array, ""]) -> dict[str, Any
     return variables["params"]
 
 
-def abstract_params(config: TokenBridgeConfig) -> dict[str, Any]:
-    """Shapes and dtypes of the parameters, without their boxes."""
-    return nn.unbox(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+def abstract_params(config: TokenBridgeConfig, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Shapes and dtypes of the parameters, without their boxes; on a mesh also their shardings."""
+    with jax.enable_x64(False):
+        boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return nn.unbox(boxed) if mesh is None else meshes.abstract_arrays(boxed, mesh)

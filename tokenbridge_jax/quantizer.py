@@ -119,11 +119,7 @@ class Quantizer:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict; float32 numbers survive JSON exactly."""
-        return {
-            "level_values": list(self.level_values),
-            "minimum": self.minimum,
-            "maximum": self.maximum,
-        }
+        return dataclasses.asdict(self) | {"level_values": list(self.level_values)}
 
     @property
     def levels(self) -> int:

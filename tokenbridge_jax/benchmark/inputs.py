@@ -19,8 +19,7 @@ from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.config import autoencoder_config, model_config
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.tokenizing import make_quantizer
-from tokenbridge_jax.model import SIZES, TokenBridgeConfig
-from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
+from tokenbridge_jax.model import SIZES, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.runtime import meshes
 
 VIEWS = 2
@@ -94,8 +93,8 @@ def random_init(init: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
 
 
 def random_params(model: TokenBridgeConfig, mesh: Mesh) -> Any:
-    """Random parameters of a model on a mesh, with the shardings and dtypes of `Pipeline`."""
-    abstract = abstract_sharded_params(model, mesh)
+    """Parameters of a model on a mesh, with the shardings and dtypes that `Pipeline` loads."""
+    abstract = abstract_params(model, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = jax.jit(functools.partial(random_like, abstract), out_shardings=shardings)
     return make(jax.random.key(0))

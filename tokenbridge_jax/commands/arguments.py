@@ -1,7 +1,7 @@
-"""The arguments of a command: flags, files of flags, and the config that they choose and change.
+"""Reads a command's arguments: flags, files of flags, and the config that they choose and change.
 
-They are read twice. The first time finds the workdir, and whether a config is named, wherever among
-the arguments: this decides which config the `--config.key=value` change.
+The arguments are read twice. The first reading finds the workdir and whether a config is named.
+This decides which config the `--config.key=value` arguments change.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from tokenbridge_jax.runtime.errors import UserError
 
 HELP = {"-h", "--help", "-help", "--helpfull"}
 
-# The config of the last train-vae, tokenize or train in a workdir.
+# The file in a workdir with the config of its last train-vae, tokenize or train.
 CONFIG_FILE = "config.json"
 
 
@@ -56,14 +56,14 @@ def parse(
     default_config: str,
     needs_workdir: bool,
 ) -> flags.FlagValues:
-    """The flags of command `name`, its config among them.
+    """Returns the flags of a command, with its config.
 
     Args:
-      name: of the command.
-      argv: the arguments after it, from `with_flag_files`.
+      name: the command's name.
+      argv: the arguments after the name, from `with_flag_files`.
       define: adds the command's own flags.
-      elsewhere: flags of other commands that a user may name here, and whose they are.
-      default_config: the experiment, where no --config is given and none is remembered.
+      elsewhere: the owners of flags that a user may give here by mistake, by flag.
+      default_config: the experiment if there is no --config and the workdir has no config.
       needs_workdir: whether --workdir must be given.
 
     Raises:
@@ -78,7 +78,7 @@ def parse(
             if owner := elsewhere.get(flag) or elsewhere.get(flag.removeprefix("no")):
                 raise UserError(f"--{flag} belongs to `{owner}`") from error
             raise
-        args.config.lock()  # A config file that cannot be loaded raises here, at first access.
+        args.config.lock()  # The first access loads the config file, and raises if it is wrong.
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}'; flags look like --name=value")
     check_config(args.config)
@@ -88,14 +88,14 @@ def parse(
 
 
 def help_text(define: Callable[[flags.FlagValues], None], default_config: str) -> str:
-    """Describes all flags of a command."""
+    """Returns the description of all flags of a command."""
     return _defined([], define, default_config).get_help()
 
 
 def with_flag_files(argv: list[str]) -> list[str]:
-    """The arguments with every --flagfile=FILE replaced by the flags in it.
+    """Replaces every --flagfile=FILE by the flags in it.
 
-    absl itself reads the files too late: the workdir's config must be known before.
+    absl itself reads these files too late, after the workdir's config is needed.
 
     Raises:
       UserError: a file cannot be read.
@@ -108,10 +108,10 @@ def with_flag_files(argv: list[str]) -> list[str]:
 
 
 def config_from(argv: list[str]) -> ConfigDict:
-    """The config of `--config=NAME` or FILE, changed by the `--config.key=value` after it.
+    """Returns the config of `--config=NAME` or FILE, changed by `--config.key=value` arguments.
 
     Raises:
-      UserError: it cannot be loaded, or has no such key.
+      UserError: the config cannot be loaded, or has no such key.
     """
     with _mistakes_in_config():
         values = _with_experiment(flags.FlagValues(), argv, None, "")
@@ -121,14 +121,12 @@ def config_from(argv: list[str]) -> ConfigDict:
 
 
 def _define_common(args: flags.FlagValues) -> None:
-    define_path("workdir", "Folder everything is read from and written to.", args)
-    flags.DEFINE_bool(
-        "distributed",
-        False,
-        "Join the other processes of the job: those of the TPU pod, of Slurm, Open MPI or "
-        "Kubernetes, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
-        flag_values=args,
+    define_path("workdir", "Folder that everything is read from and written to.", args)
+    text = (
+        "Join the other processes of the job. They are found on a TPU pod, through Slurm, Open MPI "
+        "or Kubernetes, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
     )
+    flags.DEFINE_bool("distributed", False, text, flag_values=args)
 
 
 def _defined(
@@ -140,12 +138,13 @@ def _defined(
     args = flags.FlagValues()
     _define_common(args)
     text = (
-        f"Experiment and its argument: NAME[:arg], built in ({', '.join(experiments())}), or "
-        "FILE.py[:arg]. --config.section.key=value sets single values. Default: the config that "
+        f"Experiment and its argument: NAME[:arg] of a built-in one ({', '.join(experiments())}), "
+        "or FILE.py[:arg]. --config.section.key=value sets single values. Default: the config that "
         f"this workdir was made with, or {default_config}."
     )
     if remembered is None:
         _with_experiment(args, argv, experiment_file(default_config), text)
+        args["config"].default_as_str = f"'{default_config}'"  # Not the path of its file.
     else:
         config_flags.DEFINE_config_dict(
             "config", remembered, text, flag_values=args, sys_argv=["tokenbridge", *argv]
@@ -167,17 +166,17 @@ def _with_experiment(
 def _remembered_config(
     argv: list[str], define: Callable[[flags.FlagValues], None]
 ) -> ConfigDict | None:
-    """The workdir's config, if there is one and no --config replaces it.
+    """Returns the workdir's config, if there is one and no --config replaces it.
 
     Raises:
-      UserError: the workdir is in an object store that is not gs://, the only one that Orbax writes
-        checkpoints to, or the package for it is not installed.
+      UserError: the workdir is in another object store than gs://, where Orbax cannot write
+        checkpoints, or the package for gs:// is not installed.
     """
     first = flags.FlagValues()
     _define_common(first)
     flags.DEFINE_string("config", None, "", flag_values=first)
     define(first)
-    first.set_gnu_getopt()  # So far, the values of --config.key VALUE look like arguments.
+    first.set_gnu_getopt()  # The VALUE of `--config.key VALUE` looks like an argument here.
     first(["tokenbridge", *argv], known_only=True)
     workdir = first.workdir or ""
     store, separator, _ = workdir.partition("://")
@@ -194,7 +193,7 @@ def _remembered_config(
 
 
 def _from_json(value: Any) -> Any:
-    """A config's value from JSON, which has no tuples and no type for a value that is not set."""
+    """Converts a value from JSON, which has no tuples and no placeholders for missing values."""
     if value is None:
         return config_dict.placeholder(object)
     if isinstance(value, dict):
@@ -204,18 +203,18 @@ def _from_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _mistakes_in_config() -> Iterator[None]:
-    """Turns whatever a user's config file or flag raises into one line."""
+    """Turns every error of a user's config file or flags into one line."""
     try:
         yield
     except (AttributeError, KeyError) as error:
-        # ml_collections passes a KeyError on as an AttributeError around it.
+        # ml_collections wraps a KeyError in an AttributeError.
         reason: Any = error
         while isinstance(reason, Exception) and reason.args:
             reason = reason.args[0]
         raise UserError(f"the config has no such key: {' '.join(str(reason).split())}") from error
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None:  # absl and ml_collections may have wrapped a line in a traceback.
+        while cause is not None:  # absl and ml_collections may have put a traceback around a line.
             if isinstance(cause, UserError) and "\n" not in str(cause):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__

@@ -1,18 +1,19 @@
-"""Measures what a workdir holds: writes JSON and pictures to WORKDIR/evaluation, prints a table.
+"""Measures samples, reconstructions, likelihoods and tokens.
 
   tokenbridge evaluate generation --workdir W --reference VIRTUAL_imagenet256_labeled.npz
   tokenbridge evaluate generation --images samples.npz --reference real/ --output scores
   tokenbridge evaluate reconstruction|likelihood|tokens|reference --workdir W
 
   generation      FID, sFID, IS, KID, precision and recall of new samples, or of --images
-  reconstruction  rFID, PSNR, SSIM and LPIPS of images that the autoencoder reconstructs, with
-                  continuous latents and with several levels and ranges; pFID of perturbed indices
-  likelihood      bits an index and bits a pixel of held-out images; calibration of the head
+  reconstruction  rFID, PSNR, SSIM and LPIPS of reconstructed images, with continuous latents and
+                  with several numbers of levels and ranges; pFID of perturbed indices
+  likelihood      bits per index and per pixel of held-out images; calibration of the head
   tokens          entropies, Zipf's law and mutual information of the token shards
   reference       statistics of the config's images, or of --images, to use as --reference
 
-`tokenbridge evaluate WORD --help` lists the flags of a word. If `generation` is stopped, the same
-command continues it. Inception and LPIPS need weights: see `tokenbridge import-metrics --help`.
+The command prints a table and writes JSON and pictures to WORKDIR/evaluation. `tokenbridge evaluate
+WORD --help` lists the flags of a word. If `generation` is stopped, the same command continues it.
+Inception and LPIPS need weights: see `tokenbridge import-metrics --help`.
 """
 
 import sys
@@ -49,6 +50,7 @@ from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, pictures, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import say
 
 # The number of samples that published figures use.
 NUM_SAMPLES = 50_000
@@ -57,61 +59,58 @@ NUM_SAMPLES = 50_000
 IN_GRID = 100
 
 _REFERENCE = (
-    f"What to compare with: statistics (.npz), images (.npz or a folder), or '{OF_DATA}', the "
+    f"What to compare with: statistics (.npz), images (.npz or a folder), or '{OF_DATA}' for the "
     "config's training images"
 )
 
-# Flags of new samples, which --images replaces.
+# Flags that apply to new samples only, so not together with --images.
 _OF_SAMPLING = ("labels", "seed", "step", "write_samples")
 
 
 def define_flags(flag_values: flags.FlagValues, word: str | None) -> None:
-    """Adds the flags of a word; without a word, those that all words share."""
+    """Adds the flags of a word; without a word, the flags that all words share."""
     define_path("output", "Folder to write to, instead of WORKDIR/evaluation.", flag_values)
-    text = f"How many images; by default all there are, but {NUM_SAMPLES:,} new samples."
+    text = f"Number of images; by default all images, or {NUM_SAMPLES:,} new samples."
     _define(flag_values, "num_images", None, text)
     if word is not None:
-        add_flags, _ = _WORDS[word]
-        add_flags(flag_values)
+        _WORDS[word][0](flag_values)
 
 
 def _define(values: flags.FlagValues, name: str, default: Any, text: str, *choices: str) -> None:
-    """Adds a flag of the kind that its default has; an integer if that is None."""
+    """Adds a flag whose type is that of its default; None stands for an integer."""
     if choices:
         flags.DEFINE_enum(name, default, choices, text, flag_values=values)
         return
-    kinds: dict[type, Callable[..., Any]]
-    kinds = {str: flags.DEFINE_string, bool: flags.DEFINE_bool, list: flags.DEFINE_list}
+    kinds: Any = {str: flags.DEFINE_string, bool: flags.DEFINE_bool, list: flags.DEFINE_list}
     kinds.get(type(default), flags.DEFINE_integer)(name, default, text, flag_values=values)
 
 
 def _generation_flags(values: flags.FlagValues) -> None:
     _feature_flags(values, "samples to score, instead of new samples")
     define_path("reference", f"{_REFERENCE}; by default config.evaluation.reference.", values)
-    policies = generation.LABEL_POLICIES
-    text = "Classes of new samples: every class equally often, or random draws."
-    _define(values, "labels", "balanced", text, *policies)
+    text = "Classes of new samples: every class equally often, or random classes."
+    _define(values, "labels", "balanced", text, *generation.LABEL_POLICIES)
     _checkpoint_flags(values)
-    _define(values, "write_samples", False, "Write samples.npz, as ADM's evaluator reads it.")
+    _define(values, "write_samples", False, "Write samples.npz for ADM's evaluator.")
 
 
 def _reconstruction_flags(values: flags.FlagValues) -> None:
     _feature_flags(values, "images to reconstruct, instead of the config's")
-    define_path("reference", f"{_REFERENCE}, besides the originals.", values)
+    define_path("reference", f"{_REFERENCE}, in addition to the originals.", values)
     _split_flag(values, "the held-out split if there is one")
-    _define(values, "seed", 0, "Fixes all randomness.")
+    _define(values, "seed", 0, "Determines all random numbers.")
     _define(values, "levels", ["8", "16", "32", "64"], "Numbers of levels to compare.")
     _define(values, "ranges", ["2", "3", "4", "5"], "Ranges of latents to compare.")
     text = "SHARE:LEVELS for pFID: the share of indices to move, and by how many levels at most."
     _define(values, "perturb", ["0.1:1", "0.1:4", "0.5:4"], text)
-    text = "What to encode: a draw from the posterior, or its mean."
+    text = "What to encode: a sample of the posterior, or its mean."
     _define(values, "posterior", "sample", text, "sample", "mean")
 
 
 def _likelihood_flags(values: flags.FlagValues) -> None:
     _split_flag(values, "the held-out split if there is one")
     _checkpoint_flags(values)
-    _define(values, "num_orders", 1, "Random orders to average an image's likelihood over.")
+    _define(values, "num_orders", 1, "Number of random orders per image; the result is their mean.")
 
 
 def _tokens_flags(values: flags.FlagValues) -> None:
@@ -120,27 +119,27 @@ def _tokens_flags(values: flags.FlagValues) -> None:
 
 
 def _reference_flags(values: flags.FlagValues) -> None:
-    _feature_flags(values, "images to make a reference of, instead of the config's")
+    _feature_flags(values, "images to compute the statistics of, instead of the config's")
     _split_flag(values, "the training split")
 
 
 def _feature_flags(values: flags.FlagValues, images: str) -> None:
     define_path("images", f"A folder or an .npz of {images}.", values)
     text = (
-        "Feature space: Inception, or 8 x 8 area means, which need no weights. By default "
-        "config.evaluation.features; without --workdir inception."
+        "Features to compare: Inception's, or means over an 8 x 8 grid, which need no weights. By "
+        "default config.evaluation.features, or inception without --workdir."
     )
     _define(values, "features", None, text, *networks.FEATURES)
     text = "Precision of Inception's convolutions: see docs/evaluation.md."
     _define(values, "precision", "high", text, *inception.PRECISIONS)
-    text = "Images at once in Inception, over a process's devices; by default 64 an accelerator."
+    text = "Images per batch in Inception, over a process's devices; by default 64 per accelerator."
     _define(values, "batch_size", None, text)
     define_path("networks", "Folder that `tokenbridge import-metrics` wrote to.", values)
 
 
 def _checkpoint_flags(values: flags.FlagValues) -> None:
     _define(values, "step", None, "Step of the checkpoint; by default the latest.")
-    _define(values, "seed", 0, "Fixes all randomness.")
+    _define(values, "seed", 0, "Determines all random numbers.")
 
 
 def _split_flag(values: flags.FlagValues, default: str) -> None:
@@ -148,7 +147,7 @@ def _split_flag(values: flags.FlagValues, default: str) -> None:
 
 
 def main(args: flags.FlagValues, word: str) -> None:
-    """Measures what `word` says, writes JSON and prints the table."""
+    """Measures what `word` names, writes JSON and prints the table."""
     _check(args, word)
     output = storage.check_folder(_output(args))
     try:
@@ -171,25 +170,20 @@ def _check(args: flags.FlagValues, word: str) -> None:
             "--workdir is not set; name the folder to work in (to score images alone: "
             "tokenbridge evaluate generation --images FILE --reference FILE --output DIR)"
         )
-    if "reference" in args:
-        _check_reference(args, needed=word == "generation")
-    for name in _OF_SAMPLING if word == "generation" and args.images else ():
-        if args[name].present:
-            raise UserError(f"--{name} is about new samples: leave it out, or leave out --images")
-
-
-def _check_reference(args: flags.FlagValues, *, needed: bool) -> None:
-    path = _reference_path(args)
-    if needed and (not path or (path == OF_DATA and not args.workdir)):
+    path = _reference_path(args) if "reference" in args else ""
+    if word == "generation" and (not path or (path == OF_DATA and not args.workdir)):
         raise UserError(
             "name what to compare with: --reference FILE (statistics, .npz or a folder of "
             f"pictures), or --reference {OF_DATA} for the training images of a --workdir's config"
         )
-    if args.reference and path != OF_DATA and not Path(path).exists():
+    if "reference" in args and args.reference not in (None, OF_DATA) and not Path(path).exists():
         raise UserError(
             f"--reference {path} does not exist; it takes statistics (.npz), images (.npz or a "
             f"folder) or '{OF_DATA}', the config's training images"
         )
+    for name in _OF_SAMPLING if word == "generation" and args.images else ():
+        if args[name].present:
+            raise UserError(f"--{name} applies to new samples: remove it, or remove --images")
 
 
 def measure_generation(args: flags.FlagValues) -> None:
@@ -198,33 +192,28 @@ def measure_generation(args: flags.FlagValues) -> None:
     source = _images(args) if args.images else _load_pipeline(args)
     reference = _reference(args, extractor)
     images = source if isinstance(source, ImageSet) else _samples(args, source)
-    found = extract(images, extractor, progress=_first())
+    found = extract(images, extractor, progress=True)
     facts: dict[str, Any] = {"samples": found.count}
     if args.images:
         facts |= {"samples_from": images.path.name, "samples_digest": found.digest}
     facts |= {**images.facts, **reference.facts, **extractor.facts}
     if _first():
         metrics = scores.generation_scores(found, reference, extractor.distance)
-        said = scores.remarks(metrics, found, reference, facts)
-        _tell(args, "generation", metrics, facts, said)
+        notes = scores.remarks(metrics, found, reference, facts)
+        _report(args, "generation", metrics, facts, notes)
 
 
 def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
-    """New samples, or those of an earlier call."""
+    """New samples; those that an earlier call drew are read."""
     settings = sampling_settings(args.config.sampling)
     facts = generation.describe(pipeline, settings, policy=args.labels, seed=args.seed)
     folder = generation.sample_folder(_output(args), facts)
     count = args.num_images or NUM_SAMPLES
     labels = generation.make_labels(args.labels, count, facts["label_classes"], args.seed)
+    size = args.config.sampling.batch_size
     with runner.locked(str(folder)):
         indices = generation.draw(
-            pipeline,
-            folder,
-            labels,
-            settings,
-            seed=args.seed,
-            batch_size=args.config.sampling.batch_size,
-            progress=_first(),
+            pipeline, folder, labels, settings, seed=args.seed, batch_size=size
         )
     images = generation.decoded_images(pipeline.codec, indices, folder, facts)
     if _first():
@@ -232,35 +221,34 @@ def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
         pictures.write_png(folder / "samples.png", pictures.grid(shown, columns=10))
         print(f"wrote {folder / 'samples.png'}")
         if args.write_samples:
-            batches = images.batches(64, 0, images.count)
             path = folder / "samples.npz"
-            write_images(path, batches, (images.count, *images.shape), labels)
+            write_images(path, images, labels)
             print(f"wrote {path}")
-    # The devices compute together next, and they wait for each other only for a limited time.
+    # Next, the devices compute together, and they wait for each other only for a limited time.
     processes.gather("written")
     return images
 
 
 def _images(args: flags.FlagValues, *splits: str) -> ImageSet:
-    """The images of --images, or of the config's data: of the first of `splits` that they have."""
+    """The images of --images, or of the first of these splits that the config's data has."""
     if args.images:
         images = open_images(args.images)
     else:
         images = data_images(args.config, *splits, tokens=_tokens(args))
-    if args.num_images and args.num_images > images.count and _first():
-        print(f"{images.path} holds {images.count} images, no more", file=sys.stderr)
+    if args.num_images and args.num_images > images.count:
+        say(f"{images.path} has only {images.count} images")
     images.take(args.num_images or images.count)
     return images
 
 
 def measure_reference(args: flags.FlagValues) -> None:
-    """Statistics of real images, to compare samples with."""
+    """Writes statistics of real images, to compare samples with."""
     extractor = _extractor(args)
     name = Path(args.images).stem if args.images else args.split or "train"
     path = _output(args) / f"reference_{name}_{extractor.name}.npz"
     storage.check_name(path.name)
     images = _images(args, args.split or "train")
-    reference = scores.reference_of(images, extractor, progress=_first())
+    reference = scores.reference_of(images, extractor, progress=True)
     if _first():
         scores.save_reference(path, reference, extractor)
         print(report.table({}, reference.facts | dict(extractor.facts)))
@@ -272,7 +260,7 @@ def _load_pipeline(args: flags.FlagValues) -> Pipeline:
 
 
 def measure_reconstruction(args: flags.FlagValues) -> None:
-    """What the autoencoder and the quantizer cost: the paper's Table 1."""
+    """The loss of quality by the autoencoder and the quantizer: the paper's Table 1."""
     workdir, extractor = epath.Path(args.workdir), _extractor(args)
     config, params = load_autoencoder(workdir / "autoencoder")
     trained = (workdir / MODEL_FILE).exists()
@@ -285,9 +273,9 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
     perceptual = networks.load_lpips(_networks(args), min(images.shape[:2]))
     variants = sweep(
         quantizer,
-        _numbers("levels", args.levels, int),
-        _numbers("ranges", args.ranges, float),
-        [_perturbation(text) for text in args.perturb],
+        _parse("levels", args.levels, int, "numbers"),
+        _parse("ranges", args.ranges, float, "numbers"),
+        _parse("perturb", args.perturb, _perturbation, "SHARE:LEVELS, such as 0.1:4"),
     )
     found = reconstruction.reconstruction(
         codec,
@@ -298,15 +286,13 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
         perceptual={name: network.params for name, network in perceptual.items()},
         posterior=args.posterior,
         seed=args.seed,
-        progress=_first(),
+        progress=True,
     )
     facts = {
         "autoencoder_sha256": read_description(workdir / "autoencoder")["hash"],
         "levels": quantizer.levels,
         "range": quantizer.maximum,
         "sweep": [args.levels, args.ranges, args.perturb],
-        "posterior": args.posterior,
-        "seed": args.seed,
         "images_from": images.path.name,
         **images.facts,
         **(reference.facts if reference else {}),
@@ -315,29 +301,25 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
     }
     for network in perceptual.values():
         facts |= network.facts
-    if _first():
-        print(reconstruction.table(found))
-        _tell(args, "reconstruction", found, facts, plot=reconstruction.plot)
+    _report(args, "reconstruction", found, facts, module=reconstruction)
 
 
-def _numbers(name: str, texts: list[str], kind: type) -> list[Any]:
+def _parse(name: str, texts: list[str], kind: Callable[[str], Any], form: str) -> list[Any]:
+    """The values of a flag that is a list."""
     try:
         return [kind(text) for text in texts]
     except ValueError:
-        raise UserError(f"--{name}={','.join(texts)} must be numbers") from None
+        raise UserError(f"--{name}={','.join(texts)} must be {form}") from None
 
 
 def _perturbation(text: str) -> tuple[float, int]:
-    share, _, delta = text.partition(":")
-    try:
-        return float(share), int(delta)
-    except ValueError:
-        raise UserError(f"--perturb={text} must be SHARE:LEVELS, such as 0.1:4") from None
+    share, delta = text.split(":")
+    return float(share), int(delta)
 
 
 def measure_likelihood(args: flags.FlagValues) -> None:
-    """Bits of held-out images, and the calibration of the head."""
-    pipeline, folder = _load_pipeline(args), epath.Path(args.workdir) / "tokens"
+    """Likelihood of held-out images, and calibration of the head."""
+    pipeline, folder = _load_pipeline(args), _tokens(args)
     found = likelihood.likelihood(
         pipeline,
         folder,
@@ -348,7 +330,7 @@ def measure_likelihood(args: flags.FlagValues) -> None:
         split=args.split or None,
         max_images=args.num_images,
         batch_size=args.config.sampling.batch_size,
-        progress=_first(),
+        progress=True,
     )
     facts = {
         "checkpoint_step": pipeline.step,
@@ -357,28 +339,20 @@ def measure_likelihood(args: flags.FlagValues) -> None:
         "autoencoder_sha256": pipeline.description.autoencoder_hash,
         "tokens_sha256": read_info(folder).sha256,
     }
-    if _first():
-        print(likelihood.table(found))
-        said = [found.pop("classes")] if "classes" in found else []
-        _tell(args, "likelihood", found, facts, said, plot=likelihood.plot)
+    notes = [found.pop("classes")] if "classes" in found else []
+    _report(args, "likelihood", found, facts, notes, module=likelihood)
 
 
 def measure_tokens(args: flags.FlagValues) -> None:
     """Statistics of the indices in the token shards."""
-    folder = epath.Path(args.workdir) / "tokens"
+    folder, split = _tokens(args), args.split or "train"
     found = tokens.token_statistics(
-        folder,
-        args.split or "train",
-        all_views=args.all_views,
-        max_images=args.num_images,
-        progress=_first(),
+        folder, split, all_views=args.all_views, max_images=args.num_images, progress=True
     )
-    if _first():
-        print(tokens.table(found))
-        info = read_info(folder)
-        facts: dict[str, Any] = {"tokens_sha256": info.sha256, "range": info.quantizer.maximum}
-        facts["autoencoder_sha256"] = info.autoencoder_hash
-        _tell(args, "tokens", found, facts, plot=tokens.plot)
+    info = read_info(folder)
+    facts: dict[str, Any] = {"tokens_sha256": info.sha256, "range": info.quantizer.maximum}
+    facts["autoencoder_sha256"] = info.autoencoder_hash
+    _report(args, "tokens", found, facts, module=tokens)
 
 
 def _extractor(args: flags.FlagValues) -> Extractor:
@@ -395,40 +369,48 @@ def _networks(args: flags.FlagValues) -> Path | None:
 
 
 def _reference_path(args: flags.FlagValues) -> str:
-    """--reference, or else the one that the workdir's config names, if any."""
+    """--reference, or the reference that the workdir's config names, or neither."""
     return args.reference or (args.workdir and args.config.evaluation.reference) or ""
 
 
 def _reference(args: flags.FlagValues, extractor: Extractor) -> Reference:
     path, folder = _reference_path(args), _tokens(args)
-    return scores.find_reference(path, args.config, extractor, tokens=folder, progress=_first())
+    return scores.find_reference(path, args.config, extractor, tokens=folder, progress=True)
 
 
-def _tokens(args: flags.FlagValues) -> epath.Path | None:
-    return epath.Path(args.workdir) / "tokens" if args.workdir else None
+def _tokens(args: flags.FlagValues) -> epath.Path:
+    """The folder of token shards; only used with --workdir."""
+    return epath.Path(args.workdir or ".") / "tokens"
 
 
 def _output(args: flags.FlagValues) -> epath.Path:
     return epath.Path(args.output or epath.Path(args.workdir) / "evaluation")
 
 
-def _tell(
+def _report(
     args: flags.FlagValues,
     word: str,
     found: dict[str, Any],
     facts: dict[str, Any],
-    said: Sequence[str] = (),
-    plot: Callable[[dict[str, Any], epath.Path], list[epath.Path]] | None = None,
+    notes: Sequence[str] = (),
+    module: Any = None,
 ) -> None:
-    """Writes a result into a folder of its own, named by what it depends on, and prints it."""
-    # Numbers, lists and dicts are measurements; everything else is a setting.
+    """Prints a result, and writes it to a folder named by a hash of everything it depends on.
+
+    `module` may have a `table` and a `plot` of the result. Only the first process does anything.
+    """
+    if not _first():
+        return
+    if module:
+        print(module.table(found))
+    # Floats, lists and dicts are measurements; everything else is a setting.
     metrics = {name: x for name, x in found.items() if isinstance(x, float | dict | list)}
     facts = {name: x for name, x in found.items() if name not in metrics} | facts
     folder = _output(args) / f"{word}_{generation.short_hash(facts)}"
-    report.write(folder / "result.json", metrics, facts, said)
+    report.write(folder / "result.json", metrics, facts, notes)
     single = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    print(report.table(single, facts, said))
-    for path in [folder / "result.json", *(plot(found, folder) if plot else [])]:
+    print(report.table(single, facts, notes))
+    for path in [folder / "result.json", *(module.plot(found, folder) if module else [])]:
         print(f"wrote {path}")
 
 
@@ -436,7 +418,7 @@ def _first() -> bool:
     return jax.process_index() == 0
 
 
-# Words, the functions that add their flags, and those that measure.
+# For every word: the function that adds its flags, and the function that measures.
 _WORDS: dict[str, tuple[Callable[[flags.FlagValues], None], ...]] = {
     "generation": (_generation_flags, measure_generation),
     "reconstruction": (_reconstruction_flags, measure_reconstruction),

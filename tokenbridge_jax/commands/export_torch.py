@@ -1,11 +1,11 @@
-"""Exports a workdir's weights to PyTorch: what `import-torch` reads, and the release's code.
+"""Exports a workdir's weights to PyTorch files, for `import-torch` and for the release's code.
 
   tokenbridge export-torch --workdir W --out model.pth
   tokenbridge export-torch --workdir W --out model.safetensors --ema --autoencoder kl16.ckpt
 
-A .pth file (it needs `pip install 'tokenbridge_jax[torch]'`) is a dict: `model`, a state dict with
-its buffers, and `model_ema`, the averaged parameters. A .safetensors file is `model` alone. The
-autoencoder gets the names of LDM, in a dict `model` or alone likewise.
+A .pth file (it needs `pip install 'tokenbridge_jax[torch]'`) is a dict: `model` is a state dict
+with its buffers, and `model_ema` has the averaged parameters. A .safetensors file holds only
+`model`. The autoencoder is written in the same way, with the names of LDM.
 """
 
 import sys
@@ -19,9 +19,8 @@ from etils import epath
 from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
 from tokenbridge_jax.pipeline.description import ModelDescription
-from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
 from tokenbridge_jax.pipeline.pretrained import load_weights
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
@@ -34,10 +33,8 @@ from tokenbridge_jax.torch_bridge.table import to_torch
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
     define_path("out", "File for the model.", flag_values)
-    flags.DEFINE_bool(
-        "ema", False, "Averaged parameters as `model` instead of plain ones.",
-        flag_values=flag_values,
-    )  # fmt: skip
+    text = "Write the averaged parameters as `model`, instead of the plain ones."
+    flags.DEFINE_bool("ema", False, text, flag_values=flag_values)
     define_path("autoencoder", "File for the autoencoder.", flag_values)
 
 
@@ -46,19 +43,16 @@ def main(args: flags.FlagValues) -> None:
     if not args.out and not args.autoencoder:
         raise UserError("nothing to export: name --out FILE, --autoencoder FILE or both")
     if jax.process_count() > 1:
-        raise UserError("one process exports: run it without --distributed")
+        raise UserError("export-torch runs as one process: leave out --distributed")
     workdir = epath.Path(args.workdir)
-    if (
-        args.out
-        and args.autoencoder
-        and Path(args.out).resolve() == Path(args.autoencoder).resolve()
-    ):
+    files = [path for path in (args.out, args.autoencoder) if path]
+    if len({Path(path).resolve() for path in files}) < len(files):
         raise UserError("--out and --autoencoder name one file; give each its own")
-    for path in filter(None, (args.out, args.autoencoder)):
-        state_dicts.check_suffix(path, state_dicts.WRITTEN_SUFFIXES)
+    for path in files:
+        state_dicts.check_suffix(path)
         if epath.Path(path).exists():
             raise UserError(f"{path} is there already; name another file, or remove it")
-    if args.autoencoder:  # Before anything is written: there may be none.
+    if args.autoencoder:  # Loaded first: if there is none, nothing is written.
         config, params = load_autoencoder(workdir / "autoencoder")
     if args.out:
         _export_model(workdir, args.out, args.ema)
@@ -70,7 +64,7 @@ def main(args: flags.FlagValues) -> None:
 def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
     config = ModelDescription.load(workdir).config
     mesh = meshes.make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
-    abstract = abstract_sharded_params(config, mesh)
+    abstract = abstract_params(config, mesh)
 
     def state_dict(part: str) -> state_dicts.StateDict:
         params, _ = load_weights(workdir, abstract, part=part)
@@ -82,23 +76,24 @@ def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
     state_dicts.write(out, {"model": model, "model_ema": parameters})
     print(f"wrote {out}, the {'averaged' if ema else 'plain'} parameters as `model`")
     if config.first_token_quirk:
-        print("model.first_token_quirk is on: the release's code samples from it as here")
+        print("model.first_token_quirk is on: the release's code samples as this code does")
     else:
         print(
             "model.first_token_quirk is off: the release's code, which always adds the first "
             "timestep embedding to the head's first token, will sample a little differently"
         )
-    print(f"import it with --checkpoint={out} {' '.join(untold(config))}")
+    print(f"import it with --checkpoint={out} {' '.join(import_flags(config))}")
 
 
-def untold(config: TokenBridgeConfig) -> list[str]:
-    """Flags that tell `import-torch` what no array of the file shows."""
-    told = [f"--config.quantizer.range={config.quantizer.maximum:g}"]
-    told += [f"--config.quantizer.channel_order={','.join(map(str, config.channel_order))}"]
-    for part in ("encoder", "decoder"):
-        for name in (f"{part}_width", f"{part}_heads"):
-            told.append(f"--config.model.{name}={getattr(config, name)}")
-    return told + ["--nofirst_token_quirk"] * (not config.first_token_quirk)
+def import_flags(config: TokenBridgeConfig) -> list[str]:
+    """Returns the flags that give `import-torch` what no array of the file shows."""
+    sizes = ("encoder_width", "encoder_heads", "decoder_width", "decoder_heads")
+    return [
+        f"--config.quantizer.range={config.quantizer.maximum:g}",
+        f"--config.quantizer.channel_order={','.join(map(str, config.channel_order))}",
+        *(f"--config.model.{name}={getattr(config, name)}" for name in sizes),
+        *([] if config.first_token_quirk else ["--nofirst_token_quirk"]),
+    ]
 
 
 if __name__ == "__main__":

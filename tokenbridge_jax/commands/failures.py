@@ -1,4 +1,4 @@
-"""Unexpected failures: one line for the user, the traceback in a file."""
+"""Reports unexpected failures: one line for the user, and the traceback in a file."""
 
 import errno
 import os
@@ -6,8 +6,8 @@ import sys
 import tempfile
 import traceback
 
-# Failures of files that only a user can solve. (A missing file may be back when a job is started
-# again, after a hiccup of a network file system.)
+# File errors that only the user can solve. ENOENT is not among them: after a short fault of a
+# network file system, the file may be there again when the job restarts.
 _FOR_THE_USER = {
     errno.EACCES,
     errno.EDQUOT,
@@ -20,12 +20,12 @@ _FOR_THE_USER = {
     errno.EROFS,
 }
 
-# The messages of compilers and runtimes fill pages.
+# Messages of compilers and runtimes can fill pages.
 _LONGEST = 300
 
 
 def describe(error: Exception) -> tuple[str, int]:
-    """The failure in one line, and its exit status: 2 if the user must solve it, else 1."""
+    """Returns the failure in one line, and the exit status: 2 if the user must solve it, else 1."""
     if isinstance(error, OSError) and error.strerror:
         named = f"cannot read or write {_names(error)}: " if error.filename is not None else ""
         return f"{named}{error.strerror}", 2 if error.errno in _FOR_THE_USER else 1
@@ -35,11 +35,10 @@ def describe(error: Exception) -> tuple[str, int]:
 
 
 def keep(name: str, error: Exception) -> str:
-    """Writes the traceback to a new file in the temporary folder.
+    """Writes the traceback to a new file in the temporary folder, or else to stderr.
 
     Returns:
-      The end of a message, which names the file. Empty if there is none: if it cannot be written,
-      the traceback goes to stderr.
+      The end of an error message, which names the file; empty if it could not be written.
     """
     whole = "".join(traceback.format_exception(error))
     try:

@@ -1,11 +1,11 @@
-"""Imports the networks that `evaluate` measures with, once on a machine: no PyTorch is needed then.
+"""Imports the networks that `evaluate` needs. Once per machine; later, PyTorch is not needed.
 
   tokenbridge import-metrics --inception pt_inception-2015-12-05-6726825d.pth
   tokenbridge import-metrics --vgg16 vgg16-397923af.pth --lpips_vgg vgg.pth
 
-The first file is published by github.com/mseitzer/pytorch-fid (releases, fid_weights), backbones of
-LPIPS at download.pytorch.org/models, and its own weights are in the PyPI package lpips, folder
-lpips/weights/v0.1. Every file's SHA-256 is checked. Reading .pth needs
+The first file is published at github.com/mseitzer/pytorch-fid (releases, fid_weights), the
+backbones of LPIPS at download.pytorch.org/models. LPIPS's own weights are in the PyPI package
+lpips, folder lpips/weights/v0.1. The SHA-256 of every file is checked. Reading .pth requires
 `pip install 'tokenbridge_jax[torch]'`; .safetensors and .npz with the same names do not.
 """
 
@@ -25,9 +25,9 @@ NEEDS_WORKDIR = False
 _FILES = {
     "inception": "FID's Inception.",
     "vgg16": "LPIPS's VGG backbone.",
-    "lpips_vgg": "LPIPS's weights of VGG's layers.",
+    "lpips_vgg": "LPIPS's weights for VGG.",
     "alexnet": "LPIPS's AlexNet backbone.",
-    "lpips_alex": "LPIPS's weights of AlexNet's layers.",
+    "lpips_alex": "LPIPS's weights for AlexNet.",
 }
 
 
@@ -37,30 +37,25 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         define_path(name, help_text, flag_values)
     define_path(
         "networks",
-        f"Folder to write to; by default ${networks.FOLDER_VARIABLE} or one of the user's cache.",
+        f"Folder to write to; by default ${networks.FOLDER_VARIABLE} or the user's cache.",
         flag_values,
     )
-    flags.DEFINE_bool(
-        "unpublished",
-        False,
-        "Take files with another SHA-256 than the published ones', converted ones say.",
-        flag_values=flag_values,
-    )
+    text = "Accept files whose SHA-256 is not the published one, such as converted files."
+    flags.DEFINE_bool("unpublished", False, text, flag_values=flag_values)
 
 
 def main(args: flags.FlagValues) -> None:
     """Imports every network whose files are given."""
     if jax.process_count() > 1:
-        raise UserError("one process imports: run it without --distributed")
+        raise UserError("import-metrics needs one process only: run it without --distributed")
     given = {name: str(args[name].value) for name in _FILES if args[name].value}
     if not given:
         raise UserError("nothing to import: name --inception FILE, or the two files of an LPIPS")
     wanted = [name for name, parts in networks.PARTS.items() if set(parts) & set(given)]
     for name in wanted:
-        for part in networks.PARTS[name]:
-            if part not in given:
-                needed = " and ".join(f"--{x} FILE" for x in networks.PARTS[name])
-                raise UserError(f"LPIPS needs two files: {needed}")
+        if not set(networks.PARTS[name]) <= set(given):
+            needed = " and ".join(f"--{part} FILE" for part in networks.PARTS[name])
+            raise UserError(f"LPIPS needs two files: {needed}")
     folder = Path(args.networks) if args.networks else networks.default_folder()
     if folder is None:
         raise UserError(networks.NO_FOLDER)

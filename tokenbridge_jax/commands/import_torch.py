@@ -1,20 +1,22 @@
-"""Imports PyTorch weights: the release's checkpoints -> a workdir to sample from or train on.
+"""Imports PyTorch weights: makes a workdir from the release's checkpoints, to sample or to train.
 
   tokenbridge import-torch --checkpoint tokenbridge-l.pth --autoencoder kl16.ckpt --workdir W
   tokenbridge import-torch --autoencoder vae/diffusion_pytorch_model.safetensors --workdir W
 
-Files are .pth, .pt, .ckpt or .bin (they need `pip install 'tokenbridge_jax[torch]'`), .safetensors
-(or the index of several) or .npz, in any floating-point type. The network may have any place in its
-file, such as `first_stage_model.` of Stable Diffusion; --prefix chooses one of several copies.
-Sizes come from the shapes of the arrays. All that no array shows comes from the config (by default
-configs/imagenet256.py): --config.quantizer.range and .channel_order, and, unless the backbone is as
+Files are .pth, .pt, .ckpt or .bin (these need `pip install 'tokenbridge_jax[torch]'`), .safetensors
+(or the index of several) or .npz, in any floating-point type. The network is found under any prefix
+in its file, such as `first_stage_model.` of Stable Diffusion. If a file holds several copies,
+--prefix chooses one.
+
+The shapes of the arrays give the sizes. The config gives what no array shows (by default
+configs/imagenet256.py): --config.quantizer.range and .channel_order and, unless the backbone is as
 wide as a published one, --config.model.encoder_heads and .decoder_heads together with its widths.
 
-An autoencoder may have the names of LDM (kl16.ckpt) or of diffusers' AutoencoderKL. The config.json
-beside the latter gives the scale of latents; --scale and --shift override it.
+The autoencoder may have the names of LDM (kl16.ckpt) or of AutoencoderKL in diffusers. For the
+latter, the config.json beside the file gives the scale of latents; --scale and --shift override it.
 
-The workdir is then complete for `tokenbridge sample`, and for `tokenize` and `train` to fine-tune,
-which starts with the imported weights and a fresh optimizer. With another
+The workdir is then complete for `tokenbridge sample`, and for fine-tuning with `tokenize` and
+`train`, which starts with the imported weights and a new optimizer. With another
 --config.data.num_classes, `train` starts with a new class table.
 """
 
@@ -23,7 +25,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,35 +66,35 @@ from tokenbridge_jax.training.state import TrainState, abstract_state, state_sha
 
 DEFAULT_CONFIG = "imagenet256"
 
-# The factor of diffusers if its config names none.
+# The scale in diffusers if its config has none.
 DIFFUSERS_SCALE = 0.18215
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this command."""
     define_path("checkpoint", "File of the model.", flag_values)
-    text = "File of the autoencoder; without it WORKDIR/autoencoder must exist already."
+    text = "File of the autoencoder; not needed if WORKDIR/autoencoder exists."
     define_path("autoencoder", text, flag_values)
     text = (
         "Prefix of the tensors to import, if a file holds several copies of the network: model, or "
         "model,model_ema for the parameters and their average."
     )
     flags.DEFINE_list("prefix", None, text, flag_values=flag_values)
-    text = "Factor from a posterior sample to a latent."
+    text = "Factor between a posterior sample and a latent."
     flags.DEFINE_float("scale", None, text, flag_values=flag_values)
     text = "Subtracted from a posterior sample before it is scaled."
     flags.DEFINE_float("shift", None, text, flag_values=flag_values)
     text = (
-        "Sample as the release's code does: add the first timestep embedding to the head's first "
-        "token. Turn it off for weights that were trained and evaluated here."
+        "Sample like the release's code: add the first timestep embedding to the head's first "
+        "token. Turn this off for weights that were trained and evaluated here."
     )
     flags.DEFINE_bool("first_token_quirk", True, text, flag_values=flag_values)
 
 
 def main(args: flags.FlagValues) -> None:
-    """Reads the files, and writes the workdir only if all of them are right."""
+    """Reads all files, and then writes the workdir if they are right."""
     if jax.process_count() > 1:
-        raise UserError("one process imports: run it without --distributed")
+        raise UserError("import-torch runs as one process: leave out --distributed")
     with runner.locked(args.workdir):
         config, workdir = args.config, epath.Path(args.workdir)
         folder = workdir / "autoencoder"
@@ -106,12 +108,12 @@ def main(args: flags.FlagValues) -> None:
         digest = autoencoder_hash(autoencoder, autoencoder_params)
         if _has_autoencoder(workdir) and read_description(folder)["hash"] != digest:
             raise UserError(
-                f"{folder} holds another autoencoder; use another --workdir or remove it"
+                f"{folder} holds another autoencoder; remove it or name a new --workdir"
             )
         adapt_config(config, autoencoder, sizes, args.first_token_quirk)
         if parts:
             model = make_model(config, autoencoder, sizes, parts["model"])
-            with _naming(args.checkpoint):
+            with state_dicts.naming(args.checkpoint):
                 params = import_model(model, parts)
 
         if state:
@@ -119,8 +121,8 @@ def main(args: flags.FlagValues) -> None:
             save_autoencoder(folder, autoencoder, autoencoder_params, imported_from)
         runner.remember_config(args)
         print(
-            f"{folder} holds an autoencoder of {autoencoder.latent_channels} channels, "
-            f"{autoencoder.downsampling} pixels a position, latents scaled by {autoencoder.scale:g}"
+            f"{folder} holds an autoencoder with {autoencoder.latent_channels} channels, "
+            f"{autoencoder.downsampling} pixels per position and scale {autoencoder.scale:g}"
         )
         if parts:
             names = tuple(map(str, range(model.classes)))
@@ -129,33 +131,30 @@ def main(args: flags.FlagValues) -> None:
             fields = {f"model.{name}": config.model[name] for name in sorted(known)}
             fields["data.num_classes"] = model.classes
             write_checkpoint(workdir, model, params, fields)
-            quirk = "with the quirk" if model.first_token_quirk else "without the quirk"
-            print(
-                f"{workdir} holds the model of {args.checkpoint}, to sample {quirk} of the "
-                "release's code (model.first_token_quirk)"
-            )
+            quirk = "on" if model.first_token_quirk else "off"
+            print(f"{workdir} holds the model of {args.checkpoint}; first_token_quirk is {quirk}")
 
 
 def _check(args: flags.FlagValues, workdir: epath.Path) -> None:
-    """Checks which files are named, and which the workdir holds already."""
+    """Checks which files are named, and what the workdir already holds."""
     if not args.checkpoint and not args.autoencoder:
         raise UserError("nothing to import: name --checkpoint FILE, --autoencoder FILE or both")
-    if args.checkpoint and _holds_model(workdir):
-        raise UserError(f"{workdir} holds a model already; use another --workdir")
+    trained = Checkpoints(workdir / "checkpoints").latest is not None
+    if args.checkpoint and (trained or (workdir / WEIGHTS_FILE).exists()):
+        raise UserError(f"{workdir} holds a model already; name a new --workdir")
     if not args.autoencoder and not _has_autoencoder(workdir):
-        raise UserError(
-            f"there is no autoencoder in {workdir / 'autoencoder'}; name its file too: "
-            "--autoencoder FILE"
-        )
+        folder = workdir / "autoencoder"
+        raise UserError(f"there is no autoencoder in {folder}; add --autoencoder FILE")
 
 
 def read_files(args: flags.FlagValues) -> tuple[dict[str, StateDict], StateDict]:
-    """Returns the parts of --checkpoint and the state dict of --autoencoder, empty if not given.
+    """Returns the parts of --checkpoint and the state dict of --autoencoder; empty if not given.
 
-    Prints which tensors were imported, where that is not obvious.
+    Prints which tensors were imported, if this is not obvious.
 
     Raises:
-      UserError: a file cannot be read, or holds no such network or several; or none has a --prefix.
+      UserError: a file cannot be read, or does not hold exactly one such network; or a --prefix is
+        in no file.
     """
     prefixes = set(map(unwrapped, args.prefix or ()))
     found = {
@@ -167,7 +166,7 @@ def read_files(args: flags.FlagValues) -> tuple[dict[str, StateDict], StateDict]
         for note in network.notes:
             print(f"{args[flag].value}: {note}")
     if missing := prefixes - {place for network in found.values() for place in network.places}:
-        raise UserError(f"no network is at --prefix={','.join(sorted(missing))}")
+        raise UserError(f"no file has a network at --prefix={','.join(sorted(missing))}")
     parts = found["checkpoint"].parts if args.checkpoint else {}
     if parts and not infer_sizes(parts["model"]):
         few = ", ".join(list(parts["model"])[:3])
@@ -177,24 +176,24 @@ def read_files(args: flags.FlagValues) -> tuple[dict[str, StateDict], StateDict]
     autoencoder = found["autoencoder"]
     if "model_ema" in autoencoder.parts:
         average = autoencoder.places[1]
-        print(f"{args.autoencoder}: left out its average; --prefix={average} takes that")
+        print(f"{args.autoencoder}: left out its average; --prefix={average} selects it")
     return parts, autoencoder.parts["model"]
 
 
 def read_autoencoder(
     args: flags.FlagValues, state: StateDict, positions: int | None
 ) -> tuple[AutoencoderConfig, dict[str, Any]]:
-    """The autoencoder of --autoencoder.
+    """Returns the config and parameters of the autoencoder of --autoencoder.
 
     Args:
-      args: flags.
+      args: the flags.
       state: its state dict.
-      positions: of the model, if it is known.
+      positions: number of positions of the model, if known.
 
     Raises:
-      UserError: it is no such autoencoder, or its scale is not known.
+      UserError: the file holds another kind of network, or the scale is unknown.
     """
-    with _naming(args.autoencoder):
+    with state_dicts.naming(args.autoencoder):
         grid = math.isqrt(positions) if positions else None
         config = infer_config(state, args.config.data.image_size, grid)
         scale, shift = latent_scaling(args, config, is_diffusers(state))
@@ -205,23 +204,23 @@ def read_autoencoder(
 def latent_scaling(
     args: flags.FlagValues, config: AutoencoderConfig, diffusers: bool
 ) -> tuple[float, float]:
-    """Scale and shift of latents: from the flags, diffusers' config.json, or KL-16.
+    """Returns the scale and shift of latents: from the flags, diffusers' config.json, or KL-16.
 
     Raises:
-      UserError: none of them has a scale, or config.json describes another kind of autoencoder.
+      UserError: none of these gives a scale, or config.json describes another kind of autoencoder.
     """
     scale, shift = args.scale, args.shift or 0.0
     path = Path(args.autoencoder).with_name("config.json")
     if diffusers and path.exists():
         described = storage.read_json(path)
         if described.get("norm_num_groups", 32) != 32 or described.get("latents_mean"):
-            raise UserError(f"{path} asks for norm_num_groups or latents_mean unlike KL-16's")
+            raise UserError(f"{path} has norm_num_groups or latents_mean unlike KL-16")
         if scale is None:
             scale = described.get("scaling_factor", DIFFUSERS_SCALE)
         if args.shift is None:
             shift = described.get("shift_factor") or 0.0
     if scale is None and not _is_kl16(config):
-        raise UserError("it is not KL-16: say how its latents are scaled, with --scale")
+        raise UserError("it is not KL-16: give the scale of its latents with --scale")
     return AutoencoderConfig.kl16().scale if scale is None else scale, shift
 
 
@@ -233,10 +232,10 @@ def _is_kl16(config: AutoencoderConfig) -> bool:
 def adapt_config(
     config: ConfigDict, autoencoder: AutoencoderConfig, sizes: Mapping[str, int], quirk: bool
 ) -> None:
-    """Writes what the arrays show into the config that later commands use.
+    """Writes the sizes of the arrays into the config that later commands use.
 
     Raises:
-      UserError: the config does not say how many heads the backbone has.
+      UserError: the number of heads of the backbone is unknown.
     """
     with config.unlocked():
         config.data.image_channels = autoencoder.image_channels
@@ -250,7 +249,7 @@ def adapt_config(
                 config.quantizer.channel_order = "frequency"
             return
         for part in ("encoder", "decoder"):
-            if (width := sizes.get(f"{part}_width")) is not None:
+            if width := sizes.get(f"{part}_width"):
                 config.model[f"{part}_heads"] = _heads(config, part, width)
         config.model.update({name: sizes[name] for name in sizes if name in config.model})
         config.model.first_token_quirk = quirk
@@ -261,13 +260,13 @@ def adapt_config(
 
 
 def _heads(config: ConfigDict, part: str, width: int) -> int:
-    """Heads of the encoder or decoder: of the config or the published size of the same width."""
+    """Returns the heads of an encoder or decoder of this width, from the config or `SIZES`."""
     heads = f"{part}_heads"
     for known in (config.model, *SIZES.values()):
         if known[f"{part}_width"] == width:
             return known[heads]
     raise UserError(
-        f"no array shows how many heads an {part} of width {width} has; say it: "
+        f"no array shows how many heads an {part} of width {width} has; add "
         f"--config.model.{part}_width={width} --config.model.{heads}=N"
     )
 
@@ -278,7 +277,7 @@ def make_model(
     sizes: Mapping[str, int],
     state: Mapping[str, np.ndarray],
 ) -> TokenBridgeConfig:
-    """The model of the adapted config, with the file's level values.
+    """Returns the model's config: the adapted config with the level values of the file.
 
     Raises:
       UserError: the autoencoder has another number of channels, or the channel order is unknown.
@@ -286,15 +285,15 @@ def make_model(
     channels = sizes.get("channels", autoencoder.latent_channels)
     if channels != autoencoder.latent_channels:
         raise UserError(
-            f"the model is for {channels} channels, the autoencoder has "
-            f"{autoencoder.latent_channels}; import the one it was trained with"
+            f"the model has {channels} channels, the autoencoder {autoencoder.latent_channels}; "
+            "import the autoencoder that the model was trained with"
         )
     quantizer = make_quantizer(config)
     values = level_values(state, np.asarray(quantizer.level_values, np.float32))
     quantizer = Quantizer(tuple(values.tolist()), quantizer.minimum, quantizer.maximum)
     if config.quantizer.channel_order == "frequency":
         raise UserError(
-            "no array shows the channel order; say it, as model.json of the model's workdir does: "
+            "no array shows the channel order; copy it from model.json of the model's workdir: "
             "--config.quantizer.channel_order=2,0,1,..."
         )
     order = resolve_channel_order(config.quantizer.channel_order, channels)
@@ -308,13 +307,13 @@ def write_checkpoint(
     params: Mapping[str, Any],
     fields: Mapping[str, Any],
 ) -> None:
-    """Writes checkpoint 0: the imported weights and a fresh optimizer.
+    """Writes checkpoint 0: the imported weights and a new optimizer.
 
     Args:
-      workdir: gets `checkpoints/0`.
-      model: its config.
+      workdir: `checkpoints/0` is written in this folder.
+      model: the model's config.
       params: "model", and "model_ema" if the file holds an average.
-      fields: settings of the run that training from this checkpoint must share.
+      fields: settings that must stay the same when training continues from this checkpoint.
     """
     # The layout of the optimizer's state does not depend on its settings.
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=0.0, total_steps=1))
@@ -324,29 +323,12 @@ def write_checkpoint(
     raw = jax.device_put(params["model"], shardings.params)
     ema = jax.device_put(params.get("model_ema", params["model"]), shardings.ema_params)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(raw)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    try:
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         checkpoints.save(TrainState(np.int32(0), raw, ema, opt_state), 0, dict(fields))
-    finally:
-        checkpoints.close()
-
-
-def _holds_model(workdir: epath.Path) -> bool:
-    saved = (workdir / WEIGHTS_FILE).exists()
-    return saved or Checkpoints(workdir / "checkpoints").latest is not None
 
 
 def _has_autoencoder(workdir: epath.Path) -> bool:
     return (workdir / "autoencoder" / "config.json").exists()
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Puts the name of the file before a mistake."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 if __name__ == "__main__":

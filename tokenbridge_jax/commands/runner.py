@@ -1,14 +1,15 @@
-"""Starts a sub-command: flags, processes, and a user's mistakes as one clear line.
+"""Runs a sub-command: reads its flags, starts its processes, and reports errors in one line.
 
 A command module has a docstring (its help), `define_flags(flag_values)` for its own flags and
 `main(args)`, where `args` is an `absl.flags.FlagValues` with at least `config` (an
 `ml_collections.ConfigDict`), `workdir` and `distributed`. It may also define
 
-  WORDS           one of these follows the command's name: `define_flags(flag_values, word)`, where
-                  None stands for what all words share, and `main(args, word)`; no workdir is needed
-  NEEDS_WORKDIR   False: no workdir is needed
-  USES_DEVICES    False: this machine's devices are not used
-  DEFAULT_CONFIG  the experiment where none is given; digits without it
+  WORDS           one of these words must follow the command's name. The command then defines
+                  `define_flags(flag_values, word)`, where None selects the flags of all words, and
+                  `main(args, word)`. It needs no workdir.
+  NEEDS_WORKDIR   False if the command needs no workdir
+  USES_DEVICES    False if the command does not use this machine's devices
+  DEFAULT_CONFIG  the default experiment, if it is not digits
 """
 
 import contextlib
@@ -25,27 +26,30 @@ from absl import flags
 from etils import epath
 
 from tokenbridge_jax.commands import arguments, failures
-from tokenbridge_jax.commands.arguments import CONFIG_FILE as CONFIG_FILE
 from tokenbridge_jax.runtime import environment, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 
-# Name -> (module, what it does). Modules are imported only when run: `tokenbridge` alone is quick.
+# Name -> (module, what it does). A module is imported when its command runs, which keeps
+# `tokenbridge` alone quick.
 COMMANDS = {
-    "train-vae": ("train_vae", "images -> an autoencoder trained on them"),
-    "tokenize": ("tokenize", "images + autoencoder -> index shards"),
-    "train": ("train", "index shards -> a trained model"),
-    "import-torch": ("import_torch", "PyTorch checkpoints -> a workdir"),
-    "export-torch": ("export_torch", "a workdir -> PyTorch checkpoints"),
-    "sample": ("sample", "trained model + autoencoder -> images"),
-    "evaluate": ("evaluate", "trained model, tokens or samples -> scores and where they come from"),
-    "edit": ("edit", "pictures + trained model -> pictures with parts drawn again"),
-    "import-metrics": ("import_metrics", "weights of FID's and LPIPS's networks -> this machine"),
-    "demo": ("demo", "trained model + autoencoder -> a page in the browser"),
-    "benchmark": ("benchmark", "a config -> speed, share of the device's peak, memory"),
-    "preflight": ("preflight", "a config -> does it fit a TPU slice, for how long does it train"),
+    "train-vae": ("train_vae", "trains an autoencoder on images"),
+    "tokenize": ("tokenize", "turns images into index shards with an autoencoder"),
+    "train": ("train", "trains a model on index shards"),
+    "import-torch": ("import_torch", "makes a workdir from PyTorch checkpoints"),
+    "export-torch": ("export_torch", "writes a workdir's weights to PyTorch files"),
+    "sample": ("sample", "generates images with a trained model"),
+    "evaluate": ("evaluate", "scores a trained model, tokens or samples, and explains the scores"),
+    "edit": ("edit", "draws parts of pictures again with a trained model"),
+    "import-metrics": ("import_metrics", "installs the network weights that FID and LPIPS need"),
+    "demo": ("demo", "shows a trained model on a page in the browser"),
+    "benchmark": (
+        "benchmark",
+        "measures the speed and memory of a config, and its share of the peak",
+    ),
+    "preflight": ("preflight", "predicts whether a config fits a TPU slice, and its training time"),
 }
 
-# Those that answer SIGTERM by saving.
+# Commands that save their state on SIGTERM.
 TRAINING = ("train-vae", "train")
 
 EXIT_USER_ERROR = 2
@@ -54,7 +58,7 @@ EXIT_USER_ERROR = 2
 def main() -> int:
     """Entry point of the console script `tokenbridge COMMAND [flags]`."""
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        wants_help = sys.argv[1:2] in ([], ["-h"], ["--help"], ["--helpfull"], ["help"])
+        wants_help = set(sys.argv[1:2]) <= {*arguments.HELP, "help"}
         if not wants_help:
             print(f"tokenbridge: there is no command '{sys.argv[1]}'", file=sys.stderr)
         print("usage: tokenbridge COMMAND --workdir DIR [--config NAME[:arg]] [--config.key=value]")
@@ -68,10 +72,9 @@ def main() -> int:
 def run(name: str, argv: list[str]) -> int:
     """Runs sub-command `name` with the flags `argv`; returns the process's exit status.
 
-    0: done. 1: a defect, or a fault that may not come again; the whole traceback is in a file. 2: a
-    user's mistake, one line on stderr. 75: training was told to stop and has saved its state. 76:
-    another process of the job is gone. 130: interrupted. One of several processes ends instead of
-    returning.
+    0: success. 1: a bug or a temporary fault; the traceback is in a file. 2: a user's mistake, with
+    one line on stderr. 75: training was asked to stop and has saved its state. 76: another process
+    of the job has ended. 130: interrupted. One of several processes exits instead of returning.
     """
     try:
         command = importlib.import_module(f"tokenbridge_jax.commands.{COMMANDS[name][0]}")
@@ -87,7 +90,7 @@ def run(name: str, argv: list[str]) -> int:
             return 0
         if words and (not given or given[0] not in words):
             unknown = f"there is no '{given[0]}'; " if given else ""
-            # `evaluate` took its word as --what once.
+            # `evaluate` used to take its word as --what.
             old = re.search(r"(?:^| )--?what[= ](\w+)", " ".join(argv))
             if old and old[1] in words:
                 raise UserError(f"--what is now a word: tokenbridge {name} {old[1]} [flags]")
@@ -116,15 +119,15 @@ def run(name: str, argv: list[str]) -> int:
         print(f"tokenbridge {name}: error: {reason}{failures.keep(name, error)}", file=sys.stderr)
         if processes.alone():
             return status
-        traceback.print_exc()  # The host, and its files, may be gone when somebody looks.
-        # If another process is gone, a program on the devices may be the first to notice.
+        traceback.print_exc()  # The file may be lost together with its host.
+        # When another process ends, a program on the devices can fail before the heartbeat does.
         return processes.leave(status, processes.heartbeat_seconds() + processes.FAILURE_SECONDS)
 
 
 def _flags_of(
     name: str, command: Any, word: str | None
 ) -> tuple[Callable[[flags.FlagValues], None], dict[str, str]]:
-    """What defines the flags of a command's word, and which words have the flags it lacks."""
+    """Returns what defines the flags of a word, and the words that each flag belongs to."""
     words = getattr(command, "WORDS", ())
     if not words:
         return command.define_flags, {}
@@ -141,15 +144,15 @@ def _flags_of(
 
 def remember_config(args: flags.FlagValues) -> None:
     """Makes this command's config the default of later commands in the same workdir."""
-    storage.write_json(epath.Path(args.workdir) / CONFIG_FILE, args.config.to_dict())
+    storage.write_json(epath.Path(args.workdir) / arguments.CONFIG_FILE, args.config.to_dict())
 
 
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
-    """Keeps other jobs out of a workdir (`storage.lock`); process 0 does it for all.
+    """Locks a workdir against other jobs (`storage.lock`); process 0 holds the lock.
 
     Raises:
-      UserError: another job is using it.
+      UserError: another job is using the workdir.
     """
     with contextlib.ExitStack() as stack:
         refusal = ""

@@ -1,6 +1,6 @@
 """Turns images into index shards: WORKDIR/autoencoder + config.data -> WORKDIR/tokens.
 
-Killed at any moment and started again, it goes on where it stopped. It names broken images, leaves
+If it is killed and started again, it continues where it stopped. It names broken images, leaves
 them out, and lists them in `dataset.json`.
 """
 
@@ -33,7 +33,7 @@ def main(args: flags.FlagValues) -> None:
             begin=lambda: runner.remember_config(args),
         )
     if not result.images:
-        print("all shards are there already: nothing to do")
+        print("all shards exist already: nothing to do")
     print(format_table(result))
 
 
@@ -46,24 +46,19 @@ def format_table(result: tokenizing.Result) -> str:
     statistics = info.statistics["train"]
     bits = statistics["bits_by_channel"]
     used = statistics["levels_used_by_channel"]
-    rows = [
-        ("folder", str(result.folder)),
-        ("images", f"{images} ({counts})"),
-        ("broken, left out", str(len(info.skipped))),
-        ("rate", f"{result.images / result.seconds:.1f} img/s" if result.images else "-"),
-        (
-            "bytes an image",
-            f"{info.record.itemsize} ({info.views} views), {stored / images:.0f} on disk",
-        ),
-        ("clipped", f"{statistics['clipped_share']:.4%}"),
-        (
-            "bits a channel",
-            f"{statistics['bits_per_channel']:.3f} of {np.log2(info.quantizer.levels):.3f}",
-        ),
-        ("  by channel", " ".join(f"{value:.2f}" for value in bits)),
-        ("levels used", f"{min(used)} to {max(used)} of {info.quantizer.levels}"),
-    ]
-    return "\n".join(f"{name:18}{value}" for name, value in rows)
+    levels, size = info.quantizer.levels, info.record.itemsize
+    rows = {
+        "folder": result.folder,
+        "images": f"{images} ({counts})",
+        "broken, left out": len(info.skipped),
+        "rate": f"{result.images / result.seconds:.1f} img/s" if result.images else "-",
+        "bytes an image": f"{size} ({info.views} views), {stored / images:.0f} on disk",
+        "clipped": f"{statistics['clipped_share']:.4%}",
+        "bits a channel": f"{statistics['bits_per_channel']:.3f} of {np.log2(levels):.3f}",
+        "  by channel": " ".join(f"{value:.2f}" for value in bits),
+        "levels used": f"{min(used)} to {max(used)} of {levels}",
+    }
+    return "\n".join(f"{name:18}{value}" for name, value in rows.items())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Trains the model on index shards: WORKDIR/tokens -> WORKDIR/checkpoints.
 
-Also writes model.json, metrics.jsonl, tensorboard/ and, if there is a WORKDIR/autoencoder to decode
-them, samples/step_*.png. Started again, it goes on from the latest checkpoint, bit for bit as if it
-had never stopped. Status 75: it was told to stop (SIGTERM, Ctrl-C) and has saved its state.
+Also writes model.json, metrics.jsonl, tensorboard/ and, if WORKDIR/autoencoder exists to decode
+them, samples/step_*.png. Started again, it continues from the latest checkpoint, bit for bit as if
+it had never stopped. Status 75: it was told to stop (SIGTERM, Ctrl-C) and has saved its state.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax.autoencoder import load_autoencoder, read_description
+from tokenbridge_jax.autoencoder import autoencoder_exists, load_autoencoder, read_description
 from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
@@ -52,7 +52,7 @@ from tokenbridge_jax.training.metric_writer import MetricWriter
 from tokenbridge_jax.training.model_task import bits, make_validation, training_flops
 from tokenbridge_jax.training.state import TrainState
 
-# Images of a sample grid, ten a row; they cycle through the classes, or through an even choice.
+# Images of a sample grid, ten in a row. They cycle through the classes, or evenly spaced ones.
 IN_GRID = 40
 
 
@@ -113,7 +113,7 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
             f"the token shards have {len(info.class_names)} classes but config.data.num_classes "
             f"is {config.data.num_classes}"
         )
-    if (workdir / "autoencoder" / "config.json").exists():
+    if autoencoder_exists(workdir / "autoencoder"):
         info.check(autoencoder_hash=read_description(workdir / "autoencoder")["hash"])
     return info
 
@@ -121,7 +121,7 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
 def agree_on_classes(
     config: ConfigDict, workdir: epath.Path, info: DatasetInfo
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The names of the classes: those of the model that training goes on with, if there is one.
+    """The names of the classes: those of the model that training continues, if there is one.
 
     Returns:
       Names by label, and notes for the user.
@@ -141,11 +141,7 @@ def agree_on_classes(
 
 
 def make_run(
-    config: ConfigDict,
-    workdir: epath.Path,
-    info: DatasetInfo,
-    model: TokenBridgeConfig,
-    mesh: Mesh,
+    config: ConfigDict, workdir: epath.Path, info: DatasetInfo, model: TokenBridgeConfig, mesh: Mesh
 ) -> Run:
     """The training run: data, masks, hooks, and what identifies it."""
     how, seed, images = config.training, config.seed, info.splits["train"]["images"]
@@ -160,9 +156,8 @@ def make_run(
     def validation_hook() -> Hook:
         """Negative log-likelihood of the validation split under the EMA, in bits an index."""
         validate = make_validation(model, masks, mesh)
-        parts = meshes.batch_shards(mesh)
-        whole = -(-info.splits["validation"]["images"] // parts) * parts
-        batch_size = min(how.batch_size, whole)
+        count = info.splits["validation"]["images"]
+        batch_size = min(how.batch_size, meshes.round_up_batch(count, mesh))
 
         def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
             rows = meshes.local_rows(mesh, batch_size)
@@ -172,7 +167,7 @@ def make_run(
         return Hook(how.eval_every, run)
 
     hooks = [validation_hook()] if "validation" in info.splits else []
-    if (workdir / "autoencoder" / "config.json").exists():
+    if autoencoder_exists(workdir / "autoencoder"):
         hooks += _sampling_hooks(config, workdir, info, model, mesh)
     return Run(
         name="train",
@@ -197,13 +192,9 @@ def make_run(
 
 
 def _sampling_hooks(
-    config: ConfigDict,
-    workdir: epath.Path,
-    info: DatasetInfo,
-    model: TokenBridgeConfig,
-    mesh: Mesh,
+    config: ConfigDict, workdir: epath.Path, info: DatasetInfo, model: TokenBridgeConfig, mesh: Mesh
 ) -> list[Hook]:
-    """A grid of samples, and scores of samples; the EMA's, always of the same classes and seed."""
+    """A grid and scores of samples of the EMA, always with the same classes and seed."""
     autoencoder, params = load_autoencoder(workdir / "autoencoder")
     local_mesh = meshes.make_mesh(devices=jax.local_devices())
     codec = Codec(autoencoder, params, model.quantizer, local_mesh, model.dtype)
@@ -211,13 +202,7 @@ def _sampling_hooks(
 
     def sample(state: TrainState, labels: np.ndarray) -> np.ndarray:
         return generate_in_batches(
-            model,
-            state.ema_params,
-            labels,
-            settings,
-            mesh,
-            seed=config.seed,
-            batch_size=batch_size,
+            model, state.ema_params, labels, settings, mesh, seed=config.seed, batch_size=batch_size
         )
 
     classes = len(info.class_names)
@@ -250,13 +235,14 @@ def _sampling_hooks(
 
 
 def _left_out(config: ConfigDict, workdir: epath.Path, info: DatasetInfo) -> Iterator[str]:
-    """What the config asks for and this workdir does not allow."""
+    """Lines about the settings that this workdir does not allow."""
     if config.training.eval_every and "validation" not in info.splits:
-        yield f"{workdir / 'tokens'} has no validation split: nothing is validated"
-    if config.evaluation.every and not (workdir / "autoencoder" / "config.json").exists():
-        yield f"{workdir / 'autoencoder'} is not there: no scores of samples"
-    if config.training.sample_every and not (workdir / "autoencoder" / "config.json").exists():
-        yield f"{workdir / 'autoencoder'} is not there: no sample grids"
+        yield f"{workdir / 'tokens'} has no validation split: no validation"
+    lacks_autoencoder = not autoencoder_exists(workdir / "autoencoder")
+    if config.evaluation.every and lacks_autoencoder:
+        yield f"{workdir / 'autoencoder'} does not exist: no scores of samples"
+    if config.training.sample_every and lacks_autoencoder:
+        yield f"{workdir / 'autoencoder'} does not exist: no sample grids"
 
 
 if __name__ == "__main__":

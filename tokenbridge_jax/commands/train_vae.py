@@ -1,12 +1,13 @@
 """Trains an autoencoder on the user's images: config.data -> WORKDIR/autoencoder.
 
-For those without KL-16 weights, or with other data. WORKDIR/autoencoder/training holds the run:
-checkpoints, metrics.jsonl, tensorboard, pictures of reconstructions. Started again, it goes on from
-the latest checkpoint there. Status 75: it was told to stop and has saved its state.
+For users without KL-16 weights, or with other data. WORKDIR/autoencoder/training holds the run:
+checkpoints, metrics.jsonl, tensorboard, pictures of reconstructions. Started again, it continues
+from the latest checkpoint there. Status 75: it was told to stop and has saved its state.
 """
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from tokenbridge_jax.autoencoder import read_description, save_autoencoder
+from tokenbridge_jax.autoencoder import autoencoder_exists, read_description, save_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.config import autoencoder_config, check_training, flat_fields, recipe
 from tokenbridge_jax.data.loader import make_image_loader
@@ -26,7 +27,7 @@ from tokenbridge_jax.pipeline.description import MODEL_FILE
 from tokenbridge_jax.runtime import meshes, pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import autoencoder_task
-from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, Pictures
+from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, picture_batches
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Run, fit
 from tokenbridge_jax.training.metric_writer import MetricWriter
 from tokenbridge_jax.training.state import TrainState
@@ -63,7 +64,7 @@ def main(args: flags.FlagValues) -> int:
         except Interrupted:
             return EXIT_INTERRUPTED
         if _finished_step(directory) == run.total_steps:
-            print(f"{directory} holds the finished autoencoder already: nothing to do")
+            print(f"{directory} already holds the finished autoencoder: nothing to do")
             return 0
         extra = training.write_autoencoder(state)
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in extra.items())
@@ -80,7 +81,7 @@ def make_task(config: ConfigDict) -> AutoencoderTask:
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-    """What is trained, on what, where."""
+    """What to train, with which images and devices, and where to write."""
 
     config: ConfigDict
     directory: epath.Path
@@ -89,7 +90,7 @@ class _Training:
     mesh: Mesh
 
     def make_run(self) -> Run:
-        """The training run: data, a hook, and what identifies it."""
+        """The training run: data, a hook, and the fields that identify it."""
         config, train, mesh = self.config, self.subsets["train"], self.mesh
         data, batch_size = config.data, config.vae_training.batch_size
         fields = flat_fields(config, ["seed", "autoencoder", "vae_training"])
@@ -104,12 +105,11 @@ class _Training:
             recipe=recipe(config, "vae_training", len(train.images)),
             seed=config.seed,
             batches=lambda start: make_image_loader(
-                train.source,
+                train,
                 data.image_size,
                 data.image_channels,
                 batch_size,
                 config.seed,
-                subset=train.images,
                 flip=data.flip,
                 start_step=start,
                 rows=meshes.local_rows(mesh, batch_size),
@@ -122,9 +122,9 @@ class _Training:
 
     def write_autoencoder(self, state: TrainState) -> dict[str, Any]:
         """Measures the latents and writes the EMA parameters; returns the figures it adds."""
-        measured, mesh = self._pictures(self.subsets["train"].spread(SCALE_IMAGES)), self.mesh
+        measured, mesh = self.subsets["train"].spread(SCALE_IMAGES), self.mesh
         with meshes.use_mesh(mesh):
-            batches = measured.batches(self.config.vae_training.batch_size)
+            batches = self._batches(measured, self.config.vae_training.batch_size)
             std = autoencoder_task.latent_std(self.task.module, state.ema_params, batches, mesh)
             gather = jax.jit(lambda params: params, out_shardings=meshes.replicated(mesh))
             params = jax.tree.map(np.asarray, gather(state.ema_params))
@@ -137,37 +137,35 @@ class _Training:
     def _validation_hook(self) -> Hook:
         """PSNR of the EMA's reconstructions, and pictures of some beside their originals."""
         split = "validation" if "validation" in self.subsets else "train"
-        measured = self._pictures(self.subsets[split].spread(VALIDATION_IMAGES))
-        in_picture = self.subsets[split].spread(IN_PICTURE)
-        shown = self._pictures(in_picture)
+        measured, shown = map(self.subsets[split].spread, (VALIDATION_IMAGES, IN_PICTURE))
         reconstruct = autoencoder_task.make_reconstruction(self.task.module, self.mesh)
         psnr = autoencoder_task.make_psnr(reconstruct, self.mesh)
         copy = jax.jit(lambda images: images, out_shardings=meshes.replicated(self.mesh))
         section, folder = self.config.vae_training, self.directory / "training" / "reconstructions"
 
         def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-            batch = next(shown.batches(IN_PICTURE))
+            batch = next(self._batches(shown, IN_PICTURE))
             originals = np.asarray(copy(batch["images"]))
             decoded = np.asarray(reconstruct(state.ema_params, batch["images"]))
             pairs = np.stack([originals, decoded], axis=1).reshape(-1, *originals.shape[1:])
-            picture = pictures.grid(pairs[: 2 * len(in_picture.images)], columns=8)
+            picture = pictures.grid(pairs[: 2 * len(shown.images)], columns=8)
             if jax.process_index() == 0:
                 pictures.write_png(folder / f"step_{step:07d}.png", picture)
             writer.image(step, "reconstructions", picture)
-            batches = measured.batches(section.batch_size)
+            batches = self._batches(measured, section.batch_size)
             return {f"{split}_psnr": psnr(state.ema_params, batches)}
 
         return Hook(section.checkpoint_every, run)
 
-    def _pictures(self, subset: Subset) -> Pictures:
+    def _batches(self, subset: Subset, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         data = self.config.data
-        size, channels = data.image_size, data.image_channels
-        return Pictures(subset.source, subset.images, size, channels, self.mesh)
+        sizes = data.image_size, data.image_channels
+        return picture_batches(subset.source, subset.images, *sizes, self.mesh, batch_size)
 
 
 def _check_directory(directory: epath.Path) -> None:
-    """Refuses to overwrite an autoencoder that came from elsewhere."""
-    if (directory / "config.json").exists() and _finished_step(directory) is None:
+    """Refuses to overwrite an autoencoder that was not trained here."""
+    if autoencoder_exists(directory) and _finished_step(directory) is None:
         raise UserError(
             f"{directory} holds an autoencoder that was not trained here; use another --workdir "
             "or remove it"
@@ -176,21 +174,21 @@ def _check_directory(directory: epath.Path) -> None:
 
 def _check_unused(workdir: epath.Path) -> None:
     """Refuses to replace the autoencoder that shards or a model in this workdir depend on."""
-    if not (workdir / "autoencoder" / "config.json").exists():
+    if not autoencoder_exists(workdir / "autoencoder"):
         return
     present = read_description(workdir / "autoencoder")["hash"]
     tokens = workdir / "tokens"
     for user in (tokens / INFO_FILE, tokens / PARTIAL_INFO_FILE, workdir / MODEL_FILE):
         if user.exists() and storage.read_json(user).get("autoencoder_hash") == present:
             raise UserError(
-                f"{user} depends on the autoencoder that is there, and training would replace it; "
+                f"{user} depends on the present autoencoder, and training would replace it; "
                 f"use another --workdir, or remove {tokens} and {workdir / MODEL_FILE}"
             )
 
 
 def _finished_step(directory: epath.Path) -> int | None:
-    """Updates behind the autoencoder in `directory`, if there is one and it was trained here."""
-    if not (directory / "config.json").exists() or not (directory / "training").exists():
+    """Number of updates of the autoencoder in `directory`, if one was trained there."""
+    if not autoencoder_exists(directory) or not (directory / "training").exists():
         return None
     return read_description(directory)["extra"].get("step")
 

@@ -79,8 +79,7 @@ def prepared_batches(
         for plan in plans
         for start in range(0, len(plan.images), batch_size)
     )
-    waiting: collections.deque[tuple[ShardPlan, np.ndarray, list[Future[Any]]]]
-    waiting = collections.deque()
+    waiting = collections.deque[tuple[ShardPlan, np.ndarray, list[Future[Any]]]]()
     while True:
         for plan, images in itertools.islice(cuts, _BATCHES_AHEAD - len(waiting)):
             futures = [

@@ -1,9 +1,7 @@
 """Names of classes: reads `classes.txt`, finds classes by name, compares a model and shards."""
 
 import codecs
-import contextlib
 import functools
-import operator
 import re
 import sys
 import unicodedata
@@ -12,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime import checks, storage
 from tokenbridge_jax.runtime.errors import UserError
 
 # Byte order marks, the longest first, because UTF-32's begins like UTF-16's.
@@ -102,6 +100,11 @@ def _unquoted(text: str) -> str:
     return text
 
 
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether all names of classes are whole numbers."""
+    return all(name.isascii() and name.isdigit() for name in names)
+
+
 def class_number(class_id: Any, names: tuple[str, ...], classes: int) -> int:
     """The number of a class, which is its place in the class table.
 
@@ -125,7 +128,10 @@ def class_number(class_id: Any, names: tuple[str, ...], classes: int) -> int:
             raise UserError(f"there is no class named '{class_id}' among {len(names)}")
         number = int(class_id)
     else:
-        number = _whole_number(class_id)
+        try:
+            number = checks.whole("class", class_id)
+        except UserError:
+            raise UserError(f"{class_id!r} is not a class; give a whole number or a name") from None
     if str(number) in places:
         return places[str(number)]
     if number in numbered:
@@ -135,13 +141,6 @@ def class_number(class_id: Any, names: tuple[str, ...], classes: int) -> int:
     if not 0 <= number < classes:
         raise UserError(f"class {number} does not exist; classes are 0..{classes - 1}")
     return number
-
-
-def _whole_number(value: Any) -> int:
-    with contextlib.suppress(TypeError):
-        if not isinstance(value, bool):
-            return operator.index(value)
-    raise UserError(f"{value!r} is no class; give a whole number or a name")
 
 
 def class_at(place: int, names: tuple[str, ...]) -> int | str:
@@ -155,14 +154,9 @@ def class_at(place: int, names: tuple[str, ...]) -> int | str:
 def _places(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping[int, int]]:
     """Places by name, and also by number if all names are numbers."""
     places = {name: place for place, name in reversed(list(enumerate(names)))}
-    numbers = [int(name) for name in names if _is_number(name)]
-    if len(numbers) < len(names):
+    if not are_numbers(names):
         return places, {}
-    return places, {number: place for place, number in enumerate(numbers)}
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit()
+    return places, {int(name): place for place, name in enumerate(names)}
 
 
 def match(model: tuple[str, ...], shards: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
@@ -208,10 +202,10 @@ def match(model: tuple[str, ...], shards: tuple[str, ...]) -> tuple[tuple[str, .
             f"the classes of the {other} are numbers: they are taken for {_few(named)} in this "
             "order"
         )
-    label = next(i for i in numbers if ours[i] != theirs[i])
-    moved = [i for i in numbers if ours[i] != theirs[i] and theirs[i] in set(ours)]
+    differing = [i for i in numbers if ours[i] != theirs[i]]
+    moved = [i for i in differing if theirs[i] in ours]
+    label = (moved or differing)[0]
     if moved or both_numbers:
-        label = (moved or [label])[0]
         raise UserError(
             f"the classes are in another order: label {label} is '{model[label]}' in the model and "
             f"'{shards[label]}' in the token shards; tokenize the images again, with class folders "
@@ -225,7 +219,7 @@ def match(model: tuple[str, ...], shards: tuple[str, ...]) -> tuple[tuple[str, .
 
 def _comparable(names: Sequence[str]) -> list[str] | list[int]:
     """Names, or numbers if all are numbers, so that "07" equals "7"."""
-    return [int(name) for name in names] if all(map(_is_number, names)) else list(names)
+    return [int(name) for name in names] if are_numbers(names) else list(names)
 
 
 def _few(names: Sequence[str]) -> str:

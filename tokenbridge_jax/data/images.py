@@ -1,25 +1,24 @@
-"""One picture -> a uint8 square, cut exactly as ADM cuts it.
+"""One picture -> a uint8 square, cropped exactly as ADM crops it.
 
-ADM ("Diffusion Models Beat GANs on Image Synthesis", and after it MAR and TokenBridge) halves the
-picture with a box filter while its short side is at least twice the target, resizes the rest of
-the way with a bicubic filter, and keeps the centre. Two pixels of difference here are visible in
-FID, so nothing is approximated: JPEG draft mode, for one, is faster and not the same.
+ADM ("Diffusion Models Beat GANs on Image Synthesis", and after it MAR and TokenBridge) halves a
+picture with a box filter while its short side is at least twice the target. Then it resizes with a
+bicubic filter and keeps the centre. Differences of two pixels are visible in FID, so nothing is
+approximated. JPEG's draft mode, for example, is faster but gives other pixels.
 
-What comes before the cut, for pictures that are not plain RGB:
+Before the crop:
 
-- Pixels are decoded in full first. A picture whose file ends early is an `ImageError`, never half
-  grey, even a JPEG with an end mark (see `jpeg.py`). What was overwritten in the middle of a JPEG
-  cannot always be told.
-- EXIF orientation is applied: pictures are stored the way a viewer shows them. (ADM ignores the
-  tag; on pictures without one, so on nearly all of ImageNet, both agree.)
-- 16-bit pictures are scaled to 8 bits (Pillow alone would clip grey ones to white). White is 65535,
-  or what a grey TIFF says of its bits or its largest value. Where it says nothing and no value
-  reaches a sixteenth of white, the picture is an `ImageError`: most likely it has 12 bits. One of
-  14 bits that says nothing comes out four times too dark.
-- Integers of 32 bits, signed and floating-point ones are an `ImageError`, as their white is
-  unknown, unless they are integers and a TIFF says the largest value.
-- Everything else goes through Pillow's conversion to RGB (or grey) as in ADM: CMYK, palettes,
-  grey; transparency is dropped and the colours beneath it are kept.
+- Pixels are decoded in full. A picture whose file ends early is an `ImageError`, even a JPEG with
+  an end mark (see `jpeg.py`). Overwritten data in the middle of a JPEG are not always detected.
+- EXIF orientation is applied, so that pictures are stored as viewers show them. ADM ignores the
+  tag. Nearly all pictures of ImageNet have none, and for these both agree.
+- 16-bit pictures are scaled to 8 bits, where Pillow alone would clip grey ones to white. White is
+  65535, or what the tags of a grey TIFF say about its bits or its largest value. Without such a tag
+  a picture is an `ImageError` if no value reaches a sixteenth of white, because it most likely has
+  12 bits. A picture of 14 bits without a tag becomes four times too dark.
+- Pictures of 32-bit integers, signed integers or floats are an `ImageError`, because their white is
+  unknown. Integers are accepted if the tags of a TIFF give the largest value.
+- Pillow converts all other kinds to RGB (or grey), as in ADM: CMYK, palettes, grey. Transparency is
+  dropped, and the colours beneath it are kept.
 """
 
 import io
@@ -33,11 +32,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tokenbridge_jax.data import jpeg
 
-# Above this many pixels, in the file or on the way, a picture is refused as broken: half a
-# gigapixel already takes 1.6 GB as RGB.
+# Pictures with more pixels, in the file or after resizing, are refused as broken. Half a gigapixel
+# takes 1.6 GB as RGB.
 MAX_PIXELS = 2**29
 
-# Tags of TIFF; those of the largest value in the order of their weight.
+# Tags of TIFF. The first tag of `_LARGEST` has priority over the second.
 _BITS, _SAMPLE_FORMAT, _LARGEST = 258, 339, (341, 281)
 
 _MODES = {1: "L", 3: "RGB"}
@@ -65,22 +64,17 @@ class ImageError(Exception):
 def open_picture(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
     """Like `Image.open`, without its guard against large pictures.
 
-    Pillow warns from 89 megapixels on and refuses more than 179. Legitimate scans are larger, and
-    `decode` has a limit of its own. Pillow's limit is global, and other code may rely on it, so
-    Pillow's readers are called here without the guard around them.
+    Pillow warns from 89 megapixels on and refuses more than 179, but legitimate scans are larger.
+    `decode` has its own limit. Pillow's limit is global and other code may rely on it, so it stays,
+    and Pillow's readers are called here directly.
 
     Raises:
       OSError: the file cannot be read or is not a picture.
       ImageError: the picture is of a kind that cannot be that large.
     """
-    if isinstance(file, io.BytesIO):
-        stream = file
-    else:
-        file = os.fspath(file)
-        stream = io.BytesIO(Path(file).read_bytes())
-    stream.seek(0)
-    start = stream.read(16)
-    for load_readers in (Image.preinit, Image.init):  # Of the common formats, then of all.
+    stream = file if isinstance(file, io.BytesIO) else io.BytesIO(Path(file).read_bytes())
+    start = stream.getvalue()[:16]
+    for load_readers in (Image.preinit, Image.init):  # The common formats, then all.
         load_readers()
         for reader, accepts in [Image.OPEN[name] for name in Image.ID]:
             try:
@@ -92,19 +86,20 @@ def open_picture(file: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
                 continue  # The file has another format, as in `Image.open`.
             except Image.DecompressionBombError as error:
                 raise ImageError(str(error)) from error
-    raise UnidentifiedImageError(f"cannot identify image file {file!r}")
+    name = file if isinstance(file, io.BytesIO) else os.fspath(file)
+    raise UnidentifiedImageError(f"cannot identify image file {name!r}")
 
 
 def prepare(image: Image.Image, size: int, channels: int = 3) -> UInt8[np.ndarray, "size size c"]:
-    """Decodes, turns upright, converts and cuts one picture.
+    """Decodes one picture, turns it upright, converts it to 8 bits and crops it.
 
     Args:
-      image: as opened by Pillow; may still be undecoded.
+      image: as opened by Pillow, decoded or not.
       size: the side of the square in pixels.
       channels: 3 for RGB, 1 for grey.
 
     Raises:
-      ImageError: the picture is damaged, far too large or of a kind without a known white.
+      ImageError: the picture is damaged, far too large or of a kind whose white is unknown.
     """
     return center_crop(decode(image, channels), size)
 
@@ -112,28 +107,27 @@ def prepare(image: Image.Image, size: int, channels: int = 3) -> UInt8[np.ndarra
 def decode(image: Image.Image, channels: int = 3) -> Image.Image:
     """Decodes one picture, turns it upright and converts it to 8-bit `RGB` or `L`.
 
-    Args: and Raises: as of `prepare`.
+    Args and errors are those of `prepare`.
     """
     _check_size(image.size)
     try:
         data = _jpeg_data(image)
-        # What is known only before: Pillow drops the lower 8 of 16 bits of colours.
+        # Later this is unknown: Pillow drops the lower 8 of 16 bits of colours when it decodes.
         is_deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
         image.load()
-        reason = jpeg.missing_data(data, image) if data else None
-        if reason:
+        if data and (reason := jpeg.missing_data(data, image)):
             raise ImageError(reason)
         if is_deep and not image.mode.startswith("I") and _brightest(image) <= 255 // 16:
             raise ImageError(_DARK)
         return _upright(_to_8bit(image, channels), image)
     except (ImageError, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files.
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files.
         raise ImageError(str(error) or type(error).__name__) from error
 
 
 def _jpeg_data(image: Image.Image) -> bytes | None:
-    """The file of a JPEG that is not decoded yet."""
+    """The content of a JPEG's file, if the JPEG is not decoded yet."""
     file = getattr(image, "fp", None)
     if image.format not in ("JPEG", "MPO") or not getattr(image, "tile", ()) or file is None:
         return None
@@ -145,7 +139,7 @@ def _jpeg_data(image: Image.Image) -> bytes | None:
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size c"]:
-    """ADM's centre crop of a decoded `L` or `RGB` picture of any size, smaller ones included."""
+    """ADM's centre crop of a decoded `L` or `RGB` picture of any size; small ones are enlarged."""
     while min(image.size) >= 2 * size:
         image = _resize(image, (image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -158,10 +152,10 @@ def center_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size c
 
 
 def _resize(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
-    """Rows first, then columns, as every Pillow up to 12 does by itself.
+    """Resizes rows first, then columns, as Pillow up to version 12 does by itself.
 
-    From 13 on it takes columns first where that is faster, for tall pictures; since pixels are
-    rounded in between, some then differ by several levels.
+    Version 13 begins with the columns of tall pictures, which is faster. Pixels are rounded in
+    between, so some of them would differ by several levels.
     """
     return image.resize((size[0], image.height), filter).resize(size, filter)
 
@@ -170,7 +164,7 @@ def _to_8bit(image: Image.Image, channels: int) -> Image.Image:
     """Converts a decoded picture of any mode to 8-bit `RGB` (`channels` 3) or `L` (1)."""
     if image.mode.startswith("I"):
         white = _white(image)
-        # 16-bit grey; PNGs of that kind open as `I;16` or, with older Pillow, as 32-bit `I`.
+        # Pillow opens 16-bit grey PNGs as `I;16`, or in older versions as 32-bit `I`.
         grey = np.clip(np.asarray(image).astype(np.int64), 0, white)
         if white == 65535 and 0 < np.max(grey) <= white // 16:
             raise ImageError(_DARK)
@@ -178,7 +172,7 @@ def _to_8bit(image: Image.Image, channels: int) -> Image.Image:
     elif image.mode == "F":
         raise ImageError("floating-point pixels, whose white is unknown; convert it to 8 bits")
     elif image.mode == "P" and "transparency" in image.info:
-        # The same colours as a direct conversion, which warns when several are transparent.
+        # A direct conversion gives the same colours, but warns if several are transparent.
         image = image.convert("RGBA")
     return image.convert(_MODES[channels])
 
@@ -186,7 +180,7 @@ def _to_8bit(image: Image.Image, channels: int) -> Image.Image:
 def _white(image: Image.Image) -> int:
     """The value of white in grey pixels of more than 8 bits."""
     tags = getattr(image, "tag_v2", {})
-    # Of the largest value only what is all ones in some bits: others are statistics.
+    # Only a largest value of 2^n - 1 means white. Other values are statistics of the picture.
     for tag in _LARGEST:
         value = int(np.ravel(tags.get(tag, 0))[0])
         if value > 255 and value & (value + 1) == 0:
@@ -207,11 +201,11 @@ def _brightest(image: Image.Image) -> int:
 
 
 def _upright(converted: Image.Image, image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation of a decoded picture; unreadable EXIF data counts as none."""
-    # Read after decoding: for TIFF, Pillow itself turns the picture then and drops the tag.
+    """Applies the EXIF orientation of a decoded picture; unreadable EXIF data are ignored."""
+    # This is read after decoding, when Pillow has already turned a TIFF and dropped the tag.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # A damaged tag says nothing about the pixels.
+    except Exception:  # A damaged tag does not mean that the pixels are damaged.
         orientation = None
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return converted if method is None else converted.transpose(method)

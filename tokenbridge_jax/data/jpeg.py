@@ -47,7 +47,7 @@ def missing_data(data: bytes, image: Image.Image) -> str | None:
         for _, end in reversed(scans):
             filled[end:end] = _FILLING
         if not _is_same(filled, image):
-            return "its data end early; what is missing would be grey or blurred"
+            return "its data end early; the missing part would be grey or blurred"
     elif not zeros_are_flat and any(data.find(_SECTOR, *scan) >= 0 for scan in scans):
         return "a part of its data is lost: there are zeros in its place"
     return None

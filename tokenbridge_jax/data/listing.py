@@ -1,9 +1,9 @@
-"""Which files of a folder are its pictures, for all commands.
+"""Lists the pictures of folders, in the same way for all commands.
 
 Pictures are recognised by their extension. Hidden files and folders are ignored, and so are the
-folders of `JUNK`, which operating systems and programs make. Symbolic links are followed. Each real
-folder is listed once, and a link to a folder that contains the link adds nothing. A folder that
-cannot be listed is an error, because leaving out pictures silently would shift labels.
+folders of `JUNK`, which operating systems and programs create. Symbolic links are followed. Each
+real folder is listed once, and a link to a folder that contains the link is ignored. A folder that
+cannot be listed is an error, because missing pictures would change labels.
 """
 
 import collections
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenbridge_jax.data.class_names import are_numbers
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -69,12 +70,12 @@ def sort_names(names: Iterable[str]) -> list[str]:
       UserError: two are the same number.
     """
     names = sorted(names)
-    if not all(name.isascii() and name.isdigit() for name in names):
+    if not are_numbers(names):
         return names
     names.sort(key=int)
     for one, other in itertools.pairwise(names):
         if int(one) == int(other):
-            raise UserError(f"the class folders {one} and {other} are one number; rename one")
+            raise UserError(f"the class folders {one} and {other} are the same number; rename one")
     return names
 
 
@@ -141,13 +142,13 @@ def _read(top: str, folder: _Folder) -> tuple[list[str], list[_Folder]]:
                     real = folder.real if link else os.path.join(folder.real, name)
                     folders.append(_Folder(folder.label, prefix + name, real, link))
                 elif is_picture(name):
-                    # A link without a target is a broken picture, and named when it is read.
+                    # A link without a target is a broken picture: reading it is an error.
                     if entry.is_file() or _is_dangling(entry):
                         pictures.append(prefix + name)
                 elif _is_dangling(entry):
                     raise UserError(
                         f"the link {os.path.join(path, name)} leads to {os.readlink(entry.path)}, "
-                        "which is not there; mount or restore that, or remove the link"
+                        "which does not exist; mount or restore it, or remove the link"
                     )
     except OSError as error:
         raise storage.read_error(error.filename or path, error) from error

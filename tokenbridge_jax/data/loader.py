@@ -24,7 +24,7 @@ from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.data.readers import ShardReaders, damaged
 from tokenbridge_jax.data.shards import DatasetInfo
-from tokenbridge_jax.data.sources import Source, load_prepared
+from tokenbridge_jax.data.sources import Subset, load_prepared
 from tokenbridge_jax.runtime.errors import UserError
 
 # Threads mostly wait for the disk. The buffer counts batches.
@@ -58,7 +58,7 @@ class TokenRecords:
           UserError: a shard is damaged, belongs to another dataset, has a label without a class, or
             cannot be read; the message names it.
         """
-        # Shard by shard: those that do not stay open are then opened once.
+        # Read shard by shard, so that a shard that does not stay open is opened only once.
         order = np.argsort(numbers, kind="stable")
         shard = np.searchsorted(self._ends, numbers[order], side="right")
         place = numbers[order] - self._starts[shard]
@@ -91,9 +91,8 @@ def make_loader(
     *,
     start_step: int = 0,
     rows: Int64[np.ndarray, " b"] | None = None,
-    split: str = "train",
 ) -> Iterator[dict[str, np.ndarray]]:
-    """An endless, shuffled stream of batches for training.
+    """An endless, shuffled stream of batches from the split "train".
 
     Args:
       folder: of the token shards.
@@ -101,7 +100,6 @@ def make_loader(
       seed: of the order and of the choice of views.
       start_step: how many batches to skip at the beginning, at no cost.
       rows: which rows of every batch to read; by default all, for a single process.
-      split: which shards.
 
     Returns:
       An iterator of `indices` `[b, L, C]`, uint8 or uint16, of a random view of each image, and
@@ -111,10 +109,10 @@ def make_loader(
       UserError: shards are missing or damaged, or have fewer images than a batch.
     """
     info = shards.read_info(folder)
-    records = TokenRecords(folder, info, split)
+    records = TokenRecords(folder, info, "train")
     if len(records) < batch_size:
         raise UserError(
-            f"a batch of {batch_size} needs as many images, but split '{split}' of {folder} has "
+            f"a batch of {batch_size} needs as many images, but split 'train' of {folder} has "
             f"{len(records)}; use a smaller batch or more images"
         )
 
@@ -137,7 +135,8 @@ def validation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over a split: the first view of every image, in order.
 
-    Args: as for `make_loader`.
+    Args: as for `make_loader`, and
+      split: which shards.
 
     Returns:
       An iterator of batches as from `make_loader`, with `weights` float32 `[b]`. The last batch is
@@ -150,27 +149,25 @@ def validation_batches(
     records = TokenRecords(folder, info, split)
     mine = np.arange(batch_size) if rows is None else rows
 
-    def batches() -> Iterator[dict[str, np.ndarray]]:
-        for start in range(0, len(records), batch_size):
-            numbers = start + mine
-            chosen = records.read(np.minimum(numbers, len(records) - 1))
-            yield {
-                "indices": chosen["indices"][:, 0].copy(),
-                "labels": chosen["label"].astype(np.int32),
-                "weights": (numbers < len(records)).astype(np.float32),
-            }
+    def batch(start: int) -> dict[str, np.ndarray]:
+        numbers = start + mine
+        chosen = records.read(np.minimum(numbers, len(records) - 1))
+        return {
+            "indices": chosen["indices"][:, 0].copy(),
+            "labels": chosen["label"].astype(np.int32),
+            "weights": (numbers < len(records)).astype(np.float32),
+        }
 
-    return batches()
+    return map(batch, range(0, len(records), batch_size))
 
 
 def make_image_loader(
-    source: Source,
+    subset: Subset,
     image_size: int,
     image_channels: int,
     batch_size: int,
     seed: int,
     *,
-    subset: np.ndarray | None = None,
     flip: bool = True,
     start_step: int = 0,
     rows: Int64[np.ndarray, " b"] | None = None,
@@ -178,10 +175,9 @@ def make_image_loader(
     """An endless, shuffled stream of pictures, for training an autoencoder.
 
     Args: as for `make_loader`, and
-      source: pictures.
+      subset: the pictures.
       image_size: pixels a side after the centre crop.
       image_channels: 3 or 1.
-      subset: the indices into the source to use; all by default.
       flip: mirror half of the pictures, at random.
 
     Returns:
@@ -191,42 +187,34 @@ def make_image_loader(
     Raises:
       UserError: there are fewer pictures than a batch.
     """
-    chosen = np.arange(len(source)) if subset is None else subset
+    source, chosen = subset.source, subset.images
     if len(chosen) < batch_size:
         raise UserError(
             f"a batch of {batch_size} needs as many images, but there are {len(chosen)}; use a "
             "smaller batch or more images"
         )
-    pictures = _Pictures(source, chosen, image_size, image_channels)
+    named, lock = set[int](), threading.Lock()
+
+    def load(i: int) -> tuple[np.ndarray, int]:
+        """Picture i of those chosen, or the next one that is not broken, and its label."""
+        for step in range(len(chosen)):
+            picture = int(chosen[(i + step) % len(chosen)])
+            try:
+                return load_prepared(source, picture, image_size, image_channels)
+            except ImageError as error:
+                with lock:
+                    if picture not in named:
+                        print(f"broken image left out: {error}", file=sys.stderr)
+                    named.add(picture)
+        raise UserError("none of the images can be read")
 
     def read(numbers: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
-        loaded, labels = zip(*map(pictures.load, numbers.tolist()), strict=True)
+        loaded, labels = zip(*map(load, numbers.tolist()), strict=True)
         images = np.stack(loaded)
         images[mirrored == 1] = images[mirrored == 1, :, ::-1]
         return {"images": images, "labels": np.array(labels, np.int32)}
 
     return _shuffled(read, len(chosen), 2 if flip else 1, batch_size, rows, seed, start_step)
-
-
-class _Pictures:
-    """Loads prepared pictures by number. Broken ones are replaced by the next good one."""
-
-    def __init__(self, source: Source, chosen: np.ndarray, size: int, channels: int):
-        self._source, self._chosen, self._size, self._channels = source, chosen, size, channels
-        self._named: set[int] = set()
-        self._lock = threading.Lock()
-
-    def load(self, i: int) -> tuple[np.ndarray, int]:
-        for step in range(len(self._chosen)):
-            picture = int(self._chosen[(i + step) % len(self._chosen)])
-            try:
-                return load_prepared(self._source, picture, self._size, self._channels)
-            except ImageError as error:
-                with self._lock:
-                    if picture not in self._named:
-                        print(f"broken image left out: {error}", file=sys.stderr)
-                    self._named.add(picture)
-        raise UserError("none of the images can be read")
 
 
 def _shuffled(
@@ -245,14 +233,11 @@ def _shuffled(
         both are `[b]`.
       elements: how many there are.
       choices: how many variants each has.
-      batch_size: B.
-      rows: as for `make_loader`, and so are the others.
-      seed: see there.
-      start_step: see there.
+      batch_size, rows, seed, start_step: as for `make_loader`.
     """
     mine = np.arange(batch_size) if rows is None else rows
 
-    # The batches in work belong to two epochs. To more only if epochs are short and orders cheap.
+    # Batches being read belong to two epochs, or to more if epochs are short and orders cheap.
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, _ORDER, epoch)).permutation(elements)

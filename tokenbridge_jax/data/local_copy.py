@@ -1,8 +1,8 @@
-"""Token shards of an object store, copied to the local disk: ArrayRecord reads files only.
+"""Copies token shards from an object store to the local disk, because ArrayRecord reads only files.
 
-Training reads every shard, in random order, every epoch, so each host needs all of them at hand.
-The copy lies in `$TOKENBRIDGE_CACHE` (default `~/.cache/tokenbridge`), in a folder named after the
-content of `dataset.json`: other shards never take its place, and later runs find it.
+Every epoch of training reads all shards in random order, so each host needs all of them. The copy
+is in `$TOKENBRIDGE_CACHE` (default `~/.cache/tokenbridge`). The name of its folder is a hash of
+`dataset.json`, so that later runs find it and other shards get another folder.
 """
 
 import contextlib
@@ -20,24 +20,26 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 
 INFO_FILE = "dataset.json"
-# Shards copied at once: one connection does not fill a host's network.
+# How many shards are copied at once, because one connection does not use all of a host's network.
 THREADS = 8
-# A temporary file that nobody has written to for so long belongs to a copy that was killed.
+# A temporary file that has not changed for this time belongs to a process that was killed.
 LEFTOVER_SECONDS = 3600
 
 
 def local_copy(folder: str | os.PathLike[str]) -> Path:
-    """A finished folder of token shards on this host's file system.
+    """Returns a finished folder of token shards on this host's file system.
+
+    Complete shards that an earlier call copied are not copied again, even if that call was killed.
+    Several processes may call this at the same time.
 
     Args:
-      folder: of the file system, which is returned as it is, or of an object store
-        (`gs://bucket/...`). What an earlier call has copied is not copied again,
-        also if that was killed; several processes may call this at once.
+      folder: in the file system, which is returned unchanged, or in an object store
+        (`gs://bucket/...`).
 
     Raises:
-      UserError: the object store may not be read or holds no finished shards, a shard has not the
-        length that `dataset.json` says, or the disk is full. Whatever else an object store raises,
-        a fault of the network say, is passed on: trying again may help.
+      UserError: the object store may not be read or holds no finished shards, a shard does not have
+        the length given in `dataset.json`, or the disk is full. Other errors of an object store,
+        such as a failing network, are passed on, because trying again may help.
     """
     if not storage.in_object_store(folder):
         return Path(storage.expand(folder))
@@ -57,9 +59,12 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
     shards = [shard for split in splits for shard in split["shards"]]
     copy = _cache() / f"tokens-{hashlib.sha256(described).hexdigest()[:16]}"
     _remove_leftovers(copy)
-    _copy(
-        remote, copy, [shard for shard in shards if _size(copy / shard["file"]) != shard["bytes"]]
-    )
+    missing = [shard for shard in shards if _size(copy / shard["file"]) != shard["bytes"]]
+    if missing:
+        progress = Progress(len(missing), unit="shard", desc=f"{remote} -> {copy}")
+        with progress, ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(lambda shard: _copy_shard(remote, copy, shard), missing):
+                progress.update()
     if _size(copy / INFO_FILE) != len(described):
         storage.write_bytes(copy / INFO_FILE, described)
     return copy
@@ -82,20 +87,11 @@ def _cache() -> Path:
 
 
 def _remove_leftovers(copy: Path) -> None:
-    """Removes what killed copies have left; younger files may be those of another process."""
+    """Removes temporary files of killed processes, but not those of processes that still run."""
     for temporary in copy.glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - temporary.stat().st_mtime > LEFTOVER_SECONDS:
                 temporary.unlink()
-
-
-def _copy(remote: epath.Path, copy: Path, shards: list[dict[str, object]]) -> None:
-    if not shards:
-        return
-    progress = Progress(len(shards), unit="shard", desc=f"{remote} -> {copy}")
-    with progress, ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(lambda shard: _copy_shard(remote, copy, shard), shards):
-            progress.update()
 
 
 def _copy_shard(remote: epath.Path, copy: Path, shard: dict[str, object]) -> None:

@@ -10,11 +10,11 @@ from tokenbridge_jax.data.local_copy import is_copy
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
-# How many readers of a split stay open. Each has a descriptor. Opening one takes some 50
+# How many readers of a split stay open. Each has a file descriptor. Opening one takes about 50
 # microseconds.
 _MOST = 4096
-# And at most this share of the files that the system lets this process open (1,024 on most Linux
-# systems, 256 on macOS), since there are other splits, and checkpoints open many at once.
+# Readers use at most this share of the files that this process may open (1,024 on most Linux
+# systems, 256 on macOS). Other splits need some as well, and checkpoints open many at once.
 _SHARE = 1 / 3
 # Nothing is read ahead: neither records nor, on opening, the last megabyte of the file.
 _OPTIONS = "readahead_buffer_size:0,footer_prefetch_bytes:0"
@@ -39,13 +39,12 @@ class ShardReaders:
         reader = self._open.get(shard)
         if reader is None:
             reader = self._opened(shard)
-            # No other shard is closed for this one. Each is as likely to be read next, and where
-            # all are read in turn, the one that was not read for longest is the next.
+            # No other shard is closed for this one, because each is as likely to be read next.
             if len(self._open) < self._most:
                 self._open[shard] = reader
         try:
-            # A range of one record each: a list of places costs several times as much, because it
-            # goes through the reader's thread pool and a table of all the shard's records.
+            # Ranges of one record are several times as fast as a list of places, for which the
+            # reader uses its thread pool and a table of all records of the shard.
             return [reader.read(place, place + 1)[0] for place in places]
         except RuntimeError as error:
             path, _ = self._files[shard]

@@ -122,25 +122,18 @@ def read_summary(shard: Path) -> ShardSummary | None:
     Raises:
       UserError: the system does not let one of the two files be read.
     """
-    try:
-        for path in (shard, _summary_path(shard)):
-            path.open("rb").close()
-    except FileNotFoundError:
+    summary_path = _summary_path(shard)
+    if not (storage.exists(shard) and storage.exists(summary_path)):
         return None
-    except OSError as error:
-        raise storage.read_error(path, error) from error
-    try:
-        value = storage.read_json(_summary_path(shard))
-        summary = ShardSummary(
-            value["records"],
-            value["bytes"],
-            value["skipped"],
-            ChannelStatistics.from_json(value["statistics"]),
-        )
-        if shard.stat().st_size != summary.size:
-            return None
-    except (UserError, OSError, KeyError, TypeError, ValueError):
-        return None
-    reader = ArrayRecordReader(str(shard))
-    complete = reader.ok() and reader.num_records() == summary.records
-    return summary if complete else None
+    with contextlib.suppress(UserError, OSError, KeyError, TypeError, ValueError):
+        value = storage.read_json(summary_path)
+        statistics = ChannelStatistics.from_json(value["statistics"])
+        summary = ShardSummary(value["records"], value["bytes"], value["skipped"], statistics)
+        if shard.stat().st_size == summary.size:
+            reader = ArrayRecordReader(str(shard))
+            if reader.ok() and reader.num_records() == summary.records:
+                return summary
+    for path in (shard, summary_path):
+        if reason := storage.refusal(path):
+            raise storage.read_error(path, reason)
+    return None

@@ -167,7 +167,7 @@ class DatasetInfo:
         """Inverse of `to_json`.
 
         Raises:
-          UserError: the value is something else, or of a later version of the format.
+          UserError: the value has another format or version, or lacks a field.
         """
         if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
             raise UserError(
@@ -221,7 +221,7 @@ def _record_spec(info: DatasetInfo) -> Any:
 
 def _refuse_difference(ours: Any, theirs: Any, name: str) -> None:
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in [*ours, *(key for key in theirs if key not in ours)]:
+        for key in ours | theirs:
             if key != "path":  # It depends on where the pictures are, not on what they are.
                 _refuse_difference(ours.get(key), theirs.get(key), f"{name}.{key}")
     elif ours != theirs:
@@ -253,7 +253,7 @@ def read_info(folder: str | os.PathLike[str]) -> DatasetInfo:
     path = storage.as_path(folder) / INFO_FILE
     if not storage.exists(path):
         state = (
-            "is not finished; run `tokenbridge tokenize` again, it goes on where it stopped"
+            "is not finished; run `tokenbridge tokenize` again to continue where it stopped"
             if (path.parent / PARTIAL_INFO_FILE).exists()
             else "holds no token shards; run `tokenbridge tokenize` first"
         )

@@ -1,8 +1,7 @@
-"""Where pictures come from: random access to (picture, label) by index, in a fixed order.
+"""Sources of pictures: random access to (picture, label) by index, in a fixed order.
 
-Every source has `len`, `class_names`, `name(i)` (names a picture in messages), `load(i)` and
-`describe()`. The order is part of the contract: a shard stores the index of its pictures, and a
-resumed `tokenize` relies on index i meaning the same picture as before.
+The order must not change: a shard stores the indices of its pictures, and a resumed `tokenize`
+relies on index i meaning the same picture as before.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from tokenbridge_jax.data.listing import EXTENSIONS, list_classes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.storage import expand
 
-# What a picture of its own can be ill with; any other failure to read is the storage's.
+# Errors that concern a single picture. Others mean that the storage fails.
 _FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -38,36 +37,36 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """Names picture i for messages; also what decides its place in a held-out split."""
+        """The name of picture i in messages. `hold_out` chooses pictures by their names."""
         ...
 
     def load(self, i: int) -> tuple[Image.Image, int]:
-        """Picture i, perhaps not decoded yet, and its label."""
+        """Picture i, which may not be decoded yet, and its label."""
         ...
 
     def label(self, i: int) -> int:
-        """The label of picture i; outside of the classes where the picture has none."""
+        """The label of picture i; of a picture without a class, a number that is no class."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """JSON that tells two sources apart; `path` is for people and may change."""
+        """JSON that differs between sources, except that `path` may change."""
         ...
 
 
 class FolderSource:
-    """A tree with one folder a class: `root/CLASS/**/picture.jpg`.
+    """A tree with one folder per class: `root/CLASS/**/picture.jpg`.
 
     Labels follow the sorted folder names; names that are all whole numbers are sorted as numbers.
-    `listing.py` says what counts as a picture and as a class folder; pictures are sorted by path.
-    A file `root/classes.txt` gives classes readable names (see `data/class_names.py`).
+    Pictures are sorted by path. `listing.py` defines what a picture and a class folder are. A file
+    `root/classes.txt` gives classes readable names (see `class_names.py`).
 
     Args:
       root: the folder.
-      every_class: refuse class folders without pictures, such as a download leaves that stopped.
+      every_class: refuse class folders without pictures, as an interrupted download leaves them.
 
     Raises:
-      UserError: the folder is missing or holds no class folders or no pictures, or cannot be
-        listed; or `classes.txt` names a folder twice.
+      UserError: the folder is missing or cannot be listed, or has no class folders or no pictures;
+        or `classes.txt` gives a folder two names.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, every_class: bool = True):
@@ -91,10 +90,9 @@ class FolderSource:
             more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
             raise UserError(
                 f"{self.root} has class folders without pictures: {', '.join(empty[:3])}{more}; "
-                "fill them, or remove them if they are no classes"
+                "fill them, or remove them if they are not classes"
             )
-        counts = [len(files) for files in classes.values()]
-        self._labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+        self._labels = [label for label, files in enumerate(classes.values()) for _ in files]
         self.class_names = readable_names(self.root / "classes.txt", list(classes))
 
     def __len__(self) -> int:
@@ -107,17 +105,15 @@ class FolderSource:
         return images.open_picture(self.root / self._files[i]), self.label(i)
 
     def label(self, i: int) -> int:
-        return int(self._labels[i])
+        return self._labels[i]
 
     def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for name in self._files:
-            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        names = "".join(f"{name}\0" for name in self._files).encode("utf-8", "surrogateescape")
         return {
             "kind": "folder",
             "path": str(self.root),
             "images": len(self),
-            "names_sha256": digest.hexdigest(),
+            "names_sha256": hashlib.sha256(names).hexdigest(),
         }
 
 
@@ -125,19 +121,19 @@ class TfdsSource:
     """A split of a dataset that TensorFlow Datasets prepared as ArrayRecord, such as ImageNet.
 
     Prepare it once, on a machine with TensorFlow: `tfds build imagenet2012
-    --file_format=array_record`. Reading needs no TensorFlow: pictures arrive as the JPEG bytes of
-    the archive and are decoded here.
+    --file_format=array_record`. Reading needs no TensorFlow, because the archive's JPEGs are
+    decoded here.
 
     Args:
-      path: the data directory (`.../tensorflow_datasets`) or the version folder itself, the one
-        with `dataset_info.json`.
+      path: the data directory (`.../tensorflow_datasets`), or the version folder in it that holds
+        `dataset_info.json`.
       split: `train`, `validation`, or any TFDS split expression such as `train[:10%]`.
       name: the dataset, if `path` is the data directory: `imagenet2012`, `name/config`, ...
-      num_classes: how many classes there are where labels are plain integers: 0, 1, ...
+      num_classes: how many classes there are if labels are plain integers: 0, 1, ...
 
     Raises:
-      UserError: no such archive, split or format, no pictures or classes in it, or the package is
-        not installed.
+      UserError: the archive or split does not exist, has another format, or holds no pictures or no
+        classes; or the package is not installed.
     """
 
     def __init__(
@@ -175,7 +171,7 @@ class TfdsSource:
         return self._size
 
     def name(self, i: int) -> str:
-        # The file name inside the record would cost reading the whole archive to list it.
+        # Using the file names in the records would mean reading the whole archive.
         return f"{self._dataset}/{self._split}[{i}]"
 
     def load(self, i: int) -> tuple[Image.Image, int]:
@@ -196,7 +192,7 @@ class TfdsSource:
 
 
 def _tfds_classes(folder: Path, features: Any, num_classes: int) -> tuple[str, ...]:
-    """Names of an archive's classes, once it is known to be of pictures with classes."""
+    """Checks that an archive holds pictures with classes, and returns the names of the classes."""
     import tensorflow_datasets as tfds
 
     named = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
@@ -206,12 +202,12 @@ def _tfds_classes(folder: Path, features: Any, num_classes: int) -> tuple[str, .
     if label is None:
         raise UserError(
             f"{folder} has no feature 'label', only {_list(named)}: its pictures have no classes; "
-            "write them to class folders, for --config.data.source=folder"
+            "put them into class folders and set --config.data.source=folder"
         )
     if isinstance(label, tfds.features.ClassLabel) and label.names:
         return tuple(label.names)
     if label.shape != () or not np.issubdtype(label.np_dtype, np.integer):
-        raise UserError(f"the labels of {folder} are no classes but {type(label).__name__}")
+        raise UserError(f"the labels of {folder} are not classes but {type(label).__name__}")
     return tuple(map(str, range(num_classes)))
 
 
@@ -239,8 +235,8 @@ def _tfds_version_folder(path: Path, name: str) -> Path:
 class DigitsSource:
     """The 1,797 handwritten digits that come with scikit-learn: 8x8 pixels, 10 classes.
 
-    Their values 0..16 become 0..255. Of every class the first 80% (rounded down), in the order of
-    the data set, are the split "train", the rest "validation".
+    Their values 0..16 become 0..255. In the order of the data set, the first 80% of every class
+    (rounded down) are the split "train", the others "validation".
     """
 
     class_names = tuple("0123456789")
@@ -251,12 +247,9 @@ class DigitsSource:
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
-        kept = []
-        for label in range(10):
-            of_class = np.flatnonzero(labels == label)
-            cut = len(of_class) * 4 // 5
-            kept.append(of_class[:cut] if split == "train" else of_class[cut:])
-        self._rows = np.sort(np.concatenate(kept))
+        classes = [np.flatnonzero(labels == label) for label in range(10)]
+        parts = [np.split(rows, [len(rows) * 4 // 5])[split != "train"] for rows in classes]
+        self._rows = np.sort(np.concatenate(parts))
         self._split = split
         scaled = np.round(pixels[self._rows] * (255 / 16)).astype(np.uint8)
         self.images: UInt8[np.ndarray, "n 8 8 1"] = scaled.reshape(-1, 8, 8, 1)
@@ -279,14 +272,13 @@ class DigitsSource:
 
 
 def make_source(data: ConfigDict, split: str | None = None) -> Source:
-    """The source that `config.data` describes, or another `split` of it.
+    """The source that `config.data` describes, or another split of it.
 
-    Another split may lack pictures of some classes.
-
-    Keys: `source` ("folder", "tfds", "digits"), `path`, `split`, `name` (of a TFDS dataset),
-    `num_classes` and `image_channels`. For a folder, `split` names a subfolder of `path`, or is
-    empty for classes directly in `path`; where there is no subfolder `train`, `path` itself is
-    taken for it.
+    Args:
+      data: has `source` ("folder", "tfds", "digits"), `path`, `split`, `name` (of a TFDS dataset),
+        `num_classes` and `image_channels`. For a folder, `split` is a subfolder of `path`, or empty
+        if `path` holds the class folders. Without a subfolder `train`, `path` takes its place.
+      split: in place of `data.split`. It may lack pictures of some classes.
 
     Raises:
       UserError: the source is unknown, missing or empty, or has more classes than
@@ -296,9 +288,8 @@ def make_source(data: ConfigDict, split: str | None = None) -> Source:
         raise UserError(
             f"config.data.image_channels is {data.image_channels}; it must be 3 (RGB) or 1 (grey)"
         )
-    every_class = split is None
+    every_class, kind = split is None, data.source
     split = data.split if split is None else split
-    kind = data.source
     if kind in ("folder", "tfds") and not data.path:
         raise UserError(f"--config.data.path is not set; data.source '{kind}' is read from there")
     source: Source
@@ -326,8 +317,8 @@ def load_prepared(
     """Picture i as a square (see `images.prepare`), and its label. Safe to call from threads.
 
     Raises:
-      ImageError: this one picture cannot be used; the message names it.
-      UserError: the storage failed, not the picture.
+      ImageError: this picture cannot be used; the message names it.
+      UserError: the storage failed.
     """
     try:
         image, label = source.load(i)
@@ -351,28 +342,27 @@ class Subset:
     images: np.ndarray
 
     def spread(self, count: int) -> "Subset":
-        """At most `count` of the pictures, evenly spaced, since sources are sorted by class."""
+        """At most `count` of the pictures, evenly spaced, because sources are sorted by class."""
         places = np.linspace(0, len(self.images) - 1, min(count, len(self.images)))
         return Subset(self.source, self.images[places.astype(np.int64)])
 
 
 def make_subsets(config: ConfigDict) -> dict[str, Subset]:
-    """The pictures of the splits "train" and, if the config asks for one, "validation".
+    """The pictures of the splits "train" and, if the config asks for it, "validation".
 
-    Validation is the source's own split `data.validation_split`, or a share
+    Validation pictures are the source's split `data.validation_split`, or else the share
     `tokenize.validation_fraction` of the training pictures, chosen by a hash of their names.
 
     Raises:
       UserError: a source is missing or empty, or the two have different classes.
     """
     source = make_source(config.data)
-    own = config.data.validation_split
-    fraction = config.tokenize.validation_fraction
+    own, fraction = config.data.validation_split, config.tokenize.validation_fraction
     if not 0 <= fraction < 1:
         raise UserError(
             f"config.tokenize.validation_fraction is {fraction}; it must be 0 or more and below 1"
         )
-    train = np.arange(len(source))
+    whole = Subset(source, np.arange(len(source)))
     if own:
         other = make_source(config.data, own)
         if other.class_names != source.class_names:
@@ -380,9 +370,9 @@ def make_subsets(config: ConfigDict) -> dict[str, Subset]:
                 f"validation split '{own}' has {len(other.class_names)} classes whose names are "
                 f"not those of the {len(source.class_names)} training classes"
             )
-        return {"train": Subset(source, train), "validation": Subset(other, np.arange(len(other)))}
+        return {"train": whole, "validation": Subset(other, np.arange(len(other)))}
     if not fraction:
-        return {"train": Subset(source, train)}
+        return {"train": whole}
     train, validation = hold_out(source, fraction)
     if not len(train):
         raise UserError(
@@ -395,17 +385,11 @@ def make_subsets(config: ConfigDict) -> dict[str, Subset]:
 def hold_out(source: Source, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Splits a source's indices into (train, validation) by a hash of each picture's name.
 
-    At least one is held out. A picture of a folder stays on its side when others are added or
-    removed. In a TFDS archive and the digits a picture's name is its number: there the split is
-    fixed only as long as the archive is.
+    At least one picture is held out. A picture of a folder stays in its split when others are added
+    or removed. In a TFDS archive and among the digits, a picture's name is its number, so its split
+    may change if pictures are added or removed.
     """
-    scores = np.array(
-        [
-            int.from_bytes(
-                hashlib.sha256(source.name(i).encode("utf-8", "surrogateescape")).digest()[:6]
-            )
-            for i in range(len(source))
-        ]
-    )
+    names = (source.name(i).encode("utf-8", "surrogateescape") for i in range(len(source)))
+    scores = np.array([int.from_bytes(hashlib.sha256(name).digest()[:6]) for name in names])
     held_out = scores < max(fraction * 2**48, scores.min() + 1)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

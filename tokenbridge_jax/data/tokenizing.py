@@ -42,9 +42,9 @@ from tokenbridge_jax.runtime import meshes, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 
-# How many labels of a split are checked before the long work. The labels of an archive are read
-# together with its pictures; the others are checked when the pictures are encoded.
-LABELS_LOOKED_AT = 200
+# How many labels of a split are checked before the long work. An archive's labels are read together
+# with its pictures, so the others are checked when the pictures are encoded.
+LABELS_CHECKED_FIRST = 200
 
 # Makes the batches of shards, with the strictness, sizes and threads of the run.
 Prepare = Callable[[list[ShardPlan]], Iterator[Batch]]
@@ -86,7 +86,7 @@ def tokenize(
         autoencoder, params = _load_autoencoder(storage.as_path(workdir) / "autoencoder", config)
         subsets = make_subsets(config)
         for split, subset in subsets.items():
-            images = subset.spread(LABELS_LOOKED_AT).images
+            images = subset.spread(LABELS_CHECKED_FIRST).images
             labels = [subset.source.label(int(i)) for i in images]
             _check_labels(split, subset, images, labels)
         info = _describe(config, autoencoder, params, subsets)
@@ -146,28 +146,21 @@ def _all_or_none() -> Iterator[None]:
     if "failed" in outcomes:
         raise UserError(
             f"process {outcomes.index('failed')} of this job failed (its own output says why); "
-            "correct that and run again: it goes on where it stopped"
+            "correct that and run again: it continues where it stopped"
         )
 
 
 def _check_labels(
     split: str, subset: Subset | ShardPlan, images: np.ndarray, labels: Sequence[int] | np.ndarray
 ) -> None:
-    """Refuses pictures without a class, for which TFDS writes the label -1.
-
-    Args:
-      split: for messages.
-      subset: all pictures of the split.
-      images: some of them.
-      labels: of those.
-    """
+    """Refuses pictures without a class (TFDS labels them -1) among some pictures of a subset."""
     classes = len(subset.source.class_names)
     wrong = [pair for pair in zip(images, labels, strict=True) if not 0 <= pair[1] < classes]
     if wrong:
         image, label = wrong[0]
-        looked_at = "" if len(labels) == len(subset.images) else " looked at"
+        checked = "" if len(labels) == len(subset.images) else " checked"
         raise UserError(
-            f"{split} split: {len(wrong)} of {len(labels)} pictures{looked_at} have no class, such "
+            f"{split} split: {len(wrong)} of {len(labels)} pictures{checked} have no class, such "
             f"as {subset.source.name(int(image))} with label {label} of {classes} classes; name "
             "splits without such pictures in --config.data.split and --config.data.validation_split"
         )
@@ -176,8 +169,8 @@ def _check_labels(
 def plan_shards(folder: Path, info: DatasetInfo, subsets: dict[str, Subset]) -> list[ShardPlan]:
     """Assigns every picture to a shard, neighbours together.
 
-    Shards hold `records_per_shard` pictures, or fewer (a multiple of 64) where a split would get
-    fewer than about eight shards: a killed run has to repeat one of them.
+    Shards hold `records_per_shard` pictures. If a split would get fewer than about eight shards,
+    they hold fewer (a multiple of 64), because a killed run has to repeat one of them.
     """
     planned = []
     for split, subset in subsets.items():
@@ -232,7 +225,7 @@ def _load_autoencoder(folder: epath.Path, config: ConfigDict) -> tuple[Autoencod
 def _describe(
     config: ConfigDict, autoencoder: AutoencoderConfig, params: Any, subsets: dict[str, Subset]
 ) -> DatasetInfo:
-    """The description of the shards, still without the channel order."""
+    """The description of the shards, without the channel order."""
     rule = config.quantizer.channel_order
     if rule == "frequency":
         calibration = subsets["train"].spread(config.quantizer.calibration_images)
@@ -277,7 +270,7 @@ def _measure_spectrum(subset: Subset, codec: Codec, prepare: Prepare) -> Channel
 def _agree_on_making(
     folder: Path, info: DatasetInfo, setting: Any, measure: Callable[[], ChannelSpectrum]
 ) -> DatasetInfo:
-    """Adds the channel order, and compares with the description the folder was begun with."""
+    """Adds the channel order, and compares with the description of a folder that was begun."""
     begun = shards.read_begun_info(folder)
     if begun is not None and setting == "frequency":
         order = begun.channel_order
@@ -287,9 +280,8 @@ def _agree_on_making(
     info = dataclasses.replace(info, channel_order=order)
     if begun is not None:
         # A folder that an earlier version began is finished in the same way.
-        info = dataclasses.replace(info, split_noise=begun.split_noise)
-        if begun.precision == shards.UNSTATED:
-            info = dataclasses.replace(info, precision=shards.UNSTATED)
+        precision = shards.UNSTATED if begun.precision == shards.UNSTATED else info.precision
+        info = dataclasses.replace(info, split_noise=begun.split_noise, precision=precision)
         try:
             begun.check_same_making(info)
         except UserError as error:
@@ -321,14 +313,12 @@ def _encoded_batches(
     batches: Iterator[Batch], codec: Codec, info: DatasetInfo
 ) -> Iterator[tuple[Batch, list[Encoded]]]:
     """Starts every batch on the device before the results of the previous one are read."""
-    previous = None
-    for batch in batches:
-        encoded = _encode(batch, codec, info)
-        if previous is not None:
-            yield previous
-        previous = batch, encoded
-    if previous is not None:
+    started = ((batch, _encode(batch, codec, info)) for batch in batches)
+    previous = next(started, None)
+    while previous is not None:
+        following = next(started, None)
         yield previous
+        previous = following
 
 
 def _encode(batch: Batch, codec: Codec, info: DatasetInfo) -> list[Encoded]:
@@ -357,7 +347,6 @@ def _write_shard(
     info: DatasetInfo,
     progress: Progress,
 ) -> None:
-    """Writes one shard from its batches."""
     statistics = ChannelStatistics(info.channels, info.quantizer.levels)
     skipped: list[dict[str, Any]] = []
     with ShardWriter(plan.path) as writer:

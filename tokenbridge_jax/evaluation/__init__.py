@@ -1,1 +1,1 @@
-"""What images and indices are worth: networks, metrics, protocols."""
+"""Measures images, reconstructions, likelihoods and token statistics."""

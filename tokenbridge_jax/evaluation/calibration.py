@@ -9,19 +9,20 @@ from jaxtyping import Bool, Float
 
 from tokenbridge_jax.evaluation import figures
 
-# The bins of confidences (as many as Guo et al., 2017) and of the transform.
+# Numbers of bins. Guo et al. (2017) use 15 bins of confidences.
 CONFIDENCE_BINS, PIT_BINS = 15, 20
 
 
 class Calibration:
-    """Counts over predicted indices.
+    """Counts of predicted indices.
 
     Attributes:
-      bins: for 15 equal bins of (0, 1], the number of confidences, their sum, and the number of
-        correct indices.
-      pit: the number of indices in 20 equal bins of the transform. An index with probability p,
-        above levels of total probability F, is spread evenly over [F, F + p]: if the probabilities
-        are right, all bins are then equal (Czado et al., 2009).
+      bins: float64 `[3, 15]`, for equal bins of (0, 1]: the number of confidences, their sum, and
+        the number of correct indices.
+      pit: float64 `[20]`, the number of indices in equal bins of the probability integral
+        transform. Let p be the probability of an index, and F the sum of the probabilities of all
+        lower levels. The index counts evenly over [F, F + p]. If the probabilities are right, all
+        bins have the same count (Czado et al., 2009).
     """
 
     def __init__(self) -> None:
@@ -58,12 +59,13 @@ class Calibration:
         self.pit += np.diff([0, *passed, len(low)])
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers and lists.
+        """Returns plain numbers and lists.
 
         Returns:
-          `bins` with their `count`, mean `confidence` and `accuracy` (None in empty bins);
-          `expected_calibration_error`, the mean distance of the two, weighted by the count;
-          `confidence` and `accuracy` over all indices; and `pit`, the shares of its bins.
+          `bins`: their `count`, mean `confidence` and `accuracy` (None in empty bins);
+          `expected_calibration_error`: the mean of |confidence - accuracy|, weighted by the count;
+          `confidence` and `accuracy`: means over all indices;
+          `pit`: the share of the indices in each bin of the transform.
         """
         count, confidence, correct = self.bins
         total = count.sum()
@@ -89,8 +91,7 @@ def plot(summary: Mapping[str, Any], path: epath.PathLike) -> epath.Path:
     reliability_ax, pit_ax = figures.make_axes(2)
     bins = summary["bins"]
     used = np.flatnonzero(bins["count"])
-    confidence, accuracy = (np.array(bins[name])[used] for name in ("confidence", "accuracy"))
-    count = np.array(bins["count"])[used]
+    count, confidence, accuracy = (np.array(values)[used] for values in bins.values())
     reliability_ax.plot([0, 1], [0, 1], "--", color=figures.GREY, label="calibrated")
     reliability_ax.plot(confidence, accuracy, color=figures.BLUE, linewidth=1)
     error = f"expected error {summary['expected_calibration_error']:.4f}"
@@ -99,7 +100,7 @@ def plot(summary: Mapping[str, Any], path: epath.PathLike) -> epath.Path:
         confidence, accuracy, sizes, color=figures.BLUE, alpha=0.7, clip_on=False, label=error
     )
     reliability_ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence in the most likely level")
-    reliability_ax.set_ylabel("share of indices that are it")
+    reliability_ax.set_ylabel("share of correct indices")
     reliability_ax.legend(frameon=False, loc="upper left")
     density = np.array(summary["pit"]) * PIT_BINS
     edges = np.linspace(0, 1, PIT_BINS + 1)

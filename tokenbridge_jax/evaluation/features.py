@@ -1,4 +1,4 @@
-"""Images -> what the metrics need of them, over the devices of all processes."""
+"""Images -> features for the metrics, on the devices of all processes."""
 
 import abc
 import dataclasses
@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,19 +22,19 @@ from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 
-# Most images a process takes before all exchange their features: 20 MB of Inception's.
+# Images per process between exchanges of features: 20 MB of Inception's features.
 _SHARE = 1024
 
 THUMBNAIL = 8
 
 
 class Features(NamedTuple):
-    """What an extractor says of a batch.
+    """Features of a batch of N images.
 
     Attributes:
-      pool: what FID, KID, precision and recall compare; D is 2048 of Inception.
-      spatial: what sFID compares, if the extractor has it.
-      logits: of classes, for the inception score, if it has them.
+      pool: for FID, KID, precision and recall; D is 2048 for Inception.
+      spatial: for sFID; None if the extractor has no such features.
+      logits: of classes, for the inception score; None if the extractor has none.
     """
 
     pool: Float[np.ndarray, "N D"]
@@ -42,13 +43,13 @@ class Features(NamedTuple):
 
 
 class Extractor(abc.ABC):
-    """A feature space.
+    """Computes features of images.
 
     Attributes:
       name: one of `networks.FEATURES`.
-      distance: what its Frechet distance is called: only Inception's is FID.
-      facts: what a figure made with it has to state.
-      batch_size: images to give at a time.
+      distance: the name of its Frechet distance; only Inception's is called FID.
+      facts: the settings to report with any result.
+      batch_size: the largest batch.
       size: D, the number of features that FID compares.
     """
 
@@ -64,7 +65,7 @@ class Extractor(abc.ABC):
 
 
 class InceptionExtractor(Extractor):
-    """FID's network on the devices of this process; see `inception.features`."""
+    """The network of FID on the devices of this process; see `inception.features`."""
 
     name = "inception"
     distance = "fid"
@@ -82,12 +83,12 @@ class InceptionExtractor(Extractor):
 
         Args:
           params: from `inception.import_inception`.
-          batch_size: images at once over all devices, rounded up to a multiple of their number.
+          batch_size: images per batch over all devices, rounded up to a multiple of their number.
           precision: of the convolutions; see `inception.features`.
           facts: about the weights.
         """
         self._mesh = meshes.make_mesh(devices=jax.local_devices())
-        self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+        self.batch_size = meshes.round_up_batch(batch_size, self._mesh)
         self.facts = {
             "features": "inception-2015-12-05 (pool 2048, mixed_6/conv 7 x 17 x 17, logits 1008)",
             "resize": "bilinear to 299 x 299 as TensorFlow 1, without half-pixel centres",
@@ -107,17 +108,13 @@ class InceptionExtractor(Extractor):
 
 
 class ThumbnailExtractor(Extractor):
-    """`thumbnails` as a feature space: it needs no weights, and sees layout and colour only."""
+    """`thumbnails` as features: they need no weights, and depend on layout and colour only."""
 
     name = "thumbnails"
     distance = "thumbnail_distance"
     batch_size = 256
     size = THUMBNAIL * THUMBNAIL * 3
-
-    def __init__(self) -> None:
-        self.facts = {
-            "features": f"pixels of {THUMBNAIL} x {THUMBNAIL} area means, 0 to 1",
-        }
+    facts = MappingProxyType({"features": "pixels of 8 x 8 area means, 0 to 1"})
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> Features:
         """See `Extractor`."""
@@ -125,9 +122,9 @@ class ThumbnailExtractor(Extractor):
 
 
 def thumbnails(images: UInt8[np.ndarray, "N H W C"]) -> Float[np.ndarray, "N 64*C"]:
-    """Mean of every cell of an 8 x 8 grid, from 0 to 1, row-major, channels last.
+    """Means over the cells of an 8 x 8 grid, float32 from 0 to 1, row-major, channels last.
 
-    Where 8 does not divide the size, a pixel belongs to the cell that its centre is in.
+    If 8 does not divide the size, a pixel belongs to the cell that contains its centre.
 
     Raises:
       UserError: the images are smaller than the grid.
@@ -139,23 +136,24 @@ def thumbnails(images: UInt8[np.ndarray, "N H W C"]) -> Float[np.ndarray, "N 64*
     for axis, side in ((1, height), (2, width)):
         starts = np.floor(np.arange(THUMBNAIL) * side / THUMBNAIL + 0.5).astype(int)
         sums = np.add.reduceat(sums, starts, axis=axis, dtype=np.int32)
-        cells = cells.T * np.diff([*starts, side])[None]  # The first turn's end up as rows.
+        # Transposed each time: the numbers of rows, which are first, end up along the first axis.
+        cells = cells.T * np.diff([*starts, side])[None]
     means = sums / (255 * cells[None, :, :, None])
     return means.astype(np.float32).reshape(count, -1)
 
 
 @dataclasses.dataclass(frozen=True)
 class SetFeatures:
-    """A set of images as the metrics see it.
+    """Features of a set of images.
 
     Attributes:
-      count: N, of images.
-      pool: mean and covariance of the features, of all images.
-      spatial: those of the spatial features, if the extractor has them.
-      kept: features of all images in their order, or of those with the smallest keys.
-      logits: of all images in their order, if the extractor has them and all are kept.
-      keys: of every image whose features are kept, from its content alone: to bring images into
-        an order that is always the same.
+      count: N, the number of images.
+      pool: mean and covariance of the features of all images.
+      spatial: the same for the spatial features, or None.
+      kept: features of all images in their order, or of the images with the smallest keys.
+      logits: of all images in their order; None if the extractor has none or not all are kept.
+      keys: a number for every image in `kept` that depends only on its pixels. Sorting by it gives
+        an order that does not depend on the original order.
     """
 
     count: int
@@ -167,7 +165,7 @@ class SetFeatures:
 
     @property
     def digest(self) -> str:
-        """Names the content of the set, in whatever order: a SHA-256 of number and keys."""
+        """A SHA-256 of the number of images and their keys; it does not depend on their order."""
         content = np.sort(self.keys).astype("<u8").tobytes()
         return hashlib.sha256(f"{self.count} ".encode() + content).hexdigest()
 
@@ -175,27 +173,28 @@ class SetFeatures:
 def extract(
     images: ImageSet, extractor: Extractor, *, keep: int | None = None, progress: bool = False
 ) -> SetFeatures:
-    """Every process takes its share of the images, and all get the same results.
+    """Extracts features. Every process takes a share of the images; all get the same result.
 
-    Moments are summed in float64 in the images' order, so nothing depends on the number of
-    processes. Of a batch alone the images are in memory.
+    Moments are summed in float64 in the images' order, so the result does not depend on the number
+    of processes. Only one batch of images is in memory at a time.
 
     Args:
       images: the same in every process.
-      extractor: of their features.
-      keep: how many images' features to keep, chosen by their content; all by default.
-      progress: print rate and ETA to stderr.
+      extractor: computes the features.
+      keep: the number of images whose features to keep, chosen by their content; all by default.
+      progress: print rate and ETA to stderr; of several processes the first does.
 
     Raises:
-      UserError: there are fewer than two images, or features that are NaN or infinite.
+      UserError: there are fewer than two images, or features are NaN or infinite.
     """
     if images.count < 2:
         raise UserError(f"{images.path}: statistics need at least 2 images, not {images.count}")
     moments: list[Moments] = []
     kept: list[list[np.ndarray]] = []
-    size = _SHARE * jax.process_count()
     with (
-        Progress(images.count, desc="features", visible=progress) as bar,
+        Progress(
+            images.count, desc="features", visible=progress and not jax.process_index()
+        ) as bar,
         ThreadPoolExecutor(1) as thread,
     ):
 
@@ -203,17 +202,17 @@ def extract(
             keys = thread.submit(content_keys, batch)  # While the devices compute.
             return extractor(batch), keys.result()
 
+        size = _SHARE * jax.process_count()
         for _, found in blocks(images, size, extractor.batch_size, of_batch):
             (pool, spatial, logits), keys = found
             summed = [x for x in (pool, spatial) if x is not None]
             moments = moments or [Moments(x.shape[1]) for x in summed]
-            for sums, rows in zip(moments, summed, strict=True):
-                sums.update(rows)
-            if keep is None:
-                kept.append([x for x in (keys, pool, logits) if x is not None])
-            else:
-                parts = [*zip(*kept, [keys, pool], strict=True)]
-                joined = [np.concatenate(part) for part in parts]
+            for sums, new in zip(moments, summed, strict=True):
+                sums.update(new)
+            rows = (keys, pool, logits if keep is None else None)
+            kept.append([x for x in rows if x is not None])
+            if keep is not None:
+                joined = [np.concatenate(part) for part in zip(*kept, strict=True)]
                 chosen = np.argsort(joined[0], kind="stable")[:keep]
                 kept = [[part[chosen] for part in joined]]
             bar.update(len(keys))
@@ -232,22 +231,24 @@ def extract(
 def blocks(
     images: ImageSet, size: int, batch_size: int, of_batch: Callable[..., Any]
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Any]]:
-    """Divides the images over the processes, a block after another; every process gets all results.
+    """Applies a function to all images, block by block. The processes share each block.
 
     Args:
       images: the same in every process.
-      size: the images of a block.
-      batch_size: the images that `of_batch` takes at most.
-      of_batch: makes a tree of arrays, one row an image, of a batch and its images' numbers.
+      size: the number of images in a block.
+      batch_size: the largest batch for `of_batch`.
+      of_batch: takes a batch and the numbers of its images; returns a tree of arrays with one row
+        per image.
 
     Yields:
-      The numbers of a block's images, and the tree of all their rows, in the images' order.
+      For every block, the numbers of its images, and the tree of all their rows, in the images'
+      order. All processes get the same.
     """
     process, processes = jax.process_index(), jax.process_count()
     for start in range(0, images.count, size):
         count = min(size, images.count - start)
         first, last = (start + count * p // processes for p in (process, process + 1))
-        # A process without a share takes one image, to know the shapes of its empty rows.
+        # A process without a share takes one image, to know the shapes of its empty arrays.
         taken = (first, last) if first < last else (0, 1)
         parts, number = [], taken[0]
         for batch in _ahead(images.batches(batch_size, *taken)):
@@ -261,7 +262,7 @@ def blocks(
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, one of which is being made while the one before it is used."""
+    """The same items; the next one is prepared in a thread while one is used."""
     with ThreadPoolExecutor(1) as thread:
         item = thread.submit(next, items, None)
         while (ready := item.result()) is not None:
@@ -274,17 +275,16 @@ def gather_rows(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "N ..."
     if jax.process_count() == 1:
         return rows
     counts = multihost_utils.process_allgather(np.int32(len(rows)))
-    # As bytes: without x64 JAX would halve wider numbers.
+    # As bytes, because JAX without x64 would convert 64-bit numbers to 32 bits.
     data = np.ascontiguousarray(rows).reshape(len(rows), int(np.prod(rows.shape[1:])))
-    data = data.view(np.uint8)
-    padded = np.pad(data, [(0, counts.max() - len(rows)), (0, 0)])
+    padded = np.pad(data.view(np.uint8), [(0, counts.max() - len(rows)), (0, 0)])
     everything = multihost_utils.process_allgather(padded)
     whole = np.concatenate([part[:n] for part, n in zip(everything, counts, strict=True)])
     return np.ascontiguousarray(whole).view(rows.dtype).reshape(-1, *rows.shape[1:])
 
 
 def content_keys(images: UInt8[np.ndarray, "N H W C"]) -> UInt64[np.ndarray, " N"]:
-    """A number for every image that follows from its pixels."""
+    """A number for every image, a hash of its pixels."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Hashing releases the interpreter's lock.
         digests = threads.map(
             lambda image: hashlib.blake2b(image.tobytes(), digest_size=8).digest(), images

@@ -1,4 +1,4 @@
-"""What the evaluations' pictures have in common; matplotlib is imported when one is drawn."""
+"""Shared parts of the evaluations' plots. Matplotlib is imported only when one is drawn."""
 
 import io as bytes_io
 from typing import Any
@@ -7,12 +7,12 @@ from etils import epath
 
 from tokenbridge_jax.runtime import storage
 
-# Colours that stay apart for the colour-blind (Okabe & Ito, 2008).
+# Colours that colour-blind people can distinguish (Okabe & Ito, 2008).
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#808080"
 
 
 def make_axes(columns: int = 1, width: float = 5.0, height: float = 3.6) -> list[Any]:
-    """Axes side by side in a figure of their own, each of so many inches."""
+    """A new figure with axes side by side; width and height of each are in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure((columns * width, height), dpi=150, layout="constrained")
@@ -25,7 +25,7 @@ def make_axes(columns: int = 1, width: float = 5.0, height: float = 3.6) -> list
 
 
 def matrix(ax: Any, values: Any, label: str, *, smallest: float | None = None) -> None:
-    """Draws a matrix as a picture with a colour bar."""
+    """Draws a matrix as an image with a colour bar."""
     ax.grid(False)
     ax.spines[["top", "right"]].set_visible(True)
     shown = ax.imshow(values, cmap="viridis", vmin=smallest, interpolation="nearest")
@@ -33,7 +33,7 @@ def matrix(ax: Any, values: Any, label: str, *, smallest: float | None = None) -
 
 
 def save(ax: Any, path: epath.PathLike) -> epath.Path:
-    """Writes the figure of some axes as PNG, whole or not at all."""
+    """Writes the figure of the axes as PNG, completely or not at all."""
     buffer = bytes_io.BytesIO()
     ax.figure.savefig(buffer, format="png")
     storage.write_bytes(path, buffer.getvalue())

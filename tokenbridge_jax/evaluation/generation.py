@@ -1,15 +1,13 @@
-"""Samples to be scored: drawn once, kept as indices, decoded whenever their images are needed.
+"""Samples to score: drawn once, stored as indices, decoded whenever their images are needed.
 
-At size L an image's indices are 4 kB, so those of 50,000 images fit anywhere, and a run that was
-stopped goes on with the next batch.
+At size L, the indices of an image take 4 kB. Each batch is stored, so a run that was stopped
+continues with the next batch.
 """
 
 import hashlib
 import io as bytes_io
 import json
-import sys
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,26 +16,26 @@ from etils import epath
 from jaxtyping import Int, Integer
 
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.evaluation.image_sets import MadeImages, rgb
+from tokenbridge_jax.evaluation.image_sets import ImageSet, rgb
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.runtime import checks, meshes, processes, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.runtime.progress import Progress
+from tokenbridge_jax.runtime.progress import Progress, say
 from tokenbridge_jax.sampling.batches import generate_in_batches
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
-# Who gets how many images: every class as many (or one more), as ADM, MAR and TokenBridge have it,
-# or each image a random class, as LlamaGen.
+# "balanced": all classes have equally many images (or one more), as for ADM, MAR and TokenBridge.
+# "random": every image has a random class, as for LlamaGen.
 LABEL_POLICIES = ("balanced", "random")
 
 ROUNDING = "round(127.5 (clip(x, -1, 1) + 1)) to uint8"
 
 
 def make_labels(policy: str, count: int, classes: int, seed: int) -> Int[np.ndarray, " N"]:
-    """The class of every sample, in a random order: a file of them is never sorted by class.
+    """The class of every sample, in a random order, so that no file is sorted by class.
 
-    With "balanced" all classes come once before one comes again. The labels of fewer samples are
-    the first of those of more.
+    With "balanced", every class occurs once before any class occurs again. A larger count adds
+    labels at the end and does not change the first ones.
     """
     rng = np.random.default_rng(seed)
     if policy == "random":
@@ -47,16 +45,12 @@ def make_labels(policy: str, count: int, classes: int, seed: int) -> Int[np.ndar
 
 
 def describe(
-    pipeline: Pipeline,
-    settings: SamplingSettings,
-    *,
-    policy: str,
-    seed: int,
+    pipeline: Pipeline, settings: SamplingSettings, *, policy: str, seed: int
 ) -> dict[str, Any]:
-    """What fixes the samples but for their number, and a figure of them has to state.
+    """Everything that determines the samples, except their number; it is reported with results.
 
     Raises:
-      UserError: the weights hold NaN or infinity.
+      UserError: the weights contain NaN or infinity.
     """
     model = json.dumps(pipeline.description.to_json(), sort_keys=True)
     return {
@@ -76,7 +70,7 @@ def describe(
 
 
 def weights_sha256(params: Any, step: int) -> str:
-    """Names the parameters' content, wherever they lie.
+    """A SHA-256 of the parameters, which does not depend on the devices that hold them.
 
     Raises:
       UserError: some are NaN or infinite.
@@ -88,12 +82,12 @@ def weights_sha256(params: Any, step: int) -> str:
 
 
 def sample_folder(folder: epath.PathLike, facts: dict[str, Any]) -> epath.Path:
-    """Where in `folder` samples with these facts are kept: others never get there."""
+    """The folder within `folder` that holds only samples with these facts."""
     return epath.Path(folder) / f"samples_{facts['checkpoint_step']}_{short_hash(facts)}"
 
 
 def short_hash(facts: dict[str, Any]) -> str:
-    """Twelve digits that name facts."""
+    """A hash of facts, twelve hexadecimal digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -105,29 +99,30 @@ def draw(
     *,
     seed: int,
     batch_size: int,
-    progress: bool = True,
 ) -> Integer[np.ndarray, "N L C"]:
-    """The indices of all samples; those that the folder holds, perhaps more, are not drawn again.
+    """The indices of all samples. Samples that the folder already holds are not drawn again.
 
-    Every process of a job calls this, and one writes.
+    Every process of a job must call this; the first one writes the files and prints the progress.
+    `folder`, from `sample_folder`, may hold more than N samples. `batch_size`, over all devices, is
+    rounded up to a multiple of the batch shards.
 
     Raises:
-      UserError: the folder holds something else, cannot be written, or is not the same folder for
-        all processes.
+      UserError: the folder's files are damaged or incomplete, the folder cannot be written, or it
+        is not the same folder for all processes.
     """
     batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
     parts = _read_parts(folder)
     done = sum(map(len, parts))
-    if done and progress:
-        print(f"{folder} holds {done} samples: going on from there", file=sys.stderr)
+    if done:
+        say(f"{folder} holds {done} samples: continuing from there")
     if len(set(processes.gather(str(done)))) > 1:
         raise UserError(f"the processes of this job see different files in {folder}: share it")
-    size = min(batch_size, len(labels))
-    size = -(-size // meshes.batch_shards(pipeline.mesh)) * meshes.batch_shards(pipeline.mesh)
-    with Progress(len(labels), desc="sample", done=done, visible=progress) as bar:
+    size = meshes.round_up_batch(min(batch_size, len(labels)), pipeline.mesh)
+    first = jax.process_index() == 0
+    with Progress(len(labels), desc="sample", done=done, visible=first) as bar:
         for start in range(done, len(labels), size):
             wanted = labels[start : start + size]
-            # A last batch is filled up: it needs no program of its own.
+            # The last batch is padded, so that it needs no other program.
             full = np.pad(wanted, (0, size - len(wanted)), mode="edge")
             indices = generate_in_batches(
                 pipeline.config,
@@ -140,7 +135,7 @@ def draw(
                 first=start,
             )[: len(wanted)]
             parts.append(indices)
-            if jax.process_index() == 0:
+            if first:
                 buffer = bytes_io.BytesIO()
                 np.save(buffer, indices)
                 storage.write_bytes(folder / _part_name(start), buffer.getvalue())
@@ -151,7 +146,7 @@ def draw(
 def _read_parts(folder: epath.Path) -> list[Integer[np.ndarray, "n L C"]]:
     parts: list[np.ndarray] = []
     for path in sorted(folder.glob("indices_*.npy")):
-        with storage.npy_errors(path, "remove it, and run this again to draw its samples anew"):
+        with storage.npy_errors(path, "remove it, and run this again to draw its samples again"):
             part = np.load(bytes_io.BytesIO(path.read_bytes()), allow_pickle=False)
         if path.name != _part_name(sum(map(len, parts))):
             raise UserError(f"samples before {path} are missing; remove it and those after it")
@@ -167,8 +162,9 @@ def decoded_images(
     codec: Codec,
     indices: Integer[np.ndarray, "N L C"],
     path: epath.PathLike,
-    facts: Mapping[str, Any] = MappingProxyType({}),
-) -> MadeImages:
-    """The images of indices, decoded a batch at a time; `path` names them in messages."""
+    facts: Mapping[str, Any] | None = None,
+) -> ImageSet:
+    """The images of indices, decoded in batches; see `ImageSet` for `path` and `facts`."""
     side = round(indices.shape[1] ** 0.5) * codec.config.downsampling
-    return MadeImages(path, lambda some: rgb(np.asarray(codec.decode(some))), indices, side, facts)
+    shape = (side, side)
+    return ImageSet(path, lambda some: rgb(np.asarray(codec.decode(some))), indices, shape, facts)

@@ -1,10 +1,10 @@
-"""Images to be scored, a batch at a time: folders of pictures, and `.npz` files as ADM's.
+"""Sets of images to score: folders of pictures, `.npz` files in ADM's format, images of the data.
 
-Of a file with 50,000 images no more than a batch is ever in memory, read or written.
+They are read and written in batches, so a file of 50,000 images is never in memory as a whole.
 """
 
-import abc
 import contextlib
+import functools
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,230 +24,214 @@ from tokenbridge_jax.data.sources import load_prepared, make_subsets
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
+# Name of the array of images in an `.npz` file.
 ARRAY = "arr_0"
 _BLOCK_BYTES = 2**20
 
 
-class ImageSet(abc.ABC):
-    """RGB images of one size, in an order of their own.
+class ImageSet:
+    """RGB images of one size, which are loaded when they are needed.
 
     Attributes:
-      path: where they are.
-      count: how many.
+      path: where they are; it names them in messages.
+      count: N, the number of images.
       shape: height, width, 3.
-      facts: what a figure of them has to state.
+      facts: the settings to report with any result about these images.
     """
 
-    path: Path
-    count: int
-    shape: tuple[int, ...]
-    facts: Mapping[str, Any] = {}
+    def __init__(
+        self,
+        path: epath.PathLike,
+        load: Callable[[np.ndarray], UInt8[np.ndarray, "n H W 3"]],
+        items: Shaped[np.ndarray, "N ..."],
+        shape: tuple[int, ...],
+        facts: Mapping[str, Any] | None = None,
+    ):
+        """`load` returns the images of some of the N items, such as file names or indices.
 
-    @abc.abstractmethod
-    def take(self, count: int) -> None:
-        """Leaves `count` of the images, or all if there are fewer: spread evenly if they can be.
-
-        Of a compressed `.npz`, which is read from its beginning, it is the first.
+        `shape` begins with height and width. By default, `facts` has only the size of the images.
         """
+        self.path, self._load, self._items = Path(str(path)), load, items
+        self.shape = (*shape[:2], 3)
+        self.facts = facts or {"image_size": _size(shape)}
 
-    @abc.abstractmethod
-    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-        """The images from `first` to before `last`, `size` at a time."""
-
-
-def open_images(path: str | Path) -> ImageSet:
-    """A folder of pictures (folders within it included) or a `.npz` with `arr_0`.
-
-    Raises:
-      UserError: there are no images, or they cannot be used.
-    """
-    path = Path(storage.expand(path))
-    if path.is_dir():
-        return _Folder(path)
-    if path.is_file() and path.suffix == ".npz":
-        return _Npz(path)
-    found = "is neither a folder nor an .npz file" if path.exists() else "does not exist"
-    raise UserError(f"{path} {found}; give a folder of pictures or an .npz with {ARRAY}")
-
-
-class _Folder(ImageSet):
-    def __init__(self, path: Path):
-        self.path = path
-        self._files = [path / name for name in list_pictures(path)]
-        self.count = len(self._files)
-        if not self._files:
-            raise UserError(f"{path} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
-        self.shape = self._read(self._files[0]).shape
-        self.facts = {"image_size": _size(self.shape)}
+    @property
+    def count(self) -> int:
+        return len(self._items)
 
     def take(self, count: int) -> None:
-        """See `ImageSet`."""
-        self._files = [self._files[i] for i in _spread(self.count, count)]
-        self.count = len(self._files)
+        """Keeps only `count` images, evenly spaced; all images if there are fewer.
+
+        Of a compressed `.npz`, which must be read from its start, it keeps the first ones.
+        """
+        chosen = np.linspace(0, self.count - 1, min(self.count, count))
+        self._items = self._items[chosen.round().astype(int)]
 
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-        # Pillow releases the interpreter's lock while it decodes.
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            for start in range(first, last, size):
-                files = self._files[start : min(start + size, last)]
-                images = list(threads.map(self._read, files))
-                for file, image in zip(files, images, strict=True):
-                    if image.shape != self.shape:
-                        sizes = " and ".join(
-                            f"{name.name} {shape[1]}x{shape[0]}"
-                            for name, shape in ((self._files[0], self.shape), (file, image.shape))
-                        )
-                        raise UserError(
-                            f"{self.path} holds pictures of several sizes ({sizes}); crop them to "
-                            "one (`evaluate reference` crops the config's images)"
-                        )
-                yield np.stack(images)
+        """The images from `first` to before `last`, in batches of `size`; the last may be smaller.
 
-    def _read(self, file: Path) -> UInt8[np.ndarray, "H W 3"]:
-        try:
-            with open_picture(file) as image:
-                return np.asarray(decode(image, 3))
-        except (OSError, SyntaxError, ValueError, ImageError) as error:
-            raise UserError(f"{file} cannot be read as a picture: {error}") from error
-
-
-class _Npz(ImageSet):
-    def __init__(self, path: Path):
-        self.path = path
-        self._checked = False
-        with self._open() as file:
-            version = np.lib.format.read_magic(file)
-            shape, fortran, dtype = (
-                np.lib.format.read_array_header_1_0(file)
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0(file)
-            )
-            self._offset = file.tell()
-            mapped = self._place_in_file(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
-            raise UserError(
-                f"{path}: {ARRAY} must be uint8 of shape [N, H, W, 3] or [N, H, W, 1], not {dtype} "
-                f"{list(shape)}"
-            )
-        self.count, self.shape, self._stored = shape[0], (*shape[1:3], 3), shape[1:]
-        self.facts = {"image_size": _size(self.shape)}
-        # A file that `np.savez` wrote is not compressed: any of its images can be read at once.
-        self._images: np.ndarray | None = None
-        self._chosen = np.arange(self.count)
-        if mapped is not None and self.count:
-            if mapped + np.prod(shape, dtype=object) > path.stat().st_size:
-                raise UserError(f"{path} is damaged: {ARRAY} ends too early")
-            with storage.npy_errors(path):
-                self._images = np.memmap(path, np.uint8, "r", mapped, shape)
-        if not self.count:
-            raise UserError(f"{path}: {ARRAY} holds no images")
-
-    def take(self, count: int) -> None:
-        """See `ImageSet`."""
-        self._chosen = _spread(self.count, count)
-        self.count = len(self._chosen)
-
-    def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-        if self._images is not None:
-            self._check()
-            for start in range(first, last, size):
-                yield rgb(self._images[self._chosen[start : min(start + size, last)]])
-            return
-        bytes_each = int(np.prod(self._stored))
-        with self._open() as file:
-            file.seek(self._offset + first * bytes_each)
-            for start in range(first, last, size):
-                count = min(size, last - start)
-                data = file.read(count * bytes_each)
-                if len(data) < count * bytes_each:
-                    raise UserError(f"{self.path} is damaged: {ARRAY} ends too early")
-                if start + count == last and not self._checked:
-                    self._read_to_end(file)
-                yield rgb(np.frombuffer(data, np.uint8).reshape(count, *self._stored))
-
-    def _check(self) -> None:
-        """Compares the images with their CRC, once: a memory map checks nothing."""
-        if not self._checked:
-            with self._open() as file:
-                self._read_to_end(file)
-
-    def _read_to_end(self, file: Any) -> None:
-        while file.read(_BLOCK_BYTES):
-            pass  # Raises where the end does not agree with the CRC.
-        self._checked = True
-
-    def _place_in_file(self, file: Any) -> int | None:
-        """Where the array's data begin in the file, if they are not compressed."""
-        with zipfile.ZipFile(self.path) as archive, self.path.open("rb") as raw:
-            info = archive.getinfo(f"{ARRAY}.npy")
-            if info.compress_type != zipfile.ZIP_STORED:
-                return None
-            raw.seek(info.header_offset + 26)  # Behind it: the lengths of a name and of extras.
-            lengths = np.frombuffer(raw.read(4), "<u2")
-            return info.header_offset + 30 + int(lengths.sum()) + file.tell()
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
-        with storage.open_npz(self.path) as archive:
-            if f"{ARRAY}.npy" not in archive.namelist():
-                raise UserError(f"{self.path} has no array {ARRAY}")
-            with archive.open(f"{ARRAY}.npy") as file:
-                yield file
+        Raises:
+          UserError: an image cannot be read.
+        """
+        for start in range(first, last, size):
+            yield self._load(self._items[start : min(start + size, last)])
 
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
-def _spread(length: int, count: int) -> Integer[np.ndarray, " n"]:
-    """Places of `count` of so many items, or of all, evenly over them."""
-    return np.linspace(0, length - 1, min(length, count)).round().astype(int)
+def open_images(path: str | Path) -> ImageSet:
+    """Opens a folder of pictures (including its subfolders) or a `.npz` with `arr_0`.
+
+    Raises:
+      UserError: there are no images, or they cannot be used.
+    """
+    path = Path(storage.expand(path))
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file() and path.suffix == ".npz":
+        return _open_npz(path)
+    found = "is neither a folder nor an .npz file" if path.exists() else "does not exist"
+    raise UserError(f"{path} {found}; give a folder of pictures or an .npz with {ARRAY}")
 
 
-def rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:
-    """Grey images with their channel three times."""
-    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
+def _open_folder(path: Path) -> ImageSet:
+    files = [path / name for name in list_pictures(path)]
+    if not files:
+        raise UserError(f"{path} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+    shape = _read_picture(files[0]).shape
+
+    def load(some: np.ndarray) -> UInt8[np.ndarray, "n H W 3"]:
+        # Pillow releases the interpreter's lock while it decodes.
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            images = list(threads.map(_read_picture, some))
+        for file, image in zip(some, images, strict=True):
+            if image.shape != shape:
+                raise UserError(
+                    f"{path} holds pictures of several sizes ({files[0].name} {_size(shape)} and "
+                    f"{file.name} {_size(image.shape)}); crop them to one (`evaluate reference` "
+                    "crops the config's images)"
+                )
+        return np.stack(images)
+
+    return ImageSet(path, load, np.array(files), shape)
 
 
-class MadeImages(ImageSet):
-    """Images that are made when they are asked for, such as samples from their indices."""
+def _read_picture(file: Path) -> UInt8[np.ndarray, "H W 3"]:
+    try:
+        with open_picture(file) as image:
+            return np.asarray(decode(image, 3))
+    except (OSError, SyntaxError, ValueError, ImageError) as error:
+        raise UserError(f"{file} cannot be read as a picture: {error}") from error
 
-    def __init__(
-        self,
-        path: epath.PathLike,
-        make: Callable[[np.ndarray], UInt8[np.ndarray, "n H W 3"]],
-        recipes: Shaped[np.ndarray, "N ..."],
-        side: int,
-        facts: Mapping[str, Any],
-    ):
-        """`make` turns some of the N recipes into images of `side` pixels; `path` names them."""
-        self.path, self._make, self._recipes, self.facts = Path(str(path)), make, recipes, facts
-        self.count, self.shape = len(recipes), (side, side, 3)
+
+def _open_npz(path: Path) -> ImageSet:
+    with _open_array(path) as file:
+        version = np.lib.format.read_magic(file)
+        shape, fortran, dtype = (
+            np.lib.format.read_array_header_1_0(file)
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0(file)
+        )
+        start = file.tell()
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
+        raise UserError(
+            f"{path}: {ARRAY} must be uint8 of shape [N, H, W, 3] or [N, H, W, 1], not {dtype} "
+            f"{list(shape)}"
+        )
+    if not shape[0]:
+        raise UserError(f"{path}: {ARRAY} holds no images")
+    offset = _stored_offset(path)
+    if offset is None:
+        return _CompressedNpz(path, shape, start)
+    # The array is not compressed, as `np.savez` writes it: any image can be read directly.
+    if offset + start + np.prod(shape, dtype=object) > path.stat().st_size:
+        raise UserError(f"{path} is damaged: {ARRAY} ends too early")
+    with storage.npy_errors(path):
+        images = np.memmap(path, np.uint8, "r", offset + start, shape)
+
+    @functools.cache
+    def check() -> None:
+        """Compares all images with their CRC, once: a memory map does not check it."""
+        with _open_array(path) as file:
+            _read_to_end(file)
+
+    def load(numbers: np.ndarray) -> UInt8[np.ndarray, "n H W 3"]:
+        check()
+        return rgb(images[numbers])
+
+    return ImageSet(path, load, np.arange(shape[0]), shape[1:])
+
+
+class _CompressedNpz(ImageSet):
+    """Images of a compressed array, which is always read from its start."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], start: int):
+        super().__init__(path, lambda images: images, np.arange(shape[0]), shape[1:])
+        self._stored, self._start, self._checked = shape[1:], start, False
 
     def take(self, count: int) -> None:
         """See `ImageSet`."""
-        self._recipes = self._recipes[_spread(self.count, count)]
-        self.count = len(self._recipes)
+        self._items = self._items[:count]
 
     def batches(self, size: int, first: int, last: int) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
         """See `ImageSet`."""
-        for start in range(first, last, size):
-            yield self._make(self._recipes[start : min(start + size, last)])
+        bytes_each = int(np.prod(self._stored))
+        with _open_array(self.path) as file:
+            file.seek(self._start + first * bytes_each)
+            for start in range(first, last, size):
+                count = min(size, last - start)
+                data = file.read(count * bytes_each)
+                if len(data) < count * bytes_each:
+                    raise UserError(f"{self.path} is damaged: {ARRAY} ends too early")
+                if start + count == last and not self._checked:
+                    _read_to_end(file)
+                    self._checked = True
+                yield rgb(np.frombuffer(data, np.uint8).reshape(count, *self._stored))
 
 
-def data_images(
-    config: ConfigDict, *splits: str, tokens: epath.PathLike | None = None
-) -> MadeImages:
-    """The images of `config.data`, of the first of these splits that it has, as for training.
+@contextlib.contextmanager
+def _open_array(path: Path) -> Iterator[Any]:
+    with storage.open_npz(path) as archive:
+        if f"{ARRAY}.npy" not in archive.namelist():
+            raise UserError(f"{path} has no array {ARRAY}")
+        with archive.open(f"{ARRAY}.npy") as file:
+            yield file
+
+
+def _read_to_end(file: Any) -> None:
+    while file.read(_BLOCK_BYTES):
+        pass  # At the end, zipfile raises an error if the CRC is wrong.
+
+
+def _stored_offset(path: Path) -> int | None:
+    """Where the `.npy` of the array begins in the file; None if it is compressed."""
+    with storage.open_npz(path) as archive, path.open("rb") as raw:
+        info = archive.getinfo(f"{ARRAY}.npy")
+        if info.compress_type != zipfile.ZIP_STORED:
+            return None
+        raw.seek(info.header_offset + 26)  # The lengths of the name and of the extra field.
+        lengths = np.frombuffer(raw.read(4), "<u2")
+        return info.header_offset + 30 + int(lengths.sum())
+
+
+def rgb(images: UInt8[np.ndarray, "N H W C"]) -> UInt8[np.ndarray, "N H W 3"]:
+    """Repeats the channel of grey images three times; RGB images are returned unchanged."""
+    return images.repeat(3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def data_images(config: ConfigDict, *splits: str, tokens: epath.PathLike | None = None) -> ImageSet:
+    """The images of `config.data`, cropped as for training.
 
     Args:
-      config: of the data.
-      *splits: names of splits.
-      tokens: folder of token shards: images that were found broken when these were made are left
-        out, and stated in `facts`.
+      config: describes the data.
+      *splits: names of splits; the first that the data has is used.
+      tokens: folder of token shards. Images that were broken when these were made are left out,
+        and `facts` gives their number.
 
     Raises:
-      UserError: the config has no such split; on reading, an image is broken.
+      UserError: the config has no such split. Reading raises it if an image is broken.
     """
     subsets = make_subsets(config)
     split = next((name for name in splits if name in subsets), None)
@@ -270,37 +254,31 @@ def data_images(
 
     facts = {
         "source": source.describe(),
-        "image_size": f"{size}x{size}",
+        "image_size": _size((size, size)),
         "crop": "as ADM, to a square",
     } | ({"broken_left_out": len(broken)} if broken else {})
-    return MadeImages(f"config.data, {split}", make, chosen, size, facts)
+    return ImageSet(f"config.data, {split}", make, chosen, (size, size), facts)
 
 
 def _left_out(tokens: epath.PathLike, split: str, source: Mapping[str, Any]) -> list[int]:
-    """The images of a split that token shards of the same images lack."""
+    """The images of a split that were left out of token shards of the same images."""
     if not storage.exists(storage.as_path(tokens) / INFO_FILE):
         return []
     info = read_info(tokens)
     found = info.sources.get(split, {})
     if any(found.get(key) != value for key, value in source.items() if key != "path"):
-        return []  # Numbers of other images.
+        return []  # The shards are of other images.
     return [item["image"] for item in info.skipped if item["split"] == split]
 
 
-def write_images(
-    path: epath.PathLike,
-    images: Iterator[UInt8[np.ndarray, "n H W C"]],
-    shape: tuple[int, ...],
-    labels: Integer[np.ndarray, " N"],
-) -> None:
-    """Writes `.npz` as `np.savez(path, arr_0=images, labels=labels)` would, a batch at a time.
+def write_images(path: epath.PathLike, images: ImageSet, labels: Integer[np.ndarray, " N"]) -> None:
+    """Writes `.npz` as `np.savez(path, arr_0=images, labels=labels)` would, in batches.
 
-    The file is whole or not there.
+    The file is written completely or not at all.
 
     Args:
       path: of the file.
-      images: batches of all N images.
-      shape: of all images together, [N, H, W, C].
+      images: N images.
       labels: the class of every image.
 
     Raises:
@@ -308,9 +286,10 @@ def write_images(
     """
     with storage.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open(f"{ARRAY}.npy", "w", force_zip64=True) as array:
+            shape = (images.count, *images.shape)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(array, header)
-            for batch in images:
+            for batch in images.batches(64, 0, images.count):
                 array.write(np.ascontiguousarray(batch).data)
         with archive.open("labels.npy", "w") as array:
             np.lib.format.write_array(array, np.asarray(labels))

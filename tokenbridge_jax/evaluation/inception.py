@@ -1,10 +1,12 @@
-"""The Inception network of FID, IS and sFID: Szegedy et al. (2015) as ported from TensorFlow's
-`inception-2015-12-05` graph, whose pooling and 1008 classes are not those of torchvision's.
+"""The Inception network of FID, IS and sFID (Szegedy et al., 2015).
 
-Parameters are those of the public PyTorch port, `pt_inception-2015-12-05-6726825d.pth`, every batch
-normalisation folded into the convolution before it (`import_inception`).
+It is TensorFlow's `inception-2015-12-05` graph, whose pooling and 1008 classes differ from
+torchvision's. The parameters are those of the public PyTorch port,
+`pt_inception-2015-12-05-6726825d.pth`; `import_inception` folds every batch normalisation into the
+convolution before it.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -12,21 +14,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from tokenbridge_jax.runtime.errors import UserError
 
 SIZE = 299
 POOL_FEATURES, CLASSES = 2048, 1008
-# sFID looks at this many channels of the 17 x 17 cells of one convolution.
+# sFID uses the first 7 channels of one convolution, at all 17 x 17 cells.
 SPATIAL_CHANNELS, SPATIAL_CELLS = 7, 17 * 17
 BATCH_NORM_EPSILON = 1e-3
+# Tensors of every convolution in the public port's state dict.
+_TENSORS = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 
 
 class Conv(NamedTuple):
     """A convolution, its normalisation and a ReLU.
 
-    `padding` is that of both sides; kernels are `[height, width]`.
+    `kernel` and `padding` are height and width; both sides have the same padding.
     """
 
     name: str
@@ -36,7 +41,8 @@ class Conv(NamedTuple):
     padding: tuple[int, int] = (0, 0)
 
 
-# A branch of a block: convolutions one after another, or a pooling; a tuple within forks.
+# A branch of a block is a sequence of `Conv`, names of poolings, and forks. A fork is a tuple of
+# `Conv`: all take the same input, and their results are concatenated.
 Branch = tuple[Any, ...]
 
 
@@ -137,12 +143,12 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
     # TensorFlow's graph takes the maximum here, and only here.
     "Mixed_7c": _mixed_7("maximum"),
 }
-# How convolutions multiply. "highest": float32. "high": as fast as float32 gets with little loss:
-# TF32 on GPUs, as PyTorch does by default, three bfloat16 products on TPUs, float32 on CPUs.
-# "bfloat16": an approximation.
+# Precision of the convolutions. "highest": float32. "high": faster with little loss: TF32 on GPUs,
+# as in PyTorch by default, three bfloat16 products on TPUs, float32 on CPUs. "bfloat16": an
+# approximation.
 PRECISIONS = ("highest", "high", "bfloat16")
 
-# What TensorFlow calls `mixed_6/conv`.
+# `mixed_6/conv` in TensorFlow's graph.
 SPATIAL = "Mixed_6d.branch1x1"
 
 Params = Mapping[str, Mapping[str, Float[Array | np.ndarray, "..."]]]
@@ -151,16 +157,17 @@ Params = Mapping[str, Mapping[str, Float[Array | np.ndarray, "..."]]]
 def features(
     params: Params, images: UInt8[Array, "N H W 3"], precision: str = "high"
 ) -> tuple[Float[Array, "N 2048"], Float[Array, "N 2023"], Float[Array, "N 1008"]]:
-    """The network's features of images of one size, float32; to be jitted.
+    """The network's features of images, float32; to be jitted.
 
     Args:
       params: from `import_inception`.
-      images: uint8 RGB. They are resized as TensorFlow 1 does, without rounding to uint8 after it.
-      precision: of convolutions, one of `PRECISIONS`.
+      images: uint8 RGB. They are resized as in TensorFlow 1, and not rounded to uint8 afterwards.
+      precision: of the convolutions, one of `PRECISIONS`.
 
     Returns:
-      The mean over the last layer's cells, for FID, KID, precision and recall; the first channels
-      of one convolution, cells row-major and channels last, for sFID; logits without bias, for IS.
+      For FID, KID, precision and recall, the mean over the cells of the last layer; for sFID, the
+      first channels of one convolution, cells row-major and channels last; for IS, logits without
+      bias.
     """
     results = dict(activations(params, images, precision))
     spatial = results[SPATIAL][..., :SPATIAL_CHANNELS].reshape(len(images), -1)
@@ -172,7 +179,7 @@ def features(
 def activations(
     params: Params, images: UInt8[Array, "N H W 3"], precision: str = "high"
 ) -> Iterator[tuple[str, Float[Array, "N h w c"]]]:
-    """What comes out of every convolution, by its name, and of every block. See `features`."""
+    """Names and outputs of all convolutions and blocks. For the arguments, see `features`."""
     low = precision == "bfloat16"
     dtype = jnp.bfloat16 if low else jnp.float32
 
@@ -191,16 +198,16 @@ def activations(
     def run(
         x: jax.Array, steps: Branch, prefix: str = ""
     ) -> Iterator[tuple[str, Float[Array, "N h w c"]]]:
-        """Step by step; what comes last is the result."""
+        """Outputs of all steps; the last one is the result."""
         for step in steps:
             if isinstance(step, str):
                 name, x = step, _POOLINGS[step](x)
             elif isinstance(step, Conv):
                 name, x = prefix + step.name, convolve(x, prefix + step.name, step)
             else:
-                forks = [[*run(x, (fork,), prefix)] for fork in step]
-                yield from itertools.chain(*forks)
-                name, x = "forks", jnp.concatenate([fork[-1][1] for fork in forks], axis=-1)
+                forks = {prefix + c.name: convolve(x, prefix + c.name, c) for c in step}
+                yield from forks.items()
+                name, x = "forks", jnp.concatenate([*forks.values()], axis=-1)
             yield name, x
 
     x = (resize(images) - 128) / 128
@@ -215,9 +222,9 @@ def activations(
 
 
 def resize(images: Shaped[Array, "N H W C"], size: int = SIZE) -> Float[Array, "N S S C"]:
-    """TensorFlow 1's bilinear resizing to a square: pixel i looks at place i * H / size.
+    """TensorFlow 1's bilinear resizing to a square: pixel i takes the value at i * H / size.
 
-    Neither are pixels' centres half a pixel in, nor is anything smoothed where it shrinks.
+    Pixel centres have no half-pixel offset, and shrinking does not smooth.
     """
 
     def weights(length: int) -> np.ndarray:
@@ -235,35 +242,18 @@ def resize(images: Shaped[Array, "N H W C"], size: int = SIZE) -> Float[Array, "
     )
 
 
-def _shrink(x: jax.Array) -> jax.Array:
-    """The maximum of 3 x 3, every second."""
-    return _pool(x, -jnp.inf, jax.lax.max, stride=2, padding="VALID")
-
-
-def _maximum(x: jax.Array) -> jax.Array:
-    return _pool(x, -jnp.inf, jax.lax.max)
-
-
-def _average(x: jax.Array) -> jax.Array:
-    """The mean of 3 x 3, at borders of those that there are."""
-    count = _pool(jnp.ones((1, *x.shape[1:3], 1), x.dtype), 0.0, jax.lax.add)
-    return _pool(x, 0.0, jax.lax.add) / count
-
-
-def _pool(
-    x: jax.Array, start: float, combine: Callable[..., Any], stride: int = 1, padding: str = "SAME"
-) -> jax.Array:
-    strides = (1, stride, stride, 1)
-    return jax.lax.reduce_window(
-        x, np.asarray(start, x.dtype), combine, (1, 3, 3, 1), strides, padding
-    )
-
-
-_POOLINGS = {"shrink": _shrink, "maximum": _maximum, "average": _average}
+# 3 x 3 poolings. An average at the border is over the pixels within the image.
+_POOLINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "shrink": functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2)),
+    "maximum": functools.partial(nn.max_pool, window_shape=(3, 3), padding="SAME"),
+    "average": functools.partial(
+        nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False
+    ),
+}
 
 
 def convolutions() -> Iterator[tuple[str, Conv, int]]:
-    """Every convolution with its name in the state dict and its number of inputs."""
+    """Every convolution, with its name in the state dict and its number of input channels."""
 
     def walk(steps: Branch, prefix: str, inputs: int) -> Iterator[tuple[str, Conv, int]]:
         for step in steps:
@@ -281,37 +271,32 @@ def convolutions() -> Iterator[tuple[str, Conv, int]]:
         for branch in branches:
             yield from walk(branch, f"{name}.", inputs)
             last = branch[-1]
-            outputs += (
-                last.outputs
-                if isinstance(last, Conv)
-                else inputs
-                if last == "shrink"
-                else sum(fork.outputs for fork in last)
-            )
+            if last == "shrink":
+                outputs += inputs
+            else:
+                outputs += sum(conv.outputs for conv in (last if type(last) is tuple else [last]))
         inputs = outputs
 
 
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
-    """The tensors of the public port's state dict that are used here, by name."""
+    """Names and shapes of the tensors that are used of the public port's state dict."""
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (CLASSES, POOL_FEATURES)}
     for name, conv, inputs in convolutions():
         shapes[f"{name}.conv.weight"] = (conv.outputs, inputs, *conv.kernel)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.bn.{part}"] = (conv.outputs,)
+        shapes |= {f"{name}.{part}": (conv.outputs,) for part in _TENSORS[1:]}
     return shapes
 
 
 def check_tensors(
     network: str, state_dict: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raises `UserError` unless all tensors are there in these shapes; it names three others."""
-    problems = [
-        f"{name}: {state_dict[name].shape} instead of {shape}"
-        if name in state_dict
-        else f"{name}: missing"
-        for name, shape in shapes.items()
-        if name not in state_dict or state_dict[name].shape != shape
-    ]
+    """Raises `UserError` unless all tensors exist with these shapes; it names three that do not."""
+    problems = []
+    for name, shape in shapes.items():
+        if name not in state_dict:
+            problems.append(f"{name}: missing")
+        elif state_dict[name].shape != shape:
+            problems.append(f"{name}: {state_dict[name].shape} instead of {shape}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
@@ -325,20 +310,17 @@ def import_inception(state_dict: Mapping[str, np.ndarray]) -> dict[str, dict[str
 
     Args:
       state_dict: arrays by name, `Conv2d_1a_3x3.conv.weight` and so on. `fc.bias` and counters of
-        batches are not looked at.
+        batches are ignored.
 
     Raises:
-      UserError: tensors are missing or misshapen; three are named.
+      UserError: tensors are missing or have other shapes; it names three of them.
     """
     check_tensors("FID's Inception network", state_dict, tensor_shapes())
     params: dict[str, dict[str, np.ndarray]] = {}
     for name, _, _ in convolutions():
         kernel, scale, bias, mean, variance = (
-            np.asarray(state_dict[f"{name}.{part}"], np.float64)
-            for part in (
-                "conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var",
-            )
-        )  # fmt: skip
+            np.asarray(state_dict[f"{name}.{part}"], np.float64) for part in _TENSORS
+        )
         factor = scale / np.sqrt(variance + BATCH_NORM_EPSILON)
         params[name] = {
             "kernel": (kernel.transpose(2, 3, 1, 0) * factor).astype(np.float32),

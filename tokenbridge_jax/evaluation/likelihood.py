@@ -1,17 +1,17 @@
-"""Exact negative log-likelihood of images, and how well the head's probabilities are calibrated.
+"""Exact negative log-likelihood of images, and the calibration of the head's probabilities.
 
 A sampler reveals positions in some order, several per step. The probability of an image is the
-product over steps of the probabilities of the revealed indices, given the positions visible before.
-So one pass over the steps, with the image's own indices instead of drawn ones, gives
--log p(image | class, order). By Jensen's inequality, its mean over random orders is an upper bound
-of -log p of the orders' mixture. Guidance is off and the temperature is 1. The distribution is the
-one that the model samples from: with `first_token_quirk` if it is on.
+product, over all steps, of the probabilities of the revealed indices given the positions that were
+visible before. So one pass over the steps, with the image's own indices instead of drawn ones,
+gives -log p(image | class, order). By Jensen's inequality, its mean over random orders is an upper
+bound of -log p of the mixture of the orders. Guidance is off, the temperature is 1, and
+`first_token_quirk` is as in sampling.
 """
 
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ from tokenbridge_jax.sampling.schedule import (
 class Scores(NamedTuple):
     """The head's prediction of every index, given the positions that are visible at its step.
 
-    Slots are in order layout: the first is revealed last. Channels are in autoencoder order.
+    Slots follow the order: the first slot is revealed last. Channels are in autoencoder order.
 
     Attributes:
       nll: the index's negative log-probability, in nats.
@@ -64,7 +64,7 @@ class Scorer:
     """Scores batches of images, with one program per stage of the sampler's schedule.
 
     Attributes:
-      hidden: how many positions are hidden before the first step and after every one.
+      hidden: the number of hidden positions before the first step and after every step.
     """
 
     def __init__(self, config: TokenBridgeConfig, mesh: Mesh, num_iter: int):
@@ -91,8 +91,8 @@ class Scorer:
         Args:
           params: the model's parameters, laid out on the mesh.
           indices: of whole images, positions row-major, channels in autoencoder order.
-          labels: classes.
-          orders: one order of the positions per image; the last entry is revealed first.
+          labels: the classes of the images.
+          orders: an order of the positions for every image; the last entry is revealed first.
         """
         parts = []
         steps = itertools.pairwise(self.hidden)
@@ -104,14 +104,14 @@ class Scorer:
                     draw = MaskDraw(np.int32(now), stage.reveals, stage.visible_slots)
                     found = self._step(params, indices, labels, orders, draw, np.int32(after))
                     parts.append((found, now - after))
-        # Wait only after the devices have all of the work.
+        # The host waits only after the devices have all of the work.
         fields = zip(*([np.asarray(x)[:, :n] for x in found] for found, n in parts), strict=True)
         return Scores(*(np.concatenate(field[::-1], axis=1) for field in fields))
 
 
 @functools.lru_cache(maxsize=4)
 def _step_on(mesh: Mesh, config: TokenBridgeConfig) -> Callable[..., Scores]:
-    """`_score_step`, compiled once per model, however often its images are scored."""
+    """`_score_step` for a model, which is compiled only once."""
     score = functools.partial(_score_step, config)
     return jax.jit(score, out_shardings=meshes.replicated(mesh))
 
@@ -125,10 +125,10 @@ def _score_step(
     draw: MaskDraw,
     after: Int[Array, ""],
 ) -> Scores:
-    """Scores the slots from `after` to `draw.num_hidden`, with all before that hidden.
+    """Scores the slots from `after` to `draw.num_hidden`; these and all earlier slots are hidden.
 
-    They are moved to the front, so that the head sees only them. (Attention ignores the order of
-    hidden slots.) The slots after them, up to `draw.hidden_slots`, are padding.
+    They are moved to the front, so that the head computes only them. (Attention ignores the order
+    of hidden slots.) The slots after them, up to `draw.hidden_slots`, are padding.
     """
     slot, now = jnp.arange(config.positions), draw.num_hidden
     revealed = now - after
@@ -169,7 +169,7 @@ def likelihood(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Scores the images of a split of token shards: the first view of each, with its label.
+    """Scores the first view of every image in a split of token shards, with its label.
 
     Batch size, devices and processes only change float32 rounding. All processes whose devices are
     on the pipeline's mesh must call this; they get the same result.
@@ -177,25 +177,25 @@ def likelihood(
     Args:
       pipeline: the model and the mesh to use.
       folder: of the token shards.
-      num_iter: the number of reveal steps; L of them predict every position given all earlier ones.
+      num_iter: the number of reveal steps; with L steps, every position is predicted given all
+        earlier ones.
       order: "random", "raster" or "halton".
-      num_orders: random orders per image; order k of image i only depends on `seed` + k and i.
+      num_orders: random orders per image; order k of image i depends only on `seed` + k and i.
       seed: of the random orders.
       split: by default "validation", or "train" if there is no validation split.
-      max_images: score at most so many, evenly spaced over the split; all by default.
+      max_images: the largest number of images, evenly spaced over the split; all by default.
       batch_size: images at once, over all devices; rounded up to a multiple of the batch shards.
-      progress: print rate and ETA to stderr.
+      progress: print rate and ETA to stderr; of several processes the first does.
 
     Returns:
-      Plain numbers and lists for JSON: the settings; `first_token_quirk`, whether the model samples
-      and was scored with it; `classes`, a remark, if the shards' class names differ from the
-      model's; and
+      Plain numbers and lists for JSON: the settings; `first_token_quirk` of the model; `classes`, a
+      remark, if the shards' class names differ from the model's; and
       `bits_per_index` and `bits_per_pixel` (an image's bits over its pixels), each with
         `..._standard_error` (over images; None for one image), and `raw_bits_per_index`, log2 V,
         and `raw_bits_per_pixel`, the size of the indices without a model;
       `by_channel`: bits per index, in the autoencoder's order; `by_position`: bits per index, as
-        rows of the grid; `by_step`: for every step the positions `visible` before, the positions
-        `revealed`, and `bits_per_index`;
+        rows of the grid; `by_step`: for every step the number of positions `visible` before, the
+        number `revealed`, and `bits_per_index`;
       `calibration`: of all indices; see `calibration.Calibration.summary`.
 
     Raises:
@@ -222,31 +222,23 @@ def likelihood(
         )
     numbers = np.linspace(0, len(records) - 1, count).astype(np.int32)
     scorer = Scorer(config, pipeline.mesh, num_iter)
-    totals = _Totals(config, scorer.hidden)
+    totals = _Totals(config, scorer.hidden, count, num_orders)
     draw = jax.jit(make_orders, static_argnums=(0, 3))
-    shares = meshes.batch_shards(pipeline.mesh)
-    size = -(-min(batch_size, count) // shares) * shares
+    size = meshes.round_up_batch(min(batch_size, count), pipeline.mesh)
     rows = meshes.local_rows(pipeline.mesh, size)
     visible = progress and jax.process_index() == 0
     with Progress(count * num_orders, desc="likelihood", visible=visible) as bar:
-        for batch in _batches(numbers, size):
+        for start in range(0, count, size):
+            # Every batch has the same size: the last one repeats its last image.
+            batch = numbers[np.minimum(np.arange(start, start + size), count - 1)]
             chosen = records.read(batch[rows].astype(np.int64))
-            drawn = [
-                np.asarray(draw(order, np.uint32(seed + k), batch, config.positions))
-                for k in range(num_orders)
-            ]
-            new = min(size, count - len(totals.nats))
-            found = []
-            for orders in drawn:
-                local = (
-                    chosen["indices"][:, 0].copy(),
-                    chosen["label"].astype(np.int32),
-                    orders[rows],
-                )
+            indices, labels = chosen["indices"][:, 0].copy(), chosen["label"].astype(np.int32)
+            for k in range(num_orders):
+                orders = np.asarray(draw(order, np.uint32(seed + k), batch, config.positions))
+                local = indices, labels, orders[rows]
                 scores = scorer(pipeline.params, *meshes.to_global(local, pipeline.mesh))
-                found.append(Scores(*(field[:new] for field in scores)))
-                bar.update(new)
-            totals.add(found, [orders[:new] for orders in drawn])
+                totals.add(start, scores, orders)
+                bar.update(min(size, count - start))
     described = {
         "split": split,
         "images": count,
@@ -260,8 +252,7 @@ def likelihood(
         "first_token_quirk": config.first_token_quirk,
         "channel_order": list(config.channel_order),
     }
-    if remark:
-        described["classes"] = remark
+    described |= {"classes": remark} if remark else {}
     return described | totals.summary(info.image_size**2)
 
 
@@ -285,58 +276,45 @@ def _check_settings(description: ModelDescription, info: DatasetInfo) -> str:
     return remark
 
 
-def _batches(numbers: Int[np.ndarray, " N"], size: int) -> Iterator[Int[np.ndarray, " B"]]:
-    """The numbers in batches of one size; the last batch is padded with its last number."""
-    for start in range(0, len(numbers), size):
-        batch = numbers[start : start + size]
-        yield np.pad(batch, (0, size - len(batch)), mode="edge")
-
-
 class _Totals:
-    """Sums over images in float64.
+    """Sums of scores in float64."""
 
-    Attributes:
-      nats: the negative log-likelihood of every image, the mean over its orders.
-    """
-
-    def __init__(self, config: TokenBridgeConfig, hidden: tuple[int, ...]):
-        self._config = config
-        self._hidden = np.array(hidden)
-        self.nats: list[float] = []
-        self._indices = 0
+    def __init__(
+        self, config: TokenBridgeConfig, hidden: tuple[int, ...], images: int, num_orders: int
+    ):
+        self._config, self._hidden = config, np.array(hidden)
+        # The negative log-likelihood of every image, the mean over its orders.
+        self._nats = np.zeros(images)
+        self._num_orders = num_orders
         self._by_channel = np.zeros(config.channels)
         self._by_position = np.zeros(config.positions)
         self._by_slot = np.zeros(config.positions)
         self._calibration = Calibration()
 
-    def add(self, found: list[Scores], orders: list[Int[np.ndarray, "B L"]]) -> None:
-        """Adds a batch: its scores with each of several orders per image."""
-        nats: Any = 0
-        for scores, order in zip(found, orders, strict=True):
-            nll = scores.nll.astype(np.float64)
-            if not np.isfinite(nll).all():
-                raise UserError(
-                    "the model's probabilities are NaN: its checkpoint is damaged or training "
-                    "diverged"
-                )
-            nats = nats + nll.sum(axis=(1, 2)) / len(orders)
-            self._indices += nll.size
-            self._by_channel += nll.sum(axis=(0, 1))
-            by_slot = nll.sum(axis=2)
-            self._by_slot += by_slot.sum(axis=0)
-            self._by_position += np.bincount(order.ravel(), by_slot.ravel(), order.shape[1])
-            arrays = scores.confidence, scores.correct, scores.below, np.exp(-nll)
-            self._calibration.update(*map(np.asarray, arrays))
-        self.nats += nats.tolist()
+    def add(self, start: int, scores: Scores, orders: Int[np.ndarray, "B L"]) -> None:
+        """Adds the scores of images from `start`, for one order; padding at the end is ignored."""
+        new = min(len(orders), len(self._nats) - start)
+        nll, confidence, correct, below = (np.asarray(field)[:new] for field in scores)
+        nll = nll.astype(np.float64)
+        if not np.isfinite(nll).all():
+            raise UserError(
+                "the model's probabilities are NaN: its checkpoint is damaged or training diverged"
+            )
+        by_slot = nll.sum(axis=2)
+        self._nats[start : start + new] += nll.sum(axis=(1, 2)) / self._num_orders
+        self._by_channel += nll.sum(axis=(0, 1))
+        self._by_slot += by_slot.sum(axis=0)
+        places = orders[:new].ravel()
+        self._by_position += np.bincount(places, by_slot.ravel(), len(self._by_position))
+        self._calibration.update(confidence, correct, below, np.exp(-nll))
 
     def summary(self, pixels: int) -> dict[str, Any]:
         """The numbers that `likelihood` reports, for images of this many pixels."""
-        config = self._config
+        config, images = self._config, len(self._nats)
         of_image = config.positions * config.channels
-        nats = np.array(self.nats)
-        bits = nats.mean() / np.log(2)
-        error = nats.std(ddof=1) / len(nats) ** 0.5 / np.log(2) if len(nats) > 1 else None
-        per_nat = 1 / (self._indices * np.log(2))
+        bits = self._nats.mean() / np.log(2)
+        error = self._nats.std(ddof=1) / images**0.5 / np.log(2) if images > 1 else None
+        per_nat = 1 / (images * self._num_orders * of_image * np.log(2))
         step_sums = np.add.reduceat(self._by_slot, self._hidden[:0:-1])[::-1]
         revealed = -np.diff(self._hidden)
         by_position = self._by_position * per_nat * config.positions
@@ -362,17 +340,18 @@ class _Totals:
 def table(found: Mapping[str, Any]) -> str:
     """The result of `likelihood` as a text table: channels in channel order, steps, calibration."""
     bits, steps, head = found["by_channel"], found["by_step"], found["calibration"]
-    rows = [{"channel": str(c), "bits an index": bits[c]} for c in found["channel_order"]]
+    rows = [{"channel": str(c), "bits per index": bits[c]} for c in found["channel_order"]]
     first, last = steps["bits_per_index"][0], steps["bits_per_index"][-1]
     quirk = ", with the first-token quirk" if found["first_token_quirk"] else ""
     return "\n".join(
         [
             report.columns(rows),
             f"{found['images']} images of split {found['split']}, {found['steps']} steps in "
-            f"{found['order']} order{quirk}: {first:.4f} bits an index in the first, {last:.4f} in "
-            "the last",
-            f"the head's confidence is {head['confidence']:.4f}, right are {head['accuracy']:.4f}; "
-            f"expected calibration error {head['expected_calibration_error']:.4f}",
+            f"{found['order']} order{quirk}: {first:.4f} bits per index in the first step, "
+            f"{last:.4f} in the last",
+            f"the head's confidence is {head['confidence']:.4f}, its accuracy "
+            f"{head['accuracy']:.4f}, the expected calibration error "
+            f"{head['expected_calibration_error']:.4f}",
         ]
     )
 
@@ -395,7 +374,7 @@ def _plot_bits(found: Mapping[str, Any], path: epath.Path) -> epath.Path:
     channel_ax.set_xlabel("channel, in channel order")
     channel_ax.grid(axis="x", visible=False)
     steps = found["by_step"]
-    # A step is a bar as wide as its number of positions.
+    # The bar of a step is as wide as the number of its positions.
     edges = [*steps["visible"], steps["visible"][-1] + steps["revealed"][-1]]
     step_ax.stairs(steps["bits_per_index"], edges, baseline=None, color=figures.BLUE, linewidth=2)
     step_ax.set_xlim(0, edges[-1])
@@ -405,7 +384,7 @@ def _plot_bits(found: Mapping[str, Any], path: epath.Path) -> epath.Path:
         ax.axhline(most, color=figures.GREY, linestyle="--", label="without a model")
         mean = f"mean {found['bits_per_index']:.3f}"
         ax.axhline(found["bits_per_index"], color=figures.ORANGE, label=mean)
-        ax.set_ylabel("bits an index")
+        ax.set_ylabel("bits per index")
         ax.set_ylim(0, 1.25 * most)
         ax.legend(frameon=False, ncols=2, loc="upper right")
     return figures.save(step_ax, path)
@@ -413,7 +392,7 @@ def _plot_bits(found: Mapping[str, Any], path: epath.Path) -> epath.Path:
 
 def _plot_positions(found: Mapping[str, Any], path: epath.Path) -> epath.Path:
     (ax,) = figures.make_axes(height=4.2)
-    figures.matrix(ax, found["by_position"], "bits an index")
+    figures.matrix(ax, found["by_position"], "bits per index")
     for axis in (ax.xaxis, ax.yaxis):
         axis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="position from the left", ylabel="position from the top")

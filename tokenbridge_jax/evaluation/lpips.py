@@ -1,8 +1,8 @@
 """LPIPS, a learned distance of two images (Zhang et al., 2018), version 0.1.
 
-Weights come in two files: the backbone's from torchvision (`vgg16-397923af.pth` or
-`alexnet-owt-7be5be79.pth`) and those of the layers' channels, which the `lpips` package holds
-(`lpips/weights/v0.1/vgg.pth`, `alex.pth`).
+The weights are in two files: torchvision's weights of the backbone (`vgg16-397923af.pth` or
+`alexnet-owt-7be5be79.pth`), and a weight for every channel of the compared layers, from the `lpips`
+package (`lpips/weights/v0.1/vgg.pth`, `alex.pth`).
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from tokenbridge_jax.evaluation.inception import check_tensors
 
 
 class Conv(NamedTuple):
-    """A convolution with ReLU; `place` is its number in torchvision's `features`."""
+    """A convolution with a ReLU; `place` is its number in torchvision's `features`."""
 
     place: int
     outputs: int
@@ -26,33 +27,28 @@ class Conv(NamedTuple):
     padding: int = 1
 
 
-class Pool(NamedTuple):
-    """A maximum over `size` x `size`, every second."""
-
-    size: int
-
-
-# The networks, part by part; the result of every part is compared.
-NETWORKS: dict[str, tuple[tuple[Conv | Pool, ...], ...]] = {
+# The networks in parts; LPIPS compares the output of every part. A number is a maximum pooling of
+# this size, with stride 2.
+NETWORKS: dict[str, tuple[tuple[Conv | int, ...], ...]] = {
     "vgg": (
         (Conv(0, 64), Conv(2, 64)),
-        (Pool(2), Conv(5, 128), Conv(7, 128)),
-        (Pool(2), Conv(10, 256), Conv(12, 256), Conv(14, 256)),
-        (Pool(2), Conv(17, 512), Conv(19, 512), Conv(21, 512)),
-        (Pool(2), Conv(24, 512), Conv(26, 512), Conv(28, 512)),
+        (2, Conv(5, 128), Conv(7, 128)),
+        (2, Conv(10, 256), Conv(12, 256), Conv(14, 256)),
+        (2, Conv(17, 512), Conv(19, 512), Conv(21, 512)),
+        (2, Conv(24, 512), Conv(26, 512), Conv(28, 512)),
     ),
     "alex": (
         (Conv(0, 64, size=11, stride=4, padding=2),),
-        (Pool(3), Conv(3, 192, size=5, padding=2)),
-        (Pool(3), Conv(6, 384)),
+        (3, Conv(3, 192, size=5, padding=2)),
+        (3, Conv(6, 384)),
         (Conv(8, 256),),
         (Conv(10, 256),),
     ),
 }
-# Pixels a side below which nothing is left after the poolings.
+# The smallest side of an image, in pixels: after the poolings, at least one cell must remain.
 SMALLEST = {"vgg": 16, "alex": 31}
 
-# Of ImageNet's pixels, in [-1, 1].
+# Mean and deviation of ImageNet's pixels, which are in [-1, 1].
 _MEAN = np.array([-0.030, -0.088, -0.188], np.float32)
 _DEVIATION = np.array([0.458, 0.448, 0.450], np.float32)
 
@@ -70,7 +66,7 @@ def distance(
     Args:
       params: from `import_lpips`.
       one: uint8 RGB images.
-      other: as many, of the same size.
+      other: the images to compare them with, of the same shape.
       network: "vgg" or "alex".
     """
     x = jnp.concatenate([one, other]).astype(jnp.float32) / 127.5 - 1
@@ -78,7 +74,10 @@ def distance(
     total = jnp.zeros(len(one), jnp.float32)
     for part, steps in enumerate(NETWORKS[network]):
         for step in steps:
-            x = _maximum(x, step.size) if isinstance(step, Pool) else _convolve(x, params, step)
+            if isinstance(step, Conv):
+                x = _convolve(x, params, step)
+            else:
+                x = nn.max_pool(x, (step, step), (2, 2))
         unit = x / (jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)) + 1e-10)
         first, second = jnp.split(unit, 2)
         weights = params[f"lin{part}"]["weight"]
@@ -100,24 +99,18 @@ def _convolve(x: jax.Array, params: Params, conv: Conv) -> jax.Array:
     return jax.nn.relu(x + weights["bias"][None, None, None])
 
 
-def _maximum(x: jax.Array, size: int) -> jax.Array:
-    return jax.lax.reduce_window(
-        x, np.float32(-np.inf), jax.lax.max, (1, size, size, 1), (1, 2, 2, 1), "VALID"
-    )
-
-
 def import_lpips(
     backbone: Mapping[str, np.ndarray], linear: Mapping[str, np.ndarray], network: str = "vgg"
 ) -> dict[str, dict[str, np.ndarray]]:
     """Parameters from the public state dicts.
 
     Args:
-      backbone: torchvision's, `features.0.weight` and so on; its classifier is not looked at.
+      backbone: torchvision's, `features.0.weight` and so on; its classifier is ignored.
       linear: the `lpips` package's, `lin0.model.1.weight` and so on.
       network: "vgg" or "alex".
 
     Raises:
-      UserError: tensors are missing or misshapen; three are named.
+      UserError: tensors are missing or have other shapes; it names three of them.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     inputs = 3

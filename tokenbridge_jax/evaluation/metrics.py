@@ -1,7 +1,7 @@
-"""Numbers from features, in float64: FID and sFID, IS, KID, precision and recall.
+"""Metrics from features, in float64: FID and sFID, IS, KID, precision and recall.
 
-None depends on the order of the images, but for `adm_inception_score`, `inception_score` without
-keys, and `kernel_distance`, whose draws are of places: sort the features by a key first.
+Three depend on the order of the images: `adm_inception_score`, `inception_score` without keys, and
+`kernel_distance`, which chooses random rows. For the last, sort the features by a key first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,16 @@ from scipy.special import log_softmax, logsumexp
 from tokenbridge_jax.evaluation.moments import Gaussian
 from tokenbridge_jax.runtime.errors import UserError
 
-# Rows of a block of distances: with 50,000 columns 0.4 GB.
+# Rows of distances that are computed together: with 50,000 columns, they take 0.4 GB.
 _BLOCK = 1000
 
 
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """Squared Frechet distance of two normal distributions (Heusel et al., 2017, eq. 6).
 
-    Tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is
-    symmetric: no iteration, no complex rest, and nothing to add to a singular covariance.
+    Tr (A B)^(1/2) is computed as the sum of the square roots of the eigenvalues of
+    A^(1/2) B A^(1/2). This matrix is symmetric, so no iteration is needed, no imaginary part
+    occurs, and the covariances may be singular.
 
     Raises:
       UserError: they have different numbers of features.
@@ -48,9 +49,9 @@ def inception_score(
 
     Args:
       logits: of the classes, for every image.
-      splits: parts of (nearly) equal size that are scored alone.
-      keys: of every image, from its content alone. Sorted by them, the images make the same splits
-        in whatever order they came. Without keys splits are of neighbours.
+      splits: the number of parts of (nearly) equal size that are scored separately.
+      keys: a number for every image that depends on its content alone. The images are sorted by it,
+        so that the splits do not depend on their order. Without keys they are not sorted.
 
     Returns:
       Mean and (population) standard deviation over the splits.
@@ -66,9 +67,9 @@ def inception_score(
 
 
 def adm_inception_score(logits: Shaped[np.ndarray, "N K"], split_size: int = 5000) -> float:
-    """As ADM's evaluator: parts of 5,000 neighbours, of which the last may be shorter.
+    """The inception score of ADM's evaluator: consecutive parts of 5,000; the last may be shorter.
 
-    It depends on the images' order: of a file sorted by class it is far too low.
+    It depends on the images' order: if they are sorted by class, it is far too low.
     """
     starts = range(0, len(logits), split_size)
     return _score_parts([logits[start : start + split_size] for start in starts])[0]
@@ -93,17 +94,17 @@ def kernel_distance(
     """KID: unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al., 2018).
 
     Args:
-      one: features of some images.
-      other: features of others.
-      subsets: pairs of random subsets that are compared; their draws are those of torch-fidelity.
-      subset_size: images of a subset.
-      seed: of the draws.
+      one: features of the first set of images.
+      other: features of the second set.
+      subsets: the number of pairs of random subsets to compare, the same as in torch-fidelity.
+      subset_size: the number of images in a subset.
+      seed: of the random subsets.
 
     Returns:
       Mean and (population) standard deviation over the subsets.
 
     Raises:
-      UserError: there are fewer images than a subset has.
+      UserError: a set has fewer images than a subset.
     """
     fewest = min(len(one), len(other))
     if fewest < subset_size:
@@ -128,14 +129,14 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al., 2019).
 
-    Every image has a ball that reaches to its k-th nearest neighbour of its own set. Precision is
-    the share of samples in a ball of the reference, recall that of the reference in a ball of the
-    samples. Which set is which matters: ADM's figures take 10,000 reference images and 50,000
-    samples.
+    Every image has a ball whose radius is the distance to its k-th nearest neighbour in its own
+    set. Precision is the share of samples that lie in a ball of the reference. Recall is the share
+    of reference images that lie in a ball of the samples. ADM uses 10,000 reference images and
+    50,000 samples.
 
     Args:
       reference: features of real images.
-      samples: features of generated ones.
+      samples: features of generated images.
       neighbours: k.
 
     Raises:
@@ -155,7 +156,7 @@ def precision_recall(
 
 
 def _radii(features: Float[np.ndarray, "N D"], neighbours: int) -> Float[np.ndarray, " N"]:
-    """Squared distance of every point to its k-th neighbour; it is its own 0-th."""
+    """Squared distance of every point to its k-th neighbour; a point is its own 0-th."""
     kth = [
         np.partition(block, neighbours, axis=1)[:, neighbours]
         for block in _distances(features, features)
@@ -173,8 +174,8 @@ def _share_inside(
 def _distances(
     x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]
 ) -> Iterator[Float[np.ndarray, "n M"]]:
-    """Squared distances, some rows at a time."""
-    # About a common centre the products that are subtracted from each other are smaller.
+    """Squared distances in blocks of rows."""
+    # Without a common offset, the terms that nearly cancel are smaller, and so is their rounding.
     centre = y.mean(axis=0)
     x, y = x - centre, y - centre
     y_norms = (y * y).sum(axis=1)

@@ -7,43 +7,43 @@ from jaxtyping import Float, Shaped
 
 from tokenbridge_jax.runtime.errors import UserError
 
-# Rows that are float64 at a time: 50,000 x 2048 of them would be 0.8 GB.
+# Rows that are converted to float64 together: 50,000 x 2048 of them would take 0.8 GB.
 _BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """Mean and covariance, which is all that the Frechet distance sees of features.
+    """Mean and covariance of features; the Frechet distance depends on nothing else.
 
     Raises:
-      UserError: on construction, if they do not fit each other, or hold NaN or infinity.
+      UserError: on construction, if their shapes do not fit each other, if they contain NaN or
+        infinity, or if the covariance is not symmetric.
     """
 
     mean: Float[np.ndarray, " D"]
     covariance: Float[np.ndarray, "E F"]
 
     def __post_init__(self) -> None:
-        size = len(self.mean)
-        if self.covariance.shape != (size, size):
+        if self.mean.ndim != 1 or self.covariance.shape != 2 * self.mean.shape:
             raise UserError(
                 f"a mean of shape {self.mean.shape} and a covariance of shape "
                 f"{self.covariance.shape} do not belong together"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-            raise UserError("the statistics of the features hold NaN or infinity")
+            raise UserError("the statistics of the features contain NaN or infinity")
         if not np.allclose(self.covariance, self.covariance.T, rtol=1e-3, atol=1e-6):
-            raise UserError("a covariance that is not symmetric is none of features")
+            raise UserError("the covariance is not symmetric")
 
 
 class Moments:
-    """Mean and covariance of features that come a few rows at a time.
+    """Mean and covariance of features that arrive in batches.
 
-    Rows are summed in blocks of a fixed size in the order they come, so how many come at a time
-    changes no bit of the result.
+    Rows are summed in blocks of a fixed size, in the order of their arrival, so the result does not
+    depend on the batch size, not even in rounding.
     """
 
     def __init__(self, size: int):
-        """`size` is D, the number of features of a row."""
+        """`size` is D, the number of features in a row."""
         self.count = 0
         self._broken = 0
         self._block = np.empty((_BLOCK, size))
@@ -65,7 +65,7 @@ class Moments:
         """Mean and unbiased covariance of all rows so far.
 
         Raises:
-          UserError: there are fewer than two, or some are NaN or infinite.
+          UserError: there are fewer than two rows, or some are NaN or infinite.
         """
         if self.count < 2:
             raise UserError(f"statistics need at least 2 images, not {self.count}")
@@ -82,7 +82,7 @@ class Moments:
             return self._mean, self._scatter
         before = (self.count - 1) // _BLOCK * _BLOCK
         block = self._block[:rows]
-        # About their first: what is far from zero compared with its spread would lose digits.
+        # The first row is subtracted because a mean far from zero would cost precision.
         mean = block[0] + (block - block[0]).mean(axis=0)
         centred = block - mean
         difference = mean - self._mean

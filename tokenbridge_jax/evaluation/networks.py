@@ -1,9 +1,9 @@
-"""The weights that metrics need: public files, imported once into a folder of this machine.
+"""The networks of the metrics: public weights, imported once into a folder of this machine.
 
-- `pt_inception-2015-12-05-6726825d.pth` of github.com/mseitzer/pytorch-fid (releases,
-  fid_weights): FID, sFID, IS, KID, precision and recall;
-- `vgg16-397923af.pth`, `alexnet-owt-7be5be79.pth` of download.pytorch.org/models: LPIPS;
-- `vgg.pth`, `alex.pth` of the PyPI package lpips (lpips/weights/v0.1): LPIPS.
+- FID, sFID, IS, KID, precision, recall: `pt_inception-2015-12-05-6726825d.pth` of
+  github.com/mseitzer/pytorch-fid (releases, fid_weights);
+- LPIPS: `vgg16-397923af.pth`, `alexnet-owt-7be5be79.pth` of download.pytorch.org/models, and
+  `vgg.pth`, `alex.pth` of the PyPI package lpips (lpips/weights/v0.1).
 """
 
 import os
@@ -20,7 +20,7 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge import state_dicts
 from tokenbridge_jax.torch_bridge.kinds import recognise
 
-# What the SHA-256 of the published files begin with: their names say it, or it was computed.
+# The SHA-256 of the published files, or its first digits if only those are published.
 PUBLISHED = {
     "inception": "6726825d",
     "vgg16": "397923af",
@@ -28,19 +28,19 @@ PUBLISHED = {
     "lpips_vgg": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
     "lpips_alex": "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
 }
-# The files that a network is made of.
+# The files of every network.
 PARTS = {
     "inception": ("inception",),
     "lpips_vgg": ("vgg16", "lpips_vgg"),
     "lpips_alex": ("alexnet", "lpips_alex"),
 }
-# Feature spaces.
+# Names of extractors.
 FEATURES = ("inception", "thumbnails")
 
 FOLDER_VARIABLE = "TOKENBRIDGE_NETWORKS"
 NO_FOLDER = (
-    "there is no folder for networks, as this user has no home: name one by --networks, or set "
-    f"{FOLDER_VARIABLE} to one"
+    "there is no folder for networks, because this user has no home: name one by --networks, or "
+    f"set {FOLDER_VARIABLE} to one"
 )
 
 
@@ -49,7 +49,7 @@ class Network(NamedTuple):
 
     Attributes:
       params: its parameters.
-      facts: the SHA-256 of the files they are from, and whether these are the published ones.
+      facts: the SHA-256 of its files, and whether these are the published ones.
     """
 
     params: dict[str, Any]
@@ -57,7 +57,7 @@ class Network(NamedTuple):
 
 
 def default_folder() -> Path | None:
-    """$TOKENBRIDGE_NETWORKS, or a folder of the user's cache; None for a user without a home."""
+    """$TOKENBRIDGE_NETWORKS, or a folder in the user's cache; None for a user without a home."""
     if folder := os.environ.get(FOLDER_VARIABLE):
         return Path(storage.expand(folder))
     cache = storage.user_cache()
@@ -65,28 +65,31 @@ def default_folder() -> Path | None:
 
 
 def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublished: bool) -> Path:
-    """Reads a network's public files, checks them, and writes what `load_network` reads.
+    """Checks a network's public files and converts them for `load_network`.
 
     Args:
-      name: of `PARTS`.
+      name: one of `PARTS`.
       paths: the file of every part.
       folder: to write to.
-      unpublished: take files with another SHA-256 than the published ones', such as conversions to
-        `.safetensors` or `.npz`. What is computed with them says so.
+      unpublished: accept files whose SHA-256 is not the published one, such as conversions to
+        `.safetensors` or `.npz`. The facts of results then say so.
+
+    Returns:
+      The path of the written file.
 
     Raises:
-      UserError: a file is none of weights, not the published one, or not of this network.
+      UserError: a file contains no weights, is not the published one, or is of another network.
     """
     for path in paths.values():
         recognise(Path(path))
     digests = {part: storage.sha256(path) for part, path in paths.items()}
-    published = all(digests[part].startswith(PUBLISHED[part]) for part in digests)
-    for part, digest in digests.items():
-        if not unpublished and not digest.startswith(PUBLISHED[part]):
-            raise UserError(
-                f"{paths[part]} is not the published file: its SHA-256 begins with {digest[:8]}, "
-                f"not {PUBLISHED[part][:8]}; download it again (--unpublished takes a conversion)"
-            )
+    changed = [part for part in digests if not digests[part].startswith(PUBLISHED[part])]
+    if changed and not unpublished:
+        raise UserError(
+            f"{paths[changed[0]]} is not the published file: its SHA-256 begins with "
+            f"{digests[changed[0]][:8]}, not {PUBLISHED[changed[0]][:8]}; download it again "
+            "(--unpublished accepts a conversion)"
+        )
     tensors = [state_dicts.read(path)["model"] for path in paths.values()]
     try:
         if name == "inception":
@@ -97,23 +100,23 @@ def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublishe
         raise UserError(f"{', '.join(paths.values())}: {error}") from error
     for layer, values in params.items():
         if not all(np.isfinite(array).all() for array in values.values()):
-            raise UserError(f"{', '.join(paths.values())}: {layer} holds NaN or infinity")
+            raise UserError(f"{', '.join(paths.values())}: {layer} contains NaN or infinity")
     target = folder / f"{name}.safetensors"
     safetensors_file.write(target, params)
-    storage.write_json(_facts_file(target), {"published": published, "sha256": digests})
+    storage.write_json(_facts_file(target), {"published": not changed, "sha256": digests})
     return target
 
 
 def load_network(name: str, folder: Path | None) -> Network | None:
-    """What `import_network` wrote; None if it is not there, or there is no such folder.
+    """Reads a network that `import_network` wrote; None if it or the folder does not exist.
 
     Raises:
-      UserError: it is damaged.
+      UserError: its files are damaged.
     """
     if folder is None:
         return None
     path = folder / f"{name}.safetensors"
-    # Where a home may not be looked into, `Path.exists` would raise.
+    # Not `Path.exists`, which raises an error in a folder that this user may not read.
     if not os.path.exists(path) or not os.path.exists(_facts_file(path)):
         return None
     facts = storage.read_json(_facts_file(path))
@@ -122,7 +125,7 @@ def load_network(name: str, folder: Path | None) -> Network | None:
 
 
 def load_lpips(folder: Path | None, side: int) -> dict[str, Network]:
-    """The imported networks of LPIPS, by name, that take images of `side` pixels."""
+    """The imported networks of LPIPS, by name, without those that need images above `side`."""
     loaded = {name: load_network(f"lpips_{name}", folder) for name in lpips.NETWORKS}
     return {name: x for name, x in loaded.items() if x and side >= lpips.SMALLEST[name]}
 
@@ -130,17 +133,18 @@ def load_lpips(folder: Path | None, side: int) -> dict[str, Network]:
 def make_extractor(
     name: str, folder: Path | None, *, batch_size: int | None = None, precision: str = "high"
 ) -> Extractor:
-    """A feature space by name.
+    """Makes an extractor of features.
 
     Args:
       name: one of `FEATURES`.
       folder: of imported networks, if there is one.
-      batch_size: images at once over the devices of a process; by default 64 an accelerator.
+      batch_size: images per batch over the devices of a process; by default 64 per accelerator, 16
+        on CPUs.
       precision: of Inception's convolutions.
 
     Raises:
-      UserError: there is no such feature space, its network is not imported, or the batch size is
-        below 1.
+      UserError: there are no such features, the network is not imported, or the batch size is below
+        1.
     """
     if name not in FEATURES:
         raise UserError(f"evaluation.features='{name}' is not one of {', '.join(FEATURES)}")
@@ -153,8 +157,8 @@ def make_extractor(
         raise UserError(f"{NO_FOLDER}; --features thumbnails needs none")
     if network is None:
         raise UserError(
-            f"{folder} holds no Inception network: `tokenbridge import-metrics --help` says how it "
-            "gets there; --features thumbnails needs none"
+            f"{folder} holds no Inception network: `tokenbridge import-metrics --help` says how to "
+            "import it; --features thumbnails needs none"
         )
     if batch_size is None:
         devices = jax.local_devices()

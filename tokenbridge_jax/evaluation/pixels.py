@@ -1,4 +1,6 @@
-"""Distances of two images by their pixels: PSNR and SSIM. Both are of uint8 pixels, range 255."""
+"""PSNR and SSIM of pairs of uint8 images; the range of the pixels is 255."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -10,9 +12,9 @@ WINDOW = 7
 def psnr(
     one: UInt8[np.ndarray, "N H W C"], other: UInt8[np.ndarray, "N H W C"]
 ) -> Float[np.ndarray, " N"]:
-    """Peak signal-to-noise ratio of every pair in decibels, float64; infinite where they are equal.
+    """Peak signal-to-noise ratio of every pair in decibels, float64; infinite for equal images.
 
-    Figures of a set are means over its images, so not of one error over all of them.
+    The PSNR of a set is usually the mean over its images, not that of the mean error.
     """
     error = (one.astype(np.float64) - other) ** 2
     with np.errstate(divide="ignore"):
@@ -24,18 +26,19 @@ def ssim(
 ) -> Float[np.ndarray, " N"]:
     """Structural similarity of every pair (Wang et al., 2004), float64, the mean over channels.
 
-    With windows of 7 x 7, all pixels alike, and unbiased covariances: what scikit-image computes by
-    default. Windows that reach over the border do not count.
+    As in scikit-image by default, windows are 7 x 7 with equal weights, and covariances are
+    unbiased. Windows that extend beyond the border do not count.
     """
-    pairs = zip(one.astype(np.float64), other.astype(np.float64), strict=True)
-    return np.array([_ssim(a, b) for a, b in pairs])
+    with ThreadPoolExecutor() as threads:
+        return np.array(list(threads.map(_ssim, one, other)))
 
 
-def _ssim(a: Float[np.ndarray, "H W C"], b: Float[np.ndarray, "H W C"]) -> float:
+def _ssim(one: UInt8[np.ndarray, "H W C"], other: UInt8[np.ndarray, "H W C"]) -> float:
     def mean(x: np.ndarray) -> np.ndarray:
         border = WINDOW // 2
         return uniform_filter(x, (WINDOW, WINDOW, 1))[border:-border, border:-border]
 
+    a, b = one.astype(np.float64), other.astype(np.float64)
     unbiased = WINDOW**2 / (WINDOW**2 - 1)
     mean_a, mean_b = mean(a), mean(b)
     covariance = unbiased * (mean(a * b) - mean_a * mean_b)

@@ -1,13 +1,12 @@
-"""Images through the autoencoder and back: what quantization, and wrong indices, cost.
+"""Reconstruction of images: the loss of quality by quantization and by wrong indices.
 
-Every image is encoded once. Its latents are decoded as they are, quantized in several ways, and
-with some of their indices moved; what comes out is compared with the original. Images and latents
-exist a batch at a time; of every way there are only sums, in float64 and in the images' order.
+Every image is encoded once. Its latents are decoded unchanged, quantized in several ways, and with
+some of their indices moved; the results are compared with the original. Only one batch of images
+and latents is in memory at a time. Scores are summed in float64, in the images' order.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -28,23 +27,23 @@ from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 
-# Images that all processes take together before they exchange what they found, at least: with
-# Inception's features 3 MB a variant.
+# The smallest number of images after which the processes exchange their results: with Inception's
+# features, these take 3 MB per variant.
 _BLOCK = 256
-# Without an extractor, which has a batch size of its own.
+# The batch size without an extractor, which has its own.
 _BATCH = 64
-# Of the inception score: split s has the images s, s + 10, s + 20, ...
+# Splits of the inception score: split s has the images s, s + 10, s + 20, ...
 _SPLITS = 10
 
 
 class Found(NamedTuple):
-    """What is known of some images.
+    """Results for n images: the originals, or those reconstructed from a variant.
 
     Attributes:
-      scores: of each, `_NAMES` and then LPIPS; of the originals, moments of the latents.
-      used: which levels occur.
+      scores: those in `_NAMES`, then LPIPS; for the originals, moments of the latents.
+      used: which levels occur; None without quantization.
       pool: features, if there is an extractor.
-      logits: if it has them.
+      logits: if the extractor has them.
     """
 
     scores: Float[np.ndarray, "n K"]
@@ -72,33 +71,35 @@ def reconstruction(
 
     Args:
       codec: on devices of this process.
-      images: the originals, of sides that the downsampling divides; the same in every process.
+      images: the originals, the same in every process; the downsampling divides their sides.
       variants: see `variants.sweep`.
-      extractor: of features, for Frechet distances (and inception scores, if it has logits).
-      reference: mean and covariance of the same features over other images, such as all of
-        ImageNet's training images.
+      extractor: computes features for Frechet distances (and inception scores, if it has logits).
+      reference: mean and covariance of the same features over other images, such as ImageNet's
+        training images.
       perceptual: parameters of LPIPS, by network.
-      posterior: "mean" encodes to the posterior's mean, "sample" draws from it: image i the same in
-        any batch, from `seed` and i.
-      seed: of these draws, and of perturbations.
-      progress: print rate and ETA to stderr.
+      posterior: "mean" encodes to the posterior's mean, "sample" to a sample of it. The sample of
+        image i depends only on `seed` and i.
+      seed: of the posterior's samples, and of perturbations.
+      progress: print rate and ETA to stderr; of several processes the first does.
 
     Returns:
       Plain numbers for JSON: `images`, `posterior`, `seed`, `quantizer` (the codec's `levels` and
-      `range`), `latent_variance` (over images and positions, the mean over channels), and `rows`, a
-      variant each, with `levels`, `range`, `share`, `delta` and, None where it does not apply,
-      `rfid`: Frechet distance from the originals' features (pFID, where indices are perturbed), and
-        `rfid_reference`, from the reference's (of thumbnails: `thumbnail_distance`, likewise);
+      `range`), `latent_variance` (over images and positions, the mean over channels), and `rows`,
+      one per variant, with `levels`, `range`, `share`, `delta`, and these, or None if unknown:
+      `rfid`: Frechet distance from the originals' features (pFID if indices are perturbed), and
+        `rfid_reference`, from the reference; for thumbnails, `thumbnail_distance` and
+        `thumbnail_distance_reference`;
       `inception_score`, `inception_score_std`: over ten splits, each of every tenth image;
       `psnr` in decibels, `ssim`, `lpips_NETWORK`: of uint8 pixels, means over images;
-      `clipped_share` of the latents, out of the quantizer's range; `levels_used`: the share of
-        levels that occur, the mean over channels;
-      `latent_mse`, in squared units of latents, and `latent_snr_db`, their variance over it;
-        `perturbation_mse` and `perturbation_snr_db`: of what moving indices alone changes.
+      `clipped_share`: the share of the latents beyond the quantizer's range; `levels_used`: the
+        share of levels that occur, the mean over channels;
+      `latent_mse`, in squared units of latents, and `latent_snr_db`, the latents' variance over it;
+        `perturbation_mse` and `perturbation_snr_db`: the same for the moved indices only, compared
+        with the quantized latents.
 
     Raises:
-      UserError: an image does not fit the autoencoder, or its latents or features are NaN; or there
-        are too few images for Frechet distances.
+      UserError: an image does not fit the autoencoder, latents or features are NaN, or there are
+        too few images for Frechet distances.
     """
     if posterior not in ("mean", "sample"):
         raise UserError(f"posterior='{posterior}' is neither 'mean' nor 'sample'")
@@ -112,37 +113,36 @@ def reconstruction(
         for name, params in (perceptual or {}).items()
     }
     names = [*_NAMES, *(f"lpips_{name}" for name in distances)]
-    quantizing = [(variant, _quantizing(variant.quantizer)) for variant in variants]
-    with ThreadPoolExecutor() as threads:
 
-        def of_batch(batch: UInt8[np.ndarray, "n H W C"], numbers: np.ndarray) -> list[Found]:
-            """Of the originals, and of every variant."""
-            batch = _as_encoded(batch, codec, images)
-            encoded = codec.encode(batch, numbers if posterior == "sample" else None, seed)
-            latents, broken = np.asarray(encoded.latents), np.asarray(encoded.broken)
-            if broken.any():
-                raise UserError(f"{images.path}: latents of image {numbers[broken][0]} are NaN")
-            made = [_requantize(*pair, latents, numbers, seed) for pair in quantizing]
-            # The device is given all of them before the first is waited for.
-            decoded = [codec.decode_latents(one.latents) for one in made]
-            wide = latents.astype(np.float64)
-            moments = [wide.mean(axis=(1, 2)), (wide**2).mean(axis=(1, 2))]
-            found = [Found(np.concatenate(moments, axis=1), None, *_features(extractor, batch))]
-            for one, on_device in zip(made, decoded, strict=True):
-                result = np.asarray(on_device)
-                scores = [*one.scores, *_compare(threads, batch, result)]
-                scores += [distance(batch, result) for distance in distances.values()]
-                features = _features(extractor, result)
-                found.append(Found(np.stack(scores, axis=1), one.used, *features))
-            return found
+    def of_batch(batch: UInt8[np.ndarray, "n H W C"], numbers: np.ndarray) -> list[Found]:
+        """Results for the originals, and for every variant."""
+        batch = _as_encoded(batch, codec, images)
+        encoded = codec.encode(batch, numbers if posterior == "sample" else None, seed)
+        latents, broken = np.asarray(encoded.latents), np.asarray(encoded.broken)
+        if broken.any():
+            raise UserError(f"{images.path}: latents of image {numbers[broken][0]} are NaN")
+        made = [_change(variant, latents, numbers, seed) for variant in variants]
+        # The device gets all of them before the host waits for the first.
+        decoded = [codec.decode_latents(one.latents) for one in made]
+        wide = latents.astype(np.float64)
+        moments = [wide.mean(axis=(1, 2)), (wide**2).mean(axis=(1, 2))]
+        found = [Found(np.concatenate(moments, axis=1), None, *_features(extractor, batch))]
+        for one, on_device in zip(made, decoded, strict=True):
+            result = np.asarray(on_device)
+            scores = [*one.scores, pixels.psnr(batch, result), pixels.ssim(batch, result)]
+            scores += [distance(batch, result) for distance in distances.values()]
+            features = _features(extractor, result)
+            found.append(Found(np.stack(scores, axis=1), one.used, *features))
+        return found
 
-        size = max(_BLOCK, batch_size * jax.process_count())
-        originals, *rows = [_Sums() for _ in range(len(variants) + 1)]
-        with Progress(images.count, desc="reconstruct", visible=progress) as bar:
-            for numbers, found in blocks(images, size, batch_size, of_batch):
-                for sums, part in zip([originals, *rows], found, strict=True):
-                    sums.add(part, numbers)
-                bar.update(len(numbers))
+    size = max(_BLOCK, batch_size * jax.process_count())
+    originals, *rows = [_Sums() for _ in range(len(variants) + 1)]
+    visible = progress and jax.process_index() == 0
+    with Progress(images.count, desc="reconstruct", visible=visible) as bar:
+        for numbers, found in blocks(images, size, batch_size, of_batch):
+            for sums, part in zip([originals, *rows], found, strict=True):
+                sums.add(part, numbers)
+            bar.update(len(numbers))
     mean, square = np.split(originals.scores / images.count, 2)
     variance = float(np.mean(square - mean**2))
     distance = "rfid" if extractor is None or extractor.distance == "fid" else extractor.distance
@@ -160,40 +160,37 @@ def reconstruction(
     }
 
 
-class _Made(NamedTuple):
-    """Latents to decode, and `Found`'s first three scores and levels of them."""
+class _Changed(NamedTuple):
+    """Latents to decode, their first three scores of `_NAMES`, and the levels that occur."""
 
     latents: Float[np.ndarray, "n h w C"]
     scores: list[Float[np.ndarray, " n"]]
     used: Bool[np.ndarray, "n C V"] | None
 
 
-@functools.lru_cache
-def _quantizing(quantizer: Quantizer | None) -> Callable[..., Any] | None:
-    return None if quantizer is None else jax.jit(quantizer.quantize)
+_quantize = jax.jit(Quantizer.quantize, static_argnums=0)
 
 
-def _requantize(
+def _change(
     variant: Variant,
-    quantize: Callable[..., Any] | None,
     latents: Float[np.ndarray, "n h w C"],
     numbers: Int[np.ndarray, " n"],
     seed: int,
-) -> _Made:
+) -> _Changed:
     quantizer = variant.quantizer
-    if quantizer is None or quantize is None:
-        return _Made(latents, [np.zeros(len(latents))] * 3, None)
+    if quantizer is None:
+        return _Changed(latents, [np.zeros(len(latents))] * 3, None)
     channels = latents.shape[-1]
-    indices = np.asarray(quantize(latents)).astype(np.int64).reshape(len(latents), -1, channels)
+    indices = np.asarray(_quantize(quantizer, latents)).astype(np.int64)
+    indices = indices.reshape(len(latents), -1, channels)
     unmoved = quantizer.dequantized_levels[indices].reshape(latents.shape)
-    made = unmoved
     if variant.share:
         indices = perturb(indices, numbers, quantizer.levels, variant, seed)
-        made = quantizer.dequantized_levels[indices].reshape(latents.shape)
+    moved = quantizer.dequantized_levels[indices].reshape(latents.shape)
     used = np.zeros((len(latents), channels, quantizer.levels), bool)
     used[np.arange(len(latents))[:, None, None], np.arange(channels)[None, None], indices] = True
     clipped = np.asarray(quantizer.clipped(latents)).mean(axis=(1, 2, 3))
-    return _Made(made, [clipped, _error(latents, made), _error(unmoved, made)], used)
+    return _Changed(moved, [clipped, _error(latents, moved), _error(unmoved, moved)], used)
 
 
 def _error(
@@ -202,25 +199,11 @@ def _error(
     return ((one.astype(np.float64) - other) ** 2).mean(axis=(1, 2, 3))
 
 
-def _compare(
-    threads: ThreadPoolExecutor,
-    one: UInt8[np.ndarray, "n H W C"],
-    other: UInt8[np.ndarray, "n H W C"],
-) -> list[Float[np.ndarray, " n"]]:
-    """PSNR and SSIM, which are the host's work."""
-    pairs = [(one[i : i + 1], other[i : i + 1]) for i in range(len(one))]
-    return [
-        np.concatenate(list(threads.map(lambda pair, score=score: score(*pair), pairs)))
-        for score in (pixels.psnr, pixels.ssim)
-    ]
-
-
 def _distance(
     codec: Codec, network: str, params: lpips.Params, batch_size: int
 ) -> Callable[..., Float[np.ndarray, " n"]]:
     """LPIPS of pairs of at most `batch_size` images, on the codec's devices."""
-    shards = meshes.batch_shards(codec.mesh)
-    size = -(-batch_size // shards) * shards
+    size = meshes.round_up_batch(batch_size, codec.mesh)
     held = jax.device_put(dict(params), meshes.replicated(codec.mesh))
     compiled = jax.jit(functools.partial(lpips.distance, network=network))
 
@@ -252,12 +235,12 @@ def _features(extractor: Extractor | None, images: UInt8[np.ndarray, "n H W I"])
 
 
 class _Sums:
-    """Sums over images of what was found of them.
+    """Sums of `Found` over all images.
 
     Attributes:
-      count: of images.
-      scores: their sum.
-      used: which levels have occurred.
+      count: the number of images.
+      scores: the sums of their scores.
+      used: which levels occur.
     """
 
     def __init__(self) -> None:
@@ -265,7 +248,7 @@ class _Sums:
         self.scores: Any = 0
         self.used: Any = False
         self._moments: Moments | None = None
-        # Of every split: images, and the sums of their p and of their p log p.
+        # For every split: the number of images, and the sums of their p and of their p log p.
         self._splits: list[list[Any]] = [[0, 0, 0] for _ in range(_SPLITS)]
 
     def add(self, found: Found, numbers: Int[np.ndarray, " n"]) -> None:
@@ -282,8 +265,8 @@ class _Sums:
         log_p = log_softmax(found.logits.astype(np.float64), axis=1)
         for split, sums in enumerate(self._splits):
             part = log_p[numbers % _SPLITS == split]
-            for place, term in enumerate((len(part), np.exp(part).sum(axis=0))):
-                sums[place] = sums[place] + term
+            sums[0] += len(part)
+            sums[1] = sums[1] + np.exp(part).sum(axis=0)
             sums[2] += float((np.exp(part) * part).sum())
 
     def gaussian(self) -> Gaussian | None:
@@ -325,7 +308,7 @@ def _summary(
     for name in ("latent", "perturbation"):
         error = means[f"{name}_mse"]
         means[f"{name}_snr_db"] = float(10 * np.log10(variance / error)) if error else None
-    if not np.isfinite(means["psnr"]):  # Of images that are reconstructed exactly.
+    if not np.isfinite(means["psnr"]):  # An image is reconstructed exactly.
         means["psnr"] = None
     row["levels_used"] = None if quantizer is None else float(sums.used.mean())
     unknown = ["clipped_share"] * (quantizer is None)
@@ -334,7 +317,7 @@ def _summary(
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """What `reconstruction` found, for people; the model's own quantizer is marked."""
+    """The result of `reconstruction` as a text table; the model's own quantizer is marked."""
     own, rows = found["quantizer"], []
     decimals = {"psnr": 2, "ssim": 4, "latent_snr_db": 1, "clipped_share": 4, "levels_used": 2}
     skipped = {"levels", "range", "share", "delta", "latent_mse"}
@@ -353,11 +336,11 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
-    """Writes what `reconstruction` found of a `sweep` as a PNG; returns its path, in a list."""
+    """Plots the result of `reconstruction` of a `sweep` as a PNG; returns its path, in a list."""
     rows = found["rows"]
     names = {
         "rfid": "rFID, from the originals",
-        "thumbnail_distance": "distance of thumbnails\nfrom the originals",
+        "thumbnail_distance": "thumbnail distance\nfrom the originals",
         "psnr": "PSNR (dB)",
     }
     metric = next(name for name in names if rows[0].get(name) is not None)
@@ -370,10 +353,6 @@ def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
         line = sorted((row[name], row[metric]) for row in quantized if row[other] == own[other])
         ax.axhline(rows[0][metric], color=figures.GREY, linestyle="--", label="continuous")
         ax.plot(*zip(*line, strict=True), "o-", color=figures.BLUE, label="quantized")
-        ax.set_ylabel(names[metric])
-        ax.legend(frameon=False)
-        if metric != "psnr":
-            ax.set_ylim(bottom=0)
     level_ax.set(xscale="log", xlabel=f"levels, at a range of ±{own['range']:g}")
     ticks = sorted({row["levels"] for row in quantized})
     level_ax.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -385,10 +364,11 @@ def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
             of_delta = [row for row in perturbed if row["delta"] == delta]
             line = sorted((row["share"], row[metric]) for row in [*unmoved, *of_delta])
             ax.plot(*zip(*line, strict=True), "o-", label=f"by up to ±{delta}")
-        ax.set(xlabel="share of indices moved", ylabel=names[metric])
-        ax.set_xlim(left=0)
+        ax.set(xlabel="share of indices moved", xlim=(0, None))
+        ax.set_title(f"at {own['levels']} levels, range ±{own['range']:g}", fontsize="medium")
+    for ax in (level_ax, range_ax, *more):
+        ax.set_ylabel(names[metric])
         if metric != "psnr":
             ax.set_ylim(bottom=0)
-        ax.set_title(f"at {own['levels']} levels, range ±{own['range']:g}", fontsize="medium")
         ax.legend(frameon=False)
     return [figures.save(level_ax, epath.Path(folder) / "reconstruction.png")]

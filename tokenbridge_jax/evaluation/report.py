@@ -1,4 +1,4 @@
-"""What an evaluation found, as JSON for programs and a table for people."""
+"""Results of evaluations, as JSON for programs and as tables for people."""
 
 import datetime
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from etils import epath
 
 from tokenbridge_jax.runtime import storage
 
-# Names of metrics as people write them, with the direction that is better.
+# Names of metrics in tables, with the better direction.
 _TITLES = {
     "fid": "FID (lower)",
-    "thumbnail_distance": "distance of thumbnails (lower)",
+    "thumbnail_distance": "thumbnail distance (lower)",
     "sfid": "sFID (lower)",
     "inception_score": "IS, any order (higher)",
     "inception_score_std": "  standard deviation of splits",
-    "inception_score_adm": "IS as ADM, of neighbours (higher)",
+    "inception_score_adm": "IS as ADM, in file order (higher)",
     "kid": "KID (lower)",
     "kid_std": "  standard deviation of subsets",
     "precision": "precision (higher)",
@@ -27,7 +27,7 @@ _TITLES = {
 
 
 def machine() -> dict[str, Any]:
-    """What computed it."""
+    """The versions, the devices and the date of a result."""
     try:
         version = metadata.version("tokenbridge_jax")
     except metadata.PackageNotFoundError:
@@ -47,15 +47,13 @@ def write(
     facts: Mapping[str, Any],
     remarks: Sequence[str] = (),
 ) -> None:
-    """Writes a result, whole or not at all: `metrics`, `facts` they depend on, `remarks`."""
-    storage.write_json(
-        path,
-        plain({"metrics": metrics, "remarks": list(remarks), "facts": facts, "machine": machine()}),
-    )
+    """Writes metrics, the facts they depend on, and remarks, completely or not at all."""
+    result = {"metrics": metrics, "remarks": list(remarks), "facts": facts, "machine": machine()}
+    storage.write_json(path, plain(result))
 
 
 def plain(value: Any) -> Any:
-    """Numpy's numbers and arrays as JSON has them; what is not finite becomes null."""
+    """Converts numpy's numbers and arrays for JSON; NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | list | tuple):
@@ -70,17 +68,14 @@ def plain(value: Any) -> Any:
 def table(
     metrics: Mapping[str, float], facts: Mapping[str, Any], remarks: Sequence[str] = ()
 ) -> str:
-    """The numbers, then what they depend on, then what to know of them; a line each."""
-    rows = [(_TITLES.get(name, name), f"{value:.4f}") for name, value in metrics.items()]
-    lines = [f"{name:32}{value:>12}" for name, value in rows]
-    for name, value in facts.items():
-        lines.append(f"  {name.replace('_', ' '):28}{_short(value)}")
-    lines += [f"note: {remark}" for remark in remarks]
-    return "\n".join(lines)
+    """The metrics, the facts they depend on, and the remarks, one per line."""
+    lines = [f"{_TITLES.get(name, name):32}{value:>12.4f}" for name, value in metrics.items()]
+    lines += [f"  {name.replace('_', ' '):28}{_short(value)}" for name, value in facts.items()]
+    return "\n".join([*lines, *(f"note: {remark}" for remark in remarks)])
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a table; a number has four decimals, what is missing a dash."""
+    """Rows with the same keys as a table; floats have four decimals, None is a dash."""
     names = list(rows[0])
     cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]

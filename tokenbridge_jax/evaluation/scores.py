@@ -1,4 +1,4 @@
-"""Samples against a reference: all numbers of generation at once."""
+"""Compares samples with a reference: all metrics of generation."""
 
 import json
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ from tokenbridge_jax.evaluation.moments import Gaussian
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
-# Names of mean and covariance in files of statistics: ADM's, the release's, and those of JAX ports.
+# Names of mean and covariance in files of statistics: ADM's, and those of JAX ports.
 _POOL_NAMES = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 _SPATIAL_NAMES = ("mu_s", "sigma_s")
 _FEATURES = "pool_features"
 _FACTS = "facts"
 
-# A reference that is no file.
+# The value of --reference that stands for the config's training images.
 OF_DATA = "data"
 
-# Reference images of precision and recall, as in ADM's figures.
+# Number of reference images for precision and recall, as in ADM's evaluator.
 MANIFOLD_IMAGES = 10_000
 
 PUBLISHED_SAMPLES = 50_000
@@ -40,9 +40,9 @@ class Reference(NamedTuple):
 
     Attributes:
       pool: mean and covariance of the features.
-      spatial: those of the spatial features, if they are known.
-      features: of images, at most 10,000, if they are known; statistics alone have none.
-      facts: what a figure has to state of it.
+      spatial: the same for the spatial features, or None.
+      features: of at most 10,000 images; None if only statistics are known.
+      facts: the settings to report with any result.
     """
 
     pool: Gaussian
@@ -52,52 +52,51 @@ class Reference(NamedTuple):
 
 
 def find_reference(
-    path: str,
-    config: ConfigDict,
+    path: str | Path,
+    config: ConfigDict | None,
     extractor: Extractor,
     *,
     tokens: epath.PathLike | None = None,
     progress: bool = False,
 ) -> Reference:
-    """`load_reference(path)`, or with "data" the statistics of the config's training images.
-
-    `tokens` is a folder of token shards that may tell which of them are broken.
-    """
-    if path == OF_DATA:
-        images = data_images(config, "train", tokens=tokens)
-        return reference_of(images, extractor, progress=progress)
-    return load_reference(path, extractor, progress=progress)
-
-
-def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = False) -> Reference:
-    """Statistics from a file of them, or from images.
+    """Loads statistics, or computes them from images.
 
     Args:
-      path: `.npz` with `mu` and `sigma` (or `ref_mu`, `ref_sigma`), perhaps `mu_s` and `sigma_s`,
-        perhaps images as `arr_0`, as ADM publishes them; what `save_reference` wrote; or images as
-        `images.open_images` takes them.
-      extractor: of features of images.
+      path: a file of `save_reference`; an `.npz` as ADM publishes them, with `mu` and `sigma` (or
+        `ref_mu` and `ref_sigma`), optionally `mu_s` and `sigma_s`, and images as `arr_0`; images
+        for `image_sets.open_images`; or "data" for the config's training images.
+      config: describes the training images; needed only for "data".
+      extractor: computes features of images.
+      tokens: folder of token shards of the training images; see `image_sets.data_images`.
       progress: print rate and ETA to stderr.
 
     Raises:
       UserError: there are neither statistics nor images, or the statistics are of other features.
     """
+    if path == OF_DATA and config is not None:
+        images = data_images(config, "train", tokens=tokens)
+        return reference_of(images, extractor, progress=progress)
     path = Path(storage.expand(path))
-    arrays = _statistics(path) if path.suffix == ".npz" and path.is_file() else {}
+    arrays: dict[str, Any] = {}
+    if path.suffix == ".npz" and path.is_file():
+        with storage.open_npz(path) as archive:
+            has_images = f"{ARRAY}.npy" in archive.namelist()
+        # The images themselves are not read here.
+        arrays = storage.read_npz(path, without=[ARRAY]) | {ARRAY: has_images}
     names = next((pair for pair in _POOL_NAMES if set(pair) <= set(arrays)), None)
     if names is None:
         if arrays and not arrays[ARRAY]:
             held = ", ".join(sorted(arrays.keys() - {ARRAY})) or "nothing"
             raise UserError(
-                f"{path} holds {held}: a reference has statistics, mu and sigma (or ref_mu and "
-                f"ref_sigma), or images, {ARRAY}"
+                f"{path} holds {held}: a reference must have statistics, mu and sigma (or ref_mu "
+                f"and ref_sigma), or images, {ARRAY}"
             )
         return reference_of(open_images(path), extractor, progress=progress)
     pool = _gaussian(path, arrays, names)
     if len(pool.mean) != extractor.size:
         raise UserError(
-            f"{path} has statistics of {len(pool.mean)} features, not of the {extractor.size} "
-            "compared here; check --features"
+            f"{path} has statistics of {len(pool.mean)} features, not of {extractor.size}; check "
+            "--features"
         )
     facts: dict[str, Any] = {"reference": path.name, "reference_sha256": storage.sha256(path)}
     if _FACTS in arrays:
@@ -121,7 +120,7 @@ def load_reference(path: str | Path, extractor: Extractor, *, progress: bool = F
 
 
 def reference_of(images: ImageSet, extractor: Extractor, *, progress: bool = False) -> Reference:
-    """Statistics of all images, and features of 10,000 of them, chosen by their content."""
+    """Statistics of all images, and features of 10,000 of them, which their content determines."""
     found = extract(images, extractor, keep=MANIFOLD_IMAGES, progress=progress)
     facts = {
         "reference": images.path.name,
@@ -134,14 +133,10 @@ def reference_of(images: ImageSet, extractor: Extractor, *, progress: bool = Fal
 
 
 def save_reference(path: epath.PathLike, reference: Reference, extractor: Extractor) -> None:
-    """Writes statistics that `load_reference` reads, and so do other evaluators (`mu`, `sigma`)."""
-    arrays = {
-        "mu": reference.pool.mean,
-        "sigma": reference.pool.covariance,
-        _FACTS: np.array(
-            json.dumps({"images": reference.facts, "extractor": dict(extractor.facts)})
-        ),
-    }
+    """Writes statistics for `find_reference` and for other evaluators (`mu`, `sigma`)."""
+    facts = json.dumps({"images": reference.facts, "extractor": dict(extractor.facts)})
+    arrays = {"mu": reference.pool.mean, "sigma": reference.pool.covariance}
+    arrays[_FACTS] = np.array(facts)
     if reference.spatial is not None:
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     if reference.features is not None:
@@ -149,23 +144,11 @@ def save_reference(path: epath.PathLike, reference: Reference, extractor: Extrac
     storage.write_npz(path, arrays)
 
 
-def _statistics(path: Path) -> dict[str, Any]:
-    """The arrays of a file without its images; says only whether it has images."""
-    with storage.open_npz(path) as archive:
-        has_images = f"{ARRAY}.npy" in archive.namelist()
-    return storage.read_npz(path, without=[ARRAY]) | {ARRAY: has_images}
-
-
 def _gaussian(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, str]) -> Gaussian:
     try:
         mean, covariance = (np.asarray(arrays[name], np.float64) for name in names)
     except ValueError as error:
         raise UserError(f"{path}: {names[0]} and {names[1]} must be numbers") from error
-    if mean.ndim != 1 or covariance.ndim != 2:
-        raise UserError(
-            f"{path}: {names[0]} and {names[1]} must be a vector and a matrix, not of shapes "
-            f"{mean.shape} and {covariance.shape}"
-        )
     try:
         gaussian = Gaussian(mean, covariance)
     except UserError as error:
@@ -179,12 +162,12 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, str])
 def generation_scores(
     samples: SetFeatures, reference: Reference, distance: str = "fid"
 ) -> dict[str, float]:
-    """FID, sFID, IS, KID, precision and recall, as far as extractor and reference tell; by name.
+    """FID, sFID, IS, KID, precision and recall, by name, if samples and reference allow them.
 
-    FID and sFID compare with all of the reference, KID, precision and recall with its (at most)
-    10,000 images. Precision is the share of samples within the reference's manifold, recall that
-    of the reference within the samples'. None depends on the samples' order but
-    `inception_score_adm`, which is of neighbours.
+    FID and sFID compare with the whole reference; KID, precision and recall with at most 10,000 of
+    its images. Precision is the share of samples within the manifold of the reference, recall the
+    share of the reference within the manifold of the samples. Only `inception_score_adm` depends on
+    the order of the samples.
 
     Args:
       samples: from `features.extract`, with everything kept.
@@ -196,19 +179,17 @@ def generation_scores(
         scores["sfid"] = metrics.frechet_distance(samples.spatial, reference.spatial)
     if samples.logits is not None and samples.count >= SPLITS:
         mean, deviation = metrics.inception_score(samples.logits, SPLITS, samples.keys)
-        scores["inception_score"], scores["inception_score_std"] = mean, deviation
+        scores |= {"inception_score": mean, "inception_score_std": deviation}
         scores["inception_score_adm"] = metrics.adm_inception_score(samples.logits)
     if reference.features is not None:
         real, drawn = reference.features, samples.kept[np.argsort(samples.keys, kind="stable")]
         fewest = min(len(real), len(drawn))
         if fewest >= KID_SUBSET:
-            scores["kid"], scores["kid_std"] = metrics.kernel_distance(
-                drawn, real, subset_size=KID_SUBSET
-            )
+            mean, deviation = metrics.kernel_distance(drawn, real, subset_size=KID_SUBSET)
+            scores |= {"kid": mean, "kid_std": deviation}
         if fewest > NEIGHBOURS:
-            scores["precision"], scores["recall"] = metrics.precision_recall(
-                real, drawn, NEIGHBOURS
-            )
+            precision, recall = metrics.precision_recall(real, drawn, NEIGHBOURS)
+            scores |= {"precision": precision, "recall": recall}
     return scores
 
 
@@ -218,45 +199,45 @@ def remarks(
     reference: Reference,
     facts: Mapping[str, Any],
 ) -> list[str]:
-    """What a reader of the scores must know, in sentences."""
-    said = []
+    """What a reader of the scores must know, as sentences."""
+    notes = []
     size = len(samples.pool.mean)
     counts = {"samples": samples.count, "reference images": facts.get("reference_images")}
     for name, count in counts.items():
         if count is not None and count <= size:
-            said.append(
+            notes.append(
                 f"{count} {name} have a singular covariance of {size} features: the Frechet "
                 "distance is biased upwards"
             )
     sizes = [facts.get(f"{name}image_size") for name in ("", "reference_")]
     if None not in sizes and sizes[0] != sizes[1]:
-        said.append(f"samples of {sizes[0]} pixels are compared with references of {sizes[1]}")
+        notes.append(f"samples of {sizes[0]} pixels are compared with references of {sizes[1]}")
     if samples.logits is None:
-        said.append("these are figures of thumbnails: they compare with nothing published")
-        return said
+        notes.append("these scores use thumbnails: do not compare them with published ones")
+        return notes
     if samples.count < PUBLISHED_SAMPLES:
-        said.append(
-            f"published figures take {PUBLISHED_SAMPLES:,} samples; FID of {samples.count:,} is "
-            "biased upwards"
+        notes.append(
+            f"published scores use {PUBLISHED_SAMPLES:,} samples; FID of {samples.count:,} samples "
+            "is biased upwards"
         )
     if "inception_score" not in scores:
-        said.append(f"no inception score: it needs {SPLITS} samples")
+        notes.append(f"no inception score: it needs {SPLITS} samples")
     else:
         neighbours, _ = metrics.inception_score(samples.logits, SPLITS)
         any_order, deviation = scores["inception_score"], scores["inception_score_std"]
         if abs(neighbours - any_order) > max(3 * deviation, 0.01 * any_order):
-            said.append(
-                f"these images are sorted, and ADM's inception score depends on their order "
+            notes.append(
+                "these images are sorted, and ADM's inception score depends on their order "
                 f"({scores['inception_score_adm']:.2f}; in ten splits {neighbours:.2f} as they "
-                f"come, {any_order:.2f} in an order that follows from their content): shuffle them"
+                f"are, {any_order:.2f} in an order that does not depend on it): shuffle them"
             )
     if reference.features is None:
-        said.append("the reference has statistics but no images: no KID, precision and recall")
+        notes.append("the reference has statistics but no images: no KID, precision and recall")
     elif len(reference.features) < MANIFOLD_IMAGES:
-        said.append(
-            f"KID, precision and recall see {len(reference.features):,} reference images; "
-            f"published precision and recall take {MANIFOLD_IMAGES:,}"
+        notes.append(
+            f"KID, precision and recall use {len(reference.features):,} reference images; "
+            f"published precision and recall use {MANIFOLD_IMAGES:,}"
         )
     if reference.features is not None and "kid" not in scores:
-        said.append(f"no KID: it needs {KID_SUBSET:,} samples and reference images")
-    return said
+        notes.append(f"no KID: it needs {KID_SUBSET:,} samples and reference images")
+    return notes

@@ -1,6 +1,6 @@
 """Counts of levels and of pairs of levels in the indices of images.
 
-Of pairs only those that occur take memory: V^2 of them could, in well over a hundred tables.
+Only pairs that occur take memory; there are V^2 possible ones in each of over a hundred tables.
 """
 
 import itertools
@@ -14,19 +14,19 @@ from scipy.sparse import coo_array
 
 from tokenbridge_jax.evaluation.features import gather_rows
 
-# Numbers that are counted at a time, at least.
+# Numbers are counted when at least so many have been added.
 _FEWEST = 2**16
 
 PLACES = ("here", "right", "below")
 
 
 class Table(NamedTuple):
-    """Pairs of levels: a channel's at a position and another one's there, or its own elsewhere.
+    """The levels of two channels at a position, or of one channel at neighbouring positions.
 
     Attributes:
-      place: where the other level is: one of `PLACES`.
-      channel: of the one level.
-      other: of the other.
+      place: the position of the second level, relative to the first: one of `PLACES`.
+      channel: the channel of the first level.
+      other: the channel of the second level.
     """
 
     place: str
@@ -35,17 +35,17 @@ class Table(NamedTuple):
 
 
 def all_tables(channels: int) -> list[Table]:
-    """Those that are counted; first of all two channels, in the order of `combinations`."""
+    """All tables to count: first the pairs of channels, in the order of `combinations`."""
     here = [Table("here", c, d) for c, d in itertools.combinations(range(channels), 2)]
     return here + [Table(place, c, c) for place in PLACES[1:] for c in range(channels)]
 
 
 class Cells:
-    """How often each of the numbers below `possible` was seen; those that were take memory.
+    """Counts numbers from 0 to `possible` - 1; only numbers that occur take memory.
 
     Attributes:
-      seen: the numbers, in order.
-      counts: how often each was.
+      seen: the numbers that occur, in ascending order.
+      counts: how often each of them occurs.
     """
 
     def __init__(self, possible: int):
@@ -54,14 +54,14 @@ class Cells:
         self._new: list[Int64[np.ndarray, " n"]] = []
 
     def add(self, numbers: Int64[np.ndarray, " n"]) -> None:
-        """Counts numbers, at the latest when `count` is called."""
+        """Adds numbers; they are counted when `count` is called, or before."""
         self._new.append(numbers)
-        # Not always at once: each time all that was seen is gone through.
+        # Counting takes time in proportion to all numbers seen, so it waits for enough new ones.
         if sum(map(len, self._new)) >= max(len(self.seen), _FEWEST):
             self.count()
 
     def count(self) -> None:
-        """Counts what was added."""
+        """Counts all numbers that were added."""
         if not self._new:
             return
         new, self._new = np.concatenate(self._new), []
@@ -74,8 +74,8 @@ class Cells:
         self.join(np.append(self.seen, seen), np.append(self.counts, counts))
 
     def join(self, seen: Int64[np.ndarray, " n"], counts: Int64[np.ndarray, " n"]) -> None:
-        """Takes these for its own, and adds up the counts of the same number."""
-        order = np.argsort(seen, kind="stable")  # Quick, where it joins a few runs that are sorted.
+        """Replaces all counts by these, and adds up the counts of equal numbers."""
+        order = np.argsort(seen, kind="stable")  # Fast for a few sorted parts.
         seen = seen[order]
         first = np.flatnonzero(np.diff(seen, prepend=-1))
         self.seen = seen[first]
@@ -83,21 +83,17 @@ class Cells:
 
 
 class TokenCounts:
-    """Counts of levels, and of pairs of levels in some tables or all.
+    """Counts of levels, and of pairs of levels in some or all tables.
 
     Attributes:
-      single: how often every channel has every level, `[C, V]`.
-      tables: what pairs are counted of.
+      single: int64 `[C, V]`, how often every channel has every level.
+      tables: the tables of pairs.
     """
 
-    def __init__(self, channels: int, levels: int, tables: list[Table]):
-        self.single, self.tables = np.zeros((channels, levels), np.int64), tables
-        self._pairs = [Cells(levels**2) for _ in tables]
-
-    @classmethod
-    def zeros(cls, channels: int, levels: int) -> "TokenCounts":
-        """Counts of nothing, in all tables."""
-        return cls(channels, levels, all_tables(channels))
+    def __init__(self, channels: int, levels: int, tables: list[Table] | None = None):
+        self.single = np.zeros((channels, levels), np.int64)
+        self.tables = all_tables(channels) if tables is None else tables
+        self._pairs = [Cells(levels**2) for _ in self.tables]
 
     def update(self, indices: Integer[np.ndarray, "N h w C"]) -> None:
         """Adds the indices of images."""
@@ -114,13 +110,13 @@ class TokenCounts:
             pairs.add((one * levels + other).ravel())
 
     def sum_over_processes(self) -> None:
-        """Adds what the other processes counted."""
+        """Adds the counts of the other processes."""
         self.single = gather_rows(self.single[None]).sum(axis=0)
         for pairs in self._pairs:
             pairs.count()
         if jax.process_count() == 1:
             return
-        # All tables together: every exchange of arrays of another size is a program of its own.
+        # All tables in one exchange, because every array size compiles another program.
         starts = np.arange(len(self.tables) + 1) * self.single.shape[1] ** 2
         numbered = zip(self._pairs, starts[:-1], strict=True)
         seen = gather_rows(np.concatenate([pairs.seen + start for pairs, start in numbered]))
@@ -134,7 +130,7 @@ class TokenCounts:
             pairs.join(seen[a:b] - start, counts[a:b])
 
     def matrices(self) -> Iterator[tuple[Table, coo_array]]:
-        """Every table with its counts, `[V, V]` and sparse."""
+        """Every table with its sparse matrix of counts, `[V, V]`."""
         levels = self.single.shape[1]
         for table, pairs in zip(self.tables, self._pairs, strict=True):
             pairs.count()

@@ -1,9 +1,9 @@
-"""What the indices of token shards are like: entropies, level use, rank-frequency, dependence.
+"""Statistics of the indices of token shards: entropies, use of levels, Zipf's law, dependence.
 
-All of it follows from counts: of the levels of every channel, and of pairs of levels, for every two
-channels of a position and for every channel at neighbouring positions. At the paper's 64 levels one
-pass over the shards counts all; where too many pairs may occur for the memory, each of several
-passes counts those of some tables. Entropies are in bits.
+All of them follow from counts: of the levels of every channel, and of pairs of levels, for every
+two channels of a position and for every channel at neighbouring positions. At the paper's 64
+levels, one pass over the shards counts everything. If too many pairs are possible for the memory,
+several passes count some tables each. Entropies are in bits.
 """
 
 import os
@@ -26,11 +26,11 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 
 _BATCH = 64
-# Pairs of levels that are counted at a time, over all tables: about a gigabyte.
+# Pairs of levels that one pass may count, over all tables: about a gigabyte.
 _MOST_CELLS = 2**24
-# Ranks of Zipf's law that exist at a time.
+# Ranks of Zipf's law that are in memory together.
 _RANKS = 2**20
-# Points of a rank-frequency curve that are kept: a picture shows no more.
+# Points of a rank-frequency curve in the result; a plot shows no more.
 _CURVE = 200
 
 _CORRECTION = "Miller-Madow: (cells seen - 1) / (2 samples) nats are added to every entropy"
@@ -44,31 +44,31 @@ def token_statistics(
     max_images: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Describes the indices of a split of token shards. Several processes share the work.
+    """Computes statistics of a split of token shards. Several processes share the work.
 
     Args:
       folder: of the token shards.
-      split: which of them.
-      all_views: count all views of an image (posterior samples, mirrored pictures), not only the
-        first, which is no mirrored one.
-      max_images: at most so many, evenly spaced over the split; all by default.
-      progress: print rate and ETA to stderr.
+      split: its name.
+      all_views: count all views of an image (posterior samples, mirrored images), not only the
+        first, which is not mirrored.
+      max_images: the largest number of images, evenly spaced over the split; all by default.
+      progress: print rate and ETA to stderr; of several processes the first does.
 
     Returns:
-      Plain numbers and lists for JSON, by channel in the autoencoder's order:
-      `split`, `images`, `views` (of an image that were counted), `samples` (positions that were
+      Plain numbers and lists for JSON; lists over channels are in the autoencoder's order:
+      `split`, `images`, `views` (per image that were counted), `samples` (positions that were
       counted), `positions`, `channels`, `levels`, `channel_order`, and
-      `entropy`: bits of every channel, `plug_in` and `corrected`, their means, and `bits_per_pixel`
-        of a code that knows nothing else;
-      `level_use`: by channel the `share` of levels that occur, `perplexity` (2^bits), and the
-        most and least used levels with their shares;
-      `rank_frequency`: see `zipf_fit`; of `tokens` (channel, level), and of `pairs` (two channels
+      `entropy`: bits of every channel, `plug_in` and `corrected`, their means, and the
+        `bits_per_pixel` of a code that only uses these entropies;
+      `level_use`: for every channel the `share` of levels that occur, the `perplexity` (2^bits),
+        and the most and least used levels with their shares;
+      `rank_frequency`: see `zipf_fit`, for `tokens` (channel, level), and for `pairs` (two channels
         and their levels at a position);
-      `mutual_information`: bits, `plug_in` and `corrected`: `channels`, a matrix over channels at
-        the same position with entropies on its diagonal; `right` and `below`, of a channel with
-        itself at the next position. `total_correlation_at_least`, bits a position: the largest
-        spanning tree of the matrix (Chow & Liu, 1968), which is a lower bound of what independent
-        predictions of the channels lose, where nothing else is known of the position.
+      `mutual_information`: bits, `plug_in` and `corrected`. `channels` is a matrix over channels at
+        the same position with entropies on its diagonal; `right` and `below` are of a channel with
+        itself at the next position. `total_correlation_at_least`, in bits per position, is the
+        weight of the maximum spanning tree of the matrix (Chow & Liu, 1968). It is a lower bound
+        of the loss by independent predictions of the channels without any context.
 
     Raises:
       UserError: the shards or the split are missing or damaged, or hold no images.
@@ -84,7 +84,7 @@ def token_statistics(
     numbers = np.linspace(0, len(records) - 1, count).astype(np.int64)
     mine = np.array_split(numbers, processes)[jax.process_index()]
     views = info.views if all_views else 1
-    # A process has no more cells than samples, and is given those of all the others in the end.
+    # A process has at most as many cells as samples, and in the end gets those of all others.
     cells = processes * min(levels**2, -(-count // processes) * views * info.positions)
     tables = all_tables(info.channels)
     size = max(1, _MOST_CELLS // cells)
@@ -123,17 +123,16 @@ def token_statistics(
     return found
 
 
-def describe(counts: TokenCounts | Iterable[TokenCounts]) -> dict[str, Any]:
-    """What `token_statistics` says of counts.
+def describe(counts: Iterable[TokenCounts]) -> dict[str, Any]:
+    """The statistics of `token_statistics` that follow from counts.
 
     Args:
-      counts: of all tables; or of some after others, in the order of `all_tables`, of which only
-        the one at hand is kept.
+      counts: of some tables each, in the order of `all_tables`; only one is in memory at a time.
     """
     dependence: dict[str, list[Any]] = {place: [] for place in PLACES}
-    # How many pairs occur how often: there are far fewer numbers than pairs.
+    # How often pairs occur, and the number of pairs that occur so often.
     often, times = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for part in [counts] if isinstance(counts, TokenCounts) else counts:
+    for part in counts:
         single = part.single
         for table, matrix in part.matrices():
             dependence[table.place].append([x[0] for x in mutual_information([matrix])])
@@ -175,7 +174,7 @@ def _dependence(
     plug_in: Float[np.ndarray, " C"],
     corrected: Float[np.ndarray, " C"],
 ) -> dict[str, Any]:
-    """From the estimates of every table, by its place."""
+    """Summarises the estimates of all tables, given by their places."""
     above = np.triu_indices(len(plug_in), 1)
     here, right, below = (np.reshape(found[place], (-1, 2)).T for place in PLACES)
     matrices = []
@@ -201,11 +200,11 @@ def _estimates(plug_in: np.ndarray, corrected: np.ndarray) -> dict[str, Any]:
 def entropies(
     counts: Int64[np.ndarray, "N K"],
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """Entropies in bits of distributions that were counted: plug-in, and Miller-Madow.
+    """Entropies in bits from counts: the plug-in estimates, and Miller-Madow's.
 
-    The plug-in estimate is too low by about (cells - 1) / (2 samples) nats (Miller, 1955); with
-    cells those that were seen, that is added. It takes samples for independent, which those of
-    neighbouring positions are not. Of no samples at all both are 0.
+    The plug-in estimate is too low by about (cells - 1) / (2 samples) nats (Miller, 1955).
+    Miller-Madow's estimate adds this, for the cells that were seen. It assumes independent samples,
+    but neighbouring positions are not independent. Without samples, both are 0.
     """
     totals = np.maximum(counts.sum(axis=1), 1)
     p = counts / totals[:, None]
@@ -217,13 +216,13 @@ def entropies(
 def mutual_information(
     counts: Iterable[Int64[np.ndarray, "V V"] | sparray],
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """Bits that one variable tells of another, from counts of both: plug-in, and corrected.
+    """Mutual information of two variables in bits, from joint counts: plug-in, and corrected.
 
     The plug-in estimate is too high, with 64 x 64 cells by up to 2863 bits over the number of
-    samples. Corrected, the three entropies are Miller-Madow's, so that it may be slightly negative.
+    samples. The corrected one uses Miller-Madow's entropies; it may be slightly negative.
 
     Args:
-      counts: a matrix for every two variables, dense or sparse.
+      counts: N matrices of joint counts, dense or sparse.
     """
     found = []
     for matrix in map(coo_array, counts):
@@ -239,19 +238,19 @@ def zipf_fit(
 ) -> dict[str, Any]:
     """Fits frequency ~ 1 / rank^s to counts of types of tokens, by maximum likelihood.
 
-    The ranks are the n types that were seen, the most frequent first: the likelihood is that of
-    Zipf's law cut off at n, and its largest where the mean log rank is the law's.
+    The n types that were seen are ranked, the most frequent first. The law is Zipf's, limited to n
+    ranks. Its likelihood is largest where its mean log rank is that of the counts.
 
     Args:
       counts: how often types were seen.
-      times: how many types have each of these counts; one by default.
+      times: the number of types with each of these counts; one by default.
 
     Returns:
-      `types` that were seen, of `possible_types`; the `exponent` s, 0 for equally frequent types,
-      None if there is only one; `kolmogorov_smirnov`, the largest distance of the
-      cumulative shares from the law's, 0 for a perfect fit; `r_squared`, the squared correlation of
-      log count and log rank, 1 for a straight line; and the curve, at no more than 200 ranks:
-      `ranks`, `shares`, and `fitted` shares.
+      `types`, the number of types seen, and `possible_types`; the `exponent` s, 0 for equally
+      frequent types, None for fewer than two; `kolmogorov_smirnov`, the largest distance between
+      the cumulative shares and the law's, 0 for a perfect fit; `r_squared`, the squared correlation
+      of log count and log rank, 1 for a straight line; and a curve of at most 200 points: `ranks`,
+      `shares`, and `fitted` shares.
     """
     times = np.ones_like(counts) if times is None else times
     order = np.flatnonzero(counts)
@@ -272,7 +271,7 @@ def zipf_fit(
         return sorted_counts[np.searchsorted(last_ranks, rank)]
 
     def law(exponent: float) -> tuple[float, float]:
-        """What 1 / rank^s sums to, and the law's mean log rank."""
+        """The sum of 1 / rank^s, and the law's mean log rank."""
         weight = weighted = 0.0
         for log_rank in map(np.log, ranks()):
             weights = np.exp(-exponent * log_rank)
@@ -281,7 +280,7 @@ def zipf_fit(
         return weight, weighted / weight
 
     mean = float(sum(counts_at(rank) @ np.log(rank) for rank in ranks())) / total
-    # At 0 the law's mean is the largest that falling shares can have, at 64 nearly 0.
+    # The law's mean falls with s. At 0, decreasing shares have no larger one; at 64, it is near 0.
     falls = law(0.0)[1] - mean > 1e-12
     exponent = brentq(lambda s: law(s)[1] - mean, 0, 64) if falls else 0.0
     weight = law(exponent)[0]
@@ -309,7 +308,7 @@ def zipf_fit(
 
 
 def table(statistics: Mapping[str, Any]) -> str:
-    """What `token_statistics` found, for people: channels in channel order, then all of them."""
+    """The result of `token_statistics` as a text table: channels in channel order, then totals."""
     order = statistics["channel_order"]
     dependence = statistics["mutual_information"]
     between = np.array(dependence["channels"]["corrected"])
@@ -330,8 +329,8 @@ def table(statistics: Mapping[str, Any]) -> str:
     lines = [
         report.columns(rows),
         f"mean {statistics['entropy']['mean_corrected']:.4f} of "
-        f"{np.log2(statistics['levels']):g} bits an index; channels at a position tell each other "
-        f"at least {dependence['total_correlation_at_least']:.4f} bits",
+        f"{np.log2(statistics['levels']):g} bits per index; channels at a position share at least "
+        f"{dependence['total_correlation_at_least']:.4f} bits",
     ]
     for name, fit in ranks.items():
         if fit["exponent"] is not None:
@@ -343,7 +342,7 @@ def table(statistics: Mapping[str, Any]) -> str:
 
 
 def plot(statistics: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
-    """Writes what `token_statistics` found as PNGs; returns their paths."""
+    """Plots the result of `token_statistics` as PNGs; returns their paths."""
     folder = epath.Path(folder)
     return [
         _plot_channels(statistics, folder / "token_entropy.png"),
@@ -361,7 +360,7 @@ def _plot_channels(statistics: Mapping[str, Any], path: epath.Path) -> epath.Pat
     most = np.log2(statistics["levels"])
     entropy_ax.axhline(most, color=figures.GREY, linestyle="--")
     entropy_ax.set_ylim(0, 1.14 * most)
-    label = f"all {statistics['levels']} levels alike: {most:g} bits"
+    label = f"{statistics['levels']} equally likely levels: {most:g} bits"
     entropy_ax.text(places[-1] + 0.4, 1.02 * most, label, ha="right", color=figures.GREY)
     entropy_ax.set_ylabel("entropy (bits)")
     found = statistics["mutual_information"]

@@ -1,4 +1,4 @@
-"""Ways to change latents before they are decoded: levels, ranges, moved indices."""
+"""Changes of latents before they are decoded: levels, ranges, moved indices."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from tokenbridge_jax.runtime.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What becomes of latents before they are decoded.
+    """How latents are changed before they are decoded.
 
     Attributes:
-      quantizer: the levels they take; None leaves them as they are.
-      share: the probability with which an index is moved.
-      delta: by how many levels at most; all steps but 0 are equally likely, and one that leads
-        beyond the last level ends there.
+      quantizer: quantizes the latents; None leaves them unchanged.
+      share: the probability that an index is moved.
+      delta: the largest move, in levels. All moves from -delta to delta except 0 are equally
+        likely. A move beyond the first or last level ends at that level.
 
     Raises:
       UserError: on construction, if share or delta is out of range, or only one of them is 0.
@@ -31,8 +31,8 @@ class Variant:
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1 or self.delta < 0 or (self.share > 0) != (self.delta > 0):
             raise UserError(
-                f"indices cannot be perturbed with share {self.share} and delta {self.delta}: a "
-                "share is above 0 and at most 1, a delta at least 1"
+                f"indices cannot be perturbed with share {self.share} and delta {self.delta}: the "
+                "share must be above 0 and at most 1, the delta at least 1"
             )
 
 
@@ -45,10 +45,10 @@ def sweep(
     """The rows of the paper's Table 1: continuous latents, numbers of levels, ranges.
 
     Args:
-      own: the model's quantizer. It is among the rows; levels vary at its range, ranges at its
-        number of levels, and its indices are perturbed.
-      levels: V of the others.
-      ranges: R of the others.
+      own: the model's quantizer, which is one of the rows. Other numbers of levels have its range,
+        other ranges have its number of levels, and perturbations move its indices.
+      levels: V of the other rows.
+      ranges: R of the other rows.
       perturbations: pairs of a share and a delta; see `Variant`.
     """
     limit = own.maximum
@@ -66,10 +66,10 @@ def perturb(
     variant: Variant,
     seed: int,
 ) -> Int[np.ndarray, "n L C"]:
-    """Moves some indices, as `variant` says, of levels 0..V-1.
+    """Moves some indices by the share and delta of `variant`; they stay within 0..V-1.
 
-    What happens to image i follows from `seed` and i. A larger share moves the same indices and
-    more, a larger delta moves them in the same direction and farther.
+    The moves of image i depend only on `seed` and i. A larger share moves the same indices and
+    more. A larger delta moves them farther in the same direction.
     """
     rngs = [np.random.default_rng((seed, int(number))) for number in numbers]
     shape = 2, *indices.shape[1:]

@@ -35,10 +35,7 @@ class ChannelAR(ChannelTransformer):
         super().setup()
 
     def logits(
-        self,
-        feature: Float[Array, "N Z"],
-        indices: Integer[Array, "N C"],
-        as_sampled: bool = False,
+        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"], as_sampled: bool = False
     ) -> Float[Array, "N C V"]:
         """See `Head.logits`."""
         previous = indices[:, np.array(self.channel_order[:-1])]
@@ -56,10 +53,7 @@ class ChannelAR(ChannelTransformer):
         return condition + self.timestep_embed[:1].astype(self.dtype)
 
     def sample(
-        self,
-        feature: Float[Array, "N Z"],
-        keys: Key[Array, " N"],
-        temperature: Float[Array, ""],
+        self, feature: Float[Array, "N Z"], keys: Key[Array, " N"], temperature: Float[Array, ""]
     ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """See `Head.sample`; uses cached keys and values.
 

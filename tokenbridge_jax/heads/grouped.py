@@ -28,10 +28,7 @@ class GroupedHead(Head):
         self.joint = self.make_joint()
 
     def logits(
-        self,
-        feature: Float[Array, "N Z"],
-        indices: Integer[Array, "N C"],
-        as_sampled: bool = False,
+        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"], as_sampled: bool = False
     ) -> Float[Array, "N C V"]:
         """See `Head.logits`; sums over the later channels of a group."""
         levels, groups = self.levels, len(self.channel_order) // self.group
@@ -48,10 +45,7 @@ class GroupedHead(Head):
         return jnp.stack(parts, axis=2).reshape(len(indices), -1, levels)
 
     def sample(
-        self,
-        feature: Float[Array, "N Z"],
-        keys: Key[Array, " N"],
-        temperature: Float[Array, ""],
+        self, feature: Float[Array, "N Z"], keys: Key[Array, " N"], temperature: Float[Array, ""]
     ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """See `Head.sample`; the temperature applies to joint classes."""
         joint, log_probs = self.joint.sample(feature, keys, temperature)

@@ -23,10 +23,7 @@ class Head(nn.Module):
     levels: int
 
     def logits(
-        self,
-        feature: Float[Array, "N Z"],
-        indices: Integer[Array, "N C"],
-        as_sampled: bool = False,
+        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"], as_sampled: bool = False
     ) -> Float[Array, "N C V"]:
         """Teacher-forced float32 logits, channels in channel order.
 
@@ -41,10 +38,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def nll(
-        self,
-        feature: Float[Array, "N Z"],
-        indices: Integer[Array, "N C"],
-        as_sampled: bool = False,
+        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"], as_sampled: bool = False
     ) -> Float[Array, "N C"]:
         """Negative log-likelihood of every index in nats, in autoencoder order; see `logits`."""
         order = np.array(self.channel_order)
@@ -54,10 +48,7 @@ class Head(nn.Module):
         return nll[:, np.argsort(order)]
 
     def sample(
-        self,
-        feature: Float[Array, "N Z"],
-        keys: Key[Array, " N"],
-        temperature: Float[Array, ""],
+        self, feature: Float[Array, "N Z"], keys: Key[Array, " N"], temperature: Float[Array, ""]
     ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """Draws the C indices of every position.
 

@@ -1,7 +1,8 @@
-"""Parallel head (paper, "parallel prediction"): all C channels at once, independent of each other.
+"""The paper's "parallel prediction": all C channels at once, independent of each other.
 
-`ChannelAR` without the tokens of previous indices. Everything else is the same, so that the two
-heads differ only in what a channel may depend on. (Attention stays causal, which changes nothing.)
+This is `ChannelAR` without the tokens of previous indices. Everything else is the same, so that the
+two heads differ only in what a channel may depend on. (Attention stays causal, which changes
+nothing.) Configs and checkpoints call this head by the paper's name: `model.head = "parallel"`.
 """
 
 import jax.numpy as jnp
@@ -16,20 +17,14 @@ class IndependentHead(ChannelTransformer):
     """At every place, sees the feature alone."""
 
     def logits(
-        self,
-        feature: Float[Array, "N Z"],
-        indices: Integer[Array, "N C"],
-        as_sampled: bool = False,
+        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"], as_sampled: bool = False
     ) -> Float[Array, "N C V"]:
         """See `Head.logits`; ignores `indices`."""
         del indices, as_sampled
         return self._logits(feature)
 
     def sample(
-        self,
-        feature: Float[Array, "N Z"],
-        keys: Key[Array, " N"],
-        temperature: Float[Array, ""],
+        self, feature: Float[Array, "N Z"], keys: Key[Array, " N"], temperature: Float[Array, ""]
     ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """See `Head.sample`; one pass draws all channels."""
         logits = self._logits(feature)

@@ -63,25 +63,16 @@ def _convolve(
     x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: str | None
 ) -> jax.Array:
     return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
+        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
     )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _exact(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any) -> jax.Array:
     """A float32 convolution; on NVIDIA GPUs 2.4 times as fast as on their float32 units."""
-
-    def anywhere(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _convolve(x, kernel, strides, padding, "highest")
-
-    def on_gpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return three_passes(x, kernel, strides, padding)
-
+    settings = dict(strides=strides, padding=padding)
+    anywhere = functools.partial(_convolve, **settings, precision="highest")
+    on_gpu = functools.partial(three_passes, **settings)
     return jax.lax.platform_dependent(x, kernel, cuda=on_gpu, default=anywhere)
 
 

@@ -17,7 +17,7 @@ from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec, check_indices, in_batches
 from tokenbridge_jax.data.class_names import class_number
 from tokenbridge_jax.loss import position_nll
-from tokenbridge_jax.model import TokenBridgeConfig, init_params
+from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.pipeline.description import ClassId, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -108,9 +108,7 @@ class Pipeline:
             )
         local = meshes.make_mesh(devices=jax.local_devices())
         codec = Codec(*autoencoder, config.quantizer, local, precision)
-        params, step = pretrained.load_weights(
-            workdir, abstract_sharded_params(config, mesh), step=step
-        )
+        params, step = pretrained.load_weights(workdir, abstract_params(config, mesh), step=step)
         if (workdir / "config.json").exists():
             facts["config"] = storage.read_json(workdir / "config.json")
         return cls(description, params, codec, mesh, step, facts)
@@ -254,8 +252,8 @@ class Pipeline:
         indices = np.asarray(check_indices(indices, shape, self.config.quantizer))
         hidden = np.ones(shape[:2], bool) if hidden is None else hidden
         hidden = np.asarray(checks.array("hidden", hidden, "bool", shape[:2]))
-        shards, sharding = meshes.batch_shards(self.mesh), meshes.batch_sharding(self.mesh)
-        size = -(-min(batch_size, len(labels)) // shards) * shards
+        sharding = meshes.batch_sharding(self.mesh)
+        size = meshes.round_up_batch(min(batch_size, len(labels)), self.mesh)
 
         def score(rows: np.ndarray) -> np.ndarray:
             full = np.pad(rows, (0, size - len(rows)), mode="edge")
@@ -303,10 +301,3 @@ class Pipeline:
           UserError: there is no such class.
         """
         return class_number(class_id, self.description.class_names, self.config.classes)
-
-
-def abstract_sharded_params(config: TokenBridgeConfig, mesh: Mesh) -> Any:
-    """Returns shapes, dtypes and shardings of the model's parameters on a mesh."""
-    with jax.enable_x64(False):
-        boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return meshes.abstract_arrays(boxed, mesh)

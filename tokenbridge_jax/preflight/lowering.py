@@ -22,7 +22,7 @@ from tokenbridge_jax.benchmark.training_speed import Trainer
 from tokenbridge_jax.config import check_batches, check_training, sampling_settings
 from tokenbridge_jax.flops import sampling_flops
 from tokenbridge_jax.loss import MaskDraw, head_chunks
-from tokenbridge_jax.pipeline.pipeline import abstract_sharded_params
+from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.preflight.hlo import Program, read_program
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.sampling.sampler import Request, generate
@@ -127,7 +127,7 @@ def sampling_work(config: ConfigDict, mesh: Mesh) -> Work:
     model, batch = make_model(config), config.sampling.batch_size
     settings = sampling_settings(config.sampling)
     check_batches([batch], mesh, given="sampling.batch_size ")
-    params = abstract_sharded_params(model, mesh)
+    params = abstract_params(model, mesh)
 
     @jax.jit
     def sample(params: Any, labels: jax.Array, sample_indices: jax.Array) -> jax.Array:

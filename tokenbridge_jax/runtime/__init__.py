@@ -1,1 +1,1 @@
-"""What everything stands on: devices, processes, storage, progress, errors. Knows no model."""
+"""The lowest floor: devices, processes, storage, progress, errors. It knows no model."""

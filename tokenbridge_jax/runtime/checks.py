@@ -1,8 +1,8 @@
 """Checks of the arguments of the Python interface: each reports a mistake in one line.
 
-An argument may be an array of numpy or jax, or anything that numpy makes an array of: lists of
+An argument may be an array of numpy or jax, or anything that numpy converts to an array: lists of
 arrays of one shape, tensors, pictures. No number is converted to another kind: floats are not
-taken for images, and no index is clipped. Arguments that are checked here are annotated
+accepted as images, and no index is clipped. Arguments that are checked here are annotated
 `... | Any`; the part before `Any` says what they should be.
 """
 
@@ -93,7 +93,7 @@ def labels(value: Any, classes: int) -> Integer[np.ndarray, " N"] | Float[np.nda
 
 
 def whole(name: str, value: Any) -> int:
-    """Returns a whole number as Python's; it may be Python's, numpy's, or an array without axes.
+    """Converts a whole number of Python or numpy, or an array without axes, to Python's int.
 
     Raises:
       UserError: it is not a whole number.
@@ -165,7 +165,7 @@ def mesh(value: Any) -> None:
 def items(value: Any) -> Sequence[Any] | None:
     """Returns the items of a list, tuple or array; numpy's and jax's numbers become Python's.
 
-    Returns None for a single thing: a number, a text, a mapping, None, an array without axes.
+    Returns None for a single value: a number, a text, a mapping, None, an array without axes.
     """
     if isinstance(value, np.ndarray | jax.Array):
         return np.asarray(value).tolist() if value.ndim else None

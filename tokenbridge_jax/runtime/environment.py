@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 import jax
-from jax._src import xla_bridge  # What JAX is installed for has no public name.
+from jax._src import xla_bridge  # The installed platforms have no public name.
 
 from tokenbridge_jax.runtime import processes
 from tokenbridge_jax.runtime.errors import UserError
@@ -37,6 +37,6 @@ def check_devices() -> None:
         raise UserError(
             f"{asked_by}={asked} asks for devices that JAX does not find here"
             f"{f' ({reason})' if reason else ''}; it is installed for "
-            f"{', '.join(sorted(installed))}: name one of these, or unset the variable to take "
-            "what there is"
+            f"{', '.join(sorted(installed))}: name one of these, or unset the variable to let "
+            "JAX choose"
         ) from error

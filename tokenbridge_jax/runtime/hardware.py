@@ -1,4 +1,4 @@
-"""Peak rates of matrix products by device, to which training steps are compared."""
+"""Peak rates of matrix products by device, for comparison with the rate of training."""
 
 import re
 import time
@@ -34,17 +34,15 @@ PEAK_FLOPS = (
 
 def listed_flops(device_kind: str) -> float | None:
     """Peak FLOP/s of a kind of device; None if it is not in the table."""
-    for name, flops in PEAK_FLOPS:
-        if re.search(rf"\b{name}\b", device_kind, re.IGNORECASE):
-            return flops
-    return None
+    found = (f for name, f in PEAK_FLOPS if re.search(rf"\b{name}\b", device_kind, re.IGNORECASE))
+    return next(found, None)
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
     """Peak matmul FLOP/s of one device, and the source of the number.
 
     A device that is not in the table, such as a CPU, is measured with a short float32 product. CPU
-    devices of one host share its cores, so the result is divided among them.
+    devices of one host share its cores, so the rate is divided by their number.
     """
     if flops := listed_flops(device.device_kind):
         return flops, f"{device.device_kind}, bf16, from its data sheet"

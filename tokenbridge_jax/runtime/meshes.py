@@ -81,9 +81,8 @@ def make_mesh(
       data: size of the axis. One of data, fsdp and tensor may be -1, to use all devices.
       fsdp: size of the axis.
       tensor: size of the axis.
-      slices: how many slices there are; -1 takes the number from the devices. 1 treats all devices
-        as if they had one network.
-      devices: by default `jax.devices()`, all of the job's; or those of a topology.
+      slices: number of slices; -1 takes it from the devices, and 1 treats all devices as one slice.
+      devices: by default `jax.devices()`, all devices of the job.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices, or do not fit the slices.
@@ -95,7 +94,7 @@ def make_mesh(
     if slices != 1 and len(set(of_slice.values())) > 1:
         raise UserError(
             f"the slices have different numbers of devices: {sorted(of_slice.values())}; use equal "
-            "ones, or set --config.mesh.slices=1 to lay the mesh over all devices alike"
+            "ones, or set --config.mesh.slices=1 to treat all devices as one slice"
         )
     if slices not in (-1, 1, found):
         raise UserError(f"config.mesh.slices={slices}, but the devices are of {found} slices")
@@ -125,7 +124,7 @@ def make_mesh(
 def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
     """Makes `constrain` and `jax.jit` use this mesh and the logical rules.
 
-    Inside, JAX computes in 32 bits, even if the caller has enabled 64.
+    Inside, JAX computes in 32 bits, even if the caller has enabled 64 bits.
     """
     with jax.enable_x64(False), jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield mesh
@@ -169,12 +168,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the batch is split. A batch size must be a multiple of it."""
+    """The number of parts that the batch is split into. Batch sizes must be multiples of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def round_up_batch(size: int, mesh: Mesh) -> int:
+    """The smallest batch size of at least `size` that divides over the mesh."""
+    return -(-size // batch_shards(mesh)) * batch_shards(mesh)
+
+
 def batch_shards_in_use() -> int:
-    """Into how many parts the batch is split by the mesh of `use_mesh`; 1 outside it."""
+    """The number of parts that the mesh of `use_mesh` splits the batch into; 1 outside it."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else batch_shards(mesh)
 
@@ -213,14 +217,14 @@ def abstract_arrays(boxed: Any, mesh: Mesh) -> Any:
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array of any layout; every process of a job calls this and gets it."""
+    """A whole array of any layout, as numpy's; every process of a job must call this."""
     if not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
 def axis_size(mesh: Mesh | AbstractMesh, name: str | tuple[str, ...]) -> int:
-    """Into how many parts one mesh axis, or several together, split an array's axis."""
+    """The number of parts that a mesh axis, or several together, split an axis of an array into."""
     return math.prod(mesh.shape[n] for n in ((name,) if isinstance(name, str) else name))
 
 
@@ -228,7 +232,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> Int64[np.ndarray, " b"]:
     """The rows of a global batch that this process's devices hold, in ascending order.
 
     Processes that share a tensor group hold the same rows. The rows of one process need not be
-    neighbours, because a mesh follows the network of the devices, not the order of processes.
+    adjacent, because a mesh follows the network of the devices, not the order of processes.
 
     Args:
       mesh: the devices.
@@ -250,8 +254,9 @@ def to_global(local: Any, mesh: Mesh) -> Any:
     """Turns this process's rows of a batch into global arrays, split along the first axis.
 
     Args:
-      local: a tree of numpy arrays `[b, ...]` with the rows of `local_rows`.
-      mesh: the mesh.
+      local: a tree of numpy arrays `[b, ...]` with the rows of `local_rows`. Scalars, which must be
+        equal in all processes, are copied to every device.
+      mesh: the devices.
 
     Raises:
       UserError: the rows do not divide over the batch shards that this process holds.
@@ -259,7 +264,9 @@ def to_global(local: Any, mesh: Mesh) -> Any:
     sharding, held = batch_sharding(mesh), _local_shards(mesh)
     parts, place_of_shard = int(np.sum(held)), np.cumsum(held) - 1
 
-    def place(x: np.ndarray) -> jax.Array:
+    def place(x: np.ndarray | np.generic) -> jax.Array:
+        if isinstance(x, np.generic):
+            return jax.make_array_from_callback((), replicated(mesh), lambda _: np.asarray(x))
         size, rest = divmod(len(x), parts)
         if rest:
             raise UserError(
@@ -277,6 +284,6 @@ def to_global(local: Any, mesh: Mesh) -> Any:
 
 
 def _local_shards(mesh: Mesh) -> Bool[np.ndarray, " shards"]:
-    """Which of the batch shards are on devices of this process."""
+    """Whether each batch shard is on a device of this process."""
     processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
     return np.any(processes.reshape(batch_shards(mesh), -1) == jax.process_index(), axis=1)

@@ -19,7 +19,7 @@ SMALLEST_SIDE = 48
 def grid(
     images: UInt8[np.ndarray, "B H W I"], columns: int | None = None
 ) -> UInt8[np.ndarray, "gridH gridW I"]:
-    """Arranges images row by row with thin lines between them. Small images are enlarged.
+    """Arranges images in rows with thin lines between them. Small images are enlarged.
 
     Args:
       images: uint8, 1 or 3 channels.

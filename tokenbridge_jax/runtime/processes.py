@@ -2,11 +2,11 @@
 
 Processes agree through the job's coordination service (a key-value store with barriers in process
 0), never by a program on the devices. A host reads the result of such a program from one of its
-devices. If the process ends while its other devices still communicate, its neighbours wait forever.
+devices. If the process ends while its other devices still communicate, the others wait forever.
 
-A process that dies is noticed within `HEARTBEAT_SECONDS`. The others then end with status
-`EXIT_LOST`; the coordination service prints which process it was just above their last line. (A
-process that aborts for any other reason ends in the same way: the two cannot be distinguished.)
+The death of a process is noticed within `HEARTBEAT_SECONDS`. The others then end with status
+`EXIT_LOST`; above their last line the coordination service prints which process died. (A process
+that aborts for another reason ends in the same way: the two cannot be distinguished.)
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from jax._src import distributed  # The service's client has no public name.
 from tokenbridge_jax.runtime import slurm
 from tokenbridge_jax.runtime.errors import UserError
 
-# Exit status where another process of the job is gone. (EX_PROTOCOL of sysexits.h.)
+# Exit status if another process of the job is gone. (EX_PROTOCOL of sysexits.h.)
 EXIT_LOST = 76
 
 HEARTBEAT_SECONDS = 60  # Unless $TOKENBRIDGE_HEARTBEAT_SECONDS says otherwise.
@@ -33,10 +33,10 @@ HEARTBEAT_SECONDS = 60  # Unless $TOKENBRIDGE_HEARTBEAT_SECONDS says otherwise.
 # How long a process that has failed waits for the others to fail too.
 FAILURE_SECONDS = 10
 
-# How long the name of process 0's host may be unknown. On Kubernetes it appears with the host.
+# How long the name of process 0's host may be unknown: Kubernetes adds it when the host starts.
 NAME_SECONDS = 20
 
-# Waits have no limit: the process waited for is alive, or the service notices its death.
+# Waits have no limit: the other process is alive, or the service notices its death.
 _FOREVER = 7 * 24 * 3600
 
 _NO_TASK = (
@@ -73,9 +73,7 @@ def join(distributed_flag: bool, *, asks_for_signals: bool = False) -> None:
     _tell_when_aborted()
     try:
         jax.distributed.initialize(
-            num_processes=number,
-            process_id=process,
-            heartbeat_timeout_seconds=heartbeat_seconds(),
+            num_processes=number, process_id=process, heartbeat_timeout_seconds=heartbeat_seconds()
         )
     except (ValueError, TypeError, IndexError, KeyError) as error:
         reason = " ".join(str(error).split())
@@ -93,7 +91,7 @@ def alone() -> bool:
 
 
 def gather(text: str) -> list[str]:
-    """Waits until every process has called this, and returns the texts of all, by process."""
+    """Waits until every process has called this, and returns the texts of all, in their order."""
     job = distributed.global_state
     if job.client is None:
         return [text]
@@ -112,7 +110,7 @@ def leave(status: int, patience: int = _FOREVER) -> int:
 
     Args:
       status: of this process; the others may have another one.
-      patience: seconds after which it ends without the others, which then notice its death.
+      patience: seconds after which this process ends alone; the others then notice its death.
     """
     job = distributed.global_state
     if job.client is None:
@@ -120,7 +118,8 @@ def leave(status: int, patience: int = _FOREVER) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     # The barrier itself has the time limit of the process that came first.
-    alarm = threading.Timer(patience, _leave_alone, [status])
+    message = f"ends; the others follow within {heartbeat_seconds()} s"
+    alarm = threading.Timer(patience, _end, [status, message])
     alarm.daemon = True
     alarm.start()
     try:
@@ -130,11 +129,6 @@ def leave(status: int, patience: int = _FOREVER) -> int:
         print(str(error).partition("\n")[0], file=sys.stderr, flush=True)
         _tell_lost()
     os._exit(status)
-
-
-def _leave_alone(status: int) -> None:
-    """Ends this process without the others."""
-    _end(status, f"ends; the others follow within {heartbeat_seconds()} s")
 
 
 def heartbeat_seconds() -> int:
@@ -150,7 +144,7 @@ def _number(name: str) -> int | None:
 
 
 def _check(number: int | None, process: int | None, address: str | None) -> None:
-    """Checks for mistakes with which JAX would wait for minutes, or give obscure messages."""
+    """Checks for mistakes after which JAX would wait for minutes or print an obscure message."""
     if number == 0:
         raise UserError("JAX_NUM_PROCESSES=0 must be at least 1")
     if number is not None and process is not None and process >= number:
@@ -208,6 +202,6 @@ def _tell_lost() -> None:
 
 
 def _end(status: int, message: str) -> None:
-    """Ends this process at once, whatever its threads are doing."""
+    """Ends this process at once, without waiting for its threads."""
     os.write(2, f"process {distributed.global_state.process_id} {message}\n".encode())
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Lines for the user on stderr, and one that shows how far long work is and when it ends."""
+"""Lines for the user on stderr, and a line that shows the progress of long work."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ import jax
 
 
 def say(text: str) -> None:
-    """Prints a line for the user to stderr; of several processes the first does."""
+    """Prints a line for the user to stderr; of several processes, only the first prints."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
 
@@ -29,8 +29,8 @@ class Progress:
     """Prints `desc done/total rate eta` and the fields given, at most every `every_seconds`.
 
     On a terminal the line is rewritten in place; a log file gets a new line for each report. The
-    rate is the mean since construction, without the `done` it started from. (tqdm fills a log file
-    with carriage returns, and clu's `ReportProgress` imports TensorFlow.)
+    rate is the mean since construction, and does not count the initial `done`. (tqdm fills a log
+    file with carriage returns, and clu's `ReportProgress` imports TensorFlow.)
     """
 
     def __init__(
@@ -44,11 +44,10 @@ class Progress:
         every_seconds: float | None = None,
         visible: bool = True,
     ):
-        """`scale` converts a count to units for the rate, such as images in a step."""
+        """`scale` is the number of units in a count, such as images in a step."""
         self._total, self._unit, self._desc = total, unit, desc
         self._start_count = self._done = done
-        self._scale = scale
-        self._visible = visible
+        self._scale, self._visible = scale, visible
         self._stream = sys.stderr
         self._live = self._stream.isatty()
         self._every = every_seconds if every_seconds is not None else (0.2 if self._live else 10.0)
@@ -58,7 +57,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second since construction."""
+        """Units per second since construction."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         return (self._done - self._start_count) * self._scale / elapsed
 
@@ -68,7 +67,7 @@ class Progress:
         return time.monotonic() - self._start
 
     def update(self, count: int = 1, **fields: Any) -> None:
-        """Adds `count` to what is done; `fields` appear at the end of the line until replaced."""
+        """Adds `count` to the work done; `fields` stay at the end of the line until replaced."""
         self._done += count
         self._fields.update(fields)
         if time.monotonic() - self._last_print >= self._every:
@@ -103,11 +102,8 @@ class Progress:
         parts = [f"{self._desc} {self._done}/{self._total}{share}"]
         parts.append(f"{self.rate:.1f} {self._unit}/s")
         parts.append(f"took {format_seconds(self.elapsed)}" if remaining <= 0 else f"eta {eta}")
-        parts += [f"{name} {_format(value)}" for name, value in self._fields.items()]
+        for name, value in self._fields.items():
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         line = "  ".join(parts)
         self._stream.write(f"\r\033[K{line}" if self._live else f"{line}\n")
         self._stream.flush()
-
-
-def _format(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -26,7 +26,7 @@ def write(path: epath.PathLike, tree: Mapping[str, Any]) -> None:
 
 
 def read(path: epath.PathLike) -> dict[str, Any]:
-    """Reads a file of `write`, or of another program, which has no checksum.
+    """Reads a file that `write` or another program wrote; only the former has a checksum.
 
     Raises:
       UserError: the file is missing, cannot be read or is damaged.

@@ -1,4 +1,4 @@
-"""Facts about a job that Slurm gives to its processes and JAX does not use."""
+"""Facts about a job that Slurm tells its processes and JAX does not use."""
 
 import os
 import re
@@ -16,7 +16,7 @@ def left_out() -> bool:
     """Whether this process is in a job of Slurm, but is not one of its tasks.
 
     This is the case in a shell of `salloc`, or in a batch script without `srun`. Some of those
-    shells are a step of one task in a job of several.
+    shells are a step of one task in a job of several tasks.
     """
     tasks = _number("SLURM_STEP_NUM_TASKS")
     of_shell = tasks == 1 and (_number("SLURM_NTASKS") or 1) > 1
@@ -26,16 +26,14 @@ def left_out() -> bool:
 def idle_gpus() -> str:
     """A warning about GPUs of this node that JAX will not use; empty if it uses all.
 
-    JAX gives every task of a step one GPU. Variables that Slurm would not write like that are
-    ignored.
+    JAX gives every task of a step one GPU. Values that Slurm would not write are ignored.
     """
     given = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip()]
     gpus = _number("SLURM_GPUS_ON_NODE") or len(given)
     bound = "CUDA_VISIBLE_DEVICES" in os.environ and len(given) < 2  # Slurm chose one for the task.
     tasks = tasks_on_node()
-    if not is_task() or os.environ.get("JAX_LOCAL_DEVICE_IDS") or bound or not tasks:
-        return ""
-    if gpus <= tasks:
+    chosen = bound or os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    if not is_task() or chosen or not tasks or gpus <= tasks:
         return ""
     advice = f"start {gpus} processes a node (srun --ntasks-per-node={gpus})"
     if tasks == 1:

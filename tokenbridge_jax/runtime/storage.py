@@ -1,4 +1,4 @@
-"""Paths as users write them, files that are written completely or not at all, workdir locks."""
+"""Paths given by users, files that are written completely or not at all, and workdir locks."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ from etils import epath
 
 from tokenbridge_jax.runtime.errors import UserError
 
-# A killed process first frees its memory and then its locks, which may take this long.
+# How long to wait for the lock of a killed process, which first frees its memory.
 LOCK_SECONDS = 5
 
 # Advice for files that the system refuses. None of these errors means that a file is damaged.
@@ -65,7 +65,7 @@ def expand(path: epath.PathLike) -> str:
             raise UserError(f"{text}: {unknown}; write the whole path (or ./{text})")
         text = os.path.join(folder, rest)
     elif os.path.normpath(text).startswith("~"):
-        text = os.path.abspath(text)  # `pathlib` shortens ./~name to ~name, which would be a home.
+        text = os.path.abspath(text)  # `pathlib` shortens ./~name to ~name, which means a home.
     for name in text.split("/"):
         check_name(name)
     return text
@@ -183,7 +183,7 @@ def refusal(path: epath.PathLike, said: str = "") -> OSError | None:
 
     Args:
       path: of the file.
-      said: the text of a library's error, which may contain the reason.
+      said: the text of a library's error, which may contain the system's reason.
     """
     for number in _ADVICE:
         if os.strerror(number) in said:
@@ -201,7 +201,7 @@ def exists(path: epath.PathLike) -> bool:
     """Whether there is a file or folder at `path`.
 
     Raises:
-      UserError: the system does not tell, as in a folder that this user may not read.
+      UserError: the system does not answer, as for a folder that this user may not read.
     """
     if in_object_store(path):
         return epath.Path(path).exists()
@@ -267,13 +267,13 @@ def npy_errors(path: epath.PathLike, advice: str = "put back a copy of it") -> I
     except UserError:
         raise
     except Exception as error:  # Zipfile, zlib and numpy raise many kinds for a damaged file.
-        # A damaged offset is an invalid argument.
+        # For a damaged offset the system reports an invalid argument.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise read_error(path, error) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         kind = epath.Path(path).suffix or ".npz"
         raise UserError(
-            f"{path} cannot be read: {reason}; it is no {kind} file of numbers, or a damaged one: "
+            f"{path} cannot be read: {reason}; it is damaged, or not a {kind} file of numbers: "
             f"{advice}"
         ) from error
 
@@ -313,10 +313,10 @@ def read_json(path: epath.PathLike) -> Any:
 
 @contextlib.contextmanager
 def lock(workdir: epath.PathLike) -> Iterator[None]:
-    """Keeps other runs out of a workdir. The kernel frees the lock whenever this process ends.
+    """Keeps other runs out of a workdir. The kernel frees the lock when this process ends.
 
-    Object stores have no such locks, and some network file systems neither; for those a line is
-    printed. The lock is also lost when this process closes another descriptor of the same file.
+    Object stores have no such locks. Nor do some network file systems; for those a line is printed.
+    The lock is also lost when this process closes another descriptor of the same file.
 
     Raises:
       UserError: another process has the lock; the message says which.

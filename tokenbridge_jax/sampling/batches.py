@@ -85,15 +85,14 @@ def generate_in_batches(
         check_index_range(known[~hidden], config.levels)
     dtype = config.quantizer.index_dtype
     result = np.zeros(shape, dtype) if known is None else known.astype(dtype)
-    shards = meshes.batch_shards(mesh)
     put = functools.partial(jax.device_put, device=meshes.batch_sharding(mesh))
     counts = np.full(len(labels), config.positions) if hidden is None else hidden.sum(axis=1)
     with meshes.use_mesh(mesh), Progress(len(labels), desc="sample", visible=progress) as bar:
         for num_hidden in np.unique(counts[counts > 0]):
             images = np.flatnonzero(counts == num_hidden).astype(np.int32)
-            size = -(-min(batch_size, len(images)) // shards) * shards
+            size = meshes.round_up_batch(min(batch_size, len(images)), mesh)
             if hidden is not None:  # Groups have many sizes, and each size needs a program.
-                size = min(-(-batch_size // shards) * shards, padded_size(size, shards))
+                size = min(meshes.round_up_batch(batch_size, mesh), padded_size(size, mesh))
             for start in range(0, len(images), size):
                 chosen = images[start : start + size]
                 # The last image fills the batch up.

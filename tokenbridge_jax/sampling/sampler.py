@@ -152,10 +152,7 @@ def generate_steps(
     The steps run one by one, with a program for every stage in place of one for all.
 
     Args:
-      config: as for `generate`; so are the next three.
-      params: likewise.
-      request: likewise.
-      settings: likewise.
+      config, params, request, settings: as for `generate`.
       every: number of steps between two results; there is always one after the last step.
 
     Yields:

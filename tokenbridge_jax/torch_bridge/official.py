@@ -1,4 +1,4 @@
-"""Name table of the TokenBridge model (the official release's state dict), and its buffers."""
+"""Name table and buffers of the TokenBridge model, as in the official release's state dict."""
 
 import re
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ from tokenbridge_jax.torch_bridge.table import (
     to_torch,
 )
 
-# State-dict entries that are not parameters: they follow from the configuration.
+# Entries of the state dict that are not parameters. The configuration determines them.
 BUFFERS = ("channel_mask", "reconstruction_values", "boundaries")
 
-# By what it is known among a file's tensors.
+# Names that identify the model in a file.
 NETWORK = Network(
     (
         "class_emb.weight",
@@ -41,66 +41,56 @@ State = Mapping[str, np.ndarray]
 
 
 def table(config: TokenBridgeConfig) -> list[Entry]:
-    """Every parameter of the release and where it lives here.
+    """Returns an entry for every parameter of the release.
 
     Raises:
-      UserError: the release has no such head.
+      UserError: the release does not have the head of this config.
     """
     c = config
     if not c.is_published:
         raise UserError(
-            "PyTorch files hold model.head='channel_ar' with one channel a group; the head of this "
-            f"model is '{c.head}' with {c.channels_per_group}"
+            "PyTorch files hold model.head='channel_ar' with one channel per group; this model has "
+            f"head='{c.head}' with {c.channels_per_group} channels per group"
         )
-    length = c.buffer + c.positions
-    backbone, head = ("backbone",), ("head",)
     entries = [
-        Entry("class_emb.weight", (*backbone, "class_embedding")),
-        _reshaped("fake_latent", (*backbone, "null_latent"), (1, c.encoder_width)),
-        _reshaped(
-            "encoder_pos_embed_learned",
-            (*backbone, "encoder_position"),
-            (1, length, c.encoder_width),
-        ),
-        _reshaped("mask_token", (*backbone, "mask_token"), (1, 1, c.decoder_width)),
-        _reshaped(
-            "decoder_pos_embed_learned",
-            (*backbone, "decoder_position"),
-            (1, length, c.decoder_width),
-        ),
-        _reshaped(
-            "output_pos_embed", (*backbone, "output_position"), (1, c.positions, c.decoder_width)
-        ),
-        *linear("z_proj", (*backbone, "z_proj")),
-        *norm("z_proj_ln", (*backbone, "z_proj_norm")),
-        *norm("encoder_norm", (*backbone, "encoder_norm")),
-        *linear("decoder_embed", (*backbone, "decoder_embed")),
-        *norm("decoder_norm", (*backbone, "decoder_norm")),
-        _reshaped("channel_embed", (*head, "channel_embed"), (1, c.channels, c.head_width)),
-        _reshaped("timesteps_embeddings", (*head, "timestep_embed"), (1, c.channels, c.head_width)),
-        *linear("condition_proj", (*head, "condition_proj")),
-        *norm("channel_norm", (*head, "norm")),
-        *_modulation("channel_final", (*head, "final_modulation"), c.head_width, chunks=2),
+        Entry("class_emb.weight", "backbone.class_embedding"),
+        Entry("fake_latent", "backbone.null_latent"),
+        Entry("encoder_pos_embed_learned", "backbone.encoder_position", "batched"),
+        Entry("mask_token", "backbone.mask_token", "batched"),
+        Entry("decoder_pos_embed_learned", "backbone.decoder_position", "batched"),
+        Entry("output_pos_embed", "backbone.output_position", "batched"),
+        *linear("z_proj", "backbone.z_proj"),
+        *norm("z_proj_ln", "backbone.z_proj_norm"),
+        *norm("encoder_norm", "backbone.encoder_norm"),
+        *linear("decoder_embed", "backbone.decoder_embed"),
+        *norm("decoder_norm", "backbone.decoder_norm"),
+        Entry("channel_embed", "head.channel_embed", "batched"),
+        Entry("timesteps_embeddings", "head.timestep_embed", "batched"),
+        *linear("condition_proj", "head.condition_proj"),
+        *norm("channel_norm", "head.norm"),
+        *linear("channel_final.adaLN_modulation.1", "head.final_modulation"),
     ]
     for i in range(c.channels - 1):
-        entries.append(Entry(f"token_embeddings.{i}.weight", (*head, "token_embeddings"), index=i))
+        entries.append(Entry(f"token_embeddings.{i}.weight", "head.token_embeddings", index=i))
     for i in range(c.channels):
-        entries += linear(f"channel_heads.{i}", (*head, "classifier"), index=i)
-    for i in range(c.encoder_layers):
-        entries += _block(f"encoder_blocks.{i}", (*backbone, "encoder_blocks"), i, c.encoder_width)
-    for i in range(c.decoder_layers):
-        entries += _block(f"decoder_blocks.{i}", (*backbone, "decoder_blocks"), i, c.decoder_width)
+        entries += linear(f"channel_heads.{i}", "head.classifier", i)
+    for part, layers in (
+        ("encoder_blocks", c.encoder_layers),
+        ("decoder_blocks", c.decoder_layers),
+    ):
+        for i in range(layers):
+            entries += _block(f"{part}.{i}", f"backbone.{part}", i)
     for i in range(c.head_layers):
-        name, path = f"channel_blocks.{i}", (*head, "blocks")
-        entries += _block(name, path, i, c.head_width)
-        entries += norm(f"{name}.attn.q_norm", (*path, "attn", "q_norm"), i)
-        entries += norm(f"{name}.attn.k_norm", (*path, "attn", "k_norm"), i)
-        entries += _modulation(name, (*path, "modulation"), c.head_width, chunks=6, index=i)
+        name, path = f"channel_blocks.{i}", "head.blocks"
+        entries += _block(name, path, i)
+        entries += norm(f"{name}.attn.q_norm", f"{path}.attn.q_norm", i)
+        entries += norm(f"{name}.attn.k_norm", f"{path}.attn.k_norm", i)
+        entries += linear(f"{name}.adaLN_modulation.1", f"{path}.modulation", i)
     return entries
 
 
 def buffers(config: TokenBridgeConfig) -> dict[str, np.ndarray]:
-    """The state dict's entries that are not parameters: causal mask, level values, bin edges."""
+    """Returns the entries that are not parameters: causal mask, level values and bin edges."""
     future = np.triu(np.ones((config.channels, config.channels), bool), 1)
     return {
         "channel_mask": np.where(future, np.float32(-np.inf), np.float32(0)),
@@ -110,32 +100,32 @@ def buffers(config: TokenBridgeConfig) -> dict[str, np.ndarray]:
 
 
 def level_values(state: State, exact: np.ndarray) -> np.ndarray:
-    """The level values of an imported model, on the +-3 scale.
+    """Returns the level values of an imported model, on the +-3 scale.
 
-    Those of its buffer, `reconstruction_values`, bit for bit. Only where that buffer is in float16
-    or bfloat16 and is `exact` rounded to it, they are `exact`: the weights were then saved, or
-    converted, with fewer bits than they were trained with.
+    These are the values of the buffer `reconstruction_values`, bit for bit. There is one exception:
+    if they are `exact` rounded to float16 or bfloat16, the result is `exact`. The model was then
+    saved or converted with fewer bits than it was trained with.
 
     Args:
-      state: the state dict; without that buffer, or with one of another length, they are `exact`.
-      exact: float32 `[V]`, those of the paper.
+      state: the state dict. Without that buffer, or with one of another length, the result is
+        `exact`.
+      exact: float32 `[V]`, the level values of the paper.
 
     Returns:
       Float32 `[V]`.
     """
     values = state.get("reconstruction_values", exact)
-    if values.shape != exact.shape:
+    if values.shape != exact.shape or (_rounding(values) and _agree(values, exact)):
         return exact
-    rounding = _rounding(values)
-    return exact if rounding and _agree(values, exact, rounding) else values
+    return values
 
 
 def infer_sizes(state: Mapping[str, Any]) -> dict[str, int]:
-    """Reads a model's sizes off the shapes of a state dict.
+    """Infers a model's sizes from the shapes of a state dict.
 
     Returns:
-      Fields of `TokenBridgeConfig` by name, and "channels" and "levels"; without those that no
-      tensor shows, such as the heads of the backbone.
+      Fields of `TokenBridgeConfig` by name, and "channels" and "levels". Fields that no shape
+      determines are left out, such as the number of heads of the backbone.
     """
     positions = size(state, ("output_pos_embed", 1))
     length = size(state, ("encoder_pos_embed_learned", 1), ("decoder_pos_embed_learned", 1))
@@ -184,30 +174,28 @@ def _layers(state: Mapping[str, Any], prefix: str) -> int | None:
 def import_model(
     config: TokenBridgeConfig, parts: Mapping[str, State]
 ) -> dict[str, dict[str, Any]]:
-    """State dicts of the official release -> parameters here, of the same names.
+    """Converts state dicts of the official release to our parameters, under the same keys.
 
     Args:
-      config: of the model, its quantizer with the level values of the release.
+      config: the model's config; its quantizer has the level values of the release.
       parts: state dicts by name ("model", "model_ema"), with all buffers or none. Buffers in half
-        precision may differ by what that rounds.
+        precision may differ from ours by rounding.
 
     Raises:
-      UserError: naming every tensor, of all parts, that is missing, unexpected or misshapen, and
-        buffers whose values are not those of this model.
+      UserError: tensors are missing, unexpected or misshapen, or buffers have other values than
+        this model's. The message names all of them, in all parts.
     """
     entries, target, own = table(config), abstract_params(config), buffers(config)
     found = []
     for part, state in parts.items():
-        parameters = {name: state[name] for name in state if name not in BUFFERS}
-        wrong = problems(entries, parameters, target)
-        given = {name: state[name] for name in own if name in state}
-        wrong += [f"missing {name}" for name in own if given and name not in given]
-        for name, theirs in given.items():
-            ours = own[name]
-            if theirs.shape != ours.shape:
-                wrong.append(f"{name} has shape {list(theirs.shape)}, expected {list(ours.shape)}")
-            elif not _agree(theirs, ours, _rounding(theirs)):
-                wrong.append(f"{name} holds other values than this model's quantizer or mask")
+        expected = own if any(name in state for name in own) else {}
+        held = [Entry(name, name) for name in expected]
+        wrong = problems([*entries, *held], state, target | expected)
+        wrong += [
+            f"{name} holds other values than this model's quantizer or mask"
+            for name, ours in expected.items()
+            if name in state and state[name].shape == ours.shape and not _agree(state[name], ours)
+        ]
         found += [f"{part}: {line}" if len(parts) > 1 else line for line in wrong]
     if found:
         raise UserError("; ".join(found))
@@ -218,16 +206,19 @@ def import_model(
 
 
 def export_model(config: TokenBridgeConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Parameters here -> a state dict of the official release, its buffers included."""
+    """Converts our parameters to a state dict of the official release, with its buffers."""
     return to_torch(table(config), params) | buffers(config)
 
 
 def _rounding(array: np.ndarray) -> float:
-    """By which share of themselves numbers may be rounded: 0 where they need all of float32.
+    """Returns the relative rounding error of the numbers, or 0 if they need float32.
 
-    The numbers tell, not their dtype, which a conversion back to float32 hides.
+    This depends on the values, not on the dtype: they may have been converted back to float32.
     """
-    for dtype in (jnp.bfloat16, jnp.float16):  # The coarser first: most of its numbers are in both.
+    for dtype in (
+        jnp.bfloat16,
+        jnp.float16,
+    ):  # The coarser first: float16 holds most of its values.
         with np.errstate(over="ignore"):
             is_rounded = np.array_equal(array, array.astype(dtype).astype(np.float32))
         if is_rounded:
@@ -235,27 +226,16 @@ def _rounding(array: np.ndarray) -> float:
     return 0.0
 
 
-def _agree(theirs: np.ndarray, ours: np.ndarray, rounding: float) -> bool:
-    return np.allclose(theirs, ours, rtol=rounding, atol=1e-4)
+def _agree(theirs: np.ndarray, ours: np.ndarray) -> bool:
+    return np.allclose(theirs, ours, rtol=_rounding(theirs), atol=1e-4)
 
 
-def _reshaped(name: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Entry:
-    return Entry(name, path, torch_shape=shape)
-
-
-def _modulation(
-    name: str, path: tuple[str, ...], width: int, chunks: int, index: int | None = None
-) -> list[Entry]:
-    return linear(f"{name}.adaLN_modulation.1", path, index, (chunks * width, width))
-
-
-def _block(name: str, path: tuple[str, ...], index: int, width: int) -> list[Entry]:
-    attention = (*path, "attn")
+def _block(name: str, path: str, index: int) -> list[Entry]:
     return [
-        *norm(f"{name}.norm1", (*path, "norm1"), index),
-        *linear(f"{name}.attn.qkv", (*attention, "qkv"), index, (3 * width, width)),
-        *linear(f"{name}.attn.proj", (*attention, "proj"), index, (width, width)),
-        *norm(f"{name}.norm2", (*path, "norm2"), index),
-        *linear(f"{name}.mlp.fc1", (*path, "mlp", "fc1"), index),
-        *linear(f"{name}.mlp.fc2", (*path, "mlp", "fc2"), index),
+        *norm(f"{name}.norm1", f"{path}.norm1", index),
+        *linear(f"{name}.attn.qkv", f"{path}.attn.qkv", index),
+        *linear(f"{name}.attn.proj", f"{path}.attn.proj", index, "projection"),
+        *norm(f"{name}.norm2", f"{path}.norm2", index),
+        *linear(f"{name}.mlp.fc1", f"{path}.mlp.fc1", index),
+        *linear(f"{name}.mlp.fc2", f"{path}.mlp.fc2", index),
     ]

@@ -1,34 +1,35 @@
-"""Finds a network's tensors in a file, wherever they lie in it.
+"""Finds a network's tensors in a file, under any prefix.
 
-Training scripts keep state dicts in dicts (`model`, `state_dict`, `ema`), beside an optimizer's,
-and networks within others (`first_stage_model.` of LDM). Both only put something before a tensor's
-name. What PyTorch wraps modules in (DDP, FSDP, torch.compile) puts a word into it.
+Training scripts save state dicts in dicts (`model`, `state_dict`, `ema`), beside an optimizer's
+state. LDM saves networks within others (`first_stage_model.`). Both put a prefix before the names.
+Wrapped modules in PyTorch (DDP, FSDP, torch.compile) have an extra word inside the names.
 """
 
 import collections
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenbridge_jax.runtime.errors import UserError
 
-# Modules around a module, which has its name after theirs.
+# Names of the modules that wrap a module. They stand before its name.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
     r"|_forward_module)(?:\.|$)"
 )
-# How many updates PyTorch's AveragedModel has had.
+# The number of updates in PyTorch's AveragedModel.
 _COUNTER = "n_averaged"
-# Words of the prefix of averaged parameters.
+# Words in the prefix of averaged parameters.
 _AVERAGED = {"ema", "average", "averaged", "avg"}
 
 
 class Network(NamedTuple):
-    """What a network is known by.
+    """The names that identify a network in a file.
 
     Attributes:
-      marks: names that any such network has; a few may be missing.
-      extras: what else may lie among its tensors, and is left out: words that names begin with.
+      marks: names of tensors that the network has; some of them may be missing.
+      extras: first words of the names of other tensors under the same prefix, which are left out.
     """
 
     marks: tuple[str, ...]
@@ -36,13 +37,13 @@ class Network(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What `find` found.
+    """The result of `find`.
 
     Attributes:
-      parts: "model", and "model_ema" if both are there: tensors by their names within the network,
-        with whatever else lies among them. All tensors, where the network is nowhere.
-      places: what stood before the names of each part.
-      notes: lines that say what was taken and what was left, where that is not plain.
+      parts: "model", and "model_ema" if both are there: all tensors under the prefix of each, by
+        their names without it. If the network is not in the file, "model" is the whole file.
+      places: the prefix of each part.
+      notes: lines for the user about what was taken and what was left out, if this is not obvious.
     """
 
     parts: dict[str, dict[str, Any]]
@@ -51,15 +52,16 @@ class Found(NamedTuple):
 
 
 def find(tensors: Mapping[str, Any], network: Network, prefixes: Collection[str] = ()) -> Found:
-    """The tensors of a network, and of its average if there is one.
+    """Finds the tensors of a network, and of its average if there is one.
 
     Args:
-      tensors: all that a file holds, by name; of nested dicts, keys are joined by dots.
-      network: to look for.
-      prefixes: where to look, of several places; those not in the file are ignored.
+      tensors: all tensors of a file by name; the keys of nested dicts are joined by dots.
+      network: the network to find.
+      prefixes: the prefixes to choose if the file holds several copies. Prefixes that are not in
+        the file are ignored.
 
     Raises:
-      UserError: the network is there several times, or a name is.
+      UserError: the file holds several copies of the network, or two tensors of one name.
     """
     tensors = _unwrap_all(tensors)
     places = _places(tensors, network.marks)
@@ -76,15 +78,13 @@ def find(tensors: Mapping[str, Any], network: Network, prefixes: Collection[str]
     taken = {"model": (plain or averages)[0]}
     if plain and averages:
         taken["model_ema"] = averages[0]
-    parts: dict[str, dict[str, Any]] = {}
+    parts = {part: owned.pop(place) for part, place in taken.items()}
     for part, place in taken.items():
-        parts[part] = {}
-        for name, tensor in owned.pop(place).items():
+        for name in list(parts[part]):
             word = name.split(".")[0]
             if word in network.extras:
-                left[_join(place, word)] += 1
-            else:
-                parts[part][name] = tensor
+                del parts[part][name]
+                left[f"{place}.{word}" if place else word] += 1
     left.update({place: len(state) for place, state in owned.items()})
     notes = []
     if not plain:
@@ -98,7 +98,7 @@ def find(tensors: Mapping[str, Any], network: Network, prefixes: Collection[str]
 
 
 def unwrapped(name: str) -> str:
-    """A name or prefix without the words of wrappers and dots at its end."""
+    """Returns a name or prefix without the names of wrappers, and without dots at its end."""
     return _WRAPPERS.sub("", name.rstrip(".")).rstrip(".")
 
 
@@ -115,19 +115,16 @@ def _unwrap_all(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _places(tensors: Iterable[str], marks: Sequence[str]) -> list[str]:
-    """What stands before the names of a network, once for every copy; "" where nothing does."""
-    places: dict[str, None] = {}
-    for name in tensors:
-        for mark in marks:
-            if name == mark or name.endswith(f".{mark}"):
-                places[name.removesuffix(mark).rstrip(".")] = None
-    return list(places)
+    """Returns the prefix of every copy of a network; "" if its names have none."""
+    pairs = [(name, mark) for name in tensors for mark in marks]
+    places = [n.removesuffix(m).rstrip(".") for n, m in pairs if n == m or n.endswith(f".{m}")]
+    return list(dict.fromkeys(places))
 
 
 def _split(
     tensors: Mapping[str, Any], places: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], collections.Counter[str]]:
-    """Tensors by place, under their names there, and how many begin with what other words."""
+    """Returns the tensors under every prefix, and counts the others by the first word of a name."""
     owned: dict[str, dict[str, Any]] = {place: {} for place in places}
     left: collections.Counter[str] = collections.Counter()
     longest_first = sorted(places, key=len, reverse=True)
@@ -146,19 +143,14 @@ def _is_average(place: str) -> bool:
 
 
 def _which(plain: Sequence[str], averages: Sequence[str]) -> str:
-    if len(plain) > 1 and len(averages) == 1:
-        choices = [[place, averages[0]] for place in plain]
-    elif plain and len(averages) > 1:
-        choices = [[place, average] for place in plain for average in averages]
-    else:
-        choices = [[place] for place in (*plain, *averages)]
+    """Returns the error message for several copies, with the --prefix that chooses each."""
+    copies = [*plain, *averages]
+    choices: Iterable[Sequence[str]] = [[copy] for copy in copies]
+    if plain and averages:
+        choices = itertools.product(plain, averages)
     flags = " or ".join("--prefix=" + ",".join(place or "." for place in c) for c in choices)
-    places = ", ".join(map(_shown, (*plain, *averages)))
+    places = ", ".join(map(_shown, copies))
     return f"it holds the network several times ({places}); say which: {flags}"
-
-
-def _join(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
 
 
 def _shown(place: str) -> str:

@@ -1,11 +1,11 @@
-"""Files of state dicts: `.pth` and its kin (with torch), `.safetensors` and `.npz` (without).
+"""Reads and writes files of state dicts: PyTorch files (with torch), `.safetensors` and `.npz`.
 
-A file that is read is what its content says, whatever its name ends in. Arrays come and go as numpy
-float32. A file of PyTorch's is a pickle, which can hold any program:
-only what torch's weights-only loading takes for harmless is read.
+The content of a file decides how it is read, not its name. Arrays are numpy float32. A PyTorch file
+is a pickle, which can contain any program, so only torch's weights-only loading reads it.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import io as bytes_io
 import pickle
@@ -29,43 +29,40 @@ from tokenbridge_jax.torch_bridge.parts import Found, Network, find
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 
 WRITTEN_SUFFIXES = (*TORCH_SUFFIXES, ".safetensors")
-READ_SUFFIXES = (*WRITTEN_SUFFIXES, ".npz")
 
-# What `.npz` files put before the names of a state dict, beside other arrays.
+# Prefix of the names of a state dict in an `.npz` file that also holds other arrays.
 NPZ_PREFIX = "state/"
 
 StateDict = dict[str, np.ndarray]
 
 
 def read(path: epath.PathLike) -> dict[str, StateDict]:
-    """Reads the state dicts of a file that is laid out as those of the release are.
+    """Reads the state dicts of a file that is organised like the release's checkpoints.
 
     Returns:
-      "model", and "model_ema" if the file has one: names to float32 arrays. A file's dict
-      `state_dict`, or all of it, is "model" where it has no `model`.
+      State dicts of float32 arrays: "model", and "model_ema" if the file has one. If the file has
+      no dict `model`, "model" is its dict `state_dict`, or the whole file.
 
     Raises:
-      UserError: the file is missing, damaged, of an unknown kind, or would run code when read; or
-        torch is needed and not there.
+      UserError: the file is missing, damaged, of an unknown kind, holds something other than plain
+        tensors, or would run code when read; or torch is needed and not installed.
     """
     path = Path(path)
     content = _load(path)
-    parts = {name: content[name] for name in ("model", "model_ema") if _is_dict(content, name)}
-    if "model" not in parts:
-        parts = {"model": content["state_dict"] if _is_dict(content, "state_dict") else content}
-    for part, state in parts.items():
-        if any(not hasattr(tensor, "shape") for tensor in state.values()):
-            raise UserError(
-                f"{path} holds no state dict in '{part}': not all of it are plain tensors"
-            )
-    return {part: _arrays(path, state) for part, state in parts.items()}
+    if isinstance(content.get("model"), dict):
+        names = [name for name in ("model", "model_ema") if isinstance(content.get(name), dict)]
+        return {name: _arrays(path, content[name]) for name in names}
+    state = content.get("state_dict")
+    return {"model": _arrays(path, state if isinstance(state, dict) else content)}
 
 
 def read_network(path: epath.PathLike, network: Network, prefixes: Collection[str] = ()) -> Found:
-    """Reads a network's tensors, float32 arrays, from wherever they lie in a file: `parts.find`.
+    """Finds a network's tensors anywhere in a file, and reads them as float32 arrays.
+
+    The arguments `network` and `prefixes`, and the result, are those of `parts.find`.
 
     Raises:
-      UserError: as `read` and `parts.find` do.
+      UserError: for the reasons of `read` and `parts.find`.
     """
     path = Path(path)
     content = _load(path)
@@ -73,26 +70,33 @@ def read_network(path: epath.PathLike, network: Network, prefixes: Collection[st
     if not tensors:
         keys = ", ".join(f"'{key}'" for key in list(content)[:3]) or "it"
         raise UserError(f"{path} holds no state dict in {keys}: there are no tensors")
-    try:
+    with naming(path):
         found = find(tensors, network, prefixes)
+    return found._replace(parts={part: _arrays(path, x) for part, x in found.parts.items()})
+
+
+@contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """Puts the name of a file before the message of a `UserError`."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    parts = {part: _arrays(path, state) for part, state in found.parts.items()}
-    return Found(parts, found.places, found.notes)
 
 
 def write(path: epath.PathLike, parts: Mapping[str, StateDict]) -> None:
-    """Writes state dicts, the file whole or not at all.
+    """Writes state dicts to a file, which is then complete, or unchanged if writing fails.
 
     Args:
-      path: of a suffix of PyTorch's: a dict of all parts; `.safetensors`: the part "model" alone.
-      parts: by name, as `read` gives them.
+      path: a `.safetensors` file gets only the part "model"; a file with one of PyTorch's suffixes
+        gets a dict of all parts.
+      parts: state dicts by name, as `read` returns them.
 
     Raises:
-      UserError: the suffix is another, the file cannot be written, or torch is not there.
+      UserError: the path has another suffix, the file cannot be written, or torch is not installed.
     """
     path = epath.Path(path)
-    check_suffix(path, WRITTEN_SUFFIXES)
+    check_suffix(path)
     if path.suffix == ".safetensors":
         storage.write_bytes(path, safetensors.numpy.save(dict(parts["model"])))
         return
@@ -108,19 +112,17 @@ def write(path: epath.PathLike, parts: Mapping[str, StateDict]) -> None:
     storage.write_bytes(path, buffer.getvalue())
 
 
-def check_suffix(path: epath.PathLike, suffixes: tuple[str, ...]) -> None:
-    """Raises `UserError` unless the path ends in one of `suffixes`; torch must be there if its."""
+def check_suffix(path: epath.PathLike) -> None:
+    """Raises `UserError` unless a path has a suffix that `write` can write here."""
     path = epath.Path(path)
-    if path.suffix not in suffixes:
-        raise UserError(f"{path} ends in none of {', '.join(suffixes)}")
+    if path.suffix not in WRITTEN_SUFFIXES:
+        raise UserError(f"{path} ends in none of {', '.join(WRITTEN_SUFFIXES)}")
     if path.suffix in TORCH_SUFFIXES:
         _torch(path)
 
 
 def _load(path: Path) -> dict[Any, Any]:
-    """What a file holds: tensors by name, in dicts of dicts if it is PyTorch's."""
-    if not path.exists():
-        check_suffix(path, READ_SUFFIXES)
+    """Returns a file's tensors by name, or for a PyTorch file possibly dicts of dicts of them."""
     kind = recognise(path)
     if kind == "torch":
         return _load_torch(path)
@@ -136,7 +138,7 @@ def _load(path: Path) -> dict[Any, Any]:
         raise unreadable(
             path, f"numpy has no such type ({error}); convert its tensors to float32"
         ) from error
-    except Exception as error:  # Whatever a damaged file makes safetensors raise.
+    except Exception as error:  # A damaged file can raise anything in safetensors.
         raise _damaged(path, error) from error
 
 
@@ -144,43 +146,39 @@ def _load_shards(path: Path) -> dict[Any, Any]:
     tensors: dict[Any, Any] = {}
     for shard in sorted(map(str, set(storage.read_json(path)["weight_map"].values()))):
         if recognise(path.with_name(shard)) == "index":
-            raise unreadable(path, f"{shard}, which it names, holds no tensors")
+            raise unreadable(path, f"it names {shard}, which holds no tensors")
         tensors |= _load(path.with_name(shard))
     return tensors
 
 
 def _load_torch(path: Path) -> dict[Any, Any]:
     torch = _torch(path)
-    # By this ending torch would read it as the other kind, whatever it is.
+    # Because of this suffix, torch would read the file as safetensors.
     misnamed = path.suffix == ".safetensors"
     source = bytes_io.BytesIO(path.read_bytes()) if misnamed else path
     mapped = not misnamed and zipfile.is_zipfile(path)
     try:
-        # Checkpoints of training scripts hold their arguments, a plain bag of values.
+        # Training scripts save their arguments in this type, which is harmless.
         harmless = torch.serialization.safe_globals([argparse.Namespace])
         with harmless, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of old pickle protocols.
+            warnings.simplefilter("ignore")  # About old pickle protocols.
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL:? (\S+)", str(error))
-        held = f"besides tensors it holds {asked[1]}" if asked else "it holds no tensors of PyTorch"
+        held = f"besides tensors it holds {asked[1]}" if asked else "it holds no PyTorch tensors"
         raise UserError(
-            f"{path} is refused: {held}, and reading such may run any code; where you trust it, "
-            "save its state dict alone"
+            f"{path} is refused: {held}, and reading it could run any code; if you trust it, save "
+            "its state dict alone"
         ) from error
-    except Exception as error:  # Whatever a damaged file makes torch raise.
+    except Exception as error:  # A damaged file can raise anything in torch.
         raise _damaged(path, error) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no state dict but a {type(content).__name__}")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
 
 
-def _is_dict(content: Mapping[Any, Any], name: str) -> bool:
-    return isinstance(content.get(name), dict)
-
-
 def _flat(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors in dicts of dicts, by the keys that lead to them, joined by dots."""
+    """Yields the tensors in dicts of dicts; their names are the keys, joined by dots."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
@@ -189,18 +187,17 @@ def _flat(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _arrays(path: Path, state: Mapping[Any, Any]) -> StateDict:
-    return {str(name): _array(path, name, tensor) for name, tensor in state.items()}
-
-
-def _array(path: Path, name: Any, tensor: Any) -> np.ndarray:
-    try:
-        if isinstance(tensor, np.ndarray):
-            if tensor.dtype == "V2":  # All that .npz files say of bfloat16.
+    arrays = {}
+    for name, tensor in state.items():
+        try:
+            if not isinstance(tensor, np.ndarray):
+                tensor = tensor.detach().float().numpy()
+            elif tensor.dtype == "V2":  # bfloat16 in an .npz file.
                 tensor = tensor.view(jnp.bfloat16)
-            return np.asarray(tensor, np.float32)
-        return tensor.detach().float().numpy()
-    except Exception as error:  # Words, or tensors that are sparse, quantized or without values.
-        raise UserError(f"{path} holds {name}, which is no plain tensor") from error
+            arrays[str(name)] = np.asarray(tensor, np.float32)
+        except Exception as error:  # Text, numbers, or sparse, quantized or empty tensors.
+            raise UserError(f"{path} holds {name}, which is not a plain tensor") from error
+    return arrays
 
 
 def _torch(path: epath.PathLike) -> Any:

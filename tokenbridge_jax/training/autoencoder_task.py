@@ -7,7 +7,7 @@ The loss of an image of P pixel values is
 with x in [-1, 1], y decoded from a posterior sample, and KL in nats from the standard normal,
 summed over the image's latents. Both terms are per pixel value. In LDM both are sums, so
 `kl_weight` has the same effect there (KL-16: 1e-6), for any image size. LDM's perceptual and
-adversarial terms need networks trained elsewhere and are left out.
+adversarial terms need networks that were trained for other tasks, and are left out.
 """
 
 import os
@@ -36,17 +36,13 @@ from tokenbridge_jax.data.batches import ShardPlan, prepared_batches
 from tokenbridge_jax.data.sources import Source
 from tokenbridge_jax.flops import decode_flops, encode_flops
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.runtime.errors import UserError
 
 Batch = Mapping[str, Any]
 Images = UInt8[Array | np.ndarray, "B H W I"]
 
 # The error of a pixel value. L1 is LDM's choice: its optimum is the median of the plausible values.
-# The optimum of L2 is their mean, which blurs edges more; L2 is what PSNR measures.
-RECONSTRUCTION_ERRORS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "l1": jnp.abs,
-    "l2": jnp.square,
-}
+# The optimum of L2 is their mean, which blurs edges more; PSNR measures L2.
+RECONSTRUCTION_ERRORS = {"l1": jnp.abs, "l2": jnp.square}
 
 
 class AutoencoderTask:
@@ -60,19 +56,11 @@ class AutoencoderTask:
         reconstruction: str = "l1",
     ):
         """Args:
-          config: sizes; training does not use its scale.
-          precision: one of `precision.PRECISIONS`.
-          kl_weight: see the module.
-          reconstruction: "l1" or "l2".
-
-        Raises:
-          UserError: `reconstruction` has another value.
+        config: sizes; training does not use its scale.
+        precision: one of `precision.PRECISIONS`.
+        kl_weight: see the module.
+        reconstruction: "l1" or "l2".
         """
-        if reconstruction not in RECONSTRUCTION_ERRORS:
-            raise UserError(
-                f"vae_training.reconstruction is '{reconstruction}'; choose "
-                f"{' or '.join(RECONSTRUCTION_ERRORS)}"
-            )
         self.module = Autoencoder(config, precision)
         self._kl_weight = kl_weight
         self._error = RECONSTRUCTION_ERRORS[reconstruction]
@@ -83,7 +71,7 @@ class AutoencoderTask:
         return meta.replace_boxed(abstract_params(config), init_params(config, key))
 
     def examples(self, batch: Batch, key: PRNGKeyArray, draw: None) -> dict[str, Any]:
-        """The images, and the noise of every image's posterior sample."""
+        """The images, and noise for the posterior sample of each."""
         images = batch["images"]
         config = self.module.config
         grid = [side // config.downsampling for side in images.shape[1:3]]
@@ -120,39 +108,35 @@ def training_flops(config: AutoencoderConfig) -> float:
     return 3.0 * (encode_flops(config) + decode_flops(config))
 
 
-class Pictures:
-    """Some pictures of a source, in order, as batches on a mesh; broken pictures have weight 0."""
+def picture_batches(
+    source: Source, numbers: np.ndarray, size: int, channels: int, mesh: Mesh, batch_size: int
+) -> Iterator[dict[str, jax.Array]]:
+    """One pass over some pictures of a source, in order.
 
-    def __init__(self, source: Source, numbers: np.ndarray, size: int, channels: int, mesh: Mesh):
-        """Args:
-        source: the pictures.
-        numbers: which of them.
-        size: the side in pixels after the centre crop.
-        channels: 3 or 1.
-        mesh: the devices.
-        """
-        self._source, self._numbers = source, numbers
-        self._size, self._channels, self._mesh = size, channels, mesh
+    Args:
+      source: the pictures.
+      numbers: which of them.
+      size: the side in pixels after the centre crop.
+      channels: 3 or 1.
+      mesh: the devices.
+      batch_size: rounded up to a multiple of the batch shards; the last batch is padded.
 
-    def batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
-        """One pass: `images` uint8 `[B, H, W, I]` and `weights` float32 `[B]`.
-
-        `batch_size` is rounded up to a multiple of the batch shards; the last batch is padded.
-        """
-        shards = meshes.batch_shards(self._mesh)
-        batch_size = -(-batch_size // shards) * shards
-        rows = meshes.local_rows(self._mesh, batch_size)
-        last = len(self._numbers) - 1
-        # This process's rows of every batch. The last picture also stands for missing ones.
-        mine = np.arange(0, last + 1, batch_size)[:, None] + rows
-        plan = ShardPlan(Path(), "", self._source, self._numbers[np.minimum(mine, last).ravel()])
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            prepared = prepared_batches([plan], len(rows), self._size, self._channels, pool)
-            for places, batch in zip(mine, prepared, strict=True):
-                weights = np.zeros(len(rows), np.float32)
-                weights[batch.good] = 1
-                arrays = {"images": batch.pixels, "weights": weights * (places <= last)}
-                yield meshes.to_global(arrays, self._mesh)
+    Yields:
+      `images` uint8 `[B, H, W, I]` and `weights` float32 `[B]`, 0 for padding and broken pictures.
+    """
+    batch_size = meshes.round_up_batch(batch_size, mesh)
+    rows = meshes.local_rows(mesh, batch_size)
+    last = len(numbers) - 1
+    # This process's rows of every batch. The last picture also stands for missing ones.
+    mine = np.arange(0, last + 1, batch_size)[:, None] + rows
+    plan = ShardPlan(Path(), "", source, numbers[np.minimum(mine, last).ravel()])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        prepared = prepared_batches([plan], len(rows), size, channels, pool)
+        for places, batch in zip(mine, prepared, strict=True):
+            weights = np.zeros(len(rows), np.float32)
+            weights[batch.good] = 1
+            arrays = {"images": batch.pixels, "weights": weights * (places <= last)}
+            yield meshes.to_global(arrays, mesh)
 
 
 def latent_std(module: Autoencoder, params: Any, batches: Iterator[Batch], mesh: Mesh) -> float:
@@ -196,8 +180,8 @@ def make_psnr(
     def decibels(params: Any, batch: Batch) -> Float[Array, "2"]:
         images = batch["images"].astype(jnp.float32)
         decoded = reconstruct(params, batch["images"]).astype(jnp.float32)
-        # A perfect image would have an infinite ratio, so the smallest error is that of half a
-        # level in one pixel value.
+        # A perfect image would have an infinite ratio: the smallest error is half a level in one
+        # pixel value.
         least = 0.25 / images[0].size
         error = jnp.maximum(jnp.mean(jnp.square(decoded - images), axis=(1, 2, 3)), least)
         ratio = 10 * jnp.log10(255.0**2 / error)
@@ -214,7 +198,7 @@ def make_psnr(
 
 
 def _sum(parts: Iterator[jax.Array]) -> np.ndarray:
-    """The sum over batches in float64; it waits for a batch after the next one has started."""
+    """The sum over batches in float64; it waits for each batch after the next one has started."""
     previous = next(parts)
     total = np.zeros(previous.shape, np.float64)
     for part in parts:

@@ -1,10 +1,10 @@
 """Checkpoints of a run: `DIRECTORY/STEP/{params, ema_params, opt_state, run}`, written by Orbax.
 
-Each part has its own folder, so that the EMA loads alone, on any mesh, in any dtype. A step's
-folder gets its name only when it is complete. In an object store, where folders cannot be renamed
-at once, it gets a `commit_success.txt` then. What a kill leaves behind is therefore never read, and
-is removed at the next start. `STEP` is the number of updates done; `run` is JSON that describes the
-run. Checksums cover all of it (`checksums.py`), and loading verifies them.
+Each part has its own folder, so that the EMA can be loaded alone, on any mesh, in any dtype. The
+folder of a step gets its name when it is complete. In an object store, where a folder cannot be
+renamed at once, it gets a `commit_success.txt` instead. So the remains of a killed save are never
+read, and the next start removes them. `STEP` is the number of updates done; `run` is JSON that
+describes the run. Checksums cover all files (`checksums.py`), and loading verifies them.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ class Checkpoints:
 
         Args:
           directory: local, or in an object store (gs://).
-          keep: how many of the latest checkpoints stay.
-          keep_every: checkpoints of multiples of this stay, too; 0 is none.
+          keep: how many of the latest checkpoints are kept.
+          keep_every: checkpoints of multiples of this step are also kept; 0 is none.
         """
         self.directory = _absolute(directory)
         policies = ocp.training.preservation_policies
@@ -53,7 +53,7 @@ class Checkpoints:
         self._quiet = contextlib.ExitStack()
 
     def open(self) -> None:
-        """Makes the folder and removes what a kill left there; `save` calls it if necessary.
+        """Makes the folder and removes unfinished checkpoints; `save` calls it if necessary.
 
         Raises:
           UserError: the folder cannot be written.
@@ -62,8 +62,8 @@ class Checkpoints:
             return
         checksums.protect_arrays()
         context = _context(self.directory)
-        # Called when the files of a checkpoint are written, before it counts as complete. Orbax
-        # would copy a method, and `self` with it.
+        # Called when the files of a checkpoint are written, before it counts as complete. A lambda,
+        # because Orbax would copy a method, and `self` with it.
         context.async_options.post_finalization_callback = lambda: self._write_checksums()
         with self._write_errors():
             self._checkpointer = ocp.training.Checkpointer(
@@ -82,22 +82,22 @@ class Checkpoints:
 
     @property
     def incomplete(self) -> list[int]:
-        """Steps after the latest whose folder lacks a part."""
+        """Steps after the latest complete one, whose folders lack a part."""
         latest = self.latest or 0
         return sorted(s for s in _steps(self.directory, complete=False) if s > latest)
 
     def save(self, state: TrainState, step: int, run: dict[str, Any]) -> None:
-        """Starts to save `state` after `step` updates; an earlier save is waited for first.
+        """Waits for the save before it, and starts to save `state` after `step` updates.
 
-        When it returns the state may be donated.
+        After the return the state may be donated.
 
         Args:
           state: on any mesh.
           step: equal to `state.step`, which the caller knows without waiting for the device.
-          run: JSON that tells the run from others.
+          run: JSON that describes the run.
 
         Raises:
-          UserError: this save or an earlier one could not be written.
+          UserError: this save or the one before it could not be written.
         """
         self.open()
         with self._write_errors():
@@ -122,7 +122,7 @@ class Checkpoints:
                 self._checkpointer.wait()
 
     def close(self) -> None:
-        """Waits, and releases the folder."""
+        """Waits until the last save is on disk, and releases the folder."""
         if self._checkpointer is not None:
             with self._quiet, self._write_errors():
                 self._checkpointer.close()
@@ -136,7 +136,7 @@ class Checkpoints:
         Args:
           abstract: from `state.abstract_state`, on any mesh.
           step: which checkpoint.
-          any_shape: names of leaves that may have another shape, and keep it.
+          any_shape: names of leaves that may have another shape, and are loaded with it.
 
         Raises:
           UserError: leaves differ in name, shape or dtype (all are named), or the files are
@@ -159,7 +159,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Reports a failed write in one line, and removes what it left behind."""
+        """Reports a failed write in one line, and removes its unfinished files."""
         try:
             yield
         except Exception as error:
@@ -194,8 +194,7 @@ def latest_step(directory: epath.PathLike) -> int:
 
 
 def run_record(directory: epath.PathLike, step: int | None = None) -> dict[str, Any]:
-    """The JSON saved beside a checkpoint (the latest, if no step is named)."""
-    step = latest_step(directory) if step is None else step
+    """The JSON saved with a checkpoint; without a step, with the latest."""
     return _load(directory, step, {"run": None})["run"]
 
 
@@ -207,7 +206,7 @@ def load_params(
     dtype: Any = None,
     step: int | None = None,
 ) -> Any:
-    """Loads the EMA parameters, or those without averaging, alone.
+    """Loads only the EMA parameters, or only those without averaging.
 
     Args:
       directory: a run's `checkpoints` folder.
@@ -219,7 +218,6 @@ def load_params(
     Raises:
       UserError: no checkpoint, other leaves (all are named), or damaged files.
     """
-    step = latest_step(directory) if step is None else step
 
     def cast(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -230,16 +228,16 @@ def load_params(
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:
-    """Orbax takes absolute paths only."""
+    """An absolute path; Orbax takes no other."""
     path = epath.Path(directory)
     return path if storage.in_object_store(path) else path.absolute()
 
 
 def _load(
-    directory: epath.PathLike, step: int, wanted: dict[str, Any], *, any_dtype: bool = False
+    directory: epath.PathLike, step: int | None, wanted: dict[str, Any], *, any_dtype: bool = False
 ) -> dict[str, Any]:
-    """Loads the named parts; arrays come back in the structure that `wanted` has."""
-    path = _absolute(directory) / str(step)
+    """Loads the named parts of a checkpoint (None: the latest), in the structure of `wanted`."""
+    path = _absolute(directory) / str(latest_step(directory) if step is None else step)
     plain = {name: _plain(part) for name, part in wanted.items()}
     with _read_errors(path), _context(path):
         checksums.verify(path, plain)
@@ -248,11 +246,11 @@ def _load(
             if part is not None:
                 problems += differences(name, _stored(path, name), part, any_dtype)
         if problems:
-            raise UserError(
-                f"checkpoint {path} does not fit this model; arrays that differ: "
-                + "\n  ".join([str(len(problems)), *problems])
+            count = (
+                f"checkpoint {path} does not fit this model; arrays that differ: {len(problems)}"
             )
-        # Orbax reads the parts one after another anyway, and reports those it did not get to.
+            raise UserError("\n  ".join([count, *problems]))
+        # One by one, because after an error in one part Orbax reports the parts not yet read, too.
         loaded = {
             name: ocp.load_checkpointables(path, {name: part})[name] for name, part in plain.items()
         }
@@ -272,7 +270,7 @@ def _stored(path: epath.Path, name: str) -> Any:
 
 
 def _as_stored(wanted: Any, stored: Any, leaves: Collection[str]) -> Any:
-    """`wanted` with the stored shapes of these leaves, which every device gets whole."""
+    """`wanted` with the stored shapes of these leaves, which every device gets complete."""
     shapes = traverse_util.flatten_dict(stored)
 
     def of_leaf(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -308,7 +306,7 @@ def _read_errors(path: epath.Path) -> Iterator[None]:
             "there is none before it; put back a copy of it"
             if earlier is None
             else f"the one before it is of step {earlier}: --step={earlier} loads it, and training "
-            f"goes on from it if you move the folder {path.name} elsewhere"
+            f"continues from it if you move the folder {path.name} elsewhere"
         )
         raise UserError(
             f"checkpoint {path} is missing or damaged ({orbax_errors.reason(error)}); {advice}"
@@ -316,7 +314,11 @@ def _read_errors(path: epath.Path) -> Iterator[None]:
 
 
 def differences(name: str, stored: Any, wanted: Any, any_dtype: bool = False) -> list[str]:
-    """One line for every leaf that is missing, not wanted, or of another shape or dtype."""
+    """One line for each leaf that is missing, not wanted, or of another shape or dtype."""
+
+    def describe(leaf: Any) -> str:
+        return f"{'' if any_dtype else np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
     have = traverse_util.flatten_dict(stored, sep="/")
     want = traverse_util.flatten_dict(wanted, sep="/")
     lines = []
@@ -326,19 +328,14 @@ def differences(name: str, stored: Any, wanted: Any, any_dtype: bool = False) ->
         elif leaf not in want:
             lines.append(f"{name}/{leaf}: in the checkpoint, not in the model")
         else:
-            found, expected = _describe(have[leaf], any_dtype), _describe(want[leaf], any_dtype)
+            found, expected = describe(have[leaf]), describe(want[leaf])
             if found != expected:
                 lines.append(f"{name}/{leaf}: checkpoint has {found}, model needs {expected}")
     return lines
 
 
-def _describe(leaf: Any, any_dtype: bool) -> str:
-    shape = list(leaf.shape)
-    return str(shape) if any_dtype else f"{np.dtype(leaf.dtype).name}{shape}"
-
-
 def _plain(tree: Any) -> Any:
-    """A tree as nested dicts with string keys: files on disk know no optimizer's classes."""
+    """A tree as nested dicts with string keys: files do not depend on the classes of optimizers."""
     if tree is None:
         return None
     leaves, _ = jax.tree.flatten_with_path(tree)
@@ -356,14 +353,14 @@ def _names(path: Any) -> tuple[str, ...]:
 
 
 def _context(path: epath.Path) -> ocp.Context:
-    """Orbax's options: `run` is a JSON file one can read."""
+    """Orbax's options: `run` is a readable JSON file."""
     context = ocp.Context()
-    if storage.in_object_store(path):  # Orbax itself does this in gs:// only.
+    if storage.in_object_store(path):  # Orbax chooses this in gs:// only.
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     registry = ocp.handlers.local_registry(include_global_registry=True)
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
     context.checkpointables.registry = registry
-    # Copies of an array write a slice each, but not of small ones: each shape is a program.
+    # Each copy of an array writes a slice of it, unless it is small: each shape needs a program.
     context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
     return context
 
@@ -371,7 +368,8 @@ def _context(path: epath.Path) -> ocp.Context:
 def _steps(directory: epath.Path, *, complete: bool = True) -> list[int]:
     """Steps of the complete (or else the incomplete) checkpoints in `directory`, in no order.
 
-    (Orbax's own listing counts a folder as complete that lacks a part, as a copy cut short does.)
+    (Orbax's own listing counts a folder without all its parts, such as an unfinished copy, as
+    complete.)
 
     Raises:
       UserError: a folder cannot be listed.

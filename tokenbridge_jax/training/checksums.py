@@ -1,10 +1,10 @@
 """Checksums of a checkpoint: a flipped bit in any of its files is reported, never loaded.
 
-The chunks of its arrays are compressed, and contain zstd's checksum of their content, XXH64.
+The chunks of arrays are compressed, and contain zstd's checksum of their content, XXH64.
 TensorStore computes it when it writes and verifies it when it reads, in every process for the
-chunks that it needs: nothing is read twice, even in an object store. The other files are small.
-Their CRC-32 are in `checksums.json`, which is written before a checkpoint counts as complete.
-Checkpoints of earlier versions have none and are not verified.
+chunks that the process needs: nothing is read twice, even in an object store. The other files are
+small. Their CRC-32 are in `checksums.json`, which is written before a checkpoint counts as
+complete. Checkpoints of earlier versions have no such file and are not verified.
 """
 
 import functools
@@ -21,8 +21,8 @@ from tokenbridge_jax.runtime import storage
 
 FILE = "checksums.json"
 
-# Folders that each process writes: chunks of arrays, and an index that is not read once Orbax has
-# merged all of them.
+# Folders that each process writes: chunks of arrays, and an index that is not read after Orbax has
+# merged all indices.
 _ARRAYS = "ocdbt.process_"
 _BLOCK_BYTES = 2**20
 _THREADS = 8
@@ -33,7 +33,7 @@ def protect_arrays() -> bool:
     """Makes Orbax, which has no option for it, write arrays with checksums.
 
     Returns:
-      Whether this works with the installed Orbax. If not, `write` covers the arrays, too.
+      Whether this works with the installed Orbax. If not, `write` includes the arrays.
     """
     plain = getattr(tensorstore_utils, "build_array_write_spec", None)
     if plain is None:
@@ -95,7 +95,7 @@ def verify(checkpoint: epath.Path, parts: Iterable[str]) -> None:
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    """The files below a folder that contain no checksums of their own."""
+    """The files in a folder and its subfolders that contain no checksums of their own."""
     for path in folder.iterdir():
         if not path.is_dir():
             yield path

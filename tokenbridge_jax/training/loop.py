@@ -1,13 +1,13 @@
 """The training loop, shared by the autoencoder and the model.
 
-The host reads metrics one update late, so that the device never waits for it. A checkpoint is
+The host reads metrics one update late, so that the device never waits for the host. A checkpoint is
 written only when all losses before it are known to be finite. A run that was stopped at any point
-goes on exactly as if it had not been.
+continues exactly as if it had not been stopped.
 
 Parameters, data order, views, masks, noise and dropout depend on the seed, the update and an
-image's place in the global batch, never on devices or processes. The same job on as many devices
-and processes, in the same mesh, repeats bit for bit, stopped or not. Other numbers, or another
-mesh, change only the order of sums: losses agree to the rounding of the compute dtype, a difference
+image's place in the global batch, never on devices or processes. A job on the same number of
+devices and processes, with the same mesh, repeats bit for bit, stopped or not. Any other number or
+mesh changes only the order of sums: losses agree to the rounding of the compute dtype, a difference
 that grows during training, and samples are the same images except where rounding moves a draw
 across the border between two levels.
 """
@@ -33,10 +33,10 @@ from tokenbridge_jax.runtime.progress import Progress, say
 from tokenbridge_jax.training.checkpoints import Checkpoints, run_record
 from tokenbridge_jax.training.metric_writer import MetricWriter, read_metrics
 from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
-from tokenbridge_jax.training.state import TrainState, abstract_state, create_state, redraw
+from tokenbridge_jax.training.state import TrainState, abstract_state, create_state
 from tokenbridge_jax.training.step import Task, make_train_step
 
-# Exit status of a command that was told to stop and has saved its state; started again, it goes on.
+# Exit status of a command that was told to stop, and continues when it is started again.
 # (EX_TEMPFAIL of sysexits.h: "try again later".)
 EXIT_INTERRUPTED = 75
 
@@ -47,10 +47,10 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Something that a run does now and then: a validation pass, a sample grid.
+    """A part of a run that is not training, such as a validation pass or a sample grid.
 
     Attributes:
-      every: updates between two calls, and one after the last update; 0 is never.
+      every: updates between two calls; there is a call after the last update, too. 0 is never.
       run: takes the state, the number of updates done and the writer (for pictures); returns
         numbers for that step's line of `metrics.jsonl`.
     """
@@ -65,17 +65,17 @@ class Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How long and how a run trains, and how often it reports and saves.
+    """How a run trains and for how long, and how often it reports and saves.
 
     Attributes:
       optimizer: its settings, and the number of updates.
-      batch_size: images of an update, over all processes.
-      ema_decay: of the average of the parameters; see `step.make_train_step`.
-      accumulation: micro-batches of a batch.
-      log_every: updates between two lines of `metrics.jsonl`; there is one after the last.
-      checkpoint_every: updates between two checkpoints; there is one after the last.
-      keep: the latest checkpoints that stay; see `Checkpoints`.
-      keep_every: checkpoints of multiples of this stay, too; 0 is none.
+      batch_size: images in an update, over all processes.
+      ema_decay: decay of the average of the parameters; see `step.make_train_step`.
+      accumulation: number of micro-batches in a batch.
+      log_every: updates between two lines of `metrics.jsonl`; the last update has a line, too.
+      checkpoint_every: updates between two checkpoints; the last update has one, too.
+      keep: how many of the latest checkpoints are kept.
+      keep_every: checkpoints of multiples of this step are also kept; 0 is none.
     """
 
     optimizer: OptimizerConfig
@@ -95,16 +95,16 @@ class Run:
     Attributes:
       name: the first word of the progress line.
       directory: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
-      task: what is trained.
-      recipe: how.
-      seed: of parameters, examples' choices and dropout.
+      task: what to train.
+      recipe: how to train it.
+      seed: for parameters, random choices of examples, and dropout.
       batches: number of updates done -> iterator over this process's share of the batches that
         follow, trees of numpy arrays.
-      draw: number of updates done -> what the host decides for the next one.
       flops_per_image: matmul FLOPs of training on one image.
       fields: JSON that describes the run; saved with every checkpoint.
-      fixed: names of those fields that a resumed run must share with the one it continues.
-      begin: called when it is known that the run is possible, before its first update.
+      fixed: names of the fields that must be equal when a run is resumed.
+      draw: number of updates done -> what the host decides for the next one, numpy scalars.
+      begin: called once the run is known to be possible, before its first update.
       hooks: see `Hook`.
       redrawn: names of parameters that start at random if those of step 0 have another shape.
     """
@@ -135,12 +135,12 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
     A checkpoint of step 0 replaces the random initial state, for example by imported parameters.
 
     Returns:
-      The final state, which is also the latest checkpoint. A finished run only loads it.
+      The final state, which is also the latest checkpoint. If the run is finished, it is loaded.
 
     Raises:
       Interrupted: the run was told to stop; the state is saved.
       UserError: a loss was not finite (nothing after the last good checkpoint is kept), the disk is
-        full, the checkpoints belong to another run, or they are gone while their metrics are not.
+        full, the checkpoints belong to another run, or they are lost while the metrics are not.
     """
     recipe, total = run.recipe, run.total_steps
     optimizer, schedule = make_optimizer(recipe.optimizer)
@@ -153,16 +153,15 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
         latest = _agree_on_latest(checkpoints)
         start = latest or 0
         for step in checkpoints.incomplete:
-            say(f"{run.name}: checkpoint {step} is incomplete: going on from {start}")
+            say(f"{run.name}: checkpoint {step} is incomplete: continuing from step {start}")
         if not start:
             _check_nothing_lost(run, checkpoints)
-        if latest is None:
-            state = create_state(run.task.init, optimizer, abstract, run.seed)
-        else:
+        stored = None
+        if latest is not None:
             _check_same_run(run_record(checkpoints.directory, start), run, checkpoints.directory)
-            state = checkpoints.restore(abstract, start, any_shape=() if start else run.redrawn)
-            state = redraw(state, run.task.init, optimizer, abstract, run.seed)
-            say(f"{run.name}: goes on from step {start} of {total} ({checkpoints.directory})")
+            stored = checkpoints.restore(abstract, start, any_shape=() if start else run.redrawn)
+            say(f"{run.name}: continues from step {start} of {total} ({checkpoints.directory})")
+        state = create_state(run.task.init, optimizer, abstract, run.seed, stored)
         if start >= total:
             say(f"{run.name}: all {total} steps are done; nothing left to train")
             return state
@@ -183,32 +182,35 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
             ema_decay=recipe.ema_decay,
             accumulation=recipe.accumulation,
         )
-        interrupt = stack.enter_context(_Interrupt())
+        is_told_to_stop = stack.enter_context(_interruptions())
         report = _Report(run, writer, checkpoints)
         stack.callback(report.close)
 
         for step in range(start + 1, total + 1):
-            batch = meshes.to_global(next(batches), mesh)
-            state, metrics = train_step(state, batch, run.draw(step - 1))
-            # Update `step` runs on the device while the host looks at the one before it.
-            report.settle()
+            batch, draw = meshes.to_global((next(batches), run.draw(step - 1)), mesh)
+            # An implicit copy between host and devices, which would delay them, is an error here.
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, batch, draw)
+                # Update `step` runs on the device while the host looks at the one before it.
+                report.settle()
             report.expect(step, metrics)
 
-            stop = interrupt.requested(step) and step < total
+            stop = is_told_to_stop(step) and step < total
             hooks = [hook for hook in run.hooks if hook.is_due(step, total)]
             save = stop or step == total or step % recipe.checkpoint_every == 0
             if hooks or save:
                 report.check()
                 with report.pause():
+                    found: dict[str, float] = {}
                     for hook in hooks:
-                        report.add(hook.run(state, step, writer))
-                    report.settle()
+                        found |= hook.run(state, step, writer)
+                    report.settle(found if hooks else None)
                     if save:
                         writer.flush()
                         checkpoints.save(state, step, dict(run.fields))
             if stop:
                 checkpoints.wait()
-                say(f"{run.name}: stopped and saved at step {step}; the same command goes on")
+                say(f"{run.name}: stopped and saved at step {step}; the same command continues")
                 raise Interrupted
         checkpoints.wait()
         return state
@@ -222,7 +224,6 @@ class _Report:
         self._step = 0
         self._metrics: Mapping[str, jax.Array] | None = None
         self._values: dict[str, float] = {}
-        self._has_hooks = False
         self._progress: Progress | None = None
         # Step and time from which speed is measured, and when the last update was seen to end.
         self._since: tuple[int, float] | None = None
@@ -232,9 +233,8 @@ class _Report:
         say(f"{run.name}: peak {self._peak / 1e12:.3g} TFLOP/s ({source}) x {jax.device_count()}")
 
     def expect(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of an update that may still be running."""
+        """Takes the metrics of an update that may still be running on the device."""
         self._step, self._metrics, self._values = step, metrics, {}
-        self._has_hooks = False
 
     def check(self) -> None:
         """Waits for the update and checks its numbers.
@@ -247,28 +247,34 @@ class _Report:
         values = {name: float(value) for name, value in jax.device_get(self._metrics).items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
-                raise UserError(self._not_finite(name, values[name]))
+                self._checkpoints.wait()
+                directory, latest = self._checkpoints.directory, self._checkpoints.latest
+                kept = f"the last good checkpoint is step {latest} in {directory}"
+                raise UserError(
+                    f"{name} is {values[name]} at step {self._step}: stopped; "
+                    f"{kept if latest else 'no checkpoint had been written yet'}; "
+                    "lower the learning rate or look at the data before you continue"
+                )
         self._values, self._seen = values, time.perf_counter()
         self._show_progress()
 
-    def add(self, values: Mapping[str, float]) -> None:
-        """Adds a hook's numbers to the line of the update that was just checked."""
-        self._values |= values
-        self._has_hooks = True
+    def settle(self, found: dict[str, float] | None = None) -> None:
+        """Checks the update if necessary, and writes its line if one is due.
 
-    def settle(self) -> None:
-        """Checks the update if necessary, and writes its line if one is due."""
+        Args:
+          found: the numbers of hooks, for which a line is always due; None if no hook has run.
+        """
         self.check()
-        at_end = self._step == self._run.total_steps
-        is_due = self._step % self._run.recipe.log_every == 0 or self._has_hooks or at_end
+        recipe, at_end = self._run.recipe, self._step == self._run.total_steps
+        is_due = self._step % recipe.log_every == 0 or found is not None or at_end
         if self._metrics is not None and is_due:
-            self._writer.write(self._step, self._values | self._speed())
+            self._writer.write(self._step, self._values | (found or {}) | self._speed())
             self._since = (self._step, self._seen)
         self._metrics, self._values = None, {}
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leaves the time spent inside, after `check`, out of the training speed."""
+        """Excludes the time spent inside, after `check`, from the training speed."""
         start = time.perf_counter()
         yield
         if self._since is not None:
@@ -296,7 +302,7 @@ class _Report:
         self._progress.update(1, loss=self._values["loss"], peak=f"{share:.1%}")
 
     def _speed(self) -> dict[str, float]:
-        """Images a second since the last line, and that as a share of the peak."""
+        """Images per second since the last line, and the share of the peak that this is."""
         if self._since is None or self._step == self._since[0]:
             return {}
         images = (self._step - self._since[0]) * self._run.recipe.batch_size
@@ -306,57 +312,39 @@ class _Report:
             "share_of_peak": rate * self._run.flops_per_image / self._peak,
         }
 
-    def _not_finite(self, name: str, value: float) -> str:
-        self._checkpoints.wait()
-        latest = self._checkpoints.latest
-        kept = (
-            f"the last good checkpoint is that of step {latest} in {self._checkpoints.directory}"
-            if latest
-            else "no checkpoint had been written yet"
-        )
-        return (
-            f"{name} is {value} at step {self._step}: stopped; {kept}; "
-            "lower the learning rate or look at the data before going on"
-        )
 
+@contextlib.contextmanager
+def _interruptions() -> Iterator[Callable[[int], bool]]:
+    """Yields a function: whether to stop after update `step`, the same answer on every process.
 
-class _Interrupt:
-    """Turns SIGTERM and SIGINT into a question asked after every update; a second signal kills.
-
-    With several processes, the coordination service tells all of them about a SIGTERM to any, and
-    chooses one update to stop at.
+    SIGTERM or SIGINT asks for a stop; a second signal kills. With several processes, SIGTERM to one
+    is enough: the coordination service tells all of them, and chooses the update to stop at.
     """
+    received: list[int] = []
+    previous: dict[int, Any] = {}
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self._received = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Interrupt":
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if jax.process_count() == 1 and in_main_thread:
-            self._previous = {s: signal.signal(s, self._receive) for s in self.SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
+    def restore() -> None:
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after update `step`: the same answer on every process."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received
+    def receive(number: int, frame: Any) -> None:
+        del frame
+        received.append(number)
+        restore()
 
-    def _receive(self, number: int, frame: Any) -> None:
-        del number, frame
-        self._received = True
-        self.__exit__()
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is threading.main_thread():
+        previous = {s: signal.signal(s, receive) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda step: bool(received)
+    finally:
+        restore()
 
 
 def _agree_on_latest(checkpoints: Checkpoints) -> int | None:
-    """The latest checkpoint, if any; all processes must see the same."""
+    """The latest checkpoint, if there is one; all processes must find the same."""
     latest = checkpoints.latest
     found = processes.gather("none" if latest is None else str(latest))
     if len(set(found)) > 1:
@@ -368,7 +356,7 @@ def _agree_on_latest(checkpoints: Checkpoints) -> int | None:
 
 
 def _check_nothing_lost(run: Run, checkpoints: Checkpoints) -> None:
-    """Refuses to start again, and to wipe the metrics, if a run's checkpoints are gone.
+    """Refuses to start again, which would erase the metrics, if a run's checkpoints are lost.
 
     A run that was killed before its first checkpoint may start again.
     """
@@ -376,22 +364,22 @@ def _check_nothing_lost(run: Run, checkpoints: Checkpoints) -> None:
     rows = read_metrics(metrics) if metrics.exists() else []
     if rows and rows[-1]["step"] > run.recipe.checkpoint_every:
         raise UserError(
-            f"{metrics} goes to step {rows[-1]['step']} but {checkpoints.directory} has no "
+            f"{metrics} ends at step {rows[-1]['step']} but {checkpoints.directory} has no "
             f"complete checkpoint; put it back, use another --workdir, or remove {metrics}"
         )
 
 
 def _check_same_run(stored: Mapping[str, Any], run: Run, directory: epath.Path) -> None:
-    """Refuses to go on with another run's state; prints which other fields have changed.
+    """Refuses to continue with another run's state; prints which other fields have changed.
 
-    A field that was not saved with the state may have any value: an imported state has few.
+    A field that was not saved with the state may have any value: an imported state has few fields.
     """
     changed = [name for name in sorted(stored) if stored[name] != run.fields.get(name)]
-    told = [f"{name} was {stored[name]}, is {run.fields.get(name)}" for name in changed]
-    if refused := [line for name, line in zip(changed, told, strict=True) if name in run.fixed]:
+    lines = [f"{name} was {stored[name]}, is {run.fields.get(name)}" for name in changed]
+    if refused := [line for name, line in zip(changed, lines, strict=True) if name in run.fixed]:
         raise UserError(
             f"{directory} belongs to another run: {'; '.join(refused)}; "
             "set it back or use another --workdir"
         )
-    for line in told:
+    for line in lines:
         say(f"{run.name}: note: {line}")

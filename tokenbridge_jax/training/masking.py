@@ -1,13 +1,13 @@
 """How many positions a training batch hides, and which (paper section 3.3; MAR's mask ratio).
 
-One ratio per batch is drawn from a normal (mean 1, standard deviation 0.25) truncated to [0.7, 1].
-Every image has its own random order, whose first `ceil(ratio L)` entries are hidden.
+Each batch has one ratio, drawn from a normal (mean 1, standard deviation 0.25) that is truncated to
+[0.7, 1]. Every image has its own random order; its first `ceil(ratio L)` entries are hidden.
 
-The host draws the number, because it decides shapes: under jit a batch with h hidden positions has
-M >= h *hidden slots* (rows of the head) and S >= L - h *visible slots* (of the encoder), while h
-itself is traced. M is h rounded up to a multiple of `hidden_bucket`, and S fits the smallest h of
+The host draws the number, because shapes depend on it: under jit a batch with h hidden positions
+has M >= h *hidden slots* (rows of the head) and S >= L - h *visible slots* (of the encoder), while
+h itself is traced. M is h rounded up to a multiple of `hidden_bucket`, and S fits the smallest h of
 that bucket, so every bucket is one compiled program. A small bucket compiles more programs, a large
-one computes more padding. With L = 256, in the exact expectation over the draw:
+one computes more padding. With L = 256, in exact expectation over the draw:
 
   hidden_bucket   programs   unused hidden slots   unused visible slots, with the 64 class tokens
         1            77            0.0 %                  0.0 %
@@ -37,10 +37,10 @@ class MaskSampler:
 
     Attributes:
       positions: L.
-      mean: of the normal, before truncation.
-      std: its standard deviation.
+      mean: mean of the normal, before truncation.
+      std: standard deviation of the normal.
       minimum: the smallest ratio; the largest is 1.
-      bucket: hidden slots are a multiple of it, or L.
+      bucket: the number of hidden slots is a multiple of it, or L.
     """
 
     positions: int
@@ -51,7 +51,7 @@ class MaskSampler:
 
     def __post_init__(self):
         if not 0 < self.minimum < 1:
-            raise UserError(f"training.mask_min is {self.minimum}; it must lie between 0 and 1")
+            raise UserError(f"training.mask_min is {self.minimum}; it must be between 0 and 1")
         if self.std <= 0:
             raise UserError(f"training.mask_std is {self.std}; it must be above 0")
 
@@ -76,7 +76,7 @@ class MaskSampler:
         return MaskDraw(np.int32(num_hidden), hidden_slots, self.positions - fewest)
 
     def all_slots(self, num_hidden: int) -> MaskDraw:
-        """A draw of `num_hidden`, with slots for any number: one program, for validation."""
+        """A draw of `num_hidden`, with slots for any number, so that validation is one program."""
         return MaskDraw(np.int32(num_hidden), self.positions, self.positions - self.fewest_hidden)
 
     def probabilities(self) -> dict[int, float]:

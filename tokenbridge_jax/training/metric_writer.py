@@ -1,7 +1,8 @@
-"""Writes the numbers and pictures of a run: `metrics.jsonl` and TensorBoard."""
+"""Writes the numbers and pictures of a run to `metrics.jsonl` and TensorBoard."""
 
 import json
 import time
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,22 +13,22 @@ from jaxtyping import UInt8
 
 from tokenbridge_jax.runtime import storage
 
-# Between two uploads of a growing file: an object store takes whole files only.
+# Time between two uploads of a growing file: an object store takes only whole files.
 UPLOAD_SECONDS = 60
 
 
 class MetricWriter:
-    """Writes one line of JSON a step, and the same to TensorBoard; process 0 alone writes.
+    """Writes one line of JSON for each step, and the same to TensorBoard; only process 0 writes.
 
     `metrics.jsonl` holds every step once, in order: on resume, lines of steps after the checkpoint
-    (and a last line that a kill cut short) are dropped before new ones are appended. To an object
-    store, new lines go every UPLOAD_SECONDS and before every checkpoint.
+    (and an incomplete last line) are removed before new ones are appended. In an object store, the
+    file is uploaded every UPLOAD_SECONDS and before every checkpoint.
 
     tensorboardX writes for TensorBoard, because clu's metric writers import TensorFlow.
     """
 
     def __init__(self, workdir: epath.PathLike, start_step: int):
-        """Opens `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard/` to go on after `start_step`.
+        """Opens `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard/` to continue after `start_step`.
 
         Raises:
           UserError: the disk is full or the folder is not writable.
@@ -44,7 +45,9 @@ class MetricWriter:
             # Slow to import: it imports PyTorch, where that is installed.
             from tensorboardX import SummaryWriter, record_writer
 
-            record_writer.register_writer_factory("gs", _StoredFiles())
+            # TensorboardX's own way to write to an object store needs another package.
+            stores = types.SimpleNamespace(open=StoredFile, directory_check=lambda path: None)
+            record_writer.register_writer_factory("gs", stores)
             self._tensorboard = SummaryWriter(
                 str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1
             )
@@ -74,12 +77,12 @@ class MetricWriter:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Writes out all lines, before a checkpoint from which a run may go on."""
+        """Writes out all lines, before a checkpoint from which a run may continue."""
         if self._writes:
             self._file.flush()
 
     def close(self) -> None:
-        """Writes out what is buffered."""
+        """Writes out all lines and pictures, and closes the files."""
         if self._writes:
             self._tensorboard.close()
             try:
@@ -108,18 +111,8 @@ class StoredFile:
     close = flush
 
 
-class _StoredFiles:
-    """Writes TensorBoard's files to object stores; its own way needs another package."""
-
-    def open(self, path: str) -> StoredFile:
-        return StoredFile(path)
-
-    def directory_check(self, path: str) -> None:
-        """There are no folders to make."""
-
-
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
+    """The lines of a `metrics.jsonl`, without an incomplete last line."""
     rows = []
     for line in epath.Path(path).read_text().splitlines():
         try:
@@ -130,7 +123,7 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def _drop_steps_after(path: epath.Path, step: int) -> bytes:
-    """Removes lines of later steps; returns the content that stays."""
+    """Removes lines of later steps; returns the content that is left."""
     if not path.exists():
         return b""
     kept = [row for row in read_metrics(path) if row["step"] <= step]

@@ -37,7 +37,7 @@ class ModelTask:
         return init_params(self._config, key)
 
     def examples(self, batch: Batch, key: PRNGKeyArray, draw: MaskDraw) -> Examples:
-        """The images with a random order each, and the choice of which lose their class."""
+        """The images, a random order for each, and the choice of images that lose their class."""
         del draw
         indices, labels = batch["indices"], batch["labels"]
         order_key, drop_key = jax.random.split(key)
@@ -60,7 +60,7 @@ def training_flops(
 ) -> float:
     """Expected matmul FLOPs of training on one image: forward, and twice that backward.
 
-    The mathematically necessary work, without padded slots and recomputation.
+    It is the mathematically necessary work, without padded slots and recomputation.
     """
     forward = sum(
         probability * config.forward_flops(float(num_hidden), head_fraction * num_hidden)
@@ -83,7 +83,7 @@ def make_validation(
       config: the model.
       masks: the training distribution of ratios.
       mesh: the devices; call the pass in `use_mesh(mesh)`.
-      ratios: how many.
+      ratios: the number of ratios.
 
     Returns:
       The pass. Its batches are this process's rows, as `loader.validation_batches` gives them.

@@ -1,4 +1,4 @@
-"""AdamW as the reference trains with it: clip by global norm, decay by leaf name, warm-up + cosine.
+"""The reference's AdamW: clip by global norm, decay by leaf name, warm-up + cosine.
 
 Order of operations in one update: gradients are clipped, Adam's moments are updated, decay is
 added, the result is scaled by the learning rate of that update.
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 # Names of biases and of the scales of norms: one number for each feature, which decay would only
-# pull away from 0 or 1. Everything else decays: matrices, embeddings, mask token, null latent.
-# Names decide, not ranks, because layers are stacked: a bias of a scanned layer has rank 2.
+# move away from 0 or 1. Everything else decays: matrices, embeddings, mask token, null latent.
+# The name decides, not the rank, because layers are stacked: a bias of a scanned layer has rank 2.
 NO_DECAY_NAMES = ("bias", "scale")
 
 ADAM_EPS = 1e-8
@@ -73,12 +73,12 @@ def clip_by_global_norm(clip: float) -> optax.GradientTransformation:
     Optax divides by the norm alone, and only if it is above the limit.
     """
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+    def clipped(gradients: Any, params: Any) -> Any:
         del params
-        scale = jnp.minimum(1.0, clip / (optax.tree.norm(updates) + 1e-6))
-        return jax.tree.map(lambda gradient: gradient * scale, updates), state
+        scale = jnp.minimum(1.0, clip / (optax.tree.norm(gradients) + 1e-6))
+        return jax.tree.map(lambda gradient: gradient * scale, gradients)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(clipped)
 
 
 def decay_mask(params: Any) -> Any:
@@ -86,12 +86,11 @@ def decay_mask(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in NO_DECAY_NAMES, params)
 
 
-def make_optimizer(
-    config: OptimizerConfig,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(config: OptimizerConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The gradient transformation of one update, and its learning rate schedule.
 
-    The last three are `optax.adamw`, which would put their states a level deeper in checkpoints.
+    Adam, decay and learning rate together are `optax.adamw`, which would put their states one level
+    deeper in checkpoints.
     """
     schedule = learning_rate_schedule(config)
     optimizer = optax.chain(

@@ -1,4 +1,4 @@
-"""What Orbax and TensorStore say about files that cannot be read or written, as one line."""
+"""Reduces the errors of Orbax and TensorStore about unreadable or unwritable files to one line."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ from etils import epath
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drops the tracebacks that Orbax's threads log of errors that it also raises."""
+    """Drops the tracebacks that Orbax's threads log for errors that Orbax also raises."""
 
     def is_from_elsewhere(record: logging.LogRecord) -> bool:
         text = f"{record.getMessage()} {record.exc_info}"
@@ -31,7 +31,7 @@ def quiet() -> Iterator[None]:
 
 
 def quiet_from_now_on() -> None:
-    """Drops what Python prints about reads that Orbax abandons once one of them has failed."""
+    """Drops the messages of Python about reads that Orbax abandons after one of them has failed."""
     hook = sys.unraisablehook
 
     def drop_late_reads(unraisable: Any) -> None:
@@ -44,7 +44,7 @@ def quiet_from_now_on() -> None:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's reason for a failure; TensorStore passes it on as text only."""
+    """The system's reason for a failure, which TensorStore reports only as text."""
     cause = _root_cause(error)
     if isinstance(cause, OSError):
         return cause
@@ -59,7 +59,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def refused(path: epath.Path) -> OSError | None:
-    """Why the system does not open a file at or under `path`; Orbax may not say."""
+    """Why the system does not open `path` or a file under it; Orbax may not report it."""
     try:
         if path.is_dir():
             return next(filter(None, map(refused, sorted(path.iterdir()))), None)
@@ -73,7 +73,7 @@ def refused(path: epath.Path) -> OSError | None:
 
 
 def reason(error: Exception) -> str:
-    """What is wrong, in one line; for an array also its file, if its part has only one."""
+    """What is wrong, in one line; for an array also its file, if its part has only one file."""
     text = str(_root_cause(error)).split("\n")[0] or type(error).__name__
     of_array = re.search(r'"([^"]*)/c/[^"]*" in OCDBT database at [^"]*"([^"]*)": (.*)', text)
     if not of_array:

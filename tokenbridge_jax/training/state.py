@@ -1,4 +1,4 @@
-"""The training state: everything that a step reads and replaces, created in its final layout."""
+"""The training state: all that a step reads and replaces, created in its final layout."""
 
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +74,11 @@ def state_shardings(state: TrainState) -> TrainState:
 
 
 def create_state(
-    init: InitFunction, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+    init: InitFunction,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    seed: int,
+    stored: TrainState | None = None,
 ) -> TrainState:
     """Makes the initial state in its layout: no device ever holds all of it.
 
@@ -84,34 +88,20 @@ def create_state(
       init: makes the boxed parameters.
       optimizer: its state is part of the training state.
       abstract: the result of `abstract_state` for the same `init` and `optimizer`.
-      seed: of the initial parameters.
+      seed: for the initial parameters.
+      stored: a state with the structure of `abstract`, or None. Its leaves that have the shapes of
+        `abstract` are taken unchanged, and only the others are made.
     """
-    make = jax.jit(_initial_state(init, optimizer), out_shardings=state_shardings(abstract))
-    return make(jax.random.key(seed))
+    wanted, structure = jax.tree.flatten(abstract)
+    leaves = jax.tree.leaves(stored) or [None] * len(wanted)
+    new = [i for i, leaf in enumerate(leaves) if leaf is None or leaf.shape != wanted[i].shape]
 
+    def make(key: jax.Array) -> list[jax.Array]:
+        made = jax.tree.leaves(_initial_state(init, optimizer)(key))
+        return [made[i] for i in new]
 
-def redraw(
-    state: TrainState,
-    init: InitFunction,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    seed: int,
-) -> TrainState:
-    """A state in which leaves whose shapes differ from `abstract` come from `create_state`.
-
-    Args:
-      state: has the structure of `abstract`; the other arguments are those of `create_state`.
-    """
-    leaves, structure = jax.tree.flatten(state)
-    wanted = jax.tree.leaves(abstract)
-    others = [i for i, leaf in enumerate(leaves) if leaf.shape != wanted[i].shape]
-    if not others:
-        return state
-    make = jax.jit(
-        lambda key: [jax.tree.leaves(_initial_state(init, optimizer)(key))[i] for i in others],
-        out_shardings=[wanted[i].sharding for i in others],
-    )
-    for i, leaf in zip(others, make(jax.random.key(seed)), strict=True):
+    jitted = jax.jit(make, out_shardings=[wanted[i].sharding for i in new])
+    for i, leaf in zip(new, jitted(jax.random.key(seed)) if new else [], strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(structure, leaves)
 

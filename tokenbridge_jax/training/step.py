@@ -1,4 +1,4 @@
-"""One update: loss and gradients (accumulated over micro-batches), clip, AdamW, EMA."""
+"""One update: loss and gradients (summed over micro-batches), clip, AdamW, EMA."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -54,20 +54,19 @@ def make_train_step(
 
     The state is donated and returned in the same layout, so one program serves all steps. All
     randomness comes from `fold_in(key(seed), state.step)` and the batch's global shape. Devices,
-    processes and restarts do not change it. So on another mesh a run has the same losses up to
-    float32 rounding, which differs because sums over the batch and over split axes have another
-    order. (The head's dropout also depends on its number of chunks, and `model.head_chunk` counts
-    positions per device.)
+    processes and restarts do not change it. So a run on another mesh has the same losses up to
+    float32 rounding: sums over the batch and over split axes have another order. (Dropout in the
+    head also depends on its number of chunks, and `model.head_chunk` counts positions per device.)
 
     Args:
-      task: gives the loss.
+      task: computes the loss.
       optimizer: see `optimizer.make_optimizer`.
-      schedule: the optimizer's learning rate, for the report.
-      abstract: shardings of the state (`state.abstract_state`).
+      schedule: the optimizer's learning rate, for the metrics.
+      abstract: has the shardings of the state (`state.abstract_state`).
       mesh: the devices; batches are split along data x fsdp (`meshes.to_global`).
-      seed: of the examples' random choices and of dropout.
+      seed: for the random choices of examples and for dropout.
       ema_decay: d in `ema <- d ema + (1 - d) params`, applied after every update.
-      accumulation: the number of micro-batches that a batch is computed in.
+      accumulation: the number of micro-batches in a batch.
 
     Returns:
       The step. Its metrics are float32 scalars on the device: `loss`, `grad_norm` (before
@@ -125,20 +124,19 @@ def _accumulate(
     """
 
     def split(x: jax.Array) -> jax.Array:
-        # Example i goes to micro-batch i % count: devices split their own rows, and no row moves.
+        # Example i is in micro-batch i % count: each device splits its own rows, and no row moves.
         micro = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
         sharding = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
         return jax.lax.with_sharding_constraint(micro, sharding)
 
-    def body(carry: PyTree, inputs: tuple[Any, PyTree]) -> tuple[PyTree, None]:
-        total = jax.tree.map(jnp.add, carry, micro_step(*inputs))
-        return (constrain_gradients(total[0]), total[1]), None
+    def constrain(total: tuple[PyTree, Metrics]) -> tuple[PyTree, Metrics]:
+        return jax.lax.with_sharding_constraint(total[0], shardings), total[1]
 
-    def constrain_gradients(gradients: PyTree) -> PyTree:
-        return jax.lax.with_sharding_constraint(gradients, shardings)
+    def body(carry: PyTree, inputs: tuple[Any, PyTree]) -> tuple[PyTree, None]:
+        return constrain(jax.tree.map(jnp.add, carry, micro_step(*inputs))), None
 
     micro_batches = (jnp.arange(count), jax.tree.map(split, examples))
     shapes = jax.eval_shape(lambda xs: micro_step(*jax.tree.map(lambda x: x[0], xs)), micro_batches)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    total, _ = jax.lax.scan(body, (constrain_gradients(zeros[0]), zeros[1]), micro_batches)
+    total, _ = jax.lax.scan(body, constrain(zeros), micro_batches)
     return jax.tree.map(lambda x: x / count, total)
