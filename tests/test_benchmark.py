@@ -138,7 +138,7 @@ def test_the_head_with_a_profile_and_a_file(benchmark, tmp_path):
     for count, line in zip((2, 3), lines, strict=True):
         check_numbers(line, ceilings, "positions", count, devices=1)
         places, operations = (tmp_path / f"head_positions{count}.txt").read_text().split("\n\n")[1:]
-        assert "  head.sample" in places
+        assert "  head\n" in places
         assert "jit(draw)" in operations
     assert lines[1]["flops_by_hand"] == 1.5 * lines[0]["flops_by_hand"]
     written = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]

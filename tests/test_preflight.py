@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.preflight import chips, lowering, text
 from tokenbridge_jax.preflight import estimate as reports
 from tokenbridge_jax.preflight.hlo import Collective, Program
+from tokenbridge_jax.preflight.profile import Operation
 from tokenbridge_jax.preflight.roofline import estimate, links
 from tokenbridge_jax.preflight.suggestions import candidates, with_changes
 from tokenbridge_jax.runtime import meshes
@@ -106,12 +108,11 @@ def test_estimate_by_hand():
     reduced = Collective("all-reduce", 64, 1, 1, 64 * 10**6)
     gathered = Collective("all-gather", 8, 1, 1, 8 * 10**6)
     program = Program(15 * 10**8, 819 * 10**6, [reduced, gathered])
-    spent = estimate(program, 197 * 10**11, 197e12, where)
+    spent = estimate(program, 197 * 10**11, 197e12, where, step=0.3)
     assert spent.products == pytest.approx(0.1)
     assert spent.memory == pytest.approx(1e-3)
     assert spent.network == pytest.approx(2 * 63e6 / 100e9 + 7e6 / 50e9)
     assert spent.instructions == pytest.approx(15e8 / (197e12 / (4 * 2 * 128**2)))
-    assert spent.step == spent.instructions + spent.network
     assert spent.bound == spent.products
     # Axes of sixteen are rings; on v5p axes of four, if all are; a group of 4 is along one axis.
     assert links(Collective("all-reduce", 4, 1, 1, 1), chips.parse_slice("v5p:2x2x4")) == 0.5 / 3
@@ -209,7 +210,7 @@ CRASH = {"fits": False, "crashed": "libtpu died of SIGSEGV"}
 
 
 @needs_libtpu
-def test_suggested_settings_fit(monkeypatch, capsys):
+def test_suggested_settings_fit(monkeypatch, tmp_path, capsys):
     where = chips.parse_slice("v5e:2x2")
     devices = chips.slice_devices(where)
 
@@ -220,20 +221,23 @@ def test_suggested_settings_fit(monkeypatch, capsys):
 
     def check_here(config, where):
         crashes = config.model.remat == "dots" and config.model.head_chunk == 2048
-        return CRASH if crashes else reports.check(config, where, devices)
+        return CRASH if crashes else reports.check(config, where, devices, tmp_path)
 
     monkeypatch.setattr(reports, "training_work", work_of)
     monkeypatch.setattr(reports, "check_apart", check_here)
+    # libtpu may be loaded already in this process, and then writes no schedules.
+    operation = Operation("fusion.1", "", 1, 1.0, "HBM")
+    monkeypatch.setattr(reports, "read_profile", lambda *arguments: [operation])
     config = big_config()
     config.model.head_chunk = 2048
-    report = reports.check(config, where, devices)
+    report = reports.check(config, where, devices, tmp_path)
     assert not report["fits"]
     found = reports.suggest(config, where, report)
     assert capsys.readouterr().err.count(CRASH["crashed"]) == 1
     assert found["flags"][-1] == "--config.model.head_chunk=256"
     changes = dict(flag.removeprefix("--config.").split("=") for flag in found["flags"])
     changes = {k: int(v) if v.lstrip("-").isdigit() else v for k, v in changes.items()}
-    assert reports.check(with_changes(config, changes), where, devices)["fits"]
+    assert reports.check(with_changes(config, changes), where, devices, tmp_path)["fits"]
     assert found["memory"]["needed"] <= where.figures.memory
 
 
@@ -273,12 +277,12 @@ def test_a_sampler_before_compiling():
 
 
 @needs_libtpu
-def test_report_of_a_training_step(capsys):
+def test_report_of_a_training_step(tmp_path, capsys):
     layers = {k: v for k, v in small_config().model.items() if k.endswith("layers")}
     flags = ["--config=configs/imagenet256.py:quick", "--topology=v5e:2x2", "--json"]
     flags += [f"--config.model.{name}={value}" for name, value in layers.items()]
     flags += ["--config.model.dropout=0.0", "--config.training.batch_size=8"]
-    assert runner.run("preflight", flags) == 0
+    assert runner.run("preflight", [*flags, f"--profile={tmp_path}/profile"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["chips"], report["settings"]["batch"], report["fits"]) == (4, 8, True)
     memory = report["memory"]
@@ -287,6 +291,12 @@ def test_report_of_a_training_step(capsys):
     # Every gradient is summed over the chips, at least in bfloat16.
     reduced = [one for one in report["a_device"]["collectives"] if one["kind"] == "all-reduce"]
     assert sum(one["bytes"] for one in reduced) >= 2 * memory["parameters"] / 4
+    profile = (tmp_path / "profile" / "profile.txt").read_text()
+    total = re.search(r"([\d.]+) ms a run", profile)
+    seconds = report["seconds"]
+    assert float(total[1]) == pytest.approx(1e3 * seconds["program"], abs=0.01)
+    assert seconds["program"] > seconds["products_at_peak"]
+    assert "head/blocks/mlp/fc1" in profile
     run = report["run"]
     assert run["steps"] == 200
     seconds = run["steps"] * report["seconds"]["expected"]

@@ -92,15 +92,17 @@ def place(source: str) -> str:
     """The module of an instruction; marks the backward pass and recomputation."""
     again = "again: " if "rematted_computation" in source else ""
     which = again or ("backward: " if "transpose(" in source else "")
-    # `mlp.terms` is a method of `mlp`; `mlp/mlp.terms` and `mlp/mlp` are the module `mlp`.
-    parts = [part.split(".")[0] for part in source.split("/")[:-1] if not _HOW.fullmatch(part)]
+    # `mlp/mlp.terms` is a method of the module `mlp`; `blocks/blocks_3` is one of several blocks.
+    path = [part for part in source.split("/")[:-1] if not _HOW.fullmatch(part)]
+    parts = [re.sub(r"\..*|(?<=blocks)_\d+$", "", part) for part in path]
     modules = [part for part, _ in itertools.groupby(parts)]
     return which + "/".join(modules) if modules else source
 
 
 def _devices(data: Any) -> Iterator[list[list[tuple[Any, float]]]]:
     """Events with nanoseconds, for each stream of each device, or for each thread of a CPU."""
-    planes = [plane for plane in data.planes if plane.name.startswith("/device:")]
+    # A libtpu that only compiles gives a plane without lines.
+    planes = [one for one in data.planes if one.name.startswith("/device:") and list(one.lines)]
     for plane in planes:
         # Kernels of a GPU do not contain each other, even if their times overlap.
         streams = [line for line in plane.lines if line.name.startswith("Stream")]
