@@ -19,7 +19,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 # The form of libtpu's schedules: 2 bundles, a loop of 12 runs of which 10 run the 3 bundles of its
-# region, 1 bundle. Each run of the region ends with a wait for 4 granules.
+# region, 1 bundle. A branch is taken 4 bundles later. The region ends with a wait for 4 granules.
 SCHEDULE = """= control target key start
 LB: loop body
 = control target key end
@@ -32,17 +32,23 @@ LB: loop body
    0x4   : > { %p3_p2 = pnand %p1_p0, %p2_p1 }
    0x5   : > { %20 = sbr.rel (%p3_p2) target = $region9 }
    0x6   : > {}
-   0x7   : > { %21 = vmatmul.bf16.gmra.mxu0 %v1_v1 } /* Start region 10 */
-   0x8   : > { %22 = dma.general %s5_s5, /* BoundsCheck
+   0x7   : > {}
+   0x8   : > {}
+   0x9   : > {}
+   0xa   : > { %21 = vmatmul.bf16.gmra.mxu0 %v1_v1 } /* Start region 10 */
+   0xb   : > { %22 = dma.general %s5_s5, /* BoundsCheck
  hlo: fusion.1 */ %s6_s6 }
-   0x9   : > { %23 = dma.done.wait [#allocation1], 4 /* a wait */ }
-   0xa PF: > { %p4_p3 = scmp.ge.s32.totalorder %s11_s2, 12 /* loop exit test */  ;;  \
+   0xc   : > { %23 = dma.done.wait [#allocation1], 4 /* a wait */ }
+   0xd PF: > { %p4_p3 = scmp.ge.s32.totalorder %s11_s2, 12 /* loop exit test */  ;;  \
 %s13_s1 = smov %s11_s2 } /* Start/End empty region 9 */
-   0xb   : > { %30 = sbr.rel (!%p4_p3) target = $region7 }
-   0xc   :  {}
-   0xd   :  {} /* exit bundle */
+   0xe   : > { %30 = sbr.rel (!%p4_p3) target = $region7 }
+   0xf   :  {}
+  0x10   :  {}
+  0x11   :  {}
+  0x12   :  {}
+  0x13   :  {} /* exit bundle */
 """
-LOOP, REGION = 12 * (3 + 2 + 1 + 2), 10 * 3
+LOOP, REGION = 12 * (4 + 4 + 2 + 4), 10 * 3
 
 
 def utilization(bundles):
@@ -52,7 +58,7 @@ def utilization(bundles):
 
 
 def test_bundles_count_as_often_as_they_run():
-    schedule = read_schedule(SCHEDULE, utilization(14), delay_slots=1)
+    schedule = read_schedule(SCHEDULE, utilization(20), delay_slots=4)
     assert schedule.cycles == 2 + LOOP + REGION + 1
     assert schedule.hbm_bytes == 10 * 4 * 32
     assert schedule.product_rows == 10 * 16
@@ -62,7 +68,7 @@ def test_bundles_count_as_often_as_they_run():
 
 def test_a_loop_that_depends_on_data_runs_once_and_is_marked():
     depends = SCHEDULE.replace("%s11_s2, 12 /*", "%s99_s9, 12 /*")
-    schedule = read_schedule(depends, utilization(14), delay_slots=1)
+    schedule = read_schedule(depends, utilization(20), delay_slots=4)
     assert schedule.guessed == 1
     assert schedule.cycles == 2 + LOOP // 12 + 1
 
@@ -89,13 +95,13 @@ replica_groups=[1,4]<=[4], to_apply=%add
 def test_an_operation_takes_its_cycles_or_its_bytes_and_copies_overlap(tmp_path):
     (tmp_path / "17-fusion.1-02-final_bundles.txt").write_text(SCHEDULE)
     name = "17-fusion.1-00-final_hlo-static-per-bundle-utilization.txt"
-    (tmp_path / name).write_text(utilization(14))
+    (tmp_path / name).write_text(utilization(20))
     (tmp_path / "1-TLP-00-deduplication-map.txt").write_text(
         "key:fusion.1\nordinal:1\nequivalent_hlos[size=2]:\n  fusion.1\n  fusion.2\n"
     )
     where, clock = chips.parse_slice("v5e:2x2"), 1e6  # So slow that the cycles take longer.
     first, reduce, second = read_profile(HLO, tmp_path, where, clock)
-    cycles = read_schedule(SCHEDULE, utilization(14), delay_slots=4).cycles
+    cycles = read_schedule(SCHEDULE, utilization(20), delay_slots=4).cycles
     assert (first.name, first.source) == ("fusion.1", "jit(step)/head/mlp/mlp.terms/mul")
     assert module(first) == "head/mlp"
     assert (first.bound, first.cycles, first.seconds) == ("bundles", cycles, cycles / clock)

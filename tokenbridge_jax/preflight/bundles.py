@@ -7,10 +7,11 @@ alone: running only those gives how often each bundle runs, and which copies fro
 
 import collections
 import dataclasses
+import itertools
 import operator
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ GRANULE = 32
 # Blocks of bundles that are run before a schedule is given up.
 MOST_BLOCKS = 300_000
 
+_BRANCH, _WAIT = "sbr.rel", "dma.done.wait"
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _LABEL = re.compile(r"Start(?:/End empty)? region (\d+)")
 _BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +([A-Z]{2})? *:[ >]*{(.*)}((?: *@\d+)*)", re.MULTILINE)
@@ -54,6 +56,8 @@ class Schedule:
 
 
 class _Instruction(NamedTuple):
+    """`to = op (condition, otherwise), args`; `otherwise` is the result if it is not executed."""
+
     to: str
     op: str
     args: tuple[str | int, ...]
@@ -92,6 +96,11 @@ def _busy(utilization: str, counts: np.ndarray) -> dict[str, float]:
 
 
 class _Program(NamedTuple):
+    """Bundles with the scalar instructions that decide; labels of bundles; rows of products.
+
+    `unnamed` are the bundles after a region that have no label.
+    """
+
     bundles: list[list[_Instruction]]
     labels: dict[str, int]
     unnamed: list[int]
@@ -120,48 +129,48 @@ def _parse(text: str) -> _Program:
             labels.setdefault(label[1:], number)
         if match[1] == "PF" and not match[3].strip():
             unnamed.append(number)
-    needed = {"sbr.rel", "dma"}
-    registers = set[str]()
+    kept = _deciding(bundles)
+    return _Program(kept, labels, unnamed, np.array(product_rows, np.int64))
+
+
+def _deciding(bundles: list[list[_Instruction]]) -> list[list[_Instruction]]:
+    """Branches, waits for copies, and the instructions that these depend on."""
     writers = collections.defaultdict[str, list[_Instruction]](list)
-    for bundle in bundles:
-        for instruction in bundle:
-            writers[instruction.to].append(instruction)
-    pending = [one for bundle in bundles for one in bundle if one.op in needed]
+    for one in itertools.chain.from_iterable(bundles):
+        writers[one.to].append(one)
+    always = (_BRANCH, _WAIT)
+    pending = [one for one in itertools.chain.from_iterable(bundles) if one.op in always]
+    registers = set[str]()
     while pending:
         one = pending.pop()
-        sources = {one.condition, one.otherwise, *one.args} - registers
-        for source in sources:
+        for source in {one.condition, one.otherwise, *one.args} - registers:
             if isinstance(source, str) and source:
                 registers.add(source)
                 pending += writers[source]
-    kept = [
-        [one for one in bundle if one.op in needed or one.to in registers] for bundle in bundles
+    return [
+        [one for one in bundle if one.op in always or one.to in registers] for bundle in bundles
     ]
-    return _Program(kept, labels, unnamed, np.array(product_rows, np.int64))
 
 
 def _instruction(text: str) -> _Instruction:
     match = _INSTRUCTION.fullmatch(text.strip())
     assert match, text
-    op, args = match["op"], match["args"]
-    target = _register(match["to"] or "")
-    if op == "sst":  # sst [smem:PLACE] VALUE writes a place.
-        place, _, args = args.rpartition(" ")
-        target = place
+    op, args, to = match["op"], match["args"], _register(match["to"] or "")
+    if op == "sst":  # sst [smem:PLACE] VALUE
+        to, _, args = args.rpartition(" ")
         op = "smov"
-    elif op == "sbr.rel":
-        args = args.partition("$region")[2]
-        return _Instruction("", op, (args.strip(),), _register(match["if"] or ""),
-                            match["not"] == "!", None)  # fmt: skip
-    elif op == "dma.done.wait":  # SEMAPHORE, GRANULES
-        op, args = "dma", args.rpartition(",")[2]
+    elif op == _BRANCH:  # target = $regionNUMBER
+        to, args = "", args.partition("$region")[2]
+    elif op == _WAIT:  # SEMAPHORE, GRANULES
+        args = args.rpartition(",")[2]
+    condition, otherwise = _register(match["if"] or ""), match["else"]
     return _Instruction(
-        target,
+        to,
         op,
-        tuple(_operand(part) for part in args.split(",")),
-        _register(match["if"] or ""),
+        tuple(map(_operand, args.split(","))),
+        condition,
         match["not"] == "!",
-        None if match["else"] is None else _operand(match["else"]),
+        None if otherwise is None else _operand(otherwise),
     )
 
 
@@ -183,13 +192,12 @@ def _signed(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
 
 
-def _compare(relation: str) -> Callable[[int, int], int]:
-    def compare(a: int, b: int) -> int:
-        if ".u32" in relation:
-            a, b = a % 2**32, b % 2**32
-        return int(getattr(operator, relation.split(".")[1])(a, b))
-
-    return compare
+def _compare(op: str, a: int, b: int) -> int:
+    """`scmp.RELATION.TYPE.totalorder`."""
+    _, relation, kind, *_ = op.split(".")
+    if kind == "u32":
+        a, b = a % 2**32, b % 2**32
+    return int(getattr(operator, relation)(a, b))
 
 
 _OPERATIONS: dict[str, Callable[..., int]] = {
@@ -217,94 +225,94 @@ _OPERATIONS: dict[str, Callable[..., int]] = {
 }
 
 
-def _run(program: _Program, delay_slots: int) -> tuple[np.ndarray, int, int]:
-    """How often each bundle runs, granules copied, and branches that depend on data."""
-    bundles = program.bundles
-    values: dict[str, Value] = {}
-    counts = np.zeros(len(bundles), np.int64)
-    interesting = [number for number, bundle in enumerate(bundles) if bundle] + [len(bundles)]
-    following = np.searchsorted(interesting, np.arange(len(bundles) + 1))
-    marks = np.zeros(len(bundles) + 1, np.int64)  # +1 where a run of bundles starts, -1 at its end.
-    granules = 0
-    guesses = set[int]()
+class _ScalarUnit:
+    """Executes the scalar instructions of a program, and counts."""
 
-    def read(operand: str | int) -> Value:
-        return operand if isinstance(operand, int) else values.get(operand)
+    def __init__(self, program: _Program) -> None:
+        self.program = program
+        self.values: dict[str, Value] = {}  # Of registers and places in memory.
+        self.granules = 0
+        self.guesses = set[int]()
+        full = [number for number, bundle in enumerate(program.bundles) if bundle]
+        self._full = [*full, len(program.bundles)]
+        self._next_full = np.searchsorted(self._full, np.arange(len(program.bundles) + 1)).tolist()
 
-    def evaluate(one: _Instruction) -> Value:
-        condition: Value = 1
-        if one.condition:
-            condition = values.get(one.condition)
-            if condition is not None and one.negated:
-                condition = 1 - condition
-        if condition == 0:
-            return read(one.to) if one.otherwise is None else read(one.otherwise)
+    def execute_block(self, start: int, delay_slots: int) -> tuple[int, int | None]:
+        """Executes bundles up to the next branch that is taken.
+
+        Returns:
+          The bundle after the last one, and the one that the branch leads to; None at the end.
+        """
+        index = self._next_full[start]
+        while (number := self._full[index]) < len(self.program.bundles):
+            target = self._execute(number)
+            if target is not None:
+                end = min(number + 1 + delay_slots, len(self.program.bundles))
+                for slot in range(number + 1, end):
+                    self._execute(slot)
+                return end, target
+            index += 1
+        return len(self.program.bundles), None
+
+    def _execute(self, number: int) -> int | None:
+        """Executes a bundle; returns the one that it branches to, if it does."""
+        target, writes = None, []
+        for one in self.program.bundles[number]:
+            if one.op == _BRANCH:
+                taken = self._condition(one)
+                if taken is None:
+                    self.guesses.add(number)
+                elif taken:
+                    target = self.program.target(str(one.args[0]), number)
+            elif one.op == _WAIT:
+                if self._condition(one) != 0:
+                    self.granules += self._read(one.args[0]) or 0
+            else:
+                writes.append((one.to, self._evaluate(one)))
+        self.values.update(writes)  # After all instructions of the bundle have read.
+        return target
+
+    def _read(self, operand: str | int | None) -> Value:
+        return self.values.get(operand) if isinstance(operand, str) else operand
+
+    def _condition(self, one: _Instruction) -> Value:
+        """1 if an instruction is executed, 0 if it is not."""
+        if not one.condition:
+            return 1
+        value = self.values.get(one.condition)
+        return value if value is None or not one.negated else 1 - value
+
+    def _evaluate(self, one: _Instruction) -> Value:
+        condition = self._condition(one)
         if condition is None:
             return None
-        arguments = [read(operand) for operand in one.args]
-        operation = _OPERATIONS.get(one.op)
-        if one.op.startswith("scmp."):
-            operation = _compare(one.op)
-        if operation is None or None in arguments:
-            return _absorbed(one.op, arguments)
-        return _signed(operation(*arguments))
+        if condition == 0:
+            return self._read(one.to if one.otherwise is None else one.otherwise)
+        arguments: list[Any] = [self._read(operand) for operand in one.args]
+        if None not in arguments:
+            if one.op.startswith("scmp."):
+                return _compare(one.op, *arguments)
+            if operation := _OPERATIONS.get(one.op):
+                return _signed(operation(*arguments))
+        # `0 and x` is 0, whatever x is; likewise for the others.
+        decisive = {"pnand": (0, 1), "por": (1, 1), "pand": (0, 0), "sand.u32": (0, 0)}
+        operand, result = decisive.get(one.op, (0, 0))
+        return result if one.op in decisive and operand in arguments else None
 
-    start, blocks = 0, 0
-    position = 0
-    while position < len(bundles):
-        blocks += 1
-        branch = None
-        index = following[position]
-        while (number := interesting[index]) < len(bundles):
-            writes = []
-            for one in bundles[number]:
-                if one.op == "sbr.rel":
-                    taken = _condition(one, values)
-                    if taken is None:
-                        guesses.add(number)
-                    elif taken:
-                        branch = program.target(str(one.args[0]), number)
-                elif one.op == "dma":
-                    if _condition(one, values) != 0:
-                        granules += read(one.args[0]) or 0
-                else:
-                    writes.append((one.to, evaluate(one)))
-            values.update(writes)
-            index += 1
-            if branch is not None:
-                break
-        if branch is None:
-            marks[start] += 1
-            marks[len(bundles)] -= 1
+
+def _run(program: _Program, delay_slots: int) -> tuple[np.ndarray, int, int]:
+    """How often each bundle runs, granules copied, and branches that depend on data."""
+    unit = _ScalarUnit(program)
+    # 1 more from the start of a block on, 1 less from its end on.
+    changes = np.zeros(len(program.bundles) + 1, np.int64)
+    start = 0
+    for _ in range(MOST_BLOCKS):
+        end, target = unit.execute_block(start, delay_slots)
+        changes[start] += 1
+        changes[end] -= 1
+        if target is None:
             break
-        end = number + 1
-        for slot in range(number + 1, min(number + 1 + delay_slots, len(bundles))):
-            values.update((one.to, evaluate(one)) for one in bundles[slot] if one.op not in
-                          ("sbr.rel", "dma"))  # fmt: skip
-            end = slot + 1
-        marks[start] += 1
-        marks[end] -= 1
-        start = position = branch
-        if blocks > MOST_BLOCKS:
-            guesses.add(number)
-            break
-    counts = np.cumsum(marks)[:-1]
-    return counts, granules, len(guesses)
-
-
-def _condition(one: _Instruction, values: dict[str, Value]) -> Value:
-    if not one.condition:
-        return 1
-    value = values.get(one.condition)
-    return value if value is None or not one.negated else 1 - value
-
-
-def _absorbed(op: str, arguments: list[Value]) -> Value:
-    """What is known although an operand is not: `0 nand x` is 1, `1 or x` is 1."""
-    if op == "pnand" and 0 in arguments:
-        return 1
-    if op == "por" and 1 in arguments:
-        return 1
-    if op in ("pand", "sand.u32") and 0 in arguments:
-        return 0
-    return None
+        start = target
+    else:
+        unit.guesses.add(-1)
+    return np.cumsum(changes)[:-1], unit.granules, len(unit.guesses)
