@@ -1,6 +1,7 @@
 """Batches: their content on any number of processes, coverage, resumption, damaged shards."""
 
 import collections
+import gc
 import itertools
 import resource
 from concurrent.futures import ThreadPoolExecutor
@@ -196,6 +197,7 @@ def test_damaged_shards_are_named(tmp_path, damage, message):
 def test_few_shards_are_open_at_once_for_any_number_of_threads(tmp_path, monkeypatch):
     info = write_tokens(tmp_path, {"train": [1] * 90})
     expected = random_records(info, range(90))
+    gc.collect()  # Closes the shards of earlier tests.
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))  # macOS's default.
     try:
