@@ -274,7 +274,11 @@ def _layers(stacked: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def stack_layers(
-    block: type[nn.Module], layers: int, remat: str = "none", scan_layers: bool = True
+    block: type[nn.Module],
+    layers: int,
+    remat: str = "none",
+    scan_layers: bool = True,
+    unroll: int = 1,
 ) -> Callable[..., Any]:
     """Makes a block's class over depth: `(x, shared) -> (x, None)`, one `shared` for all layers.
 
@@ -284,6 +288,7 @@ def stack_layers(
       remat: a key of `REMAT_POLICIES`.
       scan_layers: whether to scan one block, whose program does not grow with the depth and whose
         parameters have a leading axis of size `layers`; or to make an `Unrolled`.
+      unroll: layers that one step of the scan contains.
     """
     policy = REMAT_POLICIES[remat]
     if policy is not None:
@@ -297,5 +302,6 @@ def stack_layers(
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
+        unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
