@@ -164,7 +164,8 @@ class TokenBridgeConfig:
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` turns back into an equal config."""
         order = list(self.channel_order)
-        return vars(self) | {"quantizer": self.quantizer.to_json(), "channel_order": order}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {"quantizer": self.quantizer.to_json(), "channel_order": order}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TokenBridgeConfig":
@@ -212,8 +213,8 @@ class TokenBridge(nn.Module):
 
     def setup(self) -> None:
         # The fields of a backbone are fields of the config too.
-        names = {field.name for field in dataclasses.fields(Backbone)}
-        settings = {name: value for name, value in vars(self.config).items() if name in names}
+        names = {field.name for field in dataclasses.fields(Backbone)} - {"parent", "name"}
+        settings = {name: getattr(self.config, name) for name in names}
         self.backbone = Backbone(**settings | {"dtype": jnp.dtype(self.config.dtype)})
         self.head = make_head(self.config)
 

@@ -62,7 +62,7 @@ def parse(
       name: the command's name.
       argv: the arguments after the name, from `with_flag_files`.
       define: adds the command's own flags.
-      elsewhere: the owners of flags that a user may give here by mistake, by flag.
+      elsewhere: flag -> the command it belongs to, for flags that a user may give here by mistake.
       default_config: the experiment if there is no --config and the workdir has no config.
       needs_workdir: whether --workdir must be given.
 

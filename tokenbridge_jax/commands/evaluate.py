@@ -176,7 +176,8 @@ def _check(args: flags.FlagValues, word: str) -> None:
             "name what to compare with: --reference FILE (statistics, .npz or a folder of "
             f"pictures), or --reference {OF_DATA} for the training images of a --workdir's config"
         )
-    if "reference" in args and args.reference not in (None, OF_DATA) and not Path(path).exists():
+    named = "reference" in args and args.reference and path != OF_DATA
+    if named and not Path(path).exists():
         raise UserError(
             f"--reference {path} does not exist; it takes statistics (.npz), images (.npz or a "
             f"folder) or '{OF_DATA}', the config's training images"
@@ -397,7 +398,7 @@ def _report(
 ) -> None:
     """Prints a result, and writes it to a folder named by a hash of everything it depends on.
 
-    `module` may have a `table` and a `plot` of the result. Only the first process does anything.
+    `module`, if given, has a `table` and a `plot` of it. Only the first process does anything.
     """
     if not _first():
         return

@@ -47,7 +47,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 def main(args: flags.FlagValues) -> None:
     """Imports every network whose files are given."""
     if jax.process_count() > 1:
-        raise UserError("import-metrics needs one process only: run it without --distributed")
+        raise UserError("import-metrics runs as one process: leave out --distributed")
     given = {name: str(args[name].value) for name in _FILES if args[name].value}
     if not given:
         raise UserError("nothing to import: name --inception FILE, or the two files of an LPIPS")

@@ -38,7 +38,10 @@ COMMANDS = {
     "import-torch": ("import_torch", "makes a workdir from PyTorch checkpoints"),
     "export-torch": ("export_torch", "writes a workdir's weights to PyTorch files"),
     "sample": ("sample", "generates images with a trained model"),
-    "evaluate": ("evaluate", "scores a trained model, tokens or samples, and explains the scores"),
+    "evaluate": (
+        "evaluate",
+        "scores a trained model, tokens or samples, and records what the scores depend on",
+    ),
     "edit": ("edit", "draws parts of pictures again with a trained model"),
     "import-metrics": ("import_metrics", "installs the network weights that FID and LPIPS need"),
     "demo": ("demo", "shows a trained model on a page in the browser"),

@@ -91,7 +91,9 @@ def plot(summary: Mapping[str, Any], path: epath.PathLike) -> epath.Path:
     reliability_ax, pit_ax = figures.make_axes(2)
     bins = summary["bins"]
     used = np.flatnonzero(bins["count"])
-    count, confidence, accuracy = (np.array(values)[used] for values in bins.values())
+    count, confidence, accuracy = (
+        np.array(bins[name])[used] for name in ("count", "confidence", "accuracy")
+    )
     reliability_ax.plot([0, 1], [0, 1], "--", color=figures.GREY, label="calibrated")
     reliability_ax.plot(confidence, accuracy, color=figures.BLUE, linewidth=1)
     error = f"expected error {summary['expected_calibration_error']:.4f}"

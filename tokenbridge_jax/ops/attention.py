@@ -248,7 +248,8 @@ class _Tile:
     columns: rows beyond T and columns beyond K are read as 0 and not written.
     """
 
-    def __init__(self, *refs: Any, width: int, heads: int, rate: float):
+    def __init__(self, refs: tuple[Any, ...], *, width: int, heads: int, rate: float):
+        """`refs` are those of seed, visible, bias, qkv and normalizer."""
         self._seed_ref, self._visible_ref, self._bias_ref, self._qkv_ref, normalizer_ref = refs
         self.row, self.head = pl.program_id(0), pl.program_id(2)
         self._local_heads, self.length = normalizer_ref.shape[1:]
@@ -311,10 +312,17 @@ class _Tile:
         return jnp.where(kept, x, 0.0)
 
 
-def _forward_kernel(*refs: Any, **settings: Any) -> None:
+def _forward_kernel(
+    seed_ref: Any,
+    visible_ref: Any,
+    bias_ref: Any,
+    qkv_ref: Any,
+    out_ref: Any,
+    normalizer_ref: Any,
+    **settings: Any,
+) -> None:
     """One block of queries against all keys."""
-    *inputs, out_ref, normalizer_ref = refs
-    tile = _Tile(*inputs, normalizer_ref, **settings)
+    tile = _Tile((seed_ref, visible_ref, bias_ref, qkv_ref, normalizer_ref), **settings)
     mine = pl.program_id(1)
     q = tile.load_part(mine, 0)
 
@@ -338,10 +346,19 @@ def _forward_kernel(*refs: Any, **settings: Any) -> None:
     pl_triton.store(place, largest / LOG2_E + jnp.log(total), mask=inside)
 
 
-def _backward_kernel(*refs: Any, **settings: Any) -> None:
+def _backward_kernel(
+    seed_ref: Any,
+    visible_ref: Any,
+    bias_ref: Any,
+    qkv_ref: Any,
+    normalizer_ref: Any,
+    mean_ref: Any,
+    d_out_ref: Any,
+    d_qkv_ref: Any,
+    **settings: Any,
+) -> None:
     """The gradients of one block of queries, then of the same block of keys and values."""
-    *inputs, normalizer_ref, mean_ref, d_out_ref, d_qkv_ref = refs
-    tile = _Tile(*inputs, normalizer_ref, **settings)
+    tile = _Tile((seed_ref, visible_ref, bias_ref, qkv_ref, normalizer_ref), **settings)
     mine, blocks = pl.program_id(1), pl.cdiv(tile.length, BLOCK)
     scale = tile.width**-0.5 * tile.kept_scale
     q, k, v = (tile.load_part(mine, part) for part in range(3))

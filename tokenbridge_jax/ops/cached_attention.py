@@ -118,10 +118,21 @@ _QKV = ("batch", None, None, "heads", None)
 _CACHE = ("batch", "heads", None, None)
 
 
-def _kernel(place_ref: Any, *refs: Any) -> None:
+def _kernel(
+    place_ref: Any,
+    q_scale_ref: Any,
+    q_bias_ref: Any,
+    k_scale_ref: Any,
+    k_bias_ref: Any,
+    bias_ref: Any,
+    qkv_ref: Any,
+    keys_ref: Any,
+    values_ref: Any,
+    out_ref: Any,
+    new_keys_ref: Any,
+    new_values_ref: Any,
+) -> None:
     """One head of one position. Tiles have powers of two of rows and columns."""
-    *norm_refs, bias_ref, qkv_ref, keys_ref, values_ref = refs[:-3]
-    out_ref, new_keys_ref, new_values_ref = refs[-3:]
     position, head = pl.program_id(0), pl.program_id(1)
     heads, length, width = keys_ref.shape[1:]
     place = place_ref[0]
@@ -158,7 +169,7 @@ def _kernel(place_ref: Any, *refs: Any) -> None:
     # All loads come first: memory answers while queries and keys are normalized.
     keys, values = load_cache(keys_ref), load_cache(values_ref)
     q, k, v = (load_part(part) for part in range(3))
-    norms = [load(ref.at[columns]) for ref in norm_refs]
+    norms = [load(ref.at[columns]) for ref in (q_scale_ref, q_bias_ref, k_scale_ref, k_bias_ref)]
     q, k = norm(q, *norms[:2]), norm(k, *norms[2:])
     scores = jnp.sum(extend(keys, k) * q.astype(jnp.float32)[None], axis=1, keepdims=True)
     scores = jnp.where(rows <= place, scores * width**-0.5, MASKED)

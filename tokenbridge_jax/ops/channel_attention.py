@@ -110,15 +110,22 @@ def kernel_forward(
 
     def call(seed: jax.Array, norms: jax.Array, bias: jax.Array, qkv: jax.Array) -> jax.Array:
         count, length, _, heads, width = qkv.shape
-        sizes = dict(length=length, heads=heads, width=width, total_heads=total_heads)
-        out = gpu_call(
-            functools.partial(_forward_kernel, **sizes, rate=rate),
+        return gpu_call(
+            functools.partial(
+                _forward_kernel,
+                length=length,
+                heads=heads,
+                width=width,
+                total_heads=total_heads,
+                rate=rate,
+            ),
             grid=(pl.cdiv(count * length, TILE), heads),
             out_shape=jax.ShapeDtypeStruct((count * length, heads * width), qkv.dtype),
             warps=4,
             interpret=interpret,
-        )(seed, norms, bias.ravel(), qkv.reshape(count * length, -1))
-        return out.reshape(count, length, heads, width)
+        )(seed, norms, bias.ravel(), qkv.reshape(count * length, -1)).reshape(
+            count, length, heads, width
+        )
 
     inputs = (_NORMS, _QKV[2:], _QKV)
     return on_shards(call, inputs, _OUT, seed, _pad(norms), bias, qkv)
@@ -142,9 +149,15 @@ def kernel_backward(
     ) -> Any:
         count, length, _, heads, width = qkv.shape
         tiles = pl.cdiv(count * length, TILE)
-        sizes = dict(length=length, heads=heads, width=width, total_heads=total_heads)
         d_qkv, d_norms = gpu_call(
-            functools.partial(_backward_kernel, **sizes, rate=rate),
+            functools.partial(
+                _backward_kernel,
+                length=length,
+                heads=heads,
+                width=width,
+                total_heads=total_heads,
+                rate=rate,
+            ),
             grid=(tiles, heads),
             out_shape=(
                 jax.ShapeDtypeStruct((count * length, 3 * heads * width), qkv.dtype),
@@ -177,9 +190,17 @@ class _Tile:
     """The attention of one head in one tile of whole sequences, and what its gradient needs."""
 
     def __init__(
-        self, *refs: Any, length: int, heads: int, width: int, total_heads: int, rate: float
+        self,
+        seed_ref: Any,
+        norms_ref: Any,
+        bias_ref: Any,
+        qkv_ref: Any,
+        length: int,
+        heads: int,
+        width: int,
+        total_heads: int,
+        rate: float,
     ):
-        seed_ref, norms_ref, bias_ref, qkv_ref = refs
         self.tile, self.head = pl.program_id(0), pl.program_id(1)
         self._heads, self.width, self._rate = heads, width, rate
         self._columns = norms_ref.shape[1]
@@ -241,15 +262,24 @@ class _Tile:
         return jnp.sum(x, axis=1, keepdims=True) / self.width
 
 
-def _forward_kernel(*refs: Any, **settings: Any) -> None:
-    *inputs, out_ref = refs
-    tile = _Tile(*inputs, **settings)
+def _forward_kernel(
+    seed_ref: Any, norms_ref: Any, bias_ref: Any, qkv_ref: Any, out_ref: Any, **settings: Any
+) -> None:
+    tile = _Tile(seed_ref, norms_ref, bias_ref, qkv_ref, **settings)
     tile.store(out_ref, product(tile.drop(tile.weights).astype(tile.v.dtype), tile.v))
 
 
-def _backward_kernel(*refs: Any, **settings: Any) -> None:
-    *inputs, d_out_ref, d_qkv_ref, d_norms_ref = refs
-    tile = _Tile(*inputs, **settings)
+def _backward_kernel(
+    seed_ref: Any,
+    norms_ref: Any,
+    bias_ref: Any,
+    qkv_ref: Any,
+    d_out_ref: Any,
+    d_qkv_ref: Any,
+    d_norms_ref: Any,
+    **settings: Any,
+) -> None:
+    tile = _Tile(seed_ref, norms_ref, bias_ref, qkv_ref, **settings)
     d_out = tile.load(d_out_ref)
     dropped = tile.drop(tile.weights).astype(d_out.dtype)
     tile.store(d_qkv_ref, product(dropped, d_out, transpose_a=True), 2)

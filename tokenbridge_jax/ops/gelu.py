@@ -241,8 +241,9 @@ def _literal(x: float) -> str:
     return f"0f{np.float32(x).view(np.uint32):08X}"
 
 
-def _forward_kernel(*refs: Any, interpret: bool, **settings: Any) -> None:
-    seed_ref, bias_ref, x_ref, y_ref = refs
+def _forward_kernel(
+    seed_ref: Any, bias_ref: Any, x_ref: Any, y_ref: Any, *, interpret: bool, **settings: Any
+) -> None:
     row, column = pl.program_id(0) * TILE, pl.program_id(1) * 2 * PAIR_STRIDE
     tile = _Tile(seed_ref, x_ref, row, column, **settings)
     for half in (0, 1):
@@ -252,9 +253,18 @@ def _forward_kernel(*refs: Any, interpret: bool, **settings: Any) -> None:
         tile.store(y_ref, tile.drop(y, half), half)
 
 
-def _backward_kernel(*refs: Any, interpret: bool, **settings: Any) -> None:
+def _backward_kernel(
+    seed_ref: Any,
+    bias_ref: Any,
+    x_ref: Any,
+    d_y_ref: Any,
+    d_x_ref: Any,
+    d_bias_ref: Any,
+    *,
+    interpret: bool,
+    **settings: Any,
+) -> None:
     """The gradient of ROWS rows, one tile at a time, and its sum over the rows."""
-    seed_ref, bias_ref, x_ref, d_y_ref, d_x_ref, d_bias_ref = refs
     block, column = pl.program_id(0), pl.program_id(1) * 2 * PAIR_STRIDE
     biases = [bias_ref[_columns(column, half)][None] for half in (0, 1)]
 

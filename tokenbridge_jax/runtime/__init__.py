@@ -1,1 +1,1 @@
-"""The lowest floor: devices, processes, storage, progress, errors. It knows no model."""
+"""The lowest layer: devices, processes, storage, progress, errors. It knows no model."""

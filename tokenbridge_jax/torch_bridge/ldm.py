@@ -18,7 +18,6 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge.parts import Network
 from tokenbridge_jax.torch_bridge.table import Entry, from_torch, linear, norm, size
 
-Path = tuple[str, ...]
 State = Mapping[str, np.ndarray]
 
 # Names that identify the autoencoder in a file, in either layout. LDM also saves the loss (with a

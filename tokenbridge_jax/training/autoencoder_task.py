@@ -59,7 +59,7 @@ class AutoencoderTask:
         config: sizes; training does not use its scale.
         precision: one of `precision.PRECISIONS`.
         kl_weight: see the module.
-        reconstruction: "l1" or "l2".
+        reconstruction: "l1" or "l2"; others are a KeyError.
         """
         self.module = Autoencoder(config, precision)
         self._kl_weight = kl_weight

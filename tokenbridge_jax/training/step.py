@@ -1,4 +1,4 @@
-"""One update: loss and gradients (summed over micro-batches), clip, AdamW, EMA."""
+"""One update: loss and gradients (the mean over micro-batches), clip, AdamW, EMA."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
