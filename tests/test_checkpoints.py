@@ -321,12 +321,19 @@ def test_a_failed_write_is_reported_and_keeps_the_last_checkpoint(saved):
     """A limit on file sizes replaces a full disk: Orbax handles both in the same way."""
     large = {"x": jnp.asarray(np.random.default_rng(0).normal(size=100_000))}
     state = TrainState(jnp.int32(3), large, large, large)
+    checkpoints = Checkpoints(saved.directory)
+
+    def save_and_wait():
+        checkpoints.save(state, 3, RECORD)
+        checkpoints.wait()
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(UserError, match=f"cannot write {saved.directory}: File too large"):
-            save(saved.directory, state, 3)
+            save_and_wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints.close()  # Does not fail again.
     assert sorted(path.name for path in saved.directory.iterdir()) == ["1", "2"]
     assert saved.latest == 2

@@ -121,9 +121,12 @@ def test_images_that_the_shards_left_out_are_left_out(tmp_path):
 
 
 def test_unusable_files_are_named(tmp_path):
-    def refused(path, message):
+    def refused(path, message, use=open_images):
         with pytest.raises(UserError, match=message):
-            read(open_images(path), 4)
+            use(path)
+
+    def read_four(path):
+        return read(open_images(path), 4)
 
     refused(tmp_path / "none", "none does not exist; give a folder of pictures or an .npz")
     refused(tmp_path, "holds no pictures")
@@ -142,6 +145,6 @@ def test_unusable_files_are_named(tmp_path):
 
     folder = write_folder(tmp_path / "mixed")
     Image.fromarray(IMAGES[0, :4]).save(folder / "class_1" / "small.png")
-    refused(folder, r"several sizes \(00.png 5x6 and small.png 5x4\)")
+    refused(folder, r"several sizes \(00.png 5x6 and small.png 5x4\)", read_four)
     (folder / "class_1" / "small.png").write_text("x")
-    refused(folder, "small.png cannot be read as a picture")
+    refused(folder, "small.png cannot be read as a picture", read_four)

@@ -164,6 +164,7 @@ def test_a_flipped_bit_is_reported_or_harmless(tmp_path, save, read, message):
             found, error = outcome(lambda: read(path))
         if error:
             assert error.startswith(f"{path} {message}")
+            assert "\n" not in error
             reported += 1
         else:  # A bit in the list of a `.npz` file may change a name or a date.
             names = saved.keys() & found.keys() if read is storage.read_npz else saved.keys()

@@ -71,6 +71,7 @@ def in_diffusers(state, names="now", linear=True):
             theirs = f"{prefix}.{ATTENTION[names][layer]}.{kind}"
             array = array[:, :, 0, 0] if linear and array.ndim == 4 else array
         renamed[theirs] = array
+    assert len(renamed) == len(state)
     return renamed
 
 
