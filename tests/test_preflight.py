@@ -108,7 +108,7 @@ def test_estimate_by_hand():
     reduced = Collective("all-reduce", 64, 1, 1, 64 * 10**6)
     gathered = Collective("all-gather", 8, 1, 1, 8 * 10**6)
     program = Program(15 * 10**8, 819 * 10**6, [reduced, gathered])
-    spent = estimate(program, 197 * 10**11, 197e12, where, step=0.3)
+    spent = estimate(program, 197 * 10**11, 197e12, where)
     assert spent.products == pytest.approx(0.1)
     assert spent.memory == pytest.approx(1e-3)
     assert spent.network == pytest.approx(2 * 63e6 / 100e9 + 7e6 / 50e9)
@@ -307,7 +307,11 @@ def test_report_of_a_training_step(tmp_path, capsys):
 @needs_libtpu
 @pytest.mark.parametrize(
     ("flag", "named"),
-    [("--config.training.batch_size=6", "batch_size 6"), ("--topology=v5e:3x3", "v5e:3x3")],
+    [
+        ("--config.training.batch_size=6", "batch_size 6"),
+        ("--topology=v5e:3x3", "v5e:3x3"),
+        ("--profile=setup.py/x", "setup.py is a file"),
+    ],
 )
 def test_mistakes_are_one_line(flag, named, refused):
     quick = ["--config=configs/imagenet256.py:quick", "--config.model.scan_layers=True"]

@@ -43,7 +43,7 @@ def main(topology: str, folder: Path) -> None:
     where = chips.parse_slice(topology)
     jax.config.update("jax_platforms", "cpu")
     device = chips.slice_devices(where, dump=folder)[0]
-    clock = chips.peak_flops(device) / where.figures.cycle_flops
+    clock = where.figures.clock(chips.peak_flops(device))
     totals = {}
     for name, (function, *arguments) in PROGRAMS.items():
         sharding = SingleDeviceSharding(device)

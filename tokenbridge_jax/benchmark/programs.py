@@ -68,13 +68,16 @@ def source_names(programs: Sequence[Program]) -> dict[str, str]:
     names: dict[str, str] = {}
     for program in programs:
         for module in program.hlo_modules():
-            for instruction, source in _sources(module.to_string()):
+            for instruction, source in sources(module.to_string()):
                 names[instruction] = names[re.sub(r"[.\-]", "_", instruction)] = source
     return names
 
 
-def _sources(text: str) -> Iterator[tuple[str, str]]:
-    """Instructions with their sources; a fusion without one gets that of its last instruction."""
+def sources(text: str) -> Iterator[tuple[str, str]]:
+    """Instructions of a program's text with their sources.
+
+    A fusion without a source gets that of its last instruction.
+    """
     last: dict[str, str] = {}  # By computation. Callers follow the computations that they call.
     computation = ""
     for line in text.splitlines():

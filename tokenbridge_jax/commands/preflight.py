@@ -22,9 +22,11 @@ import jax
 from absl import flags
 
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.preflight.chips import check_libtpu, parse_slice
 from tokenbridge_jax.preflight.estimate import check_apart, run_length, suggest
 from tokenbridge_jax.preflight.text import as_text
+from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
 
@@ -44,8 +46,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     define(flags.DEFINE_string, "topology", None, "The slice, such as v5e:16x16 or v5p-128.")
     define(flags.DEFINE_bool, "sample", False, "Check the sampler, not the training step.")
     define(flags.DEFINE_bool, "suggest", True, "Look for settings that fit if these do not.")
-    define(flags.DEFINE_string, "profile", None, "Folder for tables and a picture of the time.")
     define(flags.DEFINE_bool, "json", False, "Print one line of JSON.")
+    define_path("profile", "Folder for tables and a picture of the time.", flag_values)
 
 
 def main(args: flags.FlagValues) -> int:
@@ -54,6 +56,8 @@ def main(args: flags.FlagValues) -> int:
         raise UserError("--topology is not set; name the slice, such as --topology v5e:16x16")
     where = parse_slice(args.topology)
     check_libtpu()
+    if args.profile:
+        storage.check_folder(args.profile)
     jax.config.update("jax_platforms", "cpu")  # The devices of this machine stay unused.
     config = args.config
     if not config.model.scan_layers and not args.sample:

@@ -192,12 +192,8 @@ def _signed(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
 
 
-def _compare(op: str, a: int, b: int) -> int:
-    """`scmp.RELATION.TYPE.totalorder`."""
-    _, relation, kind, *_ = op.split(".")
-    if kind == "u32":
-        a, b = a % 2**32, b % 2**32
-    return int(getattr(operator, relation)(a, b))
+def _unsigned(operation: Callable[[int, int], int]) -> Callable[[int, int], int]:
+    return lambda a, b: operation(a % 2**32, b % 2**32)
 
 
 _OPERATIONS: dict[str, Callable[..., int]] = {
@@ -212,8 +208,8 @@ _OPERATIONS: dict[str, Callable[..., int]] = {
     "sshll.u32": lambda a, n: a << n,
     "sshra.s32": lambda a, n: a >> n,
     "sshrl.u32": lambda a, n: (a % 2**32) >> n,
-    "smin.u32": lambda a, b: min(a % 2**32, b % 2**32),
-    "smax.u32": lambda a, b: max(a % 2**32, b % 2**32),
+    "smin.u32": _unsigned(min),
+    "smax.u32": _unsigned(max),
     "smin.s32": min,
     "smax.s32": max,
     "pnand": lambda a, b: int(not (a and b)),
@@ -223,6 +219,13 @@ _OPERATIONS: dict[str, Callable[..., int]] = {
     "pneg": lambda a: int(not a),
     "scalar_select": lambda p, a, b: a if p else b,
 }
+for _relation in ("lt", "le", "gt", "ge", "eq", "ne"):
+    _compare = getattr(operator, _relation)
+    _OPERATIONS[f"scmp.{_relation}.s32.totalorder"] = _compare
+    _OPERATIONS[f"scmp.{_relation}.u32.totalorder"] = _unsigned(_compare)
+
+# Operation -> an operand that decides its result, whatever the other is, and that result.
+_DECISIVE = {"pnand": (0, 1), "por": (1, 1), "pand": (0, 0), "sand.u32": (0, 0)}
 
 
 class _ScalarUnit:
@@ -290,14 +293,12 @@ class _ScalarUnit:
             return self._read(one.to if one.otherwise is None else one.otherwise)
         arguments: list[Any] = [self._read(operand) for operand in one.args]
         if None not in arguments:
-            if one.op.startswith("scmp."):
-                return _compare(one.op, *arguments)
-            if operation := _OPERATIONS.get(one.op):
-                return _signed(operation(*arguments))
-        # `0 and x` is 0, whatever x is; likewise for the others.
-        decisive = {"pnand": (0, 1), "por": (1, 1), "pand": (0, 0), "sand.u32": (0, 0)}
-        operand, result = decisive.get(one.op, (0, 0))
-        return result if one.op in decisive and operand in arguments else None
+            operation = _OPERATIONS.get(one.op)
+            return _signed(operation(*arguments)) if operation else None
+        if one.op in _DECISIVE:
+            operand, result = _DECISIVE[one.op]
+            return result if operand in arguments else None
+        return None
 
 
 def _run(program: _Program, delay_slots: int) -> tuple[np.ndarray, int, int]:

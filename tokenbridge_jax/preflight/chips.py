@@ -68,6 +68,10 @@ class Generation:
     delay_slots: int = 4
     options: tuple[tuple[str, Any], ...] = ()
 
+    def clock(self, peak: float) -> float:
+        """Cycles a second, from the peak FLOP/s of the device."""
+        return peak / self.cycle_flops
+
 
 GENERATIONS = {
     "v4": Generation(

@@ -174,19 +174,20 @@ def check(
         temporaries = needed - compiled.code - sum(work.state.values())
         report["memory"] |= {"temporaries": temporaries, "program": compiled.code}
         peak = peak_flops(devices[0])
-        clock = peak / where.figures.cycle_flops
-        operations = read_profile(compiled.text, folder, where, clock)
+        operations = read_profile(compiled.text, folder, where, where.figures.clock(peak))
         if profile:
             title = f"{report['what']} on {where.name}, {listed(report['settings'])}"
             write_profile(operations, title, epath.Path(profile))
-        step = sum(operation.seconds for operation in operations)
-        spent = estimate(program, compiled.flops, peak, where, step)
-        report |= _time(work, program, spent, compiled.flops, peak * len(devices))
+        seconds = sum(operation.seconds for operation in operations)
+        spent = estimate(program, compiled.flops, peak, where)
+        report |= _time(work, program, spent, seconds, compiled.flops, peak * len(devices))
     return report
 
 
-def _time(work: Work, program: Program, spent: Estimate, flops: int, peak: float) -> Report:
-    step = work.mean * spent.step
+def _time(
+    work: Work, program: Program, spent: Estimate, seconds: float, flops: int, peak: float
+) -> Report:
+    step = work.mean * seconds
     return {
         "a_device": {
             "product_flops": flops,
@@ -202,7 +203,7 @@ def _time(work: Work, program: Program, spent: Estimate, flops: int, peak: float
             "memory_traffic": spent.memory,
             "collectives": spent.network,
             "estimated_by_libtpu": spent.instructions + spent.network,
-            "program": spent.step,
+            "program": seconds,
             "at_best": work.mean * spent.bound,
             "mean_over_this": work.mean,
             "expected": step,

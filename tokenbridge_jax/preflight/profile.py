@@ -11,15 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tokenbridge_jax.benchmark.programs import sources
 from tokenbridge_jax.preflight.bundles import Schedule, read_schedule
 from tokenbridge_jax.preflight.chips import Generation, Slice
-from tokenbridge_jax.preflight.hlo import (
-    Instruction,
-    executed,
-    find_collective,
-    memory_traffic,
-    read_bodies,
-)
+from tokenbridge_jax.preflight.hlo import executed, find_collective, memory_traffic, read_bodies
 from tokenbridge_jax.preflight.roofline import network_seconds
 
 _BUNDLES = re.compile(r"\d+-(.+)-\d+-final_bundles\.txt")
@@ -93,17 +88,23 @@ def read_profile(text: str, folder: Path, where: Slice, clock: float) -> list[Op
       clock: cycles a second.
     """
     schedules, bodies = _Schedules(folder, where.figures), read_bodies(text)
+    names = dict(sources(text))
     stream = list(executed(bodies))
     parts = [find_collective(instruction, runs, fusion) for instruction, _, runs, fusion in stream]
     last = {part[0]: number for number, part in enumerate(parts) if part}
     memory, links = _Channel(), _Channel()
     operations = list[Operation]()
 
-    def add(instruction: Instruction, runs: int, seconds: float, bound: str, **more: Any) -> None:
+    def add(name: str, runs: int, seconds: float, bound: str, **more: Any) -> None:
         if seconds:
-            source = re.search(r'op_name="([^"]+)"', instruction.text)
-            path = source[1] if source else ""
-            operations.append(Operation(instruction.name, path, runs, seconds, bound, **more))
+            operations.append(Operation(name, names.get(name, ""), runs, seconds, bound, **more))
+
+    def wait(name: str, runs: int, transfer: str) -> None:
+        is_collective = transfer in links.left
+        channel, other = (links, memory) if is_collective else (memory, links)
+        waited = channel.finish(transfer)
+        other.advance(waited)
+        add(name, runs, waited, "ICI" if is_collective else "HBM")
 
     for number, (instruction, body, runs, fusion) in enumerate(stream):
         name, opcode = instruction.name, instruction.opcode
@@ -112,24 +113,14 @@ def read_profile(text: str, folder: Path, where: Slice, clock: float) -> list[Op
             if transfer not in links.left:
                 links.start(transfer, network_seconds(collective, where))
             if not opcode.endswith("-start") and last[transfer] == number:
-                waited = links.finish(transfer)
-                memory.advance(waited)
-                add(instruction, runs, waited, "ICI")
+                wait(name, runs, transfer)
         elif fusion:
             continue
         elif opcode.endswith("-start"):
             traffic = runs * memory_traffic(instruction, body, bodies)
             memory.start(name, traffic / where.figures.hbm)
         elif opcode.endswith("-done"):
-            start = instruction.operands[0]
-            if start in links.left:
-                waited = links.finish(start)
-                memory.advance(waited)
-                add(instruction, runs, waited, "ICI")
-            elif start in memory.left:
-                waited = memory.finish(start)
-                links.advance(waited)
-                add(instruction, runs, waited, "HBM")
+            wait(name, runs, instruction.operands[0])
         elif schedule := schedules.find(name):
             cycles = runs * schedules.cycles(schedule)
             traffic = runs * schedules.cores * schedule.hbm_bytes
@@ -139,7 +130,7 @@ def read_profile(text: str, folder: Path, where: Slice, clock: float) -> list[Op
             links.advance(seconds)
             bound = "HBM" if moving > computing else "bundles"
             more = {"busy": schedule.busy, "guessed": schedule.guessed > 0}
-            add(instruction, runs, seconds, bound, cycles=cycles, hbm_bytes=traffic, **more)
+            add(name, runs, seconds, bound, cycles=cycles, hbm_bytes=traffic, **more)
     return operations
 
 

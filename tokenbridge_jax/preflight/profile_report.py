@@ -96,7 +96,6 @@ def module(operation: Operation) -> str:
 def write_profile(operations: list[Operation], title: str, folder: epath.PathLike) -> None:
     """Writes `profile.txt` (tables by module and by operation) and `profile.png`."""
     folder = storage.as_path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     modules = rows(operations, module)
     together = rows(operations, lambda _: "total")
     total = together[0].total

@@ -28,14 +28,12 @@ class Estimate:
       memory: all traffic at the bandwidth of the memory.
       network: all collectives.
       instructions: the cycles that libtpu estimates, at the clock rate.
-      step: the expected time, by the compiled schedule (`profile.read_profile`).
     """
 
     products: float
     memory: float
     network: float
     instructions: float
-    step: float
 
     @property
     def bound(self) -> float:
@@ -43,7 +41,7 @@ class Estimate:
         return max(self.products, self.memory, self.network)
 
 
-def estimate(program: Program, flops: int, peak: float, where: Slice, step: float) -> Estimate:
+def estimate(program: Program, flops: int, peak: float, where: Slice) -> Estimate:
     """Estimates the seconds of a program.
 
     Args:
@@ -51,15 +49,13 @@ def estimate(program: Program, flops: int, peak: float, where: Slice, step: floa
       flops: FLOPs of the device's products.
       peak: FLOP/s of the device.
       where: the slice.
-      step: seconds of the program's operations and waits.
     """
     figures = where.figures
     return Estimate(
         products=flops / peak,
         memory=program.traffic / figures.hbm,
         network=sum(network_seconds(collective, where) for collective in program.collectives),
-        instructions=program.cycles / (peak / figures.cycle_flops),
-        step=step,
+        instructions=program.cycles / figures.clock(peak),
     )
 
 
