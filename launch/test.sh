@@ -14,5 +14,7 @@ bin=$environment/bin
 "$bin/ruff" check .
 "$bin/mypy"
 "$bin/shellcheck" launch/*.sh launch/slurm.sbatch .ci/run
-# The tests of a file share objects that are slow to make, so they run on the same worker.
-"$bin/python" -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --durations=15 "$@"
+# The tests of a file share objects that are slow to make, so they run on the same worker. A worker
+# that crashes ends the run: with another one in its place, pytest-xdist may wait without end.
+"$bin/python" -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0 \
+  --durations=15 "$@"

@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
@@ -29,6 +30,20 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 100)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mapped_regions():
+    """Drops all compiled programs when there are many.
+
+    A program takes about four mapped regions of memory, and Linux allows a process 65,530. LLVM
+    crashes when it gets no more.
+    """
+    yield
+    regions = Path("/proc/self/maps")
+    if regions.exists() and regions.read_text().count("\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")

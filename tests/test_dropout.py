@@ -7,23 +7,13 @@ import pytest
 from scipy import stats
 from tiny_model import normal, on_mesh, shard_shapes
 
-from tokenbridge_jax.ops.dropout import (
-    PAIR_STRIDE,
-    drop,
-    keep,
-    keep_elements,
-    keep_pair,
-    keep_units,
-    pair_rate,
-    seed_words,
-)
+from tokenbridge_jax.ops.dropout import drop, keep, keep_elements, seed_words
 
 GROUP = 8
 GROUPS = 2**15
 SEED = seed_words(jax.random.key(7))
 
-_keep = jax.jit(keep, static_argnums=3)
-_keep_pair = jax.jit(keep_pair, static_argnums=3)
+_keep = jax.jit(keep, static_argnums=4)
 
 
 def assert_independent(kept: np.ndarray, rate: float) -> None:
@@ -64,13 +54,44 @@ def test_the_share_kept_is_one_minus_the_rate(rate: float):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_neighbours_are_independent(rate: float):
-    """Neighbours along any axis of an array: the distance of their counters is a stride."""
-    in_a_row = jnp.arange(GROUPS * GROUP, dtype=jnp.uint32).reshape(GROUPS, GROUP)
-    assert_independent(_keep(*SEED, in_a_row, rate), rate)
-    for bit in range(21):
-        assert_independent(_keep(*SEED, counters(2**bit, seed=bit), rate), rate)
-    for stride in (16, 20, 320, 1024 * 3, 320 * 320):
-        assert_independent(_keep(*SEED, counters(stride, seed=stride), rate), rate)
+    """Neighbours along any axis of an array: the distance of their rows or columns is a stride."""
+    others = jnp.asarray(np.random.default_rng(1).integers(2**20, size=(GROUPS, 1)), jnp.uint32)
+    one = jnp.uint32(0)
+    for stride in (*(2**bit for bit in range(21)), 3, 20, 320, 1024 * 3, 320 * 320):
+        along = counters(stride, seed=stride)
+        for other in (others, one):
+            assert_independent(_keep(*SEED, along, other, rate), rate)
+            assert_independent(_keep(*SEED, other, along, rate), rate)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2)])
+def test_blocks_are_independent(rate: float, shape: tuple[int, int]):
+    """All patterns of the eight elements of a block, with rows and columns in common."""
+    height, width = shape
+    for distance in (1, 16, 1024):
+        kept = np.asarray(keep_elements(SEED, (2048, 2048), rate))
+        blocks = kept.reshape(-1, height, min(distance, 2048 // height), 2048)
+        blocks = blocks.reshape(*blocks.shape[:3], -1, width, min(distance, 2048 // width))
+        assert_independent(blocks.transpose(0, 2, 3, 5, 1, 4).reshape(-1, GROUP), rate)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_a_mask_has_the_singular_values_and_the_spectrum_of_noise(rate: float):
+    """No direction of rows, columns or frequencies stands out of independent draws.
+
+    The largest singular value of n x m independent entries of variance 1 is near
+    sqrt(n) + sqrt(m) (Marchenko and Pastur); the power of a frequency has mean 1 and exceeds x with
+    probability exp(-x).
+    """
+    n, m = 1024, 512
+    for key in jax.random.split(jax.random.key(3), 3):
+        kept = np.asarray(keep_elements(seed_words(key), (n, m), rate), np.float64)
+        noise = (kept - (1 - rate)) / np.sqrt(rate * (1 - rate))
+        largest = np.linalg.norm(noise, 2)
+        assert 0.97 < largest / (np.sqrt(n) + np.sqrt(m)) < 1.03
+        power = np.abs(np.fft.fft2(noise)) ** 2 / (n * m)
+        assert power.max() < np.log(n * m / 1e-4)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -78,9 +99,10 @@ def test_neighbours_are_independent(rate: float):
 def test_either_word_of_the_seed_gives_another_mask(words: tuple[int, ...], rate: float):
     """The same elements, with seeds that share one word, or none."""
     rng = np.random.default_rng(3)
-    elements = counters()[:, 0]
+    rows, columns = (counters(seed=i)[:, 0] for i in range(2))
     for _ in range(4):
-        masks = [_keep(*seed, elements, rate) for seed in seeds_with_other(words, GROUP, rng)]
+        seeds = seeds_with_other(words, GROUP, rng)
+        masks = [_keep(*seed, rows, columns, rate) for seed in seeds]
         assert_independent(np.stack(masks, axis=1), rate)
 
 
@@ -100,13 +122,13 @@ def test_every_key_gives_another_mask(rate: float):
         jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(GROUP)),
         jax.random.split(jax.random.key(1, impl="rbg"), GROUP),
     ):
-        masks = [keep_elements(seed_words(key), (GROUPS,), rate) for key in keys]
-        assert_independent(np.stack(masks, axis=1), rate)
+        masks = [keep_elements(seed_words(key), (GROUPS // 64, 64), rate) for key in keys]
+        assert_independent(np.stack(masks, axis=-1), rate)
 
 
-def test_elements_are_numbered_row_by_row():
-    numbers = jnp.arange(60, dtype=jnp.uint32)
-    kept = np.asarray(keep(*SEED, numbers, 0.3))
+def test_rows_are_numbered_in_order():
+    rows, columns = map(jnp.asarray, np.divmod(np.arange(60, dtype=np.uint32), 5))
+    kept = np.asarray(_keep(*SEED, rows, columns, 0.3))
     assert 0 < kept.sum() < 60
     np.testing.assert_array_equal(keep_elements(SEED, (3, 4, 5), 0.3), kept.reshape(3, 4, 5))
 
@@ -115,61 +137,6 @@ def test_a_seed_is_two_words_of_the_key():
     assert seed_words(jax.random.key(5)).tolist() == [0, 5]
     words = jax.random.key_data(jax.random.key(5, impl="rbg"))
     assert seed_words(jax.random.key(5, impl="rbg")).tolist() == words[np.array([0, 3])].tolist()
-
-
-# --- Two decisions from one hash ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rate", [1e-4, 0.1, 0.5, 0.9])
-def test_partners_have_the_same_rate_and_are_independent(rate: float):
-    """The covariance of partners, and all patterns of four neighbours and their partners."""
-    rate, count = pair_rate(rate), 2**20
-    numbers = jnp.arange(count, dtype=jnp.uint32).reshape(-1, 4)
-    for key in jax.random.split(jax.random.key(0), 4):
-        first, second = map(np.asarray, _keep_pair(*seed_words(key), numbers, rate))
-        variance = rate * (1 - rate)
-        for kept in (first, second):
-            assert abs(kept.mean() - (1 - rate)) <= 5 * np.sqrt(variance / count)
-        covariance = np.mean((first - 1 + rate) * (second - 1 + rate))
-        assert abs(covariance) <= 5 * variance / np.sqrt(count)
-        assert_independent(np.concatenate([first, second], axis=1), rate)
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_neighbours_of_partners_are_independent(rate: float):
-    """As for `keep`, whose decisions are those of the first partners."""
-    rate = pair_rate(rate)
-    for stride in (*(2**bit for bit in range(21)), 1024 * 3, 5120):
-        numbers = counters(stride, seed=stride)
-        first, second = _keep_pair(*SEED, numbers, rate)
-        np.testing.assert_array_equal(first, _keep(*SEED, numbers, rate))
-        assert_independent(second, rate)
-
-
-@pytest.mark.parametrize("words", [(0,), (1,), (0, 1)])
-def test_either_word_of_the_seed_gives_partners_another_mask(words: tuple[int, ...]):
-    rate = pair_rate(0.1)
-    seeds = seeds_with_other(words, GROUP // 2, np.random.default_rng(3))
-    masks = [_keep_pair(*seed, counters()[:, 0], rate) for seed in seeds]
-    assert_independent(np.concatenate(masks).T, rate)
-
-
-@pytest.mark.parametrize("width", [20, PAIR_STRIDE, 3 * PAIR_STRIDE - 7, 4 * PAIR_STRIDE])
-def test_units_share_the_hash_of_the_unit_a_stride_before(width: int):
-    shape = (2, 3, width)
-    row, column = np.divmod(np.arange(6 * width), width)
-    second = column // PAIR_STRIDE % 2 == 1
-    numbers = row * width + column - np.where(second, PAIR_STRIDE, 0)
-    decisions = np.asarray(keep_pair(*SEED, jnp.asarray(numbers, jnp.uint32), 0.3))
-    expected = np.where(second, decisions[1], decisions[0]).reshape(shape)
-    np.testing.assert_array_equal(keep_units(SEED, shape, 0.3), expected)
-
-
-@pytest.mark.parametrize(
-    ("rate", "exact"), [(0.0, 0), (1e-6, 0), (0.1, 6554), (0.5, 2**15), (1 - 1e-6, 2**16 - 1)]
-)
-def test_rates_of_pairs_are_multiples_of_two_to_the_minus_16(rate: float, exact: int):
-    assert pair_rate(rate) == exact / 2**16 == pair_rate(pair_rate(rate))
 
 
 # --- Dropout --------------------------------------------------------------------------------------

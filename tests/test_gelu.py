@@ -10,12 +10,11 @@ from scipy import special, stats
 from tiny_model import on_mesh, relative_error, shard_shapes, triton_kernels
 
 from tokenbridge_jax.ops import gelu
-from tokenbridge_jax.ops.dropout import PAIR_STRIDE, keep_units
-from tokenbridge_jax.ops.gelu import gelu_dropout
+from tokenbridge_jax.ops.dropout import keep_elements
+from tokenbridge_jax.ops.gelu import COLUMNS, gelu_dropout
 from tokenbridge_jax.runtime import meshes
 
 SEED = jnp.array([123, 456], jnp.uint32)
-PAIRS = 2 * PAIR_STRIDE
 
 
 def inputs(*shape: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -56,14 +55,13 @@ def test_gelu_and_its_gradient_are_exact():
     np.testing.assert_allclose(slope, expected, rtol=3e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(50, 60), (3, 7, PAIRS + 10)])
+@pytest.mark.parametrize("shape", [(50, 60), (3, 7, COLUMNS + 10)])
 def test_gelu_dropout_is_bias_then_gelu_then_dropout(shape: tuple[int, ...]):
-    """The rate is 6554 / 65536, and kept units are divided by exactly 1 minus this rate."""
-    kept = keep_units(SEED, shape, 0.1)
+    kept = keep_elements(SEED, shape, 0.1)
 
     def by_hand(x, bias, seed, rate):
         y = jax.nn.gelu(x + jnp.broadcast_to(bias, x.shape), approximate=False)
-        return jnp.where(kept, y * (65536 / (65536 - 6554)), 0)
+        return jnp.where(kept, y / 0.9, 0)
 
     actual = both_ways(*inputs(*shape), 0.1)
     expected = both_ways(*inputs(*shape), 0.1, by_hand)
@@ -96,10 +94,10 @@ def test_bfloat16_rounds_once():
 @pytest.mark.parametrize(
     "shape",
     [
-        (1, 1, PAIRS),  # Less than a tile.
-        (3, 2, 2 * PAIRS),  # The last tile is half full.
-        (gelu.ROWS, PAIRS),  # As many rows as one program of the backward pass sums.
-        (3, gelu.ROWS // 2 + 1, PAIRS),  # More rows than that.
+        (1, 1, COLUMNS),  # Less than a tile.
+        (3, 2, 2 * COLUMNS),  # The last tile is half full.
+        (gelu.ROWS, COLUMNS),  # As many rows as one program of the backward pass sums.
+        (3, gelu.ROWS // 2 + 1, COLUMNS),  # More rows than that.
     ],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2**-7)])
@@ -115,8 +113,8 @@ def test_kernels_agree_with_the_plain_version(shape, rate: float, dtype, toleran
 
 def test_kernels_are_exact_and_even_more_in_the_lower_tail():
     """Below -6, 1 + erf(x) has no correct digits, but the kernels have."""
-    x = jnp.linspace(-12, 12, 8 * PAIRS).reshape(8, PAIRS)
-    y, slope, d_bias = kernels(x, jnp.zeros(PAIRS), jnp.ones_like(x), 0.0)
+    x = jnp.linspace(-12, 12, 8 * COLUMNS).reshape(8, COLUMNS)
+    y, slope, d_bias = kernels(x, jnp.zeros(COLUMNS), jnp.ones_like(x), 0.0)
     exact = np.asarray(x, np.float64)
     np.testing.assert_allclose(y, exact * special.ndtr(exact), rtol=1e-5, atol=0)
     expected = special.ndtr(exact) + exact * stats.norm.pdf(exact)
@@ -158,9 +156,9 @@ def test_the_code_for_gpus_is_the_polynomial(monkeypatch):
 @pytest.mark.parametrize(
     ("function", "images", "width"),
     [
-        (both_ways, 8, PAIRS + PAIR_STRIDE),  # The two units of a pair may be on two devices.
-        (kernels, 8, 2 * PAIRS),
-        (kernels, 3, 2 * PAIRS),  # The mesh does not divide six rows.
+        (both_ways, 8, 24),
+        (kernels, 8, 2 * COLUMNS),
+        (kernels, 3, 2 * COLUMNS),  # The mesh does not divide six rows.
     ],
 )
 def test_units_are_the_same_on_any_mesh(mesh, function, images: int, width: int):
@@ -185,12 +183,12 @@ def test_units_are_the_same_on_any_mesh(mesh, function, images: int, width: int)
 @pytest.mark.parametrize(
     ("rows", "width", "dtype", "tensor", "kernels"),  # `rows` are those of one device.
     [
-        (4096, PAIRS, jnp.bfloat16, 1, 2),
-        (4096, 2 * PAIRS, jnp.bfloat16, 2, 2),
-        (4096, PAIRS, jnp.bfloat16, 2, 0),  # Each device would have one unit of every pair.
-        (4096, PAIRS + PAIR_STRIDE, jnp.bfloat16, 1, 0),
-        (4096, PAIRS, jnp.float32, 1, 0),
-        (640, PAIRS, jnp.bfloat16, 1, 0),  # Sampling one image.
+        (4096, COLUMNS, jnp.bfloat16, 1, 2),
+        (4096, 2 * COLUMNS, jnp.bfloat16, 2, 2),
+        (4096, COLUMNS, jnp.bfloat16, 2, 0),  # Each device would have half a tile.
+        (4096, COLUMNS + 256, jnp.bfloat16, 1, 0),
+        (4096, COLUMNS, jnp.float32, 1, 0),
+        (640, COLUMNS, jnp.bfloat16, 1, 0),  # Sampling one image.
     ],
 )
 def test_gpus_run_one_kernel_forward_and_one_backward(rows, width, dtype, tensor, kernels: int):

@@ -156,10 +156,7 @@ class ChannelAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear to 4D, exact GELU, linear back, with dropout after GELU and at the end.
-
-    The first dropout rounds the rate to a multiple of 2^-16; see `dropout.pair_rate`.
-    """
+    """Linear to 4D, exact GELU, linear back, with dropout after GELU and at the end."""
 
     dropout: float = 0.0
     dtype: Any = jnp.float32

@@ -305,10 +305,9 @@ class _Tile:
         seed_ref = self._seed_ref
         row = (self.row + seed_ref[2].astype(jnp.int32)) * self._heads
         row = (row + self.head + seed_ref[3].astype(jnp.int32)) * self.length
-        q = queries * BLOCK + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-        k = keys * BLOCK + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        counter = ((row + q) * self.length + k).astype(jnp.uint32)
-        kept = keep(seed_ref[0], seed_ref[1], counter, self._rate)
+        q = (row + queries * BLOCK + jnp.arange(x.shape[0])).astype(jnp.uint32)
+        k = (keys * BLOCK + jnp.arange(x.shape[1])).astype(jnp.uint32)
+        kept = keep(seed_ref[0], seed_ref[1], q[:, None], k[None], self._rate)
         return jnp.where(kept, x, 0.0)
 
 

@@ -216,8 +216,7 @@ class _Tile:
         self.q = (self.normal_q * self.norms[0] + self.norms[1]).astype(q.dtype)
         self.k = (self.normal_k * self.norms[2] + self.norms[3]).astype(k.dtype)
 
-        row = jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), 0)
-        column = jax.lax.broadcasted_iota(jnp.int32, (TILE, TILE), 1)
+        row, column = jnp.arange(TILE)[:, None], jnp.arange(TILE)[None]
         seen = (row // length == column // length) & (column <= row)
         scores = product(self.q, self.k, transpose_b=True) * (self.width**-0.5 * LOG2_E)
         scores = jnp.where(seen, scores, MASKED)
@@ -226,8 +225,9 @@ class _Tile:
 
         sequence = (self.tile * TILE + row) // length + seed_ref[2].astype(jnp.int32)
         sequence = sequence * total_heads + self.head + seed_ref[3].astype(jnp.int32)
-        counter = (sequence * length + row % length) * length + column % length
-        self._kept = keep(seed_ref[0], seed_ref[1], counter.astype(jnp.uint32), rate)
+        token = (sequence * length + row % length).astype(jnp.uint32)
+        channel = (column % length).astype(jnp.uint32)
+        self._kept = keep(seed_ref[0], seed_ref[1], token, channel, rate)
 
     @property
     def real_columns(self) -> jax.Array:

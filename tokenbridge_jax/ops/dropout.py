@@ -1,25 +1,25 @@
-"""Dropout from a counter-based generator that costs a few integer operations per element.
+"""Dropout from a counter-based generator that costs one product per element.
 
-A hash of the element's number and of a random key decides whether the element is kept. The kernel
-that reads the element computes the hash, in the forward pass and again in the backward pass, so
-neither random bits nor masks are stored. The number is the element's place in the whole array, so
-the result does not depend on the number of devices. Elements 2^32 apart share their draw. In the
-widest arrays, the MLP's units, two elements share a hash and use 16 bits each.
+An array is seen as rows of its last axis. The number of an element's row and the number of its
+column are hashed, each with one word of a random key; the product of the two odd 32-bit hashes
+decides whether the element is kept. Whatever reads the element computes this again, in the forward
+pass and in the backward pass, so neither random bits nor masks are stored. The numbers are the
+element's place in the whole array, so the result does not depend on the number of devices.
 
-(Threefry, JAX's default generator, takes about ten times as many operations. That would be slower
-than the matrix products before and after it.)
+Two rows are one row of random numbers, times two random odd factors modulo 2^32: their masks are
+as independent as the successive numbers of a multiplicative congruential generator with a random
+multiplier. The same holds for columns.
+
+(Threefry, JAX's default generator, takes about a hundred operations for an element, which would be
+slower than the matrix products before and after it.)
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, UInt32
-
-# The distance, in columns, of two units that share a hash; a kernel holds twice as many columns.
-PAIR_STRIDE = 512
 
 
 def seed_words(key: Key[Array, ""]) -> UInt32[Array, "2"]:
@@ -29,70 +29,41 @@ def seed_words(key: Key[Array, ""]) -> UInt32[Array, "2"]:
 
 
 def keep(
-    first: UInt32[Array, ""], second: UInt32[Array, ""], counter: UInt32[Array, "..."], rate: float
+    first: UInt32[Array, ""],
+    second: UInt32[Array, ""],
+    row: UInt32[Array, "..."],
+    column: UInt32[Array, "..."],
+    rate: float,
 ) -> Bool[Array, "..."]:
     """Which elements are kept: independent draws of probability 1 - `rate`.
 
     Args:
       first: the first word of the seed.
       second: the second word.
-      counter: the elements' numbers.
+      row: the numbers of the elements' rows. Rows 2^32 apart have the same draws.
+      column: the numbers of their columns; rows and columns are broadcast.
       rate: the probability of dropping an element, rounded to a multiple of 2^-32.
     """
-    return _hash(first, second, counter) >= np.uint32(round(rate * 2**32))
+    of_row = _hash(row * np.uint32(0x9E3779B1) + first, 0x7FEB352D)
+    of_column = _hash(column * np.uint32(0x85EBCA6B) + second, 0x846CA68B)
+    return of_row * of_column >= np.uint32(round(rate * 2**32))
 
 
-def keep_pair(
-    first: UInt32[Array, ""], second: UInt32[Array, ""], counter: UInt32[Array, "..."], rate: float
-) -> tuple[Bool[Array, "..."], Bool[Array, "..."]]:
-    """Two independent decisions of 16 bits from one hash; the first one equals `keep`'s.
-
-    Args:
-      first: the first word of the seed.
-      second: the second word.
-      counter: the pairs' numbers.
-      rate: the probability of dropping an element, rounded by `pair_rate`.
-    """
-    word = _hash(first, second, counter)
-    threshold = np.uint32(pair_rate(rate) * 2**32)
-    # The last product mixes the low bits least, so they decide together with the high ones.
-    return word >= threshold, word ^ (word << 16) >= threshold
-
-
-def pair_rate(rate: float) -> float:
-    """The multiple of 2^-16, below 1, that `keep_pair` uses for `rate`: 6554 / 65536 for 0.1."""
-    return min(round(rate * 2**16), 2**16 - 1) / 2**16
-
-
-def _hash(
-    first: UInt32[Array, ""], second: UInt32[Array, ""], counter: UInt32[Array, "..."]
-) -> UInt32[Array, "..."]:
-    x = counter * np.uint32(0x9E3779B1) + first
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D) + second
-    # Comparisons mostly see the high bits, which the last product mixes best.
-    return (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-
-
-def keep_units(
-    seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float
-) -> Bool[Array, "... F"]:
-    """`keep_pair` for all elements of an array, numbered in row-major order.
-
-    Partners are PAIR_STRIDE columns apart, and the pair has the number of the first one.
-    """
-    counter = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    to_partner = column & np.uint32(PAIR_STRIDE)
-    kept, kept_partner = keep_pair(seed[0], seed[1], counter - to_partner, rate)
-    return jnp.where(to_partner == 0, kept, kept_partner)
+def _hash(x: UInt32[Array, "..."], factor: int) -> UInt32[Array, "..."]:
+    x = (x ^ (x >> 16)) * np.uint32(factor)
+    # An odd number, because a product with an even one has fewer values.
+    return (x ^ (x >> 15)) * np.uint32(0x2C1B3C6D) | np.uint32(1)
 
 
 def keep_elements(
     seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float
 ) -> Bool[Array, "..."]:
-    """`keep` for all elements of an array, numbered in row-major order."""
-    counter = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    return keep(seed[0], seed[1], counter, rate)
+    """`keep` for all elements of an array `[..., columns]`, with rows in row-major order."""
+    row = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape[:-1]):
+        row = row * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    return keep(seed[0], seed[1], row, column, rate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

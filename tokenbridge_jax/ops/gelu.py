@@ -1,8 +1,8 @@
 """Bias, exact GELU and dropout of the MLP's units.
 
 On GPUs, XLA's fusions of these are limited by arithmetic, not by memory. The kernels compute less:
-one exponential gives both the normal distribution function and its density, one hash decides for
-two units, and the backward kernel also sums the bias' gradient. Other platforms run the plain
+one exponential gives both the normal distribution function and its density, and the backward kernel
+also sums the bias' gradient. Other platforms run the plain
 version, which is the definition. What is dropped does not depend on the platform.
 """
 
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
-from tokenbridge_jax.ops.dropout import PAIR_STRIDE, keep_pair, keep_units, pair_rate
+from tokenbridge_jax.ops.dropout import drop, keep
 from tokenbridge_jax.ops.pallas import LOG2_E, by_platform, gpu_call, on_shards, pl, pl_triton
 from tokenbridge_jax.runtime.meshes import batch_shards_in_use
 
-# The rows that a program holds at a time, and those that one program of the backward pass reads.
+# The rows and columns that a program holds at a time, and the rows that one program of the backward
+# pass reads.
 TILE = 4
+COLUMNS = 512
 ROWS = 64
 WARPS = 8
 
@@ -48,8 +50,7 @@ def gelu_dropout(
       x: the product of a linear layer, without its bias. Adding it here costs no pass over memory.
       bias: the layer's bias, in the dtype of `x`.
       seed: of the dropout; see `dropout.seed_words`.
-      rate: the probability that a unit is dropped, rounded to a multiple of 2^-16 by
-        `dropout.pair_rate`. Kept units are divided by 1 minus the rounded rate.
+      rate: the probability that a unit is dropped.
     """
     return _forward(x, bias, seed, rate)[0]
 
@@ -70,17 +71,17 @@ gelu_dropout.defvjp(_forward, _backward)
 
 
 def _has_kernel(x: jax.Array) -> bool:
-    """Whether every device has enough rows, and both units of every pair."""
+    """Whether every device has enough rows, and whole tiles."""
     parts = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-    pairs = x.shape[-1] % (2 * PAIR_STRIDE * parts) == 0
+    whole = x.shape[-1] % (COLUMNS * parts) == 0
     rows = math.prod(x.shape[:-1]) // batch_shards_in_use()
-    return x.dtype == jnp.bfloat16 and pairs and rows >= FEWEST_ROWS
+    return x.dtype == jnp.bfloat16 and whole and rows >= FEWEST_ROWS
 
 
 def plain_gelu_dropout(x: jax.Array, bias: jax.Array, seed: jax.Array, rate: float) -> jax.Array:
     """`gelu_dropout` in plain operations."""
     wide = (x + jnp.broadcast_to(bias, x.shape)).astype(jnp.float32)
-    return _drop(wide * _normal_cdf(wide), seed, rate).astype(x.dtype)
+    return drop(wide * _normal_cdf(wide), seed, rate).astype(x.dtype)
 
 
 def plain_gradients(
@@ -90,7 +91,7 @@ def plain_gradients(
     wide = (x + jnp.broadcast_to(bias, x.shape)).astype(jnp.float32)
     density = jnp.exp(-0.5 * wide * wide) * np.float32((2 * math.pi) ** -0.5)
     slope = _normal_cdf(wide) + wide * density
-    d_x = _drop(slope * d_y.astype(jnp.float32), seed, rate).astype(x.dtype)
+    d_x = drop(slope * d_y.astype(jnp.float32), seed, rate).astype(x.dtype)
     d_bias = jnp.sum(d_x, axis=range(x.ndim - 1), dtype=jnp.float32)
     return d_x, d_bias.astype(bias.dtype)
 
@@ -99,24 +100,16 @@ def _normal_cdf(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return 0.5 * (1 + jax.lax.erf(x * np.float32(0.5**0.5)))
 
 
-def _drop(x: Float[Array, "... F"], seed: UInt32[Array, "2"], rate: float) -> jax.Array:
-    return jnp.where(keep_units(seed, x.shape, rate), x * _kept_scale(rate), 0) if rate else x
-
-
-def _kept_scale(rate: float) -> np.float32:
-    return np.float32(1 / (1 - pair_rate(rate)))
-
-
 def kernel_forward(
     x: jax.Array, bias: jax.Array, seed: jax.Array, *, rate: float, interpret: bool = False
 ) -> jax.Array:
     """`gelu_dropout` on a GPU."""
-    kernel = functools.partial(_forward_kernel, total=x.shape[-1], rate=rate, interpret=interpret)
+    kernel = functools.partial(_forward_kernel, rate=rate, interpret=interpret)
 
     def call(seed: jax.Array, bias: jax.Array, x: jax.Array) -> jax.Array:
         return gpu_call(
             kernel,
-            grid=(pl.cdiv(x.shape[0], TILE), x.shape[1] // (2 * PAIR_STRIDE)),
+            grid=(pl.cdiv(x.shape[0], TILE), x.shape[1] // COLUMNS),
             out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
             warps=WARPS,
             interpret=interpret,
@@ -137,13 +130,13 @@ def kernel_backward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of `gelu_dropout` with respect to `x` and `bias`, on a GPU."""
-    kernel = functools.partial(_backward_kernel, total=x.shape[-1], rate=rate, interpret=interpret)
+    kernel = functools.partial(_backward_kernel, rate=rate, interpret=interpret)
 
     def call(seed: jax.Array, bias: jax.Array, x: jax.Array, d_y: jax.Array) -> Any:
         blocks = pl.cdiv(x.shape[0], ROWS)
         return gpu_call(
             kernel,
-            grid=(blocks, x.shape[1] // (2 * PAIR_STRIDE)),
+            grid=(blocks, x.shape[1] // COLUMNS),
             out_shape=(
                 jax.ShapeDtypeStruct(x.shape, x.dtype),
                 jax.ShapeDtypeStruct((blocks, x.shape[1]), jnp.float32),
@@ -163,42 +156,34 @@ _UNITS = ("batch", "mlp")
 
 
 class _Tile:
-    """`[TILE, PAIR_STRIDE]` units from a row and a column on (half 0), and their partners (half 1).
+    """`[TILE, COLUMNS]` units from a row and a column on.
 
     Rows beyond the last are read as 0 and not written.
     """
 
-    def __init__(
-        self, seed_ref: Any, x_ref: Any, row: jax.Array, column: jax.Array, total: int, rate: float
-    ):
-        shape = (TILE, PAIR_STRIDE)
-        self._rows, self._column, self._rate = pl.ds(row, TILE), column, rate
-        inside = row + jnp.arange(TILE) < x_ref.shape[0]
-        self._inside = jnp.broadcast_to(inside[:, None], shape)
+    def __init__(self, seed_ref: Any, x_ref: Any, row: jax.Array, columns: Any, rate: float):
+        self._place, self._rate = (pl.ds(row, TILE), columns), rate
+        rows = row + jnp.arange(TILE)
+        inside = rows < x_ref.shape[0]
+        self._inside = jnp.broadcast_to(inside[:, None], (TILE, COLUMNS))
         if rate:
-            rows, columns = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-            rows += row + seed_ref[2].astype(jnp.int32)
-            columns += column + seed_ref[3].astype(jnp.int32)
-            counter = (rows * total + columns).astype(jnp.uint32)
-            self._kept = keep_pair(seed_ref[0], seed_ref[1], counter, rate)
+            of_column = columns.start + jnp.arange(COLUMNS)
+            numbers = (
+                rows.astype(jnp.uint32) + seed_ref[2],
+                of_column.astype(jnp.uint32) + seed_ref[3],
+            )
+            self._kept = keep(seed_ref[0], seed_ref[1], numbers[0][:, None], numbers[1][None], rate)
 
-    def _place(self, half: int) -> tuple[Any, Any]:
-        return self._rows, _columns(self._column, half)
+    def load(self, ref: Any) -> jax.Array:
+        return pl_triton.load(ref.at[self._place], mask=self._inside, other=0.0)
 
-    def load(self, ref: Any, half: int) -> jax.Array:
-        return pl_triton.load(ref.at[self._place(half)], mask=self._inside, other=0.0)
+    def store(self, ref: Any, x: jax.Array) -> None:
+        pl_triton.store(ref.at[self._place], x.astype(ref.dtype), mask=self._inside)
 
-    def store(self, ref: Any, x: jax.Array, half: int) -> None:
-        pl_triton.store(ref.at[self._place(half)], x.astype(ref.dtype), mask=self._inside)
-
-    def drop(self, x: jax.Array, half: int) -> jax.Array:
+    def drop(self, x: jax.Array) -> jax.Array:
         if not self._rate:
             return x
-        return jnp.where(self._kept[half], x * _kept_scale(self._rate), 0.0)
-
-
-def _columns(first: jax.Array, half: int) -> Any:
-    return pl.ds(first + half * PAIR_STRIDE, PAIR_STRIDE)
+        return jnp.where(self._kept, x * np.float32(1 / (1 - self._rate)), 0.0)
 
 
 def _tail(x: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -244,13 +229,12 @@ def _literal(x: float) -> str:
 def _forward_kernel(
     seed_ref: Any, bias_ref: Any, x_ref: Any, y_ref: Any, *, interpret: bool, **settings: Any
 ) -> None:
-    row, column = pl.program_id(0) * TILE, pl.program_id(1) * 2 * PAIR_STRIDE
-    tile = _Tile(seed_ref, x_ref, row, column, **settings)
-    for half in (0, 1):
-        wide = (tile.load(x_ref, half) + bias_ref[_columns(column, half)][None]).astype(jnp.float32)
-        # x Phi(x), for either sign.
-        y = jnp.maximum(wide, 0) - jnp.abs(wide) * _tail(wide, interpret)[0]
-        tile.store(y_ref, tile.drop(y, half), half)
+    columns = pl.ds(pl.program_id(1) * COLUMNS, COLUMNS)
+    tile = _Tile(seed_ref, x_ref, pl.program_id(0) * TILE, columns, **settings)
+    wide = (tile.load(x_ref) + bias_ref[columns][None]).astype(jnp.float32)
+    # x Phi(x), for either sign.
+    y = jnp.maximum(wide, 0) - jnp.abs(wide) * _tail(wide, interpret)[0]
+    tile.store(y_ref, tile.drop(y))
 
 
 def _backward_kernel(
@@ -265,23 +249,18 @@ def _backward_kernel(
     **settings: Any,
 ) -> None:
     """The gradient of ROWS rows, one tile at a time, and its sum over the rows."""
-    block, column = pl.program_id(0), pl.program_id(1) * 2 * PAIR_STRIDE
-    biases = [bias_ref[_columns(column, half)][None] for half in (0, 1)]
+    block, columns = pl.program_id(0), pl.ds(pl.program_id(1) * COLUMNS, COLUMNS)
+    bias = bias_ref[columns][None]
 
-    def add(step: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        tile = _Tile(seed_ref, x_ref, block * ROWS + step * TILE, column, **settings)
-        sums = []
-        for half in (0, 1):
-            wide = (tile.load(x_ref, half) + biases[half]).astype(jnp.float32)
-            tail, bell = _tail(wide, interpret)
-            density = bell * np.float32((2 * math.pi) ** -0.5)
-            slope = jnp.where(wide < 0, tail, 1 - tail) + wide * density
-            d_x = tile.drop(slope * tile.load(d_y_ref, half).astype(jnp.float32), half)
-            tile.store(d_x_ref, d_x, half)
-            sums.append(totals[half] + d_x)
-        return tuple(sums)
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+        tile = _Tile(seed_ref, x_ref, block * ROWS + step * TILE, columns, **settings)
+        wide = (tile.load(x_ref) + bias).astype(jnp.float32)
+        tail, bell = _tail(wide, interpret)
+        density = bell * np.float32((2 * math.pi) ** -0.5)
+        slope = jnp.where(wide < 0, tail, 1 - tail) + wide * density
+        d_x = tile.drop(slope * tile.load(d_y_ref).astype(jnp.float32))
+        tile.store(d_x_ref, d_x)
+        return total + d_x
 
-    zeros = jnp.zeros((TILE, PAIR_STRIDE), jnp.float32)
-    totals = jax.lax.fori_loop(0, ROWS // TILE, add, (zeros, zeros))
-    for half in (0, 1):
-        d_bias_ref[block, _columns(column, half)] = jnp.sum(totals[half], axis=0)
+    total = jax.lax.fori_loop(0, ROWS // TILE, add, jnp.zeros((TILE, COLUMNS), jnp.float32))
+    d_bias_ref[block, columns] = jnp.sum(total, axis=0)
