@@ -71,6 +71,7 @@ setup(
             "tensorflow-datasets>=4.9.9",
             "torch==2.13.0",
             "torch-fidelity",
+            "transformers>=5",
         ],
     },
     entry_points={"console_scripts": ["tokenbridge = tokenbridge_jax.commands.runner:main"]},

@@ -1,4 +1,4 @@
-"""Test set-up: eight fake CPU devices, no implicit rank promotion."""
+"""Test set-up: eight fake CPU devices, no implicit rank promotion, no network."""
 
 import gc
 import importlib.metadata
@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# No test contacts the hub of models.
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Most of the time is spent in compiling programs, which then run for milliseconds.
 FLAGS = [
     "--xla_backend_optimization_level=0",

@@ -189,7 +189,7 @@ def test_a_reference_of_another_network_is_refused(tmp_path):
     [
         ("--what=tokens", "--what is now a word: tokenbridge evaluate tokens [flags]"),
         ("--seed=1 --what generation", "--what is now a word: tokenbridge evaluate generation [fl"),
-        ("--seed=1", "name one: tokenbridge evaluate generation|reconstruction|likelihood|"),
+        ("--seed=1", "name one: tokenbridge evaluate generation|features|reconstruction|"),
         ("everything", "there is no 'everything'; name one: tokenbridge evaluate generation|"),
         ("generation --config.evaluation.reference=", "name what to compare with: --reference FI"),
         ("generation --reference=none.npz", "--reference none.npz does not exist; it"),

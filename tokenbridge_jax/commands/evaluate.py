@@ -2,9 +2,12 @@
 
   tokenbridge evaluate generation --workdir W --reference VIRTUAL_imagenet256_labeled.npz
   tokenbridge evaluate generation --images samples.npz --reference real/ --output scores
+  tokenbridge evaluate features --samples fake.npz --reference real.npz --output scores
   tokenbridge evaluate reconstruction|likelihood|tokens|reference --workdir W
 
-  generation      FID, sFID, IS, KID, precision and recall of new samples, or of --images
+  generation      FID or FD_DINOv2, sFID, IS, KID, precision and recall of new samples, or of
+                  --images
+  features        Frechet distance, KID, precision and recall of features computed elsewhere
   reconstruction  rFID, PSNR, SSIM and LPIPS of reconstructed images, with continuous latents and
                   with several numbers of levels and ranges; pFID of perturbed indices
   likelihood      bits per index and per pixel of held-out images; calibration of the head
@@ -13,7 +16,7 @@
 
 The command prints a table and writes JSON and pictures to WORKDIR/evaluation. `tokenbridge evaluate
 WORD --help` lists the flags of a word. If `generation` is stopped, the same command continues it.
-Inception and LPIPS need weights: see `tokenbridge import-metrics --help`.
+Inception, DINOv2 and LPIPS need weights: see `tokenbridge import-metrics --help`.
 """
 
 import sys
@@ -33,6 +36,7 @@ from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.data.shards import read_info
 from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.evaluation import (
+    feature_files,
     generation,
     inception,
     likelihood,
@@ -45,7 +49,7 @@ from tokenbridge_jax.evaluation import (
 from tokenbridge_jax.evaluation.features import Extractor, extract
 from tokenbridge_jax.evaluation.image_sets import ImageSet, data_images, open_images, write_images
 from tokenbridge_jax.evaluation.scores import OF_DATA, Reference
-from tokenbridge_jax.evaluation.variants import sweep
+from tokenbridge_jax.evaluation.variants import perturbation, sweep
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, pictures, processes, storage
@@ -94,6 +98,12 @@ def _generation_flags(values: flags.FlagValues) -> None:
     _define(values, "write_samples", False, "Write samples.npz for ADM's evaluator.")
 
 
+def _features_flags(values: flags.FlagValues) -> None:
+    text = f"in an .npz: floats [images, features], named {' or '.join(feature_files.ARRAYS)}."
+    define_path("samples", f"Features of generated images {text}", values)
+    define_path("reference", f"Features of real images {text}", values)
+
+
 def _reconstruction_flags(values: flags.FlagValues) -> None:
     _feature_flags(values, "images to reconstruct, instead of the config's")
     define_path("reference", f"{_REFERENCE}, in addition to the originals.", values)
@@ -126,13 +136,13 @@ def _reference_flags(values: flags.FlagValues) -> None:
 def _feature_flags(values: flags.FlagValues, images: str) -> None:
     define_path("images", f"A folder or an .npz of {images}.", values)
     text = (
-        "Features to compare: Inception's, or means over an 8 x 8 grid, which need no weights. By "
-        "default config.evaluation.features, or inception without --workdir."
+        "Features to compare: Inception's, DINOv2's, or means over an 8 x 8 grid, which need no "
+        "weights. By default config.evaluation.features, or inception without --workdir."
     )
     _define(values, "features", None, text, *networks.FEATURES)
-    text = "Precision of Inception's convolutions: see docs/evaluation.md."
+    text = "Precision of the network's products: see docs/evaluation.md."
     _define(values, "precision", "high", text, *inception.PRECISIONS)
-    text = "Images per batch in Inception, over a process's devices; by default 64 per accelerator."
+    text = "Images per batch of the network in a process; by default 64 per accelerator."
     _define(values, "batch_size", None, text)
     define_path("networks", "Folder that `tokenbridge import-metrics` wrote to.", values)
 
@@ -162,10 +172,14 @@ def _check(args: flags.FlagValues, word: str) -> None:
         checks.at_least("--num_images", args.num_images, 2 if "features" in args else 1)
     if "seed" in args:
         checks.seed(args.seed, "--seed")
-    if args.workdir:
-        if not epath.Path(args.workdir).exists():
-            raise UserError(f"workdir {args.workdir} does not exist; check --workdir")
-    elif word not in ("generation", "reference") or not (args.images and args.output):
+    if args.workdir and not epath.Path(args.workdir).exists():
+        raise UserError(f"workdir {args.workdir} does not exist; check --workdir")
+    if word == "features":
+        if not (args.samples and args.reference and (args.output or args.workdir)):
+            raise UserError("name files and a folder: --samples FILE --reference FILE --output DIR")
+        return
+    alone = word in ("generation", "reference") and args.images and args.output
+    if not (args.workdir or alone):
         raise UserError(
             "--workdir is not set; name the folder to work in (to score images alone: "
             "tokenbridge evaluate generation --images FILE --reference FILE --output DIR)"
@@ -202,6 +216,11 @@ def measure_generation(args: flags.FlagValues) -> None:
         metrics = scores.generation_scores(found, reference, extractor.distance)
         notes = scores.remarks(metrics, found, reference, facts)
         _report(args, "generation", metrics, facts, notes)
+
+
+def measure_features(args: flags.FlagValues) -> None:
+    """The metrics of generation for features that another program computed."""
+    _report(args, "features", *feature_files.compare(args.samples, args.reference, args.num_images))
 
 
 def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
@@ -276,7 +295,7 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
         quantizer,
         _parse("levels", args.levels, int, "numbers"),
         _parse("ranges", args.ranges, float, "numbers"),
-        _parse("perturb", args.perturb, _perturbation, "SHARE:LEVELS, such as 0.1:4"),
+        _parse("perturb", args.perturb, perturbation, "SHARE:LEVELS, such as 0.1:4"),
     )
     found = reconstruction.reconstruction(
         codec,
@@ -311,11 +330,6 @@ def _parse(name: str, texts: list[str], kind: Callable[[str], Any], form: str) -
         return [kind(text) for text in texts]
     except ValueError:
         raise UserError(f"--{name}={','.join(texts)} must be {form}") from None
-
-
-def _perturbation(text: str) -> tuple[float, int]:
-    share, delta = text.split(":")
-    return float(share), int(delta)
 
 
 def measure_likelihood(args: flags.FlagValues) -> None:
@@ -422,6 +436,7 @@ def _first() -> bool:
 # For every word: the function that adds its flags, and the function that measures.
 _WORDS: dict[str, tuple[Callable[[flags.FlagValues], None], ...]] = {
     "generation": (_generation_flags, measure_generation),
+    "features": (_features_flags, measure_features),
     "reconstruction": (_reconstruction_flags, measure_reconstruction),
     "likelihood": (_likelihood_flags, measure_likelihood),
     "tokens": (_tokens_flags, measure_tokens),

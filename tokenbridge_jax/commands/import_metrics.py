@@ -1,11 +1,14 @@
 """Imports the networks that `evaluate` needs. Once per machine; later, PyTorch is not needed.
 
   tokenbridge import-metrics --inception pt_inception-2015-12-05-6726825d.pth
+  tokenbridge import-metrics --dinov2 dinov2_vitl14_pretrain.pth
   tokenbridge import-metrics --vgg16 vgg16-397923af.pth --lpips_vgg vgg.pth
 
-The first file is published at github.com/mseitzer/pytorch-fid (releases, fid_weights), the
-backbones of LPIPS at download.pytorch.org/models. LPIPS's own weights are in the PyPI package
-lpips, folder lpips/weights/v0.1. The SHA-256 of every file is checked. Reading .pth requires
+The first file is published at github.com/mseitzer/pytorch-fid (releases, fid_weights), the second
+at dl.fbaipublicfiles.com/dinov2/dinov2_vitl14; model.safetensors of
+huggingface.co/facebook/dinov2-large has the same weights and is accepted too. The backbones of
+LPIPS are at download.pytorch.org/models, LPIPS's own weights in the PyPI package lpips, folder
+lpips/weights/v0.1. The SHA-256 of every file is checked. Reading .pth requires
 `pip install 'tokenbridge_jax[torch]'`; .safetensors and .npz with the same names do not.
 """
 
@@ -24,6 +27,7 @@ NEEDS_WORKDIR = False
 
 _FILES = {
     "inception": "FID's Inception.",
+    "dinov2": "FD_DINOv2's ViT-L/14.",
     "vgg16": "LPIPS's VGG backbone.",
     "lpips_vgg": "LPIPS's weights for VGG.",
     "alexnet": "LPIPS's AlexNet backbone.",
@@ -50,7 +54,7 @@ def main(args: flags.FlagValues) -> None:
         raise UserError("import-metrics runs as one process: leave out --distributed")
     given = {name: str(args[name].value) for name in _FILES if args[name].value}
     if not given:
-        raise UserError("nothing to import: name --inception FILE, or the two files of an LPIPS")
+        raise UserError("nothing to import: name --inception, --dinov2, or the two files of LPIPS")
     wanted = [name for name, parts in networks.PARTS.items() if set(parts) & set(given)]
     for name in wanted:
         if not set(networks.PARTS[name]) <= set(given):

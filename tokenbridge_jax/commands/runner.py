@@ -43,7 +43,7 @@ COMMANDS = {
         "scores a trained model, tokens or samples, and records what the scores depend on",
     ),
     "edit": ("edit", "draws parts of pictures again with a trained model"),
-    "import-metrics": ("import_metrics", "installs the network weights that FID and LPIPS need"),
+    "import-metrics": ("import_metrics", "installs the weights that FID, FD_DINOv2, LPIPS need"),
     "demo": ("demo", "shows a trained model on a page in the browser"),
     "benchmark": (
         "benchmark",

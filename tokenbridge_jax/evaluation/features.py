@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int, Shaped, UInt8, UInt64
 
-from tokenbridge_jax.evaluation import inception
+from tokenbridge_jax.evaluation import dinov2, inception
 from tokenbridge_jax.evaluation.image_sets import ImageSet
 from tokenbridge_jax.evaluation.moments import Gaussian, Moments
 from tokenbridge_jax.runtime import meshes
@@ -32,7 +32,8 @@ class Features(NamedTuple):
     """Features of a batch of N images.
 
     Attributes:
-      pool: for FID, KID, precision and recall; D is 2048 for Inception.
+      pool: for Frechet distance, KID, precision and recall; D is 2048 for Inception, 1024 for
+        DINOv2.
       spatial: for sFID; None if the extractor has no such features.
       logits: of classes, for the inception score; None if the extractor has none.
     """
@@ -47,10 +48,10 @@ class Extractor(abc.ABC):
 
     Attributes:
       name: one of `networks.FEATURES`.
-      distance: the name of its Frechet distance; only Inception's is called FID.
+      distance: the name of its Frechet distance: FID is Inception's, FD_DINOv2 is DINOv2's.
       facts: the settings to report with any result.
       batch_size: the largest batch.
-      size: D, the number of features that FID compares.
+      size: D, the number of features that the Frechet distance compares.
     """
 
     name: str
@@ -64,16 +65,20 @@ class Extractor(abc.ABC):
         """Features of at most `batch_size` images."""
 
 
-class InceptionExtractor(Extractor):
-    """The network of FID on the devices of this process; see `inception.features`."""
+class NetworkExtractor(Extractor):
+    """A network on the devices of this process.
 
-    name = "inception"
-    distance = "fid"
-    size = inception.POOL_FEATURES
+    Attributes:
+      network: computes the arrays of `Features` from parameters, images and a precision.
+      settings: facts about the network, without its weights.
+    """
+
+    network: Callable[..., tuple[jax.Array, ...]]
+    settings: Mapping[str, str]
 
     def __init__(
         self,
-        params: inception.Params,
+        params: Mapping[str, Mapping[str, Any]],
         *,
         batch_size: int = 64,
         precision: str = "high",
@@ -82,29 +87,57 @@ class InceptionExtractor(Extractor):
         """Copies the parameters to the devices.
 
         Args:
-          params: from `inception.import_inception`.
+          params: as `network` takes them.
           batch_size: images per batch over all devices, rounded up to a multiple of their number.
-          precision: of the convolutions; see `inception.features`.
+          precision: of the products, one of `inception.PRECISIONS`.
           facts: about the weights.
         """
         self._mesh = meshes.make_mesh(devices=jax.local_devices())
         self.batch_size = meshes.round_up_batch(batch_size, self._mesh)
-        self.facts = {
-            "features": "inception-2015-12-05 (pool 2048, mixed_6/conv 7 x 17 x 17, logits 1008)",
-            "resize": "bilinear to 299 x 299 as TensorFlow 1, without half-pixel centres",
-            "resize_rounding": "none",
-            "features_precision": precision,
-            **(facts or {}),
-        }
-        self._network = jax.jit(functools.partial(inception.features, precision=precision))
+        self.facts = {**self.settings, "features_precision": precision, **(facts or {})}
+        self._compiled = jax.jit(functools.partial(self.network, precision=precision))
         self._params = jax.device_put(dict(params), meshes.replicated(self._mesh))
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> Features:
         """See `Extractor`."""
         count = len(images)
         full = np.pad(images, [(0, self.batch_size - count), (0, 0), (0, 0), (0, 0)])
-        found = self._network(self._params, jax.device_put(full, meshes.batch_sharding(self._mesh)))
+        batch = jax.device_put(full, meshes.batch_sharding(self._mesh))
+        found = self._compiled(self._params, batch)
         return Features(*(np.asarray(x)[:count] for x in found))
+
+
+class InceptionExtractor(NetworkExtractor):
+    """The network of FID, with parameters of `inception.import_inception`."""
+
+    name = "inception"
+    distance = "fid"
+    size = inception.POOL_FEATURES
+    network = staticmethod(inception.features)
+    settings = MappingProxyType(
+        {
+            "features": "inception-2015-12-05 (pool 2048, mixed_6/conv 7 x 17 x 17, logits 1008)",
+            "resize": "bilinear to 299 x 299 as TensorFlow 1, without half-pixel centres",
+            "resize_rounding": "none",
+        }
+    )
+
+
+class DinoExtractor(NetworkExtractor):
+    """The network of FD_DINOv2, with parameters of `dinov2.import_dinov2`."""
+
+    name = "dinov2"
+    distance = "fd_dinov2"
+    size = dinov2.VIT_L.width
+    network = staticmethod(dinov2.features)
+    settings = MappingProxyType(
+        {
+            "features": "DINOv2 ViT-L/14 (class token after the last LayerNorm, 1024)",
+            "resize": "bicubic to 224 x 224 as Pillow, smoothing when it shrinks",
+            "resize_rounding": "to uint8",
+            "position_embeddings": "bicubic from 37 x 37 to 16 x 16, as transformers",
+        }
+    )
 
 
 class ThumbnailExtractor(Extractor):
@@ -283,8 +316,8 @@ def gather_rows(rows: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, "N ..."
     return np.ascontiguousarray(whole).view(rows.dtype).reshape(-1, *rows.shape[1:])
 
 
-def content_keys(images: UInt8[np.ndarray, "N H W C"]) -> UInt64[np.ndarray, " N"]:
-    """A number for every image, a hash of its pixels."""
+def content_keys(images: Shaped[np.ndarray, "N ..."]) -> UInt64[np.ndarray, " N"]:
+    """A number for every image, a hash of its pixels (or of other numbers that stand for it)."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Hashing releases the interpreter's lock.
         digests = threads.map(
             lambda image: hashlib.blake2b(image.tobytes(), digest_size=8).digest(), images

@@ -2,6 +2,8 @@
 
 - FID, sFID, IS, KID, precision, recall: `pt_inception-2015-12-05-6726825d.pth` of
   github.com/mseitzer/pytorch-fid (releases, fid_weights);
+- FD_DINOv2: `dinov2_vitl14_pretrain.pth` of dl.fbaipublicfiles.com/dinov2/dinov2_vitl14, or
+  `model.safetensors` of huggingface.co/facebook/dinov2-large;
 - LPIPS: `vgg16-397923af.pth`, `alexnet-owt-7be5be79.pth` of download.pytorch.org/models, and
   `vgg.pth`, `alex.pth` of the PyPI package lpips (lpips/weights/v0.1).
 """
@@ -13,29 +15,46 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tokenbridge_jax.evaluation import inception, lpips
-from tokenbridge_jax.evaluation.features import Extractor, InceptionExtractor, ThumbnailExtractor
+from tokenbridge_jax.evaluation import dinov2, inception, lpips
+from tokenbridge_jax.evaluation.features import (
+    DinoExtractor,
+    Extractor,
+    InceptionExtractor,
+    NetworkExtractor,
+    ThumbnailExtractor,
+)
 from tokenbridge_jax.runtime import checks, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge import state_dicts
 from tokenbridge_jax.torch_bridge.kinds import recognise
 
 # The SHA-256 of the published files, or its first digits if only those are published.
-PUBLISHED = {
-    "inception": "6726825d",
-    "vgg16": "397923af",
-    "alexnet": "7be5be79",
-    "lpips_vgg": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-    "lpips_alex": "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+PUBLISHED: dict[str, tuple[str, ...]] = {
+    "inception": ("6726825d",),
+    # facebookresearch's file, and Hugging Face's.
+    "dinov2": (
+        "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+        "399fba97a95f22c36834418bc69373364a99af3a1153da1c0fb31db567c92e23",
+    ),
+    "vgg16": ("397923af",),
+    "alexnet": ("7be5be79",),
+    "lpips_vgg": ("a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",),
+    "lpips_alex": ("df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",),
 }
 # The files of every network.
 PARTS = {
     "inception": ("inception",),
+    "dinov2": ("dinov2",),
     "lpips_vgg": ("vgg16", "lpips_vgg"),
     "lpips_alex": ("alexnet", "lpips_alex"),
 }
+# The extractors that need a network, and the network's name for people.
+_EXTRACTORS: dict[str, tuple[type[NetworkExtractor], str]] = {
+    "inception": (InceptionExtractor, "Inception"),
+    "dinov2": (DinoExtractor, "DINOv2"),
+}
 # Names of extractors.
-FEATURES = ("inception", "thumbnails")
+FEATURES = (*_EXTRACTORS, "thumbnails")
 
 FOLDER_VARIABLE = "TOKENBRIDGE_NETWORKS"
 NO_FOLDER = (
@@ -87,13 +106,15 @@ def import_network(name: str, paths: dict[str, str], folder: Path, *, unpublishe
     if changed and not unpublished:
         raise UserError(
             f"{paths[changed[0]]} is not the published file: its SHA-256 begins with "
-            f"{digests[changed[0]][:8]}, not {PUBLISHED[changed[0]][:8]}; download it again "
-            "(--unpublished accepts a conversion)"
+            f"{digests[changed[0]][:8]}, not {' or '.join(x[:8] for x in PUBLISHED[changed[0]])}; "
+            "download it again (--unpublished accepts a conversion)"
         )
     tensors = [state_dicts.read(path)["model"] for path in paths.values()]
     try:
         if name == "inception":
             params = inception.import_inception(tensors[0])
+        elif name == "dinov2":
+            params = dinov2.import_dinov2(tensors[0], dinov2.VIT_L)
         else:
             params = lpips.import_lpips(tensors[0], tensors[1], name.removeprefix("lpips_"))
     except UserError as error:
@@ -140,7 +161,7 @@ def make_extractor(
       folder: of imported networks, if there is one.
       batch_size: images per batch over the devices of a process; by default 64 per accelerator, 16
         on CPUs.
-      precision: of Inception's convolutions.
+      precision: of the network's products, one of `inception.PRECISIONS`.
 
     Raises:
       UserError: there are no such features, the network is not imported, or the batch size is below
@@ -152,18 +173,19 @@ def make_extractor(
         checks.at_least("--batch_size", batch_size, 1)
     if name == "thumbnails":
         return ThumbnailExtractor()
+    extractor, title = _EXTRACTORS[name]
     network = load_network(name, folder)
     if folder is None:
         raise UserError(f"{NO_FOLDER}; --features thumbnails needs none")
     if network is None:
         raise UserError(
-            f"{folder} holds no Inception network: `tokenbridge import-metrics --help` says how to "
+            f"{folder} holds no {title} network: `tokenbridge import-metrics --help` says how to "
             "import it; --features thumbnails needs none"
         )
     if batch_size is None:
         devices = jax.local_devices()
         batch_size = 16 if devices[0].platform == "cpu" else 64 * len(devices)
-    return InceptionExtractor(
+    return extractor(
         network.params, batch_size=batch_size, precision=precision, facts=network.facts
     )
 

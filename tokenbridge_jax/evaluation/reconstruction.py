@@ -87,8 +87,8 @@ def reconstruction(
       `range`), `latent_variance` (over images and positions, the mean over channels), and `rows`,
       one per variant, with `levels`, `range`, `share`, `delta`, and these, or None if unknown:
       `rfid`: Frechet distance from the originals' features (pFID if indices are perturbed), and
-        `rfid_reference`, from the reference; for thumbnails, `thumbnail_distance` and
-        `thumbnail_distance_reference`;
+        `rfid_reference`, from the reference; for DINOv2, `fd_dinov2` and `fd_dinov2_reference`; for
+        thumbnails, `thumbnail_distance` and `thumbnail_distance_reference`;
       `inception_score`, `inception_score_std`: over ten splits, each of every tenth image;
       `psnr` in decibels, `ssim`, `lpips_NETWORK`: of uint8 pixels, means over images;
       `clipped_share`: the share of the latents beyond the quantizer's range; `levels_used`: the
@@ -340,6 +340,7 @@ def plot(found: Mapping[str, Any], folder: epath.PathLike) -> list[epath.Path]:
     rows = found["rows"]
     names = {
         "rfid": "rFID, from the originals",
+        "fd_dinov2": "FD_DINOv2, from the originals",
         "thumbnail_distance": "thumbnail distance\nfrom the originals",
         "psnr": "PSNR (dB)",
     }

@@ -14,6 +14,8 @@ from tokenbridge_jax.runtime import storage
 # Names of metrics in tables, with the better direction.
 _TITLES = {
     "fid": "FID (lower)",
+    "fd_dinov2": "FD_DINOv2 (lower)",
+    "frechet_distance": "Frechet distance (lower)",
     "thumbnail_distance": "thumbnail distance (lower)",
     "sfid": "sFID (lower)",
     "inception_score": "IS, any order (higher)",

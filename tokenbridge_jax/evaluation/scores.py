@@ -162,12 +162,12 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], names: tuple[str, str])
 def generation_scores(
     samples: SetFeatures, reference: Reference, distance: str = "fid"
 ) -> dict[str, float]:
-    """FID, sFID, IS, KID, precision and recall, by name, if samples and reference allow them.
+    """Frechet distance, sFID, IS, KID, precision and recall, by name, if they can be computed.
 
-    FID and sFID compare with the whole reference; KID, precision and recall with at most 10,000 of
-    its images. Precision is the share of samples within the manifold of the reference, recall the
-    share of the reference within the manifold of the samples. Only `inception_score_adm` depends on
-    the order of the samples.
+    Frechet distance and sFID compare with the whole reference; KID, precision and recall with at
+    most 10,000 of its images. Precision is the share of samples within the manifold of the
+    reference, recall the share of the reference within the manifold of the samples. Only
+    `inception_score_adm` depends on the order of the samples.
 
     Args:
       samples: from `features.extract`, with everything kept.
@@ -212,25 +212,16 @@ def remarks(
     sizes = [facts.get(f"{name}image_size") for name in ("", "reference_")]
     if None not in sizes and sizes[0] != sizes[1]:
         notes.append(f"samples of {sizes[0]} pixels are compared with references of {sizes[1]}")
-    if samples.logits is None:
+    if "thumbnail_distance" in scores:
         notes.append("these scores use thumbnails: do not compare them with published ones")
         return notes
     if samples.count < PUBLISHED_SAMPLES:
         notes.append(
-            f"published scores use {PUBLISHED_SAMPLES:,} samples; FID of {samples.count:,} samples "
-            "is biased upwards"
+            f"published scores use {PUBLISHED_SAMPLES:,} samples; the Frechet distance of "
+            f"{samples.count:,} samples is biased upwards"
         )
-    if "inception_score" not in scores:
-        notes.append(f"no inception score: it needs {SPLITS} samples")
-    else:
-        neighbours, _ = metrics.inception_score(samples.logits, SPLITS)
-        any_order, deviation = scores["inception_score"], scores["inception_score_std"]
-        if abs(neighbours - any_order) > max(3 * deviation, 0.01 * any_order):
-            notes.append(
-                "these images are sorted, and ADM's inception score depends on their order "
-                f"({scores['inception_score_adm']:.2f}; in ten splits {neighbours:.2f} as they "
-                f"are, {any_order:.2f} in an order that does not depend on it): shuffle them"
-            )
+    if samples.logits is not None:
+        notes += _remarks_on_inception_score(scores, samples.logits)
     if reference.features is None:
         notes.append("the reference has statistics but no images: no KID, precision and recall")
     elif len(reference.features) < MANIFOLD_IMAGES:
@@ -241,3 +232,19 @@ def remarks(
     if reference.features is not None and "kid" not in scores:
         notes.append(f"no KID: it needs {KID_SUBSET:,} samples and reference images")
     return notes
+
+
+def _remarks_on_inception_score(
+    scores: Mapping[str, float], logits: Float[np.ndarray, "N 1008"]
+) -> list[str]:
+    if "inception_score" not in scores:
+        return [f"no inception score: it needs {SPLITS} samples"]
+    neighbours, _ = metrics.inception_score(logits, SPLITS)
+    any_order, deviation = scores["inception_score"], scores["inception_score_std"]
+    if abs(neighbours - any_order) <= max(3 * deviation, 0.01 * any_order):
+        return []
+    return [
+        "these images are sorted, and ADM's inception score depends on their order "
+        f"({scores['inception_score_adm']:.2f}; in ten splits {neighbours:.2f} as they are, "
+        f"{any_order:.2f} in an order that does not depend on it): shuffle them"
+    ]

@@ -59,6 +59,12 @@ def sweep(
     return (Variant(), *map(Variant, [*by_levels, *by_range]), *perturbed)
 
 
+def perturbation(text: str) -> tuple[float, int]:
+    """The share and the delta of "SHARE:DELTA"; raises `ValueError` for another text."""
+    share, delta = text.split(":")
+    return float(share), int(delta)
+
+
 def perturb(
     indices: Integer[np.ndarray, "n L C"],
     numbers: Int[np.ndarray, " n"],
