@@ -34,7 +34,6 @@ from tokenbridge_jax.sampling.schedule import (
     hidden_counts,
     make_plan,
 )
-from tokenbridge_jax.transformer import unstack
 
 GREEDY = SamplingSettings(num_iter=4, temperature=0.0)
 GRID = [(p, n) for p in (1, 2, 7, 16, 64, 256) for n in (1, 2, 3, 5, 6, 8, 9, 64, 255, 256, 300)]
@@ -166,8 +165,8 @@ class Recorder:
     whether exactly the slots before `num_hidden` had never been drawn.
     """
 
-    def __init__(self, config):
-        pass
+    def __init__(self, config, sampling):
+        assert sampling
 
     def apply(self, variables, *arguments, method):
         return method(*arguments)
@@ -196,7 +195,7 @@ def test_every_position_is_drawn_once_with_the_state_of_its_step(
 ):
     monkeypatch.setattr(sampler, "TokenBridge", Recorder)
     # No other test has this many classes, so no jitted program of the real model is used.
-    config = tiny(positions=positions, classes=977)
+    config = tiny(positions=positions, classes=977, scan_layers=False)
     numbers = np.arange(2, dtype=np.int32)
     settings = SamplingSettings(num_iter)
     indices = np.asarray(generate(config, {}, Request(numbers, numbers, seed=3), settings))
@@ -382,12 +381,25 @@ def test_devices_change_nothing(params, eight, sizes, batch_size: int):
     np.testing.assert_array_equal(drawn, images[:7])
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_a_model_trained_with_rematerialisation_samples_the_same(params, remat: str):
+@pytest.mark.parametrize(
+    "changes", [{"remat": "dots"}, {"remat": "full"}, {"scan_layers": not TINY.scan_layers}]
+)
+def test_how_layers_were_trained_does_not_change_samples(params, changes: dict):
     request = Request(np.zeros(2, np.int32), np.arange(2))
-    expected = generate(TINY, params, request, GREEDY)
-    found = generate(tiny(remat=remat), params, request, GREEDY)
-    np.testing.assert_array_equal(found, expected)
+    for settings in (GREEDY, STOCHASTIC):
+        expected = generate(TINY, params, request, settings)
+        found = generate(tiny(**changes), params, request, settings)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_decoder_of_one_layer_is_its_last():
+    request = Request(np.zeros(2, np.int32), np.arange(2))
+    scanned, unrolled = (tiny(decoder_layers=1, scan_layers=scan) for scan in (True, False))
+    params = random_params(scanned)
+    np.testing.assert_array_equal(
+        generate(scanned, params, request, STOCHASTIC),
+        generate(unrolled, params, request, STOCHASTIC),
+    )
 
 
 def test_weights_are_cast_before_the_loops_and_nothing_else_changes():
@@ -395,9 +407,11 @@ def test_weights_are_cast_before_the_loops_and_nothing_else_changes():
     params = random_params(config)
     batch = random_batch(config, 3)
     arguments = *batch.values(), np.int32(5), np.zeros(3, bool)
-    model = TokenBridge(dataclasses.replace(config, scan_layers=False))
+    model = TokenBridge(config, sampling=True)
     logits = jax.jit(lambda params, *arguments: model.apply({"params": params}, *arguments))
-    exact = logits(unstack(params), *arguments)
+    exact = logits(
+        sampler.prepare_params(params, dataclasses.replace(config, dtype="float32")), *arguments
+    )
     np.testing.assert_array_equal(logits(sampler.prepare_params(params, config), *arguments), exact)
 
     run = lambda *arrays: generate(config, params, Request(*arrays), STOCHASTIC)  # noqa: E731

@@ -6,6 +6,7 @@ positions, because each has its own position embedding. So the hidden slots are 
 front and the visible slots a slice at the end: nothing is scattered, and every shape is static.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenbridge_jax.layers import Dense, LayerNorm, add_bias, copies
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.meshes import named_axes
-from tokenbridge_jax.transformer import Block, Window, embedding_init, stack_layers
+from tokenbridge_jax.transformer import Block, LastApart, Window, embedding_init, stack_layers
 
 
 class Backbone(nn.Module):
@@ -38,6 +39,7 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     scan_layers: bool = True
+    sampling: bool = False
 
     def setup(self) -> None:
         length = self.buffer + self.positions
@@ -53,15 +55,21 @@ class Backbone(nn.Module):
         self.decoder_embed = Dense((self.decoder_width,), (None, "embed"), self.dtype)
         self.mask_token = self._embedding("mask_token", 1, self.decoder_width)
         self.decoder_position = self._embedding("decoder_position", length, self.decoder_width)
-        self.decoder_blocks = self._blocks(self.decoder_layers, self.decoder_heads)
+        self.decoder_blocks = self._blocks(
+            self.decoder_layers, self.decoder_heads, last_apart=self.sampling and self.scan_layers
+        )
         self.decoder_norm = LayerNorm(self.dtype)
         self.output_position = self._embedding(
             "output_position", self.positions, self.decoder_width
         )
 
-    def _blocks(self, layers: int, heads: int) -> Any:
-        stack = stack_layers(Block, layers, self.remat, self.scan_layers)
-        return stack(heads, self.dropout, self.dtype)
+    def _blocks(self, layers: int, heads: int, last_apart: bool = False) -> Any:
+        arguments = heads, self.dropout, self.dtype
+        stack = stack_layers(Block, layers - last_apart, self.remat, self.scan_layers)
+        if not last_apart:
+            return stack(*arguments)
+        scan = functools.partial(stack, *arguments) if layers > 1 else None
+        return LastApart(scan, functools.partial(Block, *arguments))
 
     def _embedding(self, name: str, count: int, width: int) -> Float[Array, "T D"]:
         init = named_axes(embedding_init, "positions", "embed")
@@ -141,7 +149,7 @@ class Backbone(nn.Module):
           encoded: buffer and visible slots.
           order: as for `encode`.
           num_hidden: as for `encode`.
-          window: the slots to compute, all by default; only without `scan_layers`.
+          window: the slots to compute, all by default; only where the model is for sampling.
         """
         batch, slots = len(encoded), encoded.shape[1] - self.buffer
         x = meshes.constrain(self.decoder_embed(encoded), "batch", None, None)

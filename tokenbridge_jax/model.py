@@ -206,17 +206,22 @@ class TokenBridge(nn.Module):
     """The generator: a distribution over the indices of hidden positions given the visible ones.
 
     With `config.scan_layers` it takes parameters as they are stored. Without, every layer has its
-    own (see `transformer.unstack`); sampling needs that, whatever the config says.
+    own (see `transformer.unstack`). `sampling` makes the model that samples, and takes the
+    parameters of `sampler.prepare_params`.
     """
 
     config: TokenBridgeConfig
+    sampling: bool = False
 
     def setup(self) -> None:
         # The fields of a backbone are fields of the config too.
-        names = {field.name for field in dataclasses.fields(Backbone)} - {"parent", "name"}
+        names = {field.name for field in dataclasses.fields(Backbone)}
+        names -= {"parent", "name", "sampling"}
         settings = {name: getattr(self.config, name) for name in names}
-        self.backbone = Backbone(**settings | {"dtype": jnp.dtype(self.config.dtype)})
-        self.head = make_head(self.config)
+        settings["dtype"] = jnp.dtype(self.config.dtype)
+        self.backbone = Backbone(**settings, sampling=self.sampling)
+        unrolled = dataclasses.replace(self.config, scan_layers=False)
+        self.head = make_head(unrolled if self.sampling else self.config)
 
     def __call__(
         self,
@@ -252,7 +257,7 @@ class TokenBridge(nn.Module):
           num_hidden: how many slots at the front of `order` are hidden, one number or one per
             image.
           drop_class: which images get the null latent instead of their class.
-          window: the slots to compute, all by default; only without `scan_layers`.
+          window: the slots to compute, all by default; only with `sampling`.
         """
         values = self.config.quantizer.dequantize(visible_indices)
         class_latent = self.backbone.class_latent(labels, drop_class)

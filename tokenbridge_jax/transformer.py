@@ -252,6 +252,36 @@ class Unrolled(nn.Module):
         return last(x, shared) if window is None else last(x, shared, window)
 
 
+class LastApart(nn.Module):
+    """A scan over all blocks but the last one (see `set_last_apart`).
+
+    Its program is small, and yet the last block can run for a window.
+    """
+
+    make_scan: Callable[[], nn.Module] | None
+    make_block: Callable[[], nn.Module]
+
+    def setup(self) -> None:
+        self.first = self.make_scan() if self.make_scan else None
+        self.last = self.make_block()
+
+    def __call__(
+        self, x: Float[Array, "N T D"], shared: Any, window: Window | None = None
+    ) -> tuple[jax.Array, None]:
+        """Runs all blocks; with a `window`, the last one for its places only."""
+        if self.first is not None:
+            x, _ = self.first(x, shared)
+        return self.last(x, shared, window)
+
+
+def set_last_apart(stacked: dict[str, Any]) -> dict[str, Any]:
+    """Turns the parameters of stacked layers into those of `LastApart`."""
+    return {
+        "first": jax.tree.map(lambda leaf: leaf[:-1], stacked),
+        "last": jax.tree.map(lambda leaf: leaf[-1], stacked),
+    }
+
+
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
     """Turns the parameters of stacked layers, anywhere in the tree, into those of `Unrolled`."""
     return {

@@ -76,7 +76,7 @@ def head_cases(config: ConfigDict, positions: Sequence[int]) -> list[Case]:
     """Cases in which the head draws all channels of some positions, on one device."""
     model = inputs.make_model(config)
     mesh = meshes.make_mesh(devices=jax.local_devices()[:1])
-    module = TokenBridge(dataclasses.replace(model, scan_layers=False))
+    module = TokenBridge(model, sampling=True)
 
     @functools.cache
     def make_params():

@@ -34,12 +34,7 @@ from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 from tokenbridge_jax.sampling.orders import make_orders
-from tokenbridge_jax.sampling.schedule import (
-    MAX_STAGES,
-    MAX_STAGES_SCANNED,
-    SamplingSettings,
-    make_plan,
-)
+from tokenbridge_jax.sampling.schedule import SamplingSettings, make_plan
 
 
 class Scores(NamedTuple):
@@ -74,8 +69,7 @@ class Scorer:
         num_iter: the number of reveal steps; L of them reveal one position at a time.
         """
         self._mesh = mesh
-        most = MAX_STAGES_SCANNED if config.scan_layers else MAX_STAGES
-        self._plan = make_plan(config.positions, SamplingSettings(num_iter=num_iter), most=most)
+        self._plan = make_plan(config.positions, SamplingSettings(num_iter=num_iter))
         self.hidden = self._plan.hidden
         self._step = _step_on(mesh, config)
 

@@ -35,15 +35,13 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.sampling.orders import hidden_first, make_orders, sample_keys
 from tokenbridge_jax.sampling.schedule import (
-    MAX_STAGES,
-    MAX_STAGES_SCANNED,
     Plan,
     SamplingSettings,
     Stage,
     guidance_scales,
     make_plan,
 )
-from tokenbridge_jax.transformer import Window, unstack
+from tokenbridge_jax.transformer import Window, set_last_apart, unstack
 
 
 class Known(NamedTuple):
@@ -176,8 +174,7 @@ def _prepare(
 ) -> tuple[Request, Plan, Step]:
     """The request as the programs take it, and what they do, step by step."""
     num_hidden = None if request.known is None else request.known.num_hidden
-    most = MAX_STAGES_SCANNED if config.scan_layers else MAX_STAGES
-    plan = make_plan(config.positions, settings, num_hidden, most)
+    plan = make_plan(config.positions, settings, num_hidden)
     scales = guidance_scales(config.positions, settings, num_hidden)
     hidden = np.array(plan.hidden, np.int32)
     temperature, choice_temperature = (
@@ -250,7 +247,7 @@ def _reveal(
     """One step: in confidence order if it has a `choice_temperature`, else in that of `slots`."""
     batch, positions = slots.orders.shape
     # Nothing is differentiated, so there is nothing to rematerialise.
-    model = TokenBridge(dataclasses.replace(config, remat="none", scan_layers=False))
+    model = TokenBridge(dataclasses.replace(config, remat="none"), sampling=True)
 
     def apply(method: Callable[..., Any], *arguments: Any) -> Any:
         return model.apply({"params": params}, *arguments, method=method)
@@ -322,7 +319,7 @@ def _row_major(slots: Slots) -> Int[Array, "B L C"]:
 
 
 def prepare_params(params: dict[str, Any], config: TokenBridgeConfig) -> dict[str, Any]:
-    """Parameters for a model without `scan_layers`, in the dtypes that its modules compute in.
+    """Parameters for a model with `sampling`, in the dtypes that its modules compute in.
 
     All are cast to `config.dtype` except those of norms, `z_proj` and the classifiers' bias.
     """
@@ -332,4 +329,9 @@ def prepare_params(params: dict[str, Any], config: TokenBridgeConfig) -> dict[st
         exact = "norm" in name or "z_proj" in name or name.endswith("classifier/bias")
         return leaf if exact else leaf.astype(config.dtype)
 
-    return unstack(jax.tree_util.tree_map_with_path(cast, params))
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    if not config.scan_layers:
+        return unstack(params)
+    backbone = params["backbone"]
+    decoder = {"decoder_blocks": set_last_apart(backbone["decoder_blocks"])}
+    return unstack({"head": params["head"]}) | {"backbone": backbone | decoder}

@@ -14,9 +14,8 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import ORDERS
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
-# The most stages of a program. Every stage has its own copy of all layers, and a model that scans
-# its layers should compile quickly.
-MAX_STAGES, MAX_STAGES_SCANNED = 8, 2
+# The most stages of a program. Every stage has its own copy of the layers.
+MAX_STAGES = 8
 # Rows of a bfloat16 tile, both on TPU and for tensor cores.
 TILE = 16
 
@@ -158,17 +157,12 @@ class Plan(NamedTuple):
     hidden: tuple[int, ...]
 
 
-def make_plan(
-    positions: int,
-    settings: SamplingSettings,
-    num_hidden: int | None = None,
-    most: int = MAX_STAGES,
-) -> Plan:
+def make_plan(positions: int, settings: SamplingSettings, num_hidden: int | None = None) -> Plan:
     """Groups steps whose visible positions fill the same number of eighths of L.
 
     For size L with guidance, padding adds 3.0% to the matmul FLOPs at 256 steps and 4.1% at 64; the
-    best possible eight stages would add 3.0% and 2.9%, and two stages add 12.4% and 17.4%. Slots
-    come in whole tiles, so a model of at most 16 positions has one stage and compiles faster.
+    best possible eight stages would add 3.0% and 2.9%, two stages 12.4% and 17.4%. Slots come in
+    whole tiles, so a model of at most 16 positions has one stage and compiles faster.
 
     Edits share their stages if they start with up to an eighth, a quarter, half, or all of the
     positions hidden. Such stages are as large as any of these edits needs, and a stage may have no
@@ -178,9 +172,8 @@ def make_plan(
       positions: L.
       settings: how to sample.
       num_hidden: M, of an edit; None draws a whole image, which shares its stages with no edit.
-      most: the number of parts to use instead of eighths.
     """
-    tile = max(TILE, -(-positions // most))
+    tile = max(TILE, -(-positions // MAX_STAGES))
     start = positions if num_hidden is None else num_hidden
     starts = [positions] if num_hidden is None else _similar_starts(num_hidden, positions, tile)
     # The largest number of positions that a step draws, by the number of visible ones before it.
