@@ -152,3 +152,7 @@ def test_small_programs_take_what_they_must(topology, tmp_path):
     # 64 registers, three operations on each, four of them a cycle; each is stored once a run.
     least = 100 * 64 * 3 / 4 / cores
     assert least <= found["cubes"]["cycles"] <= 5 * least * cores
+    # Seven products with scores of 4 heads of 2 images, which no operation but the kernels sees.
+    at_peak = 7 * 2 * 2 * 4 * 136 * 136 * 64 / figures.cycle_flops
+    assert (found["attention"]["kernels"], found["attention"]["scores"]) == (2, False)
+    assert found["attention"]["cycles"] > at_peak / cores

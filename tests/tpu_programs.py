@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from tokenbridge_jax.ops.attention import attend
 from tokenbridge_jax.preflight import chips
 from tokenbridge_jax.preflight.profile import read_profile
 
@@ -31,7 +32,21 @@ def cubes(x):
     return jax.lax.fori_loop(0, 100, body, x)
 
 
+def attention(qkv, bias, visible, seed):
+    """Attention with dropout of 4 heads over 136 tokens of 2 images, and its gradient."""
+    out, backward = jax.vjp(lambda qkv, bias: attend(qkv, bias, visible, seed, 0.1), qkv, bias)
+    return backward(out)
+
+
+HEADS = (3, 4, 64)
 PROGRAMS = {
+    "attention": (
+        attention,
+        ((2, 136, *HEADS), jnp.bfloat16),
+        (HEADS, jnp.bfloat16),
+        ((2, 136), jnp.bool_),
+        ((2,), jnp.uint32),
+    ),
     "product": (product, ((4096, 2048), jnp.bfloat16), ((2048, 2048), jnp.bfloat16)),
     "double": (double, ((4096, 4096), jnp.float32)),
     "cubes": (cubes, ((512, 128), jnp.float32)),
@@ -62,6 +77,8 @@ def main(topology: str, folder: Path) -> None:
             "bytes": sum(one.hbm_bytes for one in operations),
             "seconds": sum(one.seconds for one in operations),
             "bounds": sorted({one.bound for one in operations}),
+            "kernels": text.count('custom_call_target="tpu_custom_call"'),
+            "scores": "136,136]" in text,
         }
     print(json.dumps(totals))
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tokenbridge_jax.layers import Dense, LayerNorm, add_bias
-from tokenbridge_jax.ops.attention import attend, plain_attention, split_heads
+from tokenbridge_jax.ops.attention import RESULT, attend, plain_attention, split_heads
 from tokenbridge_jax.ops.cached_attention import Cache, attend_cached
 from tokenbridge_jax.ops.channel_attention import attend_channels
 from tokenbridge_jax.ops.dropout import drop, seed_words
@@ -29,7 +29,10 @@ from tokenbridge_jax.runtime.meshes import named_axes
 # everything.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESULT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -91,15 +94,15 @@ def dropout_seed(module: nn.Module, rate: float) -> tuple[UInt32[Array, "2"], fl
     return seed_words(module.make_rng("dropout")), rate
 
 
-def qkv_layer(width: int, heads: int, dtype: Any) -> Dense:
+def qkv_layer(width: int, heads: int, dtype: Any, joined: bool = False) -> Dense:
     """Queries, keys and values of all heads: `[N, T, D]` -> `[N, T, 3, H, K]`."""
     axes = ("embed", "qkv", "heads", "head_width")
-    return Dense((3, heads, width // heads), axes, dtype, name="qkv")
+    return Dense((3, heads, width // heads), axes, dtype, joined, name="qkv")
 
 
-def output_layer(width: int, dtype: Any) -> Dense:
+def output_layer(width: int, dtype: Any, joined: bool = False) -> Dense:
     """Joins the heads' results: `[N, T, H, K]` -> `[N, T, D]`."""
-    return Dense((width,), ("heads", "head_width", "embed"), dtype, name="proj")
+    return Dense((width,), ("heads", "head_width", "embed"), dtype, joined, name="proj")
 
 
 class Attention(nn.Module):
@@ -121,13 +124,13 @@ class Attention(nn.Module):
         window: Window | None = None,
     ) -> Float[Array, "N W D"]:
         width = x.shape[-1]
-        qkv = qkv_layer(width, self.heads, self.dtype)
+        qkv = qkv_layer(width, self.heads, self.dtype, joined=True)
         if window is None:
             x = attend(*qkv.terms(x), visible, *dropout_seed(self, self.dropout))
         else:
             q, k, v = split_heads(qkv(x))
             x = plain_attention(window.cut(q), k, v, None if visible is None else visible[:, None])
-        return Dropout(self.dropout)(output_layer(width, self.dtype)(x))
+        return Dropout(self.dropout)(output_layer(width, self.dtype, joined=True)(x))
 
 
 class ChannelAttention(nn.Module):

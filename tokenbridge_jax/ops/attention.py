@@ -3,7 +3,8 @@
 `attend` adds the bias of queries, keys and values, and computes attention. Its definition is
 `plain_attention`, which all platforms can run; the backward pass runs it again. GPUs run two Pallas
 kernels that never store a [T, T] array (the online softmax of FlashAttention, Dao et al. 2022; the
-backward kernel computes the weights again). Without dropout, TPUs process one image at a time.
+backward kernel computes the weights again), and so do TPUs (`tpu_attention`). On TPUs without
+dropout, shapes that the kernels do not take are processed one image at a time.
 """
 
 import functools
@@ -12,8 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from tokenbridge_jax.ops import tpu_attention
 from tokenbridge_jax.ops.dropout import drop, keep
 from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.ops.pallas import (
@@ -29,8 +32,11 @@ from tokenbridge_jax.ops.pallas import (
 )
 from tokenbridge_jax.ops.precision import of_products
 
-# The number of queries, and of keys, that a kernel holds at a time.
+# The number of queries, and of keys, that a kernel for GPUs holds at a time.
 BLOCK = 64
+
+# `checkpoint_name` of what the backward pass needs of the forward pass, beside its input.
+RESULT = "attention"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -131,19 +137,22 @@ def _forward(
     qkv: jax.Array, bias: jax.Array, visible: jax.Array | None, seed: jax.Array, rate: float
 ) -> tuple[jax.Array, Any]:
     batch, length, _, heads, _ = qkv.shape
-    # Only the backward kernel needs the log of every row's normalizer.
+    # Only the backward kernels need the log of every row's normalizer.
     no_normalizer = jnp.zeros((batch, heads, length))
 
     def plain(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         return _plain(*arguments, rate=rate), no_normalizer
 
-    def tpu(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+    def one_by_one(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         return image_by_image(*arguments), no_normalizer
 
     kernel = functools.partial(kernel_forward, rate=rate)
     arguments = (qkv, bias, visible, seed)
-    others = {} if rate else {"tpu": tpu}
-    out, normalizer = by_platform(plain, kernel, has_kernel(qkv), *arguments, **others)
+    others: dict[str, Any] = {} if rate else {"tpu": one_by_one}
+    if tpu_attention.takes(qkv):
+        others["tpu"] = functools.partial(tpu_attention.forward, rate=rate)
+    results = by_platform(plain, kernel, has_kernel(qkv), *arguments, **others)
+    out, normalizer = (checkpoint_name(result, RESULT) for result in results)
     return out, (*arguments, out, normalizer)
 
 
@@ -154,8 +163,13 @@ def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, 
         qkv, *others, _, _, d_out = arguments
         return jax.vjp(lambda x: _plain(x, *others, rate=rate), qkv)[1](d_out)[0]
 
+    def tpu(*arguments: Any) -> jax.Array:
+        qkv, bias, visible, seed, _, normalizer, d_out = arguments
+        return tpu_attention.backward(qkv, bias, visible, seed, normalizer, d_out, rate=rate)
+
     kernel = functools.partial(kernel_backward, rate=rate)
-    d_qkv = by_platform(plain, kernel, has_kernel(qkv), *residuals, d_out)
+    others = {"tpu": tpu} if tpu_attention.takes(qkv) else {}
+    d_qkv = by_platform(plain, kernel, has_kernel(qkv), *residuals, d_out, **others)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return d_qkv, d_bias, None, None
 
