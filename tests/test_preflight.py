@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tokenbridge_jax.preflight.suggestions import candidates, with_changes
 
 from configs import imagenet256
 from tokenbridge_jax.benchmark.inputs import make_model
@@ -21,7 +22,6 @@ from tokenbridge_jax.preflight import estimate as reports
 from tokenbridge_jax.preflight.hlo import Collective, Program
 from tokenbridge_jax.preflight.profile import Operation
 from tokenbridge_jax.preflight.roofline import estimate, links
-from tokenbridge_jax.preflight.suggestions import candidates, with_changes
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -318,28 +318,21 @@ def test_mistakes_are_one_line(flag, named, refused):
     refused("preflight", named, ["--topology=v5e:2x2", *quick, flag])
 
 
-def test_every_tpu_type_has_valid_settings():
+def test_every_tpu_type_is_a_topology():
     lines = shell(
-        """while read -r type size _; do [[ -z $type ]] && continue; tpu_settings "$type" "$size"
-        echo "$type" "$CHIPS" "$HOSTS" "$TOPOLOGY" "${FLAGS[@]}"; done <<<"$TPU_TABLE" """
+        """for type in $TPU_TYPES; do tpu_type "$type"
+        echo "$type" "$CHIPS" "$HOSTS" "$TOPOLOGY"; done"""
     ).stdout.splitlines()
-    assert len(lines) == 18
+    assert len(lines) == 9
     for line in lines:
-        name, chip_count, hosts, topology, *settings = line.split()
+        name, chip_count, hosts, topology = line.split()
         where = chips.parse_slice(topology)
         assert where == chips.parse_slice(name)
         assert where.chips == int(chip_count) == 4 * int(hosts)
-        values = dict(flag.removeprefix("--config.").split("=") for flag in settings)
-        fsdp, accumulation = int(values["mesh.fsdp"]), int(values["training.accumulation"])
-        devices = where.chips * where.figures.devices
-        assert devices % fsdp == 0
-        assert 2048 % (devices * accumulation) == 0
-        config = imagenet256.get_config("size=H")
-        assert all(name in config.get(section) for section, name in (k.split(".") for k in values))
 
 
 def test_unknown_tpu_types_are_one_line():
-    result = shell("tpu_settings v9-8 L")
+    result = shell("tpu_type v9-8")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert "v9-8" in result.stderr
