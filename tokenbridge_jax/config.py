@@ -419,7 +419,7 @@ def recipe(config: ConfigDict, name: str, images: int) -> Recipe:
     Raises:
       UserError: a length is missing or makes no sense.
     """
-    section = config[name]
+    section = filled(config)[name]
     optimizer = optimizer_config(config, name, images // section.batch_size)
     names = [field.name for field in dataclasses.fields(Recipe) if field.name != "optimizer"]
     return Recipe(optimizer, **{name: section[name] for name in names})
