@@ -199,7 +199,7 @@ def test_auto_and_suggestions_fit(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(reports, "read_profile", lambda *arguments: [operation])
     found = reports.check_auto(config, where)
     assert found["fits"]
-    tries = re.findall("trying (.*):", capsys.readouterr().err)
+    tries = re.findall("auto: .*", capsys.readouterr().err)
     assert len(tries) == 2
     picked = {name: found["settings"][name] for name in ("remat", "head_chunk", "accumulation")}
     assert all(f"{name} {value}" in tries[1] for name, value in picked.items())

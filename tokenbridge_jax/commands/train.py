@@ -164,6 +164,7 @@ def settle(
         masks = mask_sampler(settled, model.positions)
         draw = largest_draw(model, masks, how.head_fraction, images, shards)
         batch = abstract_batch(model, how.batch_size, program.mesh)
+        say(f"train: compiling with {settings}")
         return compiled_bytes(program.trace(batch, draw))
 
     slices = {getattr(device, "slice_index", 0) for device in jax.devices()}

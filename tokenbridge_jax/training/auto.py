@@ -193,19 +193,17 @@ def pick(
     for choice in listed:
         if choice.bytes * scale > memory and choice is not listed[-1]:
             continue
-        say(
-            f"auto: {devices}: trying {choice.settings}: about {choice.bytes * scale / GIB:.1f} of "
-            f"{memory / GIB:.1f} GiB"
-        )
         needed = attempt(choice.settings)
         # The last resort may take all of the memory.
-        if needed is not None and needed <= (devices.memory if choice is listed[-1] else memory):
-            say(f"auto: it needs {needed / GIB:.1f} GiB: picked")
-            return choice.settings
-        wants = (
-            "cannot be compiled" if needed is None else f"needs {needed / GIB:.1f} GiB: too much"
+        limit = devices.memory if choice is listed[-1] else memory
+        fits = needed is not None and needed <= limit
+        wants = "not compiled" if needed is None else f"{needed / GIB:.1f} GiB compiled"
+        say(
+            f"auto: {devices}: {choice.settings}: {choice.bytes * scale / GIB:.1f} GiB estimated, "
+            f"{wants}, {limit / GIB:.1f} available: {'picked' if fits else 'does not fit'}"
         )
-        say(f"auto: it {wants}")
+        if fits:
+            return choice.settings
         scale = max(scale, (needed or memory) / choice.bytes)
     raise DoesNotFit(
         f"no settings of {', '.join(KEYS.values())} make a training step fit {devices}; use more "
