@@ -165,7 +165,7 @@ def settle(
         draw = largest_draw(model, masks, how.head_fraction, images, shards)
         batch = abstract_batch(model, how.batch_size, program.mesh)
         say(f"train: compiling with {settings}")
-        return compiled_bytes(program.trace(batch, draw))
+        return compiled_bytes(lambda: program.compile(batch, draw))
 
     slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
     devices = Devices.at_hand(1 if config.mesh.slices == 1 else len(slices))

@@ -137,6 +137,7 @@ class Program:
     optimizer: Any
     abstract: TrainState
     step: Any
+    ahead: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def make(cls, task: Task, recipe: Recipe, seed: int, mesh: Mesh) -> "Program":
@@ -155,17 +156,20 @@ class Program:
         )
         return cls(mesh, optimizer, abstract, step)
 
-    def trace(self, batch: Any, draw: Any) -> jax.stages.Traced:
-        """Traces the step for an abstract batch and a draw of the host.
-
-        Compiled, it is the step that `fit` calls: it is not compiled again.
-        """
+    def compile(self, batch: Any, draw: Any) -> Any:
+        """Compiles the step for an abstract batch and draws like this one; `run` then uses it."""
         everywhere = meshes.replicated(self.mesh)
-        draw = jax.tree.map(
+        scalars = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), draw
         )
         with meshes.use_mesh(self.mesh):
-            return self.step.trace(self.abstract, batch, draw)
+            compiled = self.step.trace(self.abstract, batch, scalars).lower().compile()
+        self.ahead[jax.tree.structure(draw)] = compiled
+        return compiled
+
+    def run(self, state: TrainState, batch: Any, draw: Any) -> Any:
+        """Runs the step; it is compiled now if it was not before."""
+        return self.ahead.get(jax.tree.structure(draw), self.step)(state, batch, draw)
 
 
 def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
@@ -224,7 +228,7 @@ def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
             batch, draw = meshes.to_global((next(batches), run.draw(step - 1)), mesh)
             # An implicit copy between host and devices, which would delay them, is an error here.
             with jax.transfer_guard("disallow"):
-                state, metrics = program.step(state, batch, draw)
+                state, metrics = program.run(state, batch, draw)
                 # Update `step` runs on the device while the host looks at the one before it.
                 report.settle()
             report.expect(step, metrics)
