@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from tokenbridge_jax.config import parse_arg
+from tokenbridge_jax.config import parse_arg, settable
 from tokenbridge_jax.model import SIZES
 
 
@@ -65,11 +65,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dropout=0.0,
         first_token_quirk=False,
         dtype="float32",
-        remat="none",  # or dots, full
-        scan_layers=False,
-        head_chunk=4096,
+        remat="auto",  # or none, dots, full
+        scan_layers=settable("auto"),  # or True, False
+        head_chunk=settable("auto"),  # or a number
     )
     config.training = _training_section() | dict(
+        accumulation=settable("auto"),  # or a number
         class_dropout=0.1,
         mask_mean=1.0,
         mask_std=0.25,
@@ -92,7 +93,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # Scores of samples in training; `every` is the number of updates between two; 0 is never.
     # `features` is inception, dinov2 or thumbnails; all but the last need `import-metrics`.
     config.evaluation = dict(every=0, num_images=1000, reference="", features="inception")
-    config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=-1)
+    config.mesh = dict(data=-1, fsdp=settable("auto"), tensor=1, slices=-1)
     return config.lock()
 
 

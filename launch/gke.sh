@@ -36,10 +36,10 @@ case $command in
     need_shared gs://my-bucket/runs/imagenet-l
     need IMAGE us-docker.pkg.dev/my-project/my-images/tokenbridge
     size=${SIZE:-L}
-    tpu_settings "$TYPE" "$size"
+    tpu_type "$TYPE"
     case ${1:-} in '' | -*) set -- train "$@" ;; esac
     arguments=$(json "$1" --distributed --workdir="$WORKDIR" \
-      --config="${CONFIG:-configs/imagenet256.py:size=$size}" "${FLAGS[@]}" "${@:2}")
+      --config="${CONFIG:-configs/imagenet256.py:size=$size}" "${@:2}")
     manifest=$(<launch/gke.yaml)
     for field in "NAME=$NAME" "SLICES=${SLICES:-1}" "HOSTS=$HOSTS" "IMAGE=$IMAGE" \
       "ACCELERATOR=$ACCELERATOR" "SHAPE=$SHAPE" "ARGUMENTS=$arguments" \

@@ -22,8 +22,7 @@ if [ -n "${JAX_COORDINATOR_ADDRESS:-}" ]; then
 fi
 case ${1:-} in '' | -*) set -- train "$@" ;; esac
 command=(.venv/bin/tokenbridge "$1" ${distributed[@]+"${distributed[@]}"}
-  --workdir="$WORKDIR" --config="${CONFIG:-configs/imagenet256.py:size=${SIZE:-L}}"
-  --config.mesh.data=-1 --config.mesh.fsdp=1 "${@:2}")
+  --workdir="$WORKDIR" --config="${CONFIG:-configs/imagenet256.py:size=${SIZE:-L}}" "${@:2}")
 if [ "$dry_run" = yes ]; then
   quoted "${command[@]}"
   exit

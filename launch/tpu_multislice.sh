@@ -4,8 +4,8 @@
 #   SLICES=4 bash launch/tpu_multislice.sh [--dry-run] COMMAND
 #
 # It needs the programs and variables of launch/tpu_pod.sh, and SLICES. Only sums of gradients
-# should cross the slow network, so parameters are split within a slice (fsdp) and every slice has a
-# copy of them (data = -1).
+# should cross the slow network, so `train` splits parameters within a slice only (fsdp), and every
+# slice has a copy of them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh

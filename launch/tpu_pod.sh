@@ -26,10 +26,10 @@ need ZONE us-east5-a    # a zone where the project has quota for such chips
 tpus=(gcloud compute tpus queued-resources)
 everywhere=("$NAME" --zone="$ZONE" --node=all --worker=all)
 
-# settings: sets the variables of tpu_settings; refuses a type that Cloud TPU machines do not have.
+# settings: sets the variables of tpu_type; refuses a type that Cloud TPU machines do not have.
 settings() {
   need TYPE v6e-64 # as the cloud names it
-  tpu_settings "$TYPE" "${SIZE:-L}"
+  tpu_type "$TYPE"
   [ -n "$RUNTIME" ] && return
   echo "${0##*/}: $TYPE is on Kubernetes only: launch/gke.sh" >&2
   exit 2
@@ -61,7 +61,7 @@ tar -xzf tokenbridge.tar.gz -C tokenbridge && cd tokenbridge && bash launch/setu
       --property=Restart=on-failure --property=RestartSec=15 --property=RestartPreventExitStatus=2
       --property=StartLimitIntervalSec=86400 --property=StartLimitBurst=11)
     arguments=$(quoted "$1" --distributed --workdir="$WORKDIR" \
-      --config="${CONFIG:-configs/imagenet256.py:size=${SIZE:-L}}" "${FLAGS[@]}" "${@:2}")
+      --config="${CONFIG:-configs/imagenet256.py:size=${SIZE:-L}}" "${@:2}")
     run "${tpus[@]}" ssh "${everywhere[@]}" --command="sudo systemd-run ${unit[*]} \
 \$HOME/tokenbridge/.venv/bin/tokenbridge $arguments"
     ;;

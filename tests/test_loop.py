@@ -16,7 +16,7 @@ from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training import loop
 from tokenbridge_jax.training.checkpoints import latest_step
-from tokenbridge_jax.training.loop import Hook, Interrupted, Recipe, Run, fit
+from tokenbridge_jax.training.loop import Hook, Interrupted, Program, Recipe, Run, fit
 from tokenbridge_jax.training.metric_writer import read_metrics
 from tokenbridge_jax.training.optimizer import OptimizerConfig
 from tokenbridge_jax.training.step import make_train_step
@@ -236,3 +236,21 @@ def test_the_time_of_hooks_is_not_part_of_the_speed(mesh, tmp_path):
     # With the second that the hook sleeps, the speed would be below 32 images per second.
     assert rows[-1]["step"] == 6
     assert rows[-1]["images_per_second"] > 32
+
+
+def test_a_step_that_was_compiled_ahead_is_not_compiled_again(mesh, tmp_path, caplog):
+    run = make_run(tmp_path)
+    program = Program.make(run.task, run.recipe, run.seed, mesh)
+    shardings = meshes.batch_sharding(mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings), toy_batch(0)
+    )
+
+    def compiled():
+        return sum("XLA compilation of jit(step)" in line.getMessage() for line in caplog.records)
+
+    with jax.log_compiles():
+        program.compile(batch, None)
+        assert compiled() == 1
+        fit(run, mesh, program)
+    assert compiled() == 1

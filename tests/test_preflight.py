@@ -1,7 +1,6 @@
 """Compares the counts of `tokenbridge preflight` with counts by hand; compiling needs libtpu."""
 
 import importlib.util
-import itertools
 import json
 import re
 import subprocess
@@ -14,16 +13,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import imagenet256
 from tokenbridge_jax.benchmark.inputs import make_model
-from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands import arguments, runner
+from tokenbridge_jax.config import auto_choices, with_changes
 from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.preflight import chips, lowering, text
 from tokenbridge_jax.preflight import estimate as reports
 from tokenbridge_jax.preflight.hlo import Collective, Program
 from tokenbridge_jax.preflight.profile import Operation
 from tokenbridge_jax.preflight.roofline import estimate, links
-from tokenbridge_jax.preflight.suggestions import candidates, with_changes
 from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.compiled import wanted_bytes
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.hardware import Devices
 
 ROOT = Path(__file__).parent.parent
 needs_libtpu = pytest.mark.skipif(
@@ -122,40 +123,10 @@ def test_estimate_by_hand():
 
 def test_memory_in_messages_of_the_compiler():
     long = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.15G of 15.75G hbm."
-    assert lowering.wanted_memory(long) == int(23.15 * 2**30)
+    assert wanted_bytes(Exception(long)) == int(23.15 * 2**30)
     short = "required for HLO temporaries (512.00M) exceeds available HBM (15.75G)."
-    assert lowering.wanted_memory(short) == 512 * 2**20
-    assert lowering.wanted_memory("INTERNAL: something else") is None
-
-
-def big_config():
-    config = imagenet256.get_config("quick")
-    config.training.batch_size = 256
-    config.model.head_chunk = 1024
-    return config
-
-
-def test_cheap_candidates_come_first():
-    found = list(candidates(big_config(), 16, 7, float))
-    assert found[0] == {"mesh.data": -1, "mesh.fsdp": 8}
-    assert [dict(now.items() - before.items()) for before, now in itertools.pairwise(found)] == [
-        {"model.remat": "dots"},
-        {"model.head_chunk": 512},
-        {"model.head_chunk": 256},
-        {"model.remat": "full"},
-        {"training.accumulation": 2},
-        {"training.accumulation": 4},
-        {"training.accumulation": 8},
-        {"training.accumulation": 16},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("excess", "changes"),
-    [(100, {"mesh.data": -1, "mesh.fsdp": 16}), (200, {"model.remat": "dots"})],
-)
-def test_fsdp_is_omitted_if_it_cannot_help(excess, changes):
-    assert next(candidates(big_config(), 16, excess, float)) == changes
+    assert wanted_bytes(Exception(short)) == 512 * 2**20
+    assert wanted_bytes(Exception("INTERNAL: something else")) is None
 
 
 @needs_libtpu
@@ -206,39 +177,44 @@ def test_what_fits_and_what_does_not():
     assert too_large.needed == pytest.approx(16 * 2**30, rel=1e-3)
 
 
-CRASH = {"fits": False, "crashed": "libtpu died of SIGSEGV"}
-
-
 @needs_libtpu
-def test_suggested_settings_fit(monkeypatch, tmp_path, capsys):
-    where = chips.parse_slice("v5e:2x2")
+def test_auto_and_suggestions_fit(monkeypatch, tmp_path, capsys):
+    """Programs that need 1.1 times what the memory model says, on a chip of 15.75 GiB."""
+    where = chips.parse_slice("v5e:1x1")
     devices = chips.slice_devices(where)
+    config = imagenet256.get_config("size=L")
+    number = Devices("v5e", "tpu", 1, memory=where.figures.memory)
 
     def work_of(config, mesh):
-        """Needs 10 GiB, 4 GiB divided by fsdp, and 8 MiB for every position of head_chunk."""
-        rows = 10 * 2**10 + 4 * 2**10 // mesh.shape["fsdp"] + 8 * config.model.head_chunk
-        return toy_work(mesh, jnp.sum, (4, rows, 2**18))
+        (choice,) = auto_choices(config, make_model(config), number)
+        return toy_work(mesh, jnp.sum, (1, int(1.1 * choice.bytes) // 2**20, 2**18))
 
-    def check_here(config, where):
-        crashes = config.model.remat == "dots" and config.model.head_chunk == 2048
-        return CRASH if crashes else reports.check(config, where, devices, tmp_path)
+    def check_here(config, where, profile=None):
+        return reports.check(config, where, devices, tmp_path)
 
     monkeypatch.setattr(reports, "training_work", work_of)
     monkeypatch.setattr(reports, "check_apart", check_here)
     # libtpu may be loaded already in this process, and then writes no schedules.
     operation = Operation("fusion.1", "", 1, 1.0, "HBM")
     monkeypatch.setattr(reports, "read_profile", lambda *arguments: [operation])
-    config = big_config()
-    config.model.head_chunk = 2048
-    report = reports.check(config, where, devices, tmp_path)
-    assert not report["fits"]
-    found = reports.suggest(config, where, report)
-    assert capsys.readouterr().err.count(CRASH["crashed"]) == 1
-    assert found["flags"][-1] == "--config.model.head_chunk=256"
-    changes = dict(flag.removeprefix("--config.").split("=") for flag in found["flags"])
-    changes = {k: int(v) if v.lstrip("-").isdigit() else v for k, v in changes.items()}
-    assert reports.check(with_changes(config, changes), where, devices, tmp_path)["fits"]
-    assert found["memory"]["needed"] <= where.figures.memory
+    found = reports.check_auto(config, where)
+    assert found["fits"]
+    tries = re.findall("auto: .*", capsys.readouterr().err)
+    assert len(tries) == 2
+    picked = {name: found["settings"][name] for name in ("remat", "head_chunk", "accumulation")}
+    assert all(f"{name} {value}" in tries[1] for name, value in picked.items())
+
+    # The same is suggested for values that do not fit, and it fits as values.
+    fixed = with_changes(config, {"model.remat": "none", "training.accumulation": 8})
+    assert not reports.check_auto(fixed, where)["fits"]
+    suggested = reports.suggest(fixed, where)
+    assert suggested["settings"] == found["settings"]
+    values = arguments.parse(
+        "preflight", ["--config=imagenet256:size=L", *suggested["flags"]], lambda flag_values: None,
+        elsewhere={}, default_config="digits", needs_workdir=False,
+    ).config  # fmt: skip
+    assert reports.check_auto(values, where)["settings"] == found["settings"]
+    assert reports.suggest(config, where) is None
 
 
 def small_config():
@@ -285,6 +261,7 @@ def test_report_of_a_training_step(tmp_path, capsys):
     assert runner.run("preflight", [*flags, f"--profile={tmp_path}/profile"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["chips"], report["settings"]["batch"], report["fits"]) == (4, 8, True)
+    assert report["settings"]["remat"] == "none"  # By `auto`, as the others.
     memory = report["memory"]
     parts = set(memory) - {"available", "needed"}
     assert sum(memory[part] for part in parts) == memory["needed"] < memory["available"]
@@ -318,28 +295,21 @@ def test_mistakes_are_one_line(flag, named, refused):
     refused("preflight", named, ["--topology=v5e:2x2", *quick, flag])
 
 
-def test_every_tpu_type_has_valid_settings():
+def test_every_tpu_type_is_a_topology():
     lines = shell(
-        """while read -r type size _; do [[ -z $type ]] && continue; tpu_settings "$type" "$size"
-        echo "$type" "$CHIPS" "$HOSTS" "$TOPOLOGY" "${FLAGS[@]}"; done <<<"$TPU_TABLE" """
+        """for type in $TPU_TYPES; do tpu_type "$type"
+        echo "$type" "$CHIPS" "$HOSTS" "$TOPOLOGY"; done"""
     ).stdout.splitlines()
-    assert len(lines) == 18
+    assert len(lines) == 9
     for line in lines:
-        name, chip_count, hosts, topology, *settings = line.split()
+        name, chip_count, hosts, topology = line.split()
         where = chips.parse_slice(topology)
         assert where == chips.parse_slice(name)
         assert where.chips == int(chip_count) == 4 * int(hosts)
-        values = dict(flag.removeprefix("--config.").split("=") for flag in settings)
-        fsdp, accumulation = int(values["mesh.fsdp"]), int(values["training.accumulation"])
-        devices = where.chips * where.figures.devices
-        assert devices % fsdp == 0
-        assert 2048 % (devices * accumulation) == 0
-        config = imagenet256.get_config("size=H")
-        assert all(name in config.get(section) for section, name in (k.split(".") for k in values))
 
 
 def test_unknown_tpu_types_are_one_line():
-    result = shell("tpu_settings v9-8 L")
+    result = shell("tpu_type v9-8")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert "v9-8" in result.stderr

@@ -23,7 +23,8 @@ from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.training import checkpoints
+from tokenbridge_jax.runtime.hardware import Devices
+from tokenbridge_jax.training import auto, checkpoints
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
 
 STEPS = 6
@@ -206,3 +207,41 @@ def test_missing_folders_are_named(tmp_path, capsys):
     assert run(tmp_path) == runner.EXIT_USER_ERROR
     assert "holds no token shards" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_tries_the_compiler_and_a_resumed_run_remembers(
+    programs, tmp_path, monkeypatch, capsys
+):
+    """Devices of little memory, and a compiler that refuses the first two settings."""
+    write_workdir(tmp_path)
+    memory, tried = [5 * 2**30], []
+
+    def at_hand(slices):
+        return Devices("small", "gpu", jax.device_count(), slices, memory[0])
+
+    def compiled_bytes(compile_it):
+        needed = real(compile_it)
+        assert 0 < needed < 2**28
+        tried.append(needed)
+        return None if len(tried) < 3 else needed
+
+    real = train.compiled_bytes
+    monkeypatch.setattr(train.Devices, "at_hand", at_hand)
+    monkeypatch.setattr(train, "compiled_bytes", compiled_bytes)
+    free = {"training__accumulation": "auto", "mesh__data": -1, "mesh__fsdp": "auto"}
+    free |= {"mesh__tensor": 1, "training__sample_every": 0}
+    with stopped_at_the_third_batch(train, "make_loader"):
+        assert run(tmp_path, **free) == EXIT_INTERRUPTED
+    assert len(tried) == 3
+    (entry,) = storage.read_json(tmp_path / auto.FILE).values()
+    said = capsys.readouterr().err
+    assert said.count("does not fit") == 2
+    assert said.count("picked") == 1
+    assert storage.read_json(tmp_path / "config.json")["mesh"]["fsdp"] == "auto"
+    description = ModelDescription.load(tmp_path).config
+    assert description.remat == entry["picked"]["remat"]
+    # The compiler is not asked again, even where less memory is free.
+    memory[0] = 2**30
+    assert run(tmp_path, **free) == 0
+    assert len(tried) == 3
+    assert f"continues from step 3 of {STEPS}" in capsys.readouterr().err

@@ -5,29 +5,35 @@ Commands turn a config into typed parts for the modules below: the config of a m
 recipe. `data/`, which makes images and shards, reads the sections `data`, `tokenize`, `quantizer`.
 """
 
+import copy
 import dataclasses
 import json
 import math
 import os
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.model import DTYPES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.hardware import Devices
 from tokenbridge_jax.sampling.schedule import SamplingSettings
+from tokenbridge_jax.training import auto
 from tokenbridge_jax.training.autoencoder_task import RECONSTRUCTION_ERRORS
 from tokenbridge_jax.training.loop import Recipe
 from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import ModelTask
 from tokenbridge_jax.training.optimizer import OptimizerConfig
+from tokenbridge_jax.transformer import REMAT_POLICIES
 
 # --- Experiments ----------------------------------------------------------------------------------
 
@@ -95,7 +101,108 @@ def experiment_file(text: str) -> str:
     return f"{found[name]}{colon}{argument}"
 
 
+# --- Settings that may be `auto` ------------------------------------------------------------------
+
+AUTO = "auto"
+
+
+def settable(value: Any = AUTO) -> FieldReference:
+    """A value of a config that values of other types may replace, in programs and by flags."""
+    return FieldReference(value, field_type=object)
+
+
+def given_settings(config: ConfigDict, devices: int) -> dict[str, Any]:
+    """The fields of `auto.Settings` that a config fixes, for this number of devices.
+
+    A fixed `mesh.data` leaves one size for `mesh.fsdp`.
+
+    Raises:
+      UserError: the mesh does not fit the devices.
+    """
+    values = {name: _value(config, key) for name, key in auto.KEYS.items()}
+    given = {name: value for name, value in values.items() if value != AUTO}
+    if "fsdp" in given or config.mesh.data != -1:
+        given["fsdp"] = mesh_sizes(config, devices)[1]
+    return given
+
+
+def auto_choices(
+    config: ConfigDict, model: TokenBridgeConfig, devices: Devices
+) -> list[auto.Choice]:
+    """The settings that training may have on some devices; see `auto.choices`.
+
+    Raises:
+      UserError: a value makes no sense, or the mesh does not fit the devices.
+    """
+    section, tensor = config.training, mesh_sizes(config, devices.number)[2]
+    masks = mask_sampler(config, model.positions)
+    step = auto.Step(model, masks, section.head_fraction, section.batch_size, tensor)
+    return auto.choices(step, devices, given_settings(config, devices.number))
+
+
+def filled(config: ConfigDict, settings: auto.Settings = auto.Settings()) -> ConfigDict:  # noqa: B008
+    """A copy of a config whose `auto` values are those of `settings`, by default the plain ones.
+
+    The plain ones suit everything but training: nothing is rematerialised or split.
+    """
+    values = {auto.KEYS[name]: value for name, value in dataclasses.asdict(settings).items()}
+    return with_changes(config, {k: v for k, v in values.items() if _value(config, k) == AUTO})
+
+
+def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config with some values, `section.key` -> value, changed."""
+    changed = copy.deepcopy(config)
+    with changed.unlocked():  # A config may be older than a key.
+        for name, value in changes.items():
+            section, key = name.split(".")
+            changed[section][key] = value
+    return changed
+
+
+def mesh_sizes(config: ConfigDict, devices: int) -> list[int]:
+    """The sizes of data, fsdp and tensor. An `auto` fsdp is 1, or what a fixed `data` leaves.
+
+    Raises:
+      UserError: they do not fit the number of devices.
+    """
+    data, fsdp, tensor = config.mesh.data, _value(config, "mesh.fsdp"), config.mesh.tensor
+    if fsdp == AUTO:
+        fsdp = 1 if data == -1 else -1
+    return meshes.axis_sizes(devices, data, fsdp, tensor)
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `config.mesh`, of all devices of the job by default; see `mesh_sizes`.
+
+    Raises:
+      UserError: the sizes do not fit the devices or their slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    data, fsdp, tensor = mesh_sizes(config, len(devices))
+    return meshes.make_mesh(data, fsdp, tensor, config.mesh.slices, devices)
+
+
+def _value(config: ConfigDict, name: str) -> Any:
+    """The value of `section.key`; `auto` if the config has none."""
+    section, key = name.split(".")
+    return config[section].get(key, AUTO)
+
+
 # --- Checks ---------------------------------------------------------------------------------------
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+# Values that may be `auto` have no fixed type, so their rules are complete.
+_AUTO_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "mesh.fsdp": ("auto, -1 or a whole number", lambda value: value == -1 or _is_count(value)),
+    "model.remat": (" or ".join((AUTO, *REMAT_POLICIES)), REMAT_POLICIES.__contains__),
+    "model.head_chunk": ("auto, or a whole number, at least 1", _is_count),
+    "model.scan_layers": ("auto, True or False", lambda value: type(value) is bool),
+    "training.accumulation": ("auto, or a whole number, at least 1", _is_count),
+}
 
 # Rules for values that the typed parts do not check themselves: keys, what a value must be, and a
 # test of that, which NaN fails.
@@ -137,6 +244,16 @@ def check_config(config: ConfigDict) -> None:
         moved = [key for key in unknown if key in known.training]
         advice = f"; move {', '.join(moved)} to config.training, in the file it is read from"
         raise UserError(f"config.model has no key {', '.join(unknown)}{advice if moved else ''}")
+    for section in ("mesh", "model", "training"):
+        _check_auto(config, section)
+
+
+def _check_auto(config: ConfigDict, section: str) -> None:
+    for name, (text, is_right) in _AUTO_RULES.items():
+        if name.startswith(f"{section}."):
+            value = _value(config, name)
+            if not (value == AUTO or is_right(value)):
+                raise UserError(f"{name} is {value}; it must be {text}")
 
 
 def check_ranges(config: ConfigDict, name: str) -> None:
@@ -145,8 +262,9 @@ def check_ranges(config: ConfigDict, name: str) -> None:
     Raises:
       UserError: a value makes no sense; the message names it and says what it may be.
     """
+    _check_auto(config, name)
     for keys, text, is_right in _RULES:
-        for key in keys.split():
+        for key in (key for key in keys.split() if f"{name}.{key}" not in _AUTO_RULES):
             value = config[name].get(key)
             try:
                 right = value is None or is_right(value)
@@ -167,7 +285,8 @@ def check_training(config: ConfigDict, name: str, mesh: Mesh) -> None:
         if key not in section or (section[key] is None and value is not None):
             raise UserError(f"the config has no value {name}.{key}; configs/base.py has every key")
     check_ranges(config, name)
-    check_batches([section.batch_size], mesh, section.accumulation, given=f"{name}.batch_size ")
+    count = 1 if section.accumulation == AUTO else section.accumulation
+    check_batches([section.batch_size], mesh, count, given=f"{name}.batch_size ")
 
 
 def check_batches(
@@ -203,12 +322,13 @@ def model_config(
     """The model of `config.model`, for indices of this quantizer, channel order and number.
 
     `channel_order` is that of the shards: `config.model.channel_order` uses it ("tokens"), reverses
-    it ("reverse"), or ignores it ("identity").
+    it ("reverse"), or ignores it ("identity"). Settings that are still `auto` are the plain ones.
 
     Raises:
       UserError: a value makes no sense.
     """
     check_ranges(config, "model")
+    config = filled(config)
     orders = {
         "tokens": channel_order,
         "reverse": channel_order[::-1],
@@ -299,7 +419,7 @@ def recipe(config: ConfigDict, name: str, images: int) -> Recipe:
     Raises:
       UserError: a length is missing or makes no sense.
     """
-    section = config[name]
+    section = filled(config)[name]
     optimizer = optimizer_config(config, name, images // section.batch_size)
     names = [field.name for field in dataclasses.fields(Recipe) if field.name != "optimizer"]
     return Recipe(optimizer, **{name: section[name] for name in names})

@@ -224,7 +224,7 @@ def split_slots(config: TokenBridgeConfig, *arrays: jax.Array) -> list[jax.Array
     The first array has the batch size; others may have 1 image.
     """
     batch, slots = arrays[0].shape[:2]
-    count, size = head_chunks(config, slots, batch, meshes.batch_shards_in_use())
+    count, size = head_chunks(config.head_chunk, slots, batch, meshes.batch_shards_in_use())
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, count * size - slots), *((0, 0),) * (x.ndim - 2)))
@@ -233,18 +233,16 @@ def split_slots(config: TokenBridgeConfig, *arrays: jax.Array) -> list[jax.Array
     return [split(x) for x in arrays]
 
 
-def head_chunks(
-    config: TokenBridgeConfig, slots: int, batch: int, batch_shards: int
-) -> tuple[int, int]:
+def head_chunks(head_chunk: int, slots: int, batch: int, batch_shards: int) -> tuple[int, int]:
     """The number of chunks that the head's work is split into, and the slots of an image in each.
 
     Args:
-      config: the model.
+      head_chunk: positions of a device in a chunk, at most; but a slot of every image at least.
       slots: of an image, in all chunks together.
       batch: images over all devices.
       batch_shards: the number of parts that the mesh splits a batch into.
     """
-    most = max(1, config.head_chunk * batch_shards // batch)
+    most = max(1, head_chunk * batch_shards // batch)
     count = -(-slots // most)
     return count, -(-slots // count)
 

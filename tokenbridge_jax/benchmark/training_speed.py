@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -22,6 +21,7 @@ from tokenbridge_jax.benchmark.measure import Call, Case, Line
 from tokenbridge_jax.config import (
     check_batches,
     check_ranges,
+    filled,
     mask_sampler,
     model_task,
     optimizer_config,
@@ -30,6 +30,7 @@ from tokenbridge_jax.loss import MaskDraw
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.masking import MaskSampler
+from tokenbridge_jax.training.model_task import abstract_batch
 from tokenbridge_jax.training.optimizer import make_optimizer
 from tokenbridge_jax.training.state import abstract_state, create_state
 from tokenbridge_jax.training.step import make_train_step
@@ -39,6 +40,7 @@ class Trainer:
     """The training step of a config, and its state, which every step replaces."""
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
+        config = filled(config)
         section = config.training
         check_ranges(config, "training")
         self._mesh = mesh
@@ -69,12 +71,7 @@ class Trainer:
 
     def trace(self, batch: int, draw: MaskDraw) -> jax.stages.Traced:
         """Traces the step for a batch over all devices of the mesh, which need not exist."""
-        model, sharding = self.model, meshes.batch_sharding(self._mesh)
-        shape = (batch, model.positions, model.channels)
-        images = {
-            "indices": jax.ShapeDtypeStruct(shape, model.quantizer.index_dtype, sharding=sharding),
-            "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
-        }
+        images = abstract_batch(self.model, batch, self._mesh)
         with meshes.use_mesh(self._mesh):
             return self._step.trace(self.abstract, images, draw)
 
@@ -109,6 +106,7 @@ def cases(
     Raises:
       UserError: a batch does not divide over the mesh, or training never hides this many positions.
     """
+    config = filled(config)
     check_batches(batches, mesh, config.training.accumulation)
     trainer = Trainer(config, mesh)
     chances = trainer.masks.probabilities()

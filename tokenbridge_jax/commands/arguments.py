@@ -13,9 +13,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from tokenbridge_jax.config import check_config, experiment_file, experiments
+from tokenbridge_jax.config import check_config, experiment_file, experiments, settable
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training.auto import KEYS
 
 HELP = {"-h", "--help", "-help", "--helpfull"}
 
@@ -69,6 +70,7 @@ def parse(
     Raises:
       UserError: a flag or the config has a mistake.
     """
+    argv = _joined(argv)
     with _mistakes_in_config():
         args = _defined(argv, define, default_config, _remembered_config(argv, define))
         try:
@@ -113,11 +115,27 @@ def config_from(argv: list[str]) -> ConfigDict:
     Raises:
       UserError: the config cannot be loaded, or has no such key.
     """
+    argv = _joined(argv)
     with _mistakes_in_config():
         values = _with_experiment(flags.FlagValues(), argv, None, "")
         values(["", *argv])
         values.config.lock()
     return values.config
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """Joins `--config.key VALUE` to one argument where a value may have any type.
+
+    absl takes such a flag for a boolean one, whose value is never the next argument.
+    """
+    joined: list[str] = []
+    for argument in argv:
+        last = joined[-1].lstrip("-").removeprefix("config.") if joined else ""
+        if last in KEYS.values() and not argument.startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _define_common(args: flags.FlagValues) -> None:
@@ -189,7 +207,14 @@ def _remembered_config(
     if first["config"].present or not workdir:
         return None
     path = storage.as_path(workdir) / CONFIG_FILE
-    return ConfigDict(_from_json(storage.read_json(path))) if storage.exists(path) else None
+    if not storage.exists(path):
+        return None
+    values = _from_json(storage.read_json(path))
+    for name in KEYS.values():
+        section, key = name.split(".")
+        if key in values.get(section, {}):
+            values[section][key] = settable(values[section][key])
+    return ConfigDict(values)
 
 
 def _from_json(value: Any) -> Any:

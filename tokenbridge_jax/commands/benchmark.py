@@ -27,8 +27,8 @@ from tokenbridge_jax.benchmark.ceilings import measure_ceilings
 from tokenbridge_jax.benchmark.measure import Case, Reporter
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
+from tokenbridge_jax.config import filled, make_mesh
 from tokenbridge_jax.ops.precision import PRECISIONS
-from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 
 WORDS = ("train", "sample", "head", "autoencoder", "quantize", "loader")
@@ -91,7 +91,7 @@ def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
     Raises:
       UserError: a flag or the config makes no sense.
     """
-    config = args.config
+    config = filled(args.config)
     platform = int(jax.local_devices()[0].platform == "cpu")
 
     def numbers(name: str, defaults: tuple[list[int], list[int]]) -> list[int]:
@@ -113,7 +113,7 @@ def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
         return loader_speed.cases(
             config, batches, args.records, Path(args.data) if args.data else None
         )
-    mesh = meshes.make_mesh(**config.mesh)
+    mesh = make_mesh(config)
     if what == "sample":
         steps = numbers("steps", DEFAULT_STEPS)
         return sampling_speed.sample_cases(config, mesh, batches, steps, args.guidance)

@@ -13,9 +13,9 @@ import tempfile
 from absl import flags
 
 from tokenbridge_jax.commands import runner
+from tokenbridge_jax.config import make_mesh
 from tokenbridge_jax.demo.drawing import Demo
 from tokenbridge_jax.pipeline import Pipeline
-from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 
 
@@ -35,9 +35,7 @@ def main(args: flags.FlagValues) -> None:
     if args.distributed:
         raise UserError("demo runs in one process; leave out --distributed")
     port = free_port(args.host, args.port)
-    pipeline = Pipeline.load(
-        args.workdir, step=args.step, mesh=meshes.make_mesh(**args.config.mesh)
-    )
+    pipeline = Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config))
     demo = Demo(pipeline, args.config.sampling)
     from tokenbridge_jax.demo import page
 

@@ -32,7 +32,7 @@ from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.config import sampling_settings
+from tokenbridge_jax.config import make_mesh, sampling_settings
 from tokenbridge_jax.data.shards import read_info
 from tokenbridge_jax.data.tokenizing import make_quantizer
 from tokenbridge_jax.evaluation import (
@@ -276,7 +276,7 @@ def measure_reference(args: flags.FlagValues) -> None:
 
 
 def _load_pipeline(args: flags.FlagValues) -> Pipeline:
-    return Pipeline.load(args.workdir, step=args.step, mesh=meshes.make_mesh(**args.config.mesh))
+    return Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config))
 
 
 def measure_reconstruction(args: flags.FlagValues) -> None:

@@ -1,12 +1,12 @@
 """Checks without a TPU whether a config fits a TPU slice, and estimates how long a run takes.
 
-  tokenbridge preflight --config configs/imagenet256.py:size=L --topology v5e:16x16 \\
-    --config.model.scan_layers=True --config.model.head_chunk=512
-  tokenbridge preflight --config configs/imagenet256.py --topology v5p-128 --sample --json
+  tokenbridge preflight --config imagenet256:size=L --topology v5e:16x16
+  tokenbridge preflight --config imagenet256:size=L --topology v5p-128 --sample --json
 
 Compiles the training step (or the sampler) with libtpu, which takes minutes. Prints the memory that
-it needs on a chip, its FLOPs and collectives, and an estimate of its time. If it does not fit, it
-is compiled again with settings that need less memory, until one fits.
+it needs on a chip, its FLOPs and collectives, and an estimate of its time. Settings of the config
+that are `auto` are picked as `train` would on such a slice. If settings that the config fixes do
+not fit, those that `auto` picks are reported, too.
 
 A topology is GENERATION:SHAPE, where GENERATION is v4, v5e, v5p, v6e or tpu7x, or a name in
 Google's cloud, such as v5litepod-256.
@@ -23,8 +23,9 @@ from absl import flags
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
+from tokenbridge_jax.config import filled
 from tokenbridge_jax.preflight.chips import check_libtpu, parse_slice
-from tokenbridge_jax.preflight.estimate import check_apart, run_length, suggest
+from tokenbridge_jax.preflight.estimate import check_apart, check_auto, run_length, suggest
 from tokenbridge_jax.preflight.text import as_text
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -45,7 +46,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
     define(flags.DEFINE_string, "topology", None, "The slice, such as v5e:16x16 or v5p-128.")
     define(flags.DEFINE_bool, "sample", False, "Check the sampler, not the training step.")
-    define(flags.DEFINE_bool, "suggest", True, "Look for settings that fit if these do not.")
+    define(flags.DEFINE_bool, "suggest", True, "If the config's values do not fit, find others.")
     define(flags.DEFINE_bool, "json", False, "Print one line of JSON.")
     define_path("profile", "Folder for tables and a picture of the time.", flag_values)
 
@@ -60,14 +61,14 @@ def main(args: flags.FlagValues) -> int:
         storage.check_folder(args.profile)
     jax.config.update("jax_platforms", "cpu")  # The devices of this machine stay unused.
     config = args.config
-    if not config.model.scan_layers and not args.sample:
-        say("preflight: compiling takes much longer without --config.model.scan_layers=True")
-    report = check_apart(config, where, sample=args.sample, profile=args.profile)
-    if not args.sample:
+    if args.sample:
+        report = check_apart(filled(config), where, sample=True, profile=args.profile)
+    else:
+        report = check_auto(config, where, args.profile)
         report |= run_length(report, config, args.workdir)
     crashed = report.get("crashed")
     if not (report["fits"] or crashed) and args.suggest and not args.sample:
-        found = suggest(config, where, report)
+        found = suggest(config, where)
         report["suggestion"] = found and found | run_length(found, config, args.workdir)
     if args.json or not crashed:
         print(json.dumps(report) if args.json else as_text(report))

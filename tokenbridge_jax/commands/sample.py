@@ -15,8 +15,9 @@ from etils import epath
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
+from tokenbridge_jax.config import make_mesh
 from tokenbridge_jax.pipeline import Pipeline
-from tokenbridge_jax.runtime import meshes, pictures, storage
+from tokenbridge_jax.runtime import pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
 
 IN_GRID = 100
@@ -42,9 +43,7 @@ def main(args: flags.FlagValues) -> None:
     if not 1 <= args.num_images < 2**31:
         raise UserError(f"--num_images={args.num_images} must be at least 1 and below 2**31")
     output = storage.check_folder(args.output or epath.Path(args.workdir) / "samples")
-    pipeline = Pipeline.load(
-        args.workdir, step=args.step, mesh=meshes.make_mesh(**args.config.mesh)
-    )
+    pipeline = Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config))
     # By default the classes of the training images; the model may have room for more.
     classes = args.classes or pipeline.description.class_names
     class_ids = np.resize(np.array(classes, object), args.num_images).tolist()

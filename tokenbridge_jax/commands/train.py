@@ -21,9 +21,12 @@ from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.config import (
+    auto_choices,
     check_ranges,
     check_training,
+    filled,
     flat_fields,
+    make_mesh,
     mask_sampler,
     model_config,
     model_task,
@@ -43,13 +46,22 @@ from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.runtime import meshes, pictures, storage
+from tokenbridge_jax.runtime.compiled import compiled_bytes
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.hardware import Devices
 from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.sampling.batches import generate_in_batches
+from tokenbridge_jax.training import auto
 from tokenbridge_jax.training.checkpoints import Checkpoints
-from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Run, fit
+from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Program, Run, fit
 from tokenbridge_jax.training.metric_writer import MetricWriter
-from tokenbridge_jax.training.model_task import bits, make_validation, training_flops
+from tokenbridge_jax.training.model_task import (
+    abstract_batch,
+    bits,
+    largest_draw,
+    make_validation,
+    training_flops,
+)
 from tokenbridge_jax.training.state import TrainState
 
 # Images of a sample grid, ten in a row. They cycle through the classes, or evenly spaced ones.
@@ -69,13 +81,10 @@ def main(args: flags.FlagValues) -> int:
             f"{workdir} is a saved pipeline, not a run: `export-torch --ema` from it, then "
             "`import-torch` to the --workdir to train in"
         )
-    mesh = meshes.make_mesh(**config.mesh)
     check_ranges(config, "evaluation")
-    check_training(config, "training", mesh)
+    check_training(config, "training", make_mesh(config))
     info = read_tokens(config, workdir)
-    model = model_config(config, info.quantizer, info.channel_order, info.positions)
     names, notes = agree_on_classes(config, workdir, info)
-    run = make_run(config, workdir, info, model, mesh)
 
     def begin() -> None:
         if jax.process_index() == 0:
@@ -85,8 +94,11 @@ def main(args: flags.FlagValues) -> int:
             runner.remember_config(args)
 
     with runner.locked(args.workdir):
+        config, program = settle(config, workdir, info)
+        model = model_config(config, info.quantizer, info.channel_order, info.positions)
+        run = make_run(config, workdir, info, model, program.mesh)
         try:
-            fit(dataclasses.replace(run, begin=begin), mesh)
+            fit(dataclasses.replace(run, begin=begin), program.mesh, program)
         except Interrupted:
             return EXIT_INTERRUPTED
     print(f"{workdir} holds the model after {run.total_steps} steps: `tokenbridge sample` uses it")
@@ -116,6 +128,59 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
     if autoencoder_exists(workdir / "autoencoder"):
         info.check(autoencoder_hash=read_description(workdir / "autoencoder")["hash"])
     return info
+
+
+def settle(
+    config: ConfigDict, workdir: epath.Path, info: DatasetInfo
+) -> tuple[ConfigDict, Program]:
+    """Replaces the `auto` values of a config by those for the devices at hand.
+
+    The compiler decides what fits, if the memory of the devices is known and there is a choice.
+    What was picked before for such devices is taken without trying.
+
+    Returns:
+      The config, and the program of its training step.
+
+    Raises:
+      UserError: nothing fits.
+    """
+
+    def model_of(config: ConfigDict) -> TokenBridgeConfig:
+        return model_config(config, info.quantizer, info.channel_order, info.positions)
+
+    def program_of(config: ConfigDict) -> Program:
+        how = recipe(config, "training", info.splits["train"]["images"])
+        task = model_task(config, model_of(config))
+        return Program.make(task, how, config.seed, make_mesh(config))
+
+    made: dict[auto.Settings, Program] = {}
+
+    def attempt(settings: auto.Settings) -> int | None:
+        settled = filled(config, settings)
+        model, how = model_of(settled), settled.training
+        made.clear()
+        made[settings] = program = program_of(settled)
+        images, shards = how.batch_size // how.accumulation, meshes.batch_shards(program.mesh)
+        masks = mask_sampler(settled, model.positions)
+        draw = largest_draw(model, masks, how.head_fraction, images, shards)
+        batch = abstract_batch(model, how.batch_size, program.mesh)
+        say(f"train: compiling with {settings}")
+        return compiled_bytes(lambda: program.compile(batch, draw))
+
+    slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
+    devices = Devices.at_hand(1 if config.mesh.slices == 1 else len(slices))
+    listed = auto_choices(config, model_of(config), devices)
+    settings = listed[0].settings
+    if devices.memory is not None and len(listed) > 1:
+        question = flat_fields(config, ["model", "mesh"]) | {
+            name: config.training[name]
+            for name in ("batch_size", "accumulation", "head_fraction", "mask_min")
+        }
+        settings = auto.recall(
+            workdir, devices, question, lambda: auto.pick(listed, devices, attempt)
+        )
+    settled = filled(config, settings)
+    return settled, made.get(settings) or program_of(settled)
 
 
 def agree_on_classes(

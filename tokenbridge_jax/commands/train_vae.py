@@ -19,7 +19,13 @@ from ml_collections import ConfigDict
 
 from tokenbridge_jax.autoencoder import autoencoder_exists, read_description, save_autoencoder
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.config import autoencoder_config, check_training, flat_fields, recipe
+from tokenbridge_jax.config import (
+    autoencoder_config,
+    check_training,
+    flat_fields,
+    make_mesh,
+    recipe,
+)
 from tokenbridge_jax.data.loader import make_image_loader
 from tokenbridge_jax.data.shards import INFO_FILE, PARTIAL_INFO_FILE
 from tokenbridge_jax.data.sources import Subset, make_subsets
@@ -47,7 +53,7 @@ def main(args: flags.FlagValues) -> int:
     """Trains, measures the latents' scale and writes the autoencoder."""
     config, directory = args.config, epath.Path(args.workdir) / "autoencoder"
     _check_directory(directory)
-    mesh = meshes.make_mesh(**config.mesh)
+    mesh = make_mesh(config)
     check_training(config, "vae_training", mesh)
     training = _Training(config, directory, make_task(config), make_subsets(config), mesh)
     run = training.make_run()

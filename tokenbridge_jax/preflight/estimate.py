@@ -1,5 +1,6 @@
 """Makes the report of `tokenbridge preflight`, as JSON values."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -14,7 +15,16 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from tokenbridge_jax.config import optimizer_config
+from tokenbridge_jax.benchmark.inputs import make_model
+from tokenbridge_jax.config import (
+    AUTO,
+    auto_choices,
+    filled,
+    make_mesh,
+    mesh_sizes,
+    optimizer_config,
+    with_changes,
+)
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.preflight.chips import Slice, peak_flops, slice_devices
 from tokenbridge_jax.preflight.hlo import Program
@@ -22,11 +32,12 @@ from tokenbridge_jax.preflight.lowering import Work, compile_work, sampling_work
 from tokenbridge_jax.preflight.profile import read_profile
 from tokenbridge_jax.preflight.profile_report import write_profile
 from tokenbridge_jax.preflight.roofline import ASSUMPTIONS, Estimate, estimate
-from tokenbridge_jax.preflight.suggestions import candidates, with_changes
-from tokenbridge_jax.preflight.text import Report, gib, listed
+from tokenbridge_jax.preflight.text import Report, listed
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.hardware import Devices
 from tokenbridge_jax.runtime.progress import say
+from tokenbridge_jax.training import auto
 
 # Images of ImageNet's training split (ILSVRC 2012).
 IMAGENET_IMAGES = 1_281_167
@@ -100,10 +111,9 @@ def _end_with_parent() -> None:
 
 
 def _crash(config: ConfigDict, where: Slice, number: int, *, sample: bool) -> Report:
-    devices = where.chips * where.figures.devices
-    axes = ("data", "fsdp", "tensor")
-    sizes = meshes.axis_sizes(devices, *(config.mesh[axis] for axis in axes))
-    report = _begun(config, where, dict(zip(axes, sizes, strict=True)), sample=sample)
+    sizes = mesh_sizes(config, where.chips * where.figures.devices)
+    mesh = dict(zip(meshes.MESH_AXES, sizes, strict=True))
+    report = _begun(config, where, mesh, sample=sample)
     return report | {
         "fits": False,
         "crashed": f"libtpu died of {signal.Signals(number).name} compiling for {where.name}: "
@@ -122,6 +132,7 @@ def _begun(config: ConfigDict, where: Slice, mesh: dict[str, int], *, sample: bo
     }
     if not sample:
         settings["accumulation"] = config.training.accumulation
+        settings["scan_layers"] = config.model.scan_layers
     return {
         "what": "sample" if sample else "train",
         "topology": where.name,
@@ -154,7 +165,7 @@ def check(
       UserError: a value makes no sense, or the program cannot be compiled for a reason other than
         memory.
     """
-    mesh = meshes.make_mesh(**config.mesh, devices=devices)
+    mesh = make_mesh(config, devices)
     work = (sampling_work if sample else training_work)(config, mesh)
     report = _begun(config, where, dict(mesh.shape), sample=sample)
     say(f"preflight: compiling for {where.name}: {listed(report['settings'])}")
@@ -234,31 +245,41 @@ def run_length(report: Report, config: ConfigDict, workdir: str | None) -> Repor
     return {"run": run}
 
 
-def suggest(config: ConfigDict, where: Slice, report: Report) -> Report | None:
-    """Returns the report of the first settings that fit, with their flags; None if none fit.
+def check_auto(config: ConfigDict, where: Slice, profile: str | None = None) -> Report:
+    """Reports the training step with what `auto` picks, through `check_apart`.
 
-    Settings that cannot be compiled, or at which libtpu crashes, are printed and skipped.
+    If libtpu crashes, or if nothing fits, it is the report of the last settings that were tried.
+
+    Raises:
+      UserError: as `check`.
     """
-    memory = report["memory"]
-    excess = memory["needed"] - memory["available"]
-    # Gradients are as large as the parameters.
-    state = sum(memory[name] for name in ("parameters", "parameters", "EMA", "optimizer"))
+    number = where.chips * where.figures.devices
+    devices = Devices(where.generation, "tpu", number, memory=where.figures.memory)
+    choices = auto_choices(config, make_model(config), devices)
+    if len(choices) == 1:
+        return check_apart(filled(config, choices[0].settings), where, profile=profile)
+    report: Report = {}
 
-    def saved(fsdp: int) -> float:
-        return state * (1 - report["settings"]["mesh"]["fsdp"] / fsdp)
+    def attempt(settings: auto.Settings) -> int | None:
+        nonlocal report
+        report = check_apart(filled(config, settings), where, profile=profile)
+        if "crashed" in report:
+            raise auto.DoesNotFit(report["crashed"])
+        return report["memory"]["needed"]
 
-    say(f"preflight: {gib(memory['needed'])} of {gib(memory['available'])}: does not fit")
-    config = with_changes(config, {f"mesh.{k}": n for k, n in report["settings"]["mesh"].items()})
-    for changes in candidates(config, report["devices"], excess, saved):
-        try:
-            found = check_apart(with_changes(config, changes), where)
-        except UserError as error:
-            say(f"preflight: {error}")
-            continue
-        if found["fits"]:
-            return {"flags": [f"--config.{k}={value}" for k, value in changes.items()]} | found
-        if "crashed" in found:
-            say(f"preflight: {found['crashed']}")
-        else:
-            say(f"preflight: wants {gib(found['memory']['needed'])}")
-    return None
+    with contextlib.suppress(auto.DoesNotFit):
+        auto.pick(choices, devices, attempt)
+    return report
+
+
+def suggest(config: ConfigDict, where: Slice) -> Report | None:
+    """Returns the report of what `auto` picks instead of a config's own values, with the flags.
+
+    None if nothing fits, or if the config has no such values.
+    """
+    freed = with_changes(config, dict.fromkeys(auto.KEYS.values(), AUTO) | {"mesh.data": -1})
+    if freed == config or not (found := check_auto(freed, where))["fits"]:
+        return None
+    settings, mesh = found["settings"], found["settings"]["mesh"]
+    values = {key: settings.get(name, mesh.get(name)) for name, key in auto.KEYS.items()}
+    return {"flags": [f"--config.{key}={value}" for key, value in values.items()]} | found

@@ -7,7 +7,6 @@ to the mean of all programs by the FLOPs of their products.
 
 import dataclasses
 import math
-import re
 import time
 from typing import Any
 
@@ -19,17 +18,15 @@ from ml_collections import ConfigDict
 
 from tokenbridge_jax.benchmark.inputs import make_model
 from tokenbridge_jax.benchmark.training_speed import Trainer
-from tokenbridge_jax.config import check_batches, check_training, sampling_settings
+from tokenbridge_jax.config import check_batches, check_training, filled, sampling_settings
 from tokenbridge_jax.flops import sampling_flops
-from tokenbridge_jax.loss import MaskDraw, head_chunks
+from tokenbridge_jax.loss import MaskDraw
 from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.preflight.hlo import Program, read_program
 from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.compiled import program_bytes, wanted_bytes
 from tokenbridge_jax.sampling.sampler import Request, generate
-from tokenbridge_jax.training.model_task import training_flops
-
-# Bytes of the units in libtpu's messages.
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+from tokenbridge_jax.training.model_task import largest_draw, training_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,27 +77,20 @@ def training_work(config: ConfigDict, mesh: Mesh) -> Work:
     Raises:
       UserError: a value makes no sense, or the batch does not divide over the mesh.
     """
+    config = filled(config)
     section = config.training
     check_training(config, "training", mesh)
     trainer = Trainer(config, mesh)
     model, masks, batch = trainer.model, trainer.masks, section.batch_size
     chances = masks.probabilities()
-    draws = {number: masks.slots(number) for number in chances}
-    micro_batch = batch // section.accumulation
-
-    def activations(draw: MaskDraw) -> int:
-        """Tokens x layers x width of the encoder and of one chunk of the head."""
-        slots = draw.share(section.head_fraction).hidden_slots
-        _, chunk = head_chunks(model, slots, micro_batch, meshes.batch_shards(mesh))
-        head = chunk * model.channels * model.head_layers * model.head_width
-        return head + draw.visible_slots * model.encoder_layers * model.encoder_width
+    micro_batch, shards = batch // section.accumulation, meshes.batch_shards(mesh)
 
     def padded_flops(draw: MaskDraw) -> int | float:
         slots = draw.share(section.head_fraction).hidden_slots
         return model.forward_flops(model.positions - draw.visible_slots, slots)
 
-    chosen = max(draws.values(), key=activations)
-    mean = sum(chance * padded_flops(draws[number]) for number, chance in chances.items())
+    chosen = largest_draw(model, masks, section.head_fraction, micro_batch, shards)
+    mean = sum(chance * padded_flops(masks.slots(n)) for n, chance in chances.items())
     state, images = trainer.abstract, batch * model.positions * model.channels
     return Work(
         trainer.trace(batch, chosen),
@@ -109,7 +99,7 @@ def training_work(config: ConfigDict, mesh: Mesh) -> Work:
             "parameters": _bytes_on_device(state.params),
             "EMA": _bytes_on_device(state.ema_params),
             "optimizer": _bytes_on_device(state.opt_state),
-            "batch": images * model.quantizer.index_dtype.itemsize // meshes.batch_shards(mesh),
+            "batch": images * model.quantizer.index_dtype.itemsize // shards,
         },
         batch * training_flops(model, masks, section.head_fraction),
         mean / padded_flops(chosen),
@@ -157,22 +147,12 @@ def compile_work(work: Work, devices: int) -> Compiled:
     try:
         compiled = work.traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if (wanted := wanted_memory(str(error))) is None:
+        if (wanted := wanted_bytes(error)) is None:
             raise
         return Compiled(wanted, 0, flops, None, "", time.monotonic() - start)
-    memory: Any = compiled.memory_analysis()
-    code = memory.generated_code_size_in_bytes
-    needed = memory.peak_memory_in_bytes + code
+    needed, code = program_bytes(compiled)
     text = compiled.as_text()
     return Compiled(needed, code, flops, read_program(text), text, time.monotonic() - start)
-
-
-def wanted_memory(message: str) -> int | None:
-    """Reads from libtpu's message the bytes of a program that does not fit; None without them."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
-    required = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available", message)
-    found = used or required
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 def matmul_flops(jaxpr: Any) -> int:

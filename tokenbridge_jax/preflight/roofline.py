@@ -54,7 +54,7 @@ def estimate(program: Program, flops: int, peak: float, where: Slice) -> Estimat
     return Estimate(
         products=flops / peak,
         memory=program.traffic / figures.hbm,
-        network=sum(network_seconds(collective, where) for collective in program.collectives),
+        network=math.fsum(network_seconds(one, where) for one in program.collectives),
         instructions=program.cycles / figures.clock(peak),
     )
 

@@ -1,5 +1,6 @@
-"""Peak rates of matrix products by device, for comparison with the rate of training."""
+"""The devices of a job: kind, number, memory, and peak rates of matrix products."""
 
+import dataclasses
 import re
 import time
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
+
+from tokenbridge_jax.runtime import processes
 
 # Peak dense bf16 matmul FLOP/s of what JAX lists as one device, by a name that `device_kind`
 # contains as whole words. The first match counts.
@@ -30,6 +33,31 @@ PEAK_FLOPS = (
     ("T4", 65e12),
     ("V100", 125e12),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of a job: tpu, gpu or cpu, in slices that only the mesh axis `data` joins.
+
+    `memory` has the bytes that a program may use on one, None if they are not known (CPUs).
+    """
+
+    kind: str
+    platform: str
+    number: int
+    slices: int = 1
+    memory: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind} x {self.number}"
+
+    @classmethod
+    def at_hand(cls, slices: int) -> "Devices":
+        """All devices of the job; the same on every process, which must all call this."""
+        device = jax.local_devices()[0]
+        limits = processes.gather(str((device.memory_stats() or {}).get("bytes_limit", "")))
+        memory = min(map(int, limits)) if all(limits) else None
+        return cls(device.device_kind, device.platform, jax.device_count(), slices, memory)
 
 
 def listed_flops(device_kind: str) -> float | None:

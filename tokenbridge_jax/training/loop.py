@@ -129,10 +129,58 @@ class Run:
         return self.recipe.optimizer.total_steps
 
 
-def fit(run: Run, mesh: Mesh) -> TrainState:
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a run computes on a mesh: its optimizer, the layout of its state, its step."""
+
+    mesh: Mesh
+    optimizer: Any
+    abstract: TrainState
+    step: Any
+    ahead: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def make(cls, task: Task, recipe: Recipe, seed: int, mesh: Mesh) -> "Program":
+        """Makes the program of a run; nothing is compiled."""
+        optimizer, schedule = make_optimizer(recipe.optimizer)
+        abstract = abstract_state(task.init, optimizer, mesh)
+        step = make_train_step(
+            task,
+            optimizer,
+            schedule,
+            abstract,
+            mesh,
+            seed=seed,
+            ema_decay=recipe.ema_decay,
+            accumulation=recipe.accumulation,
+        )
+        return cls(mesh, optimizer, abstract, step)
+
+    def compile(self, batch: Any, draw: Any) -> Any:
+        """Compiles the step for an abstract batch and draws like this one; `run` then uses it."""
+        everywhere = meshes.replicated(self.mesh)
+        scalars = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), draw
+        )
+        with meshes.use_mesh(self.mesh):
+            compiled = self.step.trace(self.abstract, batch, scalars).lower().compile()
+        self.ahead[jax.tree.structure(draw)] = compiled
+        return compiled
+
+    def run(self, state: TrainState, batch: Any, draw: Any) -> Any:
+        """Runs the step; it is compiled now if it was not before."""
+        return self.ahead.get(jax.tree.structure(draw), self.step)(state, batch, draw)
+
+
+def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
     """Trains to the end of `run`, from its latest checkpoint if there is one.
 
     A checkpoint of step 0 replaces the random initial state, for example by imported parameters.
+
+    Args:
+      run: the run.
+      mesh: the devices.
+      program: `Program.make` for this run and mesh, if it has been made already.
 
     Returns:
       The final state, which is also the latest checkpoint. If the run is finished, it is loaded.
@@ -143,8 +191,8 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
         full, the checkpoints belong to another run, or they are lost while the metrics are not.
     """
     recipe, total = run.recipe, run.total_steps
-    optimizer, schedule = make_optimizer(recipe.optimizer)
-    abstract = abstract_state(run.task.init, optimizer, mesh)
+    program = program or Program.make(run.task, recipe, run.seed, mesh)
+    optimizer, abstract = program.optimizer, program.abstract
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(meshes.use_mesh(mesh))
@@ -172,16 +220,6 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
 
         writer = MetricWriter(run.directory, start)
         stack.callback(writer.close)
-        train_step = make_train_step(
-            run.task,
-            optimizer,
-            schedule,
-            abstract,
-            mesh,
-            seed=run.seed,
-            ema_decay=recipe.ema_decay,
-            accumulation=recipe.accumulation,
-        )
         is_told_to_stop = stack.enter_context(_interruptions())
         report = _Report(run, writer, checkpoints)
         stack.callback(report.close)
@@ -190,7 +228,7 @@ def fit(run: Run, mesh: Mesh) -> TrainState:
             batch, draw = meshes.to_global((next(batches), run.draw(step - 1)), mesh)
             # An implicit copy between host and devices, which would delay them, is an error here.
             with jax.transfer_guard("disallow"):
-                state, metrics = train_step(state, batch, draw)
+                state, metrics = program.run(state, batch, draw)
                 # Update `step` runs on the device while the host looks at the one before it.
                 report.settle()
             report.expect(step, metrics)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tokenbridge_jax.loss import Examples, MaskDraw, image_nll, training_loss
+from tokenbridge_jax.loss import Examples, MaskDraw, head_chunks, image_nll, training_loss
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.training.masking import MaskSampler, draw_orders
@@ -67,6 +67,39 @@ def training_flops(
         for num_hidden, probability in masks.probabilities().items()
     )
     return 3 * forward
+
+
+def abstract_batch(config: TokenBridgeConfig, size: int, mesh: Mesh) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of a batch of `size` images on a mesh, as a loader gives it."""
+    sharding = meshes.batch_sharding(mesh)
+    shape = (size, config.positions, config.channels)
+    return {
+        "indices": jax.ShapeDtypeStruct(shape, config.quantizer.index_dtype, sharding=sharding),
+        "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=sharding),
+    }
+
+
+def largest_draw(
+    config: TokenBridgeConfig, masks: MaskSampler, head_fraction: float, images: int, shards: int
+) -> MaskDraw:
+    """The draw whose program needs the most memory; if it fits, all of them fit.
+
+    Args:
+      config: the model.
+      masks: the numbers of hidden positions.
+      head_fraction: see `ModelTask`.
+      images: in a micro-batch, over all devices.
+      shards: the number of parts that the mesh splits a batch into.
+    """
+
+    def activations(draw: MaskDraw) -> int:
+        """Tokens x layers x width of the encoder and of one chunk of the head."""
+        slots = draw.share(head_fraction).hidden_slots
+        _, chunk = head_chunks(config.head_chunk, slots, images, shards)
+        head = chunk * config.channels * config.head_layers * config.head_width
+        return head + draw.visible_slots * config.encoder_layers * config.encoder_width
+
+    return max(map(masks.slots, masks.probabilities()), key=activations)
 
 
 def make_validation(
