@@ -26,6 +26,7 @@ from tokenbridge_jax.preflight.hlo import Program, read_program
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.compiled import program_bytes, wanted_bytes
 from tokenbridge_jax.sampling.sampler import Request, generate
+from tokenbridge_jax.training.auto import Settings
 from tokenbridge_jax.training.model_task import largest_draw, training_flops
 
 
@@ -114,8 +115,9 @@ def sampling_work(config: ConfigDict, mesh: Mesh) -> Work:
     Raises:
       UserError: a value makes no sense, or the batch does not divide over the mesh.
     """
-    model, batch = make_model(config), config.sampling.batch_size
-    settings = sampling_settings(config.sampling)
+    # Where `auto` trains a deep model on TPUs, it scans the layers, and so does the model's sampler.
+    model = make_model(filled(config, Settings(scan_layers=True)))
+    batch, settings = config.sampling.batch_size, sampling_settings(config.sampling)
     check_batches([batch], mesh, given="sampling.batch_size ")
     params = abstract_params(model, mesh)
 
