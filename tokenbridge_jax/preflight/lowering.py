@@ -115,7 +115,7 @@ def sampling_work(config: ConfigDict, mesh: Mesh) -> Work:
     Raises:
       UserError: a value makes no sense, or the batch does not divide over the mesh.
     """
-    # Where `auto` trains a deep model on TPUs, it scans the layers, and so does the model's sampler.
+    # `auto` scans a deep model's layers on TPUs, in training and in sampling from what it trained.
     model = make_model(filled(config, Settings(scan_layers=True)))
     batch, settings = config.sampling.batch_size, sampling_settings(config.sampling)
     check_batches([batch], mesh, given="sampling.batch_size ")
