@@ -28,6 +28,7 @@ setup(
         "array-record>=0.8,<0.9",
         "clu>=0.0.12,<0.1",
         "etils[epath]",
+        "filelock",  # JAX bounds the folder of compiled programs with it.
         "flax>=0.12.8,<0.13",
         "grain>=0.2.13,<0.3",
         "jax>=0.10.2,<0.13",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Commands keep no compiled programs in the user's cache.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # No test contacts the hub of models.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Most of the time is spent in compiling programs, which then run for milliseconds.
@@ -55,6 +57,7 @@ def programs(tmp_path_factory):
     In other modules, writing them takes longer than it saves.
     """
     settings = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
         "jax_persistent_cache_min_compile_time_secs": 0.5,
     }

@@ -253,7 +253,11 @@ def test_a_sampler_before_compiling():
 
 
 @needs_libtpu
-def test_report_of_a_training_step(tmp_path, capsys):
+def test_report_of_a_training_step(tmp_path, capsys, monkeypatch):
+    # The schedules come from compiling: no program may be read from, or written to, a cache.
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     layers = {k: v for k, v in small_config().model.items() if k.endswith("layers")}
     flags = ["--config=configs/imagenet256.py:quick", "--topology=v5e:2x2", "--json"]
     flags += [f"--config.model.{name}={value}" for name, value in layers.items()]
@@ -279,6 +283,7 @@ def test_report_of_a_training_step(tmp_path, capsys):
     seconds = run["steps"] * report["seconds"]["expected"]
     assert run["chip_hours"] == pytest.approx(4 * seconds / 3600)
     assert "does not fit" not in text.as_text(report)
+    assert not (tmp_path / "programs").exists()
 
 
 @needs_libtpu

@@ -179,6 +179,7 @@ def test_usage_is_status_0(monkeypatch, capsys, argv):
     assert main(monkeypatch, *argv) == 0
     out, err = capsys.readouterr()
     assert out.startswith("usage: tokenbridge COMMAND --workdir DIR")
+    assert "JAX_ENABLE_COMPILATION_CACHE=false" in out
     assert err == ""
 
 

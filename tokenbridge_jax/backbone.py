@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokenbridge_jax.layers import Dense, LayerNorm, add_bias, copies
+from tokenbridge_jax.layers import Dense, LayerNorm, add_bias, copies, look_up
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.meshes import named_axes
 from tokenbridge_jax.transformer import Block, LastApart, Window, embedding_init, stack_layers
@@ -96,7 +96,7 @@ class Backbone(nn.Module):
             embedding = jnp.dot(labels, table, precision="highest")
             drop_class |= ~labels.any(axis=1)
         else:
-            embedding = self.class_embedding[labels]
+            embedding = look_up(self.class_embedding, labels, jnp.float32)
         latent = jnp.where(drop_class[:, None], self.null_latent, embedding)
         return meshes.constrain(latent.astype(self.dtype), "batch", None)
 
@@ -126,7 +126,7 @@ class Backbone(nn.Module):
                     self.encoder_position[: self.buffer],
                 ),
                 meshes.constrain(self.z_proj(values), "batch", None, None)
-                + self.encoder_position[position].astype(self.dtype),
+                + look_up(self.encoder_position, position, self.dtype),
             ],
             axis=1,
         )
@@ -166,7 +166,7 @@ class Backbone(nn.Module):
                     ],
                     axis=1,
                 )
-                + self.decoder_position[self.buffer + order].astype(self.dtype),
+                + look_up(self.decoder_position, self.buffer + order, self.dtype),
             ],
             axis=1,
         )
@@ -178,7 +178,7 @@ class Backbone(nn.Module):
             after_buffer = Window(window.start + self.buffer, window.size)
             x, _ = self.decoder_blocks(x, None, after_buffer)
             order = window.cut(order)
-        x = self.decoder_norm(x) + self.output_position[order].astype(self.dtype)
+        x = self.decoder_norm(x) + look_up(self.output_position, order, self.dtype)
         return meshes.constrain(x, "batch", None, None)
 
     def __call__(

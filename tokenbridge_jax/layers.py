@@ -5,8 +5,12 @@ the sum would stop growing once it is 256 times as large as its next term. So a 
 or looked up, in float32 and then cast to the dtype of the model: in the backward pass the copies'
 gradients are cast to float32 before they are summed. (Compilers fuse the casts: they cost no pass
 over memory.)
+
+No gradient is a scatter-add with repeated indices. GPUs add such terms in the order in which they
+come, so that the same program has other sums the next time.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -14,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.ops.precision import convolution, of_products
@@ -35,6 +39,58 @@ def copies(
 def add_bias(x: Float[Array, "..."], bias: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
     """x + bias in x's dtype, for a bias of x's last axes; see `copies`."""
     return x + copies(bias, x.shape, x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(
+    table: Float[Array, "T D"], indices: Integer[Array, "..."], dtype: Any
+) -> Float[Array, "... D"]:
+    """The rows `table[indices]`, in `dtype`.
+
+    The gradient of the table is the product of one-hot vectors and the rows' gradients, with sums
+    in float32: exact but for their rounding, and the same at every run. A row of width D costs
+    2 T D FLOPs, far below a transformer layer's for the tables of a model.
+
+    Args:
+      table: float32.
+      indices: 0..T-1.
+      dtype: of the result; also of the operands of the product, which are exact in it.
+    """
+    return table[indices].astype(dtype)
+
+
+def _look_up(table: Any, indices: Any, dtype: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+    return look_up(table, indices, dtype), (table, indices)
+
+
+def _sum_rows(
+    dtype: Any, looked_up: tuple[jax.Array, jax.Array], d_rows: jax.Array
+) -> tuple[jax.Array, None]:
+    table, indices = looked_up
+    chosen = jax.nn.one_hot(indices, len(table), axis=0, dtype=dtype)
+    precision = of_products(dtype)
+    d_table = jnp.tensordot(
+        chosen, d_rows, indices.ndim, precision=precision, preferred_element_type=jnp.float32
+    )
+    return d_table.astype(table.dtype), None
+
+
+look_up.defvjp(_look_up, _sum_rows)
+
+
+def pick(
+    x: Float[Array, "..."], indices: Integer[Array, "..."], axis: int = -1
+) -> Float[Array, "..."]:
+    """One value along an axis of x for each of `indices`, whose shape lacks this axis.
+
+    It is a sum of that value and zeros, so the gradient is element by element. NaN for an index
+    outside the axis, as with `jnp.take_along_axis`.
+    """
+    indices = jnp.expand_dims(indices.astype(jnp.int32), axis)
+    chosen = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis % x.ndim) == indices
+    picked = jnp.sum(jnp.where(chosen, x, 0), axis=axis)
+    inside = (indices >= 0) & (indices < x.shape[axis])
+    return jnp.where(inside.squeeze(axis), picked, jnp.nan)
 
 
 class Dense(nn.Module):

@@ -4,7 +4,8 @@ what, settings         the case; if `calls_per_timing` is above 1, that many sho
                        together
 seconds                of one call: median, min and max of the repeats; in training, the time
                        between the ends of two steps, while the next step has already started
-compile_seconds        the first call's time minus the median
+compile_seconds        the first call's time minus the median; short if an earlier command compiled
+                       the program (see `runtime/compilation_cache.py`)
 cpu_seconds            CPU time of one call, over all threads of this process
 *_per_second           images, positions, values or bytes, from the median
 flops_by_hand          matmul FLOPs that the mathematics needs for one call, without padding and

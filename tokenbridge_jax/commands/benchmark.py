@@ -11,8 +11,7 @@
   quantize     latents -> indices and back
   loader       batches from shards
 
-Weights and data are random. `tokenbridge_jax/benchmark/measure.py` explains the fields. Large
-programs take minutes to compile: the folder JAX_COMPILATION_CACHE_DIR keeps them for the next call.
+Weights and data are random. `tokenbridge_jax/benchmark/measure.py` explains the fields.
 If a case does not fit into memory, its line has an `error`, and the exit status is still 0.
 """
 

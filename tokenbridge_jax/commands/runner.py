@@ -26,7 +26,7 @@ from absl import flags
 from etils import epath
 
 from tokenbridge_jax.commands import arguments, failures
-from tokenbridge_jax.runtime import environment, processes, storage
+from tokenbridge_jax.runtime import compilation_cache, environment, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 
 # Name -> (module, what it does). A module is imported when its command runs, which keeps
@@ -68,6 +68,10 @@ def main() -> int:
         for name, (_, summary) in COMMANDS.items():
             print(f"  {name:14} {summary}")
         print("`tokenbridge COMMAND --help` shows a command's flags.")
+        print(
+            "Compiled programs are kept for the next start, in ~/.cache/tokenbridge_jax/programs;"
+        )
+        print("JAX_ENABLE_COMPILATION_CACHE=false switches this off.")
         return 0 if wants_help else EXIT_USER_ERROR
     return run(sys.argv[1], sys.argv[2:])
 
@@ -110,6 +114,8 @@ def run(name: str, argv: list[str]) -> int:
         processes.join(args.distributed, asks_for_signals=name in TRAINING)
         if getattr(command, "USES_DEVICES", True):
             environment.check_devices()
+            if not args.distributed:
+                compilation_cache.enable()
         return processes.leave(command.main(args, *given) or 0)
     except UserError as error:
         print(f"tokenbridge {name}: error: {error}", file=sys.stderr)

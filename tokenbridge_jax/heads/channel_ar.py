@@ -1,5 +1,6 @@
 """Autoregressive channel head (paper section 3.3): one position's C indices, one after another."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from tokenbridge_jax.heads.channel_transformer import ChannelTransformer, tempered_log_prob
+from tokenbridge_jax.layers import look_up
 from tokenbridge_jax.ops.cached_attention import Cache
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.meshes import named_axes
@@ -39,10 +41,10 @@ class ChannelAR(ChannelTransformer):
     ) -> Float[Array, "N C V"]:
         """See `Head.logits`."""
         previous = indices[:, np.array(self.channel_order[:-1])]
-        place = np.arange(len(self.channel_order) - 1)
         condition = self._condition(feature)
         first = self._sampled_first(condition) if as_sampled else condition
-        tokens = self.token_embeddings[place, previous].astype(self.dtype)
+        of_place = functools.partial(look_up, dtype=self.dtype)
+        tokens = jax.vmap(of_place, (0, 1), 1)(self.token_embeddings, previous)
         tokens = jnp.concatenate([first[:, None], tokens], axis=1)
         return self._transform(tokens, condition[:, None])
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from tokenbridge_jax.heads.head import Head
+from tokenbridge_jax.layers import pick
 
 
 class GroupedHead(Head):
@@ -41,7 +42,7 @@ class GroupedHead(Head):
         for place in range(self.group):
             rest = rest.reshape(-1, groups, levels, levels ** (self.group - 1 - place))
             parts.append(jax.nn.logsumexp(rest, axis=-1))
-            rest = jnp.take_along_axis(rest, chosen[:, :, place, None, None], axis=2)
+            rest = pick(rest, chosen[:, :, place, None], axis=2)
         return jnp.stack(parts, axis=2).reshape(len(indices), -1, levels)
 
     def sample(

@@ -5,10 +5,12 @@ sequence is channel `channel_order[c]`. Outside the head, indices are always in 
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, Integer, Key
+
+from tokenbridge_jax.layers import pick
 
 
 class Head(nn.Module):
@@ -42,10 +44,9 @@ class Head(nn.Module):
     ) -> Float[Array, "N C"]:
         """Negative log-likelihood of every index in nats, in autoencoder order; see `logits`."""
         order = np.array(self.channel_order)
-        nll = optax.softmax_cross_entropy_with_integer_labels(
-            self.logits(feature, indices, as_sampled), indices[:, order].astype(jnp.int32)
-        )
-        return nll[:, np.argsort(order)]
+        logits = self.logits(feature, indices, as_sampled)
+        nll = jax.nn.logsumexp(logits, axis=-1) - pick(logits, indices[:, order])
+        return jnp.take(nll, np.argsort(order), axis=1, unique_indices=True)
 
     def sample(
         self, feature: Float[Array, "N Z"], keys: Key[Array, " N"], temperature: Float[Array, ""]

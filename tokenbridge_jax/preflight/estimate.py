@@ -95,6 +95,8 @@ def _check_as_child(
 ) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     jax.config.update("jax_platforms", "cpu")  # The devices of this machine stay unused.
+    # libtpu writes schedules only when it compiles.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         devices = slice_devices(where, folder)
         sender.send(check(config, where, devices, folder, sample=sample, profile=profile))

@@ -1,0 +1,75 @@
+"""Compiled programs on disk: what one command has compiled, the next one reads.
+
+The folder is `tokenbridge_jax/programs` in the user's cache (`storage.user_cache`). JAX keeps the
+programs: the name of a file is a hash of the program, its options, the versions of the compiler and
+the kind and number of devices, including the instructions that a CPU has. A lock makes the folder
+safe for several processes at a time, and the programs that were used least recently are removed
+when it is full.
+
+Settings are JAX's own. `JAX_ENABLE_COMPILATION_CACHE=false` switches the cache off. If
+`JAX_COMPILATION_CACHE_DIR` (or `jax.config`) names a folder, nothing is changed here.
+
+JAX writes only from process 0 of a job, and a job whose processes do not all compile at the same
+time may fail, because they wait for each other. So a job has a cache only if the user names one.
+"""
+
+import os
+from pathlib import Path
+
+import filelock
+import jax
+from etils import epath
+
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import say
+
+# Unless the environment has the setting.
+SETTINGS = {
+    "jax_compilation_cache_max_size": 2 * 2**30,
+    # Hundreds of small programs are not worth a file each.
+    "jax_persistent_cache_min_compile_time_secs": 0.5,
+}
+
+# JAX's own, which it creates in every bounded folder. It waits for the lock as long.
+_LOCK, _LOCK_SECONDS = ".lockfile", 10
+
+
+def enable() -> None:
+    """Makes JAX keep compiled programs in the user's cache, unless it has another folder.
+
+    If this is not possible, a line says why, and programs are compiled at every start.
+    """
+    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        folder = _prepared_folder()
+    except (OSError, UserError, KeyError) as error:
+        # A KeyError is a user without a name, as in a container: JAX 0.10 needs one.
+        say(f"compiled programs are not kept for the next start: {error}")
+        return
+    for name, value in SETTINGS.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _prepared_folder() -> Path:
+    """Creates the folder, does once what JAX will do there, and removes unfinished programs.
+
+    A process that was killed, or a full disk, leaves half a program, which JAX would never replace.
+    JAX writes the time of the last use after the program, to another file.
+    """
+    cache = storage.user_cache()
+    if cache is None:
+        raise UserError("HOME is not set; JAX_COMPILATION_CACHE_DIR can name a folder for them")
+    folder = cache / "tokenbridge_jax" / "programs"
+    storage.check_folder(folder)
+    # Programs are code that will run: only this user may write them.
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    epath.Path(folder).stat()
+    with filelock.FileLock(folder / _LOCK, timeout=_LOCK_SECONDS):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
+                program.unlink()
+    return folder
