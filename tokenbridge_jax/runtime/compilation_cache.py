@@ -40,7 +40,8 @@ def enable() -> None:
 
     If this is not possible, a line says why, and programs are compiled at every start.
     """
-    if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
+    given = jax.config.values
+    if not given["jax_enable_compilation_cache"] or given["jax_compilation_cache_dir"]:
         return
     try:
         folder = _prepared_folder()
