@@ -146,7 +146,8 @@ def filled(config: ConfigDict, settings: auto.Settings = auto.Settings()) -> Con
     The plain ones suit everything but training: nothing is rematerialised or split.
     """
     values = {auto.KEYS[name]: value for name, value in dataclasses.asdict(settings).items()}
-    return with_changes(config, {k: v for k, v in values.items() if _value(config, k) == AUTO})
+    here = {k: v for k, v in values.items() if k.split(".")[0] in config}
+    return with_changes(config, {k: v for k, v in here.items() if _value(config, k) == AUTO})
 
 
 def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
