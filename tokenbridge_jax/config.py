@@ -134,10 +134,17 @@ def auto_choices(
     Raises:
       UserError: a value makes no sense, or the mesh does not fit the devices.
     """
+    check_ranges(config, "training")
     section, tensor = config.training, mesh_sizes(config, devices.number)[2]
     masks = mask_sampler(config, model.positions)
     step = auto.Step(model, masks, section.head_fraction, section.batch_size, tensor)
-    return auto.choices(step, devices, given_settings(config, devices.number))
+    given = given_settings(config, devices.number)
+    if section.batch_size % given.get("accumulation", 1):
+        raise UserError(
+            f"training.accumulation is {given['accumulation']}, which does not divide "
+            f"training.batch_size {section.batch_size}"
+        )
+    return auto.choices(step, devices, given)
 
 
 def filled(config: ConfigDict, settings: auto.Settings = auto.Settings()) -> ConfigDict:  # noqa: B008
@@ -168,7 +175,7 @@ def mesh_sizes(config: ConfigDict, devices: int) -> list[int]:
     """
     data, fsdp, tensor = config.mesh.data, _value(config, "mesh.fsdp"), config.mesh.tensor
     if fsdp == AUTO:
-        fsdp = 1 if data == -1 else -1
+        fsdp = 1 if -1 in (data, tensor) else -1
     return meshes.axis_sizes(devices, data, fsdp, tensor)
 
 

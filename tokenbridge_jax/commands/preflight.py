@@ -30,6 +30,7 @@ from tokenbridge_jax.preflight.text import as_text
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
+from tokenbridge_jax.training.auto import Settings
 
 NEEDS_WORKDIR = False
 USES_DEVICES = False
@@ -62,7 +63,9 @@ def main(args: flags.FlagValues) -> int:
     jax.config.update("jax_platforms", "cpu")  # The devices of this machine stay unused.
     config = args.config
     if args.sample:
-        report = check_apart(filled(config), where, sample=True, profile=args.profile)
+        # On TPUs `auto` trains deep models with scanned layers, and they sample so.
+        config = filled(config, Settings(scan_layers=True))
+        report = check_apart(config, where, sample=True, profile=args.profile)
     else:
         report = check_auto(config, where, args.profile)
         report |= run_length(report, config, args.workdir)

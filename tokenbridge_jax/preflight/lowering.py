@@ -26,7 +26,6 @@ from tokenbridge_jax.preflight.hlo import Program, read_program
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.compiled import program_bytes, wanted_bytes
 from tokenbridge_jax.sampling.sampler import Request, generate
-from tokenbridge_jax.training.auto import Settings
 from tokenbridge_jax.training.model_task import largest_draw, training_flops
 
 
@@ -115,9 +114,8 @@ def sampling_work(config: ConfigDict, mesh: Mesh) -> Work:
     Raises:
       UserError: a value makes no sense, or the batch does not divide over the mesh.
     """
-    # `auto` scans a deep model's layers on TPUs, in training and in sampling from what it trained.
-    model = make_model(filled(config, Settings(scan_layers=True)))
-    batch, settings = config.sampling.batch_size, sampling_settings(config.sampling)
+    model, batch = make_model(config), config.sampling.batch_size
+    settings = sampling_settings(config.sampling)
     check_batches([batch], mesh, given="sampling.batch_size ")
     params = abstract_params(model, mesh)
 

@@ -45,7 +45,7 @@ def program_bytes(compiled: Any) -> tuple[int, int]:
 def wanted_bytes(error: Exception) -> int | None:
     """Reads from libtpu's message the bytes of a program that does not fit; None without them."""
     message = str(error)
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
     required = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available", message)
     found = used or required
     return int(float(found[1]) * _UNITS[found[2]]) if found else None
