@@ -227,8 +227,13 @@ def recall(
     path, first = workdir / FILE, jax.process_index() == 0
     question = {**question, "slices": devices.slices}
     known = storage.read_json(path) if first and storage.exists(path) else {}
-    entry = known.get(str(devices), {})
-    found = entry["picked"] if entry.get("question") == question else None
+    known = known if isinstance(known, dict) else {}
+    entry = known.get(str(devices))
+    entry = entry if isinstance(entry, dict) else {}
+    found = entry.get("picked") if entry.get("question") == question else None
+    # A file of another version, or one that somebody changed, may have other fields.
+    if not isinstance(found, dict) or found.keys() != KEYS.keys():
+        found = None
     found = json.loads(processes.gather(json.dumps(found))[0])
     if found:
         say(f"auto: {devices}: {Settings(**found)} ({path})")
