@@ -9,24 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
-from tiny_model import normal, on_mesh, relative_error, shard_shapes, triton_kernels
+from tiny_model import (
+    attend_plainly,
+    normal,
+    on_mesh,
+    positions_plain,
+    relative_error,
+    shard_shapes,
+    triton_kernels,
+    visible_tokens,
+)
 
 from tokenbridge_jax.ops import attention as over_positions
 from tokenbridge_jax.ops import channel_attention as over_channels
 from tokenbridge_jax.ops import pallas
-from tokenbridge_jax.ops.attention import attend, plain_attention
+from tokenbridge_jax.ops.attention import attend
 from tokenbridge_jax.ops.channel_attention import attend_channels, plain_channel_attention
 
 SEED = jnp.array([123, 456], jnp.uint32)
 BLOCK, TILE = over_positions.BLOCK, over_channels.TILE
-
-
-def visible_tokens(kind: str, images: int, length: int) -> jax.Array | None:
-    """A mask in which every image has visible tokens, the last one at least."""
-    if kind == "all":
-        return None
-    shape = (1 if kind == "same" else images, length)
-    return jnp.asarray(np.random.default_rng(9).random(shape) < 0.4).at[:, -1].set(True)
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -36,18 +37,6 @@ def positions_kernel(qkv, bias, visible, seed, d_out, dropout):
     inputs = qkv, bias, visible, seed
     out = over_positions.kernel_forward(*inputs, **settings)
     return *out, over_positions.kernel_backward(*inputs, *out, d_out, **settings)
-
-
-@functools.partial(jax.jit, static_argnums=5)
-def positions_plain(qkv, bias, visible, seed, d_out, dropout):
-    """Output and gradient of the plain attention over positions."""
-    out, backward = jax.vjp(lambda x: attend_plainly(x, bias, visible, seed, dropout), qkv)
-    return out, backward(d_out)[0]
-
-
-def attend_plainly(qkv, bias, visible, seed, dropout):
-    q, k, v = ((qkv + bias[None, None])[:, :, part] for part in range(3))
-    return plain_attention(q, k, v, None if visible is None else visible[:, None], seed, dropout)
 
 
 @functools.partial(jax.jit, static_argnums=5)

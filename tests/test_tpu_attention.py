@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 from flax.linen import meta
 from scipy import special
-from tiny_model import normal, on_mesh, relative_error, shard_shapes
+from tiny_model import (
+    normal,
+    on_mesh,
+    positions_plain,
+    relative_error,
+    shard_shapes,
+    visible_tokens,
+)
 
 from tokenbridge_jax.ops import tpu_attention
-from tokenbridge_jax.ops.attention import attend, plain_attention
+from tokenbridge_jax.ops.attention import attend
 from tokenbridge_jax.transformer import Attention
 
 SEED = jnp.array([123, 456], jnp.uint32)
-
-
-def visible_tokens(kind: str, images: int, length: int) -> jax.Array | None:
-    """A mask in which every image has visible tokens, the last one at least."""
-    if kind == "all":
-        return None
-    shape = (1 if kind == "same" else images, length)
-    return jnp.asarray(np.random.default_rng(9).random(shape) < 0.4).at[:, -1].set(True)
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -32,19 +31,6 @@ def kernels(qkv, bias, visible, seed, d_out, rate):
     out, normalizer = tpu_attention.forward(qkv, bias, visible, seed, **settings)
     d_qkv = tpu_attention.backward(qkv, bias, visible, seed, normalizer, d_out, **settings)
     return out, normalizer, d_qkv
-
-
-@functools.partial(jax.jit, static_argnums=5)
-def plain(qkv, bias, visible, seed, d_out, rate):
-    """Output and gradient, by plain operations."""
-
-    def attention(qkv):
-        q, k, v = ((qkv + bias[None, None])[:, :, part] for part in range(3))
-        mask = None if visible is None else visible[:, None]
-        return plain_attention(q, k, v, mask, seed, rate)
-
-    out, backward = jax.vjp(attention, qkv)
-    return out, backward(d_out)[0]
 
 
 def arrays(images, length, heads, width, dtype=jnp.float32):
@@ -76,7 +62,7 @@ def test_kernels_agree_with_plain_attention(
     qkv, bias, d_out = arrays(images, length, heads, width, dtype)
     visible = visible_tokens(kind, images, length)
     out, normalizer, d_qkv = kernels(qkv, bias, visible, SEED, d_out, rate)
-    expected, expected_d_qkv = plain(qkv, bias, visible, SEED, d_out, rate)
+    expected, expected_d_qkv = positions_plain(qkv, bias, visible, SEED, d_out, rate)
     assert out.dtype == d_qkv.dtype == dtype
     assert relative_error(out, expected) < tolerance
     for part in range(3):
@@ -93,7 +79,7 @@ def test_no_score_is_too_large():
     """exp of scores of some hundreds would overflow."""
     qkv, bias, d_out = arrays(1, 8, 2, 64)
     out, _, d_qkv = kernels(6 * qkv, bias, None, SEED, d_out, 0.0)
-    expected, expected_d_qkv = plain(6 * qkv, bias, None, SEED, d_out, 0.0)
+    expected, expected_d_qkv = positions_plain(6 * qkv, bias, None, SEED, d_out, 0.0)
     assert relative_error(out, expected) < 1e-4
     assert relative_error(d_qkv, expected_d_qkv) < 1e-3
 

@@ -19,6 +19,7 @@ from tokenbridge_jax.autoencoder import init_params as init_autoencoder
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.ops.attention import plain_attention
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
@@ -268,3 +269,24 @@ def bfloat16_sums(function: Callable[..., Any], *arguments: Any) -> list[str]:
             if name != "reduce_sum" or added.size > 2 * result.size:
                 sums.append(f"{name} of {added.str_short()} to {result.str_short()}")
     return sums
+
+
+def visible_tokens(kind: str, images: int, length: int) -> jax.Array | None:
+    """A mask in which every image has visible tokens, the last one at least."""
+    if kind == "all":
+        return None
+    shape = (1 if kind == "same" else images, length)
+    return jnp.asarray(np.random.default_rng(9).random(shape) < 0.4).at[:, -1].set(True)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def positions_plain(qkv, bias, visible, seed, d_out, dropout):
+    """Output and gradient of the plain attention over positions."""
+    out, backward = jax.vjp(lambda x: attend_plainly(x, bias, visible, seed, dropout), qkv)
+    return out, backward(d_out)[0]
+
+
+def attend_plainly(qkv, bias, visible, seed, dropout):
+    """Plain attention over positions, of queries, keys and values and their bias."""
+    q, k, v = ((qkv + bias[None, None])[:, :, part] for part in range(3))
+    return plain_attention(q, k, v, None if visible is None else visible[:, None], seed, dropout)

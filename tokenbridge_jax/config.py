@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
@@ -131,20 +131,12 @@ def auto_choices(
 ) -> list[auto.Choice]:
     """The settings that training may have on some devices; see `auto.choices`.
 
-    Raises:
-      UserError: a value makes no sense, or the mesh does not fit the devices.
+    `check_training` must accept the config.
     """
-    check_ranges(config, "training")
     section, tensor = config.training, mesh_sizes(config, devices.number)[2]
     masks = mask_sampler(config, model.positions)
     step = auto.Step(model, masks, section.head_fraction, section.batch_size, tensor)
-    given = given_settings(config, devices.number)
-    if section.batch_size % given.get("accumulation", 1):
-        raise UserError(
-            f"training.accumulation is {given['accumulation']}, which does not divide "
-            f"training.batch_size {section.batch_size}"
-        )
-    return auto.choices(step, devices, given)
+    return auto.choices(step, devices, given_settings(config, devices.number))
 
 
 def filled(config: ConfigDict, settings: auto.Settings = auto.Settings()) -> ConfigDict:  # noqa: B008
@@ -282,7 +274,7 @@ def check_ranges(config: ConfigDict, name: str) -> None:
                 raise UserError(f"{name}.{key} is {value}; it must be {text}")
 
 
-def check_training(config: ConfigDict, name: str, mesh: Mesh) -> None:
+def check_training(config: ConfigDict, name: str, mesh: Mesh | AbstractMesh) -> None:
     """Checks a section of training settings, before anything is made from it.
 
     Raises:
@@ -298,7 +290,10 @@ def check_training(config: ConfigDict, name: str, mesh: Mesh) -> None:
 
 
 def check_batches(
-    sizes: Sequence[int], mesh: Mesh, accumulation: int = 1, given: str = "--batch="
+    sizes: Sequence[int],
+    mesh: Mesh | AbstractMesh,
+    accumulation: int = 1,
+    given: str = "--batch=",
 ) -> None:
     """Raises `UserError` unless every batch divides over the mesh and into micro-batches."""
     shards = meshes.batch_shards(mesh)

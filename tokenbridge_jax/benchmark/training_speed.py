@@ -24,56 +24,41 @@ from tokenbridge_jax.config import (
     filled,
     mask_sampler,
     model_task,
-    optimizer_config,
+    recipe,
 )
 from tokenbridge_jax.loss import MaskDraw
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training.loop import Program
 from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import abstract_batch
-from tokenbridge_jax.training.optimizer import make_optimizer
-from tokenbridge_jax.training.state import abstract_state, create_state
-from tokenbridge_jax.training.step import make_train_step
+from tokenbridge_jax.training.state import create_state
 
 
 class Trainer:
     """The training step of a config, and its state, which every step replaces."""
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
-        config = filled(config)
-        section = config.training
         check_ranges(config, "training")
-        self._mesh = mesh
         self.model = inputs.make_model(config)
         self.masks = mask_sampler(config, self.model.positions)
         task = model_task(config, self.model)
         # The length of an epoch affects only the learning rate.
-        self._optimizer, schedule = make_optimizer(optimizer_config(config, "training", 1000))
+        how = recipe(config, "training", 1000 * config.training.batch_size)
+        self._program = Program.make(task, how, config.seed, mesh)
+        self.abstract = self._program.abstract
         self._init = inputs.random_init(task.init)
-        self.abstract = abstract_state(self._init, self._optimizer, mesh)
-        self._step: Any = make_train_step(
-            task,
-            self._optimizer,
-            schedule,
-            self.abstract,
-            mesh,
-            seed=config.seed,
-            ema_decay=section.ema_decay,
-            accumulation=section.accumulation,
-        )
         self._state: Any = None
 
     def prepare(self, stack: contextlib.ExitStack) -> None:
         """Makes the state, unless an earlier case has made it."""
         stack.push(self._on_exit)
         if self._state is None:
-            self._state = create_state(self._init, self._optimizer, self.abstract, seed=0)
+            self._state = create_state(self._init, self._program.optimizer, self.abstract, seed=0)
 
     def trace(self, batch: int, draw: MaskDraw) -> jax.stages.Traced:
         """Traces the step for a batch over all devices of the mesh, which need not exist."""
-        images = abstract_batch(self.model, batch, self._mesh)
-        with meshes.use_mesh(self._mesh):
-            return self._step.trace(self.abstract, images, draw)
+        return self._program.trace(abstract_batch(self.model, batch, self._program.mesh), draw)
 
     def _on_exit(self, error: Any, *_: Any) -> None:
         """Drops the state after an error, because a step that fails destroys it."""
@@ -82,7 +67,7 @@ class Trainer:
 
     def step(self, batch: Any, draw: MaskDraw) -> Any:
         """Starts one update; returns its metrics, which are ready when the update has ended."""
-        self._state, metrics = self._step(self._state, batch, draw)
+        self._state, metrics = self._program.step(self._state, batch, draw)
         return metrics
 
 

@@ -167,8 +167,8 @@ def settle(
         say(f"train: compiling with {settings}")
         return compiled_bytes(lambda: program.compile(batch, draw))
 
-    slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
-    devices = Devices.at_hand(1 if config.mesh.slices == 1 else len(slices))
+    slices = len(meshes.devices_by_slice(jax.devices()))
+    devices = Devices.at_hand(1 if config.mesh.slices == 1 else slices)
     listed = auto_choices(config, model_of(config), devices)
     settings = listed[0].settings
     if devices.memory is not None and len(listed) > 1:

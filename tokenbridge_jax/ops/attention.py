@@ -20,8 +20,11 @@ from tokenbridge_jax.ops import tpu_attention
 from tokenbridge_jax.ops.dropout import drop, keep
 from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.ops.pallas import (
+    HEADS_AXES,
     LOG2_E,
     MASKED,
+    QKV_AXES,
+    QUERY_AXES,
     by_platform,
     gpu_call,
     has_kernel,
@@ -104,8 +107,8 @@ def image_by_image(
 
         return jax.lax.map(on_image, (jnp.broadcast_to(visible, qkv.shape[:2]) != 0, qkv))
 
-    inputs = (_ROWS, _QKV[2:], _QKV)
-    return on_shards(call, inputs, _HEADS, seed, _all_visible(visible, qkv), bias, qkv)
+    inputs = (_ROWS, QKV_AXES[2:], QKV_AXES)
+    return on_shards(call, inputs, HEADS_AXES, seed, _all_visible(visible, qkv), bias, qkv)
 
 
 def split_heads(qkv: Float[Array, "N T 3 H K"]) -> list[Float[Array, "N T H K"]]:
@@ -207,8 +210,8 @@ def kernel_forward(
         out, normalizer = run(seed, visible, bias.ravel(), qkv.reshape(batch, length, -1))
         return out.reshape(batch, length, heads, width), normalizer
 
-    outputs = (_HEADS, _NORMALIZER)
-    inputs = (_ROWS, _QKV[2:], _QKV)
+    outputs = (HEADS_AXES, QUERY_AXES)
+    inputs = (_ROWS, QKV_AXES[2:], QKV_AXES)
     return on_shards(call, inputs, outputs, seed, _all_visible(visible, qkv), bias, qkv)
 
 
@@ -239,16 +242,13 @@ def kernel_backward(
 
     # Softmax's gradient subtracts from every row the weighted mean of the weights' gradients.
     mean = jnp.einsum("nthk,nthk->nht", out, d_out, preferred_element_type=jnp.float32)
-    inputs = (_ROWS, _QKV[2:], _QKV, _NORMALIZER, _NORMALIZER, _HEADS)
+    inputs = (_ROWS, QKV_AXES[2:], QKV_AXES, QUERY_AXES, QUERY_AXES, HEADS_AXES)
     return on_shards(
-        call, inputs, _QKV, seed, _all_visible(visible, qkv), bias, qkv, normalizer, mean, d_out
+        call, inputs, QKV_AXES, seed, _all_visible(visible, qkv), bias, qkv, normalizer, mean, d_out
     )
 
 
 _ROWS = ("batch", None)
-_QKV = (*_ROWS, None, "heads", None)
-_NORMALIZER = ("batch", "heads", None)
-_HEADS = (*_ROWS, "heads", None)
 
 
 def _all_visible(visible: jax.Array | None, qkv: jax.Array) -> Int[Array, "#N T"]:

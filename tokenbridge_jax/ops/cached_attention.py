@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 from tokenbridge_jax.ops.attention import normed_heads, plain_attention
 from tokenbridge_jax.ops.norm import NORM_EPSILON
 from tokenbridge_jax.ops.pallas import (
+    HEADS_AXES,
     MASKED,
+    QKV_AXES,
     by_platform,
     gpu_call,
     has_kernel,
@@ -107,14 +109,13 @@ def kernel_cached_attention(
         out, keys, values = run(place, *norms, bias, qkv, keys, values)
         return out[:, None], keys, values
 
-    inputs = (*[(None,)] * 5, (None, "heads", None), _QKV, _CACHE, _CACHE)
-    outputs = (("batch", None, "heads", None), _CACHE, _CACHE)
+    inputs = (*[(None,)] * 5, (None, "heads", None), QKV_AXES, _CACHE, _CACHE)
+    outputs = (HEADS_AXES, _CACHE, _CACHE)
     arrays = cache.place[None], *norms, bias, qkv, cache.keys, cache.values
     out, keys, values = on_shards(call, inputs, outputs, jnp.zeros(2, jnp.uint32), *arrays)
     return out, Cache(keys, values, cache.place)
 
 
-_QKV = ("batch", None, None, "heads", None)
 _CACHE = ("batch", "heads", None, None)
 
 

@@ -19,8 +19,10 @@ from tokenbridge_jax.ops.attention import normed_heads, plain_attention
 from tokenbridge_jax.ops.dropout import keep
 from tokenbridge_jax.ops.norm import NORM_EPSILON
 from tokenbridge_jax.ops.pallas import (
+    HEADS_AXES,
     LOG2_E,
     MASKED,
+    QKV_AXES,
     by_platform,
     gpu_call,
     has_kernel,
@@ -127,8 +129,8 @@ def kernel_forward(
             count, length, heads, width
         )
 
-    inputs = (_NORMS, _QKV[2:], _QKV)
-    return on_shards(call, inputs, _OUT, seed, _pad(norms), bias, qkv)
+    inputs = (_NORMS, QKV_AXES[2:], QKV_AXES)
+    return on_shards(call, inputs, HEADS_AXES, seed, _pad(norms), bias, qkv)
 
 
 def kernel_backward(
@@ -168,17 +170,22 @@ def kernel_backward(
         )(seed, norms, bias.ravel(), *(x.reshape(count * length, -1) for x in (qkv, d_out)))
         return d_qkv.reshape(qkv.shape), d_norms
 
-    outputs = (_QKV, ("batch", "heads", None))
+    outputs = (QKV_AXES, ("batch", "heads", None))
     d_qkv, d_norms = on_shards(
-        call, (_NORMS, _QKV[2:], _QKV, _OUT), outputs, seed, _pad(norms), bias, qkv, d_out
+        call,
+        (_NORMS, QKV_AXES[2:], QKV_AXES, HEADS_AXES),
+        outputs,
+        seed,
+        _pad(norms),
+        bias,
+        qkv,
+        d_out,
     )
     d_norms = jnp.sum(d_norms, axis=(0, 1)).reshape(4, -1)
     return d_qkv, d_norms[:, : norms.shape[1]]
 
 
 _NORMS = (None, None)
-_QKV = ("batch", None, None, "heads", None)
-_OUT = ("batch", None, "heads", None)
 
 
 def _pad(norms: Float[Array, "4 K"]) -> Float[Array, "4 columns"]:

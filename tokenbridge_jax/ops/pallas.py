@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt32
 
+from tokenbridge_jax.ops.precision import of_products
 from tokenbridge_jax.runtime.meshes import RULES, axis_size
 
 _import_error: Exception | None = None
@@ -29,6 +30,12 @@ except Exception as error:  # A later JAX may raise anything here.
 
 # Kernels compute exp(x) as 2^(x LOG2_E), because GPUs only have an instruction for powers of two.
 LOG2_E = math.log2(math.e)
+
+# The logical axes (see `meshes.RULES`) of queries, keys and values `[N, T, 3, H, K]`, of the heads'
+# results `[N, T, H, K]`, and of a number for every query `[N, H, T]`.
+QKV_AXES = ("batch", None, None, "heads", None)
+HEADS_AXES = ("batch", None, "heads", None)
+QUERY_AXES = ("batch", "heads", None)
 
 # The score of a masked key: exp of it is 0, and it is far from float32's limit.
 MASKED = -1e30
@@ -138,7 +145,13 @@ def product(
 ) -> jax.Array:
     """A matrix product with float32 accumulation, inside a kernel."""
     contracted = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
-    return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a,
+        b,
+        (contracted, ((), ())),
+        precision=of_products(a.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def on_shards(

@@ -20,8 +20,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, UInt32
 
 from tokenbridge_jax.ops.dropout import keep
-from tokenbridge_jax.ops.pallas import LOG2_E, MASKED, on_shards
-from tokenbridge_jax.ops.precision import of_products
+from tokenbridge_jax.ops.pallas import (
+    HEADS_AXES,
+    LOG2_E,
+    MASKED,
+    QKV_AXES,
+    QUERY_AXES,
+    on_shards,
+    product,
+)
 from tokenbridge_jax.runtime.meshes import axis_size
 
 LANES = 128
@@ -57,7 +64,7 @@ def forward(
     """The output of `attend`, and the log of every row's normalizer."""
     call = functools.partial(_call_forward, qkv.shape[3], rate, interpret)
     arrays, axes = _inputs(qkv, bias, visible)
-    return on_shards(call, axes, (_HEADS, _NORMALIZER), seed, *arrays)
+    return on_shards(call, axes, (HEADS_AXES, QUERY_AXES), seed, *arrays)
 
 
 def backward(
@@ -74,22 +81,17 @@ def backward(
     """The gradient of `attend` with respect to `qkv` (its sum over tokens is that of `bias`)."""
     call = functools.partial(_call_backward, qkv.shape[3], rate, interpret)
     arrays, axes = _inputs(qkv, bias, visible)
-    axes = (_NORMALIZER, _HEADS, *axes)
-    return on_shards(call, axes, _QKV, seed, normalizer, d_out, *arrays)
-
-
-_QKV = ("batch", None, None, "heads", None)
-_HEADS = ("batch", None, "heads", None)
-_NORMALIZER = ("batch", "heads", None)
+    axes = (QUERY_AXES, HEADS_AXES, *axes)
+    return on_shards(call, axes, QKV_AXES, seed, normalizer, d_out, *arrays)
 
 
 def _inputs(qkv: jax.Array, bias: jax.Array, visible: jax.Array | None) -> tuple[Any, Any]:
     """The arrays that both kernels read, and their logical axes."""
     if visible is None:
-        return (bias, qkv), (_QKV[2:], _QKV)
+        return (bias, qkv), (QKV_AXES[2:], QKV_AXES)
     # Keys are rows of the scores, and a register's rows are an array's second-to-last axis.
     mask = visible[..., None].astype(jnp.float32)
-    return (bias, qkv, mask), (_QKV[2:], _QKV, ("batch", None, None))
+    return (bias, qkv, mask), (QKV_AXES[2:], QKV_AXES, ("batch", None, None))
 
 
 def _call_forward(
@@ -223,7 +225,7 @@ class _Tile:
 
     def scores(self, k: jax.Array, q: jax.Array) -> jax.Array:
         """Masked scores `[keys, queries]`, not scaled."""
-        scores = product(k, q, (1, 1))
+        scores = product(k, q, transpose_b=True)
         return scores if self._mask is None else jnp.where(self._mask != 0, scores, MASKED)
 
     def zero_dropped(self, head: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -239,17 +241,6 @@ class _Tile:
         row = (row * self.length + query).astype(jnp.uint32)
         kept = keep(seed_ref[0], seed_ref[1], row, key.astype(jnp.uint32), self._rate)
         return tuple(jnp.where(kept, array, 0.0) for array in arrays)
-
-
-def product(a: jax.Array, b: jax.Array, contracted: tuple[int, int] = (1, 0)) -> jax.Array:
-    """A matrix product over one axis of each factor, with float32 sums."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((contracted[0],), (contracted[1],)), ((), ())),
-        precision=of_products(a.dtype),
-        preferred_element_type=jnp.float32,
-    )
 
 
 def _forward_kernel(make_tile: Any, *refs: Any) -> None:
@@ -288,7 +279,7 @@ def _backward_kernel(make_tile: Any, *refs: Any) -> None:
         normalizer = normalizer_ref[0, pl.ds(row, 1)] * LOG2_E
         scores = tile.scores(k[:, registers], q_head)
         weights = jnp.exp2(scores * tile.exponent - normalizer)
-        d_weights = product(v[:, registers], d_out_head, (1, 1))
+        d_weights = product(v[:, registers], d_out_head, transpose_b=True)
         dropped, d_weights = tile.zero_dropped(head, weights, d_weights)
         d_scores = weights * d_weights
         # Softmax's gradient subtracts from every row the weighted mean of the weights' gradients.

@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.benchmark.inputs import make_model
 from tokenbridge_jax.config import (
     AUTO,
     auto_choices,
+    check_training,
     filled,
     make_mesh,
     mesh_sizes,
@@ -257,6 +259,8 @@ def check_auto(config: ConfigDict, where: Slice, profile: str | None = None) -> 
     """
     number = where.chips * where.figures.devices
     devices = Devices(where.generation, "tpu", number, memory=where.figures.memory)
+    # As for one device: `check` asks whether there is such a slice, and then divides the batch.
+    check_training(config, "training", AbstractMesh((1, 1, 1), meshes.MESH_AXES))
     choices = auto_choices(config, make_model(config), devices)
     if len(choices) == 1:
         return check_apart(filled(config, choices[0].settings), where, profile=profile)

@@ -89,7 +89,7 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     sizes = axis_sizes(len(devices), data, fsdp, tensor)
-    of_slice = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    of_slice = devices_by_slice(devices)
     found = len(of_slice)
     if slices != 1 and len(set(of_slice.values())) > 1:
         raise UserError(
@@ -118,6 +118,11 @@ def make_mesh(
     # With Auto axes the compiler propagates shardings from the annotations. Explicit axes would
     # turn `with_logical_constraint` into an assertion.
     return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def devices_by_slice(devices: Sequence[Any]) -> collections.Counter[int]:
+    """The number of devices of every slice."""
+    return collections.Counter(getattr(device, "slice_index", 0) for device in devices)
 
 
 @contextlib.contextmanager

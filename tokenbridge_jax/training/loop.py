@@ -156,14 +156,19 @@ class Program:
         )
         return cls(mesh, optimizer, abstract, step)
 
-    def compile(self, batch: Any, draw: Any) -> Any:
-        """Compiles the step for an abstract batch and draws like this one; `run` then uses it."""
+    def trace(self, batch: Any, draw: Any) -> jax.stages.Traced:
+        """Traces the step for an abstract batch and draws like this one."""
         everywhere = meshes.replicated(self.mesh)
         scalars = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), draw
         )
         with meshes.use_mesh(self.mesh):
-            compiled = self.step.trace(self.abstract, batch, scalars).lower().compile()
+            return self.step.trace(self.abstract, batch, scalars)
+
+    def compile(self, batch: Any, draw: Any) -> Any:
+        """Compiles the step for an abstract batch and draws like this one; `run` then uses it."""
+        with meshes.use_mesh(self.mesh):
+            compiled = self.trace(batch, draw).lower().compile()
         self.ahead[jax.tree.structure(draw)] = compiled
         return compiled
 
