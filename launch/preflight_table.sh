@@ -3,8 +3,8 @@
 # launch/tpu_types.sh.
 #   bash launch/preflight_table.sh [TYPE/SIZE ...]    for example v5litepod-64/L; default: all
 # It needs `pip install -e '.[tpu]'` and some minutes of a core for each row. `auto` picks the
-# settings. runs/preflight keeps finished rows, by committed code, so a second start continues. PYTHON names the
-# interpreter.
+# settings. runs/preflight keeps finished rows, by committed code, so a second start continues.
+# PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/tpu_types.sh

@@ -8,12 +8,14 @@ import jax
 import pytest
 from etils import epath
 from jobs import start_job
+from ml_collections import ConfigDict
 
 from configs import digits, imagenet256
 from tokenbridge_jax import config as configs
 from tokenbridge_jax.benchmark.inputs import make_model
 from tokenbridge_jax.commands import arguments
 from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.compiled import Trial
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import Devices
 from tokenbridge_jax.training import auto
@@ -142,7 +144,9 @@ def trial(factor, gib):
 
     def attempt(settings):
         tried.append(settings.head_chunk)
-        return None if factor is None else int(factor * settings.head_chunk * 2**20)
+        if factor is None:
+            return Trial(False, None)
+        return Trial(True, int(factor * settings.head_chunk * 2**20))
 
     devices = Devices("kind", "gpu", 2, memory=int(gib * GIB) + auto.HEADROOM)
     return tried, lambda: auto.pick(LISTED, devices, attempt)
@@ -178,6 +182,13 @@ def test_if_nothing_fits_one_line_says_so(factor, capsys):
         pick()
     assert tried[-1] == 256
     assert capsys.readouterr().err.count("does not fit") == len(tried)
+
+
+def test_a_program_that_was_not_compiled_is_never_picked():
+    """Even if it names fewer bytes than there are."""
+    devices = Devices("kind", "gpu", 2, memory=2**40)
+    with pytest.raises(auto.DoesNotFit):
+        auto.pick(LISTED, devices, lambda settings: Trial(False, 2**20))
 
 
 # --- Remembering ----------------------------------------------------------------------------------
@@ -275,3 +286,12 @@ def test_a_workdir_remembers_auto_and_values_alike(tmp_path):
         f"--workdir={tmp_path}", "--config.model.head_chunk=64", "--config.mesh.fsdp=auto"
     )
     assert (again.mesh.fsdp, again.model.head_chunk, again.model.remat) == ("auto", 64, "auto")
+
+
+def test_auto_replaces_numbers_of_a_users_own_file():
+    values = imagenet256.get_config("size=B").to_dict()
+    values["model"]["head_chunk"] = values["mesh"]["fsdp"] = 2
+    config = ConfigDict(values)
+    free = configs.with_changes(config, dict.fromkeys(auto.KEYS.values(), "auto"))
+    assert configs.given_settings(free, 8) == {}
+    assert configs.filled(free, Settings(4, "dots", 256)).model.head_chunk == 256

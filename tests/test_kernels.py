@@ -290,9 +290,10 @@ def test_shapes_that_do_not_fill_a_tile_use_no_kernel(channels: int, width: int)
     assert triton_kernels(run.trace(*inputs(jnp.bfloat16, channels, width)))["cuda"] == 0
 
 
-WITHOUT_TRITON = """
+WITHOUT_BACKEND = """
 import sys
-sys.modules["jax.experimental.pallas.triton"] = None
+platform, backend = sys.argv[1:]
+sys.modules[f"jax.experimental.pallas.{backend}"] = None
 import jax, jax.numpy as jnp
 import tokenbridge_jax.commands.train, tokenbridge_jax.commands.sample
 from tokenbridge_jax.ops.attention import attend
@@ -301,21 +302,22 @@ def function(qkv, bias, seed):
     mixed = attend(qkv, bias, None, seed, 0.1)
     return mixed, gelu_dropout(mixed[:, :, 0], bias[0, 0], seed, 0.1)
 seed = jnp.zeros(2, jnp.uint32)
-shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 64, 3, 2, 16), (3, 2, 16))]
-text = jax.jit(function).trace(*shapes, seed).lower(lowering_platforms=("cuda",)).as_text()
+shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 64, 3, 2, 64), (3, 2, 64))]
+text = jax.jit(function).trace(*shapes, seed).lower(lowering_platforms=(platform,)).as_text()
 assert "triton" not in text
+assert "tpu_custom_call" not in text
 """
 
 
-def test_without_the_triton_backend_of_pallas_plain_operations_are_used():
-    """JAX plans to remove it. Without it nothing fails, and one line on stderr says so."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=120
-    )
+@pytest.mark.parametrize(("platform", "backend"), [("cuda", "triton"), ("tpu", "tpu")])
+def test_without_a_backend_of_pallas_plain_operations_are_used(platform: str, backend: str):
+    """JAX plans to remove Triton. Without it nothing fails, and one line on stderr says so."""
+    command = [sys.executable, "-c", WITHOUT_BACKEND, platform, backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stderr.splitlines() if "fast GPU kernels" in line]
-    assert len(told) == 1
-    assert "plain operations take their place" in told[0]
+    (told,) = (line for line in done.stderr.splitlines() if "fast kernels" in line)
+    assert told.startswith(f"{platform}: ")
+    assert "plain operations take their place" in told
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -323,7 +325,7 @@ def test_after_a_kernel_cannot_be_built_no_kernel_is_used(name: str, monkeypatch
     def changed(*arguments, **others):
         raise TypeError("pallas_call() takes\nsomething else now")
 
-    monkeypatch.setattr(pallas, "_given_up", [])
+    monkeypatch.setattr(pallas, "_given_up", {})
     monkeypatch.setattr(pallas.pl, "pallas_call", changed)
     for _ in range(2):
         traced = gradients_and_output(FUNCTIONS[name][0]).trace(*inputs(jnp.bfloat16))

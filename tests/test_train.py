@@ -22,6 +22,7 @@ from tokenbridge_jax.data import shards
 from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.runtime import meshes, storage
+from tokenbridge_jax.runtime.compiled import Trial
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import Devices
 from tokenbridge_jax.training import auto, checkpoints
@@ -219,15 +220,16 @@ def test_auto_tries_the_compiler_and_a_resumed_run_remembers(
     def at_hand(slices):
         return Devices("small", "gpu", jax.device_count(), slices, memory[0])
 
-    def compiled_bytes(compile_it):
-        needed = real(compile_it)
-        assert 0 < needed < 2**28
-        tried.append(needed)
-        return None if len(tried) < 3 else needed
+    def try_to_compile(compile_it):
+        trial = real(compile_it)
+        assert trial.compiled
+        assert 0 < trial.bytes < 2**28
+        tried.append(trial)
+        return Trial(False, None) if len(tried) < 3 else trial
 
-    real = train.compiled_bytes
+    real = train.try_to_compile
     monkeypatch.setattr(train.Devices, "at_hand", at_hand)
-    monkeypatch.setattr(train, "compiled_bytes", compiled_bytes)
+    monkeypatch.setattr(train, "try_to_compile", try_to_compile)
     free = {"training__accumulation": "auto", "mesh__data": -1, "mesh__fsdp": "auto"}
     free |= {"mesh__tensor": 1, "training__sample_every": 0}
     with stopped_at_the_third_batch(train, "make_loader"):
@@ -245,3 +247,16 @@ def test_auto_tries_the_compiler_and_a_resumed_run_remembers(
     assert run(tmp_path, **free) == 0
     assert len(tried) == 3
     assert f"continues from step 3 of {STEPS}" in capsys.readouterr().err
+
+
+def test_devices_without_memory_end_with_the_settings(tmp_path, monkeypatch, capsys):
+    def fit(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    write_workdir(tmp_path)
+    monkeypatch.setattr(train, "fit", fit)
+    assert run(tmp_path) == runner.EXIT_USER_ERROR
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if "error:" in x)
+    assert "out of memory with fsdp " in line
+    assert "--config.training.accumulation" in line
+    assert auto.FILE not in line

@@ -44,8 +44,9 @@ class Codec:
     """Encodes and decodes batches of any size, split over the data and fsdp axes of a mesh.
 
     A batch is padded to the next of a few fixed sizes, so that a last, partial batch compiles at
-    most one more program. The result of an image does not depend on the other images of the batch,
-    the padding or the number of devices.
+    most one more program. The result of an image does not depend on the other images of its batch,
+    nor on the padding. With another number of devices, a device gets batches of another size, and
+    results may differ by rounding.
     """
 
     def __init__(

@@ -155,6 +155,9 @@ def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     with changed.unlocked():  # A config may be older than a key.
         for name, value in changes.items():
             section, key = name.split(".")
+            if name in auto.KEYS.values() and key in changed[section]:
+                del changed[section][key]  # In a user's own file it may have the type of a number.
+                value = settable(value)
             changed[section][key] = value
     return changed
 

@@ -4,9 +4,9 @@
   tokenbridge preflight --config imagenet256:size=L --topology v5p-128 --sample --json
 
 Compiles the training step (or the sampler) with libtpu, which takes minutes. Prints the memory that
-it needs on a chip, its FLOPs and collectives, and an estimate of its time. Settings of the config
-that are `auto` are picked as `train` would on such a slice. If settings that the config fixes do
-not fit, those that `auto` picks are reported, too.
+it needs on a chip, its FLOPs and collectives, and an estimate of its time. For settings of the
+config that are `auto`, it picks what `train` would pick on such a slice. If settings that the
+config fixes do not fit, it also reports those that `auto` picks.
 
 A topology is GENERATION:SHAPE, where GENERATION is v4, v5e, v5p, v6e or tpu7x, or a name in
 Google's cloud, such as v5litepod-256.

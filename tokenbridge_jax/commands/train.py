@@ -26,6 +26,7 @@ from tokenbridge_jax.config import (
     check_training,
     filled,
     flat_fields,
+    given_settings,
     make_mesh,
     mask_sampler,
     model_config,
@@ -46,7 +47,7 @@ from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.runtime import meshes, pictures, storage
-from tokenbridge_jax.runtime.compiled import compiled_bytes
+from tokenbridge_jax.runtime.compiled import Trial, try_to_compile
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import Devices
 from tokenbridge_jax.runtime.progress import say
@@ -101,8 +102,25 @@ def main(args: flags.FlagValues) -> int:
             fit(dataclasses.replace(run, begin=begin), program.mesh, program)
         except Interrupted:
             return EXIT_INTERRUPTED
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(_out_of_memory(config, workdir)) from error
     print(f"{workdir} holds the model after {run.total_steps} steps: `tokenbridge sample` uses it")
     return 0
+
+
+def _out_of_memory(config: ConfigDict, workdir: epath.Path) -> str:
+    settings, file = (
+        auto.Settings(**given_settings(config, jax.device_count())),
+        workdir / auto.FILE,
+    )
+    remembered = f" ({file} remembers what `auto` picked)" if storage.exists(file) else ""
+    return (
+        f"the devices ran out of memory with {settings}{remembered}; start again with "
+        "--config.model.remat=full, a smaller --config.model.head_chunk or a larger "
+        "--config.training.accumulation"
+    )
 
 
 def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
@@ -155,7 +173,7 @@ def settle(
 
     made: dict[auto.Settings, Program] = {}
 
-    def attempt(settings: auto.Settings) -> int | None:
+    def attempt(settings: auto.Settings) -> Trial:
         settled = filled(config, settings)
         model, how = model_of(settled), settled.training
         made.clear()
@@ -165,17 +183,21 @@ def settle(
         draw = largest_draw(model, masks, how.head_fraction, images, shards)
         batch = abstract_batch(model, how.batch_size, program.mesh)
         say(f"train: compiling with {settings}")
-        return compiled_bytes(lambda: program.compile(batch, draw))
+        return try_to_compile(lambda: program.compile(batch, draw))
 
     slices = len(meshes.devices_by_slice(jax.devices()))
     devices = Devices.at_hand(1 if config.mesh.slices == 1 else slices)
     listed = auto_choices(config, model_of(config), devices)
     settings = listed[0].settings
-    if devices.memory is not None and len(listed) > 1:
+    if len(listed) > 1 and devices.memory is None and devices.platform != "cpu":
+        say(f"auto: the memory of {devices} is not known: {settings}, without trying")
+    if len(listed) > 1 and devices.memory is not None:
         question = flat_fields(config, ["model", "mesh"]) | {
             name: config.training[name]
             for name in ("batch_size", "accumulation", "head_fraction", "mask_min")
         }
+        shape = {"positions": info.positions, "channels": info.channels}
+        question |= shape | {"jax": jax.__version__}
         settings = auto.recall(
             workdir, devices, question, lambda: auto.pick(listed, devices, attempt)
         )

@@ -149,12 +149,13 @@ def _forward(
     def one_by_one(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         return image_by_image(*arguments), no_normalizer
 
-    kernel = functools.partial(kernel_forward, rate=rate)
     arguments = (qkv, bias, visible, seed)
-    others: dict[str, Any] = {} if rate else {"tpu": one_by_one}
+    kernels: dict[str, Any] = {} if rate else {"tpu": one_by_one}
+    if has_kernel(qkv):
+        kernels["cuda"] = functools.partial(kernel_forward, rate=rate)
     if tpu_attention.takes(qkv):
-        others["tpu"] = functools.partial(tpu_attention.forward, rate=rate)
-    results = by_platform(plain, kernel, has_kernel(qkv), *arguments, **others)
+        kernels["tpu"] = functools.partial(tpu_attention.forward, rate=rate)
+    results = by_platform(plain, kernels, *arguments)
     out, normalizer = (checkpoint_name(result, RESULT) for result in results)
     return out, (*arguments, out, normalizer)
 
@@ -170,9 +171,10 @@ def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, 
         qkv, bias, visible, seed, _, normalizer, d_out = arguments
         return tpu_attention.backward(qkv, bias, visible, seed, normalizer, d_out, rate=rate)
 
-    kernel = functools.partial(kernel_backward, rate=rate)
-    others = {"tpu": tpu} if tpu_attention.takes(qkv) else {}
-    d_qkv = by_platform(plain, kernel, has_kernel(qkv), *residuals, d_out, **others)
+    kernels = {"tpu": tpu} if tpu_attention.takes(qkv) else {}
+    if has_kernel(qkv):
+        kernels["cuda"] = functools.partial(kernel_backward, rate=rate)
+    d_qkv = by_platform(plain, kernels, *residuals, d_out)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return d_qkv, d_bias, None, None
 

@@ -60,9 +60,8 @@ def attend_cached(
       The result, and the cache with this place's key and value written. The compiler writes them
       into the old arrays if those are not needed again.
     """
-    return by_platform(
-        plain_cached_attention, kernel_cached_attention, has_kernel(qkv), qkv, bias, norms, cache
-    )
+    kernels = {"cuda": kernel_cached_attention} if has_kernel(qkv) else {}
+    return by_platform(plain_cached_attention, kernels, qkv, bias, norms, cache)
 
 
 def plain_cached_attention(

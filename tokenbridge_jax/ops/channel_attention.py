@@ -71,9 +71,9 @@ def _forward(
     qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, rate: float
 ) -> tuple[jax.Array, Any]:
     plain = functools.partial(plain_channel_attention, rate=rate)
-    kernel = functools.partial(kernel_forward, rate=rate)
+    kernels = {"cuda": functools.partial(kernel_forward, rate=rate)} if _has_kernel(qkv) else {}
     arguments = (qkv, bias, norms, seed)
-    return by_platform(plain, kernel, _has_kernel(qkv), *arguments), arguments
+    return by_platform(plain, kernels, *arguments), arguments
 
 
 def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, Any, None]:
@@ -84,8 +84,8 @@ def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, 
         run = functools.partial(plain_channel_attention, seed=seed, rate=rate)
         return jax.vjp(lambda x, norms: run(x, bias, norms), qkv, norms)[1](d_out)
 
-    kernel = functools.partial(kernel_backward, rate=rate)
-    d_qkv, d_norms = by_platform(plain, kernel, _has_kernel(qkv), *residuals, d_out)
+    kernels = {"cuda": functools.partial(kernel_backward, rate=rate)} if _has_kernel(qkv) else {}
+    d_qkv, d_norms = by_platform(plain, kernels, *residuals, d_out)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return d_qkv, d_bias, d_norms, None
 

@@ -2,8 +2,8 @@
 
 On GPUs, XLA's fusions of these are limited by arithmetic, not by memory. The kernels compute less:
 one exponential gives both the normal distribution function and its density, and the backward kernel
-also sums the bias' gradient. Other platforms run the plain
-version, which is the definition. What is dropped does not depend on the platform.
+also sums the bias' gradient. Other platforms run the plain version, which is the definition. What
+is dropped does not depend on the platform.
 """
 
 import functools
@@ -57,14 +57,14 @@ def gelu_dropout(
 
 def _forward(x: jax.Array, bias: jax.Array, seed: jax.Array, rate: float) -> tuple[jax.Array, Any]:
     plain = functools.partial(plain_gelu_dropout, rate=rate)
-    kernel = functools.partial(kernel_forward, rate=rate)
-    return by_platform(plain, kernel, _has_kernel(x), x, bias, seed), (x, bias, seed)
+    kernels = {"cuda": functools.partial(kernel_forward, rate=rate)} if _has_kernel(x) else {}
+    return by_platform(plain, kernels, x, bias, seed), (x, bias, seed)
 
 
 def _backward(rate: float, residuals: Any, d_y: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     plain = functools.partial(plain_gradients, rate=rate)
-    kernel = functools.partial(kernel_backward, rate=rate)
-    return *by_platform(plain, kernel, _has_kernel(d_y), *residuals, d_y), None
+    kernels = {"cuda": functools.partial(kernel_backward, rate=rate)} if _has_kernel(d_y) else {}
+    return *by_platform(plain, kernels, *residuals, d_y), None
 
 
 gelu_dropout.defvjp(_forward, _backward)

@@ -1,15 +1,15 @@
-"""What the GPU kernels share, and the decision whether to use them.
+"""What the kernels share, and the decision whether to use them.
 
-Pallas compiles them through Triton, a backend that JAX plans to remove. If the backend is missing,
-has changed or does not support the GPU, plain operations replace the kernels, and one line on
-stderr says so.
+Pallas compiles those for GPUs through Triton, a backend that JAX plans to remove, and those for
+TPUs through Mosaic. If a backend is missing, has changed or does not support the device, plain
+operations replace the kernels, and one line on stderr says so.
 """
 
 import concurrent.futures
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,13 +20,31 @@ from jaxtyping import Array, Float, UInt32
 from tokenbridge_jax.ops.precision import of_products
 from tokenbridge_jax.runtime.meshes import RULES, axis_size
 
-_import_error: Exception | None = None
+# Why a platform's kernels are not used: the first reason, by platform.
+_given_up: dict[str, str] = {}
+
+
+def _give_up(platform: str, error: Exception) -> None:
+    """Stops using a platform's kernels in this process and says why, once."""
+    if platform not in _given_up:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _given_up[platform] = reason
+        what = "the fast kernels cannot be used, plain operations take their place"
+        print(f"{platform}: {what} (jax {jax.__version__}, {reason})", file=sys.stderr)
+
+
+_import_errors: dict[str, Exception] = {}
 try:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as pl_triton
 except Exception as error:  # A later JAX may raise anything here.
     pl = pl_triton = None  # type: ignore[assignment]
-    _import_error = error
+    _import_errors["cuda"] = error
+try:
+    from jax.experimental.pallas import tpu as pl_tpu
+except Exception as error:
+    pl_tpu = None  # type: ignore[assignment]
+    _import_errors["tpu"] = error
 
 # Kernels compute exp(x) as 2^(x LOG2_E), because GPUs only have an instruction for powers of two.
 LOG2_E = math.log2(math.e)
@@ -63,57 +81,41 @@ def has_kernel(qkv: Float[Array, "N T 3 H K"]) -> bool:
 
 
 def by_platform(
-    plain: Callable[..., Any],
-    kernel: Callable[..., Any],
-    has_kernel: bool,
-    *arguments: Any,
-    **others: Callable[..., Any],
+    plain: Callable[..., Any], kernels: Mapping[str, Callable[..., Any]], *arguments: Any
 ) -> Any:
-    """Runs `kernel(*arguments)` in programs for NVIDIA GPUs, and `plain` in all others.
+    """Runs the kernel of the platform that a program is for, or `plain` where there is none.
 
-    If one kernel cannot be built, no kernel is used any more, because a backward kernel needs the
-    output of its forward kernel.
+    If one kernel of a platform cannot be built, none of them is used any more, because a backward
+    kernel needs the output of its forward kernel.
 
     Args:
       plain: the function for any platform.
-      kernel: the same function for GPUs.
-      has_kernel: whether the kernel takes arguments of these shapes and dtypes.
+      kernels: the same function by platform: "cuda" (NVIDIA GPUs), "tpu". They take arguments of
+        these shapes and dtypes.
       arguments: trees of arrays.
-      others: the same function for further platforms, by platform name.
     """
 
-    def kernel_or_plain(*arguments: Any) -> Any:
+    def or_plain(platform: str, *arguments: Any) -> Any:
         try:
-            return kernel(*arguments)
+            return kernels[platform](*arguments)
         except Exception as error:  # A changed interface can raise anything.
-            _give_up(error)
+            _give_up(platform, error)
             return plain(*arguments)
 
-    branches = others | {"default": plain}
-    if has_kernel and _kernels_work():
-        branches["cuda"] = kernel_or_plain
-    return jax.lax.platform_dependent(*arguments, **branches)
+    branches = {
+        platform: functools.partial(or_plain, platform)
+        for platform in kernels
+        if _kernels_work(platform)
+    }
+    return jax.lax.platform_dependent(*arguments, **branches, default=plain)
 
 
-# Why kernels are not used: empty, or the first reason.
-_given_up: list[str] = []
-
-
-def _kernels_work() -> bool:
-    if _import_error:
-        _give_up(_import_error)
-    elif jax.default_backend() == "gpu":
+def _kernels_work(platform: str) -> bool:
+    if platform in _import_errors:
+        _give_up(platform, _import_errors[platform])
+    elif platform == "cuda" and jax.default_backend() == "gpu":
         _try_gpu()
-    return not _given_up
-
-
-def _give_up(error: Exception) -> None:
-    """Stops using kernels in this process and says why, once."""
-    if not _given_up:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        _given_up.append(reason)
-        what = "the fast GPU kernels cannot be used, plain operations take their place"
-        print(f"{what} (jax {jax.__version__}, {reason})", file=sys.stderr)
+    return platform not in _given_up
 
 
 @functools.cache
@@ -128,7 +130,7 @@ def _try_gpu() -> None:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             thread.submit(lambda: _small_kernel().lower().compile()).result()
     except Exception as error:
-        _give_up(error)
+        _give_up("cuda", error)
 
 
 def _small_kernel() -> jax.stages.Traced:

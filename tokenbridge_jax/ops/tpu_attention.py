@@ -15,8 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, UInt32
 
 from tokenbridge_jax.ops.dropout import keep
@@ -27,6 +25,8 @@ from tokenbridge_jax.ops.pallas import (
     QKV_AXES,
     QUERY_AXES,
     on_shards,
+    pl,
+    pl_tpu,
     product,
 )
 from tokenbridge_jax.runtime.meshes import axis_size
@@ -160,7 +160,7 @@ class _Blocks:
         self.heads = pl.BlockSpec((*whole, columns), lambda n, h: (n, 0, h))
         self.normalizer = pl.BlockSpec((1, heads, self.length), lambda n, h: (n, 0, 0))
         self.inputs = [
-            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec(memory_space=pl_tpu.SMEM),
             pl.BlockSpec((3, columns), lambda n, h: (0, h)),
             self.parts,
         ]
@@ -175,7 +175,7 @@ class _Blocks:
         qkv = self.flat[1]
         return {
             "grid": (self.images, self.programs),
-            "compiler_params": pltpu.CompilerParams(
+            "compiler_params": pl_tpu.CompilerParams(
                 # All programs of an image write the block of the normalizer.
                 dimension_semantics=("parallel", "arbitrary")
             ),

@@ -36,6 +36,7 @@ from tokenbridge_jax.preflight.profile_report import write_profile
 from tokenbridge_jax.preflight.roofline import ASSUMPTIONS, Estimate, estimate
 from tokenbridge_jax.preflight.text import Report, listed
 from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.compiled import Trial
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import Devices
 from tokenbridge_jax.runtime.progress import say
@@ -266,12 +267,12 @@ def check_auto(config: ConfigDict, where: Slice, profile: str | None = None) -> 
         return check_apart(filled(config, choices[0].settings), where, profile=profile)
     report: Report = {}
 
-    def attempt(settings: auto.Settings) -> int | None:
+    def attempt(settings: auto.Settings) -> Trial:
         nonlocal report
         report = check_apart(filled(config, settings), where, profile=profile)
         if "crashed" in report:
             raise auto.DoesNotFit(report["crashed"])
-        return report["memory"]["needed"]
+        return Trial(report["fits"], report["memory"]["needed"])
 
     with contextlib.suppress(auto.DoesNotFit):
         auto.pick(choices, devices, attempt)

@@ -1,8 +1,9 @@
 """Reads from the compiler how much memory a program needs."""
 
+import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,24 +13,37 @@ from tokenbridge_jax.runtime import processes
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compiled_bytes(compile_it: Callable[[], Any]) -> int | None:
-    """Compiles a program on every process; returns the bytes that it needs on a device.
+class Trial(NamedTuple):
+    """What compiling a program showed.
+
+    Attributes:
+      compiled: whether the compiler made the program.
+      bytes: what the program needs on a device; None if the compiler does not say.
+    """
+
+    compiled: bool
+    bytes: int | None
+
+
+def try_to_compile(compile_it: Callable[[], Any]) -> Trial:
+    """Compiles a program on every process.
 
     Args:
       compile_it: compiles the program and returns it.
 
     Returns:
-      The most of all processes; None if it does not fit and the compiler does not say how much.
+      Whether all processes succeeded, and the most bytes of all.
     """
-    needed: int | None
     try:
-        needed, _ = program_bytes(compile_it())
+        trial = Trial(True, program_bytes(compile_it())[0])
     except jax.errors.JaxRuntimeError as error:
-        needed = wanted_bytes(error)
-        if needed is None and "RESOURCE_EXHAUSTED" not in str(error):
+        trial = Trial(False, wanted_bytes(error))
+        if trial.bytes is None and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-    said = processes.gather(str(needed))
-    return None if "None" in said else max(map(int, said))
+    trials = [Trial(*json.loads(text)) for text in processes.gather(json.dumps(trial))]
+    known = [t.bytes for t in trials if t.bytes is not None]
+    whole = max(known) if len(known) == len(trials) else None
+    return Trial(all(t.compiled for t in trials), whole)
 
 
 def program_bytes(compiled: Any) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from etils import epath
 from tokenbridge_jax.loss import head_chunks
 from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
 from tokenbridge_jax.runtime import processes, storage
+from tokenbridge_jax.runtime.compiled import Trial
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import Devices
 from tokenbridge_jax.runtime.progress import say
@@ -37,6 +38,10 @@ MAX_UNROLLED = 8
 
 # Bytes of a device that stay free, for sample grids, batches and what a program does not count.
 HEADROOM = GIB // 2
+
+# The factor by which all estimates are raised if a program does not fit and the compiler does not
+# say by how much.
+UNKNOWN = 1.25
 
 # Bytes that the backward pass keeps of a token, in units of its layer's width; and of the channels
 # of a position in the head's layers and logits, likewise.
@@ -102,7 +107,8 @@ def needed_bytes(step: Step, settings: Settings, devices: Devices, parameters: i
     shards = devices.number // step.tensor
     images = step.batch // settings.accumulation / shards
     # float32: parameters, their average, two moments, gradients; of their sum a half is seen.
-    state = 4 * parameters * (5.5 if settings.accumulation > 1 else 5) / settings.fsdp
+    copies = 5.5 if settings.accumulation > 1 else 5
+    state = 4 * parameters * copies / (settings.fsdp * step.tensor)
     decoded = model.buffer + model.positions
     encoded = decoded - step.masks.fewest_hidden
     backbone = encoded * model.encoder_width * model.encoder_layers
@@ -176,14 +182,12 @@ def _divisors(number: int) -> list[int]:
 
 
 def pick(
-    listed: Sequence[Choice], devices: Devices, attempt: Callable[[Settings], int | None]
+    listed: Sequence[Choice], devices: Devices, attempt: Callable[[Settings], Trial]
 ) -> Settings:
-    """Returns the first choice that fits.
+    """Returns the first choice that fits. `attempt` compiles its step.
 
     A choice that cannot fit by its estimate is not tried. After a failure the estimates of the rest
-    are scaled by what the compiler wanted.
-
-    `attempt` compiles a step, and returns the bytes that it needs: None if it fails without them.
+    are scaled by what the compiler wanted, or by a guess if it does not say.
 
     Raises:
       DoesNotFit: none fits.
@@ -193,18 +197,19 @@ def pick(
     for choice in listed:
         if choice.bytes * scale > memory and choice is not listed[-1]:
             continue
-        needed = attempt(choice.settings)
+        compiled, needed = attempt(choice.settings)
         # The last resort may take all of the memory.
         limit = devices.memory if choice is listed[-1] else memory
-        fits = needed is not None and needed <= limit
-        wants = "not compiled" if needed is None else f"{needed / GIB:.1f} GiB compiled"
+        fits = compiled and (needed is None or needed <= limit)
+        wants = f"{needed / GIB:.1f} GiB" if needed is not None else "an unknown size"
+        wants += " compiled" if compiled else " wanted by the compiler"
         say(
             f"auto: {devices}: {choice.settings}: {choice.bytes * scale / GIB:.1f} GiB estimated, "
             f"{wants}, {limit / GIB:.1f} available: {'picked' if fits else 'does not fit'}"
         )
         if fits:
             return choice.settings
-        scale = max(scale, (needed or memory) / choice.bytes)
+        scale = scale * UNKNOWN if needed is None else max(scale, needed / choice.bytes)
     raise DoesNotFit(
         f"no settings of {', '.join(KEYS.values())} make a training step fit {devices}; use more "
         "devices, a smaller batch or a smaller model"
