@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,10 +34,13 @@ def quiet() -> Iterator[None]:
 def quiet_from_now_on() -> None:
     """Drops the messages of Python about reads that Orbax abandons after one of them has failed."""
     hook = sys.unraisablehook
+    never_awaited = "coroutine '.*' was never awaited"
+    warnings.filterwarnings("ignore", never_awaited, RuntimeWarning)
 
     def drop_late_reads(unraisable: Any) -> None:
         text = f"{unraisable.object} {unraisable.exc_value}"
-        if "Event loop is closed" not in text and "_read_array" not in text:
+        # Where warnings are errors, the filter has no effect.
+        if not re.search(f"Event loop is closed|_read_array|{never_awaited}", text):
             hook(unraisable)
 
     if getattr(hook, "__name__", "") != drop_late_reads.__name__:
