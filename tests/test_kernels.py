@@ -25,6 +25,7 @@ from tokenbridge_jax.ops import channel_attention as over_channels
 from tokenbridge_jax.ops import pallas
 from tokenbridge_jax.ops.attention import attend
 from tokenbridge_jax.ops.channel_attention import attend_channels, plain_channel_attention
+from tokenbridge_jax.runtime import meshes
 
 SEED = jnp.array([123, 456], jnp.uint32)
 BLOCK, TILE = over_positions.BLOCK, over_channels.TILE
@@ -226,6 +227,12 @@ def test_kernels_are_the_same_on_any_mesh(kernel, count: int, heads: int, kind: 
     actual = on_mesh(lambda *x: kernel(*x, 0.2), *zip(arguments, layouts, strict=True))
     for mine, other in zip(actual, expected, strict=True):
         assert relative_error(mine, other) < (1e-6 if over_positions else 2e-6)
+    if batch:  # Also if every device runs the function by itself.
+        third_axis = 0 if kind == "each" else -1
+        axes = (0, -1, third_axis, -1, 0)
+        run = meshes.on_batch_shards(lambda *x: kernel(*x, 0.2)[0], axes, 0)
+        alone = on_mesh(jax.jit(run), *((x, ()) for x in arguments))
+        assert relative_error(alone, expected[0]) < 2e-6
     # Each result is split over its axis of heads; the gradient of the norms has no such axis.
     for mine, axis in zip(actual, (2, 1, 3) if over_positions else (2, 3), strict=False):
         share = list(mine.shape)

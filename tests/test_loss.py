@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -312,7 +313,9 @@ def test_gradients_with_dropout_in_chunks_are_those_of_the_loss(params, batch):
     assert (loss_at(step) - loss_at(-step)) / (2 * step) == pytest.approx(slope, rel=0.01)
 
 
-def test_dropout_of_the_same_chunks_does_not_depend_on_the_devices():
+# On the second mesh, each device goes through the chunks by itself.
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1)])
+def test_dropout_of_the_same_chunks_does_not_depend_on_the_devices(sizes):
     """The loss and the gradients of two chunks are equal on one device and on eight."""
     images = 8
     params, batch = random_params(TINY, spread=0.1), random_batch(TINY, images)
@@ -320,12 +323,28 @@ def test_dropout_of_the_same_chunks_does_not_depend_on_the_devices():
     one = tiny(dropout=0.2, scan_layers=False, head_chunk=4 * images)
     expected, expected_gradients = loss_and_gradients(one, 8, 8)(params, batch, *rest)
 
-    mesh = meshes.make_mesh(2, 2, 2)
-    # Each of the four batch shards has a quarter of the images.
-    eight = dataclasses.replace(one, head_chunk=images)
+    mesh = meshes.make_mesh(*sizes)
+    # Each batch shard has its share of the images.
+    eight = dataclasses.replace(one, head_chunk=4 * images // meshes.batch_shards(mesh))
     with meshes.use_mesh(mesh):
         function = loss_and_gradients(eight, 8, 8)
         arguments = lay_out(params, eight, mesh), meshes.to_global(batch, mesh)
         value, gradients = function(*arguments, *rest)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     assert tree_error(gradients, expected_gradients) < 5e-5
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [((4, 2, 1), False), ((4, 1, 2), True)])
+def test_devices_add_the_gradients_of_the_head_once(sizes, expected: bool):
+    """Not in the loop over chunks, unless the axis `tensor` splits the head."""
+    mesh, images = meshes.make_mesh(*sizes), 8
+    config = tiny(scan_layers=False, head_chunk=1)
+    with meshes.use_mesh(mesh):
+        batch = meshes.to_global(random_batch(config, images), mesh)
+        arguments = lay_out(random_params(config), config, mesh), batch, np.int32(HIDDEN), None
+        text = loss_and_gradients(config, 8, 8).lower(*arguments).compile().as_text()
+    computations = dict(re.findall(r"^%?([\w.-]+) .*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+    loops = re.findall(r" while\(.*body=%?([\w.-]+)", text)
+    assert loops
+    assert any("all-reduce" in computations[body] for body in loops) == expected
+    assert "all-reduce" in text

@@ -197,12 +197,28 @@ def sum_over_chunks(
 def _sum_and_gradients(
     function: Callable[[Any, Any, Any], jax.Array], params: Any, inputs: Any, rest: Any
 ) -> tuple[jax.Array, Any]:
-    def add(carry: Any, chunk: tuple[Any, Any]) -> tuple[Any, Any]:
-        value, gradients = jax.value_and_grad(function, argnums=(0, 1))(params, *chunk)
-        return jax.tree.map(jnp.add, carry, (value, gradients[0])), gradients[1]
+    def over_chunks(params: Any, inputs: Any, rest: Any) -> tuple[Any, Any]:
+        def add(carry: Any, chunk: tuple[Any, Any]) -> tuple[Any, Any]:
+            value, gradients = jax.value_and_grad(function, argnums=(0, 1))(params, *chunk)
+            return jax.tree.map(jnp.add, carry, (value, gradients[0])), gradients[1]
 
-    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    (total, d_params), d_inputs = jax.lax.scan(add, start, (inputs, rest))
+        start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, start, (inputs, rest))
+
+    batch = jax.tree.leaves(inputs)[0].shape[1]
+    if not meshes.splits_only_batch(batch):
+        (total, d_params), d_inputs = over_chunks(params, inputs, rest)
+        return total, (d_params, d_inputs)
+
+    def on_shard(*arguments: Any) -> tuple[Any, Any]:
+        sums, d_inputs = over_chunks(*arguments)
+        # Devices add their gradients once, not once for each chunk.
+        return meshes.sum_over_shards(sums), d_inputs
+
+    axes = [1 if x.shape[1:2] == (batch,) else -1 for x in jax.tree.leaves(rest)]
+    of_rest = jax.tree.unflatten(jax.tree.structure(rest), axes)
+    run = meshes.on_batch_shards(on_shard, (-1, 1, of_rest), (-1, 1))
+    (total, d_params), d_inputs = run(params, inputs, rest)
     return total, (d_params, d_inputs)
 
 

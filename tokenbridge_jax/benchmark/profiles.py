@@ -15,8 +15,8 @@ _NAME_WIDTH = 60
 # Parts of an instruction's name that do not name a module: control flow, transformations such as
 # `jit(step)`, methods such as `TokenBridge.loss`, equations of `einsum`.
 _HOW = re.compile(
-    r"while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation|eval_jaxpr|"
-    r".*\(.*|.*->.*|[A-Z].*"
+    r"while|body|cond|branch_\d+_fun|closed_call|shard_map|checkpoint|rematted_computation|"
+    r"eval_jaxpr|.*\(.*|.*->.*|[A-Z].*"
 )
 
 

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, UInt32
 
+from tokenbridge_jax.runtime.meshes import batch_shard
+
 
 def seed_words(key: Key[Array, ""]) -> UInt32[Array, "2"]:
     """The two words of a random key that `keep` hashes with."""
@@ -59,7 +61,8 @@ def keep_elements(
     seed: UInt32[Array, "2"], shape: tuple[int, ...], rate: float
 ) -> Bool[Array, "..."]:
     """`keep` for all elements of an array `[..., columns]`, with rows in row-major order."""
-    row = jnp.zeros(shape, jnp.uint32)
+    # Where the array is one device's part of the batch, the first axis goes on from there.
+    row = jnp.full(shape, batch_shard(), jnp.uint32)
     for axis, size in enumerate(shape[:-1]):
         row = row * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt32
 
 from tokenbridge_jax.ops.precision import of_products
-from tokenbridge_jax.runtime.meshes import RULES, axis_size
+from tokenbridge_jax.runtime.meshes import RULES, axis_size, batch_shard, in_shard
 
 # Why a platform's kernels are not used: the first reason, by platform.
 _given_up: dict[str, str] = {}
@@ -167,6 +167,7 @@ def on_shards(
     """Runs `function(seed, *arrays)` on each device's part of the arrays.
 
     The compiler cannot partition a kernel, so without this every device would get whole arrays.
+    Inside `meshes.on_batch_shards` the arrays are already one device's part.
     Two numbers are appended to the seed: where the device's part starts along the two `numbered`
     axes. With them, random draws are the same as on one device.
 
@@ -181,6 +182,14 @@ def on_shards(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(jnp.append(seed, jnp.zeros(2, jnp.uint32)), *arrays)
+    if in_shard():
+        rows = max(
+            array.shape[names.index(numbered[0])]
+            for names, array in zip(inputs, arrays, strict=True)
+            if numbered[0] in names
+        )
+        first = jnp.array([batch_shard() * rows, 0], jnp.uint32)
+        return function(jnp.append(seed, first), *arrays)
     sizes = {
         name: size
         for names, array in zip(inputs, arrays, strict=True)

@@ -19,15 +19,16 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from tokenbridge_jax.runtime.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+_BATCH_AXES = ("data", "fsdp")
 
 # Logical axis -> mesh axis. Axes with other names are replicated.
 RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", _BATCH_AXES),
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
@@ -159,7 +160,7 @@ def named_axes(init: Callable[..., Any], *names: str | None) -> Callable[..., An
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Fixes the layout of an activation; outside `use_mesh` it does nothing."""
-    return nn.with_logical_constraint(x, logical_axes)
+    return x if in_shard() else nn.with_logical_constraint(x, logical_axes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -169,7 +170,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose first axis is the global batch."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(_BATCH_AXES))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
@@ -183,9 +184,60 @@ def round_up_batch(size: int, mesh: Mesh) -> int:
 
 
 def batch_shards_in_use() -> int:
-    """The number of parts that the mesh of `use_mesh` splits the batch into; 1 outside it."""
+    """The number of parts that the mesh of `use_mesh` splits the batch into; 1 outside it.
+
+    Also 1 inside `on_batch_shards`, where an array has the images of one part.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else batch_shards(mesh)
+    return 1 if mesh.empty or in_shard() else batch_shards(mesh)
+
+
+def splits_only_batch(size: int) -> bool:
+    """Whether the mesh in use splits a batch of this size, and nothing within an image."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or in_shard() or mesh.shape["tensor"] > 1:
+        return False
+    return batch_shards(mesh) > 1 and size % batch_shards(mesh) == 0
+
+
+def on_batch_shards(function: Callable[..., Any], batch_axes: Any, out_axes: Any) -> Any:
+    """Runs a function once for each batch shard, on that part of the arrays.
+
+    So the function itself says when devices communicate, by `sum_over_shards`. Elsewhere the
+    compiler decides: it sums over devices in every iteration of a loop. Draws that depend on an
+    element's place in the batch add `batch_shard`.
+
+    Args:
+      function: called with the parts; arrays without a batch axis are whole.
+      batch_axes: a tree, or the prefix of one, like the arguments: which axis is the batch, -1 for
+        none.
+      out_axes: likewise for the results.
+    """
+
+    def spec(axis: int) -> PartitionSpec:
+        return PartitionSpec() if axis < 0 else PartitionSpec(*[None] * axis, _BATCH_AXES)
+
+    return jax.shard_map(
+        function,
+        in_specs=jax.tree.map(spec, batch_axes),
+        out_specs=jax.tree.map(spec, out_axes),
+        check_vma=False,
+    )
+
+
+def in_shard() -> bool:
+    """Whether this is the function of `on_batch_shards`, or another that sees one device's part."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def batch_shard() -> Int32[jax.Array, ""] | int:
+    """The number of this batch shard inside `on_batch_shards`; 0 outside it."""
+    return jax.lax.axis_index(_BATCH_AXES) if in_shard() else 0
+
+
+def sum_over_shards(tree: Any) -> Any:
+    """The sums of arrays over all batch shards, inside `on_batch_shards`."""
+    return jax.lax.psum(tree, _BATCH_AXES)
 
 
 def logical_shardings(boxed: Any, mesh: Mesh) -> Any:

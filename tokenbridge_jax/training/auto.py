@@ -101,14 +101,18 @@ class Step:
         return head_chunks(settings.head_chunk, slots, micro, shards)[1] * micro // shards
 
 
-def needed_bytes(step: Step, settings: Settings, devices: Devices, parameters: int) -> float:
-    """Estimates the bytes that a training step of a model with so many parameters needs."""
+def needed_bytes(
+    step: Step, settings: Settings, devices: Devices, parameters: int, of_head: int
+) -> float:
+    """Estimates the bytes that a training step needs, from the numbers of parameters."""
     model, kind = step.model, "tpu" if devices.platform == "tpu" else "gpu"
     shards = devices.number // step.tensor
     images = step.batch // settings.accumulation / shards
     # float32: parameters, their average, two moments, gradients; of their sum a half is seen.
     copies = 5.5 if settings.accumulation > 1 else 5
     state = 4 * parameters * copies / (settings.fsdp * step.tensor)
+    if step.tensor == 1:  # Each device has the whole head and its gradients; see `loss.py`.
+        state += 8 * of_head * (1 - 1 / settings.fsdp)
     decoded = model.buffer + model.positions
     encoded = decoded - step.masks.fewest_hidden
     backbone = encoded * model.encoder_width * model.encoder_layers
@@ -164,9 +168,10 @@ def choices(step: Step, devices: Devices, given: Mapping[str, Any]) -> list[Choi
         "scan_layers": [deep and devices.platform == "tpu"],
     }
     options = free | {name: [value] for name, value in given.items()}
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
+    tree = abstract_params(model)
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (tree, tree["head"])]
     listed = [
-        Choice(s, needed_bytes(step, s, devices, parameters), overhead(step, s, devices))
+        Choice(s, needed_bytes(step, s, devices, *counts), overhead(step, s, devices))
         for s in itertools.starmap(Settings, itertools.product(*(options[name] for name in KEYS)))
     ]
     # `sorted` keeps the order of equals, so that a larger head_chunk comes first.
