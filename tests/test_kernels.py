@@ -230,9 +230,19 @@ def test_kernels_are_the_same_on_any_mesh(kernel, count: int, heads: int, kind: 
     if batch:  # Also if every device runs the function by itself.
         third_axis = 0 if kind == "each" else -1
         axes = (0, -1, third_axis, -1, 0)
-        run = meshes.on_batch_shards(lambda *x: kernel(*x, 0.2)[0], axes, 0)
+        of_results = [0, 0, 0 if over_positions else -1]  # The gradient of the norms is a sum.
+
+        def on_shard(*x):
+            results = kernel(*x, 0.2)
+            return [
+                meshes.sum_over_shards(x) if axis < 0 else x
+                for axis, x in zip(of_results, results, strict=True)
+            ]
+
+        run = meshes.on_batch_shards(on_shard, axes, of_results)
         alone = on_mesh(jax.jit(run), *((x, ()) for x in arguments))
-        assert relative_error(alone, expected[0]) < 2e-6
+        for mine, other in zip(alone, expected, strict=True):
+            assert relative_error(mine, other) < 2e-6
     # Each result is split over its axis of heads; the gradient of the norms has no such axis.
     for mine, axis in zip(actual, (2, 1, 3) if over_positions else (2, 3), strict=False):
         share = list(mine.shape)
@@ -310,9 +320,12 @@ def function(qkv, bias, seed):
     return mixed, gelu_dropout(mixed[:, :, 0], bias[0, 0], seed, 0.1)
 seed = jnp.zeros(2, jnp.uint32)
 shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 64, 3, 2, 64), (3, 2, 64))]
-text = jax.jit(function).trace(*shapes, seed).lower(lowering_platforms=(platform,)).as_text()
+traced = jax.jit(function).trace(*shapes, seed)
+text = traced.lower(lowering_platforms=(platform,)).as_text()
 assert "triton" not in text
 assert "tpu_custom_call" not in text
+if platform == "cuda":  # TPUs keep theirs.
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 """
 
 
@@ -323,7 +336,6 @@ def test_without_a_backend_of_pallas_plain_operations_are_used(platform: str, ba
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (told,) = (line for line in done.stderr.splitlines() if "fast kernels" in line)
-    assert told.startswith(f"{platform}: ")
     assert "plain operations take their place" in told
 
 

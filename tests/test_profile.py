@@ -155,4 +155,5 @@ def test_small_programs_take_what_they_must(topology, tmp_path):
     # Seven products with scores of 4 heads of 2 images, which no operation but the kernels sees.
     at_peak = 7 * 2 * 2 * 4 * 136 * 136 * 64 / figures.cycle_flops
     assert (found["attention"]["kernels"], found["attention"]["scores"]) == (2, False)
+    assert found["channels"]["kernels"] == 2
     assert found["attention"]["cycles"] > at_peak / cores

@@ -17,8 +17,10 @@ from tiny_model import (
     visible_tokens,
 )
 
-from tokenbridge_jax.ops import tpu_attention
+from tokenbridge_jax.ops import tpu_attention, tpu_channel_attention
 from tokenbridge_jax.ops.attention import attend
+from tokenbridge_jax.ops.channel_attention import attend_channels, plain_channel_attention
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.transformer import Attention
 
 SEED = jnp.array([123, 456], jnp.uint32)
@@ -127,7 +129,10 @@ def test_tpus_run_one_kernel_forward_and_one_backward(shape, dtype, count: int):
         return jnp.sum(attend(qkv, bias, None, SEED, 0.1).astype(jnp.float32))
 
     qkv, bias = (jax.ShapeDtypeStruct(x, dtype) for x in (shape, shape[2:]))
-    assert kernels_of(jax.jit(jax.grad(total)).trace(qkv, bias)) == {"tpu": count, "cpu": 0}
+    assert kernels_of(jax.jit(jax.value_and_grad(total)).trace(qkv, bias)) == {
+        "tpu": count,
+        "cpu": 0,
+    }
 
 
 def test_heads_of_a_device_that_do_not_fill_registers_use_no_kernel():
@@ -158,3 +163,105 @@ def test_a_layer_is_the_same_with_heads_joined():
     mixed = np.einsum("nhqs,nshk->nqhk", weights, v)
     expected = np.einsum("nqhk,hkd->nqd", mixed, params["proj"]["kernel"])
     np.testing.assert_allclose(layer.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- The head's attention over channels -----------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def channel_kernels(qkv, bias, norms, seed, d_out, rate):
+    """Output and gradients, by the kernels."""
+    settings = dict(rate=rate, interpret=True)
+    out = tpu_channel_attention.forward(qkv, bias, norms, seed, **settings)
+    gradients = tpu_channel_attention.backward(qkv, bias, norms, seed, d_out, **settings)
+    return out, *gradients
+
+
+def plain_channels(qkv, bias, norms, seed, d_out, rate):
+    def run(qkv, norms):
+        return plain_channel_attention(qkv, bias, norms, seed, rate)
+
+    out, gradients = jax.vjp(run, qkv, norms)
+    return out, *gradients(d_out)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02)],
+    ids=["float32", "bfloat16"],
+)
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("positions", "channels", "heads", "width"),
+    [
+        (8, 16, 2, 64),
+        (11, 16, 2, 64),  # The second program has three positions of eight.
+        (3, 4, 8, 80),  # Heads that share registers with two others.
+        (1, 8, 1, 128),
+    ],
+)
+def test_kernels_of_channels_agree_with_the_plain_version(
+    positions: int, channels: int, heads: int, width: int, rate: float, dtype, tolerance: float
+):
+    qkv, bias, d_out = arrays(positions, channels, heads, width, dtype)
+    arguments = qkv, bias, normal(3, 4, width), SEED, d_out
+    actual, expected = channel_kernels(*arguments, rate), plain_channels(*arguments, rate)
+    for mine, other in zip(actual, expected, strict=True):
+        assert mine.dtype == other.dtype
+        assert relative_error(mine, other) < tolerance
+
+
+@pytest.mark.parametrize(("positions", "heads"), [(16, 4), (8, 3), (6, 2)])
+def test_kernels_of_channels_are_the_same_on_any_mesh(positions: int, heads: int):
+    """With dropout, also where the mesh does not divide positions or heads."""
+    width = 64 if heads == 4 else 128
+    qkv, bias, d_out = arrays(positions, 4, heads, width)
+    arguments = qkv, bias, normal(3, 4, width), SEED, d_out
+    expected = channel_kernels(*arguments, 0.2)
+    actual = on_mesh(lambda *x: channel_kernels(*x, 0.2), *((x, ()) for x in arguments))
+    for mine, other in zip(actual, expected, strict=True):
+        assert relative_error(mine, other) < 2e-6
+    share = (
+        positions // (4 if positions % 4 == 0 else 1),
+        4,
+        heads // (1 + (heads % 2 == 0)),
+        width,
+    )
+    assert shard_shapes(actual[0]) == {share}
+
+
+def test_every_device_may_run_the_kernels_by_itself():
+    """As in the loss: draws, outputs and gradients are those of one device."""
+    qkv, bias, d_out = arrays(16, 4, 2, 64)
+    arguments = qkv, bias, normal(3, 4, 64), SEED, d_out
+
+    def run(*arguments):
+        out, d_qkv, d_norms = channel_kernels(*arguments, 0.2)
+        return out, d_qkv, meshes.sum_over_shards(d_norms)
+
+    alone = jax.jit(meshes.on_batch_shards(run, (0, -1, -1, -1, 0), (0, 0, -1)))
+    actual = on_mesh(alone, *((x, ()) for x in arguments), sizes=(4, 2, 1))
+    for mine, other in zip(actual, channel_kernels(*arguments, 0.2), strict=True):
+        assert relative_error(mine, other) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "count"),
+    [
+        ((8, 16, 3, 2, 64), jnp.bfloat16, 2),
+        ((8, 16, 3, 8, 80), jnp.bfloat16, 2),
+        ((8, 16, 3, 2, 64), jnp.float32, 0),
+        ((8, 16, 3, 3, 64), jnp.bfloat16, 0),
+        ((8, 12, 3, 2, 64), jnp.bfloat16, 0),
+    ],
+)
+def test_tpus_run_one_kernel_of_channels_each_way(shape, dtype, count: int):
+    def total(qkv, bias):
+        out = attend_channels(qkv, bias, jnp.ones((4, shape[-1])), SEED, 0.1)
+        return jnp.sum(out.astype(jnp.float32))
+
+    qkv, bias = (jax.ShapeDtypeStruct(x, dtype) for x in (shape, shape[2:]))
+    assert kernels_of(jax.jit(jax.value_and_grad(total)).trace(qkv, bias)) == {
+        "tpu": count,
+        "cpu": 0,
+    }

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from tokenbridge_jax.ops.attention import attend
+from tokenbridge_jax.ops.channel_attention import attend_channels
 from tokenbridge_jax.preflight import chips
 from tokenbridge_jax.preflight.profile import read_profile
 
@@ -38,8 +39,25 @@ def attention(qkv, bias, visible, seed):
     return backward(out)
 
 
+def channels(qkv, bias, norms, seed):
+    """Attention with dropout over the 16 channels of 20 positions, 8 heads of 80; its gradient."""
+
+    def run(qkv, norms):
+        return attend_channels(qkv, bias, norms, seed, 0.1)
+
+    out, backward = jax.vjp(run, qkv, norms)
+    return out, backward(out)
+
+
 HEADS = (3, 4, 64)
 PROGRAMS = {
+    "channels": (
+        channels,
+        ((20, 16, 3, 8, 80), jnp.bfloat16),
+        ((3, 8, 80), jnp.bfloat16),
+        ((4, 80), jnp.float32),
+        ((2,), jnp.uint32),
+    ),
     "attention": (
         attention,
         ((2, 136, *HEADS), jnp.bfloat16),

@@ -184,8 +184,9 @@ def sum_over_chunks(
     Args:
       function: returns a scalar.
       params: a tree; differentiable.
-      inputs: a tree of arrays whose first axis counts chunks; differentiable.
-      rest: another such tree, not differentiable.
+      inputs: a tree of arrays `[chunks, B, ...]`; differentiable.
+      rest: a tree of arrays whose first axis counts chunks, not differentiable. An array whose
+        second axis has the size B is split over devices as `inputs` are.
     """
 
     def add(total: jax.Array, chunk: tuple[Any, Any]) -> tuple[jax.Array, None]:
@@ -212,7 +213,7 @@ def _sum_and_gradients(
 
     def on_shard(*arguments: Any) -> tuple[Any, Any]:
         sums, d_inputs = over_chunks(*arguments)
-        # Devices add their gradients once, not once for each chunk.
+        # Devices add their gradients here, not in every iteration.
         return meshes.sum_over_shards(sums), d_inputs
 
     axes = [1 if x.shape[1:2] == (batch,) else -1 for x in jax.tree.leaves(rest)]

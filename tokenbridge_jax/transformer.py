@@ -148,14 +148,14 @@ class ChannelAttention(nn.Module):
         self, x: Float[Array, "N T D"], cache: Cache | None = None
     ) -> tuple[Float[Array, "N T D"], Cache | None]:
         width = x.shape[-1]
-        qkv, bias = qkv_layer(width, self.heads, self.dtype).terms(x)
+        qkv, bias = qkv_layer(width, self.heads, self.dtype, joined=True).terms(x)
         q_norm, k_norm = LayerNorm(name="q_norm"), LayerNorm(name="k_norm")
         norms = (*q_norm.weights(width // self.heads), *k_norm.weights(width // self.heads))
         if cache is None:
             x = attend_channels(qkv, bias, jnp.stack(norms), *dropout_seed(self, self.dropout))
         else:
             x, cache = attend_cached(qkv, bias, norms, cache)
-        return Dropout(self.dropout)(output_layer(width, self.dtype)(x)), cache
+        return Dropout(self.dropout)(output_layer(width, self.dtype, joined=True)(x)), cache
 
 
 class Mlp(nn.Module):

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tokenbridge_jax.autoencoder import autoencoder_exists, load_autoencoder, read_description
 from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.commands import runner
+from tokenbridge_jax.commands import failures, runner
 from tokenbridge_jax.config import (
     auto_choices,
     check_ranges,
@@ -105,21 +105,21 @@ def main(args: flags.FlagValues) -> int:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise UserError(_out_of_memory(config, workdir)) from error
+            raise UserError(_out_of_memory(config, workdir, error)) from error
     print(f"{workdir} holds the model after {run.total_steps} steps: `tokenbridge sample` uses it")
     return 0
 
 
-def _out_of_memory(config: ConfigDict, workdir: epath.Path) -> str:
-    settings, file = (
-        auto.Settings(**given_settings(config, jax.device_count())),
-        workdir / auto.FILE,
-    )
-    remembered = f" ({file} remembers what `auto` picked)" if storage.exists(file) else ""
+def _out_of_memory(config: ConfigDict, workdir: epath.Path, error: Exception) -> str:
+    settings = auto.Settings(**given_settings(config, jax.device_count()))
+    file = workdir / auto.FILE
+    remembered = f", which {file} remembers" if storage.exists(file) else ""
     return (
-        f"the devices ran out of memory with {settings}{remembered}; start again with "
+        f"the devices ran out of memory with {settings}{remembered} "
+        f"({failures.describe(error)[0]}); if the step needs it, start again with "
         "--config.model.remat=full, a smaller --config.model.head_chunk or a larger "
-        "--config.training.accumulation"
+        "--config.training.accumulation; if samples or scores do, with a smaller "
+        "--config.sampling.batch_size"
     )
 
 

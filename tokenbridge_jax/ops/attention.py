@@ -150,12 +150,13 @@ def _forward(
         return image_by_image(*arguments), no_normalizer
 
     arguments = (qkv, bias, visible, seed)
-    kernels: dict[str, Any] = {} if rate else {"tpu": one_by_one}
+    others = {} if rate else {"tpu": one_by_one}
+    kernels: dict[str, Any] = {}
     if has_kernel(qkv):
         kernels["cuda"] = functools.partial(kernel_forward, rate=rate)
     if tpu_attention.takes(qkv):
         kernels["tpu"] = functools.partial(tpu_attention.forward, rate=rate)
-    results = by_platform(plain, kernels, *arguments)
+    results = by_platform(plain, kernels, *arguments, **others)
     out, normalizer = (checkpoint_name(result, RESULT) for result in results)
     return out, (*arguments, out, normalizer)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
+from tokenbridge_jax.ops import tpu_channel_attention
 from tokenbridge_jax.ops.attention import normed_heads, plain_attention
 from tokenbridge_jax.ops.dropout import keep
 from tokenbridge_jax.ops.norm import NORM_EPSILON
@@ -71,7 +72,11 @@ def _forward(
     qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, rate: float
 ) -> tuple[jax.Array, Any]:
     plain = functools.partial(plain_channel_attention, rate=rate)
-    kernels = {"cuda": functools.partial(kernel_forward, rate=rate)} if _has_kernel(qkv) else {}
+    kernels: dict[str, Any] = {}
+    if _has_kernel(qkv):
+        kernels["cuda"] = functools.partial(kernel_forward, rate=rate)
+    if tpu_channel_attention.takes(qkv):
+        kernels["tpu"] = functools.partial(tpu_channel_attention.forward, rate=rate)
     arguments = (qkv, bias, norms, seed)
     return by_platform(plain, kernels, *arguments), arguments
 
@@ -84,7 +89,11 @@ def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, 
         run = functools.partial(plain_channel_attention, seed=seed, rate=rate)
         return jax.vjp(lambda x, norms: run(x, bias, norms), qkv, norms)[1](d_out)
 
-    kernels = {"cuda": functools.partial(kernel_backward, rate=rate)} if _has_kernel(qkv) else {}
+    kernels: dict[str, Any] = {}
+    if _has_kernel(qkv):
+        kernels["cuda"] = functools.partial(kernel_backward, rate=rate)
+    if tpu_channel_attention.takes(qkv):
+        kernels["tpu"] = functools.partial(tpu_channel_attention.backward, rate=rate)
     d_qkv, d_norms = by_platform(plain, kernels, *residuals, d_out)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return d_qkv, d_bias, d_norms, None

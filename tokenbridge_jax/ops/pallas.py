@@ -7,10 +7,11 @@ operations replace the kernels, and one line on stderr says so.
 
 import concurrent.futures
 import functools
+import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,31 +21,26 @@ from jaxtyping import Array, Float, UInt32
 from tokenbridge_jax.ops.precision import of_products
 from tokenbridge_jax.runtime.meshes import RULES, axis_size, batch_shard, in_shard
 
-# Why a platform's kernels are not used: the first reason, by platform.
-_given_up: dict[str, str] = {}
-
-
-def _give_up(platform: str, error: Exception) -> None:
-    """Stops using a platform's kernels in this process and says why, once."""
-    if platform not in _given_up:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        _given_up[platform] = reason
-        what = "the fast kernels cannot be used, plain operations take their place"
-        print(f"{platform}: {what} (jax {jax.__version__}, {reason})", file=sys.stderr)
-
-
 _import_errors: dict[str, Exception] = {}
-try:
+
+
+def _imported(platform: str, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # A later JAX may raise anything here.
+        _import_errors.setdefault(platform, error)
+        return None
+
+
+if TYPE_CHECKING:
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton as pl_triton
-except Exception as error:  # A later JAX may raise anything here.
-    pl = pl_triton = None  # type: ignore[assignment]
-    _import_errors["cuda"] = error
-try:
     from jax.experimental.pallas import tpu as pl_tpu
-except Exception as error:
-    pl_tpu = None  # type: ignore[assignment]
-    _import_errors["tpu"] = error
+    from jax.experimental.pallas import triton as pl_triton
+else:
+    for _platform in ("cuda", "tpu"):
+        pl = _imported(_platform, "jax.experimental.pallas")
+    pl_triton = _imported("cuda", "jax.experimental.pallas.triton")
+    pl_tpu = _imported("tpu", "jax.experimental.pallas.tpu")
 
 # Kernels compute exp(x) as 2^(x LOG2_E), because GPUs only have an instruction for powers of two.
 LOG2_E = math.log2(math.e)
@@ -81,7 +77,10 @@ def has_kernel(qkv: Float[Array, "N T 3 H K"]) -> bool:
 
 
 def by_platform(
-    plain: Callable[..., Any], kernels: Mapping[str, Callable[..., Any]], *arguments: Any
+    plain: Callable[..., Any],
+    kernels: Mapping[str, Callable[..., Any]],
+    *arguments: Any,
+    **others: Callable[..., Any],
 ) -> Any:
     """Runs the kernel of the platform that a program is for, or `plain` where there is none.
 
@@ -93,6 +92,7 @@ def by_platform(
       kernels: the same function by platform: "cuda" (NVIDIA GPUs), "tpu". They take arguments of
         these shapes and dtypes.
       arguments: trees of arrays.
+      others: replace `plain` on some platforms, by name.
     """
 
     def or_plain(platform: str, *arguments: Any) -> Any:
@@ -100,14 +100,33 @@ def by_platform(
             return kernels[platform](*arguments)
         except Exception as error:  # A changed interface can raise anything.
             _give_up(platform, error)
-            return plain(*arguments)
+            return others.get(platform, plain)(*arguments)
 
-    branches = {
+    branches = others | {
         platform: functools.partial(or_plain, platform)
         for platform in kernels
         if _kernels_work(platform)
     }
     return jax.lax.platform_dependent(*arguments, **branches, default=plain)
+
+
+# Why a platform's kernels are not used: the first reason, by platform.
+_given_up: dict[str, str] = {}
+
+
+def _give_up(platform: str, error: Exception) -> None:
+    """Stops using a platform's kernels in this process and says why, once."""
+    if platform not in _given_up:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _given_up[platform] = reason
+        here = jax.default_backend()
+        if here not in ("cpu", "gpu" if platform == "cuda" else platform):
+            return  # Programs are traced for all platforms; this one is not here.
+        what = f"the fast kernels for {_PLATFORMS[platform]} cannot be used, plain operations take"
+        print(f"{what} their place (jax {jax.__version__}, {reason})", file=sys.stderr)
+
+
+_PLATFORMS = {"cuda": "GPUs", "tpu": "TPUs"}
 
 
 def _kernels_work(platform: str) -> bool:

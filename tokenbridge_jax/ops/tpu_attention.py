@@ -41,16 +41,20 @@ MOST_TOKENS = 512
 def takes(qkv: Float[Array, "N T 3 H K"]) -> bool:
     """Whether the kernels take these arrays: bfloat16, whole registers, and not too many tokens."""
     length, _, heads, width = qkv.shape[1:]
+    whole = width % 16 == 0 and local_heads(heads) % heads_together(width) == 0
+    return qkv.dtype == jnp.bfloat16 and whole and length <= MOST_TOKENS
+
+
+def heads_together(width: int) -> int:
+    """The number of heads that fill whole registers."""
+    return LANES // math.gcd(LANES, width)
+
+
+def local_heads(heads: int) -> int:
+    """The number of heads of a device."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else axis_size(mesh, "tensor")
-    local_heads = heads if heads % parts else heads // parts
-    fits = width % 16 == 0 and local_heads % _together(width) == 0 and length <= MOST_TOKENS
-    return qkv.dtype == jnp.bfloat16 and fits
-
-
-def _together(width: int) -> int:
-    """The number of heads of a program."""
-    return LANES // math.gcd(LANES, width)
+    return heads if heads % parts else heads // parts
 
 
 def forward(
@@ -153,7 +157,7 @@ class _Blocks:
             qkv.reshape(*qkv.shape[:3], -1).swapaxes(1, 2),
             *([] if mask is None else [mask]),
         ]
-        self.together = _together(self.width)
+        self.together = heads_together(self.width)
         self.programs = heads // self.together
         columns = self.together * self.width
         whole = (1, self.length)

@@ -227,7 +227,7 @@ def on_batch_shards(function: Callable[..., Any], batch_axes: Any, out_axes: Any
 
 def in_shard() -> bool:
     """Whether this is the function of `on_batch_shards`, or another that sees one device's part."""
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+    return set(_BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def batch_shard() -> Int32[jax.Array, ""] | int:

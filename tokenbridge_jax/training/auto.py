@@ -206,8 +206,9 @@ def pick(
         # The last resort may take all of the memory.
         limit = devices.memory if choice is listed[-1] else memory
         fits = compiled and (needed is None or needed <= limit)
-        wants = f"{needed / GIB:.1f} GiB" if needed is not None else "an unknown size"
-        wants += " compiled" if compiled else " wanted by the compiler"
+        wants = "compiled" if compiled else "not compiled"
+        if needed is not None:
+            wants = f"{needed / GIB:.1f} GiB {wants}"
         say(
             f"auto: {devices}: {choice.settings}: {choice.bytes * scale / GIB:.1f} GiB estimated, "
             f"{wants}, {limit / GIB:.1f} available: {'picked' if fits else 'does not fit'}"

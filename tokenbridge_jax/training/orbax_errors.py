@@ -34,7 +34,7 @@ def quiet() -> Iterator[None]:
 def quiet_from_now_on() -> None:
     """Drops the messages of Python about reads that Orbax abandons after one of them has failed."""
     hook = sys.unraisablehook
-    never_awaited = "coroutine '.*' was never awaited"
+    never_awaited = r"coroutine '(Store|\w*Handler|\w*Metadata\w*|_?read\w*)\b.*' was never awaited"
     warnings.filterwarnings("ignore", never_awaited, RuntimeWarning)
 
     def drop_late_reads(unraisable: Any) -> None:
