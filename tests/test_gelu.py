@@ -170,6 +170,15 @@ def test_units_are_the_same_on_any_mesh(mesh, function, images: int, width: int)
     np.testing.assert_array_equal(actual[0] == 0, expected[0] == 0)
     for mine, other in zip(actual, expected, strict=True):
         assert relative_error(mine, other) < 1e-6
+    if mesh == (8, 1, 1) and images == 8:  # Also if every device runs the function by itself.
+
+        def on_shard(*arguments):
+            y, d_x, d_bias = function(*arguments, 0.1)
+            return y, d_x, meshes.sum_over_shards(d_bias)
+
+        alone = jax.jit(meshes.on_batch_shards(on_shard, (0, -1, 0), (0, 0, -1)))
+        for mine, other in zip(on_mesh(alone, *arguments, sizes=mesh), expected, strict=True):
+            assert relative_error(mine, other) < 1e-6
     if images == 8:
         share = (8 // (mesh[0] * mesh[1]), 2, width // mesh[2])
         assert shard_shapes(actual[0]) == shard_shapes(actual[1]) == {share}
