@@ -72,23 +72,28 @@ def test_the_list_is_what_brute_force_finds(devices):
         assert now.bytes < before.bytes
 
 
-def test_the_bytes_are_those_of_compiled_steps():
-    """GiB by `tokenbridge preflight`, which compiled these steps with libtpu 0.0.42.1."""
+def test_the_bytes_are_those_of_compiled_steps_or_a_little_more():
+    """GiB by `tokenbridge preflight`, which compiled these steps with libtpu 0.0.42.1.
+
+    All but the last row are older than kernels that save memory.
+    """
     compiled = [
-        (("L", 64, 1), dict(fsdp=8, remat="dots", head_chunk=512), 8.4),
-        (("H", 16, 1), dict(fsdp=8, remat="full", head_chunk=1024), 12.8),
-        (("L", 256, 1), dict(fsdp=8, head_chunk=1024), 8.9),
-        (("H", 64, 1), dict(fsdp=4), 49.6),
-        (("L", 16, 1), dict(fsdp=4), 69.4),
-        (("L", 1, 128), dict(remat="dots", head_chunk=512), 14.68),
+        ("L", 64, 2048, dict(fsdp=8, remat="dots", head_chunk=512), 8.4),
+        ("H", 16, 2048, dict(fsdp=8, remat="full", head_chunk=1024), 12.8),
+        ("L", 256, 2048, dict(fsdp=8, head_chunk=1024), 8.9),
+        ("H", 64, 2048, dict(fsdp=4), 49.6),
+        ("L", 16, 2048, dict(fsdp=4), 69.4),
+        ("L", 1, 2048, dict(remat="dots", head_chunk=512, accumulation=128), 14.68),
+        ("L", 4, 128, dict(fsdp=2, head_chunk=2048), 24.97),
+        ("L", 4, 64, dict(remat="dots", head_chunk=512), 12.64),
     ]
-    for (size, number, count), settings, gib in compiled:
-        values = {"accumulation": count, "scan_layers": True, "remat": "none", "fsdp": 1}
+    for size, number, batch, settings, gib in compiled:
+        values = {"accumulation": 1, "scan_layers": True, "remat": "none", "fsdp": 1}
         values |= {"head_chunk": 4096} | settings
         changes = {auto.KEYS[name].replace(".", "__"): value for name, value in values.items()}
-        (only,) = choices(Devices("a", "tpu", number), size, **changes)
+        (only,) = choices(Devices("a", "tpu", number), size, batch, **changes)
         assert only.settings == Settings(**values)
-        assert only.bytes / GIB == pytest.approx(gib, rel=0.08)
+        assert 1 <= only.bytes / GIB / gib <= 1.12
 
 
 def test_less_memory_never_picks_what_needs_more():

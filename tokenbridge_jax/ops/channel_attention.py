@@ -3,8 +3,8 @@
 A position's sequence is short (16 channels), and a batch has hundreds of thousands of them. As
 plain operations, their many small products leave a GPU mostly idle, and every step between two
 products is another pass over memory. The kernels pack whole sequences into one tile and mask its
-product of queries and keys to the blocks on the diagonal. All platforms but GPUs run the plain
-version, which is the definition.
+product of queries and keys to the blocks on the diagonal. Other platforms run the plain version,
+which is the definition. The kernels for TPUs are in `tpu_channel_attention`.
 """
 
 import functools
