@@ -72,11 +72,7 @@ def _forward(
     qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, rate: float
 ) -> tuple[jax.Array, Any]:
     plain = functools.partial(plain_channel_attention, rate=rate)
-    kernels: dict[str, Any] = {}
-    if _has_kernel(qkv):
-        kernels["cuda"] = functools.partial(kernel_forward, rate=rate)
-    if tpu_channel_attention.takes(qkv):
-        kernels["tpu"] = functools.partial(tpu_channel_attention.forward, rate=rate)
+    kernels = _kernels(qkv, rate, kernel_forward, tpu_channel_attention.forward)
     arguments = (qkv, bias, norms, seed)
     return by_platform(plain, kernels, *arguments), arguments
 
@@ -89,17 +85,21 @@ def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, 
         run = functools.partial(plain_channel_attention, seed=seed, rate=rate)
         return jax.vjp(lambda x, norms: run(x, bias, norms), qkv, norms)[1](d_out)
 
-    kernels: dict[str, Any] = {}
-    if _has_kernel(qkv):
-        kernels["cuda"] = functools.partial(kernel_backward, rate=rate)
-    if tpu_channel_attention.takes(qkv):
-        kernels["tpu"] = functools.partial(tpu_channel_attention.backward, rate=rate)
+    kernels = _kernels(qkv, rate, kernel_backward, tpu_channel_attention.backward)
     d_qkv, d_norms = by_platform(plain, kernels, *residuals, d_out)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return d_qkv, d_bias, d_norms, None
 
 
 attend_channels.defvjp(_forward, _backward)
+
+
+def _kernels(qkv: jax.Array, rate: float, cuda: Any, tpu: Any) -> dict[str, Any]:
+    """The kernels of these two that take the arrays, by platform."""
+    takes = {"cuda": (cuda, _has_kernel(qkv)), "tpu": (tpu, tpu_channel_attention.takes(qkv))}
+    return {
+        name: functools.partial(kernel, rate=rate) for name, (kernel, ok) in takes.items() if ok
+    }
 
 
 def _has_kernel(qkv: jax.Array) -> bool:

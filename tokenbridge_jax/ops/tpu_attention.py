@@ -39,22 +39,23 @@ MOST_TOKENS = 512
 
 
 def takes(qkv: Float[Array, "N T 3 H K"]) -> bool:
-    """Whether the kernels take these arrays: bfloat16, whole registers, and not too many tokens."""
-    length, _, heads, width = qkv.shape[1:]
-    whole = width % 16 == 0 and local_heads(heads) % heads_together(width) == 0
-    return qkv.dtype == jnp.bfloat16 and whole and length <= MOST_TOKENS
+    """Whether the kernels take these arrays: those of `fills_registers`, of not too many tokens."""
+    return fills_registers(qkv) and qkv.shape[1] <= MOST_TOKENS
+
+
+def fills_registers(qkv: Float[Array, "N T 3 H K"]) -> bool:
+    """Whether the arrays are bfloat16, and the heads of a device fill whole registers."""
+    heads, width = qkv.shape[3:]
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else axis_size(mesh, "tensor")
+    local_heads = heads if heads % parts else heads // parts
+    whole = width % 16 == 0 and local_heads % heads_together(width) == 0
+    return qkv.dtype == jnp.bfloat16 and whole
 
 
 def heads_together(width: int) -> int:
     """The number of heads that fill whole registers."""
     return LANES // math.gcd(LANES, width)
-
-
-def local_heads(heads: int) -> int:
-    """The number of heads of a device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else axis_size(mesh, "tensor")
-    return heads if heads % parts else heads // parts
 
 
 def forward(

@@ -28,17 +28,15 @@ from tokenbridge_jax.ops.pallas import (
     pl_tpu,
     product,
 )
-from tokenbridge_jax.ops.tpu_attention import heads_together, local_heads
+from tokenbridge_jax.ops.tpu_attention import LANES, fills_registers, heads_together
 
-# The tokens of a program: the lanes of a register.
-TOKENS = 128
+# The tokens of a program.
+TOKENS = LANES
 
 
 def takes(qkv: Float[Array, "N T 3 H K"]) -> bool:
-    """Whether the kernels take these arrays: bfloat16, whole registers and positions."""
-    length, _, heads, width = qkv.shape[1:]
-    whole = width % 16 == 0 and local_heads(heads) % heads_together(width) == 0
-    return qkv.dtype == jnp.bfloat16 and whole and TOKENS % length == 0
+    """Whether the kernels take these arrays: those of `fills_registers`, in whole positions."""
+    return fills_registers(qkv) and TOKENS % qkv.shape[1] == 0
 
 
 def forward(
