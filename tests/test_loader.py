@@ -198,17 +198,15 @@ def test_few_shards_are_open_at_once_for_any_number_of_threads(tmp_path, monkeyp
     info = write_tokens(tmp_path, {"train": [1] * 90})
     expected = random_records(info, range(90))
     gc.collect()  # Closes the shards of earlier tests.
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))  # macOS's default.
-    try:
-        before = open_files()
+    before = open_files()
+    with monkeypatch.context() as patch:
+        # macOS's default. It is not set for the process: other tests may have left more open.
+        patch.setattr(resource, "getrlimit", lambda _: (256, 256))
         records = TokenRecords(tmp_path, info, "train")
-        for seed in range(2):
-            order = np.random.default_rng(seed).permutation(90)
-            assert np.array_equal(records.read(order), expected[order])
-            assert open_files() - before == 256 // 3
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for seed in range(2):
+        order = np.random.default_rng(seed).permutation(90)
+        assert np.array_equal(records.read(order), expected[order])
+        assert open_files() - before == 256 // 3
     monkeypatch.setattr(readers, "_MOST", 1)
     records = TokenRecords(tmp_path, info, "train")
     with ThreadPoolExecutor(8) as threads:
