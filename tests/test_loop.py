@@ -226,6 +226,18 @@ def test_metrics_of_lost_checkpoints_are_not_erased(straight, mesh, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_run_killed_before_its_first_checkpoint_is_complete_starts_again(
+    straight, mesh, tmp_path
+):
+    shutil.copytree(straight[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    metrics = tmp_path / "metrics.jsonl"
+    # The second checkpoint, of step 4, would have waited for the first one.
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:4]))
+    fit(make_run(tmp_path), mesh)
+    assert losses(tmp_path) == losses(straight[0])
+
+
 def test_the_time_of_hooks_is_not_part_of_the_speed(mesh, tmp_path):
     def slow(state, step, writer):
         time.sleep(1)

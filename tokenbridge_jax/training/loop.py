@@ -6,10 +6,12 @@ continues exactly as if it had not been stopped.
 
 Parameters, data order, views, masks, noise and dropout depend on the seed, the update and an
 image's place in the global batch, never on devices or processes. A job on the same number of
-devices and processes, with the same mesh, repeats bit for bit, stopped or not. Any other number or
-mesh changes only the order of sums: losses agree to the rounding of the compute dtype, a difference
-that grows during training, and samples are the same images except where rounding moves a draw
-across the border between two levels.
+devices and processes, with the same mesh, repeats bit for bit, stopped or not. On GPUs this needs
+the same compiled programs (`runtime/compilation_cache.py`), because XLA picks algorithms by timing
+them whenever it compiles. Any other number or mesh, and other programs, change only the order of
+sums: losses agree to the rounding of the compute dtype, a difference that grows during training,
+and samples are the same images except where rounding moves a draw across the border between two
+levels.
 """
 
 import contextlib
@@ -401,11 +403,12 @@ def _agree_on_latest(checkpoints: Checkpoints) -> int | None:
 def _check_nothing_lost(run: Run, checkpoints: Checkpoints) -> None:
     """Refuses to start again, which would erase the metrics, if a run's checkpoints are lost.
 
-    A run that was killed before its first checkpoint may start again.
+    A run that was killed before its first checkpoint was complete may start again. It has at most
+    `2 * checkpoint_every` lines, because the second checkpoint waits for the first one.
     """
     metrics = run.directory / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.exists() else []
-    if rows and rows[-1]["step"] > run.recipe.checkpoint_every:
+    if rows and rows[-1]["step"] > 2 * run.recipe.checkpoint_every:
         raise UserError(
             f"{metrics} ends at step {rows[-1]['step']} but {checkpoints.directory} has no "
             f"complete checkpoint; put it back, use another --workdir, or remove {metrics}"
