@@ -13,6 +13,8 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.runtime import processes
 from tokenbridge_jax.runtime.errors import UserError
 
+STACKS = "--fibers_default_thread_stack_size"  # A flag of libtpu.
+
 pytest_plugins = ["probe"]
 
 
@@ -42,6 +44,24 @@ def failing(error):
 def test_a_mistake_or_an_interrupt_gives_one_line(probe, run, error, status, message):
     probe.then = failing(error)
     assert run() == (status, "", f"tokenbridge probe: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", f"{STACKS}=4194304"),
+        ("--a=1", f"--a=1 {STACKS}=4194304"),
+        (f"{STACKS}=1", f"{STACKS}=1"),
+    ],
+)
+def test_libtpu_gets_larger_stacks_unless_the_user_gives_a_size(
+    probe, run, monkeypatch, given, expected
+):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
+    found = []
+    probe.then = lambda args: found.append(os.environ["LIBTPU_INIT_ARGS"])
+    run()
+    assert found == [expected]
 
 
 def test_a_bug_gives_one_line_and_a_file_with_its_traceback(probe, run, tmp_path, monkeypatch):

@@ -111,6 +111,7 @@ def run(name: str, argv: list[str]) -> int:
             needs_workdir=getattr(command, "NEEDS_WORKDIR", not words),
         )
         environment.use_32_bits()
+        environment.enlarge_libtpu_stacks()
         processes.join(args.distributed, asks_for_signals=name in TRAINING)
         if getattr(command, "USES_DEVICES", True):
             environment.check_devices()

@@ -22,6 +22,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
+from tokenbridge_jax.runtime import environment
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import listed_flops
 
@@ -32,9 +33,6 @@ DUMP = (
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
     "--xla_jf_dump_llo_pass_label_regex=^final_(bundles|hlo-static)|deduplication-map"
 )
-
-# Bytes of the stack of each thread of libtpu.
-STACK = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,9 +178,7 @@ def slice_devices(wanted: Slice, dump: Path | None = None) -> list[Any]:
     # These let several processes load libtpu, and keep it from asking the host of a TPU.
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1")
     os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
-    # The default stacks of its threads overflow for some programs (0.0.42.1: L on v6e-64).
-    if "stack_size" not in (given := os.environ.get("LIBTPU_INIT_ARGS", "")):
-        os.environ["LIBTPU_INIT_ARGS"] = f"{given} --fibers_default_thread_stack_size={STACK}"
+    environment.enlarge_libtpu_stacks()
     if dump:
         os.environ["LIBTPU_INIT_ARGS"] += " " + DUMP.format(folder=dump)
     options = dict(wanted.figures.options)

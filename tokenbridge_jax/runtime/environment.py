@@ -1,4 +1,4 @@
-"""Checks JAX's environment and devices before a command uses them."""
+"""Prepares and checks JAX's environment and devices before a command uses them."""
 
 import importlib.util
 import os
@@ -8,6 +8,21 @@ from jax._src import xla_bridge  # The installed platforms have no public name.
 
 from tokenbridge_jax.runtime import processes
 from tokenbridge_jax.runtime.errors import UserError
+
+# Bytes of the stack of each thread of libtpu.
+_LIBTPU_STACK = 4 * 2**20
+
+
+def enlarge_libtpu_stacks() -> None:
+    """Gives the threads of libtpu larger stacks, unless LIBTPU_INIT_ARGS has a size for them.
+
+    The default stacks overflow when some programs are compiled (SIGSEGV; libtpu 0.0.42.1, size L
+    for v6e and tpu7x). It counts only before JAX loads libtpu.
+    """
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if "stack_size" not in given:
+        size = f"--fibers_default_thread_stack_size={_LIBTPU_STACK}"
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {size}".strip()
 
 
 def use_32_bits() -> None:
