@@ -145,6 +145,8 @@ def test_small_programs_take_what_they_must(topology, tmp_path):
     cores = figures.cores // figures.devices
     at_peak = 2 * 4096 * 2048 * 2048 / figures.cycle_flops
     assert at_peak <= found["product"]["cycles"] <= 1.1 * at_peak
+    at_peak = 6 * 2 * 32**2 * 3**2 * 256**2 / figures.cycle_flops
+    assert 0.9 * at_peak <= found["exact"]["cycles"]
     copied = 2 * 4 * 4096 * 4096
     assert copied <= found["double"]["bytes"] <= 1.01 * copied
     assert found["double"]["bounds"] == ["HBM"]

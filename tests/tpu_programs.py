@@ -10,6 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from tokenbridge_jax.ops.attention import attend
 from tokenbridge_jax.ops.channel_attention import attend_channels
+from tokenbridge_jax.ops.precision import convolution
 from tokenbridge_jax.preflight import chips
 from tokenbridge_jax.preflight.profile import read_profile
 
@@ -17,6 +18,11 @@ from tokenbridge_jax.preflight.profile import read_profile
 def product(x, w):
     """[4096, 2048] x [2048, 2048]."""
     return x @ w
+
+
+def exact(x, kernel):
+    """A convolution of 3 x 3 that must be as exact as float32: six products of bfloat16 parts."""
+    return convolution(x, kernel, (1, 1), "SAME", "float32")
 
 
 def double(x):
@@ -66,6 +72,7 @@ PROGRAMS = {
         ((2,), jnp.uint32),
     ),
     "product": (product, ((4096, 2048), jnp.bfloat16), ((2048, 2048), jnp.bfloat16)),
+    "exact": (exact, ((1, 32, 32, 256), jnp.float32), ((3, 3, 256, 256), jnp.float32)),
     "double": (double, ((4096, 4096), jnp.float32)),
     "cubes": (cubes, ((512, 128), jnp.float32)),
 }
