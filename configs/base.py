@@ -27,6 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         image_channels=3,  # or 1, grey
         num_classes=1000,
         flip=False,  # True: also trains on mirrored images
+        workers=0,  # processes that decode images; 0: one for each core, fewer for few images
     )
     config.autoencoder = dict(
         channels=128,
@@ -51,7 +52,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         posterior_samples=1,
         records_per_shard=4096,
         validation_fraction=0.0,
-        decode_workers=0,  # threads; 0: one for each core
         # Shards are used for long, so this is precise: on an H200, 5 of 100,000 indices differ from
         # those of a CPU; with tensorfloat32 2 of 100 differ, with bfloat16 17 of 100.
         precision="float32",

@@ -184,6 +184,22 @@ def test_the_loader_from_given_shards(benchmark, tmp_path):
 # --- Timing, profiles -----------------------------------------------------------------------------
 
 
+def test_images_from_disk(benchmark, images):
+    source = ("--config.data.source=folder", f"--config.data.path={images}")
+    flags = ("--config.data.image_channels=3", "--config.data.image_size=16", "--batch=8")
+    ceilings, lines = benchmark("images", *source, *flags, "--workers=1,2", "--repeats=2")
+    *cases, last = lines
+    for workers, line in zip((1, 2), cases, strict=True):
+        check_numbers(line, ceilings, "images", 4 * workers * 8, 1)
+        assert line["settings"]["workers"] == workers
+        assert line["settings"]["images"] == 27
+    one, two = (line["images_per_second"] for line in cases)
+    assert last["parallel_efficiency"] == [
+        {"batch": 8, "workers": 1, "efficiency": 1.0},
+        {"batch": 8, "workers": 2, "efficiency": pytest.approx(two / 2 / one)},
+    ]
+
+
 def test_short_calls_are_timed_in_runs():
     calls = []
 
@@ -319,7 +335,10 @@ def test_other_cases_run_after_one_without_enough_memory(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "name one: tokenbridge benchmark train|sample|head|autoencoder|quantize|loader"),
+        (
+            [],
+            "name one: tokenbridge benchmark train|sample|head|autoencoder|quantize|loader|images",
+        ),
         (["trian"], "there is no 'trian'; name one: tokenbridge benchmark train|"),
         (["--batch=8"], "name one: tokenbridge benchmark"),
         (["train", "sample"], "unexpected argument 'sample'"),

@@ -11,7 +11,7 @@ import pytest
 from refusals import no_more_files, open_files
 from token_shards import make_info, random_records, write_tokens
 
-from tokenbridge_jax.data import readers, shard_writer, sources
+from tokenbridge_jax.data import loader, readers, shard_writer, sources
 from tokenbridge_jax.data.loader import (
     TokenRecords,
     make_image_loader,
@@ -84,20 +84,24 @@ def test_every_epoch_holds_every_image_once(folder):
 
 
 @pytest.mark.parametrize("start_step", [0, 5])
-@pytest.mark.parametrize("kind", ["tokens", "views", "images", "validation"])
-def test_rows_of_processes_make_up_the_batches_of_one(folder, many_views, kind, start_step):
+@pytest.mark.parametrize("kind", ["tokens", "views", "images", "many images", "validation"])
+def test_rows_of_processes_make_up_the_batches_of_one(
+    folder, many_views, kind, start_step, monkeypatch
+):
     """The rows of a process may be neighbours or not, and processes may have rows in common."""
+    if kind == "many images":
+        monkeypatch.setattr(loader, "_DECODED_BYTES", 0)
 
     def batches(**rows):
         if kind == "validation":
             return list(validation_batches(folder, 4, **rows))
-        if kind == "images":
+        if "images" in kind:
             digits = sources.Subset(sources.DigitsSource("validation"), np.arange(30))
-            loader = make_image_loader(digits, 8, 1, 8, seed=1, start_step=start_step, **rows)
+            stream = make_image_loader(digits, 8, 1, 8, seed=1, start_step=start_step, **rows)
         else:
             tokens = folder if kind == "tokens" else many_views
-            loader = make_loader(tokens, 8, 1, start_step=start_step, **rows)
-        return list(itertools.islice(loader, 9))  # Over two epochs.
+            stream = make_loader(tokens, 8, 1, start_step=start_step, **rows)
+        return list(itertools.islice(stream, 9))  # Over two epochs.
 
     expected = batches()
     for rows in ([0, 1], [1, 3], [0, 2, 3]):
@@ -242,14 +246,22 @@ def test_empty_shards_are_skipped(tmp_path):
     assert sorted(images_of(next(make_loader(tmp_path, 4, 0)), names)) == [0, 1, 2, 3]
 
 
+@pytest.fixture(params=["decoded once", "decoded for every batch"])
+def memory(request, monkeypatch):
+    """Both ways to hold the pictures."""
+    if request.param == "decoded for every batch":
+        monkeypatch.setattr(loader, "_DECODED_BYTES", 0)
+
+
+@pytest.mark.usefixtures("memory")
 def test_image_loader_covers_and_mirrors():
     source = sources.DigitsSource("validation")
     plain = {source.images[i].tobytes(): i for i in range(40)}
     mirrored = {source.images[i][:, ::-1].tobytes(): i for i in range(40)}
     subset = sources.Subset(source, np.arange(40))
-    loader = make_image_loader(subset, 8, 1, 10, seed=0)
+    batches = make_image_loader(subset, 8, 1, 10, seed=0)
     flipped, stream = 0, []
-    for batch in itertools.islice(loader, 40):
+    for batch in itertools.islice(batches, 40):
         assert batch["images"].shape == (10, 8, 8, 1)
         assert batch["images"].dtype == np.uint8
         for image, label in zip(batch["images"], batch["labels"], strict=True):
@@ -263,6 +275,22 @@ def test_image_loader_covers_and_mirrors():
     assert np.array_equal(next(resumed)["images"], batch["images"])
 
 
+@pytest.mark.usefixtures("memory")
+def test_image_loader_gives_the_same_batches_with_worker_processes(images):
+    source = sources.FolderSource(images)
+    subset = sources.Subset(source, np.arange(len(source)))
+    plain, parallel = (
+        make_image_loader(subset, 16, 3, 8, seed=0, start_step=2, workers=workers)
+        for workers in (1, 2)
+    )
+    pairs = itertools.islice(zip(plain, parallel, strict=True), 6)
+    for expected, found in pairs:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert np.array_equal(found[name], value)
+
+
+@pytest.mark.usefixtures("memory")
 def test_image_loader_names_and_replaces_broken_pictures(capsys):
     class Broken(sources.DigitsSource):
         def load(self, i):
@@ -272,8 +300,8 @@ def test_image_loader_names_and_replaces_broken_pictures(capsys):
 
     source = Broken("validation")
     subset = sources.Subset(source, np.arange(6))
-    loader = make_image_loader(subset, 8, 1, 6, seed=0, flip=False)
-    for batch in itertools.islice(loader, 3):
+    batches = make_image_loader(subset, 8, 1, 6, seed=0, flip=False)
+    for batch in itertools.islice(batches, 3):
         found = [bytes(image) for image in batch["images"]]
         expected = [source.images[i].tobytes() for i in (0, 1, 2, 5, 5, 5)]
         assert sorted(found) == sorted(expected)

@@ -281,6 +281,9 @@ def test_tfds_needs_no_tensorflow(tfds_archive):
         "import sys\n"
         "from tokenbridge_jax.data import sources\n"
         f"source = sources.TfdsSource({str(tfds_archive)!r})\n"
+        # Worker processes get a copy.
+        "import pickle\n"
+        "source = pickle.loads(pickle.dumps(source))\n"
         "print(sources.load_prepared(source, 4, 16, 3)[0].mean().round())\n"
         "assert 'tensorflow' not in sys.modules\n"
     )

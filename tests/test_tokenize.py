@@ -73,9 +73,9 @@ def test_posterior_samples_have_the_posteriors_spread(workdir, images):
 
 
 def test_noise_depends_on_the_picture_alone(workdir, finished, images):
-    # Batches, shards and threads do not change the draws.
+    # Batches, shards and worker processes do not change the draws.
     config = make_config(images, tokenize__batch_size=16, tokenize__records_per_shard=100)
-    config.tokenize.decode_workers = 1
+    config.data.workers = 2
     tokenize(config, workdir)
     ours, theirs = read_split(workdir), read_split(finished)
     assert np.array_equal(ours["image"], theirs["image"])
@@ -259,7 +259,7 @@ def test_another_autoencoder_and_lost_descriptions_are_refused(finished, workdir
         ({"tokenize__batch_size": 0}, "batch_size is 0"),
         ({"tokenize__records_per_shard": 0}, "records_per_shard is 0"),
         ({"tokenize__precision": "half"}, "must be one of float32, tensorfloat32, bfloat16"),
-        ({"tokenize__decode_workers": -1}, "decode_workers is -1"),
+        ({"data__workers": -1}, "data.workers is -1"),
         ({"quantizer__calibration_images": 0}, "calibration_images is 0"),
         ({"quantizer__levels": 1}, "levels is 1"),
         ({"quantizer__channel_order": "kl16"}, "channel order"),

@@ -39,13 +39,14 @@ SETTINGS = {
         "source": "folder", "path": "", "split": "", "validation_split": "",
         "name": "",
         "image_size": 16, "image_channels": 3, "num_classes": 5, "flip": True,
+        "workers": 0,
     },
     "quantizer": {
         "levels": 16, "range": 3.0, "channel_order": "identity", "calibration_images": 1000,
     },
     "tokenize": {
         "batch_size": 8, "posterior_samples": 1, "records_per_shard": 10,
-        "validation_fraction": 0.0, "decode_workers": 2, "precision": "float32",
+        "validation_fraction": 0.0, "precision": "float32",
     },
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
   tokenbridge benchmark train --config configs/imagenet256.py:size=L --batch 64,256
   tokenbridge benchmark sample --config configs/imagenet256.py:size=L --batch 256 --steps 64,256
   tokenbridge benchmark head|autoencoder|quantize|loader --config configs/imagenet256.py
+  tokenbridge benchmark images --config configs/imagenet256.py --config.data.path=/data/imagenet
 
   train        the training step; --hidden or --all_buckets choose its programs
   sample       indices of whole images
@@ -10,8 +11,10 @@
   autoencoder  images -> indices, latents -> images
   quantize     latents -> indices and back
   loader       batches from shards
+  images       batches of decoded and cropped images, by --workers processes
 
-Weights and data are random. `tokenbridge_jax/benchmark/measure.py` explains the fields.
+Weights and data are random, except `images`. `tokenbridge_jax/benchmark/measure.py` explains the
+fields.
 If a case does not fit into memory, its line has an `error`, and the exit status is still 0.
 """
 
@@ -21,16 +24,23 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from tokenbridge_jax.benchmark import codec_speed, loader_speed, sampling_speed, training_speed
+from tokenbridge_jax.benchmark import (
+    codec_speed,
+    images_speed,
+    loader_speed,
+    sampling_speed,
+    training_speed,
+)
 from tokenbridge_jax.benchmark.ceilings import measure_ceilings
 from tokenbridge_jax.benchmark.measure import Case, Reporter
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.config import filled, make_mesh
+from tokenbridge_jax.data.workers import cores
 from tokenbridge_jax.ops.precision import PRECISIONS
 from tokenbridge_jax.runtime.errors import UserError
 
-WORDS = ("train", "sample", "head", "autoencoder", "quantize", "loader")
+WORDS = ("train", "sample", "head", "autoencoder", "quantize", "loader", "images")
 
 # Default sizes: on an accelerator, and on a CPU.
 DEFAULT_BATCH = {
@@ -38,6 +48,7 @@ DEFAULT_BATCH = {
     "sample": ([256, 1], [8]),
     "autoencoder": ([64], [8]),
     "loader": ([2048], [2048]),
+    "images": ([64], [64]),
 }
 DEFAULT_STEPS = ([64], [4])
 DEFAULT_POSITIONS = ([1, 64, 256, 1024], [1, 16])
@@ -51,9 +62,12 @@ def define_flags(flag_values: flags.FlagValues, word: str | None) -> None:
     def define(kind, name, default, help_text, **options):
         kind(name, default, help=help_text, flag_values=flag_values, **options)
 
-    define(flags.DEFINE_list, "batch", None, "train, sample, autoencoder, loader: batch sizes.")
+    define(flags.DEFINE_list, "batch", None, "Batch sizes; not of head and quantize.")
     define(flags.DEFINE_integer, "hidden", None, "train: this many hidden positions, not the mean.")
     define(flags.DEFINE_bool, "all_buckets", False, "train: every program, and the expected step.")
+    define(
+        flags.DEFINE_list, "workers", None, "images: numbers of processes. Default: 1, all cores."
+    )
     define(flags.DEFINE_list, "steps", None, "sample: numbers of reveal steps.")
     define(flags.DEFINE_float, "guidance", None, "sample: scale; 1 is off. Default: config's.")
     define(flags.DEFINE_list, "positions", None, "head: numbers of positions.")
@@ -82,6 +96,8 @@ def main(args: flags.FlagValues, what: str) -> None:
     if what == "train" and args.all_buckets:
         for line in training_speed.expectations(lines):
             reporter.emit(line)
+    if what == "images":
+        reporter.emit(images_speed.efficiencies(lines))
 
 
 def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
@@ -112,6 +128,9 @@ def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
         return loader_speed.cases(
             config, batches, args.records, Path(args.data) if args.data else None
         )
+    if what == "images":
+        workers = sorted({1, cores()})
+        return images_speed.cases(config, batches, numbers("workers", (workers, workers)))
     mesh = make_mesh(config)
     if what == "sample":
         steps = numbers("steps", DEFAULT_STEPS)

@@ -119,6 +119,7 @@ class _Training:
                 flip=data.flip,
                 start_step=start,
                 rows=meshes.local_rows(mesh, batch_size),
+                workers=data.workers,
             ),
             flops_per_image=autoencoder_task.training_flops(self.task.module.config),
             fields=fields,
@@ -166,7 +167,9 @@ class _Training:
     def _batches(self, subset: Subset, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         data = self.config.data
         sizes = data.image_size, data.image_channels
-        return picture_batches(subset.source, subset.images, *sizes, self.mesh, batch_size)
+        return picture_batches(
+            subset.source, subset.images, *sizes, self.mesh, batch_size, data.workers
+        )
 
 
 def _check_directory(directory: epath.Path) -> None:

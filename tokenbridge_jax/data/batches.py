@@ -1,21 +1,16 @@
-"""Batches of prepared pictures, which threads decode while the device works."""
+"""Batches of prepared pictures, which other processes decode while the device works."""
 
-import collections
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
 
+import grain
 import numpy as np
 
 from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.data.sources import Source, load_prepared
+from tokenbridge_jax.data.workers import count_workers, in_order
 from tokenbridge_jax.runtime.errors import UserError
-
-# Batches being decoded while the device works on another.
-_BATCHES_AHEAD = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,14 +48,14 @@ class Batch:
 
 
 def prepared_batches(
-    plans: Iterable[ShardPlan],
+    plans: Sequence[ShardPlan],
     batch_size: int,
     image_size: int,
     image_channels: int,
-    pool: ThreadPoolExecutor,
     *,
+    workers: int = 0,
     strict: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Prepares the pictures of shards in order; a batch never spans two shards.
 
     Args:
@@ -68,35 +63,50 @@ def prepared_batches(
       batch_size: B.
       image_size: pixels a side after the centre crop.
       image_channels: 3 or 1.
-      pool: decodes single pictures; Pillow releases the interpreter lock for that.
+      workers: processes that decode pictures; see `workers.count_workers`.
       strict: raise on a broken picture instead of listing it in the batch.
 
     Raises:
       UserError: a picture is broken and `strict` is set, or the storage fails.
     """
-    cuts = (
-        (plan, plan.images[start : start + batch_size])
-        for plan in plans
+    cuts = [
+        (number, start)
+        for number, plan in enumerate(plans)
         for start in range(0, len(plan.images), batch_size)
-    )
-    waiting = collections.deque[tuple[ShardPlan, np.ndarray, list[Future[Any]]]]()
-    while True:
-        for plan, images in itertools.islice(cuts, _BATCHES_AHEAD - len(waiting)):
-            futures = [
-                pool.submit(load_prepared, plan.source, int(i), image_size, image_channels)
-                for i in images
-            ]
-            waiting.append((plan, images, futures))
-        if not waiting:
-            return
-        plan, images, futures = waiting.popleft()
-        pixels = np.zeros((batch_size, image_size, image_size, image_channels), np.uint8)
-        batch = Batch(plan, images, np.zeros(len(images), np.int32), pixels, {})
-        for place, future in enumerate(futures):
+    ]
+    prepare = _Prepare(plans, (batch_size, image_size, image_size, image_channels))
+    workers = count_workers(workers, sum(len(plan.images) for plan in plans))
+    size = batch_size * image_size**2 * image_channels
+    prepared = in_order(grain.MapDataset.source(cuts), prepare, workers, size)
+    for (number, start), (pixels, labels, broken) in zip(cuts, prepared, strict=True):
+        if broken and strict:
+            raise UserError(f"broken image {next(iter(broken.values()))} (--strict is set)")
+        images = plans[number].images[start : start + batch_size]
+        yield Batch(plans[number], images, labels[: len(images)], pixels, broken)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepare:
+    """Decodes the pictures of a batch; worker processes have a copy of it.
+
+    Attributes:
+      plans: the shards.
+      shape: of a batch, `[B, size, size, channels]`.
+    """
+
+    plans: Sequence[ShardPlan]
+    shape: tuple[int, int, int, int]
+
+    def __call__(self, cut: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Pixels, labels int32 `[B]` and `broken`, of the batch at (shard, place)."""
+        number, start = cut
+        batch_size, size, _, channels = self.shape
+        plan = self.plans[number]
+        pixels, labels = np.zeros(self.shape, np.uint8), np.zeros(batch_size, np.int32)
+        broken = {}
+        for place, i in enumerate(plan.images[start : start + batch_size].tolist()):
             try:
-                batch.pixels[place], batch.labels[place] = future.result()
+                pixels[place], labels[place] = load_prepared(plan.source, i, size, channels)
             except ImageError as error:
-                if strict:
-                    raise UserError(f"broken image {error} (--strict is set)") from error
-                batch.broken[place] = str(error)
-        yield batch
+                broken[place] = str(error)
+        return pixels, labels, broken

@@ -8,27 +8,36 @@ seed and the epoch. The choice among an image's views depends on the seed and th
 number is therefore the whole state of the iterator, and a run resumes exactly on any machine.
 """
 
+import dataclasses
 import functools
 import itertools
 import operator
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Int64, Shaped
 
 from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.batches import ShardPlan, prepared_batches
 from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.data.readers import ShardReaders, damaged
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.sources import Subset, load_prepared
+from tokenbridge_jax.data.workers import count_workers, in_order
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import Progress
 
 # Threads mostly wait for the disk. The buffer counts batches.
 _READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
+# Pictures for training an autoencoder stay in memory, decoded, if they take no more; so many are
+# decoded together.
+_DECODED_BYTES, _DECODED_TOGETHER = 2 * 2**30, 64
+_MANY = 10_000  # So many pictures show progress.
 # Random generators of a seed, by what they draw.
 _ORDER, _CHOICES = 0, 1
 
@@ -123,7 +132,9 @@ def make_loader(
             "labels": chosen["label"].astype(np.int32),
         }
 
-    return _shuffled(read, len(records), info.views, batch_size, rows, seed, start_step)
+    mine = np.arange(batch_size) if rows is None else rows
+    batches = _Batches(read, len(records), info.views, batch_size, mine, seed)
+    return batches.in_threads(start_step)
 
 
 def validation_batches(
@@ -171,14 +182,18 @@ def make_image_loader(
     flip: bool = True,
     start_step: int = 0,
     rows: Int64[np.ndarray, " b"] | None = None,
+    workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """An endless, shuffled stream of pictures, for training an autoencoder.
+
+    If all pictures take at most 2 GiB, they are decoded once, before the first batch.
 
     Args: as for `make_loader`, and
       subset: the pictures.
       image_size: pixels a side after the centre crop.
       image_channels: 3 or 1.
       flip: mirror half of the pictures, at random.
+      workers: processes that decode pictures; see `workers.count_workers`.
 
     Returns:
       An iterator of `images` uint8 `[b, image_size, image_size, image_channels]` and `labels` int32
@@ -187,68 +202,150 @@ def make_image_loader(
     Raises:
       UserError: there are fewer pictures than a batch.
     """
-    source, chosen = subset.source, subset.images
-    if len(chosen) < batch_size:
+    count = len(subset.images)
+    if count < batch_size:
         raise UserError(
-            f"a batch of {batch_size} needs as many images, but there are {len(chosen)}; use a "
-            "smaller batch or more images"
+            f"a batch of {batch_size} needs as many images, but there are {count}; use a smaller "
+            "batch or more images"
         )
-    named, lock = set[int](), threading.Lock()
+    mine = np.arange(batch_size) if rows is None else rows
+    size = image_size**2 * image_channels
+    make = functools.partial(
+        _Batches,
+        elements=count,
+        choices=2 if flip else 1,
+        batch_size=batch_size,
+        rows=mine,
+        seed=seed,
+    )
+    if count * size <= _DECODED_BYTES:
+        return make(_Decoded(subset, image_size, image_channels, workers)).in_threads(start_step)
+    batches = make(_Pictures(subset, image_size, image_channels))
+    processes = count_workers(workers, count)
+    return _named(in_order(batches.steps(start_step), batches, processes, len(mine) * size))
 
-    def load(i: int) -> tuple[np.ndarray, int]:
-        """Picture i of those chosen, or the next one that is not broken, and its label."""
-        for step in range(len(chosen)):
-            picture = int(chosen[(i + step) % len(chosen)])
+
+class _Decoded:
+    """The pictures of a subset, decoded once and kept in memory."""
+
+    def __init__(self, subset: Subset, image_size: int, image_channels: int, workers: int):
+        count = len(subset.images)
+        self._images = np.empty((count, image_size, image_size, image_channels), np.uint8)
+        self._labels = np.empty(count, np.int32)
+        plan = ShardPlan(Path(), "", subset.source, subset.images)
+        sizes = _DECODED_TOGETHER, image_size, image_channels
+        start, broken = 0, list[int]()
+        with Progress(count, desc="decode", visible=count >= _MANY) as progress:
+            for batch in prepared_batches([plan], *sizes, workers=workers):
+                stop = start + len(batch.images)
+                self._images[start:stop] = batch.pixels[: stop - start]
+                self._labels[start:stop] = batch.labels
+                for place, reason in batch.broken.items():
+                    progress.note(f"broken image left out: {reason}")
+                    broken.append(start + place)
+                progress.update(stop - start)
+                start = stop
+        good = np.setdiff1d(np.arange(count), broken)
+        if not len(good):
+            raise UserError("none of the images can be read")
+        next_good = good[np.searchsorted(good, broken) % len(good)]
+        self._images[broken], self._labels[broken] = (
+            self._images[next_good],
+            self._labels[next_good],
+        )
+
+    def __call__(self, places: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
+        """A batch of the pictures at these places."""
+        return _mirrored(self._images[places], self._labels[places], mirrored)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pictures:
+    """The pictures of a subset, which are decoded for every batch. Worker processes copy it."""
+
+    subset: Subset
+    image_size: int
+    image_channels: int
+
+    def __call__(self, places: np.ndarray, mirrored: np.ndarray) -> dict[str, Any]:
+        """A batch, with `broken`: why pictures cannot be used, by their places."""
+        broken: dict[int, str] = {}
+        loaded = [self._load(place, broken) for place in places.tolist()]
+        images, labels = map(np.array, zip(*loaded, strict=True))
+        return _mirrored(images, labels.astype(np.int32), mirrored) | {"broken": broken}
+
+    def _load(self, place: int, broken: dict[int, str]) -> tuple[np.ndarray, int]:
+        """The picture at a place, or the next one that is not broken, and its label."""
+        chosen = self.subset.images
+        for following in (*range(place, len(chosen)), *range(place)):
+            picture = int(chosen[following])
             try:
-                return load_prepared(source, picture, image_size, image_channels)
+                return load_prepared(
+                    self.subset.source, picture, self.image_size, self.image_channels
+                )
             except ImageError as error:
-                with lock:
-                    if picture not in named:
-                        print(f"broken image left out: {error}", file=sys.stderr)
-                    named.add(picture)
+                broken[following] = str(error)
         raise UserError("none of the images can be read")
 
-    def read(numbers: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
-        loaded, labels = zip(*map(load, numbers.tolist()), strict=True)
-        images = np.stack(loaded)
-        images[mirrored == 1] = images[mirrored == 1, :, ::-1]
-        return {"images": images, "labels": np.array(labels, np.int32)}
 
-    return _shuffled(read, len(chosen), 2 if flip else 1, batch_size, rows, seed, start_step)
+def _mirrored(images: np.ndarray, labels: np.ndarray, mirrored: np.ndarray) -> dict[str, Any]:
+    images[mirrored == 1] = images[mirrored == 1, :, ::-1]
+    return {"images": images, "labels": labels}
 
 
-def _shuffled(
-    read: Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]],
-    elements: int,
-    choices: int,
-    batch_size: int,
-    rows: np.ndarray | None,
-    seed: int,
-    start_step: int,
-) -> Iterator[dict[str, np.ndarray]]:
-    """The stream that the module describes, over the numbers below `elements`.
+def _named(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, np.ndarray]]:
+    """The batches; their broken pictures are named on stderr, each once."""
+    named = set[int]()
+    for batch in batches:
+        broken = batch.pop("broken")
+        for place in broken.keys() - named:
+            print(f"broken image left out: {broken[place]}", file=sys.stderr)
+        named |= broken.keys()
+        yield batch
 
-    Args:
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """The stream that the module describes. Worker processes copy it.
+
+    Attributes:
       read: makes a batch from its numbers, and from the variant of each, which is below `choices`;
         both are `[b]`.
-      elements: how many there are.
+      elements: the numbers are those below it.
       choices: how many variants each has.
-      batch_size, rows, seed, start_step: as for `make_loader`.
+      batch_size: B of the whole job.
+      rows: this process's rows, `[b]`.
+      seed: as for `make_loader`.
     """
-    mine = np.arange(batch_size) if rows is None else rows
 
-    # Batches being read belong to two epochs, or to more if epochs are short and orders cheap.
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, _ORDER, epoch)).permutation(elements)
+    read: Callable[[np.ndarray, np.ndarray], dict[str, Any]]
+    elements: int
+    choices: int
+    batch_size: int
+    rows: np.ndarray
+    seed: int
 
-    def batch(step: int) -> dict[str, np.ndarray]:
-        epochs, places = np.divmod(step * batch_size + mine, elements)
-        numbers = [order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
-        rng = np.random.default_rng((seed, _CHOICES, step))
-        return read(np.concatenate(numbers), rng.integers(choices, size=batch_size)[mine])
+    def steps(self, start: int) -> grain.MapDataset:
+        """The steps from `start` on, without an end."""
+        return grain.MapDataset.range(start, sys.maxsize // self.batch_size)
 
-    batches = grain.MapDataset.range(sys.maxsize // batch_size).map(batch)
-    iterator = iter(batches.to_iter_dataset(_READ_OPTIONS))
-    iterator.set_state({"next_index": start_step})
-    return iterator
+    def in_threads(self, start: int) -> Iterator[dict[str, Any]]:
+        """The batches from step `start` on, which threads of this process make."""
+        return iter(self.steps(start).map(self).to_iter_dataset(_READ_OPTIONS))
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """This process's rows of global batch `step`."""
+        epochs, places = np.divmod(step * self.batch_size + self.rows, self.elements)
+        numbers = [
+            _order(self.seed, epoch, self.elements)[places[epochs == epoch]]
+            for epoch in np.unique(epochs).tolist()
+        ]
+        rng = np.random.default_rng((self.seed, _CHOICES, step))
+        choices = rng.integers(self.choices, size=self.batch_size)[self.rows]
+        return self.read(np.concatenate(numbers), choices)
+
+
+# Batches being read belong to two epochs, or to more if epochs are short and orders cheap.
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, elements: int) -> np.ndarray:
+    return np.random.default_rng((seed, _ORDER, epoch)).permutation(elements)

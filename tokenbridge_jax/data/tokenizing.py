@@ -6,9 +6,9 @@ the seed, the picture's number and its source. A shard appears only when complet
 killed is therefore finished by running it again: it skips the complete shards and writes the same
 content into the others.
 
-Host and device overlap: threads decode the pictures of the next batches while the device encodes
-one batch and the host stores the one before. Several processes divide the shards among themselves.
-Each works on its own devices. If one fails, all stop.
+Host and device overlap: processes decode the pictures of the next batches while the device encodes
+one batch and this process stores the one before. The processes of a job divide the shards among
+themselves. Each works on its own devices. If one fails, all stop.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from tokenbridge_jax.runtime.progress import Progress
 # with its pictures, so the others are checked when the pictures are encoded.
 LABELS_CHECKED_FIRST = 200
 
-# Makes the batches of shards, with the strictness, sizes and threads of the run.
+# Makes the batches of shards, with the strictness, sizes and workers of the run.
 Prepare = Callable[[list[ShardPlan]], Iterator[Batch]]
 
 
@@ -92,34 +91,30 @@ def tokenize(
         info = _describe(config, autoencoder, params, subsets)
         mesh = meshes.make_mesh(devices=jax.local_devices())
         codec = Codec(autoencoder, params, info.quantizer, mesh, info.precision)
-    pool = ThreadPoolExecutor(config.tokenize.decode_workers or os.cpu_count())
 
     def prepare(plans: list[ShardPlan]) -> Iterator[Batch]:
-        size, channels = config.data.image_size, config.data.image_channels
-        batch_size = config.tokenize.batch_size
-        return prepared_batches(plans, batch_size, size, channels, pool, strict=strict)
+        data, batch_size = config.data, config.tokenize.batch_size
+        sizes = data.image_size, data.image_channels
+        return prepared_batches(plans, batch_size, *sizes, workers=data.workers, strict=strict)
 
     def measure() -> ChannelSpectrum:
         calibration = subsets["train"].spread(config.quantizer.calibration_images)
         return _measure_spectrum(calibration, codec, prepare)
 
-    try:
-        # Process 0 goes first, and the others read its description.
-        for turn in (True, False):
-            with _all_or_none():
-                if turn == first:
-                    info = _agree_on_making(folder, info, config.quantizer.channel_order, measure)
-                    if first:
-                        begin()
+    # Process 0 goes first, and the others read its description.
+    for turn in (True, False):
         with _all_or_none():
-            planned = plan_shards(folder, info, subsets)
-            mine = planned[jax.process_index() :: jax.process_count()]
-            todo = [plan for plan in mine if read_summary(plan.path) is None]
-            start = time.monotonic()
-            _write_shards(todo, sum(len(plan.images) for plan in mine), info, codec, prepare)
-            seconds = time.monotonic() - start
-    finally:
-        pool.shutdown(cancel_futures=True)
+            if turn == first:
+                info = _agree_on_making(folder, info, config.quantizer.channel_order, measure)
+                if first:
+                    begin()
+    with _all_or_none():
+        planned = plan_shards(folder, info, subsets)
+        mine = planned[jax.process_index() :: jax.process_count()]
+        todo = [plan for plan in mine if read_summary(plan.path) is None]
+        start = time.monotonic()
+        _write_shards(todo, sum(len(plan.images) for plan in mine), info, codec, prepare)
+        seconds = time.monotonic() - start
     with _all_or_none():
         if first:
             _finish(folder, info, planned)
@@ -194,7 +189,7 @@ def _check_settings(config: ConfigDict) -> None:
         ("tokenize", "batch_size", 1),
         ("tokenize", "records_per_shard", 1),
         ("tokenize", "posterior_samples", 0),
-        ("tokenize", "decode_workers", 0),
+        ("data", "workers", 0),
         ("quantizer", "calibration_images", 1),
     ]:
         if config[section][name] < minimum:

@@ -10,9 +10,7 @@ summed over the image's latents. Both terms are per pixel value. In LDM both are
 adversarial terms need networks that were trained for other tasks, and are left out.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +107,13 @@ def training_flops(config: AutoencoderConfig) -> float:
 
 
 def picture_batches(
-    source: Source, numbers: np.ndarray, size: int, channels: int, mesh: Mesh, batch_size: int
+    source: Source,
+    numbers: np.ndarray,
+    size: int,
+    channels: int,
+    mesh: Mesh,
+    batch_size: int,
+    workers: int = 0,
 ) -> Iterator[dict[str, jax.Array]]:
     """One pass over some pictures of a source, in order.
 
@@ -120,6 +124,7 @@ def picture_batches(
       channels: 3 or 1.
       mesh: the devices.
       batch_size: rounded up to a multiple of the batch shards; the last batch is padded.
+      workers: processes that decode pictures; see `workers.count_workers`.
 
     Yields:
       `images` uint8 `[B, H, W, I]` and `weights` float32 `[B]`, 0 for padding and broken pictures.
@@ -130,13 +135,12 @@ def picture_batches(
     # This process's rows of every batch. The last picture also stands for missing ones.
     mine = np.arange(0, last + 1, batch_size)[:, None] + rows
     plan = ShardPlan(Path(), "", source, numbers[np.minimum(mine, last).ravel()])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        prepared = prepared_batches([plan], len(rows), size, channels, pool)
-        for places, batch in zip(mine, prepared, strict=True):
-            weights = np.zeros(len(rows), np.float32)
-            weights[batch.good] = 1
-            arrays = {"images": batch.pixels, "weights": weights * (places <= last)}
-            yield meshes.to_global(arrays, mesh)
+    prepared = prepared_batches([plan], len(rows), size, channels, workers=workers)
+    for places, batch in zip(mine, prepared, strict=True):
+        weights = np.zeros(len(rows), np.float32)
+        weights[batch.good] = 1
+        arrays = {"images": batch.pixels, "weights": weights * (places <= last)}
+        yield meshes.to_global(arrays, mesh)
 
 
 def latent_std(module: Autoencoder, params: Any, batches: Iterator[Batch], mesh: Mesh) -> float:
