@@ -15,11 +15,11 @@ from tokenbridge_jax.config import experiment, parse_arg
 
 def get_config(arg=None):
     argument = parse_arg(arg, steps=10)
-    sections = {name: {} for name in experiment("base")}
-    return ConfigDict(sections | dict(
+    base = experiment("base").to_dict()
+    return ConfigDict(base | dict(
         seed=0, name="plain", sizes=(1, 2, 4), nested=((1, 2), (3,)), empty=(),
         epochs=placeholder(float),
-        training=dict(steps=argument.steps, rate=0.5, fast=False),
+        training=base["training"] | dict(steps=argument.steps, rate=0.5, fast=False),
     ))
 """
 

@@ -231,10 +231,11 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def check_config(config: ConfigDict) -> None:
-    """Checks the parts that every command needs: the sections, the seed, the keys of the model.
+    """Checks the parts that every command needs: the sections, their keys, and the seed.
 
     Raises:
-      UserError: a section is missing, the seed is out of range, or `model` has an unknown key.
+      UserError: a section or a key is missing, the seed is out of range, or `model` has an unknown
+        key.
     """
     known = experiment("base")
     if missing := [section for section in known if section not in config]:
@@ -247,6 +248,13 @@ def check_config(config: ConfigDict) -> None:
         moved = [key for key in unknown if key in known.training]
         advice = f"; move {', '.join(moved)} to config.training, in the file it is read from"
         raise UserError(f"config.model has no key {', '.join(unknown)}{advice if moved else ''}")
+    sections = [name for name in known if isinstance(known[name], ConfigDict)]
+    pairs = [(name, key) for name in sections for key in known[name]]
+    if absent := [f"{name}.{key}" for name, key in pairs if key not in config[name]]:
+        raise UserError(
+            f"the config has no {', '.join(absent)}, so it is from another version; add what is "
+            "missing in the file it is read from (configs/base.py has the defaults)"
+        )
     for section in ("mesh", "model", "training"):
         _check_auto(config, section)
 
