@@ -70,6 +70,43 @@ def test_samples_are_written(workdir, pipeline, capsys):
     assert "7 images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_a_file_for_each_sample(workdir, pipeline, tmp_path, capsys, kind):
+    flags = [f"--workdir={workdir}", "--num_images=7", "--classes=3,8", f"--output={tmp_path}"]
+    flags += [f"--format={kind}", "--config.sampling.batch_size=4"]
+    assert runner.run("sample", flags) == 0
+    assert f"wrote {tmp_path / 'images'} (7 images)" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == [f"{number:07d}.{kind}" for number in range(7)]
+    labels = np.load(tmp_path / "labels.npy")
+    assert labels.tolist() == [3, 8, 3, 8, 3, 8, 3]
+    settings = dict(num_iter=3, guidance=2.0, temperature=0.7, batch_size=4)
+    for name, expected in zip(names, pipeline.generate(labels.tolist(), **settings), strict=True):
+        with Image.open(tmp_path / "images" / name) as picture:
+            assert picture.format == kind.upper()
+            np.testing.assert_array_equal(np.asarray(picture.convert("L")), expected[..., 0])
+    assert (tmp_path / "grid.png").exists()
+    # Pictures of another call are not mixed with these.
+    assert runner.run("sample", flags) == 2
+    assert f"{tmp_path / 'images'} holds files; remove it, or name" in capsys.readouterr().err
+
+
+def test_a_stream_draws_one_batch_after_the_other(pipeline):
+    settings = dict(num_iter=3, guidance=2.0, seed=5)
+    # A million images: only the first batches are drawn.
+    parts = pipeline.stream([1, 2] * 500_000, batch_size=8, **settings)
+    first = np.concatenate([next(parts), next(parts)])
+    parts.close()
+    indices = pipeline.generate_indices([1, 2] * 8, batch_size=8, **settings)
+    np.testing.assert_array_equal(
+        first, np.concatenate([*map(pipeline.decode, (indices[:8], indices[8:]))])
+    )
+    sizes = [len(part) for part in pipeline.stream([3] * 19, batch_size=8, **settings)]
+    assert sizes == [8, 8, 3]
+    with pytest.raises(UserError, match=r"sampling.batch_size=0 must be at least 1"):
+        pipeline.stream([3], batch_size=0)
+
+
 def test_metrics_have_the_likelihood(workdir):
     rows = read_metrics(workdir / "metrics.jsonl")
     assert rows[-1]["step"] == 4

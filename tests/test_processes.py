@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soak
 from jobs import start_job
+from PIL import Image
 
 from tokenbridge_jax.runtime.processes import EXIT_LOST
 
@@ -83,19 +84,24 @@ def test_sampling_gives_every_image_once_for_any_number_of_processes(trained, tm
     command += ["--num_images=22", "--config.sampling.batch_size=8"]
     jobs = {}
     for count in (1, 4):
-        output = ["--output", tmp_path / str(count)]
+        # Four processes share the writing.
+        output = ["--output", tmp_path / str(count), "--format", "npz" if count == 1 else "png"]
         jobs[count] = start_job([*command, *output], [[]] * count, devices=4 // count)
     for count, job in jobs.items():
         outputs = [process.communicate(timeout=soak.LIMIT_SECONDS)[0] for process in job]
         assert [process.returncode for process in job] == [0] * count
         assert ["(22 images)" in output for output in outputs] == [True] + [False] * (count - 1)
-    one, four = (np.load(tmp_path / str(count) / "samples.npz") for count in jobs)
+    one = np.load(tmp_path / "1" / "samples.npz")
     assert one["arr_0"].shape == (22, 16, 16, 1)
     assert len({image.tobytes() for image in one["arr_0"]}) == 22
-    np.testing.assert_array_equal(four["labels"], np.resize([0, 1, 2], 22))
+    files = sorted((tmp_path / "4" / "images").iterdir())
+    assert [file.name for file in files] == [f"{number:07d}.png" for number in range(22)]
+    four = np.stack([np.asarray(Image.open(file))[..., None] for file in files])
+    for labels in (one["labels"], np.load(tmp_path / "4" / "labels.npy")):
+        np.testing.assert_array_equal(labels, np.resize([0, 1, 2], 22))
     # The same indices. Devices decode batches of another size, which moves a value at the edge
     # between two pixel levels.
-    difference = np.abs(four["arr_0"].astype(int) - one["arr_0"].astype(int))
+    difference = np.abs(four.astype(int) - one["arr_0"].astype(int))
     assert difference.max() <= 1
     assert np.count_nonzero(difference) <= 5
 

@@ -284,12 +284,7 @@ def write_images(path: epath.PathLike, images: ImageSet, labels: Integer[np.ndar
     Raises:
       UserError: it cannot be written.
     """
-    with storage.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open(f"{ARRAY}.npy", "w", force_zip64=True) as array:
-            shape = (images.count, *images.shape)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(array, header)
-            for batch in images.batches(64, 0, images.count):
-                array.write(np.ascontiguousarray(batch).data)
-        with archive.open("labels.npy", "w") as array:
-            np.lib.format.write_array(array, np.asarray(labels))
+    shape = (images.count, *images.shape)
+    with storage.npz_in_parts(path, ARRAY, shape, labels=np.asarray(labels)) as append:
+        for batch in images.batches(64, 0, images.count):
+            append(batch)

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int, Integer, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 
 import tokenbridge_jax.pipeline.editing as editing
 import tokenbridge_jax.pipeline.pretrained as pretrained
@@ -21,7 +21,8 @@ from tokenbridge_jax.model import abstract_params
 from tokenbridge_jax.pipeline.description import ClassId, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.sampling.batches import Preview, generate_in_batches
+from tokenbridge_jax.runtime.progress import Progress
+from tokenbridge_jax.sampling.batches import Preview, generate_in_batches, start_batches
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 
@@ -176,16 +177,65 @@ class Pipeline:
           UserError: a class does not exist or a setting is out of range.
         """
         checks.preview(preview)
+        if preview is None:
+            parts = self.stream(
+                class_ids, seed=seed, batch_size=batch_size, progress=progress, **settings
+            )
+            return np.concatenate(list(parts))
         indices = self.generate_indices(
             class_ids,
             seed=seed,
             batch_size=batch_size,
             progress=progress,
-            preview=preview and (lambda done, steps, x: preview(done, steps, self.decode(x))),
+            preview=lambda done, steps, x: preview(done, steps, self.decode(x)),
             preview_every=preview_every,
             **settings,
         )
-        return in_batches(self.decode, indices, batch_size)
+        size = meshes.round_up_batch(min(batch_size, len(indices)), self.mesh)
+        return in_batches(self.decode, indices, size)
+
+    def stream(
+        self,
+        class_ids: Sequence[ClassId] | Any,
+        *,
+        seed: int | Any = 0,
+        batch_size: int | Any = 64,
+        progress: bool = False,
+        **settings: Any,
+    ) -> Iterator[UInt8[np.ndarray, "b H W I"]]:
+        """Like `generate`, but yields the images batch by batch, in order.
+
+        While the caller uses a batch, the devices draw the next one. All processes of a job get all
+        images.
+
+        Args and errors are those of `generate`.
+        """
+        labels = self.labels(class_ids)
+        started = start_batches(
+            self.config,
+            self.params,
+            labels,
+            SamplingSettings(**settings),
+            self.mesh,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        return self._decoded(started, Progress(len(labels), desc="sample", visible=progress))
+
+    def _decoded(
+        self, started: Iterator[tuple[int, Array]], progress: Progress
+    ) -> Iterator[UInt8[np.ndarray, "b H W I"]]:
+        images = None
+        with progress:
+            for count, drawn in started:
+                if images is not None:
+                    yield np.asarray(images)
+                with meshes.use_mesh(self.mesh):
+                    indices = meshes.on_host(drawn)[:count]
+                images = self.codec.decode(indices, grid=self.grid)
+                progress.update(count)
+            if images is not None:
+                yield np.asarray(images)
 
     edit = editing.edit
     outpaint = editing.outpaint

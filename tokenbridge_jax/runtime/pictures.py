@@ -1,7 +1,8 @@
-"""Writes PNG files: single images, and grids of images."""
+"""Writes pictures: single images, and grids of images."""
 
 import io as bytes_io
 import math
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -9,6 +10,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from tokenbridge_jax.runtime import storage
+
+# Files without loss, and their options in Pillow.
+KINDS: dict[str, dict[str, Any]] = {"png": {}, "webp": {"lossless": True}}
 
 GAP = 2
 GAP_VALUE = 96
@@ -50,6 +54,15 @@ def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "H W I"]) -> None:
     Raises:
       UserError: it cannot be written.
     """
+    write(path, image, "png")
+
+
+def write(path: epath.PathLike, image: UInt8[np.ndarray, "H W I"], kind: str) -> None:
+    """Writes an image of 1 or 3 channels as one of `KINDS`, completely or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     buffer = bytes_io.BytesIO()
-    to_pil(image).save(buffer, "PNG")
+    to_pil(image).save(buffer, kind.upper(), **KINDS[kind])
     storage.write_bytes(path, buffer.getvalue())

@@ -13,12 +13,13 @@ import tempfile
 import time
 import uuid
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -224,6 +225,40 @@ def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = bytes_io.BytesIO()
     np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
     write_bytes(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def npz_in_parts(
+    path: epath.PathLike, name: str, shape: Sequence[int], **others: np.ndarray
+) -> Iterator[Callable[[UInt8[np.ndarray, "n ..."]], None]]:
+    """Writes a `.npz` file as `np.savez` would, with an array `name` that comes in parts.
+
+    The file is written completely or not at all.
+
+    Args:
+      path: of the file.
+      name: of the array, which is uint8.
+      shape: of the whole array.
+      **others: further arrays.
+
+    Yields:
+      A function that appends rows to the array.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for other, array in others.items():
+            with archive.open(f"{other}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array))
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(member, header)
+
+            def append(rows: UInt8[np.ndarray, "n ..."]) -> None:
+                member.write(np.ascontiguousarray(rows).data)
+
+            yield append
 
 
 def read_npz(path: epath.PathLike, *, without: Collection[str] = ()) -> dict[str, np.ndarray]:

@@ -1,13 +1,14 @@
 """Any number of images, drawn batch by batch on a mesh."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from tokenbridge_jax.codec import check_index_range, padded_size
 from tokenbridge_jax.model import TokenBridgeConfig
@@ -67,14 +68,9 @@ def generate_in_batches(
       UserError: batch size, seed, a number, a label, weights, an index, or a shape or dtype is not
         as described here.
     """
-    batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
-    seed = checks.seed(seed)
     preview_every = checks.at_least("preview_every", preview_every, 1)
     checks.preview(preview)
     labels = checks.labels(labels, config.classes)
-    first = checks.at_least("first", first, 0)
-    if first + len(labels) > 2**31:
-        raise UserError(f"first={first} leaves no numbers below 2**31 for {len(labels)} images")
     if known is None and hidden is not None:
         raise UserError("hidden says what to draw of known images: give known too")
     shape = (len(labels), config.positions, config.channels)
@@ -85,10 +81,77 @@ def generate_in_batches(
         check_index_range(known[~hidden], config.levels)
     dtype = config.quantizer.index_dtype
     result = np.zeros(shape, dtype) if known is None else known.astype(dtype)
+    requests = _requests(config, labels, mesh, seed, batch_size, first, result, hidden)
+    with Progress(len(labels), desc="sample", visible=progress) as bar:
+        for chosen, request in requests:
+            with meshes.use_mesh(mesh):
+                arguments = config, params, request, settings
+                if preview is None:
+                    drawn = meshes.on_host(generate(*arguments))
+                else:
+                    for done, steps, indices in generate_steps(*arguments, preview_every):
+                        drawn = meshes.on_host(indices)
+                        preview(done, steps, drawn[: len(chosen)].astype(dtype))
+            result[chosen] = drawn[: len(chosen)]
+            bar.update(len(chosen))
+    return result
+
+
+def start_batches(
+    config: TokenBridgeConfig,
+    params: dict[str, Any],
+    labels: Int[np.ndarray, " N"] | Float[np.ndarray, "N classes"] | Any,
+    settings: SamplingSettings,
+    mesh: Mesh,
+    *,
+    seed: int | Any = 0,
+    batch_size: int | Any = 64,
+) -> Iterator[tuple[int, Int[Array, "size L C"]]]:
+    """Starts the batches of `generate_in_batches` one after the other, in order.
+
+    Args and errors are those of `generate_in_batches`.
+
+    Returns:
+      An iterator of the number of images in a batch, and their indices on the devices, which may
+      still be drawing them. Further rows fill the batch up.
+    """
+    labels = checks.labels(labels, config.classes)
+    requests = _requests(config, labels, mesh, seed, batch_size)
+
+    def start(chosen: np.ndarray, request: Request) -> tuple[int, jax.Array]:
+        with meshes.use_mesh(mesh):
+            return len(chosen), generate(config, params, request, settings)
+
+    return itertools.starmap(start, requests)
+
+
+def _requests(
+    config: TokenBridgeConfig,
+    labels: np.ndarray,
+    mesh: Mesh,
+    seed: int | Any,
+    batch_size: int | Any,
+    first: int | Any = 0,
+    known: Any = None,
+    hidden: Any = None,
+) -> Iterator[tuple[Int[np.ndarray, " n"], Request]]:
+    """The batches of `generate_in_batches`: which images they hold, and what to draw of them."""
+    batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
+    seed = checks.seed(seed)
+    first = checks.at_least("first", first, 0)
+    if first + len(labels) > 2**31:
+        raise UserError(f"first={first} leaves no numbers below 2**31 for {len(labels)} images")
     put = functools.partial(jax.device_put, device=meshes.batch_sharding(mesh))
     counts = np.full(len(labels), config.positions) if hidden is None else hidden.sum(axis=1)
-    with meshes.use_mesh(mesh), Progress(len(labels), desc="sample", visible=progress) as bar:
-        for num_hidden in np.unique(counts[counts > 0]):
+
+    def request(batch: np.ndarray, num_hidden: int) -> Request:
+        made = Request(put(labels[batch]), put(first + batch), seed)
+        if hidden is None:
+            return made
+        return made._replace(known=Known(put(known[batch]), put(hidden[batch]), num_hidden))
+
+    def requests() -> Iterator[tuple[np.ndarray, Request]]:
+        for num_hidden in np.unique(counts[counts > 0]).tolist():
             images = np.flatnonzero(counts == num_hidden).astype(np.int32)
             size = meshes.round_up_batch(min(batch_size, len(images)), mesh)
             if hidden is not None:  # Groups have many sizes, and each size needs a program.
@@ -97,17 +160,6 @@ def generate_in_batches(
                 chosen = images[start : start + size]
                 # The last image fills the batch up.
                 batch = np.pad(chosen, (0, size - len(chosen)), mode="edge")
-                request = Request(put(labels[batch]), put(first + batch), seed)
-                if hidden is not None:
-                    some = Known(put(result[batch]), put(hidden[batch]), int(num_hidden))
-                    request = request._replace(known=some)
-                arguments = config, params, request, settings
-                if preview is None:
-                    drawn = meshes.on_host(generate(*arguments))
-                else:
-                    for done, steps, indices in generate_steps(*arguments, preview_every):
-                        drawn = meshes.on_host(indices)
-                        preview(done, steps, drawn[: len(chosen)].astype(dtype))
-                result[chosen] = drawn[: len(chosen)]
-                bar.update(len(chosen))
-    return result
+                yield chosen, request(batch, num_hidden)
+
+    return requests()
