@@ -4,6 +4,7 @@ import collections
 import gc
 import itertools
 import resource
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -288,6 +289,20 @@ def test_image_loader_gives_the_same_batches_with_worker_processes(images):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert np.array_equal(found[name], value)
+
+
+def test_image_loader_takes_no_longer_for_more_images():
+    """A million places are not listed for every image."""
+    source = sources.DigitsSource("validation")
+    subset = sources.Subset(source, np.resize(np.arange(40), 10**7))
+    pictures = loader._Pictures(subset, 8, 1)
+    tracemalloc.start()
+    try:
+        batch = pictures(np.array([0, 10**7 - 1]), np.zeros(2))
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(batch["images"], source.images[[0, 39]])
 
 
 @pytest.mark.usefixtures("memory")

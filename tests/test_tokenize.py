@@ -291,7 +291,9 @@ def test_nan_names_the_picture(workdir, images):
 
 
 def test_command(workdir, images, tmp_path, capsys):
-    config = {section: {} for section in experiment("base")} | make_config(images).to_dict()
+    base = experiment("base")
+    base.update(make_config(images).to_dict())
+    config = base.to_dict()
     config_file = tmp_path / "config.py"
     config_file.write_text(
         "from ml_collections import ConfigDict\n\n\n"

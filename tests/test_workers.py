@@ -38,6 +38,10 @@ def endless(work):
     return in_order(grain.MapDataset.range(10**9), work, 2, MEGABYTE)
 
 
+def shared_segments():
+    return set(Path("/dev/shm").glob("psm_*"))
+
+
 def test_results_are_in_order_until_closed():
     """Signals for a whole group of processes end no worker."""
     with contextlib.closing(endless(squares)) as results:
@@ -53,10 +57,17 @@ def test_results_are_in_order_until_closed():
                     os.kill(pid, signal.SIGINT)
         assert len(set(pids)) == 2
         assert os.getpid() not in pids
+        # A slow consumer that holds two results.
+        before = shared_segments()
+        for _ in range(4):
+            time.sleep(0.3)
+            held = next(results), next(results)
+        assert len(held) == 2
+        assert len(shared_segments() - before) <= 2 * workers._AT_ONCE
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize(("megabytes", "processes"), [(64, 4), (20, 3), (11, 1), (5, 1)])
+@pytest.mark.parametrize(("megabytes", "processes"), [(64, 4), (24, 3), (15, 1), (7, 1)])
 def test_workers_fit_shared_memory(monkeypatch, capsys, megabytes, processes):
     usage = collections.namedtuple("usage", "free")(megabytes * MEGABYTE)
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda folder: usage)
@@ -67,7 +78,7 @@ def test_workers_fit_shared_memory(monkeypatch, capsys, megabytes, processes):
         assert not line
     else:
         assert f"{processes} instead of 4 processes decode pictures, because /dev/shm" in line
-        assert f"has {megabytes} MiB of shared memory and not 24; Docker" in line
+        assert f"has {megabytes} MiB of shared memory and not 32; Docker" in line
 
 
 def test_an_error_of_the_work_is_raised_here():
@@ -85,26 +96,91 @@ def test_a_killed_worker_gives_one_line():
     assert not multiprocessing.active_children()
 
 
-KILLED = """
+HEADER = """
 import os, signal, sys
 sys.path.insert(0, "tests")
-from test_workers import endless, squares
+from test_workers import *
+"""
+KILLED = """
 if __name__ == "__main__":
     results = endless(squares)
     print(*sorted({next(results)[0] for _ in range(4)}), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
+FINITE = """
+if __name__ == "__main__":
+    results = in_order(grain.MapDataset.range(8), squares, 2, MEGABYTE)
+    print(*(int(small[0]) for _, _, small in results))
+"""
+UNGUARDED = """
+try:
+    next(endless(squares))
+except UserError as error:
+    print(error)
+"""
+INTERRUPTED = """
+def main():
+    for _, _, small in endless(squares):
+        print(*small, flush=True)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("starting", flush=True)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
 
 
-def test_workers_end_when_their_parent_is_killed(tmp_path):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    pids = list(map(int, done.stdout.split()))
+@pytest.fixture
+def start(tmp_path):
+    """Starts a script in a process group of its own."""
+
+    def start(script):
+        path = tmp_path / "script.py"
+        path.write_text(HEADER + script)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, path]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0, **pipes)
+
+    return start
+
+
+def test_a_finite_pass_leaves_no_shared_memory(start):
+    """Python would warn of it at the end."""
+    process = start(FINITE)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out, err) == (0, "0 1 4 9 16 25 36 49\n", "")
+
+
+def test_a_script_without_a_guard_is_told(start):
+    process = start(UNGUARDED)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "could not start" in out
+    assert '`if __name__ == "__main__":`' in out
+
+
+@pytest.mark.parametrize("lines", [1, 3])
+def test_workers_say_nothing_when_the_group_is_interrupted(start, lines):
+    """While they start, and after their first results."""
+    process = start(INTERRUPTED)
+    first = [process.stdout.readline() for _ in range(lines)]
+    assert first[0] == "starting\n"
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert out.endswith("interrupted\n")
+
+
+def test_workers_end_when_their_parent_is_killed(start):
+    process = start(KILLED)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, err
+    pids = list(map(int, out.split()))
     assert len(pids) == 2
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
@@ -118,3 +194,7 @@ def test_few_pictures_need_few_processes(monkeypatch):
     assert [count_workers(0, number) for number in pictures] == [0, 0, 2, 15, 16]
     # A number that the user gives is taken as it is; one process is this one.
     assert [count_workers(asked, 10) for asked in (1, 2, 64)] == [0, 2, 64]
+    monkeypatch.setattr(workers, "cores", lambda: 128)
+    assert count_workers(0, 10**6) == 32
+    with pytest.raises(UserError, match=r"data.workers is -1, must be at least 0"):
+        count_workers(-1, 10)

@@ -251,9 +251,10 @@ def check_config(config: ConfigDict) -> None:
     sections = [name for name in known if isinstance(known[name], ConfigDict)]
     pairs = [(name, key) for name in sections for key in known[name]]
     if absent := [f"{name}.{key}" for name, key in pairs if key not in config[name]]:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         raise UserError(
-            f"the config has no {', '.join(absent)}, so it is from another version; add what is "
-            "missing in the file it is read from (configs/base.py has the defaults)"
+            f"the config has no {', '.join(absent[:5])}{more}, so it is from another version; add "
+            "what is missing in the file it is read from (configs/base.py has the defaults)"
         )
     for section in ("mesh", "model", "training"):
         _check_auto(config, section)

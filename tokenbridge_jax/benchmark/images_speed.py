@@ -18,7 +18,7 @@ _PICTURES = 2_000_000
 
 
 def cases(config: ConfigDict, batches: Sequence[int], workers: Sequence[int]) -> list[Case]:
-    """Cases that prepare the pictures of `config.data`, as `tokenize` and `train-vae` do.
+    """Cases that prepare the pictures of `config.data`, as `tokenize` does.
 
     Args:
       config: the experiment; `data` says which pictures, and their size.

@@ -13,8 +13,8 @@
   loader       batches from shards
   images       batches of decoded and cropped images, by --workers processes
 
-Weights and data are random, except `images`. `tokenbridge_jax/benchmark/measure.py` explains the
-fields.
+Weights and data are random, except the pictures of `images`.
+`tokenbridge_jax/benchmark/measure.py` explains the fields.
 If a case does not fit into memory, its line has an `error`, and the exit status is still 0.
 """
 

@@ -37,7 +37,7 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 # Pictures for training an autoencoder stay in memory, decoded, if they take no more; so many are
 # decoded together.
 _DECODED_BYTES, _DECODED_TOGETHER = 2 * 2**30, 64
-_MANY = 10_000  # So many pictures show progress.
+_MANY = 2000  # So many pictures show progress.
 # Random generators of a seed, by what they draw.
 _ORDER, _CHOICES = 0, 1
 
@@ -277,7 +277,7 @@ class _Pictures:
     def _load(self, place: int, broken: dict[int, str]) -> tuple[np.ndarray, int]:
         """The picture at a place, or the next one that is not broken, and its label."""
         chosen = self.subset.images
-        for following in (*range(place, len(chosen)), *range(place)):
+        for following in itertools.chain(range(place, len(chosen)), range(place)):
             picture = int(chosen[following])
             try:
                 return load_prepared(
