@@ -21,6 +21,7 @@ from typing import Any
 
 import cloudpickle
 import grain
+import jax
 from absl import flags
 
 from tokenbridge_jax.runtime.errors import UserError
@@ -156,7 +157,8 @@ def _stored(path: str) -> Callable[[Any], Any]:
 
 
 def _begin(parent: int, *_: Any) -> None:
-    """Lets a worker process end when its parent is gone."""
+    """Lets a worker process end when its parent is gone, and keeps it from the devices."""
+    jax.config.update("jax_platforms", "cpu")
 
     def watch() -> None:
         while os.getppid() == parent:
