@@ -66,7 +66,10 @@ def define_flags(flag_values: flags.FlagValues, word: str | None) -> None:
     define(flags.DEFINE_integer, "hidden", None, "train: this many hidden positions, not the mean.")
     define(flags.DEFINE_bool, "all_buckets", False, "train: every program, and the expected step.")
     define(
-        flags.DEFINE_list, "workers", None, "images: numbers of processes. Default: 1, all cores."
+        flags.DEFINE_list,
+        "workers",
+        None,
+        "images: numbers of processes, 1 is a thread. Default: 1, all cores.",
     )
     define(flags.DEFINE_list, "steps", None, "sample: numbers of reveal steps.")
     define(flags.DEFINE_float, "guidance", None, "sample: scale; 1 is off. Default: config's.")

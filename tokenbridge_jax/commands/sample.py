@@ -1,7 +1,7 @@
 """Samples images: WORKDIR/checkpoints + WORKDIR/autoencoder -> WORKDIR/samples.
 
 Writes `samples.npz` (`arr_0`: uint8 NHWC, `labels`: int32) and `grid.png` with the first 100. With
---format=png or webp (without loss) it writes `images/0000000.png`, ... and `labels.npy` instead;
+--format=png or webp (without loss) it writes `images/labels.npy`, `images/0000000.png`, ...;
 the processes of a job share this work. Images are written batch by batch, while the devices draw
 the next ones, so any number of them needs little memory.
 
@@ -72,13 +72,9 @@ def main(args: flags.FlagValues) -> None:
     if args.format == "npz":
         written = _write_npz(output / "samples.npz", parts, labels)
     else:
-        written = _write_pictures(folder, parts, args.format)
+        written = _write_pictures(folder, parts, labels, args.format)
     if jax.process_index() > 0:
         return
-    if args.format != "npz":
-        buffer = bytes_io.BytesIO()
-        np.save(buffer, labels)
-        storage.write_bytes(output / "labels.npy", buffer.getvalue())
     columns = min(len(classes), 10)
     grid = pictures.grid(np.concatenate(shown)[:IN_GRID], columns)
     pictures.write_png(output / "grid.png", grid)
@@ -120,9 +116,13 @@ def _write_npz(
 
 
 def _write_pictures(
-    folder: epath.Path, parts: Iterator[UInt8[np.ndarray, "b H W I"]], kind: str
+    folder: epath.Path, parts: Iterator[UInt8[np.ndarray, "b H W I"]], labels: np.ndarray, kind: str
 ) -> epath.Path:
     """A file for each image; process p writes the images p, p + processes, p + 2 processes, ..."""
+    if jax.process_index() == 0:
+        buffer = bytes_io.BytesIO()
+        np.save(buffer, labels)
+        storage.write_bytes(folder / "labels.npy", buffer.getvalue())
     start = 0
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock.
         for part in parts:

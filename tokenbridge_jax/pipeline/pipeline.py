@@ -206,9 +206,9 @@ class Pipeline:
         """Like `generate`, but yields the images batch by batch, in order.
 
         While the caller uses a batch, the devices draw the next one. All processes of a job get all
-        images.
+        images. The arrays are read-only.
 
-        Args and errors are those of `generate`.
+        Args and errors are those of `generate`, without previews.
         """
         labels = self.labels(class_ids)
         started = start_batches(
