@@ -6,8 +6,8 @@
 The bytes below are fitted to compiled steps in bfloat16: those of TPUs to the table of
 `launch/README.md` (layers scanned) and to size L on one v5e chip, those of GPUs to three figures of
 `docs/performance.md` (layers unrolled). Since then kernels save memory on TPUs: the estimates are 1
-to 12 % above what the compiler needs, and 23 % where the whole head is one chunk (`launch/README.md`
-has such steps).
+to 12 % above what the compiler needs, and up to 23 % where the whole head is one chunk (compare
+`launch/README.md`).
 """
 
 import dataclasses
