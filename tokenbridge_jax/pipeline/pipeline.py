@@ -177,6 +177,7 @@ class Pipeline:
           UserError: a class does not exist or a setting is out of range.
         """
         checks.preview(preview)
+        checks.at_least("preview_every", preview_every, 1)
         if preview is None:
             parts = self.stream(
                 class_ids, seed=seed, batch_size=batch_size, progress=progress, **settings
