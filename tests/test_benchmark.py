@@ -181,9 +181,6 @@ def test_the_loader_from_given_shards(benchmark, tmp_path):
     assert settings["folder"] == str(tmp_path)
 
 
-# --- Timing, profiles -----------------------------------------------------------------------------
-
-
 def test_images_from_disk(benchmark, images):
     source = ("--config.data.source=folder", f"--config.data.path={images}")
     flags = ("--config.data.image_channels=3", "--config.data.image_size=16", "--batch=8")
@@ -198,6 +195,9 @@ def test_images_from_disk(benchmark, images):
         {"batch": 8, "workers": 1, "efficiency": 1.0},
         {"batch": 8, "workers": 2, "efficiency": pytest.approx(two / 2 / one, rel=1e-4)},
     ]
+
+
+# --- Timing, profiles -----------------------------------------------------------------------------
 
 
 def test_short_calls_are_timed_in_runs():

@@ -234,8 +234,7 @@ def check_config(config: ConfigDict) -> None:
     """Checks the parts that every command needs: the sections, their keys, and the seed.
 
     Raises:
-      UserError: a section or a key is missing, the seed is out of range, or `model` has an unknown
-        key.
+      UserError: a section or key is missing, the seed is wrong, or `model` has an unknown key.
     """
     known = experiment("base")
     if missing := [section for section in known if section not in config]:
@@ -248,8 +247,7 @@ def check_config(config: ConfigDict) -> None:
         moved = [key for key in unknown if key in known.training]
         advice = f"; move {', '.join(moved)} to config.training, in the file it is read from"
         raise UserError(f"config.model has no key {', '.join(unknown)}{advice if moved else ''}")
-    sections = [name for name in known if isinstance(known[name], ConfigDict)]
-    pairs = [(name, key) for name in sections for key in known[name]]
+    pairs = [(s, key) for s in known if isinstance(known[s], ConfigDict) for key in known[s]]
     if absent := [f"{name}.{key}" for name, key in pairs if key not in config[name]]:
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         raise UserError(

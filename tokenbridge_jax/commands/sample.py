@@ -10,7 +10,6 @@ the next ones, so any number of them needs little memory.
 """
 
 import functools
-import io as bytes_io
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -120,16 +119,14 @@ def _write_pictures(
 ) -> epath.Path:
     """A file for each image; process p writes the images p, p + processes, p + 2 processes, ..."""
     if jax.process_index() == 0:
-        buffer = bytes_io.BytesIO()
-        np.save(buffer, labels)
-        storage.write_bytes(folder / "labels.npy", buffer.getvalue())
+        storage.write_npy(folder / "labels.npy", labels)
+    write = functools.partial(pictures.write, kind=kind)
     start = 0
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock.
         for part in parts:
             numbers = range(start, start + len(part))
             mine = [n for n in numbers if n % jax.process_count() == jax.process_index()]
             paths = [folder / f"{number:07d}.{kind}" for number in mine]
-            write = functools.partial(pictures.write, kind=kind)
             list(pool.map(write, paths, [part[number - start] for number in mine]))
             start += len(part)
     return folder

@@ -249,10 +249,8 @@ class _Decoded:
         if not len(good):
             raise UserError("none of the images can be read")
         next_good = good[np.searchsorted(good, broken) % len(good)]
-        self._images[broken], self._labels[broken] = (
-            self._images[next_good],
-            self._labels[next_good],
-        )
+        for array in (self._images, self._labels):
+            array[broken] = array[next_good]
 
     def __call__(self, places: np.ndarray, mirrored: np.ndarray) -> dict[str, np.ndarray]:
         """A batch of the pictures at these places."""

@@ -35,6 +35,7 @@ from tokenbridge_jax.data.batches import Batch, ShardPlan, prepared_batches
 from tokenbridge_jax.data.shard_writer import ShardWriter, read_summary
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.sources import Subset, make_subsets
+from tokenbridge_jax.data.workers import count_workers
 from tokenbridge_jax.ops.precision import check_precision
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, processes, storage
@@ -189,13 +190,13 @@ def _check_settings(config: ConfigDict) -> None:
         ("tokenize", "batch_size", 1),
         ("tokenize", "records_per_shard", 1),
         ("tokenize", "posterior_samples", 0),
-        ("data", "workers", 0),
         ("quantizer", "calibration_images", 1),
     ]:
         if config[section][name] < minimum:
             raise UserError(
                 f"config.{section}.{name} is {config[section][name]}, must be at least {minimum}"
             )
+    count_workers(config.data.workers, 0)
     if "precision" not in config.tokenize:
         raise UserError("the config has no tokenize.precision; add precision='float32'")
     check_precision(config.tokenize.precision, "config.tokenize.precision")

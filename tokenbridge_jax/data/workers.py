@@ -96,16 +96,13 @@ def in_order(
         made = grain.experimental.WithOptionsIterDataset(made, options)
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_READY)
         begin = functools.partial(_begin, os.getpid())
-        with contextlib.closing(iter(made.mp_prefetch(processes, worker_init_fn=begin))) as results:
-            with _without_signals(), _named_errors():
-                result = next(results)
-            yield result
-            del result
-            for _ in range(len(items) - 1):
-                with _named_errors():
-                    result = next(results)
-                yield result
-                del result
+        results = iter(made.mp_prefetch(processes, worker_init_fn=begin))
+        with contextlib.closing(results), _named_errors():
+            with _without_signals():
+                first = next(results)
+            yield first
+            del first
+            yield from results
     gc.collect()  # The traceback of grain's StopIteration would keep the last results.
 
 

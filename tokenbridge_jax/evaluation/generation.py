@@ -136,9 +136,7 @@ def draw(
             )[: len(wanted)]
             parts.append(indices)
             if first:
-                buffer = bytes_io.BytesIO()
-                np.save(buffer, indices)
-                storage.write_bytes(folder / _part_name(start), buffer.getvalue())
+                storage.write_npy(folder / _part_name(start), indices)
             bar.update(len(wanted))
     return np.concatenate(parts)[: len(labels)]
 

@@ -220,6 +220,13 @@ def _reason_and_advice(error: OSError) -> str:
     return f"{error.strerror or error}" + (f"; {advice}" if advice else "")
 
 
+def write_npy(path: epath.PathLike, array: np.ndarray) -> None:
+    """Like `np.save`, but the file is written completely or not at all (see `write_bytes`)."""
+    buffer = bytes_io.BytesIO()
+    np.save(buffer, array)
+    write_bytes(path, buffer.getvalue())
+
+
 def write_npz(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """Like `np.savez`, but the file is written completely or not at all (see `write_bytes`)."""
     buffer = bytes_io.BytesIO()
