@@ -26,7 +26,6 @@ setup(
     install_requires=[
         "absl-py",
         "array-record>=0.8,<0.9",
-        "cloudpickle",  # What grain sends to worker processes.
         "clu>=0.0.12,<0.1",
         "etils[epath]",
         "filelock",  # JAX bounds the folder of compiled programs with it.

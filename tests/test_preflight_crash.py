@@ -43,7 +43,9 @@ def test_a_crash_of_the_compiler_has_a_message_a_status_and_a_row(tmp_path, monk
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
 def test_the_compiler_ends_with_the_command(tmp_path, monkeypatch, number, status):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     told = tmp_path / "pid"

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -39,6 +40,7 @@ def failing(error):
         (UserError("the folder is empty; put images there"), 2, "error: the folder is empty; put "
          "images there"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "terminated"),
     ],
 )  # fmt: skip
 def test_a_mistake_or_an_interrupt_gives_one_line(probe, run, error, status, message):

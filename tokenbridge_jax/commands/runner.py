@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -81,7 +82,8 @@ def run(name: str, argv: list[str]) -> int:
 
     0: success. 1: a bug or a temporary fault; the traceback is in a file. 2: a user's mistake, with
     one line on stderr. 75: training was asked to stop and has saved its state. 76: another process
-    of the job has ended. 130: interrupted. One of several processes exits instead of returning.
+    of the job has ended. 130: interrupted. 143: terminated. One of several processes exits instead
+    of returning.
     """
     try:
         command = importlib.import_module(f"tokenbridge_jax.commands.{COMMANDS[name][0]}")
@@ -117,13 +119,16 @@ def run(name: str, argv: list[str]) -> int:
             environment.check_devices()
             if not args.distributed:
                 compilation_cache.enable()
+        if processes.alone():  # Others would wait in C, where no handler of Python runs.
+            signal.signal(signal.SIGTERM, _terminate)  # After libtpu's, which prints its stack.
         return processes.leave(command.main(args, *given) or 0)
     except UserError as error:
         print(f"tokenbridge {name}: error: {error}", file=sys.stderr)
         return processes.leave(EXIT_USER_ERROR, processes.FAILURE_SECONDS)
-    except KeyboardInterrupt:
-        print(f"tokenbridge {name}: interrupted", file=sys.stderr)
-        return processes.leave(130, processes.FAILURE_SECONDS)
+    except KeyboardInterrupt as interrupt:
+        word, status = ("interrupted", 130) if not interrupt.args else ("terminated", 143)
+        print(f"tokenbridge {name}: {word}", file=sys.stderr)
+        return processes.leave(status, processes.FAILURE_SECONDS)
     except Exception as error:
         reason, status = failures.describe(error)
         print(f"tokenbridge {name}: error: {reason}{failures.keep(name, error)}", file=sys.stderr)
@@ -132,6 +137,12 @@ def run(name: str, argv: list[str]) -> int:
         traceback.print_exc()  # The file may be lost together with its host.
         # When another process ends, a program on the devices can fail before the heartbeat does.
         return processes.leave(status, processes.heartbeat_seconds() + processes.FAILURE_SECONDS)
+
+
+def _terminate(number: int, _: object) -> None:
+    """Ends a command on SIGTERM as on Ctrl-C, with nothing left behind. A second one kills."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
 
 
 def _flags_of(

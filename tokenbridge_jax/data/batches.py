@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from tokenbridge_jax.data.images import ImageError
@@ -77,7 +76,7 @@ def prepared_batches(
     prepare = _Prepare(plans, (batch_size, image_size, image_size, image_channels))
     workers = count_workers(workers, sum(len(plan.images) for plan in plans))
     size = batch_size * image_size**2 * image_channels
-    prepared = in_order(grain.MapDataset.source(cuts), prepare, workers, size)
+    prepared = in_order(cuts, prepare, workers, size)
     for (number, start), (pixels, labels, broken) in zip(cuts, prepared, strict=True):
         if broken and strict:
             raise UserError(f"broken image {next(iter(broken.values()))} (--strict is set)")

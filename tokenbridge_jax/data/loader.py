@@ -323,13 +323,14 @@ class _Batches:
     rows: np.ndarray
     seed: int
 
-    def steps(self, start: int) -> grain.MapDataset:
+    def steps(self, start: int) -> range:
         """The steps from `start` on, without an end."""
-        return grain.MapDataset.range(start, sys.maxsize // self.batch_size)
+        return range(start, sys.maxsize // self.batch_size)
 
     def in_threads(self, start: int) -> Iterator[dict[str, Any]]:
         """The batches from step `start` on, which threads of this process make."""
-        return iter(self.steps(start).map(self).to_iter_dataset(_READ_OPTIONS))
+        steps = grain.MapDataset.source(self.steps(start))
+        return iter(steps.map(self).to_iter_dataset(_READ_OPTIONS))
 
     def __call__(self, step: int) -> dict[str, Any]:
         """This process's rows of global batch `step`."""

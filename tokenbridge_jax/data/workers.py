@@ -1,29 +1,32 @@
-"""Ordered work in several processes, by grain.
+"""Ordered work in several processes.
 
 Threads of one Python process decode small pictures more slowly than a single thread does, because
-they wait for the interpreter's lock. Processes do not share this lock. Their large arrays come back
-through shared memory, without a copy in this process.
+they wait for the interpreter's lock. Processes do not share this lock. Their arrays come back
+through shared memory. docs/performance.md says why these are not grain's worker processes.
 """
 
+import collections
 import contextlib
+import dataclasses
 import functools
-import gc
+import itertools
 import os
+import pickle
 import shutil
 import signal
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
-import grain
-import jax
-from absl import flags
+import numpy as np
 
+from tokenbridge_jax.runtime import children
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
 
@@ -32,9 +35,8 @@ _LEAST_PICTURES = 500
 # Each takes 0.4 GB with the names of ImageNet's pictures. Containers may have fewer cores than the
 # machine that they see.
 _MOST_PROCESSES = 32
-# Results that wait in each process, and how many of a process exist at most: being made, waiting
-# there, waiting here, and in use.
-_READY, _AT_ONCE = 2, 8
+# Results of each process that are being made or wait.
+_AHEAD = 3
 # Smaller arrays go through a pipe.
 _LEAST_SHARED = 2**16
 _SHARED_MEMORY = Path("/dev/shm")
@@ -60,50 +62,91 @@ def count_workers(asked: int, pictures: int) -> int:
 
 
 def in_order(
-    items: grain.MapDataset, work: Callable[[Any], Any], workers: int, result_bytes: int
+    items: Sequence[Any], work: Callable[[Any], Any], workers: int, result_bytes: int
 ) -> Generator[Any]:
     """Yields `work(item)` for each item in order, while several results are made ahead.
 
     A closed iterator ends its processes. So does the end of this process, even by SIGKILL. Worker
-    processes import the main script, which therefore needs `if __name__ == "__main__":`. grain
-    reads flags of absl, which count as parsed from here on.
+    processes import the main script, which therefore needs `if __name__ == "__main__":`.
 
     Args:
       items: what to work on.
       work: can be pickled, with all that it refers to.
       workers: number of processes, or 0 for a thread of this process.
-      result_bytes: the size of the arrays of a result.
+      result_bytes: the size of the arrays of a result. Larger ones come back through a pipe.
 
     Raises:
       UserError: `work` raised it, or a process was killed or could not start.
     """
     workers = _that_fit(min(workers, len(items)), result_bytes)
     if not workers:
-        one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READY)
-        with contextlib.closing(iter(items.map(work).to_iter_dataset(one_thread))) as results:
-            yield from results
+        with _closed(ThreadPoolExecutor(1)) as thread:
+            yield from _ahead((thread.submit(work, item) for item in items), _AHEAD)
         return
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with tempfile.NamedTemporaryFile() as file:
-        # Once, not once for each process.
-        cloudpickle.dump(work, file)
-        file.flush()
-        # The process itself makes the results, without threads.
-        alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        made = items.map(_Stored(file.name)).to_iter_dataset(alone)
-        options = grain.experimental.DatasetOptions(min_shm_size=_LEAST_SHARED)
-        made = grain.experimental.WithOptionsIterDataset(made, options)
-        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_READY)
-        begin = functools.partial(_begin, os.getpid())
-        results = iter(made.mp_prefetch(processes, worker_init_fn=begin))
-        with contextlib.closing(results), _named_errors():
-            with _without_signals():
+    slots = workers * _AHEAD
+    with _pickled(work) as path, _shared_memory(slots * result_bytes) as memory:
+        begin = functools.partial(_begin, path, memory.name, result_bytes)
+        with _closed(ProcessPoolExecutor(workers, _Context(), begin)) as pool:
+            made = (_submit(pool, item, number % slots) for number, item in enumerate(items))
+            results = _ahead(made, slots, functools.partial(_copied, memory))
+            with _named_error(
+                "could not start; a script must be a file that does its work below "
+                '`if __name__ == "__main__":`, or set config.data.workers to 1'
+            ):
                 first = next(results)
             yield first
             del first
-            yield from results
-    gc.collect()  # The traceback of grain's StopIteration would keep the last results.
+            with _named_error(
+                "was killed; if memory is short, use fewer of them: --config.data.workers=1"
+            ):
+                yield from results
+
+
+def _ahead(
+    futures: Iterator[Future[Any]],
+    count: int,
+    receive: Callable[[Any], Any] = lambda result: result,
+) -> Generator[Any]:
+    """Yields `receive(result)` for each future, in order; `count` of them exist at a time."""
+    waiting = collections.deque(itertools.islice(futures, count))
+    while waiting:
+        result = receive(waiting.popleft().result())
+        waiting.extend(itertools.islice(futures, 1))
+        yield result
+
+
+@contextlib.contextmanager
+def _closed(pool: Executor) -> Iterator[Executor]:
+    """Ends the pool at the end, without the work that has not begun."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _pickled(work: Any) -> Iterator[str]:
+    """A file of the pickled work: it is pickled once, not once for each process."""
+    with tempfile.NamedTemporaryFile() as file:
+        pickle.dump(work, file)
+        file.flush()
+        yield file.name
+
+
+@contextlib.contextmanager
+def _shared_memory(size: int) -> Iterator[SharedMemory]:
+    with _without_signals():  # Python's tracker of shared memory starts here.
+        memory = SharedMemory(create=True, size=size)
+    try:
+        yield memory
+    finally:
+        memory.close()
+        memory.unlink()
+
+
+def _submit(pool: Executor, item: Any, slot: int) -> Future[Any]:
+    with _without_signals():  # Processes start here.
+        return pool.submit(_make, item, slot)
 
 
 @contextlib.contextmanager
@@ -118,51 +161,76 @@ def _without_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named_errors() -> Iterator[None]:
+def _named_error(what: str) -> Iterator[None]:
     """Turns the end of a process into one line."""
     try:
         yield
-    except RuntimeError as error:
-        reason = str(error).split(".")[0]
-        if "terminated unexpectedly" not in reason:
-            raise
-        if "exit code -" in reason:
-            raise UserError(
-                f"a process that decodes pictures was killed ({reason}); if memory is short, use "
-                "fewer of them: --config.data.workers=1"
-            ) from error
-        raise UserError(
-            f"a process that decodes pictures could not start ({reason}); a script must be a file "
-            'that does its work below `if __name__ == "__main__":`, or set config.data.workers to 1'
-        ) from error
+    except BrokenProcessPool as error:
+        raise UserError(f"a process that decodes pictures {what}") from error
 
 
-class _Stored:
-    """A function in a file, which each process reads once."""
-
-    def __init__(self, path: str):
-        self._path = path
-
-    def __call__(self, item: Any) -> Any:
-        return _stored(self._path)(item)
+class _Process(SpawnProcess):
+    def terminate(self) -> None:
+        """Ends a process, which ignores SIGTERM."""
+        self.kill()
 
 
-@functools.cache
-def _stored(path: str) -> Callable[[Any], Any]:
-    work: Callable[[Any], Any] = cloudpickle.loads(Path(path).read_bytes())
-    return work
+class _Context(SpawnContext):
+    Process = _Process
 
 
-def _begin(parent: int, *_: Any) -> None:
-    """Lets a worker process end when its parent is gone, and keeps it from the devices."""
-    jax.config.update("jax_platforms", "cpu")
+@dataclasses.dataclass
+class _Worker:
+    """What a worker process has: its work, and the slots for results in shared memory."""
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
+    work: Callable[[Any], Any]
+    memory: SharedMemory
+    slot_bytes: int
 
-    threading.Thread(target=watch, daemon=True).start()
+
+_worker: _Worker
+
+
+def _begin(path: str, memory: str, slot_bytes: int) -> None:
+    """The first call in a worker process."""
+    global _worker
+    children.begin()
+    _worker = _Worker(pickle.loads(Path(path).read_bytes()), SharedMemory(memory), slot_bytes)
+
+
+def _make(item: Any, slot: int) -> tuple[bytes, int, list[int]]:
+    """Works in a worker process.
+
+    Returns:
+      The pickled result without its large arrays, the place in shared memory where these begin, and
+      their sizes in bytes.
+    """
+    begin = slot * _worker.slot_bytes
+    end = begin + _worker.slot_bytes
+    sizes = list[int]()
+
+    def in_pickle(buffer: pickle.PickleBuffer) -> bool:
+        """Copies a large array to the slot; otherwise the array becomes a part of the pickle."""
+        data = buffer.raw()
+        start = begin + sum(sizes)
+        if data.nbytes < _LEAST_SHARED or start + data.nbytes > end:
+            return True
+        np.ndarray(data.nbytes, np.uint8, _worker.memory.buf, start)[:] = data
+        sizes.append(data.nbytes)
+        return False
+
+    result = pickle.dumps(_worker.work(item), protocol=5, buffer_callback=in_pickle)
+    return result, begin, sizes
+
+
+def _copied(memory: SharedMemory, made: tuple[bytes, int, list[int]]) -> Any:
+    """The result that `_make` describes. Its slot can be used again."""
+    result, begin, sizes = made
+    arrays = []
+    for size in sizes:
+        arrays.append(np.ndarray(size, np.uint8, memory.buf, begin).copy())
+        begin += size
+    return pickle.loads(result, buffers=arrays)
 
 
 def cores() -> int:
@@ -177,9 +245,9 @@ def _that_fit(workers: int, result_bytes: int) -> int:
     fitting = workers
     if _SHARED_MEMORY.is_dir():  # Not on macOS, where there is no such limit.
         free = shutil.disk_usage(_SHARED_MEMORY).free
-        fitting = min(workers, free // (_AT_ONCE * result_bytes))
+        fitting = min(workers, free // (_AHEAD * result_bytes))
     if fitting < workers:
-        needed = workers * _AT_ONCE * result_bytes
+        needed = workers * _AHEAD * result_bytes
         say(
             f"{max(fitting, 1)} instead of {workers} processes decode pictures, because "
             f"{_SHARED_MEMORY} has {free / 2**20:.0f} MiB of shared memory and not "

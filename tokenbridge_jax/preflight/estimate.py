@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import multiprocessing
-import os
 import signal
 import tempfile
-import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from tokenbridge_jax.preflight.profile import read_profile
 from tokenbridge_jax.preflight.profile_report import write_profile
 from tokenbridge_jax.preflight.roofline import ASSUMPTIONS, Estimate, estimate
 from tokenbridge_jax.preflight.text import Report, listed
-from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime import children, meshes
 from tokenbridge_jax.runtime.compiled import Trial
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import Devices
@@ -96,8 +94,7 @@ def _check_as_child(
     sample: bool,
     profile: str | None,
 ) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    jax.config.update("jax_platforms", "cpu")  # The devices of this machine stay unused.
+    children.begin()
     # libtpu writes schedules only when it compiles.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -105,14 +102,6 @@ def _check_as_child(
         sender.send(check(config, where, devices, folder, sample=sample, profile=profile))
     except UserError as error:
         sender.send(error)
-
-
-def _end_with_parent() -> None:
-    """Ends this process, which may compile for minutes, when its parent has ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _crash(config: ConfigDict, where: Slice, number: int, *, sample: bool) -> Report:
