@@ -39,6 +39,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.vae_training = _training_section() | dict(
         kl_weight=1e-6,
         reconstruction="l1",  # or l2
+        perceptual_weight=0.0,  # of LPIPS; LDM: 1.0. Needs `import-metrics --vgg16 --lpips_vgg`
+        # Of a discriminator that starts after so many updates; LDM: 0.5 after 50,001, with beta1
+        # 0.5, beta2 0.9 and clip 0.
+        adversarial_weight=0.0,
+        adversarial_start=0,
+        discriminator_channels=64,
+        discriminator_layers=3,
         dtype="float32",
     )
     config.quantizer = dict(

@@ -217,7 +217,8 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("keep_every eval_every sample_every every", "0 (never) or more", lambda value: value >= 0),
     (
-        "epochs warmup_epochs learning_rate weight_decay clip kl_weight",
+        "epochs warmup_epochs learning_rate weight_decay clip kl_weight perceptual_weight "
+        "adversarial_weight",
         "a finite number, 0 or more",
         lambda value: 0 <= value < math.inf,
     ),

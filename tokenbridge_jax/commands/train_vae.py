@@ -6,11 +6,14 @@ from the latest checkpoint there. Status 75: it was told to stop and has saved i
 """
 
 import dataclasses
+import functools
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
@@ -29,11 +32,29 @@ from tokenbridge_jax.config import (
 from tokenbridge_jax.data.loader import make_image_loader
 from tokenbridge_jax.data.shards import INFO_FILE, PARTIAL_INFO_FILE
 from tokenbridge_jax.data.sources import Subset, make_subsets
+from tokenbridge_jax.evaluation import lpips, networks
+from tokenbridge_jax.evaluation.features import Extractor
+from tokenbridge_jax.evaluation.networks import (
+    FOLDER_VARIABLE,
+    Network,
+    default_folder,
+    load_network,
+    make_extractor,
+)
+from tokenbridge_jax.evaluation.reconstruction_scores import make_scores
+from tokenbridge_jax.ops.precision import compute_dtype
 from tokenbridge_jax.pipeline.description import MODEL_FILE
-from tokenbridge_jax.runtime import meshes, pictures, storage
+from tokenbridge_jax.runtime import meshes, pictures, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.training import autoencoder_task
-from tokenbridge_jax.training.autoencoder_task import AutoencoderTask, picture_batches
+from tokenbridge_jax.training.autoencoder_task import (
+    AutoencoderTask,
+    Perceptual,
+    picture_batches,
+    without_discriminator,
+)
+from tokenbridge_jax.training.discriminator import Adversary
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Run, fit
 from tokenbridge_jax.training.metric_writer import MetricWriter
 from tokenbridge_jax.training.state import TrainState
@@ -55,7 +76,9 @@ def main(args: flags.FlagValues) -> int:
     _check_directory(directory)
     mesh = make_mesh(config)
     check_training(config, "vae_training", mesh)
-    training = _Training(config, directory, make_task(config), make_subsets(config), mesh)
+    network = _lpips(config)
+    task = make_task(config, network)
+    training = _Training(config, directory, task, network, make_subsets(config), mesh)
     run = training.make_run()
     if _finished_step(directory) != run.total_steps:
         _check_unused(epath.Path(args.workdir))
@@ -78,11 +101,62 @@ def main(args: flags.FlagValues) -> int:
     return 0
 
 
-def make_task(config: ConfigDict) -> AutoencoderTask:
-    """The autoencoder of `config.autoencoder` and its loss."""
+def make_task(config: ConfigDict, network: Network | None = None) -> AutoencoderTask:
+    """The autoencoder of `config.autoencoder` and its loss, with LPIPS if there is its network.
+
+    Raises:
+      UserError: a value makes no sense.
+    """
     section = config.vae_training
-    sizes = dataclasses.replace(autoencoder_config(config), scale=1.0)
-    return AutoencoderTask(sizes, section.dtype, section.kl_weight, section.reconstruction)
+    perceptual = adversary = None
+    if network and section.perceptual_weight:
+        distance = _distance(network, compute_dtype(section.dtype))
+        perceptual = Perceptual(section.perceptual_weight, distance)
+    if section.adversarial_weight:
+        adversary = Adversary(
+            section.adversarial_weight,
+            section.adversarial_start,
+            section.discriminator_channels,
+            section.discriminator_layers,
+        )
+    return AutoencoderTask(
+        dataclasses.replace(autoencoder_config(config), scale=1.0),
+        section.dtype,
+        section.kl_weight,
+        section.reconstruction,
+        perceptual=perceptual,
+        adversary=adversary,
+    )
+
+
+def _distance(network: Network, dtype: Any = jnp.float32) -> Callable[[Any, Any], Any]:
+    """LPIPS of float images."""
+    return functools.partial(lpips.training_distance, network.params, dtype=dtype)
+
+
+def _lpips(config: ConfigDict) -> Network | None:
+    """LPIPS's network by VGG if it was imported, the same on every process.
+
+    Raises:
+      UserError: its files are damaged, or not all processes have it.
+    """
+    side, folder = config.data.image_size, default_folder()
+    network = load_network("lpips_vgg", folder) if side >= lpips.SMALLEST["vgg"] else None
+    found = processes.gather(json.dumps(network and network.facts, sort_keys=True))
+    if len(set(found)) > 1:
+        raise UserError(
+            f"not all processes have the same LPIPS network in {folder}; run `tokenbridge "
+            f"import-metrics` on every host, or set ${FOLDER_VARIABLE} to a folder they share"
+        )
+    if config.vae_training.perceptual_weight and not network:
+        reason = (
+            f"{folder} holds no VGG network of LPIPS, `tokenbridge import-metrics --help` says how "
+            "to import it"
+            if side >= lpips.SMALLEST["vgg"]
+            else f"LPIPS needs images of {lpips.SMALLEST['vgg']} pixels or more"
+        )
+        say(f"train-vae: trains without vae_training.perceptual_weight: {reason}")
+    return network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,18 +166,26 @@ class _Training:
     config: ConfigDict
     directory: epath.Path
     task: AutoencoderTask
+    lpips_network: Network | None
     subsets: dict[str, Subset]
     mesh: Mesh
 
     def make_run(self) -> Run:
         """The training run: data, a hook, and the fields that identify it."""
         config, train, mesh = self.config, self.subsets["train"], self.mesh
-        data, batch_size = config.data, config.vae_training.batch_size
+        data, section = config.data, config.vae_training
+        batch_size = section.batch_size
         fields = flat_fields(config, ["seed", "autoencoder", "vae_training"])
         fields |= {f"data.{name}": data[name] for name in ("image_size", "image_channels", "flip")}
         described = train.source.describe() | {"chosen": len(train.images)}
         fields |= {f"images.{name}": value for name, value in described.items() if name != "path"}
         free = {name for name in fields if name.startswith("vae_training.")}
+        adversary = self.task.adversary
+        fields["discriminator"] = (
+            f"{adversary.channels} channels, {adversary.layers} layers" if adversary else "none"
+        )
+        network = self.lpips_network if section.perceptual_weight else None
+        fields["lpips"] = network and network.facts
         return Run(
             name="train-vae",
             directory=self.directory / "training",
@@ -124,6 +206,7 @@ class _Training:
             flops_per_image=autoencoder_task.training_flops(self.task.module.config),
             fields=fields,
             fixed=(fields.keys() - free) | {"vae_training.batch_size"},
+            draw=self.task.draw,
             hooks=[self._validation_hook()],
         )
 
@@ -132,9 +215,10 @@ class _Training:
         measured, mesh = self.subsets["train"].spread(SCALE_IMAGES), self.mesh
         with meshes.use_mesh(mesh):
             batches = self._batches(measured, self.config.vae_training.batch_size)
-            std = autoencoder_task.latent_std(self.task.module, state.ema_params, batches, mesh)
+            params = without_discriminator(state.ema_params)
+            std = autoencoder_task.latent_std(self.task.module, params, batches, mesh)
             gather = jax.jit(lambda params: params, out_shardings=meshes.replicated(mesh))
-            params = jax.tree.map(np.asarray, gather(state.ema_params))
+            params = jax.tree.map(np.asarray, gather(params))
         sizes = dataclasses.replace(self.task.module.config, scale=1 / std)
         extra = {"step": int(state.step), "latent_std": std}
         if jax.process_index() == 0:
@@ -142,11 +226,12 @@ class _Training:
         return extra
 
     def _validation_hook(self) -> Hook:
-        """PSNR of the EMA's reconstructions, and pictures of some beside their originals."""
+        """Scores of the EMA's reconstructions, and pictures of some beside their originals."""
         split = "validation" if "validation" in self.subsets else "train"
         measured, shown = map(self.subsets[split].spread, (VALIDATION_IMAGES, IN_PICTURE))
         reconstruct = autoencoder_task.make_reconstruction(self.task.module, self.mesh)
-        psnr = autoencoder_task.make_psnr(reconstruct, self.mesh)
+        distance = _distance(self.lpips_network) if self.lpips_network else None
+        scores = make_scores(reconstruct, self.mesh, self._extractor(), distance)
         copy = jax.jit(lambda images: images, out_shardings=meshes.replicated(self.mesh))
         section, folder = self.config.vae_training, self.directory / "training" / "reconstructions"
 
@@ -160,9 +245,18 @@ class _Training:
                 pictures.write_png(folder / f"step_{step:07d}.png", picture)
             writer.image(step, "reconstructions", picture)
             batches = self._batches(measured, section.batch_size)
-            return {f"{split}_psnr": psnr(state.ema_params, batches)}
+            found = scores(state.ema_params, batches)
+            return {f"{split}_{name}": value for name, value in found.items()}
 
         return Hook(section.checkpoint_every, run)
+
+    def _extractor(self) -> Extractor | None:
+        """Of the features of `config.evaluation`, in process 0, if their network was imported."""
+        features, folder = self.config.evaluation.features, default_folder()
+        lacks_network = features in networks.PARTS and load_network(features, folder) is None
+        if jax.process_index() or lacks_network:
+            return None
+        return make_extractor(features, folder)
 
     def _batches(self, subset: Subset, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         data = self.config.data

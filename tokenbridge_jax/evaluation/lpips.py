@@ -15,6 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, UInt8
 
 from tokenbridge_jax.evaluation.inception import check_tensors
+from tokenbridge_jax.ops.precision import of_products
 
 
 class Conv(NamedTuple):
@@ -70,15 +71,40 @@ def distance(
       network: "vgg" or "alex".
     """
     x = jnp.concatenate([one, other]).astype(jnp.float32) / 127.5 - 1
-    x = (x - _MEAN[None, None, None]) / _DEVIATION[None, None, None]
-    total = jnp.zeros(len(one), jnp.float32)
+    return _distance(params, x, network)
+
+
+def training_distance(
+    params: Params,
+    one: Float[Array, "N H W C"],
+    other: Float[Array, "N H W C"],
+    dtype: Any = jnp.float32,
+) -> Float[Array, " N"]:
+    """LPIPS by VGG of float images in [-1, 1], RGB or grey, for a loss: it can be differentiated.
+
+    Args:
+      params: from `import_lpips`.
+      one: the images.
+      other: those to compare them with.
+      dtype: of the network's products; features are compared in float32.
+    """
+    x = jnp.concatenate([one, other])
+    return _distance(params, jnp.broadcast_to(x, (*x.shape[:3], 3)), "vgg", dtype)
+
+
+def _distance(
+    params: Params, x: Float[Array, "P H W 3"], network: str, dtype: Any = jnp.float32
+) -> Float[Array, " pairs"]:
+    """LPIPS of the first half of the images in [-1, 1] and the other one."""
+    x = ((x - _MEAN[None, None, None]) / _DEVIATION[None, None, None]).astype(dtype)
+    total = jnp.zeros(len(x) // 2, jnp.float32)
     for part, steps in enumerate(NETWORKS[network]):
         for step in steps:
             if isinstance(step, Conv):
                 x = _convolve(x, params, step)
             else:
                 x = nn.max_pool(x, (step, step), (2, 2))
-        unit = x / (jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)) + 1e-10)
+        unit = _unit(x.astype(jnp.float32))
         first, second = jnp.split(unit, 2)
         weights = params[f"lin{part}"]["weight"]
         difference = jnp.sum((first - second) ** 2 * weights[None, None, None], axis=-1)
@@ -86,17 +112,24 @@ def distance(
     return total
 
 
+def _unit(x: Float[Array, "N h w D"]) -> Float[Array, "N h w D"]:
+    """Every place's features, with length 1; places without features have no gradient."""
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    length = jnp.sqrt(jnp.where(square > 0, square, 1))
+    return x / (jnp.where(square > 0, length, 0) + 1e-10)
+
+
 def _convolve(x: jax.Array, params: Params, conv: Conv) -> jax.Array:
     weights = params[f"conv{conv.place}"]
     x = jax.lax.conv_general_dilated(
         x,
-        weights["kernel"],
+        jnp.asarray(weights["kernel"], x.dtype),
         window_strides=(conv.stride, conv.stride),
         padding=[(conv.padding, conv.padding)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision="highest",
+        precision=of_products(x.dtype),
     )
-    return jax.nn.relu(x + weights["bias"][None, None, None])
+    return jax.nn.relu(x + jnp.asarray(weights["bias"], x.dtype)[None, None, None])
 
 
 def import_lpips(

@@ -1,22 +1,34 @@
-"""The autoencoder as a training task: reconstruction + KL; and its measurements.
+"""The autoencoder as a training task (LDM, arXiv 2112.10752, appendix G); and its measurements.
 
 The loss of an image of P pixel values is
 
-    sum |x - y|^p / P  +  kl_weight * KL / P,        p = 1 or 2,
+    sum |x - y|^p / P  +  perceptual_weight * LPIPS(x, y)  +  kl_weight * KL / P,    p = 1 or 2,
 
 with x in [-1, 1], y decoded from a posterior sample, and KL in nats from the standard normal,
-summed over the image's latents. Both terms are per pixel value. In LDM both are sums, so
-`kl_weight` has the same effect there (KL-16: 1e-6), for any image size. LDM's perceptual and
-adversarial terms need networks that were trained for other tasks, and are left out.
+summed over the image's latents. The terms are per pixel value. In LDM they are sums, so
+`kl_weight` has the same effect there (KL-16: 1e-6), for any image size.
+
+From some step on, a discriminator D takes part, which learns to tell images from reconstructions:
+
+    generator        -w mean D(y), added to the loss above
+    discriminator    mean(relu(1 - D(x)) + relu(1 + D(y))) / 2
+
+    w = weight * |G(error + LPIPS)| / (|G(-mean D(y))| + 1e-4), at most 1e4 * weight,
+
+where G is the gradient by the kernel of the decoder's last convolution. Both networks are updated
+at the same time, by one optimizer. With accumulation each micro-batch has its own w.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.core import meta
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
@@ -34,17 +46,44 @@ from tokenbridge_jax.data.batches import ShardPlan, prepared_batches
 from tokenbridge_jax.data.sources import Source
 from tokenbridge_jax.flops import decode_flops, encode_flops
 from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.training.discriminator import Adversary, Discriminator, init_discriminator
 
 Batch = Mapping[str, Any]
+Report = dict[str, Float[Array, ""]]
 Images = UInt8[Array | np.ndarray, "B H W I"]
 
 # The error of a pixel value. L1 is LDM's choice: its optimum is the median of the plausible values.
 # The optimum of L2 is their mean, which blurs edges more; PSNR measures L2.
 RECONSTRUCTION_ERRORS = {"l1": jnp.abs, "l2": jnp.square}
 
+# The discriminator's parameters, beside those of the parts of the autoencoder.
+DISCRIMINATOR = "discriminator"
+
+
+@dataclasses.dataclass(frozen=True)
+class Perceptual:
+    """A perceptual distance and its part in the loss.
+
+    Attributes:
+      weight: LDM's is 1.
+      distance: of every pair of float images in [-1, 1], `[B, H, W, I]` twice -> `[B]`. Programs
+        contain its parameters.
+    """
+
+    weight: float
+    distance: Callable[[Array, Array], Array]
+
+
+@flax.struct.dataclass
+class AdversarialDraw:
+    """Selects the program of the updates in which the discriminator takes part."""
+
 
 class AutoencoderTask:
-    """Trains an autoencoder (see `step.Task`); the host draws nothing."""
+    """Trains an autoencoder (see `step.Task`).
+
+    The host draws nothing before the discriminator's start, and an `AdversarialDraw` from then on.
+    """
 
     def __init__(
         self,
@@ -52,23 +91,45 @@ class AutoencoderTask:
         precision: str,
         kl_weight: float,
         reconstruction: str = "l1",
+        *,
+        perceptual: Perceptual | None = None,
+        adversary: Adversary | None = None,
     ):
         """Args:
-        config: sizes; training does not use its scale.
-        precision: one of `precision.PRECISIONS`.
-        kl_weight: see the module.
-        reconstruction: "l1" or "l2"; others are a KeyError.
+          config: sizes; training does not use its scale.
+          precision: one of `precision.PRECISIONS`.
+          kl_weight: see the module.
+          reconstruction: "l1" or "l2"; others are a KeyError.
+          perceptual: adds a perceptual distance to the loss.
+          adversary: adds a discriminator.
+
+        Raises:
+          UserError: the discriminator does not fit the images.
         """
         self.module = Autoencoder(config, precision)
         self._kl_weight = kl_weight
         self._error = RECONSTRUCTION_ERRORS[reconstruction]
+        self._perceptual, self.adversary = perceptual, adversary
+        if adversary:
+            adversary.check_image_size(config.image_size)
+            self._discriminator = Discriminator(adversary, precision)
 
     def init(self, key: PRNGKeyArray) -> Any:
         """Boxed float32 parameters."""
         config = self.module.config
-        return meta.replace_boxed(abstract_params(config), init_params(config, key))
+        params = meta.replace_boxed(abstract_params(config), init_params(config, key))
+        if self.adversary:
+            key = jax.random.fold_in(key, 1)
+            params |= {
+                DISCRIMINATOR: init_discriminator(self.adversary, config.image_channels, key)
+            }
+        return params
 
-    def examples(self, batch: Batch, key: PRNGKeyArray, draw: None) -> dict[str, Any]:
+    def draw(self, step: int) -> AdversarialDraw | None:
+        """What the host decides for the update after `step` updates."""
+        return AdversarialDraw() if self.adversary and step >= self.adversary.start else None
+
+    def examples(self, batch: Batch, key: PRNGKeyArray, draw: Any) -> dict[str, Any]:
         """The images, and noise for the posterior sample of each."""
         images = batch["images"]
         config = self.module.config
@@ -77,19 +138,76 @@ class AutoencoderTask:
         return {"images": images, "noise": noise}
 
     def loss(
-        self, params: Any, examples: Any, key: PRNGKeyArray, draw: None
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """See the module; also reports both terms, `reconstruction` and `kl` in nats per image."""
+        self, params: Any, examples: Any, key: PRNGKeyArray, draw: AdversarialDraw | None
+    ) -> tuple[Float[Array, ""], Report]:
+        """See the module; also reports its terms, among them `kl` in nats per image."""
         images = images_to_float(examples["images"])
         posterior = encode(self.module, params, examples["images"])
         # exp(logvar / 2) is finite: the posterior clips its log-variance.
         latents = posterior.mean + jnp.exp(0.5 * posterior.logvar) * examples["noise"]
-        decoded: Any = self.module.apply({"params": params}, latents, method="decode")
-        error = jnp.mean(self._error(decoded - images))
+        if draw is None:
+            decoded: Any = self.module.apply({"params": params}, latents, method="decode")
+            loss, report = self._fidelity(decoded, images)
+        else:
+            loss, report = self._adversarial(params, latents, images)
         kl = jnp.mean(posterior.kl())
         pixel_values = images[0].size
-        loss = error + self._kl_weight * kl / pixel_values
-        return loss, {"reconstruction": error, "kl": kl}
+        return loss + self._kl_weight * kl / pixel_values, report | {"kl": kl}
+
+    def _fidelity(self, decoded: Array, images: Array) -> tuple[Float[Array, ""], Report]:
+        """The terms that compare each reconstruction with its image."""
+        loss = jnp.mean(self._error(decoded - images))
+        report = {"reconstruction": loss}
+        if self._perceptual:
+            report["perceptual"] = jnp.mean(self._perceptual.distance(decoded, images))
+            loss += self._perceptual.weight * report["perceptual"]
+        return loss, report
+
+    def _adversarial(
+        self, params: Any, latents: Array, images: Array
+    ) -> tuple[Float[Array, ""], Report]:
+        """Fidelity, and the losses of the decoder as a generator and of the discriminator."""
+        assert self.adversary is not None
+
+        def decode(kernel: Array) -> Array:
+            last = params["decoder"]["conv_out"] | {"kernel": kernel}
+            decoder = params["decoder"] | {"conv_out": last}
+            variables = {"params": params | {"decoder": decoder}}
+            decoded: Any = self.module.apply(variables, latents, method="decode")
+            return decoded
+
+        def judge(discriminator: Any, images: Array) -> Array:
+            logits: Any = self._discriminator.apply({"params": discriminator}, images)
+            return logits
+
+        def realism_error(decoded: Array) -> Array:
+            return -jnp.mean(judge(jax.lax.stop_gradient(params[DISCRIMINATOR]), decoded))
+
+        decoded, to_kernel = jax.vjp(decode, params["decoder"]["conv_out"]["kernel"])
+        fixed = jax.lax.stop_gradient(decoded)
+        with_gradient = jax.value_and_grad(self._fidelity, has_aux=True)
+        (fidelity, report), fidelity_gradient = with_gradient(fixed, images)
+        realism, realism_gradient = jax.value_and_grad(realism_error)(fixed)
+        sizes = [optax.tree.norm(to_kernel(x)) for x in (fidelity_gradient, realism_gradient)]
+        weight = self.adversary.weight * jnp.minimum(sizes[0] / (sizes[1] + 1e-4), 1e4)
+        # The gradients by the decoded images are known already: neither network runs again.
+        value, gradient = jax.lax.stop_gradient(
+            (fidelity + weight * realism, fidelity_gradient + weight * realism_gradient)
+        )
+        generator = value + jnp.sum(gradient * (decoded - fixed))
+        logits = [judge(params[DISCRIMINATOR], x) for x in (images, fixed)]
+        discriminator = jnp.mean(jax.nn.relu(1 - logits[0]) + jax.nn.relu(1 + logits[1])) / 2
+        report |= {
+            "generator": realism,
+            "discriminator": discriminator,
+            "adversarial_weight": weight,
+        }
+        return generator + discriminator, report
+
+
+def without_discriminator(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the autoencoder alone."""
+    return {name: part for name, part in params.items() if name != DISCRIMINATOR}
 
 
 def encode(module: Autoencoder, params: Any, images: Images) -> Posterior:
@@ -101,7 +219,8 @@ def encode(module: Autoencoder, params: Any, images: Images) -> Posterior:
 def training_flops(config: AutoencoderConfig) -> float:
     """FLOPs of training on one image, forward and twice that backward, counted by hand.
 
-    (For GPUs the compiler has no count before it has compiled.)
+    Those of LPIPS and of a discriminator are not counted. (For GPUs the compiler has no count
+    before it has compiled.)
     """
     return 3.0 * (encode_flops(config) + decode_flops(config))
 
@@ -174,31 +293,6 @@ def make_reconstruction(module: Autoencoder, mesh: Mesh) -> Callable[[Any, Any],
         return images_to_uint8(decoded)
 
     return jax.jit(reconstruct, out_shardings=meshes.replicated(mesh))
-
-
-def make_psnr(
-    reconstruct: Callable[[Any, Any], Any], mesh: Mesh
-) -> Callable[[Any, Iterator[Batch]], float]:
-    """Makes the pass `(params, batches) -> decibels`, the mean PSNR of the reconstructed images."""
-
-    def decibels(params: Any, batch: Batch) -> Float[Array, "2"]:
-        images = batch["images"].astype(jnp.float32)
-        decoded = reconstruct(params, batch["images"]).astype(jnp.float32)
-        # A perfect image would have an infinite ratio: the smallest error is half a level in one
-        # pixel value.
-        least = 0.25 / images[0].size
-        error = jnp.maximum(jnp.mean(jnp.square(decoded - images), axis=(1, 2, 3)), least)
-        ratio = 10 * jnp.log10(255.0**2 / error)
-        weights = batch["weights"]
-        return jnp.stack([jnp.sum(weights * ratio), jnp.sum(weights)])
-
-    jitted = jax.jit(decibels, out_shardings=meshes.replicated(mesh))
-
-    def psnr(params: Any, batches: Iterator[Batch]) -> float:
-        total, weight = _sum(jitted(params, batch) for batch in batches)
-        return float(total / weight)
-
-    return psnr
 
 
 def _sum(parts: Iterator[jax.Array]) -> np.ndarray:

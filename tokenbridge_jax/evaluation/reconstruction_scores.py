@@ -1,0 +1,106 @@
+"""Scores of an autoencoder's reconstructions while it is trained: one pass over some images."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from tokenbridge_jax.evaluation.features import Extractor
+from tokenbridge_jax.evaluation.image_sets import rgb
+from tokenbridge_jax.evaluation.metrics import frechet_distance
+from tokenbridge_jax.evaluation.moments import Moments
+from tokenbridge_jax.evaluation.pixels import WINDOW
+from tokenbridge_jax.runtime import meshes
+
+Images = UInt8[Array, "B H W I"]
+
+
+def make_scores(
+    reconstruct: Callable[[Any, Any], Any],
+    mesh: Mesh,
+    extractor: Extractor | None = None,
+    perceptual: Callable[[Array, Array], Array] | None = None,
+) -> Callable[[Any, Iterator[Any]], dict[str, float]]:
+    """Makes the pass over batches of `autoencoder_task.picture_batches`.
+
+    Args:
+      reconstruct: parameters and uint8 images -> uint8 images.
+      mesh: the devices.
+      extractor: of features, for a Frechet distance between originals and reconstructions; not
+        every process needs one.
+      perceptual: as in `autoencoder_task.Perceptual`, for LPIPS.
+
+    Returns:
+      A function of parameters and batches. Its result has the means over images of `psnr` in
+      decibels, `ssim` (as `pixels.ssim`) and `lpips`, and the extractor's `distance`.
+    """
+
+    def scores(params: Any, batch: Any) -> tuple[Any, Float[Array, " K"]]:
+        images, weights = batch["images"], batch["weights"]
+        decoded = reconstruct(params, images)
+        found = [_psnr(decoded, images), _ssim(decoded, images)]
+        if perceptual:
+            found.append(
+                perceptual(*(x.astype(jnp.float32) / 127.5 - 1 for x in (decoded, images)))
+            )
+        sums = jnp.stack([jnp.sum(weights * x) for x in (*found, jnp.ones_like(weights))])
+        return (images, decoded, weights), sums
+
+    jitted = jax.jit(scores, out_shardings=meshes.replicated(mesh))
+    names = ("psnr", "ssim", "lpips") if perceptual else ("psnr", "ssim")
+
+    def run(params: Any, batches: Iterator[Any]) -> dict[str, float]:
+        moments = [Moments(extractor.size) for _ in range(2)] if extractor else []
+        total = np.zeros(len(names) + 1)
+        for batch in batches:
+            compared, sums = jitted(params, batch)
+            total += np.asarray(sums, np.float64)
+            if extractor:
+                *pair, weights = map(np.asarray, compared)
+                for found, images in zip(moments, pair, strict=True):
+                    _extract(extractor, rgb(images[weights > 0]), found)
+        result = dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
+        if extractor:
+            result[extractor.distance] = frechet_distance(*(x.gaussian() for x in moments))
+        return result
+
+    return run
+
+
+def _extract(extractor: Extractor, images: UInt8[np.ndarray, "N H W 3"], moments: Moments) -> None:
+    for start in range(0, len(images), extractor.batch_size):
+        moments.update(extractor(images[start : start + extractor.batch_size]).pool)
+
+
+def _psnr(one: Images, other: Images) -> Float[Array, " B"]:
+    one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+    # A perfect image would have an infinite ratio: the smallest error is half a level in one pixel
+    # value.
+    least = 0.25 / one[0].size
+    error = jnp.maximum(jnp.mean(jnp.square(one - other), axis=(1, 2, 3)), least)
+    return 10 * jnp.log10(255.0**2 / error)
+
+
+def _ssim(one: Images, other: Images) -> Float[Array, " B"]:
+    """`pixels.ssim` on the devices, in float32; differences from grey, whose squares are small."""
+
+    def mean(x: Array) -> Array:
+        window = (1, WINDOW, WINDOW, 1)
+        total = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1,) * 4, "VALID")
+        return total / WINDOW**2
+
+    a, b = one.astype(jnp.float32) - 127.5, other.astype(jnp.float32) - 127.5
+    unbiased = WINDOW**2 / (WINDOW**2 - 1)
+    mean_a, mean_b = mean(a), mean(b)
+    covariance = unbiased * (mean(a * b) - mean_a * mean_b)
+    variances = unbiased * (mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    # The brightness is that of the pixels themselves.
+    mean_a, mean_b = mean_a + 127.5, mean_b + 127.5
+    brightness = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    similarity = brightness * (2 * covariance + c2) / (variances + c2)
+    return jnp.mean(similarity, axis=(1, 2, 3))
