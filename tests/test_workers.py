@@ -208,6 +208,18 @@ def test_workers_end_when_their_parent_is_killed(start):
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"), [("max 100000", 6), ("250000 100000", 3), ("50000 100000", 1), (None, 6)]
+)
+def test_the_cores_of_a_container_count(monkeypatch, tmp_path, text, expected):
+    quota = tmp_path / "cpu.max"
+    if text:
+        quota.write_text(f"{text}\n")
+    monkeypatch.setattr(workers, "_CPU_QUOTA", quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    assert workers.cores() == expected
+
+
 def test_few_pictures_need_few_processes(monkeypatch):
     monkeypatch.setattr(workers, "cores", lambda: 16)
     pictures = (10, 999, 1000, 7999, 10**6)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import pickle
 import shutil
@@ -32,14 +33,15 @@ from tokenbridge_jax.runtime.progress import say
 
 # A process starts in one to three seconds, in which a core decodes at least so many pictures.
 _LEAST_PICTURES = 500
-# Each takes 0.4 GB with the names of ImageNet's pictures. Containers may have fewer cores than the
-# machine that they see.
+# Each takes 0.4 GB with the names of ImageNet's pictures.
 _MOST_PROCESSES = 32
 # Results of each process that are being made or wait.
 _AHEAD = 3
 # Smaller arrays go through a pipe.
 _LEAST_SHARED = 2**16
 _SHARED_MEMORY = Path("/dev/shm")
+# Microseconds of all cores together that a container may use in a period, and the period.
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -234,10 +236,14 @@ def _copied(memory: SharedMemory, made: tuple[bytes, int, list[int]]) -> Any:
 
 
 def cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The number of cores that this process may use: those of the machine, or of its container."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = found or 1
+    if _CPU_QUOTA.exists():
+        quota, period = _CPU_QUOTA.read_text().split()
+        if quota != "max":
+            found = min(found, math.ceil(int(quota) / int(period)))
+    return found
 
 
 def _that_fit(workers: int, result_bytes: int) -> int:
