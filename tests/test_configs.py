@@ -27,10 +27,13 @@ CONFIGS = ROOT / "configs"
 ARGUMENTS = {
     "ablations": ["group_4", "head_parallel,on=digits"],
     "base": [None],
+    "cifar10": [None, "size=B", "size=S,quick"],
     "digits": [None, "quick"],
     "imagenet256": [None, "size=B", "size=H,tfds", "size=L,quick"],
 }
 PARAMETERS = {
+    ("cifar10", None): 31_634_112,
+    ("cifar10", "size=B"): 216_748_288,
     ("imagenet256", "size=B"): 218_024_704,
     ("imagenet256", None): 486_889_472,
     ("imagenet256", "size=H,tfds"): 910_040_576,
@@ -152,7 +155,7 @@ def test_an_installed_wheel_has_types_and_experiments(tmp_path):
     tokenbridge = "import sys; from tokenbridge_jax.commands.runner import main; sys.exit(main())"
     for experiment, message in (
         ("digits:quick", "workdir w does not exist; check --workdir"),
-        ("digit:quick", "no experiment 'digit'; the built-in ones are ablations, base, digits, "),
+        ("digit:quick", "no experiment 'digit'; the built-in ones are ablations, base, cifar10, "),
     ):
         command = [sys.executable, "-c", tokenbridge, "train", f"--config={experiment}"]
         found = subprocess.run(

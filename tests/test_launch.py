@@ -18,7 +18,10 @@ from tokenbridge_jax.commands import runner
 
 SCRIPTS = [
     *(LAUNCH / f"{name}.sh" for name in ("common", "tpu_types", "tpu_pod", "tpu_multislice")),
-    *(LAUNCH / name for name in ("gke.sh", "gpu_host.sh", "setup_host.sh", "slurm.sbatch")),
+    *(
+        LAUNCH / name
+        for name in ("cifar10.sh", "gke.sh", "gpu_host.sh", "setup_host.sh", "slurm.sbatch")
+    ),
 ]
 PUBLISHED = ["v4-32", "v4-64", "v5litepod-64", "v5litepod-256", "v5p-32", "v5p-128", "v6e-64"]
 PUBLISHED += ["v6e-256", "tpu7x-32"]

@@ -1,0 +1,95 @@
+"""CIFAR-10, class-conditional: 32x32 pixels, 8x8 positions of 16 channels, its own autoencoder.
+
+  bash launch/cifar10.sh /data/cifar10
+
+runs every command from the pictures to a page with samples and scores; docs/cifar10.md explains it.
+`/data/cifar10` has the class folders `train/CLASS/` and `test/CLASS/`. Each command alone:
+
+  tokenbridge train-vae --config cifar10 --workdir runs/cifar10 --config.data.path=/data/cifar10
+  tokenbridge tokenize --workdir runs/cifar10
+  tokenbridge train --workdir runs/cifar10
+  tokenbridge sample --workdir runs/cifar10
+
+Arguments: `size=S` is a model of 31 million parameters; `size=B` is the paper's TokenBridge-B, and
+trains longer; `quick` takes minutes on two CPU cores, to try the commands. The values are choices
+that were not tuned: only `quick` has been run. Keys that are not here have the values of
+`configs/base.py`.
+"""
+
+from ml_collections import ConfigDict
+
+from tokenbridge_jax.config import experiment, parse_arg
+from tokenbridge_jax.model import SIZES
+from tokenbridge_jax.runtime.errors import UserError
+
+SMALL = dict(
+    encoder_width=384, encoder_layers=6, encoder_heads=6,
+    decoder_width=384, decoder_layers=6, decoder_heads=6,
+    head_width=384, head_layers=3, head_heads=6,
+)  # fmt: skip
+MODELS = {"S": SMALL, "B": SIZES["B"]}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """See the file's docstring for the arguments."""
+    arguments = parse_arg(arg, size="S", quick=False)
+    if arguments.size not in MODELS:
+        raise UserError(f"size={arguments.size} is not one of {', '.join(MODELS)}")
+    config = experiment("base")
+    config.data.update(validation_split="test", image_size=32, num_classes=10, flip=True)
+    config.autoencoder.update(
+        channels=64,
+        multipliers=(1, 2, 4),
+        attention_resolutions=(),
+        latent_channels=16,
+    )
+    config.vae_training.update(
+        batch_size=128,
+        steps=30_000,
+        warmup_steps=500,
+        learning_rate=5e-4,
+        kl_weight=1e-3,
+        dtype="bfloat16",
+        checkpoint_every=2000,
+    )
+    config.quantizer.channel_order = "frequency"
+    config.tokenize.update(batch_size=256, posterior_samples=2)
+    config.model.update(MODELS[arguments.size])
+    config.model.update(buffer=16, dropout=0.1, dtype="bfloat16")
+    config.training.update(
+        batch_size=512,
+        steps=40_000,
+        warmup_steps=2000,
+        learning_rate=8e-4,
+        weight_decay=0.02,
+        ema_decay=0.9995,
+        sample_every=5000,
+    )
+    if arguments.size == "B":
+        config.training.update(steps=120_000, warmup_steps=5000, learning_rate=4e-4)
+        config.training.ema_decay = 0.9999
+    config.sampling.update(num_iter=64, guidance=2.0, temperature=0.97, batch_size=500)
+    config.evaluation.update(reference="data", features="thumbnails")
+    if arguments.quick:
+        _shrink(config)
+    return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    """Minutes on two CPU cores: a narrow autoencoder and model, few steps."""
+    config.autoencoder.update(channels=16, blocks=1)
+    config.vae_training.update(
+        batch_size=32, steps=600, warmup_steps=50, learning_rate=2e-3, dtype="float32"
+    )
+    config.vae_training.update(ema_decay=0.99, log_every=20, checkpoint_every=200)
+    config.tokenize.posterior_samples = 1
+    small = dict(width=128, layers=2, heads=4)
+    config.model.update(
+        {f"{part}_{key}": small[key] for part in ("encoder", "decoder", "head") for key in small}
+    )
+    config.model.update(buffer=8, dropout=0.0, dtype="float32", scan_layers=True)
+    config.training.update(
+        batch_size=64, steps=500, warmup_steps=50, learning_rate=2e-3, ema_decay=0.99
+    )
+    config.training.update(log_every=20, eval_every=250, sample_every=250, checkpoint_every=250)
+    config.sampling.update(num_iter=16, batch_size=250)

@@ -1,0 +1,177 @@
+"""Scores the pictures that a run of launch/cifar10.sh sampled, and writes WORKDIR/index.html.
+
+All features are those of EfficientNet-Lite0, trained on ImageNet. Three sets are compared with the
+training pictures: test pictures (what a perfect model would reach), test pictures that went through
+the autoencoder and the quantizer, and samples. A logistic regression on the features of the real
+training pictures tells in how many of each set it finds the class. The last line is JSON.
+
+  python launch/score_cifar10.py --workdir runs/cifar10
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from cifar10_features import Extract, cached, digest, lite0, train_classifier
+from cifar10_page import write_page
+from jaxtyping import Integer, UInt8
+from ml_collections import ConfigDict
+
+from tokenbridge_jax import Pipeline
+from tokenbridge_jax.codec import in_batches
+from tokenbridge_jax.data.images import ImageError
+from tokenbridge_jax.data.sources import Subset, load_prepared, make_subsets
+from tokenbridge_jax.evaluation import feature_files
+from tokenbridge_jax.evaluation.pixels import psnr
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training.metric_writer import read_metrics
+
+BATCH = 250
+# The sets that are compared with the training pictures, and their headings.
+COMPARED = {
+    "test": "real test pictures",
+    "reconstructions": "their reconstructions",
+    "samples": "samples",
+}
+LIKELIHOOD = "val_nll_bits_per_index"
+MEASURES = {"frechet_distance": 3, "kid": 5, "precision": 3, "recall": 3, "accuracy": 4}
+
+
+class Pictures(NamedTuple):
+    """Pictures and their classes."""
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    labels: Integer[np.ndarray, " N"]
+
+
+def main() -> int:
+    """Prints the table and the JSON line, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=lambda text: Path(storage.expand(text)), required=True)
+    parser.add_argument("--pictures", type=int, help="most pictures of each set; all by default")
+    parser.add_argument("--started", type=float, help="when the run began, in Unix seconds")
+    args = parser.parse_args()
+    started = time.time() if args.started is None else args.started
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
+    try:
+        pipeline = Pipeline.load(args.workdir)
+        sets = read_sets(args.workdir, pipeline, args.pictures)
+        scores, notes = measure(args.workdir, sets, lite0())
+        metrics = read_metrics(args.workdir / "metrics.jsonl")
+        nll = [row[LIKELIHOOD] for row in metrics if LIKELIHOOD in row]
+        scores[LIKELIHOOD] = nll[-1]
+        rows = table(scores)
+        shown = {name: (part.images, part.labels) for name, part in sets.items()}
+        write_page(args.workdir, pipeline, shown, scores, rows, notes)
+    except (UserError, ImageError) as error:
+        print(f"score_cifar10.py: error: {error}", file=sys.stderr)
+        return 2
+    for row in rows:
+        print(f"  {row[0]:24}" + "".join(f"{cell:>18}" for cell in row[1:]))
+    print("".join(f"  {note}\n" for note in notes), end="")
+    print(f"  look at {args.workdir / 'index.html'}")
+    rounded = {name: round(value, 5) for name, value in scores.items()}
+    print(json.dumps(rounded | {"seconds": round(time.time() - started)}))
+    return 0
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def read_sets(workdir: Path, pipeline: Pipeline, most: int | None) -> dict[str, Pictures]:
+    """The training pictures, and equally many test pictures, reconstructions and samples.
+
+    Raises:
+      UserError: there are no samples, or no test pictures.
+      ImageError: a picture is broken.
+    """
+    config = ConfigDict(pipeline.facts["config"])
+    subsets = make_subsets(config)
+    if "validation" not in subsets:
+        raise UserError("the config has no test pictures; set --config.data.validation_split")
+    drawn = storage.read_npz(workdir / "samples" / "samples.npz")
+    samples = Pictures(drawn["arr_0"], drawn["labels"])
+    most = most or sys.maxsize
+    count = min(len(subsets["validation"].images), len(samples.labels), most)
+    sets = {
+        "train": _read(subsets["train"].spread(most), config.data.image_size),
+        "test": _read(subsets["validation"].spread(count), config.data.image_size),
+    }
+    test, codec = sets["test"], pipeline.codec
+
+    def reconstruct() -> dict[str, np.ndarray]:
+        def of_batch(images: np.ndarray) -> np.ndarray:
+            return np.asarray(codec.decode(codec.encode(images).indices))
+
+        return {"images": in_batches(of_batch, test.images, BATCH)}
+
+    inputs = digest(test.images, pipeline.description.autoencoder_hash)
+    again = cached(workdir / "scores" / "reconstructed.npz", inputs, reconstruct)["images"]
+    sets["reconstructions"] = Pictures(again, test.labels)
+    sets["samples"] = Pictures(samples.images[:count], samples.labels[:count])
+    return sets
+
+
+def _read(subset: Subset, size: int) -> Pictures:
+    numbers = map(int, subset.images)
+    images, labels = zip(*(load_prepared(subset.source, i, size, 3) for i in numbers), strict=True)
+    return Pictures(np.stack(images), np.array(labels))
+
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+def measure(
+    workdir: Path, sets: dict[str, Pictures], extract: Extract
+) -> tuple[dict[str, float], list[str]]:
+    """All scores by name, and remarks. What is known of the same pictures is not computed again."""
+    folder = workdir / "scores"
+    inputs = digest(*(array for part in sets.values() for array in part))
+    known = folder / "scores.json"
+    if known.exists() and (found := storage.read_json(known))["inputs"] == inputs:
+        return found["scores"], found["remarks"]
+    mirrored = sets["train"]._replace(images=sets["train"].images[:, :, ::-1])
+    features = {
+        name: cached(
+            folder / f"{name}.npz",
+            digest(part.images),
+            lambda part=part: {"features": extract(part.images)},
+        )["features"]
+        for name, part in (sets | {"train_mirrored": mirrored}).items()
+    }
+    labels = sets["train"].labels
+    classifier = train_classifier(
+        np.concatenate([features["train"], features["train_mirrored"]]),
+        np.concatenate([labels, labels]),
+    )
+    scores: dict[str, float] = {"pictures": len(features["test"]), "train_pictures": len(labels)}
+    remarks: list[str] = []
+    for name in COMPARED:
+        paths = [str(folder / f"{part}.npz") for part in (name, "train")]
+        compared, _, remarks = feature_files.compare(samples=paths[0], reference=paths[1])
+        compared["accuracy"] = float(classifier.score(features[name], sets[name].labels))
+        scores |= {f"{name}_{key}": compared[key] for key in MEASURES if key in compared}
+    ratios = psnr(sets["test"].images, sets["reconstructions"].images)
+    scores["psnr"] = float(ratios.mean())
+    storage.write_json(known, {"inputs": inputs, "scores": scores, "remarks": remarks})
+    return scores, remarks
+
+
+def table(scores: dict[str, float]) -> list[list[str]]:
+    """The scores as rows of text; the first row is the heading."""
+    headings = ["Frechet distance", "KID", "precision", "recall", "class accuracy"]
+    rows = [["against training pictures", *headings]]
+    for name, heading in COMPARED.items():
+        values = ((scores.get(f"{name}_{key}"), places) for key, places in MEASURES.items())
+        rows.append([heading, *("-" if v is None else f"{v:.{p}f}" for v, p in values)])
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

