@@ -77,7 +77,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_curves(
-    path: Path, rows: Sequence[Mapping[str, Any]], batch_size: int, plots: Sequence[Sequence[str]]
+    path: Path, rows: Sequence[Mapping[str, Any]], batch_size: int, plots: Mapping[str, str]
 ) -> None:
     """Draws metrics of a training run, against its updates and the time they took.
 
@@ -85,28 +85,22 @@ def draw_curves(
       path: of the PNG.
       rows: of `metrics.jsonl`.
       batch_size: images of an update, which gives the time from the images a second.
-      plots: for each plot, the names of the metrics in it.
+      plots: metric -> what it is; each has its own plot.
     """
     steps, minutes = training_minutes(rows, batch_size)
-    colours = (figures.BLUE, figures.ORANGE, figures.GREEN)
     axes = figures.make_axes(len(plots))
-    for ax, names in zip(axes, plots, strict=True):
-        for name, colour in zip(names, colours, strict=False):
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            marker = "o" if len(points) < 50 else ""
-            ax.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker, ms=3)
+    for ax, (name, label) in zip(axes, plots.items(), strict=True):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        few = len(points) < 50
+        ax.plot(*zip(*points, strict=True), color=figures.BLUE, marker="o" if few else "", ms=3)
         ax.set_xlabel("updates")
-        ax.legend(frameon=False)
+        ax.set_ylabel(label)
         if minutes[-1]:
-
-            def to_minutes(x: Any) -> Any:
-                return np.interp(x, steps, minutes)
-
-            def to_steps(x: Any) -> Any:
-                return np.interp(x, minutes, steps)
-
-            top = ax.secondary_xaxis("top", functions=(to_minutes, to_steps))
-            top.set_xlabel("minutes of training")
+            functions = (
+                lambda x: np.interp(x, steps, minutes),
+                lambda x: np.interp(x, minutes, steps),
+            )
+            ax.secondary_xaxis("top", functions=functions).set_xlabel("minutes of training")
     figures.save(axes[0], path)
 
 
@@ -168,9 +162,16 @@ def write_page(
         "autoencoder": (
             workdir / "autoencoder" / "training",
             config["vae_training"],
-            [["reconstruction"], ["validation_psnr"]],
+            {
+                "reconstruction": f"{config['vae_training']['reconstruction']} error of a value",
+                "validation_psnr": "PSNR of test pictures, dB",
+            },
         ),
-        "model": (workdir, config["training"], [["loss"], ["val_nll_bits_per_index"]]),
+        "model": (
+            workdir,
+            config["training"],
+            {"loss": "loss, nats an index", "val_nll_bits_per_index": "held-out, bits an index"},
+        ),
     }
     for name, (where, section, plots) in curves.items():
         metrics = read_metrics(where / "metrics.jsonl")

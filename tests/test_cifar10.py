@@ -140,7 +140,7 @@ class Elements(HTMLParser):
 
 def test_the_page_shows_all_its_pictures_and_escapes_text(tmp_path, sets):
     nasty = "<script>alert('\"&')</script>"
-    section = {"batch_size": 4, "name": nasty}
+    section = {"batch_size": 4, "reconstruction": nasty}
     pipeline = SimpleNamespace(
         facts={"config": {"vae_training": section, "training": section}},
         description=SimpleNamespace(class_names=(nasty, "bright")),
