@@ -76,20 +76,24 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def _shrink(config: ConfigDict) -> None:
-    """Minutes on two CPU cores: a narrow autoencoder and model, few steps."""
+    """Minutes on two CPU cores: a narrow autoencoder and model, few steps, little to validate."""
+    config.data.validation_split = ""
+    config.tokenize.validation_fraction = 0.02
     config.autoencoder.update(channels=16, blocks=1)
     config.vae_training.update(
-        batch_size=32, steps=600, warmup_steps=50, learning_rate=2e-3, dtype="float32"
+        batch_size=32, steps=400, warmup_steps=50, learning_rate=2e-3, dtype="float32"
     )
-    config.vae_training.update(ema_decay=0.99, log_every=20, checkpoint_every=200)
+    config.vae_training.update(ema_decay=0.99, log_every=10, checkpoint_every=100)
     config.tokenize.posterior_samples = 1
-    small = dict(width=128, layers=2, heads=4)
     config.model.update(
-        {f"{part}_{key}": small[key] for part in ("encoder", "decoder", "head") for key in small}
-    )
+        encoder_width=128, encoder_layers=2, encoder_heads=4,
+        decoder_width=128, decoder_layers=2, decoder_heads=4,
+        head_width=64, head_layers=2, head_heads=4,
+    )  # fmt: skip
     config.model.update(buffer=8, dropout=0.0, dtype="float32", scan_layers=True)
     config.training.update(
-        batch_size=64, steps=500, warmup_steps=50, learning_rate=2e-3, ema_decay=0.99
+        batch_size=32, steps=300, warmup_steps=30, learning_rate=2e-3, ema_decay=0.98
     )
-    config.training.update(log_every=20, eval_every=250, sample_every=250, checkpoint_every=250)
+    config.training.update(head_fraction=0.5, log_every=10)
+    config.training.update(eval_every=100, sample_every=300, checkpoint_every=100)
     config.sampling.update(num_iter=16, batch_size=250)

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # CIFAR-10: a folder of pictures -> autoencoder -> index shards -> model -> samples -> scores -> page.
-#   bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT]]
+#   bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]
 #   DATA      has the class folders train/CLASS/ and test/CLASS/
 #   WORKDIR   gets all files (runs/cifar10); a second start continues
 #   ARGUMENT  of the config: size=S, size=B or quick
+#   FLAG      changes the config: --config.section.key=value
 # It uses the active virtual environment. Without one it makes .venv, for a GPU if there is one.
 # docs/cifar10.md explains the results.
 set -euo pipefail
 started=$(date +%s)
-data=${1:?usage: bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT]]}
+data=${1:?usage: bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]}
 [ -d "$data/train" ] && [ -d "$data/test" ] || {
   echo "cifar10.sh: $data has no folders train and test; pictures go into train/CLASS/ and test/CLASS/" >&2
   exit 2
@@ -38,7 +39,7 @@ export JAX_NUM_CPU_DEVICES=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA
 
 step "1/5 train-vae: an autoencoder for these pictures"
 "$bin/tokenbridge" train-vae --config "configs/cifar10.py:$argument" --workdir "$workdir" \
-  --config.data.path="$data"
+  --config.data.path="$data" "${@:4}"
 step "2/5 tokenize: pictures -> indices"
 "$bin/tokenbridge" tokenize --workdir "$workdir"
 step "3/5 train: a distribution over indices"

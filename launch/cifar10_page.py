@@ -164,7 +164,7 @@ def write_page(
             config["vae_training"],
             {
                 "reconstruction": f"{config['vae_training']['reconstruction']} error of a value",
-                "validation_psnr": "PSNR of test pictures, dB",
+                "validation_psnr": "held-out PSNR, dB",
             },
         ),
         "model": (

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.codec import in_batches
 from tokenbridge_jax.data.images import ImageError
-from tokenbridge_jax.data.sources import Subset, load_prepared, make_subsets
+from tokenbridge_jax.data.sources import Subset, load_prepared, make_source, make_subsets
 from tokenbridge_jax.evaluation import feature_files
 from tokenbridge_jax.evaluation.pixels import psnr
 from tokenbridge_jax.runtime import storage
@@ -33,6 +33,7 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 BATCH = 250
+TEST = "test"  # The split.
 # The sets that are compared with the training pictures, and their headings.
 COMPARED = {
     "test": "real test pictures",
@@ -74,6 +75,8 @@ def main() -> int:
         return 2
     for row in rows:
         print(f"  {row[0]:24}" + "".join(f"{cell:>18}" for cell in row[1:]))
+    print(f"  reconstructions: PSNR {scores['psnr']:.2f} dB")
+    print(f"  held-out likelihood: {scores[LIKELIHOOD]:.3f} bits an index")
     print("".join(f"  {note}\n" for note in notes), end="")
     print(f"  look at {args.workdir / 'index.html'}")
     rounded = {name: round(value, 5) for name, value in scores.items()}
@@ -88,32 +91,36 @@ def read_sets(workdir: Path, pipeline: Pipeline, most: int | None) -> dict[str, 
     """The training pictures, and equally many test pictures, reconstructions and samples.
 
     Raises:
-      UserError: there are no samples, or no test pictures.
+      UserError: there are no samples, or no pictures.
       ImageError: a picture is broken.
     """
     config = ConfigDict(pipeline.facts["config"])
-    subsets = make_subsets(config)
-    if "validation" not in subsets:
-        raise UserError("the config has no test pictures; set --config.data.validation_split")
+    source = make_source(config.data, TEST)
+    train, test = make_subsets(config)["train"], Subset(source, np.arange(len(source)))
+    if source.class_names != train.source.class_names:
+        raise UserError(
+            f"{config.data.path} has other class folders in {TEST} than in {config.data.split}: "
+            "make them equal"
+        )
     drawn = storage.read_npz(workdir / "samples" / "samples.npz")
     samples = Pictures(drawn["arr_0"], drawn["labels"])
     most = most or sys.maxsize
-    count = min(len(subsets["validation"].images), len(samples.labels), most)
+    count = min(len(source), len(samples.labels), most)
     sets = {
-        "train": _read(subsets["train"].spread(most), config.data.image_size),
-        "test": _read(subsets["validation"].spread(count), config.data.image_size),
+        "train": _read(train.spread(most), config.data.image_size),
+        "test": _read(test.spread(count), config.data.image_size),
     }
-    test, codec = sets["test"], pipeline.codec
+    codec = pipeline.codec
 
     def reconstruct() -> dict[str, np.ndarray]:
         def of_batch(images: np.ndarray) -> np.ndarray:
             return np.asarray(codec.decode(codec.encode(images).indices))
 
-        return {"images": in_batches(of_batch, test.images, BATCH)}
+        return {"images": in_batches(of_batch, sets["test"].images, BATCH)}
 
-    inputs = digest(test.images, pipeline.description.autoencoder_hash)
+    inputs = digest(sets["test"].images, pipeline.description.autoencoder_hash)
     again = cached(workdir / "scores" / "reconstructed.npz", inputs, reconstruct)["images"]
-    sets["reconstructions"] = Pictures(again, test.labels)
+    sets["reconstructions"] = Pictures(again, sets["test"].labels)
     sets["samples"] = Pictures(samples.images[:count], samples.labels[:count])
     return sets
 

@@ -1,6 +1,6 @@
 """Runs launch/cifar10.sh with `quick` on class folders, also with kill -9 in every stage.
 
-  python tests/cifar10_quick.py /data/cifar10
+  python tests/cifar10_quick.py /data/cifar10 [--config.section.key=value ...]
 
 The line runs once undisturbed, and is then started again, which must change no file but the page.
 In another workdir it is killed in the middle of each stage and started again until it is done.
@@ -18,10 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from tokenbridge_jax.training.metric_writer import read_metrics
 
 ROOT = Path(__file__).parent.parent
 LIMIT_SECONDS = 3600
@@ -33,30 +31,31 @@ KEYS = {
 }
 
 
-def step(path: Path) -> int:
-    """The last update in a `metrics.jsonl`; 0 if there is none."""
-    rows = read_metrics(path) if path.exists() else []
-    return rows[-1]["step"] if rows else 0
-
-
 def middles(workdir: Path) -> dict[str, Callable[[], bool]]:
     """Stage -> whether it is in its middle; a stage that leaves no files yet has begun."""
     return {
-        "1/5": lambda: step(workdir / "autoencoder/training/metrics.jsonl") > 200,
-        "2/5": lambda: any((workdir / "tokens").glob("*.json")),
-        "3/5": lambda: step(workdir / "metrics.jsonl") > 250,
+        "1/5": lambda: any((workdir / "autoencoder/training/checkpoints").glob("[0-9]*")),
+        "2/5": lambda: any((workdir / "tokens").glob("*.array_record")),
+        "3/5": lambda: any((workdir / "checkpoints").glob("[0-9]*")),
         "4/5": lambda: True,
         "5/5": lambda: (workdir / "scores" / "test.npz").exists(),
     }
 
 
-def start(data: Path, workdir: Path, log: Path) -> subprocess.Popen:
-    """Starts the line in this environment, in a process group of its own."""
+def start(arguments: Sequence[str], workdir: Path, log: Path) -> subprocess.Popen:
+    """Starts the line in this environment, in a process group of its own.
+
+    Args:
+      arguments: the folder of pictures, then flags that change the config.
+      workdir: of the line.
+      log: gets the output.
+    """
+    data, *flags = arguments
     environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT)}
-    command = ["bash", str(ROOT / "launch/cifar10.sh"), str(data), str(workdir), "quick"]
+    command = ["bash", str(ROOT / "launch/cifar10.sh"), data, str(workdir), "quick"]
     with log.open("w") as stream:
         return subprocess.Popen(
-            command,
+            [*command, *flags],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=stream,
@@ -77,9 +76,9 @@ def finish(process: subprocess.Popen, log: Path) -> dict[str, float]:
     return json.loads(text.splitlines()[-1])
 
 
-def kill_in(stage: str, data: Path, workdir: Path, log: Path) -> None:
+def kill_in(stage: str, arguments: Sequence[str], workdir: Path, log: Path) -> None:
     """Starts the line and kills all its processes in the middle of a stage."""
-    process = start(data, workdir, log)
+    process = start(arguments, workdir, log)
     is_there, limit = middles(workdir)[stage], time.monotonic() + LIMIT_SECONDS
     while f"== {stage} " not in log.read_text() or not is_there():
         if process.poll() is not None or time.monotonic() > limit:
@@ -112,25 +111,26 @@ def contents(workdir: Path) -> dict[str, int]:
 def main() -> int:
     """Runs all starts and prints what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="has train/CLASS/ and test/CLASS/")
+    parser.add_argument("data", help="has train/CLASS/ and test/CLASS/")
     parser.add_argument("--folder", type=Path, help="for all files; a temporary one by default")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
+    line = [args.data, *flags]
     folder = args.folder or Path(tempfile.mkdtemp(prefix="cifar10"))
     folder.mkdir(parents=True, exist_ok=True)
     alone, killed, log = folder / "alone", folder / "killed", folder / "log.txt"
 
     print("undisturbed", flush=True)
-    first = finish(start(args.data, alone, log), log)
+    first = finish(start(line, alone, log), log)
     wrong = check(alone, first)
     before = contents(alone)
     print("started again", flush=True)
-    second = finish(start(args.data, alone, log), log)
+    second = finish(start(line, alone, log), log)
     after = contents(alone)
     wrong += [f"{name} was written again" for name in before if after.get(name) != before[name]]
     for stage in middles(killed):
-        kill_in(stage, args.data, killed, log)
+        kill_in(stage, line, killed, log)
     print("after the last kill", flush=True)
-    third = finish(start(args.data, killed, log), log)
+    third = finish(start(line, killed, log), log)
     wrong += check(killed, third)
     for name in sorted(KEYS - {"seconds"}):
         values = {figures.get(name) for figures in (first, second, third)}

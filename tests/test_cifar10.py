@@ -206,11 +206,12 @@ def test_the_script_runs_every_command_and_samples_once(checkout, tmp_path):
     for split in ("train", "test"):
         (data / split).mkdir(parents=True)
     (workdir / "checkpoints").mkdir(parents=True)
-    commands, python = run(checkout, str(data), str(workdir), "quick")
+    flag = "--config.seed=1 2"
+    commands, python = run(checkout, str(data), str(workdir), "quick", flag)
     assert [arguments[0] for arguments in commands] == ["train-vae", "tokenize", "train", "sample"]
     assert all(arguments[1:3] == ["--workdir", str(workdir)] for arguments in commands[1:])
     config = ["--config", "configs/cifar10.py:quick", "--workdir", str(workdir)]
-    assert commands[0][1:] == [*config, f"--config.data.path={data}"]
+    assert commands[0][1:] == [*config, f"--config.data.path={data}", flag]
     assert commands[3][3:] == ["--num_images", "1000"]
     assert python[-1][0] == "launch/score_cifar10.py"
     assert python[-1][-2:] == ["--pictures", "1000"]
