@@ -93,6 +93,7 @@ def draw_curves(
         points = [(row["step"], row[name]) for row in rows if name in row]
         few = len(points) < 50
         ax.plot(*zip(*points, strict=True), color=figures.BLUE, marker="o" if few else "", ms=3)
+        ax.set_xlim(0, steps[-1])
         ax.set_xlabel("updates")
         ax.set_ylabel(label)
         if minutes[-1]:
