@@ -62,7 +62,10 @@ def write(path: Path, title: str, sections: Sequence[Section]) -> None:
             )
         if section.code:
             parts.append(f"<pre>{html.escape(section.code)}</pre>")
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    )
     whole = f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n'
     storage.write_bytes(path, (whole + "\n".join(parts) + "\n</body>\n</html>\n").encode())
 

@@ -2,6 +2,8 @@
 
   python tests/cifar10_quick.py /data/cifar10 [--config.section.key=value ...]
 
+The folders must have at least 1,100 training and 1,000 test pictures, which KID needs.
+
 The line runs once undisturbed, and is then started again, which must change no file but the page.
 In another workdir it is killed in the middle of each stage and started again until it is done.
 Status 0: all starts that were not killed ended with 0, the page and its pictures exist, and the
