@@ -1,24 +1,29 @@
-"""The CIFAR-10 line: its commands, classifier, neighbours, kept features, table and page.
+"""The CIFAR-10 line: its commands, data, classifier, neighbours, kept features, table and page.
 
 A stand-in takes the place of EfficientNet-Lite0.
 """
 
 import importlib
+import io
 import json
 import sys
+import tarfile
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from checkout import LAUNCH, Checkout
+from PIL import Image
 
 from tokenbridge_jax.evaluation.features import thumbnails
 from tokenbridge_jax.runtime.errors import UserError
 
 sys.path.insert(0, str(LAUNCH))  # Scripts import from their own folder.
-features, page, score = map(
-    importlib.import_module, ("cifar10_features", "cifar10_page", "score_cifar10")
+features, folders, page, score = map(
+    importlib.import_module,
+    ("cifar10_features", "cifar10_folders", "cifar10_page", "score_cifar10"),
 )
 SIDE = 8
 COUNTS = {"train": 60, "test": 20, "reconstructions": 20, "samples": 20}
@@ -121,6 +126,49 @@ def test_scores_are_measured_once_for_the_same_pictures(tmp_path, sets):
     assert [row[0] for row in rows] == list(score.COMPARED.values())
     assert {len(row) for row in (heading, *rows)} == {1 + len(score.MEASURES)}
     assert rows[0][2] == "-"  # There are too few pictures for KID.
+
+
+# --- The archive ----------------------------------------------------------------------------------
+
+
+def write_archive(path: Path, parts: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, part in parts.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(part)
+            tar.addfile(member, io.BytesIO(part))
+
+
+def test_the_published_archive_becomes_class_folders(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    labels = [1, 0, 1, 1, 0]
+    records = [
+        bytes([label]) + b"".join(image[..., colour].tobytes() for colour in range(3))
+        for label, image in zip(labels, images, strict=True)
+    ]
+    names = b"airplane\ncat\n\n"
+    parts = {"batches.meta.txt": names, "data_batch_1.bin": b"".join(records[:2])}
+    parts |= {"data_batch_2.bin": records[2], "test_batch.bin": b"".join(records[3:])}
+    write_archive(tmp_path / "a.tar.gz", parts)
+    assert folders.unpack(tmp_path / "a.tar.gz", tmp_path / "data") == 5
+    expected = {"train/cat/00000": 0, "train/airplane/00000": 1, "train/cat/00001": 2}
+    expected |= {"test/cat/00000": 3, "test/airplane/00000": 4}
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.tar.gz", "data"]
+    assert len(list((tmp_path / "data").rglob("*.png"))) == 5
+    for name, number in expected.items():
+        found = np.asarray(Image.open(tmp_path / "data" / f"{name}.png"))
+        np.testing.assert_array_equal(found, images[number])
+
+    with pytest.raises(UserError, match="data exists; name a new folder"):
+        folders.unpack(tmp_path / "a.tar.gz", tmp_path / "data")
+    write_archive(tmp_path / "b.tar.gz", parts | {"test_batch.bin": b"short"})
+    with pytest.raises(UserError, match=r"b.tar.gz is not the binary version of CIFAR-10"):
+        folders.unpack(tmp_path / "b.tar.gz", tmp_path / "new")
+    whole = (tmp_path / "a.tar.gz").read_bytes()
+    (tmp_path / "c.tar.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"c.tar.gz cannot be read .*; download it again"):
+        folders.unpack(tmp_path / "c.tar.gz", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 # --- The page -------------------------------------------------------------------------------------

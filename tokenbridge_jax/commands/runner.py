@@ -18,6 +18,7 @@ import importlib
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -119,9 +120,9 @@ def run(name: str, argv: list[str]) -> int:
             environment.check_devices()
             if not args.distributed:
                 compilation_cache.enable()
-        if processes.alone():  # Others would wait in C, where no handler of Python runs.
-            signal.signal(signal.SIGTERM, _terminate)  # After libtpu's, which prints its stack.
-        return processes.leave(command.main(args, *given) or 0)
+        with _ended_by_sigterm():  # After libtpu's handler, which prints its stack.
+            status = command.main(args, *given)
+        return processes.leave(status or 0)
     except UserError as error:
         print(f"tokenbridge {name}: error: {error}", file=sys.stderr)
         return processes.leave(EXIT_USER_ERROR, processes.FAILURE_SECONDS)
@@ -139,10 +140,25 @@ def run(name: str, argv: list[str]) -> int:
         return processes.leave(status, processes.heartbeat_seconds() + processes.FAILURE_SECONDS)
 
 
-def _terminate(number: int, _: object) -> None:
-    """Ends a command on SIGTERM as on Ctrl-C, with nothing left behind. A second one kills."""
-    signal.signal(number, signal.SIG_DFL)
-    raise KeyboardInterrupt(number)
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what runs inside as Ctrl-C does, with nothing left behind; a second one kills.
+
+    Not with several processes: they wait for each other in C, where no handler of Python runs.
+    """
+
+    def terminate(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    if not processes.alone() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _flags_of(
