@@ -91,12 +91,15 @@ def draw_curves(
       plots: metric -> what it is; each has its own plot.
     """
     steps, minutes = training_minutes(rows, batch_size)
+    last = steps[-1]
+    # The axis of minutes also places ticks that are beyond the end, and then hides them.
+    steps, minutes = (np.append(values, 2 * values[-1]) for values in (steps, minutes))
     axes = figures.make_axes(len(plots))
     for ax, (name, label) in zip(axes, plots.items(), strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]
         few = len(points) < 50
         ax.plot(*zip(*points, strict=True), color=figures.BLUE, marker="o" if few else "", ms=3)
-        ax.set_xlim(0, steps[-1])
+        ax.set_xlim(0, last)
         ax.set_xlabel("updates")
         ax.set_ylabel(label)
         if minutes[-1]:
