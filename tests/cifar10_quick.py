@@ -104,10 +104,13 @@ def check(workdir: Path, figures: dict[str, float]) -> list[str]:
 
 
 def contents(workdir: Path) -> dict[str, int]:
-    """Times of all files that a second start must not write again."""
+    """Times of all files that a second start must not write again.
+
+    `tokenize` always writes the description of the shards, with the same content.
+    """
     parts = ("autoencoder", "tokens", "checkpoints", "samples", "scores")
     files = (file for part in parts for file in (workdir / part).rglob("*") if file.is_file())
-    return {str(file): file.stat().st_mtime_ns for file in files}
+    return {str(file): file.stat().st_mtime_ns for file in files if file.name != "dataset.json"}
 
 
 def main() -> int:
