@@ -10,10 +10,10 @@ runs every command from the pictures to a page with samples and scores; docs/cif
   tokenbridge train --workdir runs/cifar10
   tokenbridge sample --workdir runs/cifar10
 
-Arguments: `size=S` is a model of 31 million parameters, with steps for about twenty minutes on an
-H200 in all; `size=B` is the paper's TokenBridge-B, and trains longer; `quick` takes minutes on two
-CPU cores, to try the commands. The values are choices that were not tuned: only `quick` has been
-run. Keys that are not here have the values of `configs/base.py`.
+Arguments: `size=S` is a model of 31 million parameters; `size=B` is the paper's TokenBridge-B, and
+trains longer; `quick` takes minutes on two CPU cores, to try the commands. The values are choices
+that were not tuned: only `quick` has been run. Keys that are not here have the values of
+`configs/base.py`.
 """
 
 from ml_collections import ConfigDict

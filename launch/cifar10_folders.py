@@ -33,7 +33,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         count = unpack(args.archive, args.folder)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"cifar10_folders.py: error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {count:,} pictures to {args.folder}")
@@ -59,6 +59,8 @@ def unpack(archive: Path, folder: Path) -> int:
     if NAMES not in parts or not batches or not sizes_fit:
         raise UserError(f"{archive} is not the binary version of CIFAR-10, cifar-10-binary.tar.gz")
     classes = parts[NAMES].decode().split()
+    if max(max(part[::RECORD]) for part in batches.values()) >= len(classes):
+        raise UserError(f"{archive} is damaged; download it again")
 
     total = sum(map(len, batches.values())) // RECORD
     partial = folder.with_name(f"{folder.name}.partial")

@@ -127,6 +127,7 @@ def write_page(
     workdir: Path,
     pipeline: Pipeline,
     sets: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    features: Mapping[str, np.ndarray],
     scores: Mapping[str, float],
     rows: Sequence[Sequence[str]],
     remarks: Sequence[str],
@@ -134,10 +135,11 @@ def write_page(
     """Writes `WORKDIR/index.html` and its pictures, in `WORKDIR/page`.
 
     Args:
-      workdir: of the run; `scores/samples.npz` and `scores/train.npz` have features.
+      workdir: of the run.
       pipeline: of the run.
       sets: name -> pictures uint8 `[N, H, W, 3]` and their classes, of train, test, reconstructions
         and samples.
+      features: `[N, D]` of the same sets.
       scores: numbers by name.
       rows: the table of scores.
       remarks: what a reader of the scores must know.
@@ -157,12 +159,8 @@ def write_page(
     places = np.linspace(0, len(sets["test"][0]) - 1, COLUMNS).astype(int)
     pairs = np.concatenate([sets[name][0][places] for name in ("test", "reconstructions")])
 
-    features, real = (
-        storage.read_npz(workdir / "scores" / f"{name}.npz")["features"]
-        for name in ("samples", "train")
-    )
     first = np.array([np.flatnonzero(labels == label)[0] for label in classes])
-    near = sets["train"][0][neighbours(features[first], real, NEIGHBOURS)]
+    near = sets["train"][0][neighbours(features["samples"][first], features["train"], NEIGHBOURS)]
     near = np.concatenate([samples[first][:, None], near], axis=1).reshape(-1, *samples.shape[1:])
 
     curves = {

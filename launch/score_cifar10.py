@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from cifar10_features import Extract, cached, digest, lite0, train_classifier
 from cifar10_page import write_page
-from jaxtyping import Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 from ml_collections import ConfigDict
 
 from tokenbridge_jax import Pipeline
@@ -63,13 +63,16 @@ def main() -> int:
     try:
         pipeline = Pipeline.load(args.workdir)
         sets = read_sets(args.workdir, pipeline, args.pictures)
-        scores, notes = measure(args.workdir, sets, lite0())
+        features = extract_all(args.workdir, sets, lite0())
+        scores, notes = measure(args.workdir, sets, features)
         metrics = read_metrics(args.workdir / "metrics.jsonl")
         nll = [row[LIKELIHOOD] for row in metrics if LIKELIHOOD in row]
+        if not nll:
+            raise UserError(f"{args.workdir / 'metrics.jsonl'} has no {LIKELIHOOD}: train longer")
         scores[LIKELIHOOD] = nll[-1]
         rows = table(scores)
         shown = {name: (part.images, part.labels) for name, part in sets.items()}
-        write_page(args.workdir, pipeline, shown, scores, rows, notes)
+        write_page(args.workdir, pipeline, shown, features, scores, rows, notes)
     except (UserError, ImageError) as error:
         print(f"score_cifar10.py: error: {error}", file=sys.stderr)
         return 2
@@ -102,7 +105,7 @@ def read_sets(workdir: Path, pipeline: Pipeline, most: int | None) -> dict[str, 
             f"{config.data.path} has other class folders in {TEST} than in {config.data.split}: "
             "make them equal"
         )
-    drawn = storage.read_npz(workdir / "samples" / "samples.npz")
+    drawn = storage.read_npz(workdir / "drawn" / "samples.npz")
     samples = Pictures(drawn["arr_0"], drawn["labels"])
     most = most or sys.maxsize
     count = min(len(source), len(samples.labels), most)
@@ -134,8 +137,23 @@ def _read(subset: Subset, size: int) -> Pictures:
 # --- Scores ---------------------------------------------------------------------------------------
 
 
-def measure(
+def extract_all(
     workdir: Path, sets: dict[str, Pictures], extract: Extract
+) -> dict[str, Float[np.ndarray, "N D"]]:
+    """The features of each set and of the mirrored training pictures, which files keep."""
+    mirrored = sets["train"]._replace(images=sets["train"].images[:, :, ::-1])
+    return {
+        name: cached(
+            workdir / "scores" / f"{name}.npz",
+            digest(part.images),
+            lambda part=part: {"features": extract(part.images)},
+        )["features"]
+        for name, part in (sets | {"train_mirrored": mirrored}).items()
+    }
+
+
+def measure(
+    workdir: Path, sets: dict[str, Pictures], features: dict[str, Float[np.ndarray, "N D"]]
 ) -> tuple[dict[str, float], list[str]]:
     """All scores by name, and remarks. What is known of the same pictures is not computed again."""
     folder = workdir / "scores"
@@ -143,15 +161,6 @@ def measure(
     known = folder / "scores.json"
     if known.exists() and (found := storage.read_json(known))["inputs"] == inputs:
         return found["scores"], found["remarks"]
-    mirrored = sets["train"]._replace(images=sets["train"].images[:, :, ::-1])
-    features = {
-        name: cached(
-            folder / f"{name}.npz",
-            digest(part.images),
-            lambda part=part: {"features": extract(part.images)},
-        )["features"]
-        for name, part in (sets | {"train_mirrored": mirrored}).items()
-    }
     labels = sets["train"].labels
     classifier = train_classifier(
         np.concatenate([features["train"], features["train_mirrored"]]),

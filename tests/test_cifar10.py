@@ -104,7 +104,8 @@ def test_scores_are_measured_once_for_the_same_pictures(tmp_path, sets):
         extracted.append(len(images))
         return thumbnails(np.ascontiguousarray(images))
 
-    first, remarks = score.measure(tmp_path, sets, extract)
+    known = score.extract_all(tmp_path, sets, extract)
+    first, remarks = score.measure(tmp_path, sets, known)
     assert extracted == [60, 20, 20, 20, 60]  # The last are the mirrored training pictures.
     assert first["pictures"] == 20
     assert first["train_pictures"] == 60
@@ -113,11 +114,13 @@ def test_scores_are_measured_once_for_the_same_pictures(tmp_path, sets):
         assert {f"{name}_frechet_distance", f"{name}_precision"} < set(first)
     assert np.isfinite(list(first.values())).all()
     assert any("20 samples have a singular covariance" in remark for remark in remarks)
-    assert score.measure(tmp_path, sets, extract) == (first, remarks)
+    again = score.extract_all(tmp_path, sets, extract)
+    assert score.measure(tmp_path, sets, again) == (first, remarks)
     assert len(extracted) == 5
 
     darker = sets["samples"]._replace(images=sets["samples"].images // 2)
-    second, _ = score.measure(tmp_path, sets | {"samples": darker}, extract)
+    changed = sets | {"samples": darker}
+    second, _ = score.measure(tmp_path, changed, score.extract_all(tmp_path, changed, extract))
     assert extracted[5:] == [20]
     assert second["samples_frechet_distance"] > first["samples_frechet_distance"]
     assert second["test_frechet_distance"] == first["test_frechet_distance"]
@@ -201,9 +204,10 @@ def test_the_page_shows_all_its_pictures_and_escapes_text(tmp_path, sets):
         path = tmp_path / folder / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scores, _ = score.measure(tmp_path, sets, thumbnails_of_any)
+    known = score.extract_all(tmp_path, sets, thumbnails_of_any)
+    scores, _ = score.measure(tmp_path, sets, known)
     scores["val_nll_bits_per_index"] = 3.0
-    page.write_page(tmp_path, pipeline, sets, scores, score.table(scores), [nasty])
+    page.write_page(tmp_path, pipeline, sets, known, scores, score.table(scores), [nasty])
 
     text = (tmp_path / "index.html").read_text()
     elements = Elements(text).found
@@ -257,15 +261,17 @@ def test_the_script_runs_every_command_and_samples_once(checkout, tmp_path):
     flag = "--config.seed=1 2"
     commands, python = run(checkout, str(data), str(workdir), "quick", flag)
     assert [arguments[0] for arguments in commands] == ["train-vae", "tokenize", "train", "sample"]
-    assert all(arguments[1:3] == ["--workdir", str(workdir)] for arguments in commands[1:])
     config = ["--config", "configs/cifar10.py:quick", "--workdir", str(workdir)]
-    assert commands[0][1:] == [*config, f"--config.data.path={data}", flag]
-    assert commands[3][3:] == ["--num_images", "1000"]
+    config.append(f"--config.data.path={data}")
+    for arguments in commands:
+        assert arguments[1:6] == config
+        assert arguments[-1] == flag
+    assert commands[3][6:-1] == ["--num_images", "1000", "--output", str(workdir / "drawn")]
     assert python[-1][0] == "launch/score_cifar10.py"
     assert python[-1][-2:] == ["--pictures", "1000"]
 
-    (workdir / "samples").mkdir()
-    (workdir / "samples/samples.npz").touch()
+    (workdir / "drawn").mkdir()
+    (workdir / "drawn/samples.npz").touch()
     commands, python = run(checkout, str(data), str(workdir))
     assert [arguments[0] for arguments in commands] == ["train-vae", "tokenize", "train"]
     assert "configs/cifar10.py:size=S" in commands[0]

@@ -10,6 +10,7 @@ from torch_networks import random_inception_state
 from tokenbridge_jax.evaluation import features, inception
 from tokenbridge_jax.evaluation.features import InceptionExtractor, ThumbnailExtractor, extract
 from tokenbridge_jax.evaluation.image_sets import open_images
+from tokenbridge_jax.runtime import meshes
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,9 @@ def test_features_do_not_depend_on_batches_and_devices(params, tmp_path, monkeyp
     images = write_images(tmp_path / "x.npz")
     found = extract(open_images(tmp_path / "x.npz"), InceptionExtractor(params, batch_size=4))
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    alone = extract(open_images(tmp_path / "x.npz"), InceptionExtractor(params, batch_size=2))
+    # As in training, whose mesh has all devices.
+    with meshes.use_mesh(meshes.make_mesh()):
+        alone = extract(open_images(tmp_path / "x.npz"), InceptionExtractor(params, batch_size=2))
     pool, spatial, logits = jax.jit(inception.features)(params, images)
     for mine, others, expected in (
         (found.kept, alone.kept, pool),

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def test_shared_memory_is_bounded_and_used_again():
         time.sleep(0.5)
         kept += itertools.islice(results, 3 * workers._AHEAD)
         (file,) = shared_memory()
-        assert file.stat().st_size == 2 * workers._AHEAD * MEGABYTE
+        slots = 2 * workers._AHEAD
+        assert file.stat().st_size == slots * (MEGABYTE + workers._MARGIN)
     assert not shared_memory()
     assert not file.exists()
     for number, (_, large, _) in enumerate(kept):
@@ -76,12 +78,24 @@ def test_shared_memory_is_bounded_and_used_again():
         assert (large == number + 1).all()
 
 
-def test_more_than_the_announced_size_comes_back():
-    with contextlib.closing(in_order(range(9), squares, 2, MEGABYTE - 1)) as results:
-        for number, (_, large, small) in enumerate(results):
-            assert large.shape == (MEGABYTE,)
-            assert (large == number).all()
-            assert small == [number**2]
+def kinds(number):
+    """Arrays of several layouts, among them empty ones, and long text."""
+    table = np.arange(12.0).reshape(3, 4) + number
+    return [table, table.T, table[:, ::2], np.zeros((0, 3)), np.array("word"), "x" * 1000]
+
+
+def test_all_kinds_of_results_come_back():
+    for number, found in enumerate(in_order(range(5), kinds, 2, 2000)):
+        for one, other in zip(found, kinds(number), strict=True):
+            np.testing.assert_array_equal(one, other)
+        found[0] += 1  # They can be written to.
+
+
+def test_results_above_the_announced_size_are_refused():
+    """In whole, with all that is beside the large array."""
+    with pytest.raises(ValueError, match=r"a result has 1\d{6} bytes, and its slot 900000"):
+        list(in_order(range(9), squares, 2, 900_000 - workers._MARGIN))
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(("megabytes", "processes"), [(12, 4), (9, 3), (5, 1), (2, 1)])
@@ -104,12 +118,17 @@ def test_an_error_of_the_work_is_raised_here():
     assert not multiprocessing.active_children()
 
 
-def test_a_killed_worker_gives_one_line():
+@pytest.mark.parametrize("seed", range(4))
+def test_a_killed_worker_gives_one_line(seed):
+    """At any moment, also while it hands over a result."""
     with contextlib.closing(endless(squares)) as results:
-        os.kill(next(results)[0], signal.SIGKILL)
-        message = "was killed; if memory is short, .*workers=1"
+        pid = next(results)[0]
+        delay = np.random.default_rng(seed).uniform(0, 0.2)
+        killer = threading.Timer(delay, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        message = "was killed or could not start; if memory is short, .*workers=1"
         with pytest.raises(UserError, match=message):
-            list(results)
+            collections.deque(results, maxlen=0)
     assert not multiprocessing.active_children()
 
 
@@ -137,6 +156,21 @@ try:
     next(endless(squares))
 except UserError as error:
     print(error)
+"""
+COMMAND = """
+import types
+from tokenbridge_jax.commands import runner
+
+def main(args):
+    for _, _, small in endless(squares):
+        print(*small, flush=True)
+
+if __name__ == "__main__":
+    module = types.ModuleType("tokenbridge_jax.commands.work")
+    vars(module).update(NEEDS_WORKDIR=False, define_flags=lambda values: None, main=main)
+    sys.modules[module.__name__] = module
+    runner.COMMANDS["work"] = ("work", "works")
+    sys.exit(runner.run("work", []))
 """
 INTERRUPTED = """
 def main():
@@ -179,7 +213,7 @@ def test_a_script_without_a_guard_is_told(start):
     process = start(UNGUARDED)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert "could not start" in out
+    assert "was killed or could not start" in out
     assert '`if __name__ == "__main__":`' in out
 
 
@@ -194,6 +228,15 @@ def test_workers_say_nothing_when_the_group_is_interrupted(start, lines):
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     assert out.endswith("interrupted\n")
+
+
+def test_sigterm_ends_a_command_with_workers(start):
+    process = start(COMMAND)
+    first = [process.stdout.readline() for _ in range(3)]
+    assert first[2] == "4\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (143, "tokenbridge work: terminated\n")
 
 
 def test_workers_end_when_their_parent_is_killed(start):

@@ -33,7 +33,7 @@ from tokenbridge_jax.data.loader import make_image_loader
 from tokenbridge_jax.data.shards import INFO_FILE, PARTIAL_INFO_FILE
 from tokenbridge_jax.data.sources import Subset, make_subsets
 from tokenbridge_jax.evaluation import lpips, networks
-from tokenbridge_jax.evaluation.features import Extractor
+from tokenbridge_jax.evaluation.features import THUMBNAIL, Extractor
 from tokenbridge_jax.evaluation.networks import (
     FOLDER_VARIABLE,
     Network,
@@ -185,7 +185,7 @@ class _Training:
             f"{adversary.channels} channels, {adversary.layers} layers" if adversary else "none"
         )
         network = self.lpips_network if section.perceptual_weight else None
-        fields["lpips"] = network and network.facts
+        fields["lpips"] = f"VGG {network.facts['vgg16_sha256'][:8]}" if network else "none"
         return Run(
             name="train-vae",
             directory=self.directory / "training",
@@ -253,8 +253,13 @@ class _Training:
     def _extractor(self) -> Extractor | None:
         """Of the features of `config.evaluation`, in process 0, if their network was imported."""
         features, folder = self.config.evaluation.features, default_folder()
-        lacks_network = features in networks.PARTS and load_network(features, folder) is None
-        if jax.process_index() or lacks_network:
+        if features not in networks.FEATURES:
+            make_extractor(features, folder)  # Raises an error, on every process.
+        if jax.process_index():
+            return None
+        if features == "thumbnails" and self.config.data.image_size < THUMBNAIL:
+            return None
+        if features in networks.PARTS and load_network(features, folder) is None:
             return None
         return make_extractor(features, folder)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.data.sources import Source, load_prepared
-from tokenbridge_jax.data.workers import count_workers, in_order
+from tokenbridge_jax.data.workers import NOTE_BYTES, count_workers, in_order
 from tokenbridge_jax.runtime.errors import UserError
 
 
@@ -75,7 +75,7 @@ def prepared_batches(
     ]
     prepare = _Prepare(plans, (batch_size, image_size, image_size, image_channels))
     workers = count_workers(workers, sum(len(plan.images) for plan in plans))
-    size = batch_size * image_size**2 * image_channels
+    size = batch_size * (image_size**2 * image_channels + NOTE_BYTES)
     prepared = in_order(cuts, prepare, workers, size)
     for (number, start), (pixels, labels, broken) in zip(cuts, prepared, strict=True):
         if broken and strict:

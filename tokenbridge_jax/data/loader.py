@@ -28,7 +28,7 @@ from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.data.readers import ShardReaders, damaged
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.sources import Subset, load_prepared
-from tokenbridge_jax.data.workers import count_workers, in_order
+from tokenbridge_jax.data.workers import NOTE_BYTES, count_workers, in_order
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 
@@ -222,7 +222,9 @@ def make_image_loader(
         return make(_Decoded(subset, image_size, image_channels, workers)).in_threads(start_step)
     batches = make(_Pictures(subset, image_size, image_channels))
     processes = count_workers(workers, count)
-    return _named(in_order(batches.steps(start_step), batches, processes, len(mine) * size))
+    return _named(
+        in_order(batches.steps(start_step), batches, processes, len(mine) * (size + NOTE_BYTES))
+    )
 
 
 class _Decoded:

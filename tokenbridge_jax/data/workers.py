@@ -37,8 +37,10 @@ _LEAST_PICTURES = 500
 _MOST_PROCESSES = 32
 # Results of each process that are being made or wait.
 _AHEAD = 3
-# Smaller arrays go through a pipe.
-_LEAST_SHARED = 2**16
+# More than a picture's label and the reason why it is broken take.
+NOTE_BYTES = 2**10
+# What a result of any size takes beside its arrays.
+_MARGIN = 2**12
 _SHARED_MEMORY = Path("/dev/shm")
 # Microseconds of all cores together that a container may use in a period, and the period.
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -75,33 +77,23 @@ def in_order(
       items: what to work on.
       work: can be pickled, with all that it refers to.
       workers: number of processes, or 0 for a thread of this process.
-      result_bytes: the size of the arrays of a result. Larger ones come back through a pipe.
+      result_bytes: the largest size of the data of a result.
 
     Raises:
       UserError: `work` raised it, or a process was killed or could not start.
     """
-    workers = _that_fit(min(workers, len(items)), result_bytes)
+    slot_bytes = result_bytes + _MARGIN
+    workers = _that_fit(min(workers, len(items)), slot_bytes)
     if not workers:
         with _closed(ThreadPoolExecutor(1)) as thread:
             yield from _ahead((thread.submit(work, item) for item in items), _AHEAD)
         return
     slots = workers * _AHEAD
-    with _pickled(work) as path, _shared_memory(slots * result_bytes) as memory:
-        begin = functools.partial(_begin, path, memory.name, result_bytes)
-        with _closed(ProcessPoolExecutor(workers, _Context(), begin)) as pool:
+    with _pickled(work) as path, _shared_memory(slots * slot_bytes) as memory:
+        begin = functools.partial(_begin, path, memory.name, slot_bytes)
+        with _closed(ProcessPoolExecutor(workers, _Context(), begin)) as pool, _named_error():
             made = (_submit(pool, item, number % slots) for number, item in enumerate(items))
-            results = _ahead(made, slots, functools.partial(_copied, memory))
-            with _named_error(
-                "could not start; a script must be a file that does its work below "
-                '`if __name__ == "__main__":`, or set config.data.workers to 1'
-            ):
-                first = next(results)
-            yield first
-            del first
-            with _named_error(
-                "was killed; if memory is short, use fewer of them: --config.data.workers=1"
-            ):
-                yield from results
+            yield from _ahead(made, slots, functools.partial(_copied, memory))
 
 
 def _ahead(
@@ -163,12 +155,16 @@ def _without_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named_error(what: str) -> Iterator[None]:
+def _named_error() -> Iterator[None]:
     """Turns the end of a process into one line."""
     try:
         yield
     except BrokenProcessPool as error:
-        raise UserError(f"a process that decodes pictures {what}") from error
+        raise UserError(
+            "a process that decodes pictures was killed or could not start; if memory is short, "
+            "use fewer of them: --config.data.workers=1 (a script of your own must be a file that "
+            'does its work below `if __name__ == "__main__":`)'
+        ) from error
 
 
 class _Process(SpawnProcess):
@@ -200,39 +196,38 @@ def _begin(path: str, memory: str, slot_bytes: int) -> None:
     _worker = _Worker(pickle.loads(Path(path).read_bytes()), SharedMemory(memory), slot_bytes)
 
 
-def _make(item: Any, slot: int) -> tuple[bytes, int, list[int]]:
+def _make(item: Any, slot: int) -> tuple[int, list[int]]:
     """Works in a worker process.
 
+    The result and its arrays go to the slot, one after another. Only their place goes through the
+    pool's pipe: a process that is killed while it writes there leaves a part of a message, and the
+    pool would wait for the rest forever.
+
     Returns:
-      The pickled result without its large arrays, the place in shared memory where these begin, and
-      their sizes in bytes.
+      Where the result begins in shared memory, and the sizes in bytes of its pickle and arrays.
+
+    Raises:
+      ValueError: the result is larger than the slot.
     """
+    arrays = list[pickle.PickleBuffer]()
+    result = pickle.dumps(_worker.work(item), protocol=5, buffer_callback=arrays.append)
+    buffers: list[Any] = [result, *(array.raw() for array in arrays)]
+    parts = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
+    sizes = [part.size for part in parts]
+    if sum(sizes) > _worker.slot_bytes:
+        raise ValueError(f"a result has {sum(sizes)} bytes, and its slot {_worker.slot_bytes}")
     begin = slot * _worker.slot_bytes
-    end = begin + _worker.slot_bytes
-    sizes = list[int]()
-
-    def in_pickle(buffer: pickle.PickleBuffer) -> bool:
-        """Copies a large array to the slot; otherwise the array becomes a part of the pickle."""
-        data = buffer.raw()
-        start = begin + sum(sizes)
-        if data.nbytes < _LEAST_SHARED or start + data.nbytes > end:
-            return True
-        np.ndarray(data.nbytes, np.uint8, _worker.memory.buf, start)[:] = data
-        sizes.append(data.nbytes)
-        return False
-
-    result = pickle.dumps(_worker.work(item), protocol=5, buffer_callback=in_pickle)
-    return result, begin, sizes
+    place = np.ndarray(sum(sizes), np.uint8, _worker.memory.buf, begin)
+    np.concatenate(parts, out=place)
+    return begin, sizes
 
 
-def _copied(memory: SharedMemory, made: tuple[bytes, int, list[int]]) -> Any:
+def _copied(memory: SharedMemory, made: tuple[int, list[int]]) -> Any:
     """The result that `_make` describes. Its slot can be used again."""
-    result, begin, sizes = made
-    arrays = []
-    for size in sizes:
-        arrays.append(np.ndarray(size, np.uint8, memory.buf, begin).copy())
-        begin += size
-    return pickle.loads(result, buffers=arrays)
+    begin, sizes = made
+    place = np.ndarray(sum(sizes), np.uint8, memory.buf, begin)
+    result, *arrays = (part.copy() for part in np.split(place, np.cumsum(sizes)[:-1]))
+    return pickle.loads(result.tobytes(), buffers=arrays)
 
 
 def cores() -> int:
@@ -246,14 +241,14 @@ def cores() -> int:
     return found
 
 
-def _that_fit(workers: int, result_bytes: int) -> int:
+def _that_fit(workers: int, slot_bytes: int) -> int:
     """As many workers as shared memory has room for, and a line if these are fewer; 0 for one."""
     fitting = workers
     if _SHARED_MEMORY.is_dir():  # Not on macOS, where there is no such limit.
         free = shutil.disk_usage(_SHARED_MEMORY).free
-        fitting = min(workers, free // (_AHEAD * result_bytes))
+        fitting = min(workers, free // (_AHEAD * slot_bytes))
     if fitting < workers:
-        needed = workers * _AHEAD * result_bytes
+        needed = workers * _AHEAD * slot_bytes
         say(
             f"{max(fitting, 1)} instead of {workers} processes decode pictures, because "
             f"{_SHARED_MEMORY} has {free / 2**20:.0f} MiB of shared memory and not "

@@ -102,8 +102,10 @@ class NetworkExtractor(Extractor):
         """See `Extractor`."""
         count = len(images)
         full = np.pad(images, [(0, self.batch_size - count), (0, 0), (0, 0), (0, 0)])
-        batch = jax.device_put(full, meshes.batch_sharding(self._mesh))
-        found = self._compiled(self._params, batch)
+        # The mesh of a training run, which may call this, has the devices of other processes too.
+        with meshes.use_mesh(self._mesh):
+            batch = jax.device_put(full, meshes.batch_sharding(self._mesh))
+            found = self._compiled(self._params, batch)
         return Features(*(np.asarray(x)[:count] for x in found))
 
 

@@ -70,8 +70,8 @@ def distance(
       other: the images to compare them with, of the same shape.
       network: "vgg" or "alex".
     """
-    x = jnp.concatenate([one, other]).astype(jnp.float32) / 127.5 - 1
-    return _distance(params, x, network)
+    pairs = jnp.stack([one, other], axis=1)
+    return _distance(params, pairs.astype(jnp.float32) / 127.5 - 1, network)
 
 
 def training_distance(
@@ -88,16 +88,17 @@ def training_distance(
       other: those to compare them with.
       dtype: of the network's products; features are compared in float32.
     """
-    x = jnp.concatenate([one, other])
-    return _distance(params, jnp.broadcast_to(x, (*x.shape[:3], 3)), "vgg", dtype)
+    pairs = jnp.stack([one, other], axis=1)
+    return _distance(params, jnp.broadcast_to(pairs, (*pairs.shape[:4], 3)), "vgg", dtype)
 
 
 def _distance(
-    params: Params, x: Float[Array, "P H W 3"], network: str, dtype: Any = jnp.float32
-) -> Float[Array, " pairs"]:
-    """LPIPS of the first half of the images in [-1, 1] and the other one."""
+    params: Params, pairs: Float[Array, "N 2 H W 3"], network: str, dtype: Any = jnp.float32
+) -> Float[Array, " N"]:
+    """LPIPS of pairs of images in [-1, 1], which stay side by side: on the same device."""
+    x = pairs.reshape(-1, *pairs.shape[2:])
     x = ((x - _MEAN[None, None, None]) / _DEVIATION[None, None, None]).astype(dtype)
-    total = jnp.zeros(len(x) // 2, jnp.float32)
+    total = jnp.zeros(len(pairs), jnp.float32)
     for part, steps in enumerate(NETWORKS[network]):
         for step in steps:
             if isinstance(step, Conv):
@@ -105,9 +106,10 @@ def _distance(
             else:
                 x = nn.max_pool(x, (step, step), (2, 2))
         unit = _unit(x.astype(jnp.float32))
-        first, second = jnp.split(unit, 2)
+        unit = unit.reshape(-1, 2, *unit.shape[1:])
         weights = params[f"lin{part}"]["weight"]
-        difference = jnp.sum((first - second) ** 2 * weights[None, None, None], axis=-1)
+        square = (unit[:, 0] - unit[:, 1]) ** 2
+        difference = jnp.sum(square * weights[None, None, None], axis=-1)
         total += difference.mean(axis=(1, 2))
     return total
 

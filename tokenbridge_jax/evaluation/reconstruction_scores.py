@@ -1,5 +1,6 @@
 """Scores of an autoencoder's reconstructions while it is trained: one pass over some images."""
 
+import collections
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from tokenbridge_jax.autoencoder import images_to_float
 from tokenbridge_jax.evaluation.features import Extractor
 from tokenbridge_jax.evaluation.image_sets import rgb
 from tokenbridge_jax.evaluation.metrics import frechet_distance
@@ -36,34 +38,35 @@ def make_scores(
 
     Returns:
       A function of parameters and batches. Its result has the means over images of `psnr` in
-      decibels, `ssim` (as `pixels.ssim`) and `lpips`, and the extractor's `distance`.
+      decibels, `ssim` (as `pixels.ssim`, for images of 7 pixels or more) and `lpips`, and the
+      extractor's `distance`.
     """
 
-    def scores(params: Any, batch: Any) -> tuple[Any, Float[Array, " K"]]:
+    def compare(params: Any, batch: Any) -> tuple[Any, dict[str, Float[Array, ""]]]:
         images, weights = batch["images"], batch["weights"]
         decoded = reconstruct(params, images)
-        found = [_psnr(decoded, images), _ssim(decoded, images)]
+        found = {"weight": jnp.ones_like(weights), "psnr": _psnr(decoded, images)}
+        if min(images.shape[1:3]) >= WINDOW:
+            found["ssim"] = _ssim(decoded, images)
         if perceptual:
-            found.append(
-                perceptual(*(x.astype(jnp.float32) / 127.5 - 1 for x in (decoded, images)))
-            )
-        sums = jnp.stack([jnp.sum(weights * x) for x in (*found, jnp.ones_like(weights))])
+            found["lpips"] = perceptual(images_to_float(decoded), images_to_float(images))
+        sums = {name: jnp.sum(weights * values) for name, values in found.items()}
         return (images, decoded, weights), sums
 
-    jitted = jax.jit(scores, out_shardings=meshes.replicated(mesh))
-    names = ("psnr", "ssim", "lpips") if perceptual else ("psnr", "ssim")
+    jitted = jax.jit(compare, out_shardings=meshes.replicated(mesh))
 
     def run(params: Any, batches: Iterator[Any]) -> dict[str, float]:
         moments = [Moments(extractor.size) for _ in range(2)] if extractor else []
-        total = np.zeros(len(names) + 1)
+        total = collections.Counter[str]()
         for batch in batches:
             compared, sums = jitted(params, batch)
-            total += np.asarray(sums, np.float64)
+            total.update({name: float(value) for name, value in sums.items()})
             if extractor:
                 *pair, weights = map(np.asarray, compared)
                 for found, images in zip(moments, pair, strict=True):
                     _extract(extractor, rgb(images[weights > 0]), found)
-        result = dict(zip(names, (total[:-1] / total[-1]).tolist(), strict=True))
+        weight = total.pop("weight")
+        result = {name: value / weight for name, value in total.items()}
         if extractor:
             result[extractor.distance] = frechet_distance(*(x.gaussian() for x in moments))
         return result

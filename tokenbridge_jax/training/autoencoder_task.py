@@ -13,9 +13,10 @@ From some step on, a discriminator D takes part, which learns to tell images fro
     generator        -w mean D(y), added to the loss above
     discriminator    mean(relu(1 - D(x)) + relu(1 + D(y))) / 2
 
-    w = weight * |G(error + LPIPS)| / (|G(-mean D(y))| + 1e-4), at most 1e4 * weight,
+    w = weight * |G(error + LPIPS)| / (|G(-mean D(y))| + 1e-4), at most 1e4 / P * weight,
 
-where G is the gradient by the kernel of the decoder's last convolution. Both networks are updated
+where G is the gradient by the kernel of the decoder's last convolution. (LDM's bound is 1e4, for
+sums over the P values.) Both networks are updated
 at the same time, by one optimizer. With accumulation each micro-batch has its own w.
 """
 
@@ -189,7 +190,8 @@ class AutoencoderTask:
         (fidelity, report), fidelity_gradient = with_gradient(fixed, images)
         realism, realism_gradient = jax.value_and_grad(realism_error)(fixed)
         sizes = [optax.tree.norm(to_kernel(x)) for x in (fidelity_gradient, realism_gradient)]
-        weight = self.adversary.weight * jnp.minimum(sizes[0] / (sizes[1] + 1e-4), 1e4)
+        most = 1e4 / images[0].size
+        weight = self.adversary.weight * jnp.minimum(sizes[0] / (sizes[1] + 1e-4), most)
         # The gradients by the decoded images are known already: neither network runs again.
         value, gradient = jax.lax.stop_gradient(
             (fidelity + weight * realism, fidelity_gradient + weight * realism_gradient)

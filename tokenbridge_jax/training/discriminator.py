@@ -43,11 +43,19 @@ class Adversary:
             raise UserError(f"the discriminator's start is {self.start}, must be at least 0")
         if self.layers < 1:
             raise UserError(f"the discriminator has {self.layers} layers, must have at least 1")
-        if self.channels < 1 or self.channels % min(32, self.channels):
-            raise UserError(
-                f"the discriminator has {self.channels} channels; it must have fewer than 32 or a "
-                "multiple of 32, for its 32 normalisation groups"
-            )
+        if self.channels < 1:
+            raise UserError(f"the discriminator has {self.channels} channels, must have at least 1")
+        for width in map(self.width, range(1, self.layers + 1)):
+            if width % min(32, width):
+                raise UserError(
+                    f"a discriminator of {self.channels} channels has a layer of {width}, which "
+                    "must be below 32 or a multiple of 32, for its 32 normalisation groups; set "
+                    "vae_training.discriminator_channels to 32 or 64"
+                )
+
+    def width(self, layer: int) -> int:
+        """Number of channels of a layer."""
+        return self.channels * min(2**layer, 8)
 
     def check_image_size(self, side: int) -> None:
         """Raises `UserError` if no patch is left of an image of this side."""
@@ -74,8 +82,7 @@ class Discriminator(nn.Module):
         x = images.astype(compute_dtype(self.precision))
         for layer in range(self.adversary.layers + 1):
             strides = (2, 2) if layer < self.adversary.layers else (1, 1)
-            channels = self.adversary.channels * min(2**layer, 8)
-            x = self._conv(channels, strides, f"conv_{layer}")(x)
+            x = self._conv(self.adversary.width(layer), strides, f"conv_{layer}")(x)
             if layer:
                 x = GroupNorm(name=f"norm_{layer}")(x)
             x = nn.leaky_relu(x, 0.2)

@@ -362,8 +362,9 @@ class _Report:
 def _interruptions() -> Iterator[Callable[[int], bool]]:
     """Yields a function: whether to stop after update `step`, the same answer on every process.
 
-    SIGTERM or SIGINT asks for a stop; a second signal kills. With several processes, SIGTERM to one
-    is enough: the coordination service tells all of them, and chooses the update to stop at.
+    SIGTERM or SIGINT asks for a stop; a second one ends the run without it. With several processes,
+    SIGTERM to one is enough: the coordination service tells all of them, and chooses the update to
+    stop at.
     """
     received: list[int] = []
     previous: dict[int, Any] = {}
