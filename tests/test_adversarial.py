@@ -201,7 +201,7 @@ def test_the_gradient_of_lpips_is_that_of_its_package(vgg):
         gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
     )
     # Pairs stay on their device: no feature map moves.
-    sharding = meshes.batch_sharding(meshes.make_mesh(2))
+    sharding = meshes.batch_sharding(meshes.make_mesh())
     pairs = [jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32, sharding=sharding)] * 2
     compiled = jax.jit(functools.partial(lpips.training_distance, params)).lower(*pairs).compile()
     assert "collective-permute" not in compiled.as_text()

@@ -221,10 +221,9 @@ def make_image_loader(
     if count * size <= _DECODED_BYTES:
         return make(_Decoded(subset, image_size, image_channels, workers)).in_threads(start_step)
     batches = make(_Pictures(subset, image_size, image_channels))
-    processes = count_workers(workers, count)
-    return _named(
-        in_order(batches.steps(start_step), batches, processes, len(mine) * (size + NOTE_BYTES))
-    )
+    result_bytes = len(mine) * (size + NOTE_BYTES)
+    steps, processes = batches.steps(start_step), count_workers(workers, count)
+    return _named(in_order(steps, batches, processes, result_bytes))
 
 
 class _Decoded:
