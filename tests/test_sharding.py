@@ -115,7 +115,10 @@ def train_autoencoder(sizes):
 def test_the_autoencoder_trains_on_a_mesh_as_on_one_device(sizes):
     metrics, moments, params = train_autoencoder(sizes)
     expected, expected_moments, _ = train_autoencoder((1, 1, 1))
-    assert metrics == pytest.approx(expected, rel=3e-5)
+    # The norm sums all gradients, and differed by 1.2e-5 on one machine.
+    norm, expected_norm = metrics["grad_norm"], expected["grad_norm"]
+    assert norm == pytest.approx(expected_norm, rel=3e-5)
+    assert metrics | {"grad_norm": expected_norm} == pytest.approx(expected, rel=1e-5)
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected_moments))
     # Some gradients are zero in exact arithmetic: a bias before a norm.
     assert_trees_close(moments, expected_moments, rtol=1e-4, atol=1e-5 * largest)

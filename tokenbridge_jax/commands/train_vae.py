@@ -259,7 +259,7 @@ class _Training:
             return None
         if features == "thumbnails" and self.config.data.image_size < THUMBNAIL:
             return None
-        if features in networks.PARTS and load_network(features, folder) is None:
+        if features in networks.PARTS and not (folder and networks.is_imported(features, folder)):
             return None
         return make_extractor(features, folder)
 

@@ -134,15 +134,19 @@ def load_network(name: str, folder: Path | None) -> Network | None:
     Raises:
       UserError: its files are damaged.
     """
-    if folder is None:
+    if folder is None or not is_imported(name, folder):
         return None
     path = folder / f"{name}.safetensors"
-    # Not `Path.exists`, which raises an error in a folder that this user may not read.
-    if not os.path.exists(path) or not os.path.exists(_facts_file(path)):
-        return None
     facts = storage.read_json(_facts_file(path))
     weights = {f"{part}_sha256": digest for part, digest in facts["sha256"].items()}
     return Network(safetensors_file.read(path), weights | {f"{name}_published": facts["published"]})
+
+
+def is_imported(name: str, folder: Path) -> bool:
+    """Whether `import_network` has written a network there."""
+    path = folder / f"{name}.safetensors"
+    # Not `Path.exists`, which raises an error in a folder that this user may not read.
+    return os.path.exists(path) and os.path.exists(_facts_file(path))
 
 
 def load_lpips(folder: Path | None, side: int) -> dict[str, Network]:

@@ -1,6 +1,8 @@
 """PSNR and SSIM of pairs of uint8 images; the range of the pixels is 255."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -38,11 +40,23 @@ def _ssim(one: UInt8[np.ndarray, "H W C"], other: UInt8[np.ndarray, "H W C"]) ->
         border = WINDOW // 2
         return uniform_filter(x, (WINDOW, WINDOW, 1))[border:-border, border:-border]
 
-    a, b = one.astype(np.float64), other.astype(np.float64)
+    return float(similarity(one.astype(np.float64), other.astype(np.float64), mean).mean())
+
+
+def similarity(a: Any, b: Any, mean: Callable[[Any], Any], origin: float = 0.0) -> Any:
+    """SSIM of every window, for arrays of NumPy or JAX.
+
+    Args:
+      a: the pixels minus `origin`, as floats.
+      b: those of the other image.
+      mean: over every window.
+      origin: a value near the pixels makes their squares small, which float32 needs.
+    """
     unbiased = WINDOW**2 / (WINDOW**2 - 1)
     mean_a, mean_b = mean(a), mean(b)
     covariance = unbiased * (mean(a * b) - mean_a * mean_b)
     variances = unbiased * (mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_a, mean_b = mean_a + origin, mean_b + origin
     brightness = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    return float((brightness * (2 * covariance + c2) / (variances + c2)).mean())
+    return brightness * (2 * covariance + c2) / (variances + c2)

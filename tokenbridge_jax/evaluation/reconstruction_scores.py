@@ -15,8 +15,9 @@ from tokenbridge_jax.evaluation.features import Extractor
 from tokenbridge_jax.evaluation.image_sets import rgb
 from tokenbridge_jax.evaluation.metrics import frechet_distance
 from tokenbridge_jax.evaluation.moments import Moments
-from tokenbridge_jax.evaluation.pixels import WINDOW
+from tokenbridge_jax.evaluation.pixels import WINDOW, similarity
 from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.training.autoencoder_task import one_behind
 
 Images = UInt8[Array, "B H W I"]
 
@@ -58,8 +59,7 @@ def make_scores(
     def run(params: Any, batches: Iterator[Any]) -> dict[str, float]:
         moments = [Moments(extractor.size) for _ in range(2)] if extractor else []
         total = collections.Counter[str]()
-        for batch in batches:
-            compared, sums = jitted(params, batch)
+        for compared, sums in one_behind(jitted(params, batch) for batch in batches):
             total.update({name: float(value) for name, value in sums.items()})
             if extractor:
                 *pair, weights = map(np.asarray, compared)
@@ -89,21 +89,13 @@ def _psnr(one: Images, other: Images) -> Float[Array, " B"]:
 
 
 def _ssim(one: Images, other: Images) -> Float[Array, " B"]:
-    """`pixels.ssim` on the devices, in float32; differences from grey, whose squares are small."""
+    """`pixels.ssim` on the devices, in float32."""
 
     def mean(x: Array) -> Array:
         window = (1, WINDOW, WINDOW, 1)
         total = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1,) * 4, "VALID")
         return total / WINDOW**2
 
-    a, b = one.astype(jnp.float32) - 127.5, other.astype(jnp.float32) - 127.5
-    unbiased = WINDOW**2 / (WINDOW**2 - 1)
-    mean_a, mean_b = mean(a), mean(b)
-    covariance = unbiased * (mean(a * b) - mean_a * mean_b)
-    variances = unbiased * (mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2)
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    # The brightness is that of the pixels themselves.
-    mean_a, mean_b = mean_a + 127.5, mean_b + 127.5
-    brightness = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    similarity = brightness * (2 * covariance + c2) / (variances + c2)
-    return jnp.mean(similarity, axis=(1, 2, 3))
+    grey = 127.5
+    a, b = one.astype(jnp.float32) - grey, other.astype(jnp.float32) - grey
+    return jnp.mean(similarity(a, b, mean, grey), axis=(1, 2, 3))

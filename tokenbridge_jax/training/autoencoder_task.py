@@ -279,7 +279,8 @@ def latent_std(module: Autoencoder, params: Any, batches: Iterator[Batch], mesh:
         return jnp.stack([jnp.sum(weights * posterior.mean), jnp.sum(weights * square), count])
 
     jitted = jax.jit(moments, out_shardings=meshes.replicated(mesh))
-    total, square, count = _sum(jitted(params, batch) for batch in batches)
+    parts = one_behind(jitted(params, batch) for batch in batches)
+    total, square, count = np.sum([np.asarray(part, np.float64) for part in parts], axis=0)
     return float(np.sqrt(square / count - np.square(total / count)))
 
 
@@ -297,11 +298,10 @@ def make_reconstruction(module: Autoencoder, mesh: Mesh) -> Callable[[Any, Any],
     return jax.jit(reconstruct, out_shardings=meshes.replicated(mesh))
 
 
-def _sum(parts: Iterator[jax.Array]) -> np.ndarray:
-    """The sum over batches in float64; it waits for each batch after the next one has started."""
-    previous = next(parts)
-    total = np.zeros(previous.shape, np.float64)
-    for part in parts:
-        total += np.asarray(previous)
-        previous = part
-    return total + np.asarray(previous)
+def one_behind(results: Iterator[Any]) -> Iterator[Any]:
+    """The results, each after the next one was started: no device waits for the host."""
+    previous = next(results)
+    for result in results:
+        yield previous
+        previous = result
+    yield previous
