@@ -1,19 +1,20 @@
-"""CIFAR-10, class-conditional: 32x32 pixels, 8x8 positions of 16 channels, its own autoencoder.
+"""CIFAR-10, class-conditional: 32x32 pixels, 8x8 positions of 8 channels, its own autoencoder.
 
   bash launch/cifar10.sh /data/cifar10
 
 runs every command from the pictures to a page with samples and scores; docs/cifar10.md explains it.
-`/data/cifar10` has the class folders `train/CLASS/` and `test/CLASS/`. Each command alone:
+`/data/cifar10` has the class folders `train/CLASS/` and `test/CLASS/`, or with the argument `tfds`
+it is TFDS's data directory. Each command alone:
 
   tokenbridge train-vae --config cifar10 --workdir runs/cifar10 --config.data.path=/data/cifar10
   tokenbridge tokenize --workdir runs/cifar10
   tokenbridge train --workdir runs/cifar10
   tokenbridge sample --workdir runs/cifar10
 
-Arguments: `size=S` is a model of 31 million parameters; `size=B` is the paper's TokenBridge-B, and
-trains longer; `quick` takes minutes on two CPU cores, to try the commands. The values are choices
-that were not tuned: only `quick` has been run. Keys that are not here have the values of
-`configs/base.py`.
+Arguments: `size=S` is a model of 30 million parameters; `size=B` is the paper's TokenBridge-B, and
+trains longer, and has not been run; `quick` takes minutes on two CPU cores, to try the commands.
+docs/cifar10.md has the results of `size=S` and what was tried. Keys that are not here have the
+values of `configs/base.py`.
 """
 
 from ml_collections import ConfigDict
@@ -32,43 +33,51 @@ MODELS = {"S": SMALL, "B": SIZES["B"]}
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See the file's docstring for the arguments."""
-    arguments = parse_arg(arg, size="S", quick=False)
+    arguments = parse_arg(arg, size="S", tfds=False, quick=False)
     if arguments.size not in MODELS:
         raise UserError(f"size={arguments.size} is not one of {', '.join(MODELS)}")
     config = experiment("base")
-    config.data.update(validation_split="test", image_size=32, num_classes=10, flip=True)
+    config.data.update(
+        source="tfds" if arguments.tfds else "folder",
+        name="cifar10",
+        validation_split="test",
+        image_size=32,
+        num_classes=10,
+        flip=True,
+    )
     config.autoencoder.update(
         channels=64,
         multipliers=(1, 2, 4),
         attention_resolutions=(),
-        latent_channels=16,
+        latent_channels=8,
     )
     config.vae_training.update(
         batch_size=256,
         steps=8000,
         warmup_steps=400,
-        learning_rate=5e-4,
-        kl_weight=1e-3,
+        learning_rate=1e-3,
+        kl_weight=0.05,
         dtype="bfloat16",
         checkpoint_every=2000,
     )
     config.quantizer.channel_order = "frequency"
     config.tokenize.update(batch_size=256, posterior_samples=2)
     config.model.update(MODELS[arguments.size])
-    config.model.update(buffer=16, dropout=0.1, dtype="bfloat16")
+    config.model.update(buffer=16, dropout=0.0, dtype="bfloat16")
     config.training.update(
         batch_size=512,
-        steps=5000,
+        steps=7000,
         warmup_steps=500,
-        learning_rate=8e-4,
+        learning_rate=1e-3,
         weight_decay=0.02,
         ema_decay=0.999,
         sample_every=1000,
     )
     if arguments.size == "B":
+        config.model.dropout = 0.1
         config.training.update(steps=40_000, warmup_steps=2000, learning_rate=4e-4)
         config.training.ema_decay = 0.9999
-    config.sampling.update(num_iter=64, guidance=2.0, temperature=0.97, batch_size=500)
+    config.sampling.update(num_iter=64, guidance=6.0, temperature=0.97, batch_size=500)
     config.evaluation.update(reference="data", features="thumbnails")
     if arguments.quick:
         _shrink(config)

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # CIFAR-10: a folder of pictures -> autoencoder -> index shards -> model -> samples -> scores -> page.
 #   bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]
-#   DATA      has the class folders train/CLASS/ and test/CLASS/
+#   DATA      has the class folders train/CLASS/ and test/CLASS/; with `tfds`, TFDS's data directory
 #   WORKDIR   gets all files (runs/cifar10); a second start continues
-#   ARGUMENT  of the config: size=S, size=B or quick
+#   ARGUMENT  of the config: size=S, size=B or quick; size=B,tfds and so on
 #   FLAG      changes the config: --config.section.key=value
 # It uses the active virtual environment. Without one it makes .venv, for a GPU if there is one.
 # docs/cifar10.md explains the results.
 set -euo pipefail
 started=$(date +%s)
 data=${1:?usage: bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]}
-[ -d "$data/train" ] && [ -d "$data/test" ] || {
+argument=${3:-size=S}
+if [[ $argument != *tfds* ]] && ! { [ -d "$data/train" ] && [ -d "$data/test" ]; }; then
   echo "cifar10.sh: $data has no folders train and test; pictures go into train/CLASS/ and test/CLASS/" >&2
   exit 2
-}
+fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-workdir=${2:-$root/runs/cifar10} argument=${3:-size=S}
+workdir=${2:-$root/runs/cifar10}
 mkdir -p "$workdir"
 data=$(cd "$data" && pwd) workdir=$(cd "$workdir" && pwd)
 cd "$root"

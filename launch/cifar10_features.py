@@ -6,7 +6,7 @@ is kept in files, so that a second start does not compute it again.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,14 @@ def train_classifier(
     return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000)).fit(
         features, labels
     )
+
+
+def classifier_of_both_views(
+    features: Mapping[str, np.ndarray], labels: Integer[np.ndarray, " N"]
+) -> Pipeline:
+    """The classifier of the training pictures and the mirrored ones, from the features of both."""
+    both = np.concatenate([features["train"], features["train_mirrored"]])
+    return train_classifier(both, np.concatenate([labels, labels]))
 
 
 def neighbours(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from cifar10_features import Extract, cached, digest, lite0, train_classifier
+from cifar10_features import Extract, cached, classifier_of_both_views, digest, lite0
 from cifar10_page import write_page
 from jaxtyping import Float, Integer, UInt8
 from ml_collections import ConfigDict
@@ -162,10 +162,7 @@ def measure(
     if known.exists() and (found := storage.read_json(known))["inputs"] == inputs:
         return found["scores"], found["remarks"]
     labels = sets["train"].labels
-    classifier = train_classifier(
-        np.concatenate([features["train"], features["train_mirrored"]]),
-        np.concatenate([labels, labels]),
-    )
+    classifier = classifier_of_both_views(features, labels)
     scores: dict[str, float] = {"pictures": len(features["test"]), "train_pictures": len(labels)}
     remarks: list[str] = []
     for name in COMPARED:

@@ -21,9 +21,9 @@ from tokenbridge_jax.evaluation.features import thumbnails
 from tokenbridge_jax.runtime.errors import UserError
 
 sys.path.insert(0, str(LAUNCH))  # Scripts import from their own folder.
-features, folders, page, score = map(
+features, folders, options, page, score = map(
     importlib.import_module,
-    ("cifar10_features", "cifar10_folders", "cifar10_page", "score_cifar10"),
+    ("cifar10_features", "cifar10_folders", "cifar10_options", "cifar10_page", "score_cifar10"),
 )
 SIDE = 8
 COUNTS = {"train": 60, "test": 20, "reconstructions": 20, "samples": 20}
@@ -129,6 +129,82 @@ def test_scores_are_measured_once_for_the_same_pictures(tmp_path, sets):
     assert [row[0] for row in rows] == list(score.COMPARED.values())
     assert {len(row) for row in (heading, *rows)} == {1 + len(score.MEASURES)}
     assert rows[0][2] == "-"  # There are too few pictures for KID.
+
+
+# --- Options of sampling --------------------------------------------------------------------------
+
+
+class Drawing:
+    """A pipeline whose samples are darker with more guidance, and which records its settings."""
+
+    def __init__(self):
+        sampling = {"num_iter": 64, "guidance": 1.5, "temperature": 0.97, "batch_size": 10}
+        self.facts = {"config": {"sampling": sampling}}
+        self.config = SimpleNamespace(classes=2)
+        self.step, self.calls = 7, []
+
+    def generate(self, labels, *, seed, batch_size, **settings):
+        self.calls.append((len(labels), seed, settings))
+        return np.full((len(labels), SIDE, SIDE, 3), 10 * settings["guidance"], np.uint8)
+
+
+def test_one_option_at_a_time_is_measured_once(tmp_path, monkeypatch):
+    pipeline = Drawing()
+    monkeypatch.setattr(options.Pipeline, "load", lambda workdir: pipeline)
+    monkeypatch.setattr(
+        options.Scorer, "of", lambda *_: lambda x, labels: {"frechet_distance": float(x.mean())}
+    )
+    monkeypatch.setitem(options.OPTIONS, "guidance", (1.0, 3.0))
+    monkeypatch.setitem(options.OPTIONS, "order", ("random", "halton"))
+    names = ["guidance", "order"]
+    found = options.measure_all(tmp_path, names, 20)
+    assert [(row["option"], row["value"], row["own"]) for row in found] == [
+        ("guidance", 1.0, False),
+        ("guidance", 3.0, False),
+        ("guidance", 1.5, True),
+        ("order", "random", True),
+        ("order", "halton", False),
+    ]
+    assert [row["frechet_distance"] for row in found] == [10, 30, 15, 15, 15]
+    # A batch that compiles, then all; the run's own settings are drawn once.
+    assert [(count, seed) for count, seed, _ in pipeline.calls] == [(10, 1), (20, 0)] * 4
+    own = pipeline.calls[-3][2]
+    for _, _, settings in pipeline.calls:
+        assert sum(own[name] != settings[name] for name in own) <= 1
+
+    assert options.measure_all(tmp_path, names, 20) == found
+    assert len(pipeline.calls) == 8
+    pipeline.step = 8  # Another model.
+    options.measure_all(tmp_path, ["order"], 20)
+    assert len(pipeline.calls) == 12
+
+
+def test_the_table_and_the_picture_of_options(tmp_path):
+    scores = {"images_per_second": 1234.5, "frechet_distance": 5.0, "kid": 0.5, "accuracy": 0.25}
+    rows = [
+        scores | {"option": name, "value": value, "own": own}
+        for name, value, own in (
+            ("guidance", 1.0, False),
+            ("guidance", 2.0, True),
+            ("guidance_interval", [0.0, 0.5], False),
+        )
+    ]
+    heading, rule, *lines = options.table(rows).splitlines()
+    assert heading.count("|") == rule.count("|") == lines[0].count("|")
+    assert lines[0] == "| `guidance` | 1.0 | 1,234 | 5.00 | 0.5000 | 25.0% |"
+    assert lines[1].startswith("| `guidance` | **2.0** |")
+    assert lines[2].startswith("| `guidance_interval` | 0.0 to 0.5 |")
+    options.draw(tmp_path / "options.png", rows)
+    with Image.open(tmp_path / "options.png") as picture:
+        assert picture.width > picture.height  # Two plots: against time, and against guidance.
+
+
+def test_options_need_the_features_of_all_training_pictures(tmp_path, monkeypatch):
+    source = SimpleNamespace(label=lambda i: i % 2)
+    subset = SimpleNamespace(source=source, images=np.arange(5))
+    monkeypatch.setattr(options, "make_subsets", lambda config: {"train": subset})
+    with pytest.raises(UserError, match=r"train.npz has not the features of the 5 training pict"):
+        options.Scorer.of(tmp_path, None)
 
 
 # --- The archive ----------------------------------------------------------------------------------

@@ -27,13 +27,13 @@ CONFIGS = ROOT / "configs"
 ARGUMENTS = {
     "ablations": ["group_4", "head_parallel,on=digits"],
     "base": [None],
-    "cifar10": [None, "size=B", "size=S,quick"],
+    "cifar10": [None, "size=B,tfds", "size=S,quick"],
     "digits": [None, "quick"],
     "imagenet256": [None, "size=B", "size=H,tfds", "size=L,quick"],
 }
 PARAMETERS = {
-    ("cifar10", None): 30_745_600,
-    ("cifar10", "size=B"): 216_748_288,
+    ("cifar10", None): 30_342_656,
+    ("cifar10", "size=B,tfds"): 215_942_912,
     ("imagenet256", "size=B"): 218_024_704,
     ("imagenet256", None): 486_889_472,
     ("imagenet256", "size=H,tfds"): 910_040_576,

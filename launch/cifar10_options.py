@@ -1,0 +1,213 @@
+"""Prices the options of sampling on the model of a CIFAR-10 run: quality against time.
+
+One option at a time differs from the run's own settings. For every value it draws the same classes
+with the same seed, and measures the time (without compiling), the Frechet distance to the training
+pictures, KID, and the share in which a classifier finds the class, all in the features of
+EfficientNet-Lite0. It needs the `scores/` of launch/score_cifar10.py. If it is stopped, the same
+command continues.
+
+  python launch/cifar10_options.py --workdir runs/cifar10
+
+It prints a Markdown table and writes WORKDIR/options/: options.md, options.png and options.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cifar10_features import Extract, classifier_of_both_views, lite0
+from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
+
+from tokenbridge_jax import Pipeline
+from tokenbridge_jax.config import sampling_settings
+from tokenbridge_jax.data.sources import make_subsets
+from tokenbridge_jax.evaluation import figures
+from tokenbridge_jax.evaluation.generation import make_labels
+from tokenbridge_jax.evaluation.metrics import frechet_distance, kernel_distance
+from tokenbridge_jax.evaluation.moments import gaussian
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import say
+
+OPTIONS: dict[str, Sequence[Any]] = {
+    "num_iter": (4, 8, 16, 32, 64),
+    "guidance": (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),
+    "guidance_schedule": ("linear", "constant"),
+    "guidance_interval": ((0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0)),
+    "temperature": (0.8, 0.88, 0.94, 0.97, 1.0),
+    "order": ("random", "raster", "halton", "confidence"),
+}
+SUBSET = 1000  # Pictures of a set in each of KID's comparisons.
+
+
+def main() -> int:
+    """Measures what has no result yet; prints and writes the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=lambda text: Path(storage.expand(text)), required=True)
+    parser.add_argument("--samples", type=int, default=10_000, help="pictures for every value")
+    parser.add_argument("--options", default=",".join(OPTIONS), help="which; the default is all")
+    args = parser.parse_args()
+    names = args.options.split(",")
+    if wrong := [name for name in names if name not in OPTIONS]:
+        parser.error(f"{wrong[0]} is not one of {', '.join(OPTIONS)}")
+    if args.samples < SUBSET:
+        parser.error(f"--samples={args.samples} must be {SUBSET} or more")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
+    try:
+        results = measure_all(args.workdir, names, args.samples)
+    except UserError as error:
+        print(f"cifar10_options.py: error: {error}", file=sys.stderr)
+        return 2
+    folder = args.workdir / "options"
+    text = table(results)
+    storage.write_bytes(folder / "options.md", text.encode())
+    draw(folder / "options.png", results)
+    print(text, end="")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Measures samples by their features.
+
+    Attributes:
+      extract: pictures -> features.
+      real: the features of the training pictures.
+      classifier: of features; from scikit-learn.
+    """
+
+    extract: Extract
+    real: Float[np.ndarray, "N D"]
+    classifier: Any
+
+    @classmethod
+    def of(cls, workdir: Path, config: ConfigDict) -> "Scorer":
+        """With the features that launch/score_cifar10.py keeps.
+
+        Raises:
+          UserError: there are none, or not of all training pictures.
+        """
+        train = make_subsets(config)["train"]
+        labels = np.array([train.source.label(int(i)) for i in train.images])
+        features: dict[str, Any] = {}
+        for name in ("train", "train_mirrored"):
+            file = workdir / "scores" / f"{name}.npz"
+            features[name] = storage.read_npz(file)["features"] if file.exists() else []
+            if len(features[name]) != len(labels):
+                raise UserError(
+                    f"{file} has not the features of the {len(labels)} training pictures; run "
+                    f"launch/score_cifar10.py --workdir {workdir}"
+                )
+        return cls(lite0(), features["train"], classifier_of_both_views(features, labels))
+
+    def __call__(self, images: UInt8[np.ndarray, "N H W 3"], labels: Any) -> dict[str, float]:
+        """The scores of samples that were asked for with these classes."""
+        features = self.extract(images)
+        return {
+            "frechet_distance": frechet_distance(gaussian(features), gaussian(self.real)),
+            "kid": kernel_distance(features, self.real, subset_size=SUBSET)[0],
+            "accuracy": float(self.classifier.score(features, labels)),
+        }
+
+
+def measure_all(workdir: Path, names: Sequence[str], samples: int) -> list[dict[str, Any]]:
+    """The results of all values of some options, with the run's own value of each.
+
+    Raises:
+      UserError: the run has no model or no scores.
+    """
+    pipeline = Pipeline.load(workdir)
+    config = ConfigDict(pipeline.facts["config"])
+    own = sampling_settings(config.sampling).to_json()
+    path = workdir / "options" / "options.json"
+    known = storage.read_json(path) if path.exists() else {}
+    score = Scorer.of(workdir, config)
+    results = []
+    for name in names:
+        values = [list(value) if isinstance(value, tuple) else value for value in OPTIONS[name]]
+        for value in values + [own[name]] * (own[name] not in values):
+            settings = own | {name: value}
+            key = json.dumps(settings | {"step": pipeline.step, "samples": samples})
+            if key not in known:
+                images, labels, seconds = sample(
+                    pipeline, samples, dict(settings, batch_size=config.sampling.batch_size)
+                )
+                known[key] = {"images_per_second": samples / seconds} | score(images, labels)
+                storage.write_json(path, known)
+                say(f"{name}={value}: {json.dumps(known[key])}")
+            results.append({"option": name, "value": value, "own": value == own[name]} | known[key])
+    return results
+
+
+def sample(
+    pipeline: Pipeline, samples: int, settings: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Samples, their classes, and the seconds that they took, without compiling."""
+    labels = make_labels("balanced", samples, pipeline.config.classes, seed=0)
+    pipeline.generate(labels[: settings["batch_size"]].tolist(), seed=1, **settings)
+    started = time.perf_counter()
+    images = pipeline.generate(labels.tolist(), seed=0, **settings)
+    return images, labels, time.perf_counter() - started
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results in Markdown; the run's own values are bold."""
+    lines = ["| option | value | images/s | Frechet distance | KID | class accuracy |"]
+    lines.append("|---" * 6 + "|")
+    for row in results:
+        value = row["value"]
+        text = " to ".join(map(str, value)) if isinstance(value, list) else str(value)
+        cells = [
+            f"`{row['option']}`",
+            f"**{text}**" if row["own"] else text,
+            f"{row['images_per_second']:,.0f}",
+            f"{row['frechet_distance']:.2f}",
+            f"{row['kid']:.4f}",
+            f"{row['accuracy']:.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Draws quality against time, a colour for each option; and both scores against numbers."""
+    groups = {name: [row for row in results if row["option"] == name] for name in OPTIONS}
+    groups = {name: rows for name, rows in groups.items() if rows}
+    numeric = {
+        name: rows for name, rows in groups.items() if isinstance(rows[0]["value"], int | float)
+    }
+    from matplotlib.ticker import PercentFormatter
+
+    first, *others = figures.make_axes(1 + len(numeric), width=4.2)
+    colours = [figures.BLUE, figures.ORANGE, figures.GREEN, figures.RED, figures.GREY, "black"]
+    for colour, (name, rows) in zip(colours, groups.items(), strict=False):
+        x = [1000 / row["images_per_second"] for row in rows]
+        y = [row["frechet_distance"] for row in rows]
+        first.plot(x, y, "o-" if name == "num_iter" else "o", color=colour, label=name, ms=4)
+    first.set(xlabel="milliseconds an image", ylabel="Frechet distance")
+    first.legend(frameon=False, fontsize="small")
+    for ax, (name, rows) in zip(others, numeric.items(), strict=True):
+        rows = sorted(rows, key=lambda row: row["value"])
+        values = [row["value"] for row in rows]
+        ax.plot(values, [row["frechet_distance"] for row in rows], "o-", color=figures.BLUE, ms=4)
+        ax.set_xlabel(name)
+        ax.set_ylabel("Frechet distance", color=figures.BLUE)
+        share = ax.twinx()
+        share.plot(values, [row["accuracy"] for row in rows], "s--", color=figures.ORANGE, ms=4)
+        share.set_ylabel("class accuracy", color=figures.ORANGE)
+        share.yaxis.set_major_formatter(PercentFormatter(1))
+    figures.save(first, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
