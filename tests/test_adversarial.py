@@ -249,6 +249,7 @@ FLAGS = [
     "--config.data.image_size=8",
     "--config.autoencoder.channels=4",
     "--config.autoencoder.multipliers=(1, 2)",
+    "--config.autoencoder.blocks=1",
     "--config.autoencoder.latent_channels=2",
     "--config.vae_training.steps=6",
     "--config.vae_training.warmup_steps=0",
