@@ -182,7 +182,7 @@ class Recorder:
         return window.cut(jnp.stack(shown, axis=-1).astype(jnp.float32))
 
     @staticmethod
-    def sample_positions(feature, keys, temperature):
+    def sample_positions(feature, keys, temperature, guidance):
         return feature.astype(jnp.int32), None
 
 

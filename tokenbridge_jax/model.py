@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 from tokenbridge_jax.backbone import Backbone
 from tokenbridge_jax.heads.channel_ar import ChannelAR
 from tokenbridge_jax.heads.grouped import GroupedHead
-from tokenbridge_jax.heads.head import Head
+from tokenbridge_jax.heads.head import Guidance, Head
 from tokenbridge_jax.heads.independent import IndependentHead
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
@@ -287,11 +287,16 @@ class TokenBridge(nn.Module):
         feature: Float[Array, "B R D"],
         keys: Key[Array, "B R"],
         temperature: Float[Array, ""],
+        guidance: Guidance | None = None,
     ) -> tuple[Int[Array, "B R C"], Float[Array, "B R"]]:
         """Draws R positions per image from their features: indices and the positions'
         log-probabilities (see `Head.sample`).
         """
-        indices, log_probs = self.head.sample(merge(feature), keys.reshape(-1), temperature)
+        if guidance is not None:
+            guidance = guidance._replace(null=merge(guidance.null))
+        indices, log_probs = self.head.sample(
+            merge(feature), keys.reshape(-1), temperature, guidance
+        )
         return indices.reshape(*keys.shape, -1), log_probs.reshape(keys.shape)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from tokenbridge_jax.heads.channel_transformer import ChannelTransformer, tempered_log_prob
+from tokenbridge_jax.heads.head import Guidance, guided
 from tokenbridge_jax.layers import look_up
 from tokenbridge_jax.ops.cached_attention import Cache
 from tokenbridge_jax.runtime import meshes
@@ -55,13 +56,18 @@ class ChannelAR(ChannelTransformer):
         return condition + self.timestep_embed[:1].astype(self.dtype)
 
     def sample(
-        self, feature: Float[Array, "N Z"], keys: Key[Array, " N"], temperature: Float[Array, ""]
+        self,
+        feature: Float[Array, "N Z"],
+        keys: Key[Array, " N"],
+        temperature: Float[Array, ""],
+        guidance: Guidance | None = None,
     ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """See `Head.sample`; uses cached keys and values.
 
         Everything that does not depend on indices exists for all channels at once: at size L 0.8 MB
         per position, so 20 GB when one step reveals all positions of 100 images.
         """
+        feature = guided(feature, guidance)
         channels, count = len(self.channel_order), len(feature)
         if count == 1:
             # XLA turns products with a single row into slow sums over whole weights.

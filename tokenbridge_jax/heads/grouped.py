@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from tokenbridge_jax.heads.head import Head
+from tokenbridge_jax.heads.head import Guidance, Head
 from tokenbridge_jax.layers import pick
 
 
@@ -46,10 +46,14 @@ class GroupedHead(Head):
         return jnp.stack(parts, axis=2).reshape(len(indices), -1, levels)
 
     def sample(
-        self, feature: Float[Array, "N Z"], keys: Key[Array, " N"], temperature: Float[Array, ""]
+        self,
+        feature: Float[Array, "N Z"],
+        keys: Key[Array, " N"],
+        temperature: Float[Array, ""],
+        guidance: Guidance | None = None,
     ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """See `Head.sample`; the temperature applies to joint classes."""
-        joint, log_probs = self.joint.sample(feature, keys, temperature)
+        joint, log_probs = self.joint.sample(feature, keys, temperature, guidance)
         places = self.levels ** np.arange(self.group)[::-1]
         digits = joint[:, :, None] // places[None, None] % self.levels
         return digits.reshape(len(joint), -1)[:, np.argsort(self.channel_order)], log_probs

@@ -4,6 +4,8 @@ A head processes N positions in parallel. It orders channels in *channel order*:
 sequence is channel `channel_order[c]`. Outside the head, indices are always in autoencoder order.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from tokenbridge_jax.layers import pick
+
+
+class Guidance(NamedTuple):
+    """What classifier-free guidance adds to the feature of the class (paper section 3.3).
+
+    Attributes:
+      null: the backbone's features without a class.
+      scale: of guidance; 1 is none.
+    """
+
+    null: Float[Array, "*N Z"]
+    scale: Float[Array, ""]
 
 
 class Head(nn.Module):
@@ -49,14 +63,19 @@ class Head(nn.Module):
         return jnp.take(nll, np.argsort(order), axis=1, unique_indices=True)
 
     def sample(
-        self, feature: Float[Array, "N Z"], keys: Key[Array, " N"], temperature: Float[Array, ""]
+        self,
+        feature: Float[Array, "N Z"],
+        keys: Key[Array, " N"],
+        temperature: Float[Array, ""],
+        guidance: Guidance | None = None,
     ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """Draws the C indices of every position.
 
         Args:
-          feature: the backbone's feature of each position, guidance included.
+          feature: the backbone's feature of each position.
           keys: one random key per position, the only source of randomness.
           temperature: divides the logits; 0 takes the most likely index at every place.
+          guidance: None is none. Heads of indices mix features; see `guided`.
 
         Returns:
           Indices in autoencoder order, and the float32 log-probability of each position's indices,
@@ -64,3 +83,12 @@ class Head(nn.Module):
           log-probability at temperature 1.
         """
         raise NotImplementedError
+
+
+def guided(feature: Float[Array, "N Z"], guidance: Guidance | None) -> Float[Array, "N Z"]:
+    """The features null + scale (feature - null), in float32; without guidance `feature`."""
+    if guidance is None:
+        return feature
+    # In float32: a difference of near equals is about to be magnified.
+    null = guidance.null.astype(jnp.float32)
+    return null + guidance.scale * (feature.astype(jnp.float32) - null)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from tokenbridge_jax.heads.channel_transformer import ChannelTransformer, tempered_log_prob
+from tokenbridge_jax.heads.head import Guidance, guided
 from tokenbridge_jax.layers import copies
 
 
@@ -24,10 +25,14 @@ class IndependentHead(ChannelTransformer):
         return self._logits(feature)
 
     def sample(
-        self, feature: Float[Array, "N Z"], keys: Key[Array, " N"], temperature: Float[Array, ""]
+        self,
+        feature: Float[Array, "N Z"],
+        keys: Key[Array, " N"],
+        temperature: Float[Array, ""],
+        guidance: Guidance | None = None,
     ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
         """See `Head.sample`; one pass draws all channels."""
-        logits = self._logits(feature)
+        logits = self._logits(guided(feature, guidance))
         noise = temperature * self._gumbel(keys).swapaxes(0, 1)
         drawn = jnp.argmax(logits + noise, axis=-1)
         indices = drawn[:, np.argsort(self.channel_order)]

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.sampling.orders import hidden_first, make_orders, sample_keys
 from tokenbridge_jax.sampling.schedule import (
@@ -266,17 +267,18 @@ def _reveal(
         jnp.arange(copies * batch) % copies == 1,
         window,
     )
+    guidance = None
     if stage.guided:
-        # In float32: a difference of near equals is about to be magnified.
-        branches = feature.astype(jnp.float32).reshape(batch, copies, *feature.shape[1:])
-        conditional, null = branches[:, 0], branches[:, 1]
-        feature = null + step.scale * (conditional - null)
+        branches = feature.reshape(batch, copies, *feature.shape[1:])
+        feature, guidance = branches[:, 0], Guidance(branches[:, 1], step.scale)
     keys = window.cut(slots.keys)
     slot = window.start + jnp.arange(window.size)
     revealed = slot < step.hidden_now
     if step.choice_temperature is None:
         revealed &= slot >= step.hidden_next
-    drawn, log_probs = apply(TokenBridge.sample_positions, feature, keys, step.temperature)
+    drawn, log_probs = apply(
+        TokenBridge.sample_positions, feature, keys, step.temperature, guidance
+    )
     updated = jnp.where(revealed[None, :, None], drawn, window.cut(slots.indices))
     slots = slots._replace(
         indices=jax.lax.dynamic_update_slice_in_dim(slots.indices, updated, window.start, 1)
