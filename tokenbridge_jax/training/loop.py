@@ -8,10 +8,10 @@ Parameters, data order, views, masks, noise and dropout depend on the seed, the 
 image's place in the global batch, never on devices or processes. A job on the same number of
 devices and processes, with the same mesh, repeats bit for bit, stopped or not. On GPUs this needs
 the same compiled programs (`runtime/compilation_cache.py`), because XLA picks algorithms by timing
-them whenever it compiles. Any other number or mesh, and other programs, change only the order of
-sums: losses agree to the rounding of the compute dtype, a difference that grows during training,
-and samples are the same images except where rounding moves a draw across the border between two
-levels.
+them whenever it compiles; and the gradients of the autoencoder's convolutions need a flag of XLA's
+(docs/training.md). Any other number or mesh, and other programs, change only the order of sums:
+losses agree to the rounding of the compute dtype, a difference that grows during training, and
+samples are the same images except where rounding moves a draw across the border between two levels.
 """
 
 import contextlib
