@@ -83,12 +83,12 @@ def assert_close(actual, expected, tolerance: float, name: str) -> None:
     assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance}"
 
 
-def _positions(latents_nchw: np.ndarray) -> np.ndarray:
+def positions_of(latents_nchw: np.ndarray) -> np.ndarray:
     """[B, C, H, W] -> [B, L, C], positions row-major."""
     return latents_nchw.reshape(*latents_nchw.shape[:2], -1).transpose(0, 2, 1)
 
 
-def _sorted_order(mask: np.ndarray) -> np.ndarray:
+def sorted_order(mask: np.ndarray) -> np.ndarray:
     """An order with the hidden positions of `mask` in front, each group in position order."""
     return np.argsort(1 - mask, axis=1, kind="stable").astype(np.int32)
 
@@ -102,14 +102,14 @@ def _loss_arguments(golden: dict[str, np.ndarray]) -> tuple[Examples, jax.Array]
     examples = Examples(
         jnp.asarray(golden["out/indices"]),
         jnp.asarray(labels),
-        jnp.asarray(_sorted_order(mask)),
+        jnp.asarray(sorted_order(mask)),
         jnp.zeros(len(labels), bool),
     )
     return examples, jnp.int32(hidden[0])
 
 
 def _check_quantization(golden: dict[str, np.ndarray], config: TokenBridgeConfig) -> None:
-    indices = config.quantizer.quantize(jnp.asarray(_positions(golden["in/latents_nchw"])))
+    indices = config.quantizer.quantize(jnp.asarray(positions_of(golden["in/latents_nchw"])))
     np.testing.assert_array_equal(indices, golden["out/indices"])
     np.testing.assert_array_equal(config.quantizer.dequantize(indices), golden["out/values"])
 
@@ -150,7 +150,7 @@ def _loss(config: TokenBridgeConfig, params: dict, golden: dict[str, np.ndarray]
     return training_loss(config, params, examples, draw)
 
 
-def _is_rounding_noise(name: str, gradient: np.ndarray) -> np.ndarray:
+def is_rounding_noise(name: str, gradient: np.ndarray) -> np.ndarray:
     """Where a parameter's exact gradient is zero: softmax ignores a constant added to every key."""
     noise = np.zeros(gradient.shape, bool)
     if name.endswith("attn.k_norm.bias"):
@@ -168,7 +168,7 @@ def _check_gradients(
     assert_close(loss, golden["out/loss"], 1e-5, "loss")
     gradients = to_torch(table(config), gradients)
     for name, gradient in gradients.items():
-        kept = ~_is_rounding_noise(name, gradient)
+        kept = ~is_rounding_noise(name, gradient)
         expected = golden[f"grad/{name}"]
         assert_close(gradient * kept, expected * kept, 1e-4, f"gradient of {name}")
 
@@ -228,7 +228,7 @@ def _check_training(golden: dict[str, np.ndarray], config: TokenBridgeConfig, pa
             gradient = np.abs(golden[f"grad/{name}"])
             kept = (gradient == 0) | (gradient > 1e-6 * gradient.max())
             assert kept.mean() > 0.98 or name.endswith(NOISE), f"{name}: hardly any gradient"
-            kept &= ~_is_rounding_noise(name, value)
+            kept &= ~is_rounding_noise(name, value)
             error = np.max(np.abs(value - golden[f"train3/{prefix}/{name}"]) * kept)
             assert error <= 1e-4, f"{prefix} of {name} after three steps: {error:.2e}"
 
@@ -250,5 +250,5 @@ def _check_sampling(golden: dict[str, np.ndarray], config: TokenBridgeConfig, pa
             SamplingSettings(int(num_iter), float(guidance), schedule, temperature=0.0),
         )
         np.testing.assert_array_equal(indices, golden[f"sample_t0/{run}/indices"], err_msg=run)
-        latents = _positions(golden[f"sample_t0/{run}/latents_nchw"])
+        latents = positions_of(golden[f"sample_t0/{run}/latents_nchw"])
         np.testing.assert_array_equal(config.quantizer.dequantize(indices), latents, err_msg=run)

@@ -107,7 +107,7 @@ def test_kept_positions_keep_their_indices_and_every_other_is_revealed_once(para
     settings = SamplingSettings(num_iter=6, order=order)
     numbers = np.arange(4, dtype=np.int32)
     request = Request(np.zeros(4, np.int32), numbers, known=known)
-    states = [np.where(known.hidden[:, :, None], 255, known.indices)]
+    states = [np.where(known.hidden[:, :, None], 255, known.values)]
     states += [np.asarray(x) for _, _, x in generate_steps(CONFIG, params, request, settings)]
     counts = [13, *hidden_counts(13, 6)]
     assert len(states) == len(counts)
@@ -136,7 +136,7 @@ def test_kept_positions_stay_even_if_the_model_overflows(params):
     settings = SamplingSettings(num_iter=3, guidance=3e38, order="confidence")
     request = Request(np.zeros(3, np.int32), NUMBERS, known=known)
     drawn = np.asarray(generate(CONFIG, params, request, settings))
-    np.testing.assert_array_equal(drawn[~known.hidden], known.indices[~known.hidden])
+    np.testing.assert_array_equal(drawn[~known.hidden], known.values[~known.hidden])
 
 
 def test_editing_everything_is_generating_and_previews_start_from_the_middle_level(params):
@@ -219,7 +219,7 @@ def test_batch_size_and_devices_change_no_edit(params):
     few, many = _random_known(CONFIG, 4, 5), _random_known(CONFIG, 3, 9, seed=1)
     none = _random_known(CONFIG, 1, 0)
     mixed = np.array([0, 4, 7, 1, 5, 2, 6, 3])
-    known = np.concatenate([few.indices, many.indices, none.indices])[mixed]
+    known = np.concatenate([few.values, many.values, none.values])[mixed]
     hidden = np.concatenate([few.hidden, many.hidden, none.hidden])[mixed]
     labels = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2, 0, 1]]
     labels[2] = [0.5, 0.25, 0.25]

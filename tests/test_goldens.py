@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from goldens_autoencoder import check_autoencoder_file
+from goldens_mar import check_mar_file
 from goldens_model import check_model_file
 from goldens_quantizer import check_quantizer_file
 
 CHECKS = {
     "tokenbridge_": check_model_file,
+    "mar_": check_mar_file,
     "quantizer": check_quantizer_file,
     "kl_vae_": check_autoencoder_file,
 }
@@ -36,6 +38,6 @@ def test_golden(path: Path):
     checks[0](path)
 
 
-def test_the_three_kinds_are_there():
+def test_all_kinds_are_there():
     names = [path.name for path in golden_files()]
     assert all(any(name.startswith(prefix) for name in names) for prefix in CHECKS)

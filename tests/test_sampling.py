@@ -235,7 +235,7 @@ def brute_force(config, params, request: Request, settings, scales=None) -> np.n
     if scales is None:
         revealed = (positions - np.maximum(counts[1:], 1)) / positions
         scales = 1 + (settings.guidance - 1) * revealed
-    images = np.where(known.hidden[:, :, None], 0, known.indices).astype(np.int32)
+    images = np.where(known.hidden[:, :, None], 0, known.values).astype(np.int32)
     for image, label, number, mask in zip(images, *request[:2], known.hidden, strict=True):
         key = jax.random.fold_in(jax.random.key(request.seed), number)
         order_key, index_key = jax.random.split(key)

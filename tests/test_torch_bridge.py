@@ -75,6 +75,7 @@ def test_shapes_give_the_sizes_of_the_published_models(size, name):
     heads = ("encoder_heads", "decoder_heads")
     assert sizes == {k: v for k, v in SIZES[size].items() if k not in heads} | {
         "positions": 256, "buffer": 64, "classes": 1000, "channels": 16, "levels": 64,
+        "head": "channel_ar",
     }  # fmt: skip
     config = TokenBridgeConfig(Quantizer.gaussian(64), KL16_CHANNEL_ORDER, **SIZES[size])
     assert {k: v.shape for k, v in buffers(config).items()} == {k: shapes[k].shape for k in BUFFERS}
@@ -93,7 +94,7 @@ def test_a_round_trip_of_the_golden_model_changes_nothing():
     fields = CONFIG.to_json() | {"channels": CONFIG.channels, "levels": CONFIG.levels}
     sizes = infer_sizes(STATE)
     assert sizes == {name: fields[name] for name in sizes}
-    assert len(sizes) == 12
+    assert len(sizes) == 13
     params = import_model(CONFIG, {"model": STATE})["model"]
     assert_same(export_model(CONFIG, params), STATE)
 

@@ -80,11 +80,14 @@ def random_params(config: TokenBridgeConfig, seed: int = 0, spread: float = 0.3)
 
 
 def random_batch(config: TokenBridgeConfig, size: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random indices, labels and orders."""
+    """Random indices (or latents), labels and orders."""
     rng = np.random.default_rng(seed)
     shape = (size, config.positions, config.channels)
+    values = (
+        rng.normal(size=shape) if config.of_latents else rng.integers(config.levels, size=shape)
+    )
     return dict(
-        indices=rng.integers(config.levels, size=shape).astype(config.quantizer.index_dtype),
+        indices=values.astype(config.quantizer.index_dtype),
         labels=rng.integers(config.classes, size=size).astype(np.int32),
         order=np.stack([rng.permutation(config.positions) for _ in range(size)]).astype(np.int32),
     )

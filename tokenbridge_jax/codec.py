@@ -19,7 +19,7 @@ from tokenbridge_jax.autoencoder import (
     unflatten_positions,
 )
 from tokenbridge_jax.ops.precision import check_precision
-from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.quantizer import Quantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
     """
 
     latents: Float[Array | np.ndarray, "B h w C"]
-    indices: Integer[Array | np.ndarray, "B L C"]
+    indices: Shaped[Array | np.ndarray, "B L C"]
     clipped: Integer[Array | np.ndarray, "B C"]
     broken: Bool[Array | np.ndarray, " B"]
 
@@ -53,7 +53,7 @@ class Codec:
         self,
         config: AutoencoderConfig,
         params: Mapping[str, Any],
-        quantizer: Quantizer,
+        quantizer: Quantizer | Unquantized,
         mesh: Mesh,
         precision: str = "float32",
     ):
@@ -62,7 +62,8 @@ class Codec:
         Args:
           config: the autoencoder's.
           params: the autoencoder's, unboxed.
-          quantizer: turns latents into indices.
+          quantizer: turns latents into indices. With `Unquantized`, latents take the place of
+            indices everywhere.
           mesh: this process's devices only, because processes encode different images:
             `meshes.make_mesh(devices=jax.local_devices())`.
           precision: the autoencoder's, one of `precision.PRECISIONS`. It means the same on every
@@ -113,7 +114,7 @@ class Codec:
         return self._run(self._encode, images, keys)
 
     def decode(
-        self, indices: Integer[np.ndarray | Array, "B L C"] | Any, grid: int | None = None
+        self, indices: Shaped[np.ndarray | Array, "B L C"] | Any, grid: int | None = None
     ) -> UInt8[Array, "B H W I"]:
         """Indices of square images, in the autoencoder's channel order -> uint8 images.
 
@@ -126,7 +127,7 @@ class Codec:
             is not a square or that of `grid`, or the channels are not the autoencoder's.
         """
         shape = ("B", "L", "C") if grid is None else ("B", grid**2, self.config.latent_channels)
-        indices = check_indices(indices, shape, self.quantizer)
+        indices = check_values(indices, shape, self.quantizer)
         grid = round(indices.shape[1] ** 0.5)
         if grid * grid != indices.shape[1] or indices.shape[2] != self.config.latent_channels:
             raise UserError(
@@ -138,11 +139,11 @@ class Codec:
         return self._decode_indices(maps)
 
     def decode_maps(
-        self, indices: Integer[np.ndarray | Array, "B h w C"] | Any
+        self, indices: Shaped[np.ndarray | Array, "B h w C"] | Any
     ) -> UInt8[Array, "B H W I"]:
         """Like `decode`, for images of any height and width."""
         shape = "B", "h", "w", self.config.latent_channels
-        return self._decode_indices(check_indices(indices, shape, self.quantizer))
+        return self._decode_indices(check_values(indices, shape, self.quantizer))
 
     def decode_latents(
         self, latents: Float[np.ndarray | Array, "B h w C"] | Any
@@ -157,7 +158,7 @@ class Codec:
         return self._run(self._decode, latents)
 
     def _decode_indices(
-        self, indices: Integer[np.ndarray | Array, "B h w C"]
+        self, indices: Shaped[np.ndarray | Array, "B h w C"]
     ) -> UInt8[Array, "B H W I"]:
         with meshes.use_mesh(self.mesh):
             latents = self._dequantize(indices)
@@ -183,7 +184,7 @@ class Codec:
 
 def _encode(
     module: Autoencoder,
-    quantizer: Quantizer,
+    quantizer: Quantizer | Unquantized,
     params: Mapping[str, Any],
     images: UInt8[Array, "B H W I"],
     keys: Shaped[Array, " B"] | None,
@@ -255,26 +256,37 @@ def check_images(
     return found
 
 
-def check_indices(
-    indices: Any, shape: tuple[int | str, ...], quantizer: Quantizer
-) -> Integer[np.ndarray | Array, "..."]:
-    """Checks indices, and returns them in the quantizer's `index_dtype`.
+def check_values(
+    values: Any,
+    shape: tuple[int | str, ...],
+    quantizer: Quantizer | Unquantized,
+    name: str = "indices",
+    used: Bool[np.ndarray, "..."] | None = None,
+) -> Shaped[np.ndarray | Array, "..."]:
+    """Checks indices, or latents with `Unquantized`, and returns them in its `index_dtype`.
+
+    Args:
+      values: the indices or latents.
+      shape: as for `checks.array`.
+      quantizer: says which of them they are, and the number of levels.
+      name: of the argument.
+      used: which positions matter; all by default.
 
     Raises:
-      UserError: they are not integers of this shape (see `checks.array`), or not from 0 to V - 1.
+      UserError: they are not integers, or floats, of this shape; or not from 0 to V - 1, or not
+        finite.
     """
-    found = checks.array("indices", indices, "integers", shape)
-    check_index_range(found, quantizer.levels)
-    return found.astype(quantizer.index_dtype)
-
-
-def check_index_range(indices: Integer[np.ndarray | Array, "..."], levels: int) -> None:
-    """Raises `UserError` unless all indices are from 0 to V - 1."""
-    indices = np.asarray(indices)
-    if indices.size and (indices.min() < 0 or indices.max() >= levels):
+    of_latents = isinstance(quantizer, Unquantized)
+    found = checks.array(name, values, "floats" if of_latents else "integers", shape)
+    some = np.asarray(found)[... if used is None else used]
+    if of_latents and not np.isfinite(some).all():
+        raise UserError(f"{name} hold NaN or infinity")
+    if not of_latents and some.size and (some.min() < 0 or some.max() >= quantizer.levels):
         raise UserError(
-            f"indices must be from 0 to {levels - 1}, not from {indices.min()} to {indices.max()}"
+            f"indices must be from 0 to {quantizer.levels - 1}, not from {some.min()} to "
+            f"{some.max()}"
         )
+    return found.astype(quantizer.index_dtype)
 
 
 def in_batches(

@@ -22,7 +22,7 @@ from ml_collections.config_dict import FieldReference
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.model import DTYPES, TokenBridgeConfig
-from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.quantizer import Quantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import Devices
@@ -331,7 +331,10 @@ def autoencoder_config(config: ConfigDict) -> AutoencoderConfig:
 
 
 def model_config(
-    config: ConfigDict, quantizer: Quantizer, channel_order: tuple[int, ...], positions: int
+    config: ConfigDict,
+    quantizer: Quantizer | Unquantized,
+    channel_order: tuple[int, ...],
+    positions: int,
 ) -> TokenBridgeConfig:
     """The model of `config.model`, for indices of this quantizer, channel order and number.
 

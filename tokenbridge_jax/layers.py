@@ -102,12 +102,14 @@ class Dense(nn.Module):
       dtype: of the result.
       joined: whether the product sees heads and their width, two neighbouring axes, as one. On TPUs
         an array's last axis is padded to 128, so a compiler left alone with a narrow one moves it.
+      init: draws the kernel as a matrix, inputs by outputs. The bias is 0.
     """
 
     features: tuple[int, ...]
     axes: tuple[str | None, ...]
     dtype: Any = jnp.float32
     joined: bool = False
+    init: Any = xavier
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return add_bias(*self._product(x))
@@ -125,7 +127,8 @@ class Dense(nn.Module):
         inputs = x.shape[x.ndim - contracted :]
 
         def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return xavier(key, (math.prod(inputs), math.prod(self.features))).reshape(shape)
+            size = math.prod(inputs), math.prod(self.features)
+            return self.init(key, size).reshape(shape)
 
         kernel = self.param("kernel", named_axes(init, *self.axes), (*inputs, *self.features))
         zeros = named_axes(nn.initializers.zeros, *self.axes[contracted:])

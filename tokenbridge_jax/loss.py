@@ -16,7 +16,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.runtime import meshes
@@ -28,7 +28,8 @@ class Examples:
     """Images with every random choice made, except how many positions are hidden.
 
     Attributes:
-      indices: `[B, L, C]`, positions row-major, channels in autoencoder order.
+      indices: `[B, L, C]`, positions row-major, channels in autoencoder order; or latents, which
+        heads of latents take.
       labels: `[B]` classes, or `[B, classes]` weights of them (see `Backbone.class_latent`).
       order: `[B, L]`, a permutation of the positions per image; the first ones are hidden.
       drop_class: `[B]`, true for images that get the null latent instead of their class.
@@ -69,14 +70,17 @@ def training_loss(
     dropout_key: Key[Array, ""] | None = None,
     head_fraction: float = 1.0,
 ) -> Float[Array, ""]:
-    """Mean cross-entropy in nats over hidden positions and channels (paper eq. 6).
+    """The mean of the head's loss over hidden positions and channels.
+
+    It is the cross-entropy in nats for heads of indices (paper eq. 6).
 
     Args:
       config: the model.
       params: its parameters, as stored.
       examples: the batch.
       draw: how many positions are hidden.
-      dropout_key: None turns dropout off.
+      dropout_key: of dropout and of what the head's loss draws. None turns dropout off, and the
+        loss always draws the same.
       head_fraction: the share of the hidden slots that goes through the head. Orders are random, so
         the first slots are a random choice and their mean is an unbiased estimate of the loss.
     """
@@ -86,18 +90,22 @@ def training_loss(
     batch, slots, channels = indices_BMC.shape
     weight = 1 / (batch * channels * jnp.minimum(draw.num_hidden, slots))
     weights_1M = jnp.where(jnp.arange(slots) < draw.num_hidden, weight, 0)[None]
-    features, *targets = split_slots(config, feature_BMD, indices_BMC, weights_1M)
-    keys = None if head_key is None else jax.random.split(head_key, len(features))
+    slots_1M = jnp.arange(slots)[None]
+    features, *targets = split_slots(config, feature_BMD, indices_BMC, weights_1M, slots_1M)
+    dropout_keys = None if head_key is None else jax.random.split(head_key, len(features))
+    # One key for all chunks: what the loss draws for a slot does not depend on the chunks.
+    drawn = jax.random.key(0) if head_key is None else jax.random.fold_in(head_key, 0)
+    draw_keys = jnp.repeat(drawn[None], len(features))
 
     def chunk_loss(head_params: Any, feature_BmD: jax.Array, rest: Any) -> jax.Array:
-        indices_BmC, weights_1m, key = rest
-        variables = {"params": {"head": head_params}}
-        nll_BmC: Any = TokenBridge(config).apply(
-            variables, feature_BmD, indices_BmC, rngs=_rngs(key), method="nll"
-        )
-        return jnp.sum(nll_BmC * weights_1m[..., None])
+        indices_BmC, weights_1m, slots_1m, dropout_key, draw_key = rest
+        arguments = feature_BmD, indices_BmC, slots_1m[0], draw_key
+        variables, rngs = {"params": {"head": head_params}}, _rngs(dropout_key)
+        loss_BmC: Any = TokenBridge(config).apply(variables, *arguments, rngs=rngs, method="loss")
+        return jnp.sum(loss_BmC * weights_1m[..., None])
 
-    return sum_over_chunks(chunk_loss, params["head"], features, (*targets, keys))
+    rest = (*targets, dropout_keys, draw_keys)
+    return sum_over_chunks(chunk_loss, params["head"], features, rest)
 
 
 def image_nll(
@@ -115,7 +123,7 @@ def image_nll(
 def position_nll(
     config: TokenBridgeConfig,
     params: dict[str, Any],
-    indices: Integer[Array, "B L C"],
+    indices: Shaped[Array, "B L C"],
     labels: Int[Array, " B"] | Float[Array, "B classes"],
     hidden: Bool[Array, "B L"],
 ) -> Float[Array, "B L C"]:
@@ -270,8 +278,8 @@ def _hidden_slots(
     examples: Examples,
     draw: MaskDraw,
     dropout_key: Key[Array, ""] | None,
-) -> tuple[Float[Array, "B M D"], Integer[Array, "B M C"]]:
-    """The backbone's features of the first M slots, and their indices."""
+) -> tuple[Float[Array, "B M D"], Shaped[Array, "B M C"]]:
+    """The backbone's features of the first M slots, and their values."""
     slots_BLC = jnp.take_along_axis(examples.indices, examples.order[:, :, None], axis=1)
     feature_BLD: Any = TokenBridge(config).apply(
         {"params": params},

@@ -7,18 +7,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
 from tokenbridge_jax.backbone import Backbone
 from tokenbridge_jax.heads.channel_ar import ChannelAR
+from tokenbridge_jax.heads.diffusion import DiffusionHead
 from tokenbridge_jax.heads.grouped import GroupedHead
 from tokenbridge_jax.heads.head import Guidance, Head
 from tokenbridge_jax.heads.independent import IndependentHead
-from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.quantizer import Quantizer, Unquantized, quantizer_from_json
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.transformer import REMAT_POLICIES, Window
+from tokenbridge_jax.transformer import REMAT_POLICIES, Window, block_flops
 
 SIZES = {
     "B": dict(
@@ -38,7 +40,11 @@ SIZES = {
     ),
 }  # fmt: skip
 
-HEADS: dict[str, Any] = {"channel_ar": ChannelAR, "parallel": IndependentHead}
+HEADS: dict[str, Any] = {
+    "channel_ar": ChannelAR,
+    "parallel": IndependentHead,
+    "diffusion": DiffusionHead,
+}
 
 # Every joint class has a column of the classifier, which would dominate a head with more of them.
 MAX_JOINT_CLASSES = 2**16
@@ -57,7 +63,9 @@ class TokenBridgeConfig:
     """The function that a set of parameters computes, and how to compute it.
 
     `head` is one of `HEADS`. If `channels_per_group` is above 1, the head predicts groups of so
-    many neighbours in the channel order as joint classes. (Both are ablations of the paper.)
+    many neighbours in the channel order as joint classes. (Both are ablations of the paper.) Heads
+    of latents have an `Unquantized` in place of a quantizer and no channel order. `head_draws` and
+    `head_steps` are the diffusion head's draws in training and its steps in sampling.
 
     `dtype`, `remat`, `scan_layers` and `head_chunk` only change memory and speed; the last two also
     change the draws of dropout. `scan_layers` makes one small program for all layers, which
@@ -71,7 +79,7 @@ class TokenBridgeConfig:
       UserError: on construction, if the sizes make no model.
     """
 
-    quantizer: Quantizer
+    quantizer: Quantizer | Unquantized
     channel_order: tuple[int, ...]
     positions: int = 256
     classes: int = 1000
@@ -86,6 +94,8 @@ class TokenBridgeConfig:
     head_heads: int = 8
     head: str = "channel_ar"
     channels_per_group: int = 1
+    head_draws: int = _changeable(4)
+    head_steps: int = _changeable(100)
     buffer: int = 64
     dropout: float = _changeable(0.1)
     first_token_quirk: bool = False
@@ -105,13 +115,13 @@ class TokenBridgeConfig:
                 raise UserError(f"model.{field.name}={value} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1")
+        self._check_head()
         for part in ("encoder", "decoder", "head"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            if width % heads:
+            if width % heads and not (part == "head" and self.of_latents):
                 raise UserError(
                     f"model.{part}_width={width} does not divide into {part}_heads={heads}"
                 )
-        self._check_head()
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"model.remat='{self.remat}' is not one of {', '.join(REMAT_POLICIES)}")
         if self.dtype not in DTYPES:
@@ -120,6 +130,19 @@ class TokenBridgeConfig:
     def _check_head(self) -> None:
         if self.head not in HEADS:
             raise UserError(f"model.head='{self.head}' is not one of {', '.join(HEADS)}")
+        if self.of_latents != isinstance(self.quantizer, Unquantized):
+            held, needed = ("indices", "latents") if self.of_latents else ("latents", "indices")
+            raise UserError(f"model.head='{self.head}' needs {needed}; the tokens are {held}")
+        if self.first_token_quirk and not (HEADS[self.head].has_quirk and self.is_published):
+            raise UserError(
+                "model.first_token_quirk is for imported weights: model.head='channel_ar' with one "
+                "channel a group"
+            )
+        if self.of_latents and self.channels_per_group > 1:
+            raise UserError(
+                f"model.head='{self.head}' has no groups of channels; set "
+                "model.channels_per_group=1"
+            )
         group = f"model.channels_per_group={self.channels_per_group}"
         if self.channels % self.channels_per_group or self.groups < 2:
             raise UserError(
@@ -130,16 +153,29 @@ class TokenBridgeConfig:
                 f"{group} of {self.levels} levels makes {self.joint_classes} joint classes, more "
                 f"than {MAX_JOINT_CLASSES}; use smaller groups or fewer levels"
             )
-        if self.first_token_quirk and not self.is_published:
-            raise UserError(
-                "model.first_token_quirk is for imported weights: model.head='channel_ar' with one "
-                "channel a group"
-            )
 
     @property
     def is_published(self) -> bool:
         """Whether weights were released for this kind of head."""
-        return self.head == "channel_ar" and self.channels_per_group == 1
+        return bool(HEADS[self.head].is_published) and self.channels_per_group == 1
+
+    @property
+    def of_latents(self) -> bool:
+        """Whether the head's values are latents and not indices."""
+        of_latents: bool = HEADS[self.head].of_latents
+        return of_latents
+
+    @property
+    def value_dtype(self) -> Any:
+        """Of the values on devices."""
+        return jnp.float32 if self.of_latents else jnp.int32
+
+    @property
+    def blank(self) -> float | int:
+        """The value that stands for the latent nearest to 0."""
+        if isinstance(self.quantizer, Unquantized):
+            return 0.0
+        return int(np.argmin(np.abs(self.quantizer.dequantized_levels)))
 
     @property
     def groups(self) -> int:
@@ -170,7 +206,7 @@ class TokenBridgeConfig:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TokenBridgeConfig":
         """Inverse of `to_json`."""
-        quantizer = Quantizer.from_json(value["quantizer"])
+        quantizer = quantizer_from_json(value["quantizer"])
         order = tuple(value["channel_order"])
         return cls(**value | {"quantizer": quantizer, "channel_order": order})
 
@@ -179,25 +215,15 @@ class TokenBridgeConfig:
 
         `scored` of the hidden positions go through the head, all by default. Counted by hand: a
         product of [m, k] with [k, n] is 2mkn; embeddings, norms and the softmax are not counted.
-        The head's attention counts all scores, though half of them are masked.
         """
-
-        def block(tokens: float | int, attended: float | int, width: int, modulation: int = 0):
-            linear = 2 * tokens * width * width * (4 + 8 + modulation)
-            return linear + 4 * tokens * attended * width
-
         encoded = self.buffer + self.positions - hidden
         decoded = self.buffer + self.positions
-        width, groups = self.head_width, self.groups
-        head = self.head_layers * block(groups, groups, width, modulation=6)
-        head += 2 * self.decoder_width * width  # condition_proj
-        head += groups * 2 * width * 2 * width  # final modulation
-        head += groups * 2 * width * self.joint_classes  # classifiers
+        head: int = HEADS[self.head].position_flops(self)
         return (
             2 * (self.positions - hidden) * self.channels * self.encoder_width
-            + self.encoder_layers * block(encoded, encoded, self.encoder_width)
+            + self.encoder_layers * block_flops(encoded, encoded, self.encoder_width)
             + 2 * encoded * self.encoder_width * self.decoder_width
-            + self.decoder_layers * block(decoded, decoded, self.decoder_width)
+            + self.decoder_layers * block_flops(decoded, decoded, self.decoder_width)
             + (hidden if scored is None else scored) * head
         )
 
@@ -241,7 +267,7 @@ class TokenBridge(nn.Module):
 
     def features(
         self,
-        visible_indices: Integer[Array, "B S C"],
+        visible: Shaped[Array, "B S C"],
         labels: Int[Array, " B"] | Float[Array, "B classes"],
         order: Int[Array, "B L"],
         num_hidden: Int[Array, "*b"],
@@ -251,7 +277,7 @@ class TokenBridge(nn.Module):
         """The backbone's features, in order layout.
 
         Args:
-          visible_indices: indices at the last S slots of `order`; hidden ones are ignored.
+          visible: values at the last S slots of `order`; hidden ones are ignored.
           labels: classes, or weights of them (see `Backbone.class_latent`).
           order: a permutation of the positions for each image.
           num_hidden: how many slots at the front of `order` are hidden, one number or one per
@@ -259,14 +285,14 @@ class TokenBridge(nn.Module):
           drop_class: which images get the null latent instead of their class.
           window: the slots to compute, all by default; only with `sampling`.
         """
-        values = self.config.quantizer.dequantize(visible_indices)
+        values = self.config.quantizer.dequantize(visible)
         class_latent = self.backbone.class_latent(labels, drop_class)
         return self.backbone(values, class_latent, order, num_hidden, window)
 
     def logits(
         self,
         feature: Float[Array, "B M D"],
-        indices: Integer[Array, "B M C"],
+        indices: Shaped[Array, "B M C"],
         as_sampled: bool = False,
     ) -> Float[Array, "B M C V"]:
         """The head's teacher-forced logits at M positions per image; see `Head.logits`."""
@@ -276,11 +302,30 @@ class TokenBridge(nn.Module):
     def nll(
         self,
         feature: Float[Array, "B M D"],
-        indices: Integer[Array, "B M C"],
+        indices: Shaped[Array, "B M C"],
         as_sampled: bool = False,
     ) -> Float[Array, "B M C"]:
         """Every index's negative log-likelihood in nats, in autoencoder order; see `Head.nll`."""
         return self.head.nll(merge(feature), merge(indices), as_sampled).reshape(indices.shape)
+
+    def loss(
+        self,
+        feature: Float[Array, "B M D"],
+        targets: Shaped[Array, "B M C"],
+        slots: Int[Array, " M"],
+        key: Key[Array, ""],
+    ) -> Float[Array, "B M C"]:
+        """What training minimises at M positions per image; see `Head.loss`.
+
+        What the head draws depends on the key, the image's place in the whole batch and the number
+        of the slot.
+        """
+        batch = len(targets)
+        rows = jnp.arange(batch) + (meshes.batch_shard() * batch if meshes.in_shard() else 0)
+        fold = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = jax.vmap(fold, (0, None))(fold(key, rows), slots)
+        losses = self.head.loss(merge(feature), merge(targets), keys.reshape(-1))
+        return losses.reshape(targets.shape)
 
     def sample_positions(
         self,
@@ -288,16 +333,18 @@ class TokenBridge(nn.Module):
         keys: Key[Array, "B R"],
         temperature: Float[Array, ""],
         guidance: Guidance | None = None,
-    ) -> tuple[Int[Array, "B R C"], Float[Array, "B R"]]:
-        """Draws R positions per image from their features: indices and the positions'
+    ) -> tuple[Shaped[Array, "B R C"], Float[Array, "B R"] | None]:
+        """Draws R positions per image from their features: values and the positions'
         log-probabilities (see `Head.sample`).
         """
         if guidance is not None:
             guidance = guidance._replace(null=merge(guidance.null))
-        indices, log_probs = self.head.sample(
+        values, log_probs = self.head.sample(
             merge(feature), keys.reshape(-1), temperature, guidance
         )
-        return indices.reshape(*keys.shape, -1), log_probs.reshape(keys.shape)
+        if log_probs is not None:
+            log_probs = log_probs.reshape(keys.shape)
+        return values.reshape(*keys.shape, -1), log_probs
 
 
 def merge(x: Shaped[Array, "B M ..."]) -> Shaped[Array, "B*M ..."]:
@@ -307,6 +354,16 @@ def merge(x: Shaped[Array, "B M ..."]) -> Shaped[Array, "B*M ..."]:
 
 def make_head(config: TokenBridgeConfig) -> Head:
     """The head that a config names."""
+    if config.of_latents:
+        return DiffusionHead(
+            config.channels,
+            config.head_width,
+            config.head_layers,
+            config.head_draws,
+            config.head_steps,
+            jnp.dtype(config.dtype),
+            config.scan_layers,
+        )
     is_grouped = config.channels_per_group > 1
     quirk = {"first_token_quirk": True} if config.first_token_quirk else {}
     make = functools.partial(
@@ -333,11 +390,14 @@ def init_params(config: TokenBridgeConfig, key: Key[Array, ""]) -> dict[str, Any
     """
     config = dataclasses.replace(config, scan_layers=True)
     order = jnp.arange(config.positions)[None]
-    indices = jnp.zeros((1, config.positions, config.channels), jnp.int32)
+    values = jnp.zeros((1, config.positions, config.channels), config.value_dtype)
     label = jnp.zeros(1, jnp.int32)
-    hidden = jnp.int32(config.positions)
-    variables = TokenBridge(config).init(key, indices, label, order, hidden, label == 1)
-    return variables["params"]
+
+    def all_parts(model: TokenBridge) -> None:
+        feature = model.features(values, label, order, jnp.int32(config.positions), label == 1)
+        model.loss(feature, values, order[0], jax.random.key(0))
+
+    return TokenBridge(config).init(key, method=all_parts)["params"]
 
 
 def abstract_params(config: TokenBridgeConfig, mesh: Mesh | None = None) -> dict[str, Any]:

@@ -198,6 +198,46 @@ class Quantizer:
         return np.clip(scaled, np.float32(-3), np.float32(3))
 
 
+@dataclasses.dataclass(frozen=True)
+class Unquantized:
+    """Stands for a quantizer where a model's values are the latents themselves."""
+
+    levels = 0
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Unquantized":
+        """Inverse of `to_json`."""
+        del value
+        return cls()
+
+    def to_json(self) -> dict[str, Any]:
+        """Marks the class; `quantizer_from_json` knows it by this."""
+        return {"levels": 0}
+
+    @property
+    def index_dtype(self) -> np.dtype:
+        """Of a model's values: float32."""
+        return np.dtype(np.float32)
+
+    def quantize(self, latents: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+        """The latents."""
+        return jnp.asarray(latents, jnp.float32)
+
+    def dequantize(self, values: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+        """The values."""
+        return jnp.asarray(values)
+
+    def clipped(self, latents: Float[Array | np.ndarray, "..."]) -> Bool[Array | np.ndarray, "..."]:
+        """No latent is outside of a range."""
+        return jnp.zeros(latents.shape, bool)
+
+
+def quantizer_from_json(value: Mapping[str, Any]) -> Quantizer | Unquantized:
+    """The quantizer that a `to_json` described."""
+    kind = Quantizer if "level_values" in value else Unquantized
+    return kind.from_json(value)
+
+
 def _from_ordered_bits(ordered: np.ndarray) -> np.ndarray:
     """Integers -> float32 in the same order, neighbours to neighbours; 0 stands for both zeros."""
     bits = np.where(ordered >= 0, ordered, -(2**31) - ordered)

@@ -66,6 +66,12 @@ class Modulation(nn.Module):
         return add_bias(product, bias.ravel())
 
 
+def block_flops(tokens: Any, attended: Any, width: int, modulation: int = 0) -> Any:
+    """Matmul FLOPs of a block, forward, with so many parts of a modulation of every token."""
+    linear = 2 * tokens * width * width * (4 + 8 + modulation)
+    return linear + 4 * tokens * attended * width
+
+
 class Window(NamedTuple):
     """`size` neighbouring places of a sequence, from a traced `start` on."""
 

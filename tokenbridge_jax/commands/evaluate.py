@@ -52,6 +52,7 @@ from tokenbridge_jax.evaluation.scores import OF_DATA, Reference
 from tokenbridge_jax.evaluation.variants import perturbation, sweep
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
+from tokenbridge_jax.quantizer import Unquantized
 from tokenbridge_jax.runtime import checks, meshes, pictures, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
@@ -284,9 +285,9 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
     workdir, extractor = epath.Path(args.workdir), _extractor(args)
     config, params = load_autoencoder(workdir / "autoencoder")
     trained = (workdir / MODEL_FILE).exists()
-    quantizer = (
-        ModelDescription.load(workdir).config.quantizer if trained else make_quantizer(args.config)
-    )
+    quantizer = ModelDescription.load(workdir).config.quantizer if trained else Unquantized()
+    if isinstance(quantizer, Unquantized):
+        quantizer = make_quantizer(args.config)
     codec = Codec(config, params, quantizer, meshes.make_mesh(devices=jax.local_devices()))
     images = _images(args, *([args.split] if args.split else ["validation", "train"]))
     reference = _reference(args, extractor) if args.reference else None

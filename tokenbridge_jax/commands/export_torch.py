@@ -19,9 +19,10 @@ from etils import epath
 from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import HEADS, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.pipeline.pretrained import load_weights
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge import state_dicts
@@ -77,7 +78,7 @@ def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
     print(f"wrote {out}, the {'averaged' if ema else 'plain'} parameters as `model`")
     if config.first_token_quirk:
         print("model.first_token_quirk is on: the release's code samples as this code does")
-    else:
+    elif HEADS[config.head].has_quirk:
         print(
             "model.first_token_quirk is off: the release's code, which always adds the first "
             "timestep embedding to the head's first token, will sample a little differently"
@@ -88,12 +89,16 @@ def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
 def import_flags(config: TokenBridgeConfig) -> list[str]:
     """Returns the flags that give `import-torch` what no array of the file shows."""
     sizes = ("encoder_width", "encoder_heads", "decoder_width", "decoder_heads")
-    return [
-        f"--config.quantizer.range={config.quantizer.maximum:g}",
-        f"--config.quantizer.channel_order={','.join(map(str, config.channel_order))}",
-        *(f"--config.model.{name}={getattr(config, name)}" for name in sizes),
-        *([] if config.first_token_quirk else ["--nofirst_token_quirk"]),
-    ]
+    flags = [f"--config.model.{name}={getattr(config, name)}" for name in sizes]
+    if isinstance(config.quantizer, Quantizer):
+        flags = [
+            f"--config.quantizer.range={config.quantizer.maximum:g}",
+            f"--config.quantizer.channel_order={','.join(map(str, config.channel_order))}",
+            *flags,
+        ]
+    if HEADS[config.head].has_quirk and not config.first_token_quirk:
+        flags.append("--nofirst_token_quirk")
+    return flags
 
 
 if __name__ == "__main__":

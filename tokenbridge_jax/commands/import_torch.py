@@ -47,10 +47,10 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.config import model_config
 from tokenbridge_jax.data.tokenizing import make_quantizer
-from tokenbridge_jax.model import SIZES, TokenBridgeConfig, init_params
+from tokenbridge_jax.model import HEADS, SIZES, TokenBridgeConfig, init_params
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
-from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.quantizer import Quantizer, Unquantized
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge import state_dicts
@@ -132,7 +132,8 @@ def main(args: flags.FlagValues) -> None:
             fields["data.num_classes"] = model.classes
             write_checkpoint(workdir, model, params, fields)
             quirk = "on" if model.first_token_quirk else "off"
-            print(f"{workdir} holds the model of {args.checkpoint}; first_token_quirk is {quirk}")
+            said = f"; first_token_quirk is {quirk}" if HEADS[model.head].has_quirk else ""
+            print(f"{workdir} holds the model of {args.checkpoint}, head {model.head}{said}")
 
 
 def _check(args: flags.FlagValues, workdir: epath.Path) -> None:
@@ -170,7 +171,7 @@ def read_files(args: flags.FlagValues) -> tuple[dict[str, StateDict], StateDict]
     parts = found["checkpoint"].parts if args.checkpoint else {}
     if parts and not infer_sizes(parts["model"]):
         few = ", ".join(list(parts["model"])[:3])
-        raise UserError(f"{args.checkpoint} holds no TokenBridge model, but {few}, ...")
+        raise UserError(f"{args.checkpoint} holds no TokenBridge or MAR model, but {few}, ...")
     if not args.autoencoder:
         return parts, {}
     autoencoder = found["autoencoder"]
@@ -252,7 +253,7 @@ def adapt_config(
             if width := sizes.get(f"{part}_width"):
                 config.model[f"{part}_heads"] = _heads(config, part, width)
         config.model.update({name: sizes[name] for name in sizes if name in config.model})
-        config.model.first_token_quirk = quirk
+        config.model.first_token_quirk = quirk and HEADS[config.model.head].has_quirk
         config.quantizer.levels = sizes.get("levels", config.quantizer.levels)
         config.data.num_classes = sizes.get("classes", config.data.num_classes)
         if "positions" in sizes:
@@ -288,6 +289,9 @@ def make_model(
             f"the model has {channels} channels, the autoencoder {autoencoder.latent_channels}; "
             "import the autoencoder that the model was trained with"
         )
+    positions = (config.data.image_size // autoencoder.downsampling) ** 2
+    if HEADS[config.model.head].of_latents:
+        return model_config(config, Unquantized(), tuple(range(channels)), positions)
     quantizer = make_quantizer(config)
     values = level_values(state, np.asarray(quantizer.level_values, np.float32))
     quantizer = Quantizer(tuple(values.tolist()), quantizer.minimum, quantizer.maximum)
@@ -297,7 +301,6 @@ def make_model(
             "--config.quantizer.channel_order=2,0,1,..."
         )
     order = resolve_channel_order(config.quantizer.channel_order, channels)
-    positions = (config.data.image_size // autoencoder.downsampling) ** 2
     return model_config(config, quantizer, order, positions)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Int, Integer
+from jaxtyping import Int, Shaped
 
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.evaluation.image_sets import ImageSet, rgb
@@ -99,7 +99,7 @@ def draw(
     *,
     seed: int,
     batch_size: int,
-) -> Integer[np.ndarray, "N L C"]:
+) -> Shaped[np.ndarray, "N L C"]:
     """The indices of all samples. Samples that the folder already holds are not drawn again.
 
     Every process of a job must call this; the first one writes the files and prints the progress.
@@ -141,7 +141,7 @@ def draw(
     return np.concatenate(parts)[: len(labels)]
 
 
-def _read_parts(folder: epath.Path) -> list[Integer[np.ndarray, "n L C"]]:
+def _read_parts(folder: epath.Path) -> list[Shaped[np.ndarray, "n L C"]]:
     parts: list[np.ndarray] = []
     for path in sorted(folder.glob("indices_*.npy")):
         with storage.npy_errors(path, "remove it, and run this again to draw its samples again"):
@@ -158,7 +158,7 @@ def _part_name(start: int) -> str:
 
 def decoded_images(
     codec: Codec,
-    indices: Integer[np.ndarray, "N L C"],
+    indices: Shaped[np.ndarray, "N L C"],
     path: epath.PathLike,
     facts: Mapping[str, Any] | None = None,
 ) -> ImageSet:

@@ -143,6 +143,7 @@ def reconstruction(
             for sums, part in zip([originals, *rows], found, strict=True):
                 sums.add(part, numbers)
             bar.update(len(numbers))
+    assert isinstance(codec.quantizer, Quantizer)
     mean, square = np.split(originals.scores / images.count, 2)
     variance = float(np.mean(square - mean**2))
     distance = "rfid" if extractor is None or extractor.distance == "fid" else extractor.distance

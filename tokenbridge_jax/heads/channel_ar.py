@@ -1,7 +1,7 @@
 """Autoregressive channel head (paper section 3.3): one position's C indices, one after another."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,8 @@ class ChannelAR(ChannelTransformer):
     to the first token in sampling, but not in training. On for imported weights only.
     """
 
+    is_published: ClassVar[bool] = True
+    has_quirk: ClassVar[bool] = True
     first_token_quirk: bool = False
 
     def setup(self) -> None:

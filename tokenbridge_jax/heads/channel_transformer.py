@@ -1,7 +1,7 @@
 """The transformer over a position's channels that the heads share."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from tokenbridge_jax.heads.head import Head
+from tokenbridge_jax.heads.head import IndexHead
 from tokenbridge_jax.layers import Dense, LayerNorm, add_bias, copies
 from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.ops.precision import of_products
@@ -18,13 +18,17 @@ from tokenbridge_jax.runtime.meshes import named_axes
 from tokenbridge_jax.transformer import (
     ConditionedBlock,
     Modulation,
+    block_flops,
     embedding_init,
     modulate,
     stack_layers,
 )
 
+if TYPE_CHECKING:
+    from tokenbridge_jax.model import TokenBridgeConfig
 
-class ChannelTransformer(Head):
+
+class ChannelTransformer(IndexHead):
     """Small causal transformer over channels, conditioned on the backbone's feature."""
 
     width: int
@@ -33,6 +37,17 @@ class ChannelTransformer(Head):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     scan_layers: bool = True
+
+    @classmethod
+    def position_flops(cls, config: "TokenBridgeConfig") -> int:
+        """See `Head.position_flops`. All scores count, though half of them are masked."""
+        width, groups = config.head_width, config.groups
+        return (
+            config.head_layers * block_flops(groups, groups, width, modulation=6)
+            + 2 * config.decoder_width * width  # condition_proj
+            + groups * 2 * width * 2 * width  # final modulation
+            + groups * 2 * width * config.joint_classes  # classifiers
+        )
 
     def setup(self) -> None:
         channels = len(self.channel_order)

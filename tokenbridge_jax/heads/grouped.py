@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from tokenbridge_jax.heads.head import Guidance, Head
+from tokenbridge_jax.heads.head import Guidance, IndexHead
 from tokenbridge_jax.layers import pick
 
 
-class GroupedHead(Head):
+class GroupedHead(IndexHead):
     """Splits joint classes into channels, so that likelihoods are comparable with other heads'.
 
     `make_joint` makes the head of the groups, which predicts them in the order 0, 1, ...
     """
 
     group: int
-    make_joint: Callable[[], Head]
+    make_joint: Callable[[], IndexHead]
 
     def setup(self) -> None:
         self.joint = self.make_joint()

@@ -1,18 +1,22 @@
-"""The interface of a channel head.
+"""The interface of a head.
 
 A head processes N positions in parallel. It orders channels in *channel order*: place c of its
 sequence is channel `channel_order[c]`. Outside the head, indices are always in autoencoder order.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, Key
+from jaxtyping import Array, Float, Int, Integer, Key, Shaped
 
 from tokenbridge_jax.layers import pick
+from tokenbridge_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenbridge_jax.model import TokenBridgeConfig
 
 
 class Guidance(NamedTuple):
@@ -28,15 +32,96 @@ class Guidance(NamedTuple):
 
 
 class Head(nn.Module):
-    """A distribution over one position's C indices, given the backbone's feature.
+    """A distribution over one position's C values, given the backbone's feature.
 
-    A new head implements `logits` and `sample`. `model.make_head` builds it, and
-    `TokenBridgeConfig.forward_flops` counts its products. `logits` must work with `scan_layers` on
-    and off; `sample` is only called with `scan_layers` off.
+    `model.make_head` builds a head.
+
+    Attributes:
+      of_latents: whether the values are latents; otherwise they are indices.
+      has_probabilities: whether it knows the probability of values, which confidence order needs.
+      is_published: whether weights of it were released; `torch_bridge` reads and writes them.
+      has_quirk: whether it knows `first_token_quirk`.
+    """
+
+    of_latents: ClassVar[bool] = False
+    has_probabilities: ClassVar[bool] = True
+    is_published: ClassVar[bool] = False
+    has_quirk: ClassVar[bool] = False
+
+    @classmethod
+    def position_flops(cls, config: "TokenBridgeConfig") -> int:
+        """Matmul FLOPs of the forward pass of one position in training; see `forward_flops`."""
+        raise NotImplementedError
+
+    def loss(
+        self, feature: Float[Array, "N Z"], targets: Shaped[Array, "N C"], keys: Key[Array, " N"]
+    ) -> Float[Array, "N C"]:
+        """What training minimises, for each channel of each position, in autoencoder order.
+
+        Args:
+          feature: the backbone's feature of each position.
+          targets: the values, in autoencoder order.
+          keys: one for each position, of what the loss draws, if it draws anything.
+        """
+        raise NotImplementedError
+
+    def logits(
+        self, feature: Float[Array, "N Z"], indices: Shaped[Array, "N C"], as_sampled: bool = False
+    ) -> Float[Array, "N C V"]:
+        """See `IndexHead.logits`.
+
+        Raises:
+          UserError: the head has no probabilities.
+        """
+        raise UserError("this model's head gives no probabilities: there is no exact likelihood")
+
+    def nll(
+        self, feature: Float[Array, "N Z"], indices: Shaped[Array, "N C"], as_sampled: bool = False
+    ) -> Float[Array, "N C"]:
+        """See `IndexHead.nll`; raises as `logits` does."""
+        return self.logits(feature, indices, as_sampled)
+
+    def sample(
+        self,
+        feature: Float[Array, "N Z"],
+        keys: Key[Array, " N"],
+        temperature: Float[Array, ""],
+        guidance: Guidance | None = None,
+    ) -> tuple[Shaped[Array, "N C"], Float[Array, " N"] | None]:
+        """Draws the C values of every position.
+
+        Args:
+          feature: the backbone's feature of each position.
+          keys: one random key per position, the only source of randomness.
+          temperature: 1 is the distribution itself, 0 its mode or what comes nearest to it.
+          guidance: None is none. Each head says what it mixes.
+
+        Returns:
+          Values in autoencoder order, and the float32 log-probability of each position's values, in
+          nats; None if the head does not know it.
+        """
+        raise NotImplementedError
+
+
+class IndexHead(Head):
+    """A distribution over one position's C indices.
+
+    A new one implements `logits`, `sample` and `position_flops`. `logits` must work with
+    `scan_layers` on and off; `sample` is only called with `scan_layers` off.
+
+    Guidance mixes features; see `guided`. Temperature divides the logits, and 0 takes the most
+    likely index at every place. `sample` returns the log-probability at this temperature.
+    Temperature 0 has only one outcome, so there it is the log-probability at temperature 1.
     """
 
     channel_order: tuple[int, ...]
     levels: int
+
+    def loss(
+        self, feature: Float[Array, "N Z"], targets: Integer[Array, "N C"], keys: Key[Array, " N"]
+    ) -> Float[Array, "N C"]:
+        """See `nll`; nothing is drawn."""
+        return self.nll(feature, targets)
 
     def logits(
         self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"], as_sampled: bool = False
@@ -69,19 +154,7 @@ class Head(nn.Module):
         temperature: Float[Array, ""],
         guidance: Guidance | None = None,
     ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
-        """Draws the C indices of every position.
-
-        Args:
-          feature: the backbone's feature of each position.
-          keys: one random key per position, the only source of randomness.
-          temperature: divides the logits; 0 takes the most likely index at every place.
-          guidance: None is none. Heads of indices mix features; see `guided`.
-
-        Returns:
-          Indices in autoencoder order, and the float32 log-probability of each position's indices,
-          in nats, at this temperature. Temperature 0 has only one outcome, so there it is the
-          log-probability at temperature 1.
-        """
+        """Draws indices; see the class."""
         raise NotImplementedError
 
 

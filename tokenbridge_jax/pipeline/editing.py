@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Integer, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 from scipy.ndimage import distance_transform_edt
 
 from tokenbridge_jax.codec import Codec, check_images, in_batches
@@ -189,7 +189,7 @@ def outpaint(
     # The autoencoder takes as many positions at once as the model does.
     batch = max(1, batch_size * pipeline.config.positions // to_draw[0].size)
     indices = _encode(pipeline, images, hidden, encode_hidden, batch).reshape(*hidden.shape, -1)
-    nothing = np.argmin(np.abs(pipeline.config.quantizer.dequantized_levels))
+    nothing = pipeline.config.blank
     canvas = np.pad(indices, [*border, (0, 0)], constant_values=nothing)
     decode = functools.partial(in_batches, pipeline.codec.decode_maps, canvas, batch)
     settings |= dict(overlap=overlap, seed=seed, progress=progress, batch_size=batch_size)
@@ -206,7 +206,7 @@ def outpaint(
 def draw_windows(
     pipeline: Drawer,
     class_ids: Sequence[ClassId],
-    canvas: Integer[np.ndarray, "B height width C"],
+    canvas: Shaped[np.ndarray, "B height width C"],
     hidden: Bool[np.ndarray, "B height width"],
     *,
     overlap: float,
@@ -393,7 +393,7 @@ def _encode(
     hidden: Bool[np.ndarray, "B h w"],
     encode_hidden: bool,
     batch_size: int,
-) -> Integer[np.ndarray, "B L C"]:
+) -> Shaped[np.ndarray, "B L C"]:
     """Encodes images; unless `encode_hidden`, the pixels of hidden positions are filled first."""
     if not encode_hidden:
         patch = pipeline.patch_size

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 import tokenbridge_jax.pipeline.editing as editing
 import tokenbridge_jax.pipeline.pretrained as pretrained
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
-from tokenbridge_jax.codec import Codec, check_indices, in_batches
+from tokenbridge_jax.codec import Codec, check_values, in_batches
 from tokenbridge_jax.data.class_names import class_number
 from tokenbridge_jax.loss import position_nll
 from tokenbridge_jax.model import abstract_params
@@ -30,7 +30,8 @@ class Pipeline:
     """Autoencoder, quantizer and model of a workdir.
 
     Images are uint8 NHWC. Indices are integers `[B, L, C]`, with positions row-major and channels
-    in the autoencoder's order.
+    in the autoencoder's order. If the model's head draws latents (`config.of_latents`), float32
+    latents take the place of indices.
 
     Attributes:
       description: the model's config, class names and autoencoder hash.
@@ -128,7 +129,7 @@ class Pipeline:
             directory,
         )
 
-    def encode(self, images: UInt8[np.ndarray, "B H W I"] | Any) -> Integer[np.ndarray, "B L C"]:
+    def encode(self, images: UInt8[np.ndarray, "B H W I"] | Any) -> Shaped[np.ndarray, "B L C"]:
         """Images of the size the model draws -> indices of the means of their posteriors.
 
         `data.images.prepare` crops a picture to this size; `codec.encode` accepts any size.
@@ -139,7 +140,7 @@ class Pipeline:
         """
         return np.asarray(self.codec.encode(images, side=self.image_size).indices)
 
-    def decode(self, indices: Integer[np.ndarray, "B L C"] | Any) -> UInt8[np.ndarray, "B H W I"]:
+    def decode(self, indices: Shaped[np.ndarray, "B L C"] | Any) -> UInt8[np.ndarray, "B H W I"]:
         """Indices -> images.
 
         Raises:
@@ -247,13 +248,13 @@ class Pipeline:
         *,
         seed: int | Any = 0,
         batch_size: int | Any = 64,
-        known: Integer[np.ndarray, "B L C"] | Any = None,
+        known: Shaped[np.ndarray, "B L C"] | Any = None,
         hidden: Bool[np.ndarray, "B L"] | Any = None,
         progress: bool = False,
         preview: Preview | Any = None,
         preview_every: int | Any = 1,
         **settings: Any,
-    ) -> Integer[np.ndarray, "B L C"]:
+    ) -> Shaped[np.ndarray, "B L C"]:
         """Like `generate`, without decoding. With `known`, only `hidden` positions are drawn."""
         return generate_in_batches(
             self.config,
@@ -272,7 +273,7 @@ class Pipeline:
 
     def log_probs(
         self,
-        indices: Integer[np.ndarray, "B L C"] | Any,
+        indices: Shaped[np.ndarray, "B L C"] | Any,
         class_ids: Sequence[ClassId] | Any,
         *,
         hidden: Bool[np.ndarray, "B L"] | Any = None,
@@ -300,7 +301,7 @@ class Pipeline:
         batch_size = checks.at_least("batch_size", batch_size, 1)
         labels = checks.labels(self.labels(class_ids), self.config.classes)
         shape = len(labels), self.config.positions, self.config.channels
-        indices = np.asarray(check_indices(indices, shape, self.config.quantizer))
+        indices = np.asarray(check_values(indices, shape, self.config.quantizer))
         hidden = np.ones(shape[:2], bool) if hidden is None else hidden
         hidden = np.asarray(checks.array("hidden", hidden, "bool", shape[:2]))
         sharding = meshes.batch_sharding(self.mesh)

@@ -24,6 +24,7 @@ from etils import epath
 from tokenbridge_jax.autoencoder import save_autoencoder
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
+from tokenbridge_jax.quantizer import Quantizer, Unquantized
 from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.checkpoints import differences, latest_step, load_params
@@ -155,11 +156,10 @@ def model_card(trained: Trained, name: str) -> str:
         "updates trained": f"{step:,}" if step else "none, imported weights",
         "computes in": model.dtype,
         "backbone": f"encoder {_size(model, 'encoder')}; decoder {_size(model, 'decoder')}",
-        "channel head": f"{model.head}, {_size(model, 'head')}"
+        "head": f"{model.head}, {_size(model, 'head')}"
         + f", {model.channels_per_group} channels a class" * (model.channels_per_group > 1),
         "positions, channels, levels": f"{model.positions}, {model.channels}, {model.levels}",
-        "quantizer": f"{model.levels} levels, latents in "
-        f"[{model.quantizer.minimum:g}, {model.quantizer.maximum:g}]",
+        "quantizer": _described(model.quantizer),
         "channel order": ", ".join(map(str, model.channel_order)),
         "first-token quirk": quirk if model.first_token_quirk else "off",
         "autoencoder": f"{_count(codec.params):,} parameters, latents scaled by "
@@ -211,6 +211,13 @@ autoencoder = load_file("autoencoder/params.safetensors")
 
 def _count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _described(quantizer: Quantizer | Unquantized) -> str:
+    if isinstance(quantizer, Unquantized):
+        return "none: the head draws latents"
+    low, high = quantizer.minimum, quantizer.maximum
+    return f"{quantizer.levels} levels, latents in [{low:g}, {high:g}]"
 
 
 def _size(model: Any, part: str) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from tokenbridge_jax.codec import check_index_range, padded_size
+from tokenbridge_jax.codec import check_values, padded_size
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
@@ -32,12 +32,12 @@ def generate_in_batches(
     seed: int | Any = 0,
     batch_size: int | Any = 64,
     first: int | Any = 0,
-    known: Integer[np.ndarray, "N L C"] | Any = None,
+    known: Shaped[np.ndarray, "N L C"] | Any = None,
     hidden: Bool[np.ndarray, "N L"] | Any = None,
     progress: bool = False,
     preview: Preview | Any = None,
     preview_every: int | Any = 1,
-) -> Integer[np.ndarray, "N L C"]:
+) -> Shaped[np.ndarray, "N L C"]:
     """Samples the indices of any number of images, batch by batch, split over a mesh.
 
     Image i has sample index `first` + i: its indices do not depend on the batch size or the mesh.
@@ -62,7 +62,7 @@ def generate_in_batches(
       preview_every: number of steps between two calls.
 
     Returns:
-      Indices of the quantizer's `index_dtype`.
+      Indices of the quantizer's `index_dtype`; a model of latents gives float32 latents instead.
 
     Raises:
       UserError: batch size, seed, a number, a label, weights, an index, or a shape or dtype is not
@@ -74,13 +74,13 @@ def generate_in_batches(
     if known is None and hidden is not None:
         raise UserError("hidden says what to draw of known images: give known too")
     shape = (len(labels), config.positions, config.channels)
-    if known is not None:
-        known = np.asarray(checks.array("known", known, "integers", shape))
-    if known is not None and hidden is not None:
+    if hidden is not None:
         hidden = np.asarray(checks.array("hidden", hidden, "bool", shape[:2]))
-        check_index_range(known[~hidden], config.levels)
     dtype = config.quantizer.index_dtype
-    result = np.zeros(shape, dtype) if known is None else known.astype(dtype)
+    result = np.zeros(shape, dtype)
+    if known is not None:
+        visible = np.zeros(shape[:2], bool) if hidden is None else ~hidden
+        result = np.array(check_values(known, shape, config.quantizer, "known", visible))
     requests = _requests(config, labels, mesh, seed, batch_size, first, result, hidden)
     with Progress(len(labels), desc="sample", visible=progress) as bar:
         for chosen, request in requests:
@@ -106,7 +106,7 @@ def start_batches(
     *,
     seed: int | Any = 0,
     batch_size: int | Any = 64,
-) -> Iterator[tuple[int, Int[Array, "size L C"]]]:
+) -> Iterator[tuple[int, Shaped[Array, "size L C"]]]:
     """Starts the batches of `generate_in_batches` one after the other, in order.
 
     Args and errors are those of `generate_in_batches`.

@@ -30,10 +30,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from tokenbridge_jax.heads.head import Guidance
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
+from tokenbridge_jax.model import HEADS, TokenBridge, TokenBridgeConfig
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import hidden_first, make_orders, sample_keys
 from tokenbridge_jax.sampling.schedule import (
     Plan,
@@ -49,13 +50,13 @@ class Known(NamedTuple):
     """What is known of images that are edited; arrays may be numpy's.
 
     Attributes:
-      indices: in autoencoder order, positions row-major. At hidden positions they have no effect on
-        the result; previews show them there.
+      values: indices, or the latents of a model of latents, in autoencoder order, positions
+        row-major. At hidden positions they have no effect on the result; previews show them there.
       hidden: the positions to draw, equally many in every image.
       num_hidden: M, their number in an image.
     """
 
-    indices: Integer[Array, "B L C"]
+    values: Shaped[Array, "B L C"]
     hidden: Bool[Array, "B L"]
     num_hidden: int
 
@@ -101,19 +102,19 @@ class Slots(NamedTuple):
     """Images in order layout, where revealing is a slice.
 
     Attributes:
-      indices: of the positions; meaningless in hidden slots.
+      values: of the positions; meaningless in hidden slots.
       orders: the positions.
       keys: one for all randomness of a position.
     """
 
-    indices: Int[Array, "B L C"]
+    values: Shaped[Array, "B L C"]
     orders: Int[Array, "B L"]
     keys: Key[Array, "B L"]
 
 
 def generate(
     config: TokenBridgeConfig, params: dict[str, Any], request: Request, settings: SamplingSettings
-) -> Int[Array, "B L C"]:
+) -> Shaped[Array, "B L C"]:
     """Samples the indices of whole images (paper section 3.3), or the hidden ones of `known`.
 
     The program is compiled anew only for another model, batch size, `num_iter` or kind of order,
@@ -127,7 +128,11 @@ def generate(
       settings: how to sample.
 
     Returns:
-      Indices in autoencoder order, positions row-major. Where nothing was hidden, those of `known`.
+      Indices, or the latents of a model of latents, in autoencoder order, positions row-major.
+      Where nothing was hidden, those of `known`.
+
+    Raises:
+      UserError: confidence order needs probabilities, which the head does not give.
     """
     request, plan, steps = _prepare(config, request, settings)
     static: dict[str, Any] = dict(config=config, stages=plan.stages, order=settings.order)
@@ -145,7 +150,7 @@ def generate_steps(
     request: Request,
     settings: SamplingSettings,
     every: int = 1,
-) -> Iterator[tuple[int, int, Int[Array, "B L C"]]]:
+) -> Iterator[tuple[int, int, Shaped[Array, "B L C"]]]:
     """As `generate`, but shows the images after every few steps.
 
     The steps run one by one, with a program for every stage in place of one for all.
@@ -183,6 +188,11 @@ def _prepare(
         for value in (settings.temperature, settings.choice_temperature)
     )
     by_confidence = settings.order == "confidence"
+    if by_confidence and not HEADS[config.head].has_probabilities:
+        raise UserError(
+            f"sampling.order='confidence' needs probabilities, which model.head='{config.head}' "
+            "does not give; choose another order"
+        )
     steps = Step(
         hidden[:-1], hidden[1:], scales, temperature, choice_temperature if by_confidence else None
     )
@@ -198,7 +208,7 @@ def _draw(
     config: TokenBridgeConfig,
     stages: tuple[Stage, ...],
     order: str,
-) -> Int[Array, "B L C"]:
+) -> Shaped[Array, "B L C"]:
     """All steps, stage by stage; `ends` are the steps done at the end of each stage."""
     slots = _first_slots(config, order, request)
     # Cast and cut once, not at every step.
@@ -225,16 +235,17 @@ def _first_slots(config: TokenBridgeConfig, order: str, request: Request) -> Slo
     if orders is None:
         orders = make_orders(order, request.seed, request.sample_indices, config.positions)
     if request.known is None:
-        indices = jnp.zeros((*orders.shape, config.channels), jnp.int32)
+        values = jnp.zeros((*orders.shape, config.channels), config.value_dtype)
     else:
         hidden = request.known.hidden
         orders = hidden_first(orders, hidden)
-        indices = jnp.where(hidden[:, :, None], 0, request.known.indices.astype(jnp.int32))
-        indices = jnp.take_along_axis(indices, orders[:, :, None], axis=1)
+        known = request.known.values.astype(config.value_dtype)
+        values = jnp.where(hidden[:, :, None], 0, known)
+        values = jnp.take_along_axis(values, orders[:, :, None], axis=1)
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
         sample_keys(request.seed, request.sample_indices)[:, 1], orders
     )
-    return Slots(indices, orders, keys)
+    return Slots(values, orders, keys)
 
 
 def _reveal(
@@ -260,7 +271,7 @@ def _reveal(
     window = Window(jnp.maximum(step.hidden_now - stage.reveals, 0), stage.reveals)
     feature = apply(
         TokenBridge.features,
-        repeat(slots.indices[:, positions - stage.visible_slots :]),
+        repeat(slots.values[:, positions - stage.visible_slots :]),
         repeat(labels),
         repeat(slots.orders),
         step.hidden_now,
@@ -279,9 +290,9 @@ def _reveal(
     drawn, log_probs = apply(
         TokenBridge.sample_positions, feature, keys, step.temperature, guidance
     )
-    updated = jnp.where(revealed[None, :, None], drawn, window.cut(slots.indices))
+    updated = jnp.where(revealed[None, :, None], drawn, window.cut(slots.values))
     slots = slots._replace(
-        indices=jax.lax.dynamic_update_slice_in_dim(slots.indices, updated, window.start, 1)
+        values=jax.lax.dynamic_update_slice_in_dim(slots.values, updated, window.start, 1)
     )
     if step.choice_temperature is not None:
         # Every hidden slot was drawn. The most certain ones move behind the others, to the slots
@@ -306,18 +317,18 @@ def _choice_noise(keys: Key[Array, "B R"], channels: int) -> Float[Array, "B R"]
 @functools.partial(jax.jit, static_argnames="config")
 def _shown(
     config: TokenBridgeConfig, slots: Slots, num_hidden: Int[Array, ""], known: Known | None
-) -> Int[Array, "B L C"]:
-    """The indices, row-major; hidden positions have those of `known`, or the level nearest 0."""
+) -> Shaped[Array, "B L C"]:
+    """The values, row-major; hidden positions have those of `known`, or the one nearest 0."""
     if known is None:
-        behind = jnp.int32(np.argmin(np.abs(config.quantizer.dequantized_levels)))
+        behind = jnp.asarray(config.blank, config.value_dtype)
     else:
-        behind = jnp.take_along_axis(known.indices, slots.orders[:, :, None], axis=1)
+        behind = jnp.take_along_axis(known.values, slots.orders[:, :, None], axis=1)
     hidden = (jnp.arange(config.positions) < num_hidden)[None, :, None]
-    return _row_major(slots._replace(indices=jnp.where(hidden, behind, slots.indices)))
+    return _row_major(slots._replace(values=jnp.where(hidden, behind, slots.values)))
 
 
-def _row_major(slots: Slots) -> Int[Array, "B L C"]:
-    return jnp.take_along_axis(slots.indices, jnp.argsort(slots.orders)[:, :, None], axis=1)
+def _row_major(slots: Slots) -> Shaped[Array, "B L C"]:
+    return jnp.take_along_axis(slots.values, jnp.argsort(slots.orders)[:, :, None], axis=1)
 
 
 def prepare_params(params: dict[str, Any], config: TokenBridgeConfig) -> dict[str, Any]:

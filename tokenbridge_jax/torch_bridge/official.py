@@ -1,17 +1,22 @@
-"""Name table and buffers of the TokenBridge model, as in the official release's state dict."""
+"""Models as state dicts of the official releases: names, buffers, import and export.
 
-import re
-from collections.abc import Mapping
-from typing import Any
+TokenBridge's release has the head `channel_ar`, MAR's has `diffusion`. The backbone is the same.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.torch_bridge import mar
 from tokenbridge_jax.torch_bridge.parts import Network
 from tokenbridge_jax.torch_bridge.table import (
     Entry,
+    count,
     from_torch,
     linear,
     norm,
@@ -32,6 +37,7 @@ NETWORK = Network(
         "encoder_pos_embed_learned",
         "decoder_pos_embed_learned",
         "output_pos_embed",
+        mar.OUTPUT_POSITION,
         "channel_embed",
         "timesteps_embeddings",
     )
@@ -40,47 +46,83 @@ NETWORK = Network(
 State = Mapping[str, np.ndarray]
 
 
+class Release(NamedTuple):
+    """What differs between the official releases.
+
+    Attributes:
+      output_position: the name of the positions of the backbone's features.
+      head_table: an entry for every parameter of the head.
+      head_sizes: fields of `TokenBridgeConfig` from a state dict; None where no shape tells.
+      buffers: the entries that are not parameters.
+    """
+
+    output_position: str
+    head_table: Callable[[TokenBridgeConfig], list[Entry]]
+    head_sizes: Callable[[Mapping[str, Any]], dict[str, int | None]]
+    buffers: Callable[[TokenBridgeConfig], dict[str, np.ndarray]]
+
+
 def table(config: TokenBridgeConfig) -> list[Entry]:
     """Returns an entry for every parameter of the release.
 
     Raises:
-      UserError: the release does not have the head of this config.
+      UserError: no release has the head of this config.
     """
-    c = config
-    if not c.is_published:
+    release = _release(config)
+    return [*_backbone_table(config, release.output_position), *release.head_table(config)]
+
+
+def buffers(config: TokenBridgeConfig) -> dict[str, np.ndarray]:
+    """Returns the entries that are not parameters: causal mask, level values and bin edges."""
+    return _release(config).buffers(config)
+
+
+def _release(config: TokenBridgeConfig) -> Release:
+    if not config.is_published:
         raise UserError(
-            "PyTorch files hold model.head='channel_ar' with one channel per group; this model has "
-            f"head='{c.head}' with {c.channels_per_group} channels per group"
+            "PyTorch files hold model.head='channel_ar' with one channel per group, or "
+            f"'diffusion'; this model has head='{config.head}' with {config.channels_per_group} "
+            "channels per group"
         )
+    return RELEASES[config.head]
+
+
+def _backbone_table(config: TokenBridgeConfig, output_position: str) -> list[Entry]:
     entries = [
         Entry("class_emb.weight", "backbone.class_embedding"),
         Entry("fake_latent", "backbone.null_latent"),
         Entry("encoder_pos_embed_learned", "backbone.encoder_position", "batched"),
         Entry("mask_token", "backbone.mask_token", "batched"),
         Entry("decoder_pos_embed_learned", "backbone.decoder_position", "batched"),
-        Entry("output_pos_embed", "backbone.output_position", "batched"),
+        Entry(output_position, "backbone.output_position", "batched"),
         *linear("z_proj", "backbone.z_proj"),
         *norm("z_proj_ln", "backbone.z_proj_norm"),
         *norm("encoder_norm", "backbone.encoder_norm"),
         *linear("decoder_embed", "backbone.decoder_embed"),
         *norm("decoder_norm", "backbone.decoder_norm"),
+    ]
+    for part, layers in (
+        ("encoder_blocks", config.encoder_layers),
+        ("decoder_blocks", config.decoder_layers),
+    ):
+        for i in range(layers):
+            entries += _block(f"{part}.{i}", f"backbone.{part}", i)
+    return entries
+
+
+def _channel_table(config: TokenBridgeConfig) -> list[Entry]:
+    entries = [
         Entry("channel_embed", "head.channel_embed", "batched"),
         Entry("timesteps_embeddings", "head.timestep_embed", "batched"),
         *linear("condition_proj", "head.condition_proj"),
         *norm("channel_norm", "head.norm"),
         *linear("channel_final.adaLN_modulation.1", "head.final_modulation"),
     ]
-    for i in range(c.channels - 1):
+    for i in range(config.channels - 1):
         entries.append(Entry(f"token_embeddings.{i}.weight", "head.token_embeddings", index=i))
-    for i in range(c.channels):
+    for i in range(config.channels):
         entries += linear(f"channel_heads.{i}", "head.classifier", i)
-    for part, layers in (
-        ("encoder_blocks", c.encoder_layers),
-        ("decoder_blocks", c.decoder_layers),
-    ):
-        for i in range(layers):
-            entries += _block(f"{part}.{i}", f"backbone.{part}", i)
-    for i in range(c.head_layers):
+    for i in range(config.head_layers):
         name, path = f"channel_blocks.{i}", "head.blocks"
         entries += _block(name, path, i)
         entries += norm(f"{name}.attn.q_norm", f"{path}.attn.q_norm", i)
@@ -89,13 +131,14 @@ def table(config: TokenBridgeConfig) -> list[Entry]:
     return entries
 
 
-def buffers(config: TokenBridgeConfig) -> dict[str, np.ndarray]:
-    """Returns the entries that are not parameters: causal mask, level values and bin edges."""
+def _channel_buffers(config: TokenBridgeConfig) -> dict[str, np.ndarray]:
+    quantizer = config.quantizer
+    assert isinstance(quantizer, Quantizer)
     future = np.triu(np.ones((config.channels, config.channels), bool), 1)
     return {
         "channel_mask": np.where(future, np.float32(-np.inf), np.float32(0)),
-        "reconstruction_values": np.asarray(config.quantizer.level_values, np.float32),
-        "boundaries": config.quantizer.boundaries(),
+        "reconstruction_values": np.asarray(quantizer.level_values, np.float32),
+        "boundaries": quantizer.boundaries(),
     }
 
 
@@ -120,28 +163,44 @@ def level_values(state: State, exact: np.ndarray) -> np.ndarray:
     return values
 
 
-def infer_sizes(state: Mapping[str, Any]) -> dict[str, int]:
+def infer_sizes(state: Mapping[str, Any]) -> dict[str, Any]:
     """Infers a model's sizes from the shapes of a state dict.
 
     Returns:
-      Fields of `TokenBridgeConfig` by name, and "channels" and "levels". Fields that no shape
-      determines are left out, such as the number of heads of the backbone.
+      Fields of `TokenBridgeConfig` by name, "channels" and "levels". Fields that no shape
+      determines are left out, such as the number of heads of the backbone. Empty if the state dict
+      is of no model.
     """
-    positions = size(state, ("output_pos_embed", 1))
+    head = "diffusion" if any(mar.is_of_head(name) for name in state) else "channel_ar"
+    release = RELEASES[head]
+    positions = size(state, (release.output_position, 1))
     length = size(state, ("encoder_pos_embed_learned", 1), ("decoder_pos_embed_learned", 1))
-    head_width = size(
-        state, ("channel_embed", 2), ("channel_norm.bias", 0), ("condition_proj.bias", 0)
-    )
-    head_size = size(
+    found = {
+        "positions": positions,
+        "buffer": length - positions if length and positions else None,
+        "classes": size(state, ("class_emb.weight", 0)),
+        "encoder_width": size(
+            state, ("encoder_norm.bias", 0), ("z_proj.bias", 0), ("class_emb.weight", 1)
+        ),
+        "encoder_layers": count(state, "encoder_blocks"),
+        "decoder_width": size(
+            state, ("decoder_norm.bias", 0), ("decoder_embed.bias", 0), ("mask_token", 2)
+        ),
+        "decoder_layers": count(state, "decoder_blocks"),
+    }
+    sizes = {name: value for name, value in (found | release.head_sizes(state)).items() if value}
+    return sizes | {"head": head} if sizes else {}
+
+
+def _channel_sizes(state: Mapping[str, Any]) -> dict[str, int | None]:
+    width = size(state, ("channel_embed", 2), ("channel_norm.bias", 0), ("condition_proj.bias", 0))
+    of_head = size(
         state,
         ("channel_blocks.0.attn.q_norm.weight", 0),
         ("channel_blocks.0.attn.k_norm.weight", 0),
         ("channel_blocks.0.attn.q_norm.bias", 0),
     )
-    sizes = {
-        "positions": positions,
-        "buffer": length - positions if length and positions else None,
-        "classes": size(state, ("class_emb.weight", 0)),
+    return {
         "channels": size(
             state, ("channel_embed", 1), ("z_proj.weight", 1), ("timesteps_embeddings", 1)
         ),
@@ -151,24 +210,10 @@ def infer_sizes(state: Mapping[str, Any]) -> dict[str, int]:
             ("channel_heads.0.bias", 0),
             ("channel_heads.1.bias", 0),
         ),
-        "encoder_width": size(
-            state, ("encoder_norm.bias", 0), ("z_proj.bias", 0), ("class_emb.weight", 1)
-        ),
-        "encoder_layers": _layers(state, "encoder_blocks"),
-        "decoder_width": size(
-            state, ("decoder_norm.bias", 0), ("decoder_embed.bias", 0), ("mask_token", 2)
-        ),
-        "decoder_layers": _layers(state, "decoder_blocks"),
-        "head_width": head_width,
-        "head_layers": _layers(state, "channel_blocks"),
-        "head_heads": head_width // head_size if head_width and head_size else None,
+        "head_width": width,
+        "head_layers": count(state, "channel_blocks"),
+        "head_heads": width // of_head if width and of_head else None,
     }
-    return {name: value for name, value in sizes.items() if value}
-
-
-def _layers(state: Mapping[str, Any], prefix: str) -> int | None:
-    found = [re.match(rf"{prefix}\.(\d+)\.", name) for name in state]
-    return max((int(match[1]) + 1 for match in found if match), default=None)
 
 
 def import_model(
@@ -239,3 +284,9 @@ def _block(name: str, path: str, index: int) -> list[Entry]:
         *linear(f"{name}.mlp.fc1", f"{path}.mlp.fc1", index),
         *linear(f"{name}.mlp.fc2", f"{path}.mlp.fc2", index),
     ]
+
+
+RELEASES = {
+    "channel_ar": Release("output_pos_embed", _channel_table, _channel_sizes, _channel_buffers),
+    "diffusion": Release(mar.OUTPUT_POSITION, mar.head_table, mar.head_sizes, lambda config: {}),
+}

@@ -7,6 +7,7 @@ device.
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -136,6 +137,12 @@ def size(state_dict: Mapping[str, Any], *places: tuple[str, int]) -> int | None:
         if name in state_dict and axis < len(state_dict[name].shape)
     ]
     return collections.Counter(votes).most_common(1)[0][0] if votes else None
+
+
+def count(state_dict: Mapping[str, Any], prefix: str) -> int | None:
+    """Returns the number of layers whose names are `prefix.0.*` and so on, or None."""
+    found = [re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state_dict]
+    return max((int(match[1]) + 1 for match in found if match), default=None)
 
 
 def _views(entries: list[Entry], leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,287 @@
+"""MAR's diffusion head (Li et al., 2024, arXiv 2406.11838): a small network denoises a position.
+
+The network sees the noisy latents of one position, the step and the backbone's feature. It predicts
+the noise, and where the variance of a reverse step lies between its bounds (Nichol & Dhariwal,
+2021, eq. 15). Positions are independent of each other, given their features.
+"""
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from tokenbridge_jax.heads.head import Guidance, Head
+from tokenbridge_jax.heads.noise_schedule import NoiseSchedule
+from tokenbridge_jax.layers import Dense, LayerNorm
+from tokenbridge_jax.ops.norm import normalize
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.transformer import Modulation, embedding_init, modulate, stack_layers
+
+if TYPE_CHECKING:
+    from tokenbridge_jax.model import TokenBridgeConfig
+
+SINUSOIDS = 256
+# Half the width of a bin of 8-bit data in [-1, 1], which the likelihood of the first step is for.
+_HALF_BIN = 1 / 255
+
+
+class Prediction(NamedTuple):
+    """What the network says of noisy latents, float32 `[..., C]`.
+
+    Attributes:
+      noise: in them.
+      variance: -1 is the lower bound of the reverse step's log-variance, 1 is the upper.
+    """
+
+    noise: Array
+    variance: Array
+
+
+class ResidualBlock(nn.Module):
+    """A linear layer, SiLU and another one, with a modulated norm before and a gate after."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*N D"], condition: Float[Array, "*N D"]
+    ) -> tuple[Float[Array, "*N D"], None]:
+        """Runs the block; `condition` is after its SiLU."""
+        width = x.shape[-1]
+        modulation = Modulation(3, self.dtype, name="modulation")(condition)
+        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
+        h = modulate(LayerNorm(self.dtype, name="norm")(x), shift, scale)
+        h = nn.silu(Dense((width,), ("embed", "mlp"), self.dtype, name="fc1")(h))
+        return x + gate * Dense((width,), ("mlp", "embed"), self.dtype, name="fc2")(h), None
+
+
+class DiffusionHead(Head):
+    """Draws continuous latents.
+
+    Attributes:
+      channels: C.
+      width: of the network.
+      layers: residual blocks of the network.
+      draws: steps and noises that the loss draws for each position.
+      steps: of sampling, evenly spaced among the 1000 of training.
+      dtype: of the network's activations.
+      scan_layers: see `TokenBridgeConfig`.
+    """
+
+    channels: int
+    width: int
+    layers: int
+    draws: int = 4
+    steps: int = 100
+    dtype: Any = jnp.float32
+    scan_layers: bool = True
+
+    of_latents: ClassVar[bool] = True
+    has_probabilities: ClassVar[bool] = False
+    is_published: ClassVar[bool] = True
+
+    @classmethod
+    def position_flops(cls, config: "TokenBridgeConfig") -> int:
+        """See `Head.position_flops`."""
+        width, channels = config.head_width, config.channels
+        time = SINUSOIDS * width + width * width
+        block = (3 + 2) * width * width  # Modulation and two linear layers.
+        final = 2 * width * width + 2 * channels * width
+        network = channels * width + config.head_layers * block + final
+        return 2 * (config.decoder_width * width + config.head_draws * (time + network))
+
+    def setup(self) -> None:
+        of_width = functools.partial(Dense, (self.width,), (None, "embed"), self.dtype)
+        self.input_proj = of_width()
+        self.condition_proj = of_width()
+        self.time_fc1 = of_width(init=embedding_init)
+        self.time_fc2 = of_width(init=embedding_init)
+        stack = stack_layers(ResidualBlock, self.layers, scan_layers=self.scan_layers)
+        self.blocks = stack(self.dtype)
+        self.final_modulation = Modulation(2, self.dtype)
+        zeros = nn.initializers.zeros
+        self.output = Dense((2 * self.channels,), ("embed", None), self.dtype, init=zeros)
+
+    def loss(
+        self, feature: Float[Array, "N Z"], targets: Float[Array, "N C"], keys: Key[Array, " N"]
+    ) -> Float[Array, "N C"]:
+        """The mean over `draws` of the squared error of the noise and the bound for the variance.
+
+        The bound is in bits and gives no gradient to the prediction of the noise.
+        """
+
+        def draw(key: Key[Array, ""]) -> tuple[Array, Array]:
+            time_key, noise_key = jax.random.split(key)
+            time = jax.random.randint(time_key, (self.draws,), 0, len(_training().betas))
+            return time, jax.random.normal(noise_key, (self.draws, self.channels))
+
+        time, noise = jax.vmap(draw, out_axes=1)(keys)
+        error, bound = self.losses(feature, targets, time, noise)
+        return jnp.mean(error + bound, axis=0)
+
+    def losses(
+        self,
+        feature: Float[Array, "N Z"],
+        targets: Float[Array, "N C"],
+        time: Int[Array, "draws N"],
+        noise: Float[Array, "draws N C"],
+    ) -> tuple[Float[Array, "draws N C"], Float[Array, "draws N C"]]:
+        """The squared error of the noise, and the bound for the variance in bits."""
+        of_time = _lookups(_training(), time[..., None])
+        targets = jnp.broadcast_to(targets, noise.shape)
+        noisy = of_time.add_noise(targets, noise)
+        condition = self.condition_proj(feature)[None] + self.time_embedding(time)
+        found = self.denoise(noisy, condition)
+        error = jnp.square(noise - found.noise)
+
+        mean, logvar = of_time.reverse(noisy, jax.lax.stop_gradient(found.noise), found.variance)
+        true_mean = of_time.posterior_mean(targets, noisy)
+        divergence = _divergence(true_mean, of_time.low, mean, logvar)
+        first = -_binned_log_likelihood(targets, mean, jnp.exp(0.5 * logvar))
+        bound = jnp.where(time[..., None] == 0, first, divergence) / math.log(2)
+        return error, bound
+
+    def denoise(self, noisy: Float[Array, "*N C"], condition: Float[Array, "*N D"]) -> Prediction:
+        """Runs the network; `condition` is the sum of feature's and time's embeddings."""
+        condition = nn.silu(condition)
+        x, _ = self.blocks(self.input_proj(noisy), condition)
+        shift, scale = jnp.split(self.final_modulation(condition), 2, axis=-1)
+        x = modulate(normalize(x).astype(self.dtype), shift, scale)
+        return Prediction(*jnp.split(self.output(x).astype(jnp.float32), 2, axis=-1))
+
+    def sample(
+        self,
+        feature: Float[Array, "N Z"],
+        keys: Key[Array, " N"],
+        temperature: Float[Array, ""],
+        guidance: Guidance | None = None,
+    ) -> tuple[Float[Array, "N C"], None]:
+        """Draws latents; see `Head.sample`. There is no probability.
+
+        The temperature scales the noise that the reverse steps add. Guidance mixes the predictions
+        of the noise; the variance is that of the class.
+        """
+        schedule = _training().respaced(self.steps)
+        start = draw_noise(keys, self.steps, self.channels)
+        # The branches of guidance are side by side, so that they stay on one device.
+        branches = [feature] if guidance is None else [feature, guidance.null]
+        condition = self.condition_proj(jnp.stack(branches, axis=1))
+        condition = meshes.constrain(condition, "batch", None, None)
+        times = self.time_embedding(jnp.asarray(schedule.timesteps))
+
+        def reverse(
+            head: "DiffusionHead", x: Float[Array, "N C"], i: Int[Array, ""]
+        ) -> tuple[Float[Array, "N C"], None]:
+            noise = temperature * draw_noise(keys, i, self.channels)
+            at_time = condition + times[i][None, None]
+            return head.reverse_step(x, i, noise, at_time, schedule, guidance), None
+
+        scan = nn.scan(
+            reverse, variable_broadcast="params", split_rngs={"params": False}, reverse=True
+        )
+        return scan(self, start, jnp.arange(self.steps))[0], None
+
+    def reverse_step(
+        self,
+        x: Float[Array, "N C"],
+        i: Int[Array, ""],
+        noise: Float[Array, "N C"],
+        condition: Float[Array, "N branches D"],
+        schedule: NoiseSchedule,
+        guidance: Guidance | None,
+    ) -> Float[Array, "N C"]:
+        """x after the reverse step i of a schedule; the last one, i = 0, adds no noise."""
+        noisy = jnp.broadcast_to(x[:, None], (*condition.shape[:2], self.channels))
+        found = self.denoise(noisy, condition)
+        predicted = found.noise[:, 0]
+        if guidance is not None:
+            null = found.noise[:, 1]
+            predicted = null + guidance.scale * (predicted - null)
+        of_step = _lookups(schedule, i)
+        mean, logvar = of_step.reverse(x, predicted, found.variance[:, 0])
+        return mean + jnp.where(i > 0, jnp.exp(0.5 * logvar) * noise, 0)
+
+    def time_embedding(self, time: Int[Array, "*N"]) -> Float[Array, "*N D"]:
+        """Of steps 0 to 999: sinusoids, cosines first, and two linear layers with SiLU between."""
+        half = SINUSOIDS // 2
+        frequencies = np.exp(-math.log(10000) * np.arange(half) / half).astype(np.float32)
+        angles = jnp.multiply.outer(time.astype(jnp.float32), frequencies)
+        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return self.time_fc2(nn.silu(self.time_fc1(sinusoids)))
+
+
+def draw_noise(
+    keys: Key[Array, " N"], i: Int[Array, ""] | int, channels: int
+) -> Float[Array, "N C"]:
+    """Normal noise of every position at the reverse step i, or at the start: i = steps."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), (channels,)))(keys)
+
+
+class _AtTime(NamedTuple):
+    """A schedule at some steps, float32; arrays that broadcast against latents `[..., C]`."""
+
+    of_signal: Array  # Factors of the data, and of the noise, in the noisy latents.
+    of_noise: Array
+    inverse_signal: Array  # Factors of the noisy latents, and of the noise, in the data.
+    inverse_noise: Array
+    low: Array  # The bounds of the log-variance of a reverse step.
+    high: Array
+    of_data: Array
+    of_noisy: Array
+
+    def add_noise(self, x: Array, noise: Array) -> Array:
+        return self.of_signal * x + self.of_noise * noise
+
+    def posterior_mean(self, x: Array, noisy: Array) -> Array:
+        """The mean of a reverse step, given the data."""
+        return self.of_data * x + self.of_noisy * noisy
+
+    def reverse(self, noisy: Array, noise: Array, variance: Array) -> tuple[Array, Array]:
+        """Mean and log-variance of a reverse step, given the prediction."""
+        data = self.inverse_signal * noisy - self.inverse_noise * noise
+        share = (variance + 1) / 2
+        return self.posterior_mean(data, noisy), share * self.high + (1 - share) * self.low
+
+
+@functools.cache
+def _training() -> NoiseSchedule:
+    return NoiseSchedule.cosine()
+
+
+def _lookups(schedule: NoiseSchedule, time: Int[Array, "..."]) -> _AtTime:
+    tables = (
+        np.sqrt(schedule.signal),
+        np.sqrt(1 - schedule.signal),
+        np.sqrt(1 / schedule.signal),
+        np.sqrt(1 / schedule.signal - 1),
+        schedule.posterior_logvar,
+        np.log(schedule.betas),
+        schedule.posterior_of_data,
+        schedule.posterior_of_noisy,
+    )
+    return _AtTime(*(jnp.asarray(table, jnp.float32)[time] for table in tables))
+
+
+def _divergence(mean: Array, logvar: Array, other_mean: Array, other_logvar: Array) -> Array:
+    """KL of normal distributions from others, in nats."""
+    scaled = jnp.exp(logvar - other_logvar)
+    distance = jnp.square(mean - other_mean) * jnp.exp(-other_logvar)
+    return 0.5 * (other_logvar - logvar + scaled + distance - 1)
+
+
+def _binned_log_likelihood(x: Array, mean: Array, deviation: Array) -> Array:
+    """Of 8-bit data in [-1, 1], whose outermost bins are unbounded (Ho et al., 2020, eq. 13)."""
+    below = _normal_cdf((x - mean - _HALF_BIN) / deviation)
+    above = _normal_cdf((x - mean + _HALF_BIN) / deviation)
+    chance = jnp.where(x < -0.999, above, jnp.where(x > 0.999, 1 - below, above - below))
+    return jnp.log(jnp.maximum(chance, 1e-12))
+
+
+def _normal_cdf(x: Array) -> Array:
+    """By a tanh (Page, 1977), which the release of Nichol & Dhariwal uses."""
+    return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
