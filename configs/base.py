@@ -65,8 +65,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.model = dict(
         SIZES["L"],  # encoder_width, encoder_layers, encoder_heads, decoder_..., head_...
-        head="channel_ar",  # or parallel
+        head="channel_ar",  # or parallel; or diffusion, of imported weights (MAR)
         channels_per_group=1,
+        head_draws=4,  # of the head diffusion in training
+        head_steps=100,  # of the head diffusion in sampling
         channel_order="tokens",  # the shards' own; or reverse, identity
         buffer=64,
         dropout=0.0,

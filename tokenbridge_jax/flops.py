@@ -6,13 +6,14 @@ recomputation are not counted.
 """
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
-from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.model import HEADS, TokenBridgeConfig
 from tokenbridge_jax.sampling.schedule import SamplingSettings, guidance_scales, hidden_counts
 
 
-def head_flops(config: TokenBridgeConfig) -> int:
-    """The head on one position: C tokens, at once (training) or one by one (sampling)."""
-    return int(config.forward_flops(1, 1) - config.forward_flops(1, 0))
+def head_flops(config: TokenBridgeConfig, branches: int = 1) -> int:
+    """The head drawing one position, with one branch or with the two of guidance."""
+    flops: int = HEADS[config.head].drawing_flops(config, branches)
+    return flops
 
 
 def backbone_flops(config: TokenBridgeConfig, hidden: int) -> int:
@@ -27,12 +28,12 @@ def sampling_flops(config: TokenBridgeConfig, settings: SamplingSettings) -> int
     """
     before = [config.positions, *hidden_counts(config.positions, settings.num_iter)[:-1].tolist()]
     branches = 1 + (guidance_scales(config.positions, settings) != 1)
-    steps = sum(
-        copies * backbone_flops(config, hidden)
-        for hidden, copies in zip(before, branches.tolist(), strict=True)
-    )
-    drawn = sum(before) if settings.order == "confidence" else config.positions
-    return steps + drawn * head_flops(config)
+    by_confidence = settings.order == "confidence"
+    total = 0
+    for hidden, left, copies in zip(before, [*before[1:], 0], branches.tolist(), strict=True):
+        drawn = hidden if by_confidence else hidden - left
+        total += copies * backbone_flops(config, hidden) + drawn * head_flops(config, copies)
+    return total
 
 
 def encode_flops(config: AutoencoderConfig) -> int:

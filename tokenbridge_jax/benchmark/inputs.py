@@ -19,7 +19,8 @@ from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.config import autoencoder_config, model_config
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.tokenizing import make_quantizer
-from tokenbridge_jax.model import SIZES, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import HEADS, SIZES, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.quantizer import Unquantized
 from tokenbridge_jax.runtime import meshes
 
 VIEWS = 2
@@ -55,7 +56,9 @@ def make_model(config: ConfigDict) -> TokenBridgeConfig:
       UserError: a value makes no sense.
     """
     info = make_info(config)
-    return model_config(config, info.quantizer, info.channel_order, info.positions)
+    of_latents = config.model.head in HEADS and HEADS[config.model.head].of_latents
+    quantizer = Unquantized() if of_latents else info.quantizer
+    return model_config(config, quantizer, info.channel_order, info.positions)
 
 
 def describe_model(config: ConfigDict) -> dict[str, Any]:
@@ -101,12 +104,13 @@ def random_params(model: TokenBridgeConfig, mesh: Mesh) -> Any:
 
 
 def random_batch(model: TokenBridgeConfig, batch: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Random indices and labels of a global batch on the devices, in the form of a loader's."""
+    """Random indices (or latents) and labels of a global batch, in the form of a loader's."""
     rng, rows = np.random.default_rng(0), meshes.local_rows(mesh, batch)
-    indices = rng.integers(model.levels, size=(batch, model.positions, model.channels))
+    shape = batch, model.positions, model.channels
+    values = rng.normal(size=shape) if model.of_latents else rng.integers(model.levels, size=shape)
     labels = rng.integers(model.classes, size=batch)
     local = {
-        "indices": indices[rows].astype(model.quantizer.index_dtype),
+        "indices": values[rows].astype(model.quantizer.index_dtype),
         "labels": labels[rows].astype(np.int32),
     }
     return meshes.to_global(local, mesh)

@@ -88,12 +88,16 @@ class DiffusionHead(Head):
     @classmethod
     def position_flops(cls, config: "TokenBridgeConfig") -> int:
         """See `Head.position_flops`."""
-        width, channels = config.head_width, config.channels
-        time = SINUSOIDS * width + width * width
-        block = (3 + 2) * width * width  # Modulation and two linear layers.
-        final = 2 * width * width + 2 * channels * width
-        network = channels * width + config.head_layers * block + final
-        return 2 * (config.decoder_width * width + config.head_draws * (time + network))
+        width = config.head_width
+        time = 2 * (SINUSOIDS * width + width * width)
+        condition = 2 * config.decoder_width * width
+        return condition + config.head_draws * (time + _network_flops(config))
+
+    @classmethod
+    def drawing_flops(cls, config: "TokenBridgeConfig", branches: int) -> int:
+        """See `Head.drawing_flops`: the branches share nothing; all positions share the times."""
+        condition = 2 * config.decoder_width * config.head_width
+        return branches * (condition + config.head_steps * _network_flops(config))
 
     def setup(self) -> None:
         of_width = functools.partial(Dense, (self.width,), (None, "embed"), self.dtype)
@@ -213,6 +217,14 @@ class DiffusionHead(Head):
         angles = jnp.multiply.outer(time.astype(jnp.float32), frequencies)
         sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         return self.time_fc2(nn.silu(self.time_fc1(sinusoids)))
+
+
+def _network_flops(config: "TokenBridgeConfig") -> int:
+    """Of one run of the network, without the embeddings of condition and time."""
+    width, channels = config.head_width, config.channels
+    block = (3 + 2) * width * width  # Modulation and two linear layers.
+    final = 2 * width * width + 2 * channels * width
+    return 2 * (channels * width + config.head_layers * block + final)
 
 
 def draw_noise(

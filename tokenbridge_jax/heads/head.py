@@ -53,6 +53,12 @@ class Head(nn.Module):
         """Matmul FLOPs of the forward pass of one position in training; see `forward_flops`."""
         raise NotImplementedError
 
+    @classmethod
+    def drawing_flops(cls, config: "TokenBridgeConfig", branches: int) -> int:
+        """Matmul FLOPs of drawing one position, with one branch, or two where guidance acts."""
+        del branches  # They are mixed before the head.
+        return cls.position_flops(config)
+
     def loss(
         self, feature: Float[Array, "N Z"], targets: Shaped[Array, "N C"], keys: Key[Array, " N"]
     ) -> Float[Array, "N C"]:

@@ -87,7 +87,7 @@ def read_program(text: str) -> Program:
         if not fusion:
             cycles += runs * int(estimate[1]) if estimate else 0
             traffic += runs * memory_traffic(instruction, body, bodies)
-        if found := find_collective(instruction, runs, fusion):
+        if found := find_collective(instruction, runs, fusion, bodies):
             collectives.setdefault(*found)
     return Program(cycles, traffic, _together(collectives.values()))
 
@@ -145,6 +145,8 @@ def memory_traffic(instruction: Instruction, body: Body, bodies: dict[str, Body]
     opcode = instruction.opcode
     if opcode in _FREE or opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return 0
+    if _offloaded(instruction, bodies):
+        return 0
     if opcode == "slice-start":  # ((operand), result, context)
         return 2 * _sizes(instruction.result)[1]
     written = _sizes(instruction.result, in_memory=True)
@@ -196,12 +198,16 @@ def _fusion_traffic(body: Body, read: list[int], written: list[int]) -> int:
 
 
 def find_collective(
-    instruction: Instruction, runs: int, fusion: str
+    instruction: Instruction, runs: int, fusion: str, bodies: dict[str, Body]
 ) -> tuple[str, Collective] | None:
     """The collective that an instruction starts, and its name; None if it starts none.
 
-    A collective that is spread over several fusions has one name in all of them.
+    A collective that is spread over several fusions has one name in all of them. One that the
+    SparseCores run has the name of the call that starts it.
     """
+    if offloaded := _offloaded(instruction, bodies):
+        found = find_collective(offloaded, runs, fusion, bodies)
+        return found and (instruction.name, found[1])
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
@@ -217,6 +223,15 @@ def find_collective(
     elif fusion and channel:
         name = channel[1]
     return name, Collective(kind, group, 1, runs, runs * size)
+
+
+def _offloaded(instruction: Instruction, bodies: dict[str, Body]) -> Instruction | None:
+    """The collective in the computation that an instruction lets the SparseCores run."""
+    called = re.search(r"to_apply=%([^\s,]+)", instruction.text)
+    if instruction.opcode != "call-start" or not called:
+        return None
+    inside = bodies[called[1]].values()
+    return next((line for line in inside if line.opcode in COLLECTIVES), None)
 
 
 def _group_size(text: str) -> int:

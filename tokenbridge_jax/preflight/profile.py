@@ -90,7 +90,7 @@ def read_profile(text: str, folder: Path, where: Slice, clock: float) -> list[Op
     schedules, bodies = _Schedules(folder, where.figures), read_bodies(text)
     names = dict(sources(text))
     stream = list(executed(bodies))
-    parts = [find_collective(instruction, runs, fusion) for instruction, _, runs, fusion in stream]
+    parts = [find_collective(line, runs, fusion, bodies) for line, _, runs, fusion in stream]
     last = {part[0]: number for number, part in enumerate(parts) if part}
     memory, links = _Channel(), _Channel()
     operations = list[Operation]()
