@@ -281,9 +281,10 @@ def test_pictures_of_other_settings_are_refused(sample, refuses, tmp_path):
     refuses("holds files, but no settings.json with their settings; remove", "--format=png")
 
 
-def test_npz_shards_of_another_number_of_images_are_refused(sample, refuses):
+def test_npz_shards_of_another_division_are_refused(sample, refuses):
     assert sample("--shard=0/3") == 0
     refuses("num_images = 21 but this run has 22", "--num_images=22", "--shard=1/3")
+    refuses("shards = 3 but this run has 4", "--shard=1/4")
 
 
 @pytest.mark.parametrize(

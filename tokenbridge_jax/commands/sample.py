@@ -95,7 +95,8 @@ def main(args: flags.FlagValues) -> None:
         written = output / "samples.npz"
     else:
         written = output / "shards" / f"samples-{shard:05d}-of-{shards:05d}.npz"
-        generation.claim_folder(written.parent, _facts(args, pipeline, classes, num_images=count))
+        division = {"num_images": count, "shards": shards}
+        generation.claim_folder(written.parent, _facts(args, pipeline, classes, **division))
         if processes.gather(str(storage.exists(written)))[0] == "True":
             say(f"{written} is there already: nothing to do")
             return
