@@ -65,6 +65,35 @@ def test_a_flipped_bit_of_an_npz_is_reported_whatever_is_read(tmp_path, save):
     assert reported > 30
 
 
+def test_the_shards_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
+    bounds = [0, 4, 5, 11]
+    names = [f"x-{number:05d}-of-00003.npz" for number in range(3)]
+    for number in (2, 0, 1):
+        part = IMAGES[bounds[number] : bounds[number + 1]]
+        np.savez(tmp_path / names[number], arr_0=part, labels=np.arange(len(part)))
+    (tmp_path / "settings.json").write_text("{}")
+    images = open_images(tmp_path)
+    assert (images.count, images.shape) == (11, (6, 5, 3))
+    for size in (1, 3, 11):
+        np.testing.assert_array_equal(np.concatenate(read(images, size)), IMAGES)
+    np.testing.assert_array_equal(np.concatenate(read(images, 4, 3, 8)), IMAGES[3:8])
+    images.take(3)
+    np.testing.assert_array_equal(np.concatenate(read(images, 2)), IMAGES[[0, 5, 10]])
+    with flipped(tmp_path / names[2], 8 * 400), pytest.raises(UserError, match="damaged"):
+        read(open_images(tmp_path), 4)
+
+    def refused(message):
+        with pytest.raises(UserError, match=message):
+            open_images(tmp_path)
+
+    np.savez(tmp_path / names[1], arr_0=IMAGES[:1, :4])
+    refused(r"several sizes \(x-00000-of-00003.npz 5x6 and x-00001-of-00003.npz 5x4\)")
+    np.savez_compressed(tmp_path / names[1], arr_0=IMAGES[4:5])
+    refused("00001-of-00003.npz is compressed")
+    (tmp_path / names[1]).unlink()
+    refused(r"x-00001-of-00003.npz is missing \(1 of 3 are\)")
+
+
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     images = open_images(write_folder(tmp_path))
     assert (images.count, images.shape) == (11, (6, 5, 3))

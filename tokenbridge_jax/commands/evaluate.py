@@ -227,10 +227,12 @@ def measure_features(args: flags.FlagValues) -> None:
 def _samples(args: flags.FlagValues, pipeline: Pipeline) -> ImageSet:
     """New samples; those that an earlier call drew are read."""
     settings = sampling_settings(args.config.sampling)
-    facts = generation.describe(pipeline, settings, policy=args.labels, seed=args.seed)
+    classes = len(pipeline.description.class_names)
+    policy = {"label_policy": args.labels, "label_classes": classes}
+    facts = generation.describe(pipeline, settings, labels=policy, seed=args.seed)
     folder = generation.sample_folder(_output(args), facts)
     count = args.num_images or NUM_SAMPLES
-    labels = generation.make_labels(args.labels, count, facts["label_classes"], args.seed)
+    labels = generation.make_labels(args.labels, count, classes, args.seed)
     size = args.config.sampling.batch_size
     with runner.locked(str(folder)):
         indices = generation.draw(

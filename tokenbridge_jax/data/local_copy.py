@@ -5,11 +5,9 @@ is in `$TOKENBRIDGE_CACHE` (default `~/.cache/tokenbridge`). The name of its fol
 `dataset.json`, so that later runs find it and other shards get another folder.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,8 +20,6 @@ from tokenbridge_jax.runtime.progress import Progress
 INFO_FILE = "dataset.json"
 # How many shards are copied at once, because one connection does not use all of a host's network.
 THREADS = 8
-# A temporary file that has not changed for this time belongs to a process that was killed.
-LEFTOVER_SECONDS = 3600
 
 
 def local_copy(folder: str | os.PathLike[str]) -> Path:
@@ -58,7 +54,7 @@ def local_copy(folder: str | os.PathLike[str]) -> Path:
     splits = json.loads(described)["splits"].values()
     shards = [shard for split in splits for shard in split["shards"]]
     copy = _cache() / f"tokens-{hashlib.sha256(described).hexdigest()[:16]}"
-    _remove_leftovers(copy)
+    storage.remove_leftovers(copy)
     missing = [shard for shard in shards if _size(copy / shard["file"]) != shard["bytes"]]
     if missing:
         progress = Progress(len(missing), unit="shard", desc=f"{remote} -> {copy}")
@@ -84,14 +80,6 @@ def _cache() -> Path:
         "token shards of an object store are copied to this machine, but its user has no home: set "
         "TOKENBRIDGE_CACHE to a folder for them"
     )
-
-
-def _remove_leftovers(copy: Path) -> None:
-    """Removes temporary files of killed processes, but not those of processes that still run."""
-    for temporary in copy.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - temporary.stat().st_mtime > LEFTOVER_SECONDS:
-                temporary.unlink()
 
 
 def _copy_shard(remote: epath.Path, copy: Path, shard: dict[str, object]) -> None:

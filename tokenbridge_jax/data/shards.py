@@ -32,7 +32,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from tokenbridge_jax.data.local_copy import INFO_FILE, local_copy
 from tokenbridge_jax.data.readers import damaged
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.differences import first_difference
 from tokenbridge_jax.runtime.errors import UserError
 
 FORMAT = "tokenbridge index shards"
@@ -220,23 +220,13 @@ def _record_spec(info: DatasetInfo) -> Any:
 
 
 def _refuse_difference(ours: Any, theirs: Any, name: str) -> None:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in ours | theirs:
-            if key != "path":  # It depends on where the pictures are, not on what they are.
-                _refuse_difference(ours.get(key), theirs.get(key), f"{name}.{key}")
-    elif ours != theirs:
+    if difference := first_difference(ours, theirs, name):
+        where, has, wanted = difference
         other = "put the autoencoder" if name == "autoencoder_hash" else "set it"
         raise UserError(
-            f"the token shards have {name} = {_short(ours)} but this run has {_short(theirs)}; "
-            f"tokenize again with another --workdir, or {other} back"
+            f"the token shards have {where} = {has} but this run has {wanted}; tokenize again with "
+            f"another --workdir, or {other} back"
         )
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
-        return value[:12]  # Enough to distinguish two hashes.
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_info(folder: str | os.PathLike[str], info: DatasetInfo, *, partial: bool = False) -> None:

@@ -18,15 +18,19 @@ from jaxtyping import Int, Shaped
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.evaluation.image_sets import ImageSet, rgb
 from tokenbridge_jax.pipeline import Pipeline
-from tokenbridge_jax.runtime import checks, meshes, processes, safetensors_file, storage
+from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
+from tokenbridge_jax.runtime.differences import first_difference
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress, say
-from tokenbridge_jax.sampling.batches import generate_in_batches
+from tokenbridge_jax.sampling.batches import start_batches
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 # "balanced": all classes have equally many images (or one more), as for ADM, MAR and TokenBridge.
 # "random": every image has a random class, as for LlamaGen.
 LABEL_POLICIES = ("balanced", "random")
+
+# Says in a folder of samples what determines them.
+FACTS_FILE = "settings.json"
 
 ROUNDING = "round(127.5 (clip(x, -1, 1) + 1)) to uint8"
 
@@ -45,17 +49,24 @@ def make_labels(policy: str, count: int, classes: int, seed: int) -> Int[np.ndar
 
 
 def describe(
-    pipeline: Pipeline, settings: SamplingSettings, *, policy: str, seed: int
+    pipeline: Pipeline, settings: SamplingSettings, *, labels: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
     """Everything that determines the samples, except their number; it is reported with results.
+
+    Every process of a job must call this.
+
+    Args:
+      pipeline: what draws them.
+      settings: how it draws.
+      labels: which class an image has, as JSON.
+      seed: of all randomness.
 
     Raises:
       UserError: the weights contain NaN or infinity.
     """
     model = json.dumps(pipeline.description.to_json(), sort_keys=True)
     return {
-        "label_policy": policy,
-        "label_classes": len(pipeline.description.class_names),
+        **labels,
         "checkpoint_step": pipeline.step,
         "weights": "EMA",
         "weights_sha256": weights_sha256(pipeline.params, pipeline.step),
@@ -86,6 +97,41 @@ def sample_folder(folder: epath.PathLike, facts: dict[str, Any]) -> epath.Path:
     return epath.Path(folder) / f"samples_{facts['checkpoint_step']}_{short_hash(facts)}"
 
 
+def claim_folder(folder: epath.PathLike, facts: Mapping[str, Any]) -> None:
+    """Keeps samples of other facts out of a folder, by a file in it with the facts.
+
+    Every process of a job must call this; the first one looks and writes.
+
+    Raises:
+      UserError: the folder holds samples of other facts, or files of unknown ones.
+    """
+    refusal = ""
+    if jax.process_index() == 0:
+        try:
+            _claim(epath.Path(folder), json.loads(json.dumps(facts)))
+        except UserError as error:
+            refusal = str(error)
+    if refusal := processes.gather(refusal)[0]:
+        raise UserError(refusal)
+
+
+def _claim(folder: epath.Path, facts: Mapping[str, Any]) -> None:
+    path, mend = folder / FACTS_FILE, "remove the folder, or name another --output"
+    # Before the look for the facts: another job may be the first to write them now.
+    held = folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir())
+    if storage.exists(path):
+        if difference := first_difference(storage.read_json(path), facts):
+            name, theirs, ours = difference
+            raise UserError(
+                f"the samples in {folder} have {name} = {theirs} but this run has {ours}; set it "
+                f"back, {mend}"
+            )
+    elif held:
+        raise UserError(f"{folder} holds files, but no {FACTS_FILE} with their settings; {mend}")
+    else:
+        storage.write_json(path, facts)
+
+
 def short_hash(facts: dict[str, Any]) -> str:
     """A hash of facts, twelve hexadecimal digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -110,34 +156,32 @@ def draw(
       UserError: the folder's files are damaged or incomplete, the folder cannot be written, or it
         is not the same folder for all processes.
     """
-    batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
     parts = _read_parts(folder)
     done = sum(map(len, parts))
     if done:
         say(f"{folder} holds {done} samples: continuing from there")
     if len(set(processes.gather(str(done)))) > 1:
         raise UserError(f"the processes of this job see different files in {folder}: share it")
-    size = meshes.round_up_batch(min(batch_size, len(labels)), pipeline.mesh)
+    started = start_batches(
+        pipeline.config,
+        pipeline.params,
+        labels,
+        settings,
+        pipeline.mesh,
+        seed=seed,
+        batch_size=batch_size,
+        numbers=range(done, len(labels)),
+    )
     first = jax.process_index() == 0
     with Progress(len(labels), desc="sample", done=done, visible=first) as bar:
-        for start in range(done, len(labels), size):
-            wanted = labels[start : start + size]
-            # The last batch is padded, so that it needs no other program.
-            full = np.pad(wanted, (0, size - len(wanted)), mode="edge")
-            indices = generate_in_batches(
-                pipeline.config,
-                pipeline.params,
-                full,
-                settings,
-                pipeline.mesh,
-                seed=seed,
-                batch_size=size,
-                first=start,
-            )[: len(wanted)]
-            parts.append(indices)
+        for count, drawn in started:
+            with meshes.use_mesh(pipeline.mesh):
+                indices = meshes.on_host(drawn)[:count]
+            indices = indices.astype(pipeline.config.quantizer.index_dtype)
             if first:
-                storage.write_npy(folder / _part_name(start), indices)
-            bar.update(len(wanted))
+                storage.write_npy(folder / _part_name(sum(map(len, parts))), indices)
+            parts.append(indices)
+            bar.update(count)
     return np.concatenate(parts)[: len(labels)]
 
 

@@ -6,8 +6,9 @@ They are read and written in batches, so a file of 50,000 images is never in mem
 import contextlib
 import functools
 import os
+import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class ImageSet:
 
     Attributes:
       path: where they are; it names them in messages.
+      load: returns the images of some of the items, in their order.
       count: N, the number of images.
       shape: height, width, 3.
       facts: the settings to report with any result about these images.
@@ -51,7 +53,7 @@ class ImageSet:
 
         `shape` begins with height and width. By default, `facts` has only the size of the images.
         """
-        self.path, self._load, self._items = Path(str(path)), load, items
+        self.path, self.load, self._items = Path(str(path)), load, items
         self.shape = (*shape[:2], 3)
         self.facts = facts or {"image_size": _size(shape)}
 
@@ -74,7 +76,7 @@ class ImageSet:
           UserError: an image cannot be read.
         """
         for start in range(first, last, size):
-            yield self._load(self._items[start : min(start + size, last)])
+            yield self.load(self._items[start : min(start + size, last)])
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -83,6 +85,9 @@ def _size(shape: tuple[int, ...]) -> str:
 
 def open_images(path: str | Path) -> ImageSet:
     """Opens a folder of pictures (including its subfolders) or a `.npz` with `arr_0`.
+
+    A folder without pictures may hold such `.npz` files, which are read in the order of their
+    names: those that the shards of `sample` wrote are then the images of one call, in its order.
 
     Raises:
       UserError: there are no images, or they cannot be used.
@@ -98,8 +103,10 @@ def open_images(path: str | Path) -> ImageSet:
 
 def _open_folder(path: Path) -> ImageSet:
     files = [path / name for name in list_pictures(path)]
+    if not files and (parts := sorted(path.glob("*.npz"))):
+        return _open_parts(path, parts)
     if not files:
-        raise UserError(f"{path} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"{path} holds no pictures ({', '.join(sorted(EXTENSIONS))}) and no .npz")
     shape = _read_picture(files[0]).shape
 
     def load(some: np.ndarray) -> UInt8[np.ndarray, "n H W 3"]:
@@ -124,6 +131,41 @@ def _read_picture(file: Path) -> UInt8[np.ndarray, "H W 3"]:
             return np.asarray(decode(image, 3))
     except (OSError, SyntaxError, ValueError, ImageError) as error:
         raise UserError(f"{file} cannot be read as a picture: {error}") from error
+
+
+def _open_parts(path: Path, files: Sequence[Path]) -> ImageSet:
+    """The images of several files that `np.savez` or `sample` wrote, as one set."""
+    _check_complete(files)
+    parts = [_open_npz(file) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if isinstance(part, _CompressedNpz):
+            raise UserError(f"{file} is compressed: write the files of a folder with np.savez")
+        if part.shape != parts[0].shape:
+            raise UserError(
+                f"{path} holds images of several sizes ({files[0].name} {_size(parts[0].shape)} "
+                f"and {file.name} {_size(part.shape)}); move them apart"
+            )
+    ends = np.cumsum([part.count for part in parts])
+
+    def load(numbers: np.ndarray) -> UInt8[np.ndarray, "n H W 3"]:
+        of = np.searchsorted(ends, numbers, side="right")
+        return np.concatenate(
+            [parts[i].load(numbers[of == i] - ends[i] + parts[i].count) for i in np.unique(of)]
+        )
+
+    return ImageSet(path, load, np.arange(ends[-1]), parts[0].shape)
+
+
+def _check_complete(files: Sequence[Path]) -> None:
+    """Checks that of files named NAME-00000-of-00004.npz all are there."""
+    shards = [re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.npz)", file.name) for file in files]
+    for name, of, count in {(shard[1], shard[2], int(shard[3])) for shard in shards if shard}:
+        wanted = {f"{name}{number:05d}{of}" for number in range(count)}
+        if missing := sorted(wanted - {file.name for file in files}):
+            raise UserError(
+                f"{files[0].parent / missing[0]} is missing ({len(missing)} of {count} are); "
+                "draw it, or remove the others"
+            )
 
 
 def _open_npz(path: Path) -> ImageSet:

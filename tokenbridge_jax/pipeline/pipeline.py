@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -202,15 +202,23 @@ class Pipeline:
         *,
         seed: int | Any = 0,
         batch_size: int | Any = 64,
+        numbers: Sequence[int] | Integer[np.ndarray, " n"] | Any = None,
         progress: bool = False,
         **settings: Any,
-    ) -> Iterator[UInt8[np.ndarray, "b H W I"]]:
+    ) -> Generator[UInt8[np.ndarray, "b H W I"], None, None]:
         """Like `generate`, but yields the images batch by batch, in order.
 
         While the caller uses a batch, the devices draw the next one. All processes of a job get all
         images. The arrays are read-only.
 
-        Args and errors are those of `generate`, without previews.
+        Other arguments and errors are those of `generate`, without previews.
+
+        Args:
+          numbers: the images to draw, by their place in `class_ids`; all by default. Their pixels
+            are those of a call that draws all.
+
+        Raises:
+          UserError: a number is not from 0 to B - 1.
         """
         labels = self.labels(class_ids)
         started = start_batches(
@@ -221,23 +229,26 @@ class Pipeline:
             self.mesh,
             seed=seed,
             batch_size=batch_size,
+            numbers=numbers,
         )
-        return self._decoded(started, Progress(len(labels), desc="sample", visible=progress))
+        total = len(labels if numbers is None else numbers)
+        return self._decoded(started, Progress(total, desc="sample", visible=progress))
 
     def _decoded(
         self, started: Iterator[tuple[int, Array]], progress: Progress
-    ) -> Iterator[UInt8[np.ndarray, "b H W I"]]:
-        images = None
+    ) -> Generator[UInt8[np.ndarray, "b H W I"], None, None]:
+        images, wanted = None, 0
         with progress:
             for count, drawn in started:
                 if images is not None:
-                    yield np.asarray(images)
+                    yield np.asarray(images)[:wanted]
                 with meshes.use_mesh(self.mesh):
-                    indices = meshes.on_host(drawn)[:count]
-                images = self.codec.decode(indices, grid=self.grid)
+                    indices = meshes.on_host(drawn)
+                # With the rows that fill the batch up: a smaller batch might be rounded otherwise.
+                images, wanted = self.codec.decode(indices, grid=self.grid), count
                 progress.update(count)
             if images is not None:
-                yield np.asarray(images)
+                yield np.asarray(images)[:wanted]
 
     edit = editing.edit
     outpaint = editing.outpaint

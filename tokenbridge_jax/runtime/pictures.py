@@ -1,7 +1,9 @@
-"""Writes pictures: single images, and grids of images."""
+"""Writes and reads pictures: single images, and grids of images."""
 
 import io as bytes_io
 import math
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
 
 # Files without loss, and their options in Pillow.
 KINDS: dict[str, dict[str, Any]] = {"png": {}, "webp": {"lossless": True}}
@@ -66,3 +69,44 @@ def write(path: epath.PathLike, image: UInt8[np.ndarray, "H W I"], kind: str) ->
     buffer = bytes_io.BytesIO()
     to_pil(image).save(buffer, kind.upper(), **KINDS[kind])
     storage.write_bytes(path, buffer.getvalue())
+
+
+def write_batches(
+    batches: Iterable[Iterable[tuple[epath.PathLike, UInt8[np.ndarray, "H W I"]]]], kind: str
+) -> None:
+    """Writes batches of images (see `write`) in threads, while `batches` makes the next one.
+
+    A batch is taken only when all images before the last batch are written, so that few wait.
+
+    Raises:
+      UserError: one cannot be written; no image that waits is written then.
+    """
+    pool = ThreadPoolExecutor()  # Pillow releases the interpreter's lock while it compresses.
+    writing: list[Future[None]] = []
+    try:
+        for batch in batches:
+            _wait(writing)
+            writing = [pool.submit(write, path, image, kind) for path, image in batch]
+        _wait(writing)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _wait(writing: Iterable[Future[None]]) -> None:
+    for written in writing:
+        written.result()
+
+
+def read(path: epath.PathLike, channels: int) -> UInt8[np.ndarray, "H W I"]:
+    """Reads an image that `write` wrote, of 1 or 3 channels.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    path = epath.Path(path)
+    try:
+        with Image.open(bytes_io.BytesIO(path.read_bytes())) as picture:
+            image = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it and run again") from error
+    return image.reshape(*image.shape[:2], channels)

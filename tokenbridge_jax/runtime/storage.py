@@ -26,6 +26,9 @@ from tokenbridge_jax.runtime.errors import UserError
 # How long to wait for the lock of a killed process, which first frees its memory.
 LOCK_SECONDS = 5
 
+# A temporary file that has not changed for this time belongs to a process that was killed.
+LEFTOVER_SECONDS = 3600
+
 # Advice for files that the system refuses. None of these errors means that a file is damaged.
 _ADVICE = {
     errno.EACCES: "give this user the right to it (chmod, chown)",
@@ -163,6 +166,16 @@ def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError):
             raise write_error(path, error) from error
         raise
+
+
+def remove_leftovers(folder: epath.PathLike) -> None:
+    """Removes temporary files of killed processes, but not those of processes that still run."""
+    if in_object_store(folder):
+        return  # `replacing` leaves none there.
+    for temporary in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # Another process may remove it, too.
+            if time.time() - temporary.stat().st_mtime > LEFTOVER_SECONDS:
+                temporary.unlink()
 
 
 def write_error(path: epath.PathLike, error: OSError) -> UserError:

@@ -2,13 +2,13 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from tokenbridge_jax.codec import check_values, padded_size
 from tokenbridge_jax.model import TokenBridgeConfig
@@ -31,7 +31,6 @@ def generate_in_batches(
     *,
     seed: int | Any = 0,
     batch_size: int | Any = 64,
-    first: int | Any = 0,
     known: Shaped[np.ndarray, "N L C"] | Any = None,
     hidden: Bool[np.ndarray, "N L"] | Any = None,
     progress: bool = False,
@@ -40,7 +39,7 @@ def generate_in_batches(
 ) -> Shaped[np.ndarray, "N L C"]:
     """Samples the indices of any number of images, batch by batch, split over a mesh.
 
-    Image i has sample index `first` + i: its indices do not depend on the batch size or the mesh.
+    Image i has sample index i: its indices do not depend on the batch size or the mesh.
 
     Args:
       config: the model.
@@ -52,7 +51,6 @@ def generate_in_batches(
       seed: of all randomness.
       batch_size: images at once, over all devices; rounded up to a multiple of the mesh's batch
         shards, and no more than there are images. Edits fill up to the next of a few sizes.
-      first: sample index of the first image, where these are a part of more.
       known: indices of images to be edited; at hidden positions they have no effect. A batch has
         images with equally many hidden positions.
       hidden: the positions to draw, with `known`; all by default.
@@ -81,7 +79,7 @@ def generate_in_batches(
     if known is not None:
         visible = np.zeros(shape[:2], bool) if hidden is None else ~hidden
         result = np.array(check_values(known, shape, config.quantizer, "known", visible))
-    requests = _requests(config, labels, mesh, seed, batch_size, first, result, hidden)
+    requests = _requests(config, labels, mesh, seed, batch_size, known=result, hidden=hidden)
     with Progress(len(labels), desc="sample", visible=progress) as bar:
         for chosen, request in requests:
             with meshes.use_mesh(mesh):
@@ -106,17 +104,31 @@ def start_batches(
     *,
     seed: int | Any = 0,
     batch_size: int | Any = 64,
+    numbers: Sequence[int] | Integer[np.ndarray, " n"] | Any = None,
 ) -> Iterator[tuple[int, Shaped[Array, "size L C"]]]:
     """Starts the batches of `generate_in_batches` one after the other, in order.
 
-    Args and errors are those of `generate_in_batches`.
+    Other arguments and errors are those of `generate_in_batches`.
+
+    Args:
+      numbers: the images to draw, by their place in `labels`; all by default. They are drawn in
+        batches as large as those of all images.
+
+    Raises:
+      UserError: a number is not from 0 to N - 1.
 
     Returns:
       An iterator of the number of images in a batch, and their indices on the devices, which may
       still be drawing them. Further rows fill the batch up.
     """
     labels = checks.labels(labels, config.classes)
-    requests = _requests(config, labels, mesh, seed, batch_size)
+    if numbers is not None:
+        numbers = np.asarray(checks.to_array("numbers", numbers))
+        whole = numbers.ndim == 1 and (numbers.dtype.kind in "iu" or not numbers.size)
+        if not whole or ((numbers < 0) | (numbers >= len(labels))).any():
+            raise UserError(f"numbers must be whole numbers from 0 to {len(labels) - 1}")
+        numbers = numbers.astype(np.int32)
+    requests = _requests(config, labels, mesh, seed, batch_size, numbers)
 
     def start(chosen: np.ndarray, request: Request) -> tuple[int, jax.Array]:
         with meshes.use_mesh(mesh):
@@ -131,21 +143,18 @@ def _requests(
     mesh: Mesh,
     seed: int | Any,
     batch_size: int | Any,
-    first: int | Any = 0,
+    numbers: Int[np.ndarray, " n"] | None = None,
     known: Any = None,
     hidden: Any = None,
 ) -> Iterator[tuple[Int[np.ndarray, " n"], Request]]:
     """The batches of `generate_in_batches`: which images they hold, and what to draw of them."""
     batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
     seed = checks.seed(seed)
-    first = checks.at_least("first", first, 0)
-    if first + len(labels) > 2**31:
-        raise UserError(f"first={first} leaves no numbers below 2**31 for {len(labels)} images")
     put = functools.partial(jax.device_put, device=meshes.batch_sharding(mesh))
     counts = np.full(len(labels), config.positions) if hidden is None else hidden.sum(axis=1)
 
     def request(batch: np.ndarray, num_hidden: int) -> Request:
-        made = Request(put(labels[batch]), put(first + batch), seed)
+        made = Request(put(labels[batch]), put(batch), seed)
         if hidden is None:
             return made
         return made._replace(known=Known(put(known[batch]), put(hidden[batch]), num_hidden))
@@ -156,6 +165,7 @@ def _requests(
             size = meshes.round_up_batch(min(batch_size, len(images)), mesh)
             if hidden is not None:  # Groups have many sizes, and each size needs a program.
                 size = min(meshes.round_up_batch(batch_size, mesh), padded_size(size, mesh))
+            images = images if numbers is None else numbers
             for start in range(0, len(images), size):
                 chosen = images[start : start + size]
                 # The last image fills the batch up.
