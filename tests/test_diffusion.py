@@ -13,10 +13,20 @@ import pytest
 import torch
 from goldens_model import assert_close
 from scipy import stats
-from tiny_model import head_method, loss_flops, on_mesh, random_params, relative_error, tiny
+from tiny_model import (
+    head_method,
+    loss_flops,
+    on_mesh,
+    program_flops,
+    random_params,
+    relative_error,
+    tiny,
+)
 from tiny_model import tiny_pipeline as make_pipeline
 
+from tokenbridge_jax.flops import head_flops
 from tokenbridge_jax.heads import diffusion
+from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.heads.noise_schedule import NoiseSchedule
 from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
 from tokenbridge_jax.model import SIZES, TokenBridge, TokenBridgeConfig, abstract_params
@@ -202,6 +212,25 @@ def test_forward_flops_are_those_of_the_program():
     sizes = dict(encoder_layers=2, head_width=32, head_layers=3)
     config = dataclasses.replace(TINY, **sizes)
     assert loss_flops(config, 5)[0] == config.forward_flops(5)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_flops_of_drawing_are_those_of_the_program(branches):
+    """Without the embeddings of the times, which all positions share."""
+    config = dataclasses.replace(TINY, head_width=32, head_layers=3)
+    feature = jnp.zeros((COUNT, config.decoder_width))
+    guidance = Guidance(feature, jnp.float32(2)) if branches == 2 else None
+    keys = jax.random.split(jax.random.key(0), COUNT)
+
+    def draw(params):
+        return TokenBridge(config).apply(
+            {"params": params},
+            method=lambda model: model.head.sample(feature, keys, jnp.float32(1), guidance)[0],
+        )
+
+    found = program_flops(jax.make_jaxpr(draw)(abstract_params(config)).jaxpr)
+    times = config.head_steps * 2 * 32 * (diffusion.SINUSOIDS + 32)
+    assert found == COUNT * head_flops(config, branches) + times
 
 
 # --- Sampling -------------------------------------------------------------------------------------

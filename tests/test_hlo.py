@@ -70,6 +70,43 @@ def test_cycles_and_collectives_of_a_program():
     }
 
 
+# As libtpu writes an all-reduce that SparseCores run beside the other operations.
+OFFLOADED_HLO = """HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)S(7)} parameter(0)
+  %y = f32[]{:T(128)S(7)} parameter(1)
+  ROOT %add.8 = f32[]{:T(128)S(7)} add(%x, %y), backend_config={"estimated_cycles":"1165"}
+}, execution_thread="sparsecore"
+
+%called (param_0: f32[16,8], param_1: f32[4,8], param_2: token[]) -> (f32[16,8], f32[4,8]) {
+  %param_0 = f32[16,8]{1,0:T(8,128)} parameter(0)
+  %param_1 = f32[4,8]{1,0:T(8,128)} parameter(1)
+  %param_2 = token[] parameter(2)
+  ROOT %all-reduce.6 = (f32[16,8]{1,0:T(8,128)}, f32[4,8]{1,0:T(8,128)}) all-reduce(%param_0, \
+%param_1), channel_id=1, replica_groups=mesh['a'=4,'b'=1] {'a'}, to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main (param: f32[16,8], other: f32[4,8]) -> f32[16,8] {
+  %param = f32[16,8]{1,0:T(8,128)} parameter(0)
+  %other = f32[4,8]{1,0:T(8,128)} parameter(1)
+  %prepare = s32[]{:S(2)} custom-call(), custom_call_target="PrepareAsyncCallStart"
+  %all-reduce.7.call-start = ((f32[16,8]{1,0:T(8,128)}, f32[4,8]{1,0:T(8,128)}, token[]), \
+(f32[16,8]{1,0:T(8,128)}, f32[4,8]{1,0:T(8,128)})) call-start(%param, %other, %prepare), \
+async_execution_thread="sparsecore", to_apply=%called
+  %all-reduce.7.call-done = (f32[16,8]{1,0:T(8,128)}, f32[4,8]{1,0:T(8,128)}) \
+call-done(%all-reduce.7.call-start)
+  ROOT %result = f32[16,8]{1,0:T(8,128)} get-tuple-element(%all-reduce.7.call-done), index=0
+}
+"""
+
+
+def test_a_collective_that_sparsecores_run():
+    program = read_program(OFFLOADED_HLO)
+    assert program.collectives == [Collective("all-reduce", 4, 1, 1, 4 * (16 * 8 + 4 * 8))]
+    assert program.traffic == 0
+
+
 # A stack of 14 layers of 2 KiB. A step of the loop slices one layer, adds 2 KiB in VMEM to it,
 # writes the sum in place into another stack, and starts to fetch 1 KiB.
 TRAFFIC_HLO = """HloModule jit_step, is_scheduled=true

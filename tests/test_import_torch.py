@@ -309,3 +309,49 @@ def test_a_refused_export_writes_nothing(imported, tmp_path, capsys):
         assert run("export-torch", workdir, *argv) == 2
         assert message in capsys.readouterr().err
     assert not x.exists()
+
+
+# --- MAR ------------------------------------------------------------------------------------------
+
+
+def test_mars_weights_become_a_workdir_that_samples(tmp_path, capsys):
+    workdir, out = tmp_path / "w", tmp_path / "out.safetensors"
+    golden = GOLDENS / "mar_tiny.npz"
+    steps = ["--config.model.head_steps=3"]
+    assert run("import-torch", workdir, "--checkpoint", golden, *VAE, *FLAGS, *steps) == 0
+    assert "head diffusion\n" in capsys.readouterr().out
+    config = ModelDescription.load(workdir).config
+    assert (config.head, config.head_steps, config.of_latents) == ("diffusion", 3, True)
+    sample = ["--num_images=2", "--config.sampling.num_iter=2"]
+    assert run("sample", workdir, *sample) == 0
+    drawn = np.load(workdir / "samples" / "samples.npz")["arr_0"]
+    np.testing.assert_array_equal(
+        drawn, Pipeline.load(workdir).generate([0, 1], num_iter=2, guidance=3.1, temperature=0.97)
+    )
+
+    capsys.readouterr()
+    assert run("export-torch", workdir, "--out", out) == 0
+    flags = capsys.readouterr().out.split(f"--checkpoint={out} ")[1].split()
+    expected = state_dicts.read(golden)["model"]
+    assert_same(safetensors.numpy.load_file(out), expected)
+    again = tmp_path / "again"
+    assert run("import-torch", again, "--checkpoint", out, *VAE, *FLAGS, *steps, *flags) == 0
+    assert ModelDescription.load(again).config == config
+
+    # What needs probabilities or indices says so in one line.
+    (workdir / "tokens").mkdir()
+    autoencoder, _ = load_autoencoder(workdir / "autoencoder")
+    write_tokens(
+        workdir / "tokens",
+        {"train": [4], "validation": [4]},
+        autoencoder=autoencoder,
+        autoencoder_hash=read_description(workdir / "autoencoder")["hash"],
+        channel_order=KL16_CHANNEL_ORDER,
+        channel_order_rule="kl16",
+    )
+    for command, argv, message in (
+        ("sample", ["--config.sampling.order=confidence"], "needs probabilities, which model.head"),
+        ("evaluate", ["likelihood"], "it has no likelihood of indices to evaluate"),
+    ):
+        assert runner.run(command, [*argv, f"--workdir={workdir}"]) == runner.EXIT_USER_ERROR
+        assert message in capsys.readouterr().err

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped, UInt8
 
 import tokenbridge_jax.pipeline.editing as editing
 import tokenbridge_jax.pipeline.pretrained as pretrained

@@ -19,7 +19,7 @@ _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]({[^}]*})?")
 # Instructions that move nothing, or that are the uncounted half of a pair.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "custom-call",
-    "copy-done", "slice-done", "partition-id", "replica-id", "iota",
+    "copy-done", "slice-done", "call-done", "partition-id", "replica-id", "iota",
 }  # fmt: skip
 
 
