@@ -30,11 +30,15 @@ ARGUMENTS = {
     "cifar10": [None, "size=B,tfds", "size=S,quick"],
     "digits": [None, "quick"],
     "imagenet256": [None, "size=B", "size=H,tfds", "size=L,quick"],
+    "mar256": [None, "size=B", "size=H"],
 }
 PARAMETERS = {
     ("cifar10", None): 30_342_656,
     ("cifar10", "size=B,tfds"): 215_942_912,
     ("imagenet256", "size=B"): 218_024_704,
+    ("mar256", None): 478_326_304,
+    ("mar256", "size=B"): 207_924_768,
+    ("mar256", "size=H"): 942_403_104,
     ("imagenet256", None): 486_889_472,
     ("imagenet256", "size=H,tfds"): 910_040_576,
 }
