@@ -40,7 +40,7 @@ def test_experiments_by_name(probe, run, mistake):
     assert (config.data.source, config.data.image_size, config.training.steps) == ("folder", 64, 5)
     assert mistake("--config=imagenet:size=L") == (
         "there is no experiment 'imagenet'; the built-in ones are ablations, base, cifar10, "
-        "digits, imagenet256, and a file's name ends in .py"
+        "digits, imagenet256, mar256, and a file's name ends in .py"
     )
     assert "nowhere.py" in mistake("--config=nowhere.py")
 

@@ -110,20 +110,20 @@ def test_a_stopped_run_continues(folder, scored, monkeypatch, capsys):
     assert sorted(before) == [f"indices_{i:08d}.npy" for i in (0, 8, 16)]
     (scored / "indices_00000016.npy").unlink()
     drawn = []
-    sample = generation.generate_in_batches
+    sample = generation.start_batches
     monkeypatch.setattr(
         generation,
-        "generate_in_batches",
-        lambda *args, **kwargs: drawn.append(kwargs["first"]) or sample(*args, **kwargs),
+        "start_batches",
+        lambda *args, **kwargs: drawn.extend(kwargs["numbers"]) or sample(*args, **kwargs),
     )
     assert generate(folder) == 0
-    assert drawn == [16]
+    assert drawn == [*range(16, 22)]
     assert "holds 16 samples: continuing from there" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in scored.glob("*.npy")} == before
     (again,) = results_of(folder / "model" / "evaluation")
     assert again["metrics"] == metrics
     assert generate(folder, "--num_images=9") == 0
-    assert drawn == [16]
+    assert drawn == [*range(16, 22)]
     assert results_of(folder / "model" / "evaluation")[-1]["facts"]["samples"] == 9
 
 

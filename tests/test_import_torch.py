@@ -275,7 +275,7 @@ def test_a_refused_import_writes_nothing(imported, tmp_path, capsys):
         (["--checkpoint", MODEL], "there is no autoencoder in"),
         (["--checkpoint", MODEL, *VAE[:2]], "it is not KL-16"),
         (["--checkpoint", MODEL, *VAE], "how many heads an encoder of width 48 has"),
-        (["--checkpoint", AUTOENCODER, *VAE], "kl_vae_tiny.npz holds no TokenBridge model"),
+        (["--checkpoint", AUTOENCODER, *VAE], "kl_vae_tiny.npz holds no TokenBridge or MAR model"),
         (["--autoencoder", MODEL], "tokenbridge_tiny.npz: these tensors are not those of a KL"),
         (["--autoencoder", vae], "config.json has norm_num_groups"),
         (["--checkpoint", MODEL, *FLAGS, "--autoencoder", vae, "--scale=1"], "norm_num_groups"),

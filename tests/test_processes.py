@@ -91,10 +91,11 @@ def test_sampling_gives_every_image_once_for_any_number_of_processes(trained, tm
         outputs = [process.communicate(timeout=soak.LIMIT_SECONDS)[0] for process in job]
         assert [process.returncode for process in job] == [0] * count
         assert ["(22 images)" in output for output in outputs] == [True] + [False] * (count - 1)
-    one = np.load(tmp_path / "1" / "samples.npz")
+    with np.load(tmp_path / "1" / "samples.npz") as file:
+        one = dict(file)
     assert one["arr_0"].shape == (22, 16, 16, 1)
     assert len({image.tobytes() for image in one["arr_0"]}) == 22
-    *files, last = sorted((tmp_path / "4" / "images").iterdir())
+    *files, last, _ = sorted((tmp_path / "4" / "images").iterdir())  # The last is settings.json.
     assert [file.name for file in files] == [f"{number:07d}.png" for number in range(22)]
     four = np.stack([np.asarray(Image.open(file))[..., None] for file in files])
     for labels in (one["labels"], np.load(last)):

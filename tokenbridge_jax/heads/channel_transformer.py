@@ -1,7 +1,7 @@
 """The transformer over a position's channels that the heads share."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,9 +24,6 @@ from tokenbridge_jax.transformer import (
     stack_layers,
 )
 
-if TYPE_CHECKING:
-    from tokenbridge_jax.model import TokenBridgeConfig
-
 
 class ChannelTransformer(IndexHead):
     """Small causal transformer over channels, conditioned on the backbone's feature."""
@@ -39,7 +36,7 @@ class ChannelTransformer(IndexHead):
     scan_layers: bool = True
 
     @classmethod
-    def position_flops(cls, config: "TokenBridgeConfig") -> int:
+    def position_flops(cls, config: Any) -> int:
         """See `Head.position_flops`. All scores count, though half of them are masked."""
         width, groups = config.head_width, config.groups
         return (

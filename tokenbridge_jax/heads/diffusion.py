@@ -7,7 +7,7 @@ the noise, and where the variance of a reverse step lies between its bounds (Nic
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,9 +21,6 @@ from tokenbridge_jax.layers import Dense, LayerNorm
 from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.transformer import Modulation, embedding_init, modulate, stack_layers
-
-if TYPE_CHECKING:
-    from tokenbridge_jax.model import TokenBridgeConfig
 
 SINUSOIDS = 256
 # Half the width of a bin of 8-bit data in [-1, 1], which the likelihood of the first step is for.
@@ -86,7 +83,7 @@ class DiffusionHead(Head):
     is_published: ClassVar[bool] = True
 
     @classmethod
-    def position_flops(cls, config: "TokenBridgeConfig") -> int:
+    def position_flops(cls, config: Any) -> int:
         """See `Head.position_flops`."""
         width = config.head_width
         time = 2 * (SINUSOIDS * width + width * width)
@@ -94,7 +91,7 @@ class DiffusionHead(Head):
         return condition + config.head_draws * (time + _network_flops(config))
 
     @classmethod
-    def drawing_flops(cls, config: "TokenBridgeConfig", branches: int) -> int:
+    def drawing_flops(cls, config: Any, branches: int) -> int:
         """See `Head.drawing_flops`: the branches share nothing; all positions share the times."""
         condition = 2 * config.decoder_width * config.head_width
         return branches * (condition + config.head_steps * _network_flops(config))
@@ -219,7 +216,7 @@ class DiffusionHead(Head):
         return self.time_fc2(nn.silu(self.time_fc1(sinusoids)))
 
 
-def _network_flops(config: "TokenBridgeConfig") -> int:
+def _network_flops(config: Any) -> int:
     """Of one run of the network, without the embeddings of condition and time."""
     width, channels = config.head_width, config.channels
     block = (3 + 2) * width * width  # Modulation and two linear layers.

@@ -4,7 +4,7 @@ A head processes N positions in parallel. It orders channels in *channel order*:
 sequence is channel `channel_order[c]`. Outside the head, indices are always in autoencoder order.
 """
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,9 +14,6 @@ from jaxtyping import Array, Float, Int, Integer, Key, Shaped
 
 from tokenbridge_jax.layers import pick
 from tokenbridge_jax.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from tokenbridge_jax.model import TokenBridgeConfig
 
 
 class Guidance(NamedTuple):
@@ -49,12 +46,16 @@ class Head(nn.Module):
     has_quirk: ClassVar[bool] = False
 
     @classmethod
-    def position_flops(cls, config: "TokenBridgeConfig") -> int:
-        """Matmul FLOPs of the forward pass of one position in training; see `forward_flops`."""
+    def position_flops(cls, config: Any) -> int:
+        """Matmul FLOPs of the forward pass of one position in training.
+
+        Args:
+          config: a `TokenBridgeConfig`; see its `forward_flops`.
+        """
         raise NotImplementedError
 
     @classmethod
-    def drawing_flops(cls, config: "TokenBridgeConfig", branches: int) -> int:
+    def drawing_flops(cls, config: Any, branches: int) -> int:
         """Matmul FLOPs of drawing one position, with one branch, or two where guidance acts."""
         del branches  # They are mixed before the head.
         return cls.position_flops(config)
