@@ -30,7 +30,7 @@ from tokenbridge_jax import Pipeline
 from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.data.sources import make_subsets
 from tokenbridge_jax.evaluation import figures
-from tokenbridge_jax.evaluation.generation import make_labels
+from tokenbridge_jax.evaluation.generation import make_labels, weights_sha256
 from tokenbridge_jax.evaluation.metrics import frechet_distance, kernel_distance
 from tokenbridge_jax.evaluation.moments import gaussian
 from tokenbridge_jax.runtime import storage
@@ -129,6 +129,10 @@ def measure_all(workdir: Path, names: Sequence[str], samples: int) -> list[dict[
     pipeline = Pipeline.load(workdir)
     config = ConfigDict(pipeline.facts["config"])
     own = sampling_settings(config.sampling).to_json()
+    model = {
+        "weights": weights_sha256(pipeline.params, pipeline.step),
+        "autoencoder": pipeline.description.autoencoder_hash,
+    }
     path = workdir / "options" / "options.json"
     known = storage.read_json(path) if path.exists() else {}
     score = Scorer.of(workdir, config)
@@ -137,7 +141,7 @@ def measure_all(workdir: Path, names: Sequence[str], samples: int) -> list[dict[
         values = [list(value) if isinstance(value, tuple) else value for value in OPTIONS[name]]
         for value in values + [own[name]] * (own[name] not in values):
             settings = own | {name: value}
-            key = json.dumps(settings | {"step": pipeline.step, "samples": samples})
+            key = json.dumps(settings | model | {"samples": samples})
             if key not in known:
                 images, labels, seconds = sample(
                     pipeline, samples, dict(settings, batch_size=config.sampling.batch_size)

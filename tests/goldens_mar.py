@@ -12,6 +12,7 @@ from goldens_model import assert_close, is_rounding_noise, positions_of, sorted_
 from tokenbridge_jax.heads import diffusion
 from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.heads.noise_schedule import NoiseSchedule
+from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, merge
 from tokenbridge_jax.quantizer import Unquantized
 from tokenbridge_jax.sampling.orders import sample_keys
@@ -37,6 +38,7 @@ def check_mar_file(path: Path) -> None:
     params = jax.tree.map(jnp.asarray, params)
     check_schedules(golden)
     _check_forward(golden, config, params)
+    _check_training_loss(golden, config, params)
     _check_loss_and_gradients(golden, config, params)
     _check_steps(golden, config, params)
     _check_sampling(golden, config, params)
@@ -106,6 +108,34 @@ def _feature(golden: dict[str, np.ndarray], config: TokenBridgeConfig, params: d
         method=TokenBridge.features,
     )
     return jnp.take_along_axis(feature, np.argsort(order)[:, :, None], axis=1)
+
+
+def _check_training_loss(
+    golden: dict[str, np.ndarray], config: TokenBridgeConfig, params: dict
+) -> None:
+    """Over the hidden slots, with the golden's times and noises for each."""
+    mask = golden["in/mask"]
+    order, hidden = sorted_order(mask), int(mask[0].sum())
+    labels = jnp.asarray(golden["in/labels"], jnp.int32)
+    tokens = jnp.asarray(golden["out/tokens"])
+    examples = Examples(tokens, labels, jnp.asarray(order), jnp.zeros(len(labels), bool))
+
+    def of_slots(values):
+        """[draws, B, L, ...] -> [draws, B L, ...] in the order of the slots."""
+        index = order.reshape(1, *order.shape, *(1,) * (values.ndim - 3))
+        slots = np.take_along_axis(values, index, axis=2)
+        return jnp.asarray(slots.reshape(len(values), -1, *values.shape[3:]))
+
+    time, noise = (of_slots(golden[f"in/{name}"]) for name in ("t", "noise"))
+
+    def loss(head, feature, targets, keys):
+        return sum(head.losses(feature, targets, time.astype(jnp.int32), noise)).mean(axis=0)
+
+    draw = MaskDraw(jnp.int32(hidden), config.positions, config.positions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion.DiffusionHead, "loss", loss)
+        found = training_loss(config, params, examples, draw)
+    assert_close(found, golden["out/loss"], 1e-5, "training loss")
 
 
 def _check_loss_and_gradients(

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkout import LAUNCH, Checkout
@@ -141,7 +142,8 @@ class Drawing:
         sampling = {"num_iter": 64, "guidance": 1.5, "temperature": 0.97, "batch_size": 10}
         self.facts = {"config": {"sampling": sampling}}
         self.config = SimpleNamespace(classes=2)
-        self.step, self.calls = 7, []
+        self.description = SimpleNamespace(autoencoder_hash="a")
+        self.params, self.step, self.calls = {"w": jnp.ones(2)}, 7, []
 
     def generate(self, labels, *, seed, batch_size, **settings):
         self.calls.append((len(labels), seed, settings))
@@ -174,7 +176,7 @@ def test_one_option_at_a_time_is_measured_once(tmp_path, monkeypatch):
 
     assert options.measure_all(tmp_path, names, 20) == found
     assert len(pipeline.calls) == 8
-    pipeline.step = 8  # Another model.
+    pipeline.params = {"w": jnp.zeros(2)}  # Another model of as many updates.
     options.measure_all(tmp_path, ["order"], 20)
     assert len(pipeline.calls) == 12
 

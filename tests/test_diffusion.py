@@ -202,6 +202,9 @@ def test_the_training_loss_depends_on_no_device(params):
     assert relative_error(many[0], one[0]) < 1e-5
     errors = jax.tree.map(relative_error, many[1]["head"], one[1]["head"])
     assert max(jax.tree.leaves(errors)) < 1e-4
+    for chunk in (1, 4096):
+        split = dataclasses.replace(config, head_chunk=chunk)
+        assert relative_error(training_loss(split, params, examples, draw, key), one[0]) < 1e-5
     other = training_loss(config, params, examples, draw, jax.random.key(5))
     assert abs(float(other) - float(one[0])) > 1e-3
     fixed = [training_loss(config, params, examples, draw) for _ in range(2)]
@@ -322,7 +325,9 @@ def test_the_config_survives_json_and_refuses_what_makes_no_sense():
     for changes, message in (
         ({"channels_per_group": 2}, "'diffusion' has no groups of channels"),
         ({"first_token_quirk": True}, "first_token_quirk is for imported"),
-        ({"head": "parallel"}, r"model\.head='parallel' needs indices; the tokens are latents"),
+        ({"head": "parallel"}, r"model\.head='parallel' needs indices, not latents; tokenize the"),
+        ({"head_steps": 1}, r"model\.head_steps=1 must be from 2 to 1000"),
+        ({"head_steps": 1001}, r"model\.head_steps=1001 must be from 2 to 1000"),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(TINY, **changes)

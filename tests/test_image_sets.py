@@ -77,6 +77,7 @@ def test_the_shards_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
     for size in (1, 3, 11):
         np.testing.assert_array_equal(np.concatenate(read(images, size)), IMAGES)
     np.testing.assert_array_equal(np.concatenate(read(images, 4, 3, 8)), IMAGES[3:8])
+    np.testing.assert_array_equal(images.load(np.array([9, 0, 4])), IMAGES[[9, 0, 4]])
     images.take(3)
     np.testing.assert_array_equal(np.concatenate(read(images, 2)), IMAGES[[0, 5, 10]])
     with flipped(tmp_path / names[2], 8 * 400), pytest.raises(UserError, match="damaged"):

@@ -338,20 +338,20 @@ def test_mars_weights_become_a_workdir_that_samples(tmp_path, capsys):
     assert run("import-torch", again, "--checkpoint", out, *VAE, *FLAGS, *steps, *flags) == 0
     assert ModelDescription.load(again).config == config
 
+    Pipeline.load(workdir).save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    for row in (
+        "| head | diffusion, 2 blocks of width 64, 3 steps |",
+        "none: the head draws latents",
+    ):
+        assert row in card
+    assert "channel order" not in card
+
     # What needs probabilities or indices says so in one line.
-    (workdir / "tokens").mkdir()
-    autoencoder, _ = load_autoencoder(workdir / "autoencoder")
-    write_tokens(
-        workdir / "tokens",
-        {"train": [4], "validation": [4]},
-        autoencoder=autoencoder,
-        autoencoder_hash=read_description(workdir / "autoencoder")["hash"],
-        channel_order=KL16_CHANNEL_ORDER,
-        channel_order_rule="kl16",
-    )
     for command, argv, message in (
         ("sample", ["--config.sampling.order=confidence"], "needs probabilities, which model.head"),
-        ("evaluate", ["likelihood"], "it has no likelihood of indices to evaluate"),
+        ("evaluate", ["likelihood"], "draws latents: it has no quantizer and no likelihood of"),
+        ("evaluate", ["reconstruction"], "draws latents: it has no quantizer and no likelihood of"),
     ):
         assert runner.run(command, [*argv, f"--workdir={workdir}"]) == runner.EXIT_USER_ERROR
         assert message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -177,6 +178,33 @@ def test_a_second_start_draws_what_is_missing(sample, drawn, expected, tmp_path,
     held = np.load(tmp_path / "images" / "labels.npy").tolist()
     assert held == list(itertools.islice(itertools.cycle(CLASSES), 23))
     np.testing.assert_array_equal(read_pictures(tmp_path / "images", "png")[:COUNT], expected)
+
+
+def test_what_is_not_of_this_command_stays_and_leftovers_of_killed_runs_go(
+    sample, refuses, tmp_path, drawn, capsys
+):
+    folder = tmp_path / "images"
+    assert sample("--format=png") == 0
+    old, young = folder / ".a.tmp", folder / ".b.tmp"
+    for path in (old, young, folder / "3.png", folder / "notes.png"):
+        path.write_bytes(b"")
+    os.utime(old, (0, 0))
+    (folder / f"{3:07d}.png").unlink()
+    assert sample("--format=png") == 0
+    assert drawn[1:] == [[3]]
+    assert {path.name for path in folder.iterdir()} >= {".b.tmp", "3.png", "notes.png"}
+    assert not old.exists()
+
+    Image.new("L", (4, 4)).save(folder / f"{3:07d}.png")
+    assert sample("--format=png") == runner.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert "21 of 21 images: nothing to draw" in error
+    assert "0000003.png is not 8x8 pixels; remove it and run again" in error
+    (folder / "settings.json").write_text("[]")
+    refuses("settings.json does not hold settings; remove the folder", "--format=png")
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+    refuses("images", "--format=png")
 
 
 def test_a_killed_run_continues(sample, flags, expected, tmp_path):

@@ -86,6 +86,8 @@ def training_loss(
     """
     draw, params = draw.share(head_fraction), _layout(config, params)
     backbone_key, head_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    # The first two folds may be the two keys of the split.
+    drawn = jax.random.key(0) if dropout_key is None else jax.random.fold_in(dropout_key, 2)
     feature_BMD, indices_BMC = _hidden_slots(config, params, examples, draw, backbone_key)
     batch, slots, channels = indices_BMC.shape
     weight = 1 / (batch * channels * jnp.minimum(draw.num_hidden, slots))
@@ -94,7 +96,6 @@ def training_loss(
     features, *targets = split_slots(config, feature_BMD, indices_BMC, weights_1M, slots_1M)
     dropout_keys = None if head_key is None else jax.random.split(head_key, len(features))
     # One key for all chunks: what the loss draws for a slot does not depend on the chunks.
-    drawn = jax.random.key(0) if head_key is None else jax.random.fold_in(head_key, 0)
     draw_keys = jnp.repeat(drawn[None], len(features))
 
     def chunk_loss(head_params: Any, feature_BmD: jax.Array, rest: Any) -> jax.Array:

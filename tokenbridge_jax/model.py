@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
 from tokenbridge_jax.backbone import Backbone
 from tokenbridge_jax.heads.channel_ar import ChannelAR
-from tokenbridge_jax.heads.diffusion import DiffusionHead
+from tokenbridge_jax.heads.diffusion import DIFFUSION_STEPS, DiffusionHead
 from tokenbridge_jax.heads.grouped import GroupedHead
 from tokenbridge_jax.heads.head import Guidance, Head
 from tokenbridge_jax.heads.independent import IndependentHead
@@ -132,11 +132,17 @@ class TokenBridgeConfig:
             raise UserError(f"model.head='{self.head}' is not one of {', '.join(HEADS)}")
         if self.of_latents != isinstance(self.quantizer, Unquantized):
             held, needed = ("indices", "latents") if self.of_latents else ("latents", "indices")
-            raise UserError(f"model.head='{self.head}' needs {needed}; the tokens are {held}")
+            mend = "tokenize writes no latents: choose another head"
+            mend = mend if self.of_latents else "tokenize the images again"
+            raise UserError(f"model.head='{self.head}' needs {needed}, not {held}; {mend}")
         if self.first_token_quirk and not (HEADS[self.head].has_quirk and self.is_published):
             raise UserError(
                 "model.first_token_quirk is for imported weights: model.head='channel_ar' with one "
                 "channel a group"
+            )
+        if not 2 <= self.head_steps <= DIFFUSION_STEPS:
+            raise UserError(
+                f"model.head_steps={self.head_steps} must be from 2 to {DIFFUSION_STEPS}"
             )
         if self.of_latents and self.channels_per_group > 1:
             raise UserError(
@@ -354,7 +360,7 @@ def merge(x: Shaped[Array, "B M ..."]) -> Shaped[Array, "B*M ..."]:
 
 def make_head(config: TokenBridgeConfig) -> Head:
     """The head that a config names."""
-    if config.of_latents:
+    if HEADS[config.head] is DiffusionHead:
         return DiffusionHead(
             config.channels,
             config.head_width,

@@ -234,7 +234,7 @@ class Unquantized:
 
 def quantizer_from_json(value: Mapping[str, Any]) -> Quantizer | Unquantized:
     """The quantizer that a `to_json` described."""
-    kind = Quantizer if "level_values" in value else Unquantized
+    kind = Unquantized if value.get("levels") == 0 else Quantizer
     return kind.from_json(value)
 
 

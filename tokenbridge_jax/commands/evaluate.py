@@ -282,14 +282,25 @@ def _load_pipeline(args: flags.FlagValues) -> Pipeline:
     return Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config))
 
 
+def _quantized(description: ModelDescription) -> Any:
+    """The config of a model of indices."""
+    config = description.config
+    if isinstance(config.quantizer, Unquantized):
+        raise UserError(
+            f"model.head='{config.head}' draws latents: it has no quantizer and no likelihood of "
+            "indices; `evaluate generation` scores its samples"
+        )
+    return config
+
+
 def measure_reconstruction(args: flags.FlagValues) -> None:
     """The loss of quality by the autoencoder and the quantizer: the paper's Table 1."""
-    workdir, extractor = epath.Path(args.workdir), _extractor(args)
-    config, params = load_autoencoder(workdir / "autoencoder")
+    workdir, quantizer = epath.Path(args.workdir), make_quantizer(args.config)
     trained = (workdir / MODEL_FILE).exists()
-    quantizer = ModelDescription.load(workdir).config.quantizer if trained else Unquantized()
-    if isinstance(quantizer, Unquantized):
-        quantizer = make_quantizer(args.config)
+    if trained:
+        quantizer = _quantized(ModelDescription.load(workdir)).quantizer
+    extractor = _extractor(args)
+    config, params = load_autoencoder(workdir / "autoencoder")
     codec = Codec(config, params, quantizer, meshes.make_mesh(devices=jax.local_devices()))
     images = _images(args, *([args.split] if args.split else ["validation", "train"]))
     reference = _reference(args, extractor) if args.reference else None
@@ -337,7 +348,9 @@ def _parse(name: str, texts: list[str], kind: Callable[[str], Any], form: str) -
 
 def measure_likelihood(args: flags.FlagValues) -> None:
     """Likelihood of held-out images, and calibration of the head."""
-    pipeline, folder = _load_pipeline(args), _tokens(args)
+    pipeline = _load_pipeline(args)
+    _quantized(pipeline.description)
+    folder = _tokens(args)
     found = likelihood.likelihood(
         pipeline,
         folder,

@@ -100,11 +100,13 @@ def main(args: flags.FlagValues) -> None:
         if processes.gather(str(storage.exists(written)))[0] == "True":
             say(f"{written} is there already: nothing to do")
             return
-    storage.remove_leftovers(written.parent)
+    for folder in {output, written.parent, written} if args.format != "npz" else {written.parent}:
+        storage.remove_leftovers(folder)
     stream = pipeline.stream(
         labels.tolist(), numbers=missing, seed=args.seed, progress=True, **args.config.sampling
     )
-    in_grid: dict[int, np.ndarray | None] = dict.fromkeys(share[:IN_GRID].tolist())
+    draws_grid = shard == 0 and jax.process_index() == 0
+    in_grid: dict[int, np.ndarray | None] = dict.fromkeys(share[: IN_GRID * draws_grid].tolist())
     parts = _numbered(stream, missing, in_grid)
     channels = pipeline.codec.config.image_channels
     with contextlib.closing(stream):  # After an error, the line of progress comes first.
@@ -116,10 +118,10 @@ def main(args: flags.FlagValues) -> None:
     if jax.process_index() > 0:
         return
     wrote = f"wrote {written} ({len(share)} images)"
-    if shard == 0:
+    if draws_grid:
         images = [
             # An earlier call wrote the others.
-            pictures.read(_path(written, number, args.format), channels) if image is None else image
+            _kept(_path(written, number, args.format), pipeline) if image is None else image
             for number, image in in_grid.items()
         ]
         grid = pictures.grid(np.stack(images), columns=min(len(classes), 10))
@@ -158,18 +160,29 @@ def _missing(folder: epath.Path, share: Int[np.ndarray, " n"], kind: str) -> Int
         raise UserError(f"the processes of this job see different files in {folder}: share it")
     if len(missing) < len(share):
         done = len(share) - len(missing)
-        say(f"{folder} holds {done} of {len(share)} images: drawing the others")
+        others = "drawing the others" if len(missing) else "nothing to draw"
+        say(f"{folder} holds {done} of {len(share)} images: {others}")
     return missing
 
 
 def _held(folder: epath.Path, kind: str) -> Int[np.ndarray, " n"]:
     """The numbers of the images in the folder. All of them are complete."""
     names = [path.stem for path in folder.glob(f"*.{kind}")]
-    return np.array([int(name) for name in names if name.isdecimal()], np.int64)
+    # Other files are not of this command.
+    return np.array([int(x) for x in names if re.fullmatch(r"\d{7,}", x)], np.int64)
 
 
 def _path(folder: epath.Path, number: int, kind: str) -> epath.Path:
     return folder / f"{number:07d}.{kind}"
+
+
+def _kept(path: epath.Path, pipeline: Pipeline) -> UInt8[np.ndarray, "H W I"]:
+    """An image that an earlier call wrote."""
+    side = pipeline.image_size
+    image = pictures.read(path, pipeline.codec.config.image_channels)
+    if image.shape[:2] != (side, side):
+        raise UserError(f"{path} is not {side}x{side} pixels; remove it and run again")
+    return image
 
 
 def _numbered(

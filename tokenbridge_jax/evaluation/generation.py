@@ -118,9 +118,15 @@ def claim_folder(folder: epath.PathLike, facts: Mapping[str, Any]) -> None:
 def _claim(folder: epath.Path, facts: Mapping[str, Any]) -> None:
     path, mend = folder / FACTS_FILE, "remove the folder, or name another --output"
     # Before the look for the facts: another job may be the first to write them now.
-    held = folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir())
+    try:
+        held = folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir())
+    except OSError as error:
+        raise storage.read_error(folder, error) from error
     if storage.exists(path):
-        if difference := first_difference(storage.read_json(path), facts):
+        kept = storage.read_json(path)
+        if not isinstance(kept, dict):
+            raise UserError(f"{path} does not hold settings; {mend}")
+        if difference := first_difference(kept, facts):
             name, theirs, ours = difference
             raise UserError(
                 f"the samples in {folder} have {name} = {theirs} but this run has {ours}; set it "

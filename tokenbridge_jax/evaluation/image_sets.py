@@ -149,9 +149,10 @@ def _open_parts(path: Path, files: Sequence[Path]) -> ImageSet:
 
     def load(numbers: np.ndarray) -> UInt8[np.ndarray, "n H W 3"]:
         of = np.searchsorted(ends, numbers, side="right")
-        return np.concatenate(
-            [parts[i].load(numbers[of == i] - ends[i] + parts[i].count) for i in np.unique(of)]
-        )
+        images = np.empty((len(numbers), *parts[0].shape), np.uint8)
+        for i in np.unique(of):
+            images[of == i] = parts[i].load(numbers[of == i] - ends[i] + parts[i].count)
+        return images
 
     return ImageSet(path, load, np.arange(ends[-1]), parts[0].shape)
 

@@ -30,7 +30,7 @@ from tokenbridge_jax.loss import Examples, MaskDraw, map_slots
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import ModelDescription
-from tokenbridge_jax.quantizer import Unquantized
+from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
@@ -254,10 +254,7 @@ def likelihood(
 def _check_settings(description: ModelDescription, info: DatasetInfo) -> str:
     """Checks that shards and model match; returns a remark if their class names differ."""
     config = description.config
-    if isinstance(config.quantizer, Unquantized):
-        raise UserError(
-            f"model.head='{config.head}' draws latents: it has no likelihood of indices to evaluate"
-        )
+    assert isinstance(config.quantizer, Quantizer)
     info.check(
         levels=config.levels,
         channels=config.channels,

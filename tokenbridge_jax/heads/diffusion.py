@@ -23,6 +23,8 @@ from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.transformer import Modulation, embedding_init, modulate, stack_layers
 
 SINUSOIDS = 256
+# Of training; sampling takes some of them.
+DIFFUSION_STEPS = 1000
 # Half the width of a bin of 8-bit data in [-1, 1], which the likelihood of the first step is for.
 _HALF_BIN = 1 / 255
 
@@ -32,11 +34,11 @@ class Prediction(NamedTuple):
 
     Attributes:
       noise: in them.
-      variance: -1 is the lower bound of the reverse step's log-variance, 1 is the upper.
+      place: of the reverse step's log-variance between its bounds, -1 and 1.
     """
 
     noise: Array
-    variance: Array
+    place: Array
 
 
 class ResidualBlock(nn.Module):
@@ -118,7 +120,7 @@ class DiffusionHead(Head):
 
         def draw(key: Key[Array, ""]) -> tuple[Array, Array]:
             time_key, noise_key = jax.random.split(key)
-            time = jax.random.randint(time_key, (self.draws,), 0, len(_training().betas))
+            time = jax.random.randint(time_key, (self.draws,), 0, DIFFUSION_STEPS)
             return time, jax.random.normal(noise_key, (self.draws, self.channels))
 
         time, noise = jax.vmap(draw, out_axes=1)(keys)
@@ -140,7 +142,7 @@ class DiffusionHead(Head):
         found = self.denoise(noisy, condition)
         error = jnp.square(noise - found.noise)
 
-        mean, logvar = of_time.reverse(noisy, jax.lax.stop_gradient(found.noise), found.variance)
+        mean, logvar = of_time.reverse(noisy, jax.lax.stop_gradient(found.noise), found.place)
         true_mean = of_time.posterior_mean(targets, noisy)
         divergence = _divergence(true_mean, of_time.low, mean, logvar)
         first = -_binned_log_likelihood(targets, mean, jnp.exp(0.5 * logvar))
@@ -204,7 +206,7 @@ class DiffusionHead(Head):
             null = found.noise[:, 1]
             predicted = null + guidance.scale * (predicted - null)
         of_step = _lookups(schedule, i)
-        mean, logvar = of_step.reverse(x, predicted, found.variance[:, 0])
+        mean, logvar = of_step.reverse(x, predicted, found.place[:, 0])
         return mean + jnp.where(i > 0, jnp.exp(0.5 * logvar) * noise, 0)
 
     def time_embedding(self, time: Int[Array, "*N"]) -> Float[Array, "*N D"]:
@@ -250,16 +252,16 @@ class _AtTime(NamedTuple):
         """The mean of a reverse step, given the data."""
         return self.of_data * x + self.of_noisy * noisy
 
-    def reverse(self, noisy: Array, noise: Array, variance: Array) -> tuple[Array, Array]:
+    def reverse(self, noisy: Array, noise: Array, place: Array) -> tuple[Array, Array]:
         """Mean and log-variance of a reverse step, given the prediction."""
         data = self.inverse_signal * noisy - self.inverse_noise * noise
-        share = (variance + 1) / 2
+        share = (place + 1) / 2
         return self.posterior_mean(data, noisy), share * self.high + (1 - share) * self.low
 
 
 @functools.cache
 def _training() -> NoiseSchedule:
-    return NoiseSchedule.cosine()
+    return NoiseSchedule.cosine(DIFFUSION_STEPS)
 
 
 def _lookups(schedule: NoiseSchedule, time: Int[Array, "..."]) -> _AtTime:

@@ -6,6 +6,7 @@ abar_t is the product of 1 - beta over the steps up to t. Steps are counted from
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -37,9 +38,11 @@ class NoiseSchedule:
         return cls(np.minimum(betas, _MAX_BETA), np.arange(steps))
 
     def respaced(self, count: int) -> "NoiseSchedule":
-        """A schedule of `count` of these steps, evenly spaced, with the first and the last one."""
-        stride = (len(self.betas) - 1) / max(count - 1, 1)
-        chosen = np.array([round(i * stride) for i in range(count)])
+        """A schedule of `count` (2 or more) of these steps, evenly spaced, from first to last."""
+        stride = (len(self.betas) - 1) / (count - 1)
+        # Added up as in the release, whose rounding decides between two neighbours.
+        places = itertools.accumulate([stride] * (count - 1), initial=0.0)
+        chosen = np.array([round(place) for place in places])
         kept = self.signal[chosen]
         betas = 1 - kept / np.concatenate([[1.0], kept[:-1]])
         return NoiseSchedule(betas, self.timesteps[chosen])

@@ -24,7 +24,6 @@ from etils import epath
 from tokenbridge_jax.autoencoder import save_autoencoder
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
-from tokenbridge_jax.quantizer import Quantizer, Unquantized
 from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.checkpoints import differences, latest_step, load_params
@@ -148,7 +147,6 @@ def model_card(trained: Trained, name: str) -> str:
     sampling = {k: v for k, v in config.get("sampling", {}).items() if k != "batch_size"}
     used = [f"{k}={tuple(v) if isinstance(v, list) else v!r}" for k, v in sampling.items()]
     side = round(model.positions**0.5) * autoencoder.downsampling
-    quirk = "on: when sampling, the first timestep embedding is added to the head's first token"
     rows = {
         "images": f"{side}x{side} pixels, {autoencoder.image_channels} channels",
         "classes": f"{model.classes:,} ({', '.join(names[:5])}{', ...' if names[5:] else ''})",
@@ -156,12 +154,7 @@ def model_card(trained: Trained, name: str) -> str:
         "updates trained": f"{step:,}" if step else "none, imported weights",
         "computes in": model.dtype,
         "backbone": f"encoder {_size(model, 'encoder')}; decoder {_size(model, 'decoder')}",
-        "head": f"{model.head}, {_size(model, 'head')}"
-        + f", {model.channels_per_group} channels a class" * (model.channels_per_group > 1),
-        "positions, channels, levels": f"{model.positions}, {model.channels}, {model.levels}",
-        "quantizer": _described(model.quantizer),
-        "channel order": ", ".join(map(str, model.channel_order)),
-        "first-token quirk": quirk if model.first_token_quirk else "off",
+        **(_rows_of_latents(model) if model.of_latents else _rows_of_indices(model)),
         "autoencoder": f"{_count(codec.params):,} parameters, latents scaled by "
         f"{autoencoder.scale:g}, {_listed(facts.get('autoencoder', {}))}",
         "autoencoder's hash": description.autoencoder_hash,
@@ -213,11 +206,26 @@ def _count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _described(quantizer: Quantizer | Unquantized) -> str:
-    if isinstance(quantizer, Unquantized):
-        return "none: the head draws latents"
-    low, high = quantizer.minimum, quantizer.maximum
-    return f"{quantizer.levels} levels, latents in [{low:g}, {high:g}]"
+def _rows_of_indices(model: Any) -> dict[str, str]:
+    low, high = model.quantizer.minimum, model.quantizer.maximum
+    quirk = "on: when sampling, the first timestep embedding is added to the head's first token"
+    return {
+        "channel head": f"{model.head}, {_size(model, 'head')}"
+        + f", {model.channels_per_group} channels a class" * (model.channels_per_group > 1),
+        "positions, channels, levels": f"{model.positions}, {model.channels}, {model.levels}",
+        "quantizer": f"{model.levels} levels, latents in [{low:g}, {high:g}]",
+        "channel order": ", ".join(map(str, model.channel_order)),
+        "first-token quirk": quirk if model.first_token_quirk else "off",
+    }
+
+
+def _rows_of_latents(model: Any) -> dict[str, str]:
+    blocks = f"{model.head_layers} blocks of width {model.head_width}"
+    return {
+        "head": f"{model.head}, {blocks}, {model.head_steps} steps",
+        "positions, channels": f"{model.positions}, {model.channels}",
+        "quantizer": "none: the head draws latents",
+    }
 
 
 def _size(model: Any, part: str) -> str:

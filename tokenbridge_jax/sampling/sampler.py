@@ -18,7 +18,8 @@ edits, so one program serves many masks.
 All randomness of an image follows from the seed and the image's sample index. The randomness of
 one index depends on its position and channel as well. Batch size, device count and the number of
 positions revealed together do not matter. They can change only how products are rounded, which
-decides a draw only where two levels are equally good to that rounding.
+decides a draw of indices only where two levels are equally good to that rounding. Latents differ by
+rounding.
 """
 
 import bisect

@@ -29,7 +29,8 @@ class SamplingSettings:
       guidance: scale of classifier-free guidance, on the backbone's features; 1 turns it off and
         saves the null branch.
       guidance_schedule: "linear", from 1 with everything hidden to `guidance`, or "constant".
-      temperature: divides the head's logits; 0 takes the most likely level.
+      temperature: divides the head's logits; 0 takes the most likely level. The head `diffusion`
+        scales the noise of its steps by it.
       guidance_interval: guidance acts in steps before which at least the first and less than the
         second share of the positions is revealed. In other steps its scale is 1, which saves the
         null branch. The default is all steps; other values sample from another distribution.
