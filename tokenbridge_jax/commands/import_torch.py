@@ -1,7 +1,9 @@
-"""Imports PyTorch weights: makes a workdir from the release's checkpoints, to sample or to train.
+"""Imports PyTorch weights: makes a workdir from the releases' checkpoints, to sample or to train.
 
   tokenbridge import-torch --checkpoint tokenbridge-l.pth --autoencoder kl16.ckpt --workdir W
   tokenbridge import-torch --autoencoder vae/diffusion_pytorch_model.safetensors --workdir W
+  tokenbridge import-torch --config mar256:size=L --checkpoint mar-l.pth --autoencoder kl16.ckpt \\
+    --workdir W
 
 Files are .pth, .pt, .ckpt or .bin (these need `pip install 'tokenbridge_jax[torch]'`), .safetensors
 (or the index of several) or .npz, in any floating-point type. The network is found under any prefix
