@@ -13,6 +13,7 @@ It prints a Markdown table and writes WORKDIR/options/: options.md, options.png 
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -32,7 +33,7 @@ from tokenbridge_jax.data.sources import make_subsets
 from tokenbridge_jax.evaluation import figures
 from tokenbridge_jax.evaluation.generation import make_labels, weights_sha256
 from tokenbridge_jax.evaluation.metrics import frechet_distance, kernel_distance
-from tokenbridge_jax.evaluation.moments import gaussian
+from tokenbridge_jax.evaluation.moments import Gaussian, gaussian
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
@@ -83,11 +84,13 @@ class Scorer:
     Attributes:
       extract: pictures -> features.
       real: the features of the training pictures.
+      distribution: of these features.
       classifier: of features; from scikit-learn.
     """
 
     extract: Extract
     real: Float[np.ndarray, "N D"]
+    distribution: Gaussian
     classifier: Any
 
     @classmethod
@@ -108,13 +111,14 @@ class Scorer:
                     f"{file} has not the features of the {len(labels)} training pictures; run "
                     f"launch/score_cifar10.py --workdir {workdir}"
                 )
-        return cls(lite0(), features["train"], classifier_of_both_views(features, labels))
+        real, classifier = features["train"], classifier_of_both_views(features, labels)
+        return cls(lite0(), real, gaussian(real), classifier)
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"], labels: Any) -> dict[str, float]:
         """The scores of samples that were asked for with these classes."""
         features = self.extract(images)
         return {
-            "frechet_distance": frechet_distance(gaussian(features), gaussian(self.real)),
+            "frechet_distance": frechet_distance(gaussian(features), self.distribution),
             "kid": kernel_distance(features, self.real, subset_size=SUBSET)[0],
             "accuracy": float(self.classifier.score(features, labels)),
         }
@@ -135,7 +139,8 @@ def measure_all(workdir: Path, names: Sequence[str], samples: int) -> list[dict[
     }
     path = workdir / "options" / "options.json"
     known = storage.read_json(path) if path.exists() else {}
-    score = Scorer.of(workdir, config)
+    # Made when it is needed: it trains the classifier.
+    scorer = functools.cache(lambda: Scorer.of(workdir, config))
     results = []
     for name in names:
         values = [list(value) if isinstance(value, tuple) else value for value in OPTIONS[name]]
@@ -143,6 +148,7 @@ def measure_all(workdir: Path, names: Sequence[str], samples: int) -> list[dict[
             settings = own | {name: value}
             key = json.dumps(settings | model | {"samples": samples})
             if key not in known:
+                score = scorer()  # Before any sample is drawn: it may raise an error.
                 images, labels, seconds = sample(
                     pipeline, samples, dict(settings, batch_size=config.sampling.batch_size)
                 )

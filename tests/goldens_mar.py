@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens_model import assert_close, is_rounding_noise, positions_of, sorted_order
+from goldens_model import (
+    assert_close,
+    backbone_of,
+    is_rounding_noise,
+    positions_of,
+    sizes_of,
+    sorted_order,
+)
 
 from tokenbridge_jax.heads import diffusion
 from tokenbridge_jax.heads.head import Guidance
@@ -46,26 +53,16 @@ def check_mar_file(path: Path) -> None:
 
 def config_of(golden: dict[str, np.ndarray]) -> TokenBridgeConfig:
     """The model a golden was made with, from its `config/*` entries."""
-    size = {
-        k.removeprefix("config/"): v.item() for k, v in golden.items() if k.startswith("config/")
-    }
+    size = sizes_of(golden)
     return TokenBridgeConfig(
         quantizer=Unquantized(),
         channel_order=tuple(range(golden["out/tokens"].shape[-1])),
-        positions=(size["img_size"] // 16) ** 2,
-        classes=size["class_num"],
-        encoder_width=size["encoder_embed_dim"],
-        encoder_layers=size["encoder_depth"],
-        encoder_heads=size["encoder_num_heads"],
-        decoder_width=size["decoder_embed_dim"],
-        decoder_layers=size["decoder_depth"],
-        decoder_heads=size["decoder_num_heads"],
+        **backbone_of(size),
         head="diffusion",
         head_width=size["diffloss_w"],
         head_layers=size["diffloss_d"],
         head_draws=size["diffusion_batch_mul"],
         head_steps=int(size["num_sampling_steps"]),
-        buffer=size["buffer_size"],
         dtype="float32",
     )
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +46,16 @@ def check_model_file(path: Path) -> None:
     _check_sampling(golden, config, params)
 
 
-def config_of(golden: dict[str, np.ndarray]) -> TokenBridgeConfig:
-    """The model a golden was made with, from its `config/*` entries."""
-    size = {
+def sizes_of(golden: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The sizes that a golden's model was constructed with, by the release's names."""
+    return {
         k.removeprefix("config/"): v.item() for k, v in golden.items() if k.startswith("config/")
     }
-    return TokenBridgeConfig(
-        quantizer=Quantizer(
-            level_values=tuple(golden["state/reconstruction_values"].tolist()),
-            minimum=float(size.get("quant_min", -5.0)),
-            maximum=float(size.get("quant_max", 5.0)),
-        ),
-        channel_order=KL16_CHANNEL_ORDER,
+
+
+def backbone_of(size: dict[str, Any]) -> dict[str, int]:
+    """The fields of `TokenBridgeConfig` for these sizes of a backbone."""
+    return dict(
         positions=(size["img_size"] // 16) ** 2,
         classes=size["class_num"],
         encoder_width=size["encoder_embed_dim"],
@@ -65,10 +64,24 @@ def config_of(golden: dict[str, np.ndarray]) -> TokenBridgeConfig:
         decoder_width=size["decoder_embed_dim"],
         decoder_layers=size["decoder_depth"],
         decoder_heads=size["decoder_num_heads"],
+        buffer=size["buffer_size"],
+    )
+
+
+def config_of(golden: dict[str, np.ndarray]) -> TokenBridgeConfig:
+    """The model a golden was made with, from its `config/*` entries."""
+    size = sizes_of(golden)
+    return TokenBridgeConfig(
+        quantizer=Quantizer(
+            level_values=tuple(golden["state/reconstruction_values"].tolist()),
+            minimum=float(size.get("quant_min", -5.0)),
+            maximum=float(size.get("quant_max", 5.0)),
+        ),
+        channel_order=KL16_CHANNEL_ORDER,
+        **backbone_of(size),
         head_width=size["channel_embed_dim"],
         head_layers=size["channel_depth"],
         head_heads=size["channel_heads"],
-        buffer=size["buffer_size"],
         first_token_quirk=True,
         dtype="float32",
         head_chunk=4,

@@ -7,7 +7,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
@@ -175,13 +174,6 @@ class TokenBridgeConfig:
     def value_dtype(self) -> Any:
         """Of the values on devices."""
         return jnp.float32 if self.of_latents else jnp.int32
-
-    @property
-    def blank(self) -> float | int:
-        """The value that stands for the latent nearest to 0."""
-        if isinstance(self.quantizer, Unquantized):
-            return 0.0
-        return int(np.argmin(np.abs(self.quantizer.dequantized_levels)))
 
     @property
     def groups(self) -> int:

@@ -131,6 +131,11 @@ class Quantizer:
         """uint8 up to 256 levels, uint16 above."""
         return np.dtype(np.uint8 if self.levels <= 256 else np.uint16)
 
+    @property
+    def blank(self) -> int:
+        """The index that stands for the latent nearest to 0."""
+        return int(np.argmin(np.abs(self.dequantized_levels)))
+
     def boundaries(self) -> np.ndarray:
         """Bin edges of the paper's quantizer of V levels: float32 `[V + 1]`, +-3 scale."""
         return gaussian_boundaries(self.levels)
@@ -203,6 +208,7 @@ class Unquantized:
     """Stands for a quantizer where a model's values are the latents themselves."""
 
     levels = 0
+    blank = 0.0
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Unquantized":

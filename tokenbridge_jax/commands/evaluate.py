@@ -52,7 +52,7 @@ from tokenbridge_jax.evaluation.scores import OF_DATA, Reference
 from tokenbridge_jax.evaluation.variants import perturbation, sweep
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
-from tokenbridge_jax.quantizer import Unquantized
+from tokenbridge_jax.quantizer import Quantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes, pictures, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
@@ -282,23 +282,24 @@ def _load_pipeline(args: flags.FlagValues) -> Pipeline:
     return Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config))
 
 
-def _quantized(description: ModelDescription) -> Any:
-    """The config of a model of indices."""
+def _quantizer(description: ModelDescription) -> Quantizer:
+    """The quantizer of a model of indices; an error for a model of latents."""
     config = description.config
     if isinstance(config.quantizer, Unquantized):
         raise UserError(
             f"model.head='{config.head}' draws latents: it has no quantizer and no likelihood of "
             "indices; `evaluate generation` scores its samples"
         )
-    return config
+    return config.quantizer
 
 
 def measure_reconstruction(args: flags.FlagValues) -> None:
     """The loss of quality by the autoencoder and the quantizer: the paper's Table 1."""
-    workdir, quantizer = epath.Path(args.workdir), make_quantizer(args.config)
+    workdir = epath.Path(args.workdir)
     trained = (workdir / MODEL_FILE).exists()
-    if trained:
-        quantizer = _quantized(ModelDescription.load(workdir)).quantizer
+    quantizer = (
+        _quantizer(ModelDescription.load(workdir)) if trained else make_quantizer(args.config)
+    )
     extractor = _extractor(args)
     config, params = load_autoencoder(workdir / "autoencoder")
     codec = Codec(config, params, quantizer, meshes.make_mesh(devices=jax.local_devices()))
@@ -349,7 +350,7 @@ def _parse(name: str, texts: list[str], kind: Callable[[str], Any], form: str) -
 def measure_likelihood(args: flags.FlagValues) -> None:
     """Likelihood of held-out images, and calibration of the head."""
     pipeline = _load_pipeline(args)
-    _quantized(pipeline.description)
+    _quantizer(pipeline.description)  # Before the look for shards.
     folder = _tokens(args)
     found = likelihood.likelihood(
         pipeline,

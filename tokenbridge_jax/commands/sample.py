@@ -100,7 +100,7 @@ def main(args: flags.FlagValues) -> None:
         if processes.gather(str(storage.exists(written)))[0] == "True":
             say(f"{written} is there already: nothing to do")
             return
-    for folder in {output, written.parent, written} if args.format != "npz" else {written.parent}:
+    for folder in {output, written if args.format != "npz" else written.parent}:
         storage.remove_leftovers(folder)
     stream = pipeline.stream(
         labels.tolist(), numbers=missing, seed=args.seed, progress=True, **args.config.sampling

@@ -189,7 +189,7 @@ def outpaint(
     # The autoencoder takes as many positions at once as the model does.
     batch = max(1, batch_size * pipeline.config.positions // to_draw[0].size)
     indices = _encode(pipeline, images, hidden, encode_hidden, batch).reshape(*hidden.shape, -1)
-    nothing = pipeline.config.blank
+    nothing = pipeline.config.quantizer.blank
     canvas = np.pad(indices, [*border, (0, 0)], constant_values=nothing)
     decode = functools.partial(in_batches, pipeline.codec.decode_maps, canvas, batch)
     settings |= dict(overlap=overlap, seed=seed, progress=progress, batch_size=batch_size)

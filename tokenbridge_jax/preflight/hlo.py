@@ -227,10 +227,10 @@ def find_collective(
 
 def _offloaded(instruction: Instruction, bodies: dict[str, Body]) -> Instruction | None:
     """The collective in the computation that an instruction lets the SparseCores run."""
-    called = re.search(r"to_apply=%([^\s,]+)", instruction.text)
-    if instruction.opcode != "call-start" or not called:
+    if instruction.opcode != "call-start":
         return None
-    inside = bodies[called[1]].values()
+    called = re.search(r"to_apply=%([^\s,]+)", instruction.text)
+    inside = bodies[called[1]].values() if called else ()
     return next((line for line in inside if line.opcode in COLLECTIVES), None)
 
 

@@ -321,7 +321,7 @@ def _shown(
 ) -> Shaped[Array, "B L C"]:
     """The values, row-major; hidden positions have those of `known`, or the one nearest 0."""
     if known is None:
-        behind = jnp.asarray(config.blank, config.value_dtype)
+        behind = jnp.asarray(config.quantizer.blank, config.value_dtype)
     else:
         behind = jnp.take_along_axis(known.values, slots.orders[:, :, None], axis=1)
     hidden = (jnp.arange(config.positions) < num_hidden)[None, :, None]
