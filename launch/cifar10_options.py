@@ -1,10 +1,10 @@
 """Prices the options of sampling on the model of a CIFAR-10 run: quality against time.
 
 One option at a time differs from the run's own settings. For every value it draws the same classes
-with the same seed, and measures the time (without compiling), the Frechet distance to the training
-pictures, KID, and the share in which a classifier finds the class, all in the features of
-EfficientNet-Lite0. It needs the `scores/` of launch/score_cifar10.py. If it is stopped, the same
-command continues.
+with the same seed, and measures the time (without compiling), the Frechet distance and KID to the
+training pictures in the features of EfficientNet-Lite0, and the share in which a classifier finds
+the class. It needs the `scores/` of launch/score_cifar10.py. If it is stopped, the same command
+continues.
 
   python launch/cifar10_options.py --workdir runs/cifar10
 
@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cifar10_features import Extract, classifier_of_both_views, lite0
+from cifar10_classifier import Classifier, classifier
+from cifar10_features import Extract, lite0
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
+from score_cifar10 import read
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.config import sampling_settings
@@ -85,13 +87,13 @@ class Scorer:
       extract: pictures -> features.
       real: the features of the training pictures.
       distribution: of these features.
-      classifier: of features; from scikit-learn.
+      judge: tells whether a sample shows its class.
     """
 
     extract: Extract
     real: Float[np.ndarray, "N D"]
     distribution: Gaussian
-    classifier: Any
+    judge: Classifier
 
     @classmethod
     def of(cls, workdir: Path, config: ConfigDict) -> "Scorer":
@@ -101,18 +103,15 @@ class Scorer:
           UserError: there are none, or not of all training pictures.
         """
         train = make_subsets(config)["train"]
-        labels = np.array([train.source.label(int(i)) for i in train.images])
-        features: dict[str, Any] = {}
-        for name in ("train", "train_mirrored"):
-            file = workdir / "scores" / f"{name}.npz"
-            features[name] = storage.read_npz(file)["features"] if file.exists() else []
-            if len(features[name]) != len(labels):
-                raise UserError(
-                    f"{file} has not the features of the {len(labels)} training pictures; run "
-                    f"launch/score_cifar10.py --workdir {workdir}"
-                )
-        real, classifier = features["train"], classifier_of_both_views(features, labels)
-        return cls(lite0(), real, gaussian(real), classifier)
+        file = workdir / "scores" / "train.npz"
+        real = storage.read_npz(file)["features"] if file.exists() else np.zeros((0, 0))
+        if len(real) != len(train.images):
+            raise UserError(
+                f"{file} has not the features of the {len(train.images)} training pictures; run "
+                f"launch/score_cifar10.py --workdir {workdir}"
+            )
+        judge = classifier(file.parent, *read(train, config.data.image_size))
+        return cls(lite0(), real, gaussian(real), judge)
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"], labels: Any) -> dict[str, float]:
         """The scores of samples that were asked for with these classes."""
@@ -120,7 +119,7 @@ class Scorer:
         return {
             "frechet_distance": frechet_distance(gaussian(features), self.distribution),
             "kid": kernel_distance(features, self.real, subset_size=SUBSET)[0],
-            "accuracy": float(self.classifier.score(features, labels)),
+            "accuracy": self.judge.accuracy(images, labels),
         }
 
 

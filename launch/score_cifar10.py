@@ -2,8 +2,8 @@
 
 All features are those of EfficientNet-Lite0, trained on ImageNet. Three sets are compared with the
 training pictures: test pictures (what a perfect model would reach), test pictures that went through
-the autoencoder and the quantizer, and samples. A logistic regression on the features of the real
-training pictures tells in how many of each set it finds the class. The last line is JSON.
+the autoencoder and the quantizer, and samples. A classifier trained on the real training pictures
+tells in how many of each set it finds the class. The last line is JSON.
 
   python launch/score_cifar10.py --workdir runs/cifar10
 """
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from cifar10_features import Extract, cached, classifier_of_both_views, digest, lite0
+from cifar10_classifier import classifier
+from cifar10_features import Extract, cached, digest, lite0
 from cifar10_page import write_page
 from jaxtyping import Float, Integer, UInt8
 from ml_collections import ConfigDict
@@ -41,6 +42,7 @@ COMPARED = {
     "samples": "samples",
 }
 LIKELIHOOD = "val_nll_bits_per_index"
+COUNTED = {"pictures": "test", "train_pictures": "train"}
 MEASURES = {"frechet_distance": 3, "kid": 5, "precision": 3, "recall": 3, "accuracy": 4}
 
 
@@ -110,8 +112,8 @@ def read_sets(workdir: Path, pipeline: Pipeline, most: int | None) -> dict[str, 
     most = most or sys.maxsize
     count = min(len(source), len(samples.labels), most)
     sets = {
-        "train": _read(train.spread(most), config.data.image_size),
-        "test": _read(test.spread(count), config.data.image_size),
+        "train": read(train.spread(most), config.data.image_size),
+        "test": read(test.spread(count), config.data.image_size),
     }
     codec = pipeline.codec
 
@@ -128,7 +130,8 @@ def read_sets(workdir: Path, pipeline: Pipeline, most: int | None) -> dict[str, 
     return sets
 
 
-def _read(subset: Subset, size: int) -> Pictures:
+def read(subset: Subset, size: int) -> Pictures:
+    """The colour pictures of a subset, cropped to `size` pixels."""
     numbers = map(int, subset.images)
     images, labels = zip(*(load_prepared(subset.source, i, size, 3) for i in numbers), strict=True)
     return Pictures(np.stack(images), np.array(labels))
@@ -140,15 +143,14 @@ def _read(subset: Subset, size: int) -> Pictures:
 def extract_all(
     workdir: Path, sets: dict[str, Pictures], extract: Extract
 ) -> dict[str, Float[np.ndarray, "N D"]]:
-    """The features of each set and of the mirrored training pictures, which files keep."""
-    mirrored = sets["train"]._replace(images=sets["train"].images[:, :, ::-1])
+    """The features of each set, which files keep."""
     return {
         name: cached(
             workdir / "scores" / f"{name}.npz",
             digest(part.images),
             lambda part=part: {"features": extract(part.images)},
         )["features"]
-        for name, part in (sets | {"train_mirrored": mirrored}).items()
+        for name, part in sets.items()
     }
 
 
@@ -161,14 +163,13 @@ def measure(
     known = folder / "scores.json"
     if known.exists() and (found := storage.read_json(known))["inputs"] == inputs:
         return found["scores"], found["remarks"]
-    labels = sets["train"].labels
-    classifier = classifier_of_both_views(features, labels)
-    scores: dict[str, float] = {"pictures": len(features["test"]), "train_pictures": len(labels)}
+    judge = classifier(folder, *sets["train"])
+    scores: dict[str, float] = {name: len(features[part]) for name, part in COUNTED.items()}
     remarks: list[str] = []
     for name in COMPARED:
         paths = [str(folder / f"{part}.npz") for part in (name, "train")]
         compared, _, remarks = feature_files.compare(samples=paths[0], reference=paths[1])
-        compared["accuracy"] = float(classifier.score(features[name], sets[name].labels))
+        compared["accuracy"] = judge.accuracy(*sets[name])
         scores |= {f"{name}_{key}": compared[key] for key in MEASURES if key in compared}
     ratios = psnr(sets["test"].images, sets["reconstructions"].images)
     scores["psnr"] = float(ratios.mean())
