@@ -65,10 +65,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.model = dict(
         SIZES["L"],  # encoder_width, encoder_layers, encoder_heads, decoder_..., head_...
-        head="channel_ar",  # or parallel; or diffusion, of imported weights (MAR)
+        head="channel_ar",  # or parallel; of latents: diffusion (MAR), flow, mixture (GIVT)
         channels_per_group=1,
-        head_draws=4,  # of the head diffusion in training
-        head_steps=100,  # of the head diffusion in sampling
+        head_draws=4,  # of the heads diffusion and flow in training
+        head_steps=100,  # of the heads diffusion and flow in sampling
+        head_solver="heun",  # of the head flow: each step runs its network twice; or euler, once
+        head_components=16,  # of the head mixture
+        head_proposals=128,  # of the head mixture: draws that guidance chooses from
         channel_order="tokens",  # the shards' own; or reverse, identity
         buffer=64,
         dropout=0.0,

@@ -26,6 +26,7 @@ from tiny_model import tiny_pipeline as make_pipeline
 
 from tokenbridge_jax.flops import head_flops
 from tokenbridge_jax.heads import diffusion
+from tokenbridge_jax.heads.conditioned_mlp import SINUSOIDS
 from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.heads.noise_schedule import NoiseSchedule
 from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
@@ -232,7 +233,7 @@ def test_flops_of_drawing_are_those_of_the_program(branches):
         )
 
     found = program_flops(jax.make_jaxpr(draw)(abstract_params(config)).jaxpr)
-    times = config.head_steps * 2 * 32 * (diffusion.SINUSOIDS + 32)
+    times = config.head_steps * 2 * 32 * (SINUSOIDS + 32)
     assert found == COUNT * head_flops(config, branches) + times
 
 

@@ -13,9 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 from tokenbridge_jax.backbone import Backbone
 from tokenbridge_jax.heads.channel_ar import ChannelAR
 from tokenbridge_jax.heads.diffusion import DIFFUSION_STEPS, DiffusionHead
+from tokenbridge_jax.heads.flow import SOLVERS, FlowHead
 from tokenbridge_jax.heads.grouped import GroupedHead
 from tokenbridge_jax.heads.head import Guidance, Head
 from tokenbridge_jax.heads.independent import IndependentHead
+from tokenbridge_jax.heads.mixture import MixtureHead
 from tokenbridge_jax.quantizer import Quantizer, Unquantized, quantizer_from_json
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
@@ -43,6 +45,8 @@ HEADS: dict[str, Any] = {
     "channel_ar": ChannelAR,
     "parallel": IndependentHead,
     "diffusion": DiffusionHead,
+    "flow": FlowHead,
+    "mixture": MixtureHead,
 }
 
 # Every joint class has a column of the classifier, which would dominate a head with more of them.
@@ -64,7 +68,9 @@ class TokenBridgeConfig:
     `head` is one of `HEADS`. If `channels_per_group` is above 1, the head predicts groups of so
     many neighbours in the channel order as joint classes. (Both are ablations of the paper.) Heads
     of latents have an `Unquantized` in place of a quantizer and no channel order. `head_draws` and
-    `head_steps` are the diffusion head's draws in training and its steps in sampling.
+    `head_steps` are the draws in training and the steps in sampling of the heads diffusion and
+    flow; `head_solver` is how flow makes a step. `head_components` and `head_proposals` are the
+    mixture's components and the draws that its guidance chooses from.
 
     `dtype`, `remat`, `scan_layers` and `head_chunk` only change memory and speed; the last two also
     change the draws of dropout. `scan_layers` makes one small program for all layers, which
@@ -95,6 +101,9 @@ class TokenBridgeConfig:
     channels_per_group: int = 1
     head_draws: int = _changeable(4)
     head_steps: int = _changeable(100)
+    head_solver: str = _changeable("heun")
+    head_components: int = 16
+    head_proposals: int = _changeable(128)
     buffer: int = 64
     dropout: float = _changeable(0.1)
     first_token_quirk: bool = False
@@ -142,6 +151,10 @@ class TokenBridgeConfig:
         if not 2 <= self.head_steps <= DIFFUSION_STEPS:
             raise UserError(
                 f"model.head_steps={self.head_steps} must be from 2 to {DIFFUSION_STEPS}"
+            )
+        if self.head_solver not in SOLVERS:
+            raise UserError(
+                f"model.head_solver='{self.head_solver}' is not one of {', '.join(SOLVERS)}"
             )
         if self.of_latents and self.channels_per_group > 1:
             raise UserError(
@@ -300,11 +313,11 @@ class TokenBridge(nn.Module):
     def nll(
         self,
         feature: Float[Array, "B M D"],
-        indices: Shaped[Array, "B M C"],
+        values: Shaped[Array, "B M C"],
         as_sampled: bool = False,
     ) -> Float[Array, "B M C"]:
-        """Every index's negative log-likelihood in nats, in autoencoder order; see `Head.nll`."""
-        return self.head.nll(merge(feature), merge(indices), as_sampled).reshape(indices.shape)
+        """Every value's negative log-likelihood in nats, in autoencoder order; see `Head.nll`."""
+        return self.head.nll(merge(feature), merge(values), as_sampled).reshape(values.shape)
 
     def loss(
         self,
@@ -352,16 +365,9 @@ def merge(x: Shaped[Array, "B M ..."]) -> Shaped[Array, "B*M ..."]:
 
 def make_head(config: TokenBridgeConfig) -> Head:
     """The head that a config names."""
-    if HEADS[config.head] is DiffusionHead:
-        return DiffusionHead(
-            config.channels,
-            config.head_width,
-            config.head_layers,
-            config.head_draws,
-            config.head_steps,
-            jnp.dtype(config.dtype),
-            config.scan_layers,
-        )
+    if config.of_latents:
+        head: Head = HEADS[config.head].from_config(config)
+        return head
     is_grouped = config.channels_per_group > 1
     quirk = {"first_token_quirk": True} if config.first_token_quirk else {}
     make = functools.partial(

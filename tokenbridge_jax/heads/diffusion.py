@@ -1,13 +1,12 @@
 """MAR's diffusion head (Li et al., 2024, arXiv 2406.11838): a small network denoises a position.
 
-The network sees the noisy latents of one position, the step and the backbone's feature. It predicts
-the noise, and where the variance of a reverse step lies between its bounds (Nichol & Dhariwal,
-2021, eq. 15). Positions are independent of each other, given their features.
+The network predicts the noise in the latents, and where the variance of a reverse step lies between
+its bounds (Nichol & Dhariwal, 2021, eq. 15).
 """
 
 import functools
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,14 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from tokenbridge_jax.heads.head import Guidance, Head
+from tokenbridge_jax.heads.conditioned_mlp import ConditionedMLP, draw_noise, mixed
+from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.heads.noise_schedule import NoiseSchedule
-from tokenbridge_jax.layers import Dense, LayerNorm
-from tokenbridge_jax.ops.norm import normalize
-from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.transformer import Modulation, embedding_init, modulate, stack_layers
 
-SINUSOIDS = 256
 # Of training; sampling takes some of them.
 DIFFUSION_STEPS = 1000
 # Half the width of a bin of 8-bit data in [-1, 1], which the likelihood of the first step is for.
@@ -41,74 +36,14 @@ class Prediction(NamedTuple):
     place: Array
 
 
-class ResidualBlock(nn.Module):
-    """A linear layer, SiLU and another one, with a modulated norm before and a gate after."""
+class DiffusionHead(ConditionedMLP):
+    """Draws continuous latents; the steps of sampling are evenly spaced among the 1000 of training.
 
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*N D"], condition: Float[Array, "*N D"]
-    ) -> tuple[Float[Array, "*N D"], None]:
-        """Runs the block; `condition` is after its SiLU."""
-        width = x.shape[-1]
-        modulation = Modulation(3, self.dtype, name="modulation")(condition)
-        shift, scale, gate = jnp.split(modulation, 3, axis=-1)
-        h = modulate(LayerNorm(self.dtype, name="norm")(x), shift, scale)
-        h = nn.silu(Dense((width,), ("embed", "mlp"), self.dtype, name="fc1")(h))
-        return x + gate * Dense((width,), ("mlp", "embed"), self.dtype, name="fc2")(h), None
-
-
-class DiffusionHead(Head):
-    """Draws continuous latents.
-
-    Attributes:
-      channels: C.
-      width: of the network.
-      layers: residual blocks of the network.
-      draws: steps and noises that the loss draws for each position.
-      steps: of sampling, evenly spaced among the 1000 of training.
-      dtype: of the network's activations.
-      scan_layers: see `TokenBridgeConfig`.
+    See `ConditionedMLP` for the attributes.
     """
 
-    channels: int
-    width: int
-    layers: int
-    draws: int = 4
-    steps: int = 100
-    dtype: Any = jnp.float32
-    scan_layers: bool = True
-
-    of_latents: ClassVar[bool] = True
-    has_probabilities: ClassVar[bool] = False
     is_published: ClassVar[bool] = True
-
-    @classmethod
-    def position_flops(cls, config: Any) -> int:
-        """See `Head.position_flops`."""
-        width = config.head_width
-        time = 2 * (SINUSOIDS * width + width * width)
-        condition = 2 * config.decoder_width * width
-        return condition + config.head_draws * (time + _network_flops(config))
-
-    @classmethod
-    def drawing_flops(cls, config: Any, branches: int) -> int:
-        """See `Head.drawing_flops`: the branches share nothing; all positions share the times."""
-        condition = 2 * config.decoder_width * config.head_width
-        return branches * (condition + config.head_steps * _network_flops(config))
-
-    def setup(self) -> None:
-        of_width = functools.partial(Dense, (self.width,), (None, "embed"), self.dtype)
-        self.input_proj = of_width()
-        self.condition_proj = of_width()
-        self.time_fc1 = of_width(init=embedding_init)
-        self.time_fc2 = of_width(init=embedding_init)
-        stack = stack_layers(ResidualBlock, self.layers, scan_layers=self.scan_layers)
-        self.blocks = stack(self.dtype)
-        self.final_modulation = Modulation(2, self.dtype)
-        zeros = nn.initializers.zeros
-        self.output = Dense((2 * self.channels,), ("embed", None), self.dtype, init=zeros)
+    outputs: ClassVar[int] = 2
 
     def loss(
         self, feature: Float[Array, "N Z"], targets: Float[Array, "N C"], keys: Key[Array, " N"]
@@ -150,12 +85,8 @@ class DiffusionHead(Head):
         return error, bound
 
     def denoise(self, noisy: Float[Array, "*N C"], condition: Float[Array, "*N D"]) -> Prediction:
-        """Runs the network; `condition` is the sum of feature's and time's embeddings."""
-        condition = nn.silu(condition)
-        x, _ = self.blocks(self.input_proj(noisy), condition)
-        shift, scale = jnp.split(self.final_modulation(condition), 2, axis=-1)
-        x = modulate(normalize(x).astype(self.dtype), shift, scale)
-        return Prediction(*jnp.split(self.output(x).astype(jnp.float32), 2, axis=-1))
+        """See `ConditionedMLP.network`."""
+        return Prediction(*jnp.split(self.network(noisy, condition), 2, axis=-1))
 
     def sample(
         self,
@@ -171,10 +102,7 @@ class DiffusionHead(Head):
         """
         schedule = _training().respaced(self.steps)
         start = draw_noise(keys, self.steps, self.channels)
-        # The branches of guidance are side by side, so that they stay on one device.
-        branches = [feature] if guidance is None else [feature, guidance.null]
-        condition = self.condition_proj(jnp.stack(branches, axis=1))
-        condition = meshes.constrain(condition, "batch", None, None)
+        condition = self.branches(feature, guidance)
         times = self.time_embedding(jnp.asarray(schedule.timesteps))
 
         def reverse(
@@ -201,36 +129,10 @@ class DiffusionHead(Head):
         """x after the reverse step i of a schedule; the last one, i = 0, adds no noise."""
         noisy = jnp.broadcast_to(x[:, None], (*condition.shape[:2], self.channels))
         found = self.denoise(noisy, condition)
-        predicted = found.noise[:, 0]
-        if guidance is not None:
-            null = found.noise[:, 1]
-            predicted = null + guidance.scale * (predicted - null)
+        predicted = mixed(found.noise, guidance)
         of_step = _lookups(schedule, i)
         mean, logvar = of_step.reverse(x, predicted, found.place[:, 0])
         return mean + jnp.where(i > 0, jnp.exp(0.5 * logvar) * noise, 0)
-
-    def time_embedding(self, time: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-        """Of steps 0 to 999: sinusoids, cosines first, and two linear layers with SiLU between."""
-        half = SINUSOIDS // 2
-        frequencies = np.exp(-math.log(10000) * np.arange(half) / half).astype(np.float32)
-        angles = jnp.multiply.outer(time.astype(jnp.float32), frequencies)
-        sinusoids = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        return self.time_fc2(nn.silu(self.time_fc1(sinusoids)))
-
-
-def _network_flops(config: Any) -> int:
-    """Of one run of the network, without the embeddings of condition and time."""
-    width, channels = config.head_width, config.channels
-    block = (3 + 2) * width * width  # Modulation and two linear layers.
-    final = 2 * width * width + 2 * channels * width
-    return 2 * (channels * width + config.head_layers * block + final)
-
-
-def draw_noise(
-    keys: Key[Array, " N"], i: Int[Array, ""] | int, channels: int
-) -> Float[Array, "N C"]:
-    """Normal noise of every position at the reverse step i, or at the start: i = steps."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), (channels,)))(keys)
 
 
 class _AtTime(NamedTuple):

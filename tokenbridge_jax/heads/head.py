@@ -35,7 +35,8 @@ class Head(nn.Module):
 
     Attributes:
       of_latents: whether the values are latents; otherwise they are indices.
-      has_probabilities: whether it knows the probability of values, which confidence order needs.
+      has_probabilities: whether it knows the probability of values, or their density; confidence
+        order and likelihoods need it.
       is_published: whether weights of it were released; `torch_bridge` reads and writes them.
       has_quirk: whether it knows `first_token_quirk`.
     """
@@ -78,15 +79,27 @@ class Head(nn.Module):
         """See `IndexHead.logits`.
 
         Raises:
-          UserError: the head has no probabilities.
+          UserError: the head draws latents.
         """
-        raise UserError("this model's head gives no probabilities: there is no exact likelihood")
+        raise NotImplementedError
 
     def nll(
-        self, feature: Float[Array, "N Z"], indices: Shaped[Array, "N C"], as_sampled: bool = False
+        self, feature: Float[Array, "N Z"], values: Shaped[Array, "N C"], as_sampled: bool = False
     ) -> Float[Array, "N C"]:
-        """See `IndexHead.nll`; raises as `logits` does."""
-        return self.logits(feature, indices, as_sampled)
+        """Negative log-likelihood of every value in nats, in autoencoder order.
+
+        It is -log p of an index, and of a latent -log of its density. The value of a channel is
+        predicted from those of the channels before it, so the channels add up to the position's.
+
+        Args:
+          feature: the backbone's feature of each position.
+          values: all C values, in autoencoder order.
+          as_sampled: use the distribution that `sample` draws from, if training has another one.
+
+        Raises:
+          UserError: the head has no probabilities.
+        """
+        raise NotImplementedError
 
     def sample(
         self,
@@ -104,8 +117,8 @@ class Head(nn.Module):
           guidance: None is none. Each head says what it mixes.
 
         Returns:
-          Values in autoencoder order, and the float32 log-probability of each position's values, in
-          nats; None if the head does not know it.
+          Values in autoencoder order, and the float32 log-probability (or log-density) of each
+          position's values, in nats; None if the head does not know it.
         """
         raise NotImplementedError
 
@@ -146,12 +159,12 @@ class IndexHead(Head):
         raise NotImplementedError
 
     def nll(
-        self, feature: Float[Array, "N Z"], indices: Integer[Array, "N C"], as_sampled: bool = False
+        self, feature: Float[Array, "N Z"], values: Integer[Array, "N C"], as_sampled: bool = False
     ) -> Float[Array, "N C"]:
-        """Negative log-likelihood of every index in nats, in autoencoder order; see `logits`."""
+        """See `Head.nll`; the order of the channels is the channel order."""
         order = np.array(self.channel_order)
-        logits = self.logits(feature, indices, as_sampled)
-        nll = jax.nn.logsumexp(logits, axis=-1) - pick(logits, indices[:, order])
+        logits = self.logits(feature, values, as_sampled)
+        nll = jax.nn.logsumexp(logits, axis=-1) - pick(logits, values[:, order])
         return jnp.take(nll, np.argsort(order), axis=1, unique_indices=True)
 
     def sample(
@@ -165,8 +178,44 @@ class IndexHead(Head):
         raise NotImplementedError
 
 
+class LatentHead(Head):
+    """A distribution over one position's C continuous latents.
+
+    A new one implements `from_config`, `summary`, `loss`, `sample`, `position_flops` and
+    `drawing_flops`; and `nll`, if it has a density.
+    """
+
+    of_latents: ClassVar[bool] = True
+    has_probabilities: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, config: Any) -> "LatentHead":
+        """The head of a `TokenBridgeConfig`."""
+        raise NotImplementedError
+
+    @classmethod
+    def summary(cls, config: Any) -> str:
+        """The sizes of the head of a `TokenBridgeConfig`, for the card of a model."""
+        raise NotImplementedError
+
+    def logits(
+        self, feature: Float[Array, "N Z"], indices: Shaped[Array, "N C"], as_sampled: bool = False
+    ) -> Float[Array, "N C V"]:
+        """Raises `UserError`: latents have no levels."""
+        raise UserError("this model's head draws latents, which have no levels and no logits")
+
+    def nll(
+        self, feature: Float[Array, "N Z"], values: Float[Array, "N C"], as_sampled: bool = False
+    ) -> Float[Array, "N C"]:
+        """See `Head.nll`; raises `UserError` unless a head has a density."""
+        raise UserError("this model's head gives no probabilities: there is no exact likelihood")
+
+
 def guided(feature: Float[Array, "N Z"], guidance: Guidance | None) -> Float[Array, "N Z"]:
-    """The features null + scale (feature - null), in float32; without guidance `feature`."""
+    """null + scale (feature - null), in float32; without guidance `feature`.
+
+    It mixes features, or what a head predicts from them.
+    """
     if guidance is None:
         return feature
     # In float32: a difference of near equals is about to be magnified.

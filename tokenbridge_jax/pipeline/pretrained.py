@@ -23,6 +23,7 @@ from etils import epath
 
 from tokenbridge_jax.autoencoder import save_autoencoder
 from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.model import HEADS
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -220,9 +221,8 @@ def _rows_of_indices(model: Any) -> dict[str, str]:
 
 
 def _rows_of_latents(model: Any) -> dict[str, str]:
-    blocks = f"{model.head_layers} blocks of width {model.head_width}"
     return {
-        "head": f"{model.head}, {blocks}, {model.head_steps} steps",
+        "head": f"{model.head}, {HEADS[model.head].summary(model)}",
         "positions, channels": f"{model.positions}, {model.channels}",
         "quantizer": "none: the head draws latents",
     }
