@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_mlp
 from goldens_model import assert_close
 from scipy import stats
 from tiny_model import (
@@ -66,32 +67,14 @@ def random_inputs(draws: int, count: int = COUNT, seed: int = 0):
 
 def torch_losses(state, feature, latents, time, noise):
     """MAR's head in PyTorch, float64: squared error, and the bound in bits with fixed noise."""
-    linear = torch.nn.functional.linear
-    silu, norm = torch.nn.functional.silu, torch.nn.functional.layer_norm
     betas = torch.tensor(NoiseSchedule.cosine().betas)
     kept = torch.cumprod(1 - betas, 0)
     before = torch.cat([torch.ones(1).double(), kept[:-1]])
 
-    def layer(path, x):
-        kernel, bias = state[path]["kernel"], state[path]["bias"]
-        return linear(x, kernel.reshape(len(kernel), -1).T, bias.ravel())
-
-    frequencies = torch.exp(-math.log(10000) * torch.arange(128).double() / 128)
-    angles = time[..., None] * frequencies
-    sinusoids = torch.cat([angles.cos(), angles.sin()], -1)
-    y = layer("time_fc2", silu(layer("time_fc1", sinusoids))) + layer("condition_proj", feature)
     at = functools.partial(torch.index_select, dim=0, index=time.ravel())
     of = lambda table: at(table).reshape(*time.shape, 1)  # noqa: E731
     noisy = of(kept).sqrt() * latents + (1 - of(kept)).sqrt() * noise
-    x = layer("input_proj", noisy)
-    for block in state["blocks"]:
-        shift, scale, gate = torch.chunk(linear(silu(y), *flat(block["modulation"])), 3, -1)
-        h = norm(x, x.shape[-1:], block["norm"]["scale"], block["norm"]["bias"], 1e-6)
-        h = silu(linear(h * (1 + scale) + shift, *flat(block["fc1"])))
-        x = x + gate * linear(h, *flat(block["fc2"]))
-    shift, scale = torch.chunk(linear(silu(y), *flat(state["final_modulation"])), 2, -1)
-    x = norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-    predicted, variance = torch.chunk(layer("output", x), 2, -1)
+    predicted, variance = torch.chunk(torch_mlp.network(state, feature, noisy, time), 2, -1)
 
     fixed = predicted.detach()
     data = (noisy - (1 - of(kept)).sqrt() * fixed) / of(kept).sqrt()
@@ -114,11 +97,6 @@ def torch_losses(state, feature, latents, time, noise):
     return (noise - predicted) ** 2, bound / math.log(2)
 
 
-def flat(layer):
-    kernel = layer["kernel"]
-    return kernel.reshape(len(kernel), -1).T, layer["bias"].ravel()
-
-
 def test_losses_and_gradients_are_pytorchs(params):
     inputs = random_inputs(draws=4)
     inputs[2][:2] = 0  # The likelihood of the first step, in and outside of [-1, 1].
@@ -137,15 +115,10 @@ def test_losses_and_gradients_are_pytorchs(params):
     with_gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     (_, found), gradients = with_gradient(params["head"], jnp.asarray(inputs[0]))
 
-    def leaf(x):
-        return torch.tensor(np.asarray(x, np.float64), requires_grad=True)
-
-    state = jax.tree.map(leaf, params["head"])
-    layers = [jax.tree.map(lambda x, i=i: x[i], state["blocks"]) for i in range(TINY.head_layers)]
-    feature = leaf(inputs[0])
+    state, feature = torch_mlp.leaves(params["head"]), torch_mlp.leaves(inputs[0])
     time = torch.tensor(inputs[2]).long()
     rest = torch.tensor(inputs[1]).double(), time, torch.tensor(inputs[3]).double()
-    expected = torch_losses(state | {"blocks": layers}, feature, *rest)
+    expected = torch_losses(state, feature, *rest)
     (expected[0] + expected[1]).mean().backward()
     for ours, theirs, name in zip(found, expected, ("error", "bound"), strict=True):
         assert_close(ours, theirs.detach(), 1e-4, name)

@@ -103,7 +103,7 @@ class TokenBridgeConfig:
     head_steps: int = _changeable(100)
     head_solver: str = _changeable("heun")
     head_components: int = 16
-    head_proposals: int = _changeable(128)
+    head_proposals: int = _changeable(256)
     buffer: int = 64
     dropout: float = _changeable(0.1)
     first_token_quirk: bool = False

@@ -70,7 +70,7 @@ class MixtureHead(LatentHead):
 
     channels: int
     components: int = 16
-    proposals: int = 128
+    proposals: int = 256
 
     has_probabilities: ClassVar[bool] = True
 
