@@ -208,11 +208,3 @@ def test_likelihoods_of_a_model(params):
         nats = validate(params, [batch | {"weights": np.ones(4, np.float32)}])
     expected = -totals.sum() / latents.size / np.log(2)
     assert bits(nats) == pytest.approx(expected, rel=1e-4)
-
-
-def test_confidence_order_on_a_mesh(params):
-    """It compares the densities of drawn positions; a mesh changes rounding only."""
-    many = tiny_pipeline(TINY, params, meshes.make_mesh(2, 2, 2))
-    settings = dict(num_iter=2, guidance=1.5, order="confidence")
-    drawn = tiny_pipeline(TINY, params).generate_indices([0, 1, 2, 0], **settings)
-    assert relative_error(many.generate_indices([0, 1, 2, 0], **settings), drawn) < 1e-4
