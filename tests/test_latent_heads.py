@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 from tiny_model import (
+    head_method,
     loss_flops,
     program_flops,
     random_params,
@@ -19,6 +23,7 @@ from tiny_model import (
 from tokenbridge_jax.flops import head_flops
 from tokenbridge_jax.heads.conditioned_mlp import SINUSOIDS
 from tokenbridge_jax.heads.head import Guidance
+from tokenbridge_jax.model import HEADS as REGISTERED
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.quantizer import Unquantized
 from tokenbridge_jax.runtime import meshes
@@ -105,3 +110,25 @@ def test_configs_survive_json_and_refuse_what_makes_no_sense(kind):
             dataclasses.replace(config, **changes)
     with pytest.raises(UserError, match=f"PyTorch files hold .* this model has head='{kind}'"):
         export_model(config, {})
+
+
+def test_the_example_of_contributing(tmp_path, monkeypatch):
+    """It is a head that a model can have, and its density is that of its draws."""
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    (tmp_path / "normal.py").write_text(text.split("```python\n")[1].split("```")[0])
+    head = runpy.run_path(str(tmp_path / "normal.py"))["NormalHead"]
+    monkeypatch.setitem(REGISTERED, "normal", head)
+    config = tiny(head="normal", **LATENTS)
+    assert loss_flops(config, 5)[0] == config.forward_flops(5)
+    params = random_params(config, spread=0.1)
+    feature = jnp.ones((2000, config.decoder_width))
+    keys = jax.random.split(jax.random.key(0), len(feature))
+    drawn, log_probs = head_method(config, "sample")(params, feature, keys, jnp.float32(1))
+    projected = np.asarray(feature[0] @ params["head"]["proj"]["kernel"])
+    mean, log_deviation = np.split(projected + np.asarray(params["head"]["proj"]["bias"]), 2)
+    standard = (np.asarray(drawn) - mean) / np.exp(log_deviation)
+    assert stats.kstest(standard.ravel(), "norm").pvalue > 1e-3
+    expected = stats.norm.logpdf(drawn, mean, np.exp(log_deviation)).sum(axis=1)
+    np.testing.assert_allclose(log_probs, expected, rtol=1e-4, atol=1e-4)
+    pipeline = tiny_pipeline(config, params)
+    assert np.isfinite(pipeline.generate_indices([0, 1], num_iter=2, guidance=2.0)).all()

@@ -295,7 +295,7 @@ class Pipeline:
         Each position is predicted independently; each of its channels is predicted from the
         channels before it in the channel order. These are the probabilities of sampling at
         temperature 1 without guidance, with `first_token_quirk` if it is on. Confidence order
-        compares their sum over channels.
+        compares their sum over channels. For latents they are log-densities, if the head has any.
 
         Args:
           indices: of whole images.
@@ -307,7 +307,8 @@ class Pipeline:
           Log-probabilities in nats, float32, NaN at visible positions.
 
         Raises:
-          UserError: a class does not exist, or shapes, levels or the batch size do not fit.
+          UserError: a class does not exist, shapes, levels or the batch size do not fit, or the
+            head has no probabilities.
         """
         batch_size = checks.at_least("batch_size", batch_size, 1)
         labels = checks.labels(self.labels(class_ids), self.config.classes)
