@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from tokenbridge_jax.heads.head import Guidance, LatentHead, guided
-from tokenbridge_jax.layers import Dense, LayerNorm
+from tokenbridge_jax.layers import Dense, LayerNorm, copies
 from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.transformer import Modulation, embedding_init, modulate, stack_layers
@@ -127,12 +127,19 @@ class ConditionedMLP(LatentHead):
     def network(
         self, noisy: Float[Array, "*N C"], condition: Float[Array, "*N D"]
     ) -> Float[Array, "*N {self.outputs}*C"]:
-        """Runs the network; `condition` is the sum of feature's and time's embeddings."""
+        """Runs the network; `condition` is the sum of the embeddings of feature and time."""
         condition = nn.silu(condition)
         x, _ = self.blocks(self.input_proj(noisy), condition)
         shift, scale = jnp.split(self.final_modulation(condition), 2, axis=-1)
         x = modulate(normalize(x).astype(self.dtype), shift, scale)
         return self.output(x).astype(jnp.float32)
+
+    def condition(
+        self, feature: Float[Array, "N Z"], time: Shaped[Array, "draws N"]
+    ) -> Float[Array, "draws N D"]:
+        """The sum of the embeddings of features and times, for the loss."""
+        times = self.time_embedding(time)
+        return copies(self.condition_proj(feature)[None], times.shape, self.dtype) + times
 
     def branches(
         self, feature: Float[Array, "N Z"], guidance: Guidance | None

@@ -73,8 +73,7 @@ class DiffusionHead(ConditionedMLP):
         of_time = _lookups(_training(), time[..., None])
         targets = jnp.broadcast_to(targets, noise.shape)
         noisy = of_time.add_noise(targets, noise)
-        condition = self.condition_proj(feature)[None] + self.time_embedding(time)
-        found = self.denoise(noisy, condition)
+        found = self.denoise(noisy, self.condition(feature, time))
         error = jnp.square(noise - found.noise)
 
         mean, logvar = of_time.reverse(noisy, jax.lax.stop_gradient(found.noise), found.place)

@@ -72,8 +72,8 @@ class FlowHead(ConditionedMLP):
         """The squared error of the velocity at these times on the paths from these noises."""
         t = time[..., None]
         noisy = (1 - t) * noise + t * targets[None]
-        condition = self.condition_proj(feature)[None] + self.time_embedding(_TIME_SCALE * time)
-        return jnp.square(targets[None] - noise - self.network(noisy, condition))
+        predicted = self.network(noisy, self.condition(feature, _TIME_SCALE * time))
+        return jnp.square(targets[None] - noise - predicted)
 
     def sample(
         self,

@@ -33,19 +33,16 @@ class Mixture(NamedTuple):
     means: Float[Array, "*N k C"]
     deviations: Float[Array, "*N k C"]
 
-    def log_densities(self, x: Float[Array, "*N C"]) -> Float[Array, "*N k C"]:
-        """Of every channel in every component."""
-        standard = (x[..., None, :] - self.means) / self.deviations
-        return -0.5 * (jnp.square(standard) + math.log(2 * math.pi)) - jnp.log(self.deviations)
+    def log_density(self, x: Float[Array, "N draws C"]) -> Float[Array, "N draws"]:
+        """Of several draws for each position; components one by one, which takes less memory."""
 
-    def log_density(self, x: Float[Array, "*N C"]) -> Float[Array, "*N"]:
-        """Of the position."""
-        joint = self.log_weights + self.log_densities(x).sum(axis=-1)
-        return jax.nn.logsumexp(joint, axis=-1)
+        def add(total: Float[Array, "N draws"], component: Any) -> tuple[jax.Array, None]:
+            log_weight, mean, deviation = (x[:, None] for x in component)
+            of_channels = _log_normal(x, mean, deviation)
+            return jnp.logaddexp(total, log_weight + of_channels.sum(axis=-1)), None
 
-    def of_each_draw(self) -> "Mixture":
-        """With an axis that broadcasts against several draws for each position."""
-        return Mixture(*(x[:, None] for x in self))
+        components = jax.tree.map(lambda x: x.swapaxes(0, 1), tuple(self))
+        return jax.lax.scan(add, jnp.full(x.shape[:2], -jnp.inf), components)[0]
 
     def draw(self, key: Key[Array, ""], temperature: Float[Array, ""]) -> Float[Array, " C"]:
         """Draws the latents of one position, whose mixture this is; see `MixtureHead.sample`."""
@@ -121,7 +118,8 @@ class MixtureHead(LatentHead):
         channel's density is the ratio of two such sums. Their logarithms add up to the position's.
         """
         mixture = self.mixture(feature)
-        joint = mixture.log_weights[..., None] + jnp.cumsum(mixture.log_densities(values), axis=-1)
+        of_channels = _log_normal(values[:, None], mixture.means, mixture.deviations)
+        joint = mixture.log_weights[..., None] + jnp.cumsum(of_channels, axis=-1)
         log_density = jax.nn.logsumexp(joint, axis=1)
         return -jnp.diff(log_density, axis=1, prepend=0)
 
@@ -151,12 +149,18 @@ class MixtureHead(LatentHead):
             return jax.vmap(mixture.draw, (0, None))(jax.random.split(key, count), temperature)
 
         proposed = jax.vmap(propose)(mixture, proposal_keys)
-        log_density = mixture.of_each_draw().log_density(proposed)
+        log_density = mixture.log_density(proposed)
         if guidance is None:
             return proposed[:, 0], log_density[:, 0]
-        null_density = self.mixture(guidance.null).of_each_draw().log_density(proposed)
+        null_density = self.mixture(guidance.null).log_density(proposed)
         log_weights = (guidance.scale - 1) * (log_density - null_density)
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (count,)))(choice_keys)
         chosen = jnp.argmax(log_weights + gumbel, axis=1)[:, None]
         latents = jnp.take_along_axis(proposed, chosen[..., None], axis=1)[:, 0]
         return latents, jnp.take_along_axis(log_density, chosen, axis=1)[:, 0]
+
+
+def _log_normal(x: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:
+    """The log-density of a normal distribution."""
+    standard = (x - mean) / deviation
+    return -0.5 * (jnp.square(standard) + math.log(2 * math.pi)) - jnp.log(deviation)
