@@ -56,7 +56,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.tokenize = dict(
         batch_size=32,
-        posterior_samples=1,
+        store="indices",  # or latents (posterior mean and deviation, for heads of latents), or both
+        posterior_samples=1,  # of indices
         records_per_shard=4096,
         validation_fraction=0.0,
         # Shards are used for long, so this is precise: on an H200, 5 of 100,000 indices differ from

@@ -224,7 +224,7 @@ def test_the_parallel_head_only_lacks_the_tables_of_previous_indices():
         ({"head": "gan"}, r"model\.head='gan' is not one of channel_ar, parallel, diffusion"),
         (
             {"head": "diffusion"},
-            r"model\.head='diffusion' needs latents, not indices; tokenize writes no",
+            r"model\.head='diffusion' needs latents, not indices; tokenize the",
         ),
         ({"channels_per_group": 3}, r"channels_per_group=3 must divide 4 channels into groups"),
         ({"channels_per_group": 4}, r"must divide 4 channels into groups, at least two"),

@@ -45,7 +45,7 @@ SETTINGS = {
         "levels": 16, "range": 3.0, "channel_order": "identity", "calibration_images": 1000,
     },
     "tokenize": {
-        "batch_size": 8, "posterior_samples": 1, "records_per_shard": 10,
+        "batch_size": 8, "store": "indices", "posterior_samples": 1, "records_per_shard": 10,
         "validation_fraction": 0.0, "precision": "float32",
     },
 }  # fmt: skip

@@ -32,12 +32,14 @@ class Encoded(NamedTuple):
       indices: in the quantizer's `index_dtype`; channels are in the autoencoder's order.
       clipped: how many of an image's positions were outside the quantizer's range, per channel.
       broken: which images have a NaN among their latents; their indices mean nothing.
+      deviation: of the posterior of the scaled latents, float32, if it was asked for.
     """
 
     latents: Float[Array | np.ndarray, "B h w C"]
     indices: Shaped[Array | np.ndarray, "B L C"]
     clipped: Integer[Array | np.ndarray, "B C"]
     broken: Bool[Array | np.ndarray, " B"]
+    deviation: Float[Array | np.ndarray, "B h w C"] | None = None
 
 
 class Codec:
@@ -77,7 +79,10 @@ class Codec:
         self.params = jax.device_put(dict(params), meshes.replicated(mesh))
         check_precision(precision, "precision")
         module = Autoencoder(config, precision)
-        self._encode = self._on_mesh(functools.partial(_encode, module, quantizer))
+        self._encode, self._encode_posterior = (
+            self._on_mesh(functools.partial(_encode, module, quantizer, with_deviation))
+            for with_deviation in (False, True)
+        )
         self._decode = self._on_mesh(functools.partial(_decode, module))
         self._dequantize = jax.jit(quantizer.dequantize)
 
@@ -88,6 +93,8 @@ class Codec:
         seed: int | Any = 0,
         stream: int = 0,
         side: int | None = None,
+        *,
+        deviation: bool = False,
     ) -> Encoded:
         """Encodes images. It does not wait for the device: reading a field of the result does.
 
@@ -98,6 +105,7 @@ class Codec:
           seed: of the noise.
           stream: distinguishes images with the same ids; below 2^32.
           side: as for `check_images`.
+          deviation: also return the posterior's deviation.
 
         Raises:
           UserError: as `check_images`; or `noise_ids` or `seed` is not integers.
@@ -111,7 +119,7 @@ class Codec:
                 key = jax.random.fold_in(key, np.uint32(stream))
             fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
             keys = fold(key, jnp.asarray(ids, jnp.uint32))
-        return self._run(self._encode, images, keys)
+        return self._run(self._encode_posterior if deviation else self._encode, images, keys)
 
     def decode(
         self, indices: Shaped[np.ndarray | Array, "B L C"] | Any, grid: int | None = None
@@ -185,6 +193,7 @@ class Codec:
 def _encode(
     module: Autoencoder,
     quantizer: Quantizer | Unquantized,
+    with_deviation: bool,
     params: Mapping[str, Any],
     images: UInt8[Array, "B H W I"],
     keys: Shaped[Array, " B"] | None,
@@ -192,15 +201,17 @@ def _encode(
     variables = {"params": params}
     posterior: Any = module.apply(variables, images_to_float(images), method="encode")
     latents = posterior.mean
+    deviation = jnp.exp(0.5 * posterior.logvar)
     if keys is not None:
         noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
-        latents += jnp.exp(0.5 * posterior.logvar) * noise
+        latents += deviation * noise
     latents *= module.config.scale
     return Encoded(
         latents,
         flatten_positions(quantizer.quantize(latents)),
         jnp.sum(quantizer.clipped(latents), axis=(1, 2)),
         jnp.isnan(latents).any(axis=(1, 2, 3)),
+        deviation * module.config.scale if with_deviation else None,
     )
 
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
-from tokenbridge_jax.model import DTYPES, TokenBridgeConfig
+from tokenbridge_jax.model import DTYPES, HEADS, TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
@@ -330,6 +330,12 @@ def autoencoder_config(config: ConfigDict) -> AutoencoderConfig:
     return AutoencoderConfig.from_json({**config.autoencoder, **sizes})
 
 
+def of_latents(config: ConfigDict) -> bool:
+    """Whether the head of `config.model` predicts latents and not indices."""
+    head = HEADS.get(config.model.get("head"))
+    return head is not None and head.of_latents
+
+
 def model_config(
     config: ConfigDict,
     quantizer: Quantizer | Unquantized,
@@ -339,13 +345,16 @@ def model_config(
     """The model of `config.model`, for indices of this quantizer, channel order and number.
 
     `channel_order` is that of the shards: `config.model.channel_order` uses it ("tokens"), reverses
-    it ("reverse"), or ignores it ("identity"). Settings that are still `auto` are the plain ones.
+    it ("reverse"), or ignores it ("identity"). A head of latents has no quantizer and the order
+    "identity". Settings that are still `auto` are the plain ones.
 
     Raises:
       UserError: a value makes no sense.
     """
     check_ranges(config, "model")
     config = filled(config)
+    if of_latents(config):
+        quantizer, channel_order = Unquantized(), tuple(range(len(channel_order)))
     orders = {
         "tokens": channel_order,
         "reverse": channel_order[::-1],

@@ -116,9 +116,34 @@ def image_nll(
 
     As in training: without `first_token_quirk`. The arguments are those of `training_loss`.
     """
-    nll_BMC = map_slots(TokenBridge.nll, config, params, examples, draw)
+    return _hidden_mean(map_slots(TokenBridge.nll, config, params, examples, draw), draw)
+
+
+def image_loss(
+    config: TokenBridgeConfig,
+    params: dict[str, Any],
+    examples: Examples,
+    draw: MaskDraw,
+    key: Key[Array, ""],
+) -> Float[Array, "B C"]:
+    """Every image's training loss, without dropout: its mean over hidden positions.
+
+    The arguments are those of `training_loss`; `key` is of what the head's loss draws, which also
+    depends on the image's place in the batch and on the slot.
+    """
+
+    def loss(
+        model: TokenBridge, feature_BmD: jax.Array, values_BmC: jax.Array, slots_1m: jax.Array
+    ) -> jax.Array:
+        return model.loss(feature_BmD, values_BmC, slots_1m[0], key)
+
+    slots_1M = jnp.arange(draw.hidden_slots)[None]
+    return _hidden_mean(map_slots(loss, config, params, examples, draw, slots_1M), draw)
+
+
+def _hidden_mean(values_BMC: Float[Array, "B M C"], draw: MaskDraw) -> Float[Array, "B C"]:
     hidden = (jnp.arange(draw.hidden_slots) < draw.num_hidden)[None, :, None]
-    return jnp.sum(jnp.where(hidden, nll_BMC, 0), axis=1) / draw.num_hidden
+    return jnp.sum(jnp.where(hidden, values_BMC, 0), axis=1) / draw.num_hidden
 
 
 def position_nll(
@@ -154,21 +179,23 @@ def map_slots(
     params: dict[str, Any],
     examples: Examples,
     draw: MaskDraw,
+    *more: Shaped[Array, "b M ..."],
 ) -> Any:
     """What the model's head says of the first M slots, chunk by chunk, without dropout.
 
     Args:
-      method: `(model, feature [B, m, D], indices [B, m, C]) -> tree of arrays [B, m, ...]`.
+      method: `(model, feature [B, m, D], indices [B, m, C], ...) -> tree of arrays [B, m, ...]`.
       config: the model.
       params: its parameters, as stored.
       examples: the images.
       draw: how many positions are hidden, and M.
+      *more: other arguments of the method, split as `split_slots` does.
 
     Returns:
       The tree of arrays `[B, M, ...]`; visible slots among them have a result too.
     """
     params = _layout(config, params)
-    chunks = split_slots(config, *_hidden_slots(config, params, examples, draw, None))
+    chunks = split_slots(config, *_hidden_slots(config, params, examples, draw, None), *more)
 
     def on_chunk(chunk: list[jax.Array]) -> Any:
         return TokenBridge(config).apply({"params": params}, *chunk, method=method)

@@ -140,9 +140,10 @@ class TokenBridgeConfig:
             raise UserError(f"model.head='{self.head}' is not one of {', '.join(HEADS)}")
         if self.of_latents != isinstance(self.quantizer, Unquantized):
             held, needed = ("indices", "latents") if self.of_latents else ("latents", "indices")
-            mend = "tokenize writes no latents: choose another head"
-            mend = mend if self.of_latents else "tokenize the images again"
-            raise UserError(f"model.head='{self.head}' needs {needed}, not {held}; {mend}")
+            raise UserError(
+                f"model.head='{self.head}' needs {needed}, not {held}; tokenize the images again "
+                f"with --config.tokenize.store={needed}"
+            )
         if self.first_token_quirk and not (HEADS[self.head].has_quirk and self.is_published):
             raise UserError(
                 "model.first_token_quirk is for imported weights: model.head='channel_ar' with one "
@@ -182,6 +183,12 @@ class TokenBridgeConfig:
         """Whether the head's values are latents and not indices."""
         of_latents: bool = HEADS[self.head].of_latents
         return of_latents
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether the head knows the probability of values."""
+        has_probabilities: bool = HEADS[self.head].has_probabilities
+        return has_probabilities
 
     @property
     def value_dtype(self) -> Any:

@@ -16,18 +16,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.channels import resolve_channel_order
-from tokenbridge_jax.config import autoencoder_config, model_config
+from tokenbridge_jax.config import autoencoder_config, model_config, of_latents
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.tokenizing import make_quantizer
-from tokenbridge_jax.model import HEADS, SIZES, TokenBridgeConfig, abstract_params
-from tokenbridge_jax.quantizer import Unquantized
+from tokenbridge_jax.model import SIZES, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.runtime import meshes
 
 VIEWS = 2
 
 
 def make_info(config: ConfigDict) -> DatasetInfo:
-    """Describes shards as `tokenize` would write them, with VIEWS views of every image."""
+    """Describes shards for the model, with VIEWS views of every image, or its latents."""
     autoencoder = autoencoder_config(config)
     rule = config.quantizer.channel_order
     # "frequency" would need data; every order has the same speed.
@@ -46,6 +45,7 @@ def make_info(config: ConfigDict) -> DatasetInfo:
         class_names=tuple(map(str, range(config.data.num_classes))),
         records_per_shard=config.tokenize.records_per_shard,
         sources={},
+        store="latents" if of_latents(config) else "indices",
     )
 
 
@@ -56,9 +56,7 @@ def make_model(config: ConfigDict) -> TokenBridgeConfig:
       UserError: a value makes no sense.
     """
     info = make_info(config)
-    of_latents = config.model.head in HEADS and HEADS[config.model.head].of_latents
-    quantizer = Unquantized() if of_latents else info.quantizer
-    return model_config(config, quantizer, info.channel_order, info.positions)
+    return model_config(config, info.quantizer, info.channel_order, info.positions)
 
 
 def describe_model(config: ConfigDict) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Trains the model on index shards: WORKDIR/tokens -> WORKDIR/checkpoints.
+"""Trains the model on token shards: WORKDIR/tokens -> WORKDIR/checkpoints.
 
 Also writes model.json, metrics.jsonl, tensorboard/ and, if WORKDIR/autoencoder exists to decode
 them, samples/step_*.png. Started again, it continues from the latest checkpoint, bit for bit as if
@@ -31,6 +31,7 @@ from tokenbridge_jax.config import (
     mask_sampler,
     model_config,
     model_task,
+    of_latents,
     recipe,
     sampling_settings,
 )
@@ -132,12 +133,12 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
     if not storage.exists(workdir):
         raise UserError(f"workdir {workdir} does not exist; check --workdir")
     info = shards.read_info(workdir / "tokens")
-    info.check(image_size=config.data.image_size, quantizer=make_quantizer(config))
-    rule = config.quantizer.channel_order
-    if rule not in ("frequency", "kl16", "identity"):
-        info.check(channel_order=resolve_channel_order(rule, info.channels))
-    elif rule != info.channel_order_rule.split(",")[0]:
-        info.check(channel_order_rule=rule)
+    needed = "latents" if of_latents(config) else "indices"
+    info.check_holds(needed, f"model.head='{config.model.head}'")
+    info.check(image_size=config.data.image_size)
+    if not of_latents(config):
+        info.check(quantizer=make_quantizer(config))
+        _check_channel_order(config, info)
     if len(info.class_names) > config.data.num_classes:
         raise UserError(
             f"the token shards have {len(info.class_names)} classes but config.data.num_classes "
@@ -146,6 +147,14 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
     if autoencoder_exists(workdir / "autoencoder"):
         info.check(autoencoder_hash=read_description(workdir / "autoencoder")["hash"])
     return info
+
+
+def _check_channel_order(config: ConfigDict, info: DatasetInfo) -> None:
+    rule = config.quantizer.channel_order
+    if rule not in ("frequency", "kl16", "identity"):
+        info.check(channel_order=resolve_channel_order(rule, info.channels))
+    elif rule != info.channel_order_rule.split(",")[0]:
+        info.check(channel_order_rule=rule)
 
 
 def settle(
@@ -241,15 +250,22 @@ def make_run(
     fixed = {f"model.{f.name}" for f in model_fields if not f.metadata.get("changeable")}
 
     def validation_hook() -> Hook:
-        """Negative log-likelihood of the validation split under the EMA, in bits an index."""
+        """Negative log-likelihood of the validation split under the EMA, in bits a value.
+
+        If the head has no probabilities, the loss of the validation split.
+        """
         validate = make_validation(model, masks, mesh)
         count = info.splits["validation"]["images"]
         batch_size = min(how.batch_size, meshes.round_up_batch(count, mesh))
 
         def run(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
             rows = meshes.local_rows(mesh, batch_size)
-            batches = validation_batches(tokens, batch_size, rows=rows)
-            return {"val_nll_bits_per_index": bits(validate(state.ema_params, batches))}
+            batches = validation_batches(tokens, batch_size, latents=model.of_latents, rows=rows)
+            found = validate(state.ema_params, batches)
+            if not model.has_probabilities:
+                return {"val_loss": found}
+            value = "latent" if model.of_latents else "index"
+            return {f"val_nll_bits_per_{value}": bits(found)}
 
         return Hook(how.eval_every, run)
 
@@ -266,6 +282,7 @@ def make_run(
             tokens,
             how.batch_size,
             seed,
+            latents=model.of_latents,
             start_step=start,
             rows=meshes.local_rows(mesh, how.batch_size),
         ),

@@ -6,6 +6,9 @@ and end in the next. A process reads the rows of it that its devices hold (`mesh
 global batches are the same on any mesh and with any number of processes. The order depends on the
 seed and the epoch. The choice among an image's views depends on the seed and the step. The step
 number is therefore the whole state of the iterator, and a run resumes exactly on any machine.
+
+Latents are drawn from the posterior whose mean and deviation are stored. A draw is a choice, too:
+among `_NOISES` noises for each view.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float32, Int64, Shaped
 
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.batches import ShardPlan, prepared_batches
@@ -39,7 +42,9 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 _DECODED_BYTES, _DECODED_TOGETHER = 2 * 2**30, 64
 _MANY = 2000  # So many pictures show progress.
 # Random generators of a seed, by what they draw.
-_ORDER, _CHOICES = 0, 1
+_ORDER, _CHOICES, _NOISE = 0, 1, 2
+# How many draws of the posterior there are for a view of an image.
+_NOISES = 2**32
 
 
 class TokenRecords:
@@ -98,6 +103,7 @@ def make_loader(
     batch_size: int,
     seed: int,
     *,
+    latents: bool = False,
     start_step: int = 0,
     rows: Int64[np.ndarray, " b"] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -106,18 +112,21 @@ def make_loader(
     Args:
       folder: of the token shards.
       batch_size: B of the whole job.
-      seed: of the order and of the choice of views.
+      seed: of the order, of the choice of views and of the draws of latents.
+      latents: draw latents from the posterior; they take the place of indices.
       start_step: how many batches to skip at the beginning, at no cost.
       rows: which rows of every batch to read; by default all, for a single process.
 
     Returns:
       An iterator of `indices` `[b, L, C]`, uint8 or uint16, of a random view of each image, and
-      `labels` `[b]`, int32.
+      `labels` `[b]`, int32. With `latents`, `indices` are float32 latents.
 
     Raises:
-      UserError: shards are missing or damaged, or have fewer images than a batch.
+      UserError: shards are missing or damaged, have fewer images than a batch, or hold no indices,
+        or no latents.
     """
     info = shards.read_info(folder)
+    values, choices = _values_of(info, latents)
     records = TokenRecords(folder, info, "train")
     if len(records) < batch_size:
         raise UserError(
@@ -125,15 +134,12 @@ def make_loader(
             f"{len(records)}; use a smaller batch or more images"
         )
 
-    def read(numbers: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
+    def read(numbers: np.ndarray, variants: np.ndarray) -> dict[str, np.ndarray]:
         chosen = records.read(numbers)
-        return {
-            "indices": chosen["indices"][np.arange(len(chosen)), views],
-            "labels": chosen["label"].astype(np.int32),
-        }
+        return {"indices": values(chosen, variants), "labels": chosen["label"].astype(np.int32)}
 
     mine = np.arange(batch_size) if rows is None else rows
-    batches = _Batches(read, len(records), info.views, batch_size, mine, seed)
+    batches = _Batches(read, len(records), choices, batch_size, mine, seed)
     return batches.in_threads(start_step)
 
 
@@ -141,10 +147,13 @@ def validation_batches(
     folder: str | os.PathLike[str],
     batch_size: int,
     *,
+    latents: bool = False,
     rows: Int64[np.ndarray, " b"] | None = None,
     split: str = "validation",
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass over a split: the first view of every image, in order.
+
+    The draw of an image's latents is the same in every pass.
 
     Args: as for `make_loader`, and
       split: which shards.
@@ -154,9 +163,10 @@ def validation_batches(
       filled with images of weight 0. All processes get the same number of batches.
 
     Raises:
-      UserError: shards are missing or damaged.
+      UserError: shards are missing or damaged, or hold no indices, or no latents.
     """
     info = shards.read_info(folder)
+    values, _ = _values_of(info, latents)
     records = TokenRecords(folder, info, split)
     mine = np.arange(batch_size) if rows is None else rows
 
@@ -164,12 +174,38 @@ def validation_batches(
         numbers = start + mine
         chosen = records.read(np.minimum(numbers, len(records) - 1))
         return {
-            "indices": chosen["indices"][:, 0].copy(),
+            "indices": values(chosen, np.zeros(len(chosen), np.int64)),
             "labels": chosen["label"].astype(np.int32),
             "weights": (numbers < len(records)).astype(np.float32),
         }
 
     return map(batch, range(0, len(records), batch_size))
+
+
+def _values_of(
+    info: DatasetInfo, latents: bool
+) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], int]:
+    """What makes values `[b, L, C]` from records and the variant of each; how many there are."""
+    if latents:
+        info.check_holds("latents", "this loader")
+        return _draw_latents, info.latent_views * _NOISES
+    info.check_holds("indices", "this loader")
+    return lambda chosen, views: chosen["indices"][np.arange(len(chosen)), views], info.views
+
+
+def _draw_latents(
+    chosen: Shaped[np.ndarray, " b"], variants: Int64[np.ndarray, " b"]
+) -> Float32[np.ndarray, "b L C"]:
+    """A draw of each image's posterior; the image and the variant determine it."""
+    views, noises = np.divmod(variants, _NOISES)
+    rows = np.arange(len(chosen))
+    latents = chosen["mean"][rows, views].astype(np.float32)
+    deviation = chosen["deviation"][rows, views].astype(np.float32)
+    pairs = zip(chosen["image"].tolist(), noises.tolist(), strict=True)
+    for row, (image, noise) in enumerate(pairs):
+        rng = np.random.default_rng((_NOISE, image, noise))
+        latents[row] += deviation[row] * rng.standard_normal(latents.shape[1:], np.float32)
+    return latents
 
 
 def make_image_loader(

@@ -1,4 +1,4 @@
-"""The token shard format: quantized images in ArrayRecord files, described by `dataset.json`.
+"""The token shard format: encoded images in ArrayRecord files, described by `dataset.json`.
 
 A folder of tokens holds
 
@@ -8,13 +8,17 @@ A folder of tokens holds
 
 A record is the raw bytes of one numpy structured scalar. `dataset.json` holds its dtype:
 
-    image    int64                 the picture's index in its source
-    label    int32                 its class
-    indices  uint8 or uint16       [views, L, C]: positions row-major, channels in autoencoder order
+    image      int64            the picture's index in its source
+    label      int32            its class
+    indices    uint8 or uint16  [views, L, C]: positions row-major, channels in autoencoder order
+    mean       float16          [latent views, L, C]: of the posterior of the latents
+    deviation  float16          [latent views, L, C]: of the posterior of the latents
 
-The views of an image are `posterior_samples` draws of its latents, or their mean alone if that is
-0. With `flips`, each view is followed by that of the mirrored picture: sample 0, sample 0 flipped,
-sample 1, sample 1 flipped, ... Five lines of plain Python open a shard:
+Records have `indices`, or `mean` and `deviation`, or all three: `store` says which, and if it is
+missing, they have indices. The views of an image are `posterior_samples` draws of its latents, or
+their mean alone if that is 0. With `flips`, each view is followed by that of the mirrored picture:
+sample 0, sample 0 flipped, sample 1, sample 1 flipped, ... The latent views are the picture and,
+with `flips`, the mirrored one. Five lines of plain Python open a shard:
 
     import json, numpy as np
     from array_record.python.array_record_module import ArrayRecordReader
@@ -24,7 +28,12 @@ sample 1, sample 1 flipped, ... Five lines of plain Python open a shard:
 
 `records["indices"]` is then an array `[images, views, L, C]`. An index i stands for the latent
 `(v + 3) / 6 * (maximum - minimum) + minimum` with `v = quantizer.level_values[i]`. The autoencoder
-decodes latents divided by `autoencoder.scale`.
+decodes latents divided by `autoencoder.scale`. `mean` and `deviation` are of scaled latents, too: a
+draw of the posterior is `mean + deviation * n` with n from a standard normal.
+
+Float16 rounds to 11 bits, a mean of 1 by 0.0005 at most. Deviations below 6e-5 are rounded by 3e-8
+at most, so those below 3e-8 are stored as 0. The deviations of the autoencoder start at
+`exp(-15) * scale`, 7e-8 for KL-16. Values above 65,504 are refused.
 """
 
 import dataclasses
@@ -47,7 +56,9 @@ from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.differences import first_difference
 from tokenbridge_jax.runtime.errors import UserError
 
-FORMAT = "tokenbridge index shards"
+# What records may hold, and the formats. Earlier versions refuse a format that they do not know.
+STORES = ("indices", "latents", "both")
+FORMAT, FORMAT_OF_LATENTS = "tokenbridge index shards", "tokenbridge latent shards"
 FORMAT_VERSION = 1
 # The description of shards that are still being written. A resumed run must match it.
 PARTIAL_INFO_FILE = "dataset.json.partial"
@@ -62,20 +73,22 @@ class DatasetInfo:
     """Everything needed to decode the shards of a folder: the content of `dataset.json`.
 
     Attributes:
-      quantizer: what the indices mean.
+      quantizer: what the indices mean. Without indices, `statistics` are those of the quantized
+        means.
       autoencoder: sizes of the autoencoder whose latents were quantized.
       autoencoder_hash: its content hash (`autoencoder.autoencoder_hash`).
       channel_order: the order in which a head should predict the channels. The shards themselves
         are in the autoencoder's order.
       channel_order_rule: where that order comes from.
       image_size: the side of an image in pixels.
-      posterior_samples: draws per image; 0 stands for the posterior mean.
+      posterior_samples: draws of indices per image; 0 stands for the posterior mean.
       flips: whether every draw is followed by one of the mirrored picture.
       seed: of the posterior draws.
       precision: of the encoder, one of `precision.PRECISIONS`, or `UNSTATED`.
       class_names: by label.
       records_per_shard: how many images a shard has at most.
       sources: for every split, where its pictures came from.
+      store: what the records hold, one of `STORES`.
       split_noise: whether splits of different sources have different posterior noise. In earlier
         versions picture k of one source has the noise of picture k of another.
       splits: for every split `images` and the `shards` with `file`, `records` and `bytes`.
@@ -96,6 +109,7 @@ class DatasetInfo:
     class_names: tuple[str, ...]
     records_per_shard: int
     sources: Mapping[str, Any]
+    store: str = "indices"
     split_noise: bool = False
     splits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -119,7 +133,22 @@ class DatasetInfo:
     @property
     def views(self) -> int:
         """Index arrays per image."""
-        return max(1, self.posterior_samples) * (2 if self.flips else 1)
+        return max(1, self.posterior_samples) * self.latent_views
+
+    @property
+    def latent_views(self) -> int:
+        """Means and deviations per image: of the picture, and of the mirrored one."""
+        return 2 if self.flips else 1
+
+    @property
+    def holds_indices(self) -> bool:
+        """Whether records have indices."""
+        return self.store != "latents"
+
+    @property
+    def holds_latents(self) -> bool:
+        """Whether records have means and deviations of latents."""
+        return self.store != "indices"
 
     @functools.cached_property
     def record(self) -> np.dtype:
@@ -134,13 +163,14 @@ class DatasetInfo:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `dataset.json`: every field, and values that follow from them."""
+        flips = (False, True) if self.flips else (False,)
         views = [
             {"sample": sample, "flipped": flipped}
             for sample in range(max(1, self.posterior_samples))
-            for flipped in ((False, True) if self.flips else (False,))
+            for flipped in flips
         ]
         described = {
-            "format": FORMAT,
+            "format": FORMAT_OF_LATENTS if self.holds_latents else FORMAT,
             "format_version": FORMAT_VERSION,
             "record": _record_spec(self),
             "views": views,
@@ -152,6 +182,13 @@ class DatasetInfo:
         }
         for field in dataclasses.fields(self):
             described[field.name] = getattr(self, field.name)
+        if self.holds_latents:
+            described["latent_views"] = [{"flipped": flipped} for flipped in flips]
+            described["record_bytes"] = self.record.itemsize
+        else:
+            del described["store"]  # Shards of indices are described as in earlier versions.
+        if not self.holds_indices:
+            del described["views"]
         # Shards made as in earlier versions keep their `sha256`.
         if not self.split_noise:
             del described["split_noise"]
@@ -169,14 +206,15 @@ class DatasetInfo:
         Raises:
           UserError: the value has another format or version, or lacks a field.
         """
-        if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
+        known = (FORMAT, FORMAT_OF_LATENTS)
+        if value.get("format") not in known or value.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"it says format '{value.get('format')}', version {value.get('format_version')}; "
-                f"this program reads '{FORMAT}', version {FORMAT_VERSION}"
+                f"this program reads '{FORMAT}' and '{FORMAT_OF_LATENTS}', version {FORMAT_VERSION}"
             )
         # Earlier versions had a dtype, whose bfloat16 meant the same as the precision's.
         earlier = "bfloat16" if value.get("dtype") == "bfloat16" else UNSTATED
-        value = {"precision": earlier, "split_noise": False} | dict(value)
+        value = {"precision": earlier, "store": "indices", "split_noise": False} | dict(value)
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in value]:
             raise UserError(f"its field '{missing[0]}' is missing")
@@ -204,19 +242,37 @@ class DatasetInfo:
         Raises:
           UserError: a setting differs; the message names it and both values.
         """
-        ours, theirs = self.to_json(), other.to_json()
+        ours, theirs = ({"store": info.store} | info.to_json() for info in (self, other))
         for field in dataclasses.fields(self):
             if field.name not in ("splits", "statistics", "skipped"):
                 _refuse_difference(ours.get(field.name), theirs.get(field.name), field.name)
 
+    def check_holds(self, values: str, user: str) -> None:
+        """Checks that records have what something needs.
+
+        Args:
+          values: "indices" or "latents".
+          user: what needs them, as the subject of the message.
+
+        Raises:
+          UserError: they have only the other.
+        """
+        if self.store not in (values, "both"):
+            raise UserError(
+                f"{user} needs {values}, but the token shards hold {self.store} only; tokenize "
+                f"again with another --workdir and --config.tokenize.store={values} (or both)"
+            )
+
 
 def _record_spec(info: DatasetInfo) -> Any:
-    kind = info.quantizer.index_dtype.newbyteorder("<").str.strip("|")
-    shape = (info.views, info.positions, info.channels)
-    return {
-        "names": ["image", "label", "indices"],
-        "formats": ["<i8", "<i4", f"{shape}{kind}"],
-    }
+    formats = {"image": "<i8", "label": "<i4"}
+    of_view = info.positions, info.channels
+    if info.holds_indices:
+        kind = info.quantizer.index_dtype.newbyteorder("<").str.strip("|")
+        formats["indices"] = f"{(info.views, *of_view)}{kind}"
+    if info.holds_latents:
+        formats |= dict.fromkeys(("mean", "deviation"), f"{(info.latent_views, *of_view)}<f2")
+    return {"names": list(formats), "formats": list(formats.values())}
 
 
 def _refuse_difference(ours: Any, theirs: Any, name: str) -> None:

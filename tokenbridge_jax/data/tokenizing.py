@@ -1,4 +1,4 @@
-"""Images -> latents -> index shards: the work of `tokenbridge tokenize`.
+"""Images -> latents -> token shards: the work of `tokenbridge tokenize`.
 
 Every picture has a fixed place. Shard k of a split holds `records_per_shard` neighbouring pictures
 of its source. It is encoded in the same batches every time, and the posterior noise depends only on
@@ -17,7 +17,6 @@ import itertools
 import os
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ from ml_collections import ConfigDict
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig, autoencoder_hash, load_autoencoder
 from tokenbridge_jax.channels import ChannelSpectrum, ChannelStatistics, resolve_channel_order
-from tokenbridge_jax.codec import Codec, Encoded
+from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.batches import Batch, ShardPlan, prepared_batches
+from tokenbridge_jax.data.records import EncodedBatch, start_encoding
 from tokenbridge_jax.data.shard_writer import ShardWriter, read_summary
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.sources import Subset, make_subsets
@@ -40,7 +40,7 @@ from tokenbridge_jax.ops.precision import check_precision
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.runtime.progress import Progress
+from tokenbridge_jax.runtime.progress import Progress, say
 
 # How many labels of a split are checked before the long work. An archive's labels are read together
 # with its pictures, so the others are checked when the pictures are encoded.
@@ -109,6 +109,7 @@ def tokenize(
                 info = _agree_on_making(folder, info, config.quantizer.channel_order, measure)
                 if first:
                     begin()
+                    say(f"tokenize: {_describe_sizes(config, info)}")
     with _all_or_none():
         planned = plan_shards(folder, info, subsets)
         mine = planned[jax.process_index() :: jax.process_count()]
@@ -197,8 +198,14 @@ def _check_settings(config: ConfigDict) -> None:
                 f"config.{section}.{name} is {config[section][name]}, must be at least {minimum}"
             )
     count_workers(config.data.workers, 0)
-    if "precision" not in config.tokenize:
-        raise UserError("the config has no tokenize.precision; add precision='float32'")
+    for name, default in (("precision", "float32"), ("store", "indices")):
+        if name not in config.tokenize:
+            raise UserError(f"the config has no tokenize.{name}; add {name}='{default}'")
+    if config.tokenize.store not in shards.STORES:
+        raise UserError(
+            f"config.tokenize.store is '{config.tokenize.store}', must be one of "
+            f"{', '.join(shards.STORES)}"
+        )
     check_precision(config.tokenize.precision, "config.tokenize.precision")
 
 
@@ -228,6 +235,9 @@ def _describe(
         rule = f"frequency, over {len(calibration.images)} images"
     elif rule not in ("kl16", "identity"):
         rule = "given"
+    store = config.tokenize.store
+    # Latents are stored as mean and deviation: only indices are of drawn samples.
+    samples = 0 if store == "latents" else config.tokenize.posterior_samples
     return DatasetInfo(
         quantizer=make_quantizer(config),
         autoencoder=autoencoder,
@@ -235,19 +245,31 @@ def _describe(
         channel_order=(),
         channel_order_rule=rule,
         image_size=config.data.image_size,
-        posterior_samples=config.tokenize.posterior_samples,
+        posterior_samples=samples,
         flips=config.data.flip,
         seed=config.seed,
         precision=config.tokenize.precision,
         class_names=subsets["train"].source.class_names,
         records_per_shard=config.tokenize.records_per_shard,
-        split_noise=config.tokenize.posterior_samples > 0
+        store=store,
+        split_noise=samples > 0
         and any(subset.source is not subsets["train"].source for subset in subsets.values()),
         sources={
             split: {**subset.source.describe(), "chosen": len(subset.images)}
             for split, subset in subsets.items()
         },
     )
+
+
+def _describe_sizes(config: ConfigDict, info: DatasetInfo) -> str:
+    """A line with the bytes of a record for each choice of `tokenize.store`."""
+    samples = config.tokenize.posterior_samples
+    sizes = {
+        store: dataclasses.replace(info, store=store, posterior_samples=samples).record.itemsize
+        for store in shards.STORES
+    }
+    listed = ", ".join(f"{size:,} with tokenize.store={store}" for store, size in sizes.items())
+    return f"stores {info.store}; bytes an image, before compression: {listed}"
 
 
 def _measure_spectrum(subset: Subset, codec: Codec, prepare: Prepare) -> ChannelSpectrum:
@@ -301,15 +323,15 @@ def _write_shards(
     done = total - sum(len(plan.images) for plan in todo)
     with Progress(total, desc="tokenize", done=done) as progress:
         encoded = _encoded_batches(prepare(todo), codec, info)
-        for plan, of_shard in itertools.groupby(encoded, key=lambda pair: pair[0].shard):
+        for plan, of_shard in itertools.groupby(encoded, key=lambda found: found.batch.shard):
             _write_shard(plan, of_shard, info, progress)
 
 
 def _encoded_batches(
     batches: Iterator[Batch], codec: Codec, info: DatasetInfo
-) -> Iterator[tuple[Batch, list[Encoded]]]:
+) -> Iterator[EncodedBatch]:
     """Starts every batch on the device before the results of the previous one are read."""
-    started = ((batch, _encode(batch, codec, info)) for batch in batches)
+    started = (start_encoding(batch, codec, info) for batch in batches)
     previous = next(started, None)
     while previous is not None:
         following = next(started, None)
@@ -317,66 +339,27 @@ def _encoded_batches(
         previous = following
 
 
-def _encode(batch: Batch, codec: Codec, info: DatasetInfo) -> list[Encoded]:
-    """Starts encoding a batch: one item per posterior sample, each of `[B x flips]` pictures."""
-    pixels = batch.pixels
-    flips = 2 if info.flips else 1
-    if info.flips:
-        pixels = np.stack([pixels, pixels[:, :, ::-1]], axis=1).reshape(-1, *pixels.shape[1:])
-    if info.posterior_samples == 0:
-        return [codec.encode(pixels)]
-    numbers = np.zeros(len(batch.pixels), np.int64)
-    numbers[: len(batch.images)] = batch.images
-    # Every view of every picture has its own noise, in any batch.
-    views = numbers[:, None] * info.views + np.arange(flips)
-    split = batch.shard.split
-    stream = zlib.crc32(split.encode()) if info.split_noise and split != "train" else 0
-    return [
-        codec.encode(pixels, (views + sample * flips).ravel(), info.seed, stream)
-        for sample in range(info.posterior_samples)
-    ]
-
-
 def _write_shard(
     plan: ShardPlan,
-    batches: Iterator[tuple[Batch, list[Encoded]]],
+    batches: Iterator[EncodedBatch],
     info: DatasetInfo,
     progress: Progress,
 ) -> None:
     statistics = ChannelStatistics(info.channels, info.quantizer.levels)
     skipped: list[dict[str, Any]] = []
     with ShardWriter(plan.path) as writer:
-        for batch, encoded in batches:
-            good = batch.good
-            indices, clipped, nan = (
-                _views(batch, [getattr(sample, name) for sample in encoded])[good]
-                for name in ("indices", "clipped", "broken")
-            )
-            if nan.any():
-                image = int(batch.images[good[np.argmax(nan.any(axis=1))]])
-                raise UserError(
-                    f"the latents of {plan.source.name(image)} hold NaN: the autoencoder's "
-                    "weights are damaged, or overflow in config.tokenize.precision"
-                )
+        for encoded in batches:
+            batch, good = encoded.batch, encoded.batch.good
+            records = encoded.records(info)
             _check_labels(plan.split, plan, batch.images[good], batch.labels[good])
-            records = np.empty(len(good), info.record)
-            records["image"] = batch.images[good]
-            records["label"] = batch.labels[good]
-            records["indices"] = indices
             writer.write(records)
-            statistics.update(indices, clipped)
+            statistics.update(encoded.of_samples("indices"), encoded.of_samples("clipped"))
             for place, reason in batch.broken.items():
                 progress.note(f"broken image left out: {reason}")
                 image = int(batch.images[place])
                 skipped.append({"split": plan.split, "image": image, "reason": reason})
             progress.update(len(batch.images))
         writer.commit(skipped, statistics)
-
-
-def _views(batch: Batch, samples: list[Any]) -> np.ndarray:
-    """`[B x flips, ...]` for every sample -> `[B, samples x flips, ...]`, the order of a record."""
-    by_picture = [np.asarray(x).reshape(len(batch.pixels), -1, *x.shape[1:]) for x in samples]
-    return np.concatenate(by_picture, axis=1)
 
 
 def _finish(folder: Path, info: DatasetInfo, planned: list[ShardPlan]) -> None:

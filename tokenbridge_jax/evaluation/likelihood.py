@@ -255,6 +255,7 @@ def _check_settings(description: ModelDescription, info: DatasetInfo) -> str:
     """Checks that shards and model match; returns a remark if their class names differ."""
     config = description.config
     assert isinstance(config.quantizer, Quantizer)
+    info.check_holds("indices", "the likelihood")
     info.check(
         levels=config.levels,
         channels=config.channels,

@@ -71,9 +71,10 @@ def token_statistics(
         of the loss by independent predictions of the channels without any context.
 
     Raises:
-      UserError: the shards or the split are missing or damaged, or hold no images.
+      UserError: the shards or the split are missing or damaged, or hold no images or no indices.
     """
     info = shards.read_info(folder)
+    info.check_holds("indices", "a table of statistics")
     levels, processes = info.quantizer.levels, jax.process_count()
     records = TokenRecords(folder, info, split)
     if not len(records):

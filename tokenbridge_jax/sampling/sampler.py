@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from tokenbridge_jax.heads.head import Guidance
-from tokenbridge_jax.model import HEADS, TokenBridge, TokenBridgeConfig
+from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import hidden_first, make_orders, sample_keys
 from tokenbridge_jax.sampling.schedule import (
@@ -189,7 +189,7 @@ def _prepare(
         for value in (settings.temperature, settings.choice_temperature)
     )
     by_confidence = settings.order == "confidence"
-    if by_confidence and not HEADS[config.head].has_probabilities:
+    if by_confidence and not config.has_probabilities:
         raise UserError(
             f"sampling.order='confidence' needs probabilities, which model.head='{config.head}' "
             "does not give; choose another order"

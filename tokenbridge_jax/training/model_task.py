@@ -11,7 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tokenbridge_jax.loss import Examples, MaskDraw, head_chunks, image_nll, training_loss
+from tokenbridge_jax.loss import (
+    Examples,
+    MaskDraw,
+    head_chunks,
+    image_loss,
+    image_nll,
+    training_loss,
+)
 from tokenbridge_jax.model import TokenBridgeConfig, init_params
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.training.masking import MaskSampler, draw_orders
@@ -51,7 +58,7 @@ class ModelTask:
     def loss(
         self, params: Any, examples: Examples, key: PRNGKeyArray, draw: MaskDraw
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Mean cross-entropy in nats over hidden positions and channels, with dropout."""
+        """The mean of the head's loss over hidden positions and channels, with dropout."""
         return training_loss(self._config, params, examples, draw, key, self._head_fraction), {}
 
 
@@ -107,6 +114,9 @@ def make_validation(
 ) -> Callable[[Any, Iterable[Batch]], float]:
     """Makes the validation pass: `(params, batches) -> nats per index`, the same at every call.
 
+    If the head has no probabilities, it is the training loss instead, with noise that depends on
+    the image's place in the split, the sizes of the batches and the slot.
+
     Nothing in it is random. Every image has its own order, which depends on its place in the split,
     and no class is dropped. Each image is measured at `ratios` fixed mask ratios, the middles of
     equally likely ranges of the training distribution. The mean over hidden positions and channels,
@@ -125,7 +135,7 @@ def make_validation(
     draws = [masks.all_slots(num_hidden) for num_hidden in masks.quantiles(ratios)]
 
     @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
-    def batch_nll(
+    def batch_sums(
         params: Any, batch: Batch, first: Int[Array, ""], draw: MaskDraw
     ) -> Float[Array, "2"]:
         labels, weights = batch["labels"], batch["weights"]
@@ -134,15 +144,19 @@ def make_validation(
         words = jax.vmap(lambda key: jax.random.bits(key, (config.positions,)))(keys)
         no_drop = jnp.zeros(labels.shape, bool)
         examples = Examples(batch["indices"], labels, jnp.argsort(words, axis=-1), no_drop)
-        nll_BC = image_nll(config, params, examples, draw)
-        return jnp.stack([jnp.sum(weights * jnp.mean(nll_BC, axis=-1)), jnp.sum(weights)])
+        if config.has_probabilities:
+            loss_BC = image_nll(config, params, examples, draw)
+        else:
+            noise_key = jax.random.fold_in(jax.random.key(1), first)
+            loss_BC = image_loss(config, params, examples, draw, noise_key)
+        return jnp.stack([jnp.sum(weights * jnp.mean(loss_BC, axis=-1)), jnp.sum(weights)])
 
     def validate(params: Any, batches: Iterable[Batch]) -> float:
         sums: list[jax.Array] = []
         first = 0
         for local in batches:
             batch = meshes.to_global(local, mesh)
-            sums += [batch_nll(params, batch, np.int32(first), draw) for draw in draws]
+            sums += [batch_sums(params, batch, np.int32(first), draw) for draw in draws]
             first += len(batch["labels"])
         total = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
         return float(total[0] / total[1])
