@@ -4,13 +4,11 @@ import dataclasses
 import errno
 import json
 import os
-import re
-import textwrap
 from unittest import mock
 
 import numpy as np
 import pytest
-from token_shards import full_disk, make_info, random_records, write_tokens
+from token_shards import documented_records, full_disk, make_info, random_records, write_tokens
 
 from tokenbridge_jax.channels import ChannelStatistics
 from tokenbridge_jax.data import shards
@@ -45,18 +43,11 @@ def test_views_are_sample_major_and_plain_first():
     assert views == [{"sample": s, "flipped": f} for s in (0, 1) for f in (False, True)]
 
 
-def test_the_five_documented_lines(tmp_path, monkeypatch):
+def test_the_five_documented_lines(tmp_path):
     info = write_tokens(tmp_path, {"train": [7, 3]}, levels=300, flips=True)
-    code = re.search(r"open a shard:\n\n((?:    .*\n)+)", shards.__doc__).group(1)
-    assert len(code.splitlines()) == 5
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    code = textwrap.dedent(code).replace('open("dataset.json")', "file")
-    with open("dataset.json") as file:  # The documented line does not close it.
-        exec(code, {"file": file}, found)
-    expected = random_records(info, range(7))
-    assert found["records"].dtype == expected.dtype
-    assert np.array_equal(found["records"], expected)
+    found, expected = documented_records(tmp_path), random_records(info, range(7))
+    assert found.dtype == expected.dtype
+    assert np.array_equal(found, expected)
 
 
 def test_documented_formula_dequantizes(tmp_path):

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import signal
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,13 +99,20 @@ def make_info(*, levels: int = 16, flips: bool = False, samples: int = 1, **chan
 
 
 def random_records(info: DatasetInfo, images: range) -> np.ndarray:
-    """One record per image, whose content depends only on the image's number."""
+    """One record per image, whose content depends only on the image's number.
+
+    Latents are about the image's class, with a deviation of 0.2 to 0.3.
+    """
     records = np.empty(len(images), info.record)
     for record, image in zip(records, images, strict=True):
         rng = np.random.default_rng(image)
         record["image"] = image
         record["label"] = image % 3
-        record["indices"] = rng.integers(0, info.quantizer.levels, record["indices"].shape)
+        if info.holds_indices:
+            record["indices"] = rng.integers(0, info.quantizer.levels, record["indices"].shape)
+        if info.holds_latents:
+            record["mean"] = image % 3 - 1 + 0.5 * rng.normal(size=record["mean"].shape)
+            record["deviation"] = rng.uniform(0.2, 0.3, record["deviation"].shape)
     return records
 
 
@@ -141,7 +150,7 @@ def full_disk(name: str = "") -> Iterator[None]:
         yield
 
 
-def write_workdir(workdir: Path) -> None:
+def write_workdir(workdir: Path, **settings) -> None:
     """Writes random shards of three classes, and the autoencoder that their description names."""
     config = make_info().autoencoder
     params = init_params(config, jax.random.key(0))
@@ -152,6 +161,7 @@ def write_workdir(workdir: Path) -> None:
         {"train": [20, 13], "validation": [11]},
         autoencoder_hash=autoencoder_hash,
         channel_order_rule="frequency, over 33 images",
+        **settings,
     )
 
 
@@ -225,6 +235,18 @@ def read_split(workdir: Path, split: str = "train") -> np.ndarray:
 @jax.jit
 def encode(params, pixels):
     return Autoencoder(AUTOENCODER).apply({"params": params}, pixels / 127.5 - 1, method="encode")
+
+
+def documented_records(folder: Path) -> np.ndarray:
+    """The records of the first training shard, by the five lines in the documentation."""
+    code = re.search(r"open a shard:\n\n((?:    .*\n)+)", shards.__doc__).group(1)
+    assert len(code.splitlines()) == 5
+    code = textwrap.dedent(code).replace('open("dataset.json")', "file")
+    found = {}
+    # The documented line does not close the file.
+    with contextlib.chdir(folder), open("dataset.json") as file:
+        exec(code, {"file": file}, found)
+    return found["records"]
 
 
 def posterior_of(workdir: Path, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

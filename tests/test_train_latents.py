@@ -1,0 +1,159 @@
+"""`train` with a head of latents: from shards to samples, exact resume, meshes, refusals."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_line import SMALL
+from tiny_model import random_batch, random_params, tiny
+from token_shards import TRAINING, results, stopped_at_the_third_batch, write_tokens, write_workdir
+
+from tokenbridge_jax import Pipeline
+from tokenbridge_jax.commands import runner, train
+from tokenbridge_jax.loss import Examples, training_loss
+from tokenbridge_jax.quantizer import Unquantized
+from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.training import checkpoints
+from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
+from tokenbridge_jax.training.masking import MaskSampler
+from tokenbridge_jax.training.model_task import make_validation
+
+STEPS = 30
+HEAD = {"model.head": "diffusion", "model.head_steps": 5, "model.head_draws": 2}
+FLAGS = TRAINING | HEAD | {
+    "training.accumulation": 2,
+    "training.steps": STEPS,
+    "training.learning_rate": 1e-2,
+    "training.schedule": "constant",
+    "training.checkpoint_every": 4,
+    "training.eval_every": 15,
+    "training.sample_every": 0,
+    "training.ema_decay": 0.8,
+    "model.dropout": 0.1,
+    "mesh.tensor": 2,
+}  # fmt: skip
+
+
+def run(workdir, **changes):
+    values = FLAGS | {name.replace("__", "."): value for name, value in changes.items()}
+    flags = [f"--config.{name}={value}" for name, value in values.items()]
+    return runner.run("train", ["--workdir", str(workdir), *flags])
+
+
+@pytest.fixture(scope="module")
+def straight(programs, tmp_path_factory):
+    """A workdir trained without a stop, on a 2 x 2 x 2 mesh."""
+    workdir = tmp_path_factory.mktemp("straight")
+    write_workdir(workdir, store="latents", flips=True)
+    assert run(workdir, training__sample_every=STEPS) == 0
+    return workdir
+
+
+def test_a_stopped_run_continues_bit_for_bit(straight, tmp_path):
+    write_workdir(tmp_path, store="latents", flips=True)
+    with stopped_at_the_third_batch(train, "make_loader"):
+        assert run(tmp_path) == EXIT_INTERRUPTED
+    assert checkpoints.latest_step(tmp_path / "checkpoints") == 3
+    assert run(tmp_path) == 0
+    assert results(tmp_path) == results(straight)
+    ours, theirs = (Pipeline.load(workdir).params for workdir in (tmp_path, straight))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_training_lowers_the_loss(straight):
+    """Without knowledge of the noise its squared error is 1; the variance's bound adds to it."""
+    lines = results(straight)
+    losses = [row["loss"] for row in lines]
+    assert losses[0] > 1
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
+    found = {row["step"]: row["val_loss"] for row in lines if "val_loss" in row}
+    assert list(found) == [15, 30]
+    assert found[30] < found[15]
+    assert found[30] == pytest.approx(np.mean(losses[-5:]), rel=0.3)
+    assert not any(name.startswith("val_nll") for row in lines for name in row)
+    assert (straight / "samples" / f"step_{STEPS:07d}.png").exists()
+
+
+def test_another_mesh_has_the_same_losses(straight, tmp_path):
+    """Only the order of sums differs; without dropout, whose draws depend on the devices."""
+    found = []
+    for name, changes in {
+        "one": {"mesh__data": 8, "mesh__fsdp": 1, "mesh__tensor": 1, "training__accumulation": 1},
+        "two": {},
+    }.items():
+        write_workdir(tmp_path / name, store="both")
+        fixed = {"training__steps": 3, "training__warmup_steps": 0, "model__dropout": 0.0}
+        fixed |= {"training__eval_every": 3, "training__learning_rate": 1e-3}
+        assert run(tmp_path / name, **(fixed | changes)) == 0
+        found.append([row["val_loss"] for row in results(tmp_path / name) if "val_loss" in row])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_what_the_shards_lack_is_named(straight, tmp_path, capsys):
+    """Models of latents and shards of indices, and the reverse; nothing is written."""
+    (tmp_path / "tokens").mkdir()
+    write_tokens(tmp_path / "tokens", {"train": [20]}, channel_order_rule="frequency, over 20")
+    assert run(tmp_path) == runner.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert "model.head='diffusion' needs latents, but the token shards hold indices only" in error
+    assert "--config.tokenize.store=latents (or both)" in error
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokens").symlink_to(straight / "tokens")
+    assert run(other, model__head="channel_ar") == runner.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert "model.head='channel_ar' needs indices, but the token shards hold latents o" in error
+    assert error.count("\n") == 1
+    assert not (other / "model.json").exists()
+
+
+def test_evaluate_likelihood_says_why_in_one_line(straight, refused):
+    flags = [f"--workdir={straight}"]
+    refused("evaluate", "'diffusion' draws latents: it has no", ["likelihood", *flags])
+
+
+def test_validation_estimates_the_training_loss():
+    """The mean over orders and noises, for the same numbers of hidden positions."""
+    config = tiny(head="diffusion", quantizer=Unquantized(), head_draws=3, head_chunk=16)
+    params, mesh = random_params(config, spread=0.05), meshes.make_mesh(2, 2, 2)
+    masks = MaskSampler(config.positions, bucket=8)
+    batch = random_batch(config, 48)
+    del batch["order"]
+    weights = {"weights": np.ones(48, np.float32)}
+    validate = make_validation(config, masks, mesh)
+    with meshes.use_mesh(mesh):
+        found = validate(params, [batch | weights])
+        assert validate(params, [batch | weights]) == found
+        padded = {name: np.concatenate([x, 7 + x[:8]]) for name, x in batch.items()}
+        padded["labels"][48:] = 0
+        padded["weights"] = np.repeat([1, 0], [48, 8]).astype(np.float32)
+        assert validate(params, [padded]) == pytest.approx(found, rel=1e-5)
+
+    @jax.jit
+    def loss(key, draw):
+        words = jax.random.bits(key, batch["indices"].shape[:2])
+        order, dropped = jnp.argsort(words, axis=1), jnp.zeros(48, bool)
+        examples = Examples(jnp.asarray(batch["indices"]), batch["labels"], order, dropped)
+        return training_loss(config, params, examples, draw, key)
+
+    draws = [masks.all_slots(number) for number in masks.quantiles(4)]
+    pairs = itertools.product(jax.random.split(jax.random.key(3), 10), draws)
+    expected = [float(loss(key, draw)) for key, draw in pairs]
+    # The mean over 40 draws, each over thousands of noises, is known to 1 in 100.
+    assert np.std(expected) / 40**0.5 < 0.01 * found
+    assert found == pytest.approx(np.mean(expected), rel=0.06)
+
+
+def test_the_line_of_digits_with_the_diffusion_head(tmp_path):
+    """All commands from images to samples."""
+    flags = [*SMALL, *(f"--config.{name}={value}" for name, value in HEAD.items())]
+    flags += ["--config.tokenize.store=latents", "--config.evaluation.every=0"]
+    assert runner.run("train-vae", [f"--workdir={tmp_path}", *flags]) == 0
+    for name in ("tokenize", "train"):
+        assert runner.run(name, [f"--workdir={tmp_path}"]) == 0
+    assert "val_loss" in results(tmp_path)[-1]
+    assert runner.run("sample", [f"--workdir={tmp_path}", "--num_images=5"]) == 0
+    with np.load(tmp_path / "samples" / "samples.npz") as file:
+        assert file["arr_0"].shape == (5, 8, 8, 1)
