@@ -84,6 +84,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.training = _training_section() | dict(
         accumulation=settable("auto"),  # or a number
+        decay_head=True,  # False: weight_decay spares the head (MAR)
         class_dropout=0.1,
         mask_mean=1.0,
         mask_std=0.25,

@@ -44,6 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         warmup_epochs=100.0,
         learning_rate=8e-4,
         weight_decay=0.02,
+        decay_head=False,
         clip=3.0,
         ema_decay=0.9999,
     )

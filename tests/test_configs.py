@@ -93,6 +93,16 @@ def test_the_paper_trains_for_800_epochs():
     assert (optimizer.total_steps, optimizer.warmup_steps) == (500_000, 125_000)
 
 
+def test_mars_recipe():
+    """400 epochs of 2048 images, a quarter of them warm-up; no decay of the head; 4 noises."""
+    config = load("mar256").get_config()
+    optimizer = configs.recipe(config, "training", 1_281_167).optimizer
+    assert (optimizer.total_steps, optimizer.warmup_steps) == (250_000, 62_500)
+    assert (optimizer.schedule, optimizer.learning_rate) == ("constant", 8e-4)
+    assert (optimizer.weight_decay, optimizer.decay_head, optimizer.clip) == (0.02, False, 3.0)
+    assert (config.tokenize.store, make_model(config).head_draws) == ("latents", 4)
+
+
 @pytest.mark.parametrize(("on", "scale"), [("imagenet256", 1), ("digits", 2)])
 def test_every_ablation_makes_a_model(on: str, scale: int):
     ablations = load("ablations")

@@ -30,7 +30,7 @@ from tokenbridge_jax.heads import diffusion
 from tokenbridge_jax.heads.conditioned_mlp import SINUSOIDS
 from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.heads.noise_schedule import NoiseSchedule
-from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
+from tokenbridge_jax.loss import Examples, MaskDraw, image_loss, training_loss
 from tokenbridge_jax.model import SIZES, TokenBridge, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.quantizer import Unquantized
 from tokenbridge_jax.runtime import meshes
@@ -183,6 +183,8 @@ def test_the_training_loss_depends_on_no_device(params):
     assert abs(float(other) - float(one[0])) > 1e-3
     fixed = [training_loss(config, params, examples, draw) for _ in range(2)]
     assert fixed[0] == fixed[1]
+    of_images = image_loss(config, params, examples, draw, jax.random.key(0))
+    assert relative_error(of_images.mean(), fixed[0]) < 1e-5
 
 
 def test_forward_flops_are_those_of_the_program():

@@ -94,6 +94,18 @@ def test_the_leaf_name_decides_about_decay():
     }
 
 
+def test_the_head_may_be_spared_from_decay():
+    """MAR's recipe. Without gradients, an update is decay alone."""
+    config = OptimizerConfig(0.1, 5, weight_decay=0.5, decay_head=False)
+    params = {part: {"kernel": jnp.ones(2), "bias": jnp.ones(2)} for part in ("backbone", "head")}
+    optimizer, _ = make_optimizer(config)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["backbone"]["kernel"], -0.05)
+    for still in (updates["backbone"]["bias"], *updates["head"].values()):
+        assert np.array_equal(still, np.zeros(2))
+
+
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (4, 10), (10, 10)])
 def test_schedules_by_formula(warmup, total):
     peak = 0.3

@@ -435,6 +435,7 @@ def optimizer_config(config: ConfigDict, name: str, steps_per_epoch: int) -> Opt
         total_steps=total,
         warmup_steps=warmup,
         schedule=section.schedule,
+        decay_head=section.get("decay_head", True),
         **{key: float(section[key]) for key in numbers},
     )
 

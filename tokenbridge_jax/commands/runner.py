@@ -35,8 +35,8 @@ from tokenbridge_jax.runtime.errors import UserError
 # `tokenbridge` alone quick.
 COMMANDS = {
     "train-vae": ("train_vae", "trains an autoencoder on images"),
-    "tokenize": ("tokenize", "turns images into index shards with an autoencoder"),
-    "train": ("train", "trains a model on index shards"),
+    "tokenize": ("tokenize", "turns images into token shards with an autoencoder"),
+    "train": ("train", "trains a model on token shards"),
     "import-torch": ("import_torch", "makes a workdir from PyTorch checkpoints"),
     "export-torch": ("export_torch", "writes a workdir's weights to PyTorch files"),
     "sample": ("sample", "generates images with a trained model"),

@@ -1,5 +1,6 @@
-"""Turns images into index shards: WORKDIR/autoencoder + config.data -> WORKDIR/tokens.
+"""Turns images into token shards: WORKDIR/autoencoder + config.data -> WORKDIR/tokens.
 
+--config.tokenize.store=indices, latents or both says what to store; heads of latents need latents.
 If it is killed and started again, it continues where it stopped. It names broken images, leaves
 them out, and lists them in `dataset.json`.
 """
@@ -47,12 +48,14 @@ def format_table(result: tokenizing.Result) -> str:
     bits = statistics["bits_by_channel"]
     used = statistics["levels_used_by_channel"]
     levels, size = info.quantizer.levels, info.record.itemsize
+    views = [f"{info.views} views of indices"] * info.holds_indices
+    views += [f"{info.latent_views} of latents"] * info.holds_latents
     rows = {
         "folder": result.folder,
         "images": f"{images} ({counts})",
         "broken, left out": len(info.skipped),
         "rate": f"{result.images / result.seconds:.1f} img/s" if result.images else "-",
-        "bytes an image": f"{size} ({info.views} views), {stored / images:.0f} on disk",
+        "bytes an image": f"{size} ({', '.join(views)}), {stored / images:.0f} on disk",
         "clipped": f"{statistics['clipped_share']:.4%}",
         "bits a channel": f"{statistics['bits_per_channel']:.3f} of {np.log2(levels):.3f}",
         "  by channel": " ".join(f"{value:.2f}" for value in bits),

@@ -1,4 +1,4 @@
-"""Images in, index shards out, batches of indices for training.
+"""Images in, token shards out, batches of indices or latents for training.
 
 images.py   one picture -> a uint8 square, exactly as ADM cuts it
 sources.py  where pictures come from: a class-folder tree, a TFDS archive, scikit-learn's digits

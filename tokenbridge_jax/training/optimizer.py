@@ -5,6 +5,7 @@ added, the result is scaled by the learning rate of that update.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ class OptimizerConfig:
       beta2: decay of the second moment.
       weight_decay: decoupled, multiplied by the learning rate as in AdamW.
       clip: largest global norm of the gradient; 0 does not clip.
+      decay_head: whether the parameters of a model's head decay.
     """
 
     learning_rate: float
@@ -42,6 +44,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     weight_decay: float = 0.02
     clip: float = 1.0
+    decay_head: bool = True
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -81,9 +84,14 @@ def clip_by_global_norm(clip: float) -> optax.GradientTransformation:
     return optax.stateless(clipped)
 
 
-def decay_mask(params: Any) -> Any:
-    """True for the leaves that decay: all but those named in `NO_DECAY_NAMES`."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key not in NO_DECAY_NAMES, params)
+def decay_mask(params: Any, decay_head: bool = True) -> Any:
+    """True for the leaves that decay: all but those named in `NO_DECAY_NAMES`, and the head's."""
+
+    def decays(path: Any, leaf: Any) -> bool:
+        del leaf
+        return path[-1].key not in NO_DECAY_NAMES and (decay_head or path[0].key != "head")
+
+    return jax.tree.map_with_path(decays, params)
 
 
 def make_optimizer(config: OptimizerConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -93,11 +101,12 @@ def make_optimizer(config: OptimizerConfig) -> tuple[optax.GradientTransformatio
     deeper in checkpoints.
     """
     schedule = learning_rate_schedule(config)
+    mask = functools.partial(decay_mask, decay_head=config.decay_head)
     optimizer = optax.chain(
         # Without clipping the state has the same structure: a run may change its clip.
         clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=ADAM_EPS),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
         optax.scale_by_learning_rate(schedule),
     )
     return optimizer, schedule
