@@ -223,7 +223,7 @@ def test_other_settings_are_refused_by_name(finished, images, tmp_path):
         ({"quantizer__channel_order": "frequency"}, "channel_order_rule"),
         ({"tokenize__posterior_samples": 2}, "posterior_samples = 1 but this run has 2"),
         ({"tokenize__precision": "bfloat16"}, "precision"),
-        ({"tokenize__store": "both"}, "store = indices but this run has both"),
+        ({"tokenize__store": "both"}, 'store = "indices" but this run has "both"'),
         ({"tokenize__validation_fraction": 0.3}, r"sources\.train\.chosen"),
         ({"data__flip": False}, "flips = true but this run has false"),
         ({"seed": 4}, "seed = 3 but this run has 4"),

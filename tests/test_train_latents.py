@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_line import SMALL
 from tiny_model import random_batch, random_params, tiny
-from token_shards import TRAINING, results, stopped_at_the_third_batch, write_tokens, write_workdir
+from token_shards import results, stopped_at_the_third_batch, write_tokens
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import AutoencoderConfig, init_params, save_autoencoder
@@ -20,43 +20,62 @@ from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import make_validation
 
 STEPS = 30
-HEAD = {"model.head": "diffusion", "model.head_steps": 5, "model.head_draws": 2}
-FLAGS = TRAINING | HEAD | {
+# Changes of the quick line of digits.
+CHANGES = {
+    "tokenize.store": "latents",
+    "model.head": "diffusion",
+    "model.head_steps": 5,
+    "model.head_draws": 2,
     "training.accumulation": 2,
+    "training.batch_size": 16,
     "training.steps": STEPS,
+    "training.warmup_steps": 2,
     "training.learning_rate": 1e-2,
     "training.schedule": "constant",
     "training.checkpoint_every": 20,
     "training.eval_every": 15,
-    "training.sample_every": 0,
+    "training.sample_every": STEPS,
+    "training.log_every": 1,
     "training.ema_decay": 0.8,
+    "evaluation.every": 0,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
     "mesh.tensor": 2,
-}  # fmt: skip
+}
 
 
-def run(workdir, **changes):
-    values = FLAGS | {name.replace("__", "."): value for name, value in changes.items()}
+def run(workdir, command="train", **changes):
+    values = CHANGES | {name.replace("__", "."): value for name, value in changes.items()}
     flags = [f"--config.{name}={value}" for name, value in values.items()]
-    return runner.run("train", ["--workdir", str(workdir), *flags])
+    return runner.run(command, [f"--workdir={workdir}", *SMALL, *flags])
 
 
 @pytest.fixture(scope="module")
 def straight(programs, tmp_path_factory):
-    """A workdir trained without a stop, on a 2 x 2 x 2 mesh."""
+    """Digits, tokenized by an autoencoder with random weights; trained without a stop."""
     workdir = tmp_path_factory.mktemp("straight")
-    write_workdir(workdir, store="latents", flips=True)
+    config = AutoencoderConfig(8, 1, 8, (1, 1), 1, (), 4)
+    save_autoencoder(workdir / "autoencoder", config, init_params(config, jax.random.key(0)))
+    assert run(workdir, "tokenize") == 0
     assert run(workdir) == 0
     return workdir
 
 
-def test_a_stopped_run_continues_bit_for_bit(straight, tmp_path):
-    write_workdir(tmp_path, store="latents", flips=True)
+@pytest.fixture
+def other(straight, tmp_path):
+    """A workdir with the same autoencoder and shards."""
+    for name in ("autoencoder", "tokens"):
+        (tmp_path / name).symlink_to(straight / name)
+    return tmp_path
+
+
+def test_a_stopped_run_continues_bit_for_bit(straight, other):
     with stopped_at_the_third_batch(train, "make_loader"):
-        assert run(tmp_path) == EXIT_INTERRUPTED
-    assert checkpoints.latest_step(tmp_path / "checkpoints") == 3
-    assert run(tmp_path) == 0
-    assert results(tmp_path) == results(straight)
-    ours, theirs = (Pipeline.load(workdir).params for workdir in (tmp_path, straight))
+        assert run(other, training__sample_every=0) == EXIT_INTERRUPTED
+    assert checkpoints.latest_step(other / "checkpoints") == 3
+    assert run(other, training__sample_every=0) == 0
+    assert results(other) == results(straight)
+    ours, theirs = (Pipeline.load(workdir).params for workdir in (other, straight))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -73,22 +92,30 @@ def test_training_lowers_the_loss(straight):
     assert not any(name.startswith("val_nll") for row in lines for name in row)
 
 
-def test_what_the_shards_lack_is_named(straight, tmp_path, capsys):
+def test_pictures_are_drawn_in_training_and_by_sample(straight):
+    assert (straight / "samples" / f"step_{STEPS:07d}.png").exists()
+    assert runner.run("sample", [f"--workdir={straight}", "--num_images=20"]) == 0
+    with np.load(straight / "samples" / "samples.npz") as file:
+        assert file["arr_0"].shape == (20, 8, 8, 1)
+        assert len({image.tobytes() for image in file["arr_0"]}) == 20
+
+
+def test_what_the_shards_lack_is_named(other, tmp_path_factory, refused):
     """Models of latents and shards of indices, and the reverse; nothing is written."""
-    (tmp_path / "tokens").mkdir()
-    write_tokens(tmp_path / "tokens", {"train": [20]}, channel_order_rule="frequency, over 20")
-    assert run(tmp_path) == runner.EXIT_USER_ERROR
-    error = capsys.readouterr().err
-    assert "model.head='diffusion' needs latents, but the token shards hold indices only" in error
-    assert "--config.tokenize.store=latents (or both)" in error
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "tokens").symlink_to(straight / "tokens")
-    assert run(other, model__head="channel_ar") == runner.EXIT_USER_ERROR
-    error = capsys.readouterr().err
-    assert "model.head='channel_ar' needs indices, but the token shards hold latents o" in error
-    assert error.count("\n") == 1
+
+    def flags(workdir, head):
+        changes = {**CHANGES, "model.head": head}
+        changed = [f"--config.{name}={value}" for name, value in changes.items()]
+        return [f"--workdir={workdir}", *SMALL, *changed]
+
+    message = "model.head='{}' needs {}, but the token shards hold {} only; tokenize again with"
+    refused("train", message.format("parallel", "indices", "latents"), flags(other, "parallel"))
     assert not (other / "model.json").exists()
+    folder = tmp_path_factory.mktemp("indices")
+    (folder / "tokens").mkdir()
+    write_tokens(folder / "tokens", {"train": [20]})
+    refused("train", message.format("diffusion", "latents", "indices"), flags(folder, "diffusion"))
+    assert not (folder / "model.json").exists()
 
 
 def test_evaluate_likelihood_says_why_in_one_line(straight, refused):
@@ -119,22 +146,3 @@ def test_validation_is_the_mean_loss_at_fixed_noise(monkeypatch):
     expected = 1 + np.square(batch["indices"]).mean()
     assert found == pytest.approx(expected, rel=0.04)
     assert found != expected
-
-
-@pytest.mark.usefixtures("programs")
-def test_the_line_of_digits_with_the_diffusion_head(tmp_path):
-    """All commands from images to samples, with random weights of the autoencoder."""
-    flags = [*SMALL, *(f"--config.{name}={value}" for name, value in HEAD.items())]
-    flags += ["--config.tokenize.store=latents", "--config.evaluation.every=0"]
-    flags += ["--config.training.sample_every=4"]
-    shape = dict(image_size=8, image_channels=1, channels=8, multipliers=(1, 1), blocks=1)
-    config = AutoencoderConfig(**shape, attention_resolutions=(), latent_channels=4)
-    params = init_params(config, jax.random.key(0))
-    save_autoencoder(tmp_path / "autoencoder", config, params)
-    assert runner.run("tokenize", [f"--workdir={tmp_path}", *flags]) == 0
-    assert runner.run("train", [f"--workdir={tmp_path}"]) == 0
-    assert "val_loss" in results(tmp_path)[-1]
-    assert (tmp_path / "samples" / "step_0000004.png").exists()
-    assert runner.run("sample", [f"--workdir={tmp_path}", "--num_images=20"]) == 0
-    with np.load(tmp_path / "samples" / "samples.npz") as file:
-        assert file["arr_0"].shape == (20, 8, 8, 1)

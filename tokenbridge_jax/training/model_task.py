@@ -2,14 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float64, Int, PRNGKeyArray
 
 from tokenbridge_jax.loss import (
     Examples,
@@ -152,16 +152,27 @@ def make_validation(
         return jnp.stack([jnp.sum(weights * jnp.mean(loss_BC, axis=-1)), jnp.sum(weights)])
 
     def validate(params: Any, batches: Iterable[Batch]) -> float:
-        sums: list[jax.Array] = []
+        total = np.zeros(2)
+        started: list[jax.Array] = []
         first = 0
         for local in batches:
             batch = meshes.to_global(local, mesh)
-            sums += [batch_sums(params, batch, np.int32(first), draw) for draw in draws]
+            before, started = (
+                started,
+                [batch_sums(params, batch, np.int32(first), draw) for draw in draws],
+            )
+            # One batch late, so that devices need not wait. With many programs waiting, the
+            # collectives of several devices of one CPU block each other.
+            total += _sum_on_host(before)
             first += len(batch["labels"])
-        total = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+        total += _sum_on_host(started)
         return float(total[0] / total[1])
 
     return validate
+
+
+def _sum_on_host(sums: Sequence[jax.Array]) -> Float64[np.ndarray, "2"]:
+    return np.sum(np.asarray(jax.device_get(sums), np.float64).reshape(-1, 2), axis=0)
 
 
 def bits(nats: float) -> float:
