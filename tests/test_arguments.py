@@ -77,7 +77,6 @@ def test_the_workdir_remembers_its_config(probe, run, remember, config_file, tmp
 
 BASE = experiment("base").to_dict()
 OLD = BASE | {"model": {"mask_mean": 1.0, "class_dropout": 0.1}}
-OLDER = BASE | {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}}
 
 
 @pytest.mark.parametrize(
@@ -87,12 +86,20 @@ OLDER = BASE | {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}}
         ("{}", "the config has no autoencoder, data"),
         # From an earlier version.
         (json.dumps(OLD), "config.model has no key class_dropout, mask_mean; move class_dropout, "),
-        (json.dumps(OLDER), "the config has no mesh.slices, so it is from another version; add "),
     ],
 )
 def test_a_wrong_remembered_config_is_named(mistake, tmp_path, content, message):
     storage.write_bytes(tmp_path / "work" / "config.json", content.encode())
     assert message in mistake()
+
+
+def test_a_remembered_config_of_an_earlier_version_gets_the_new_keys(probe, run, tmp_path):
+    older = BASE | {"mesh": {"data": -1, "fsdp": 2, "tensor": 1}}
+    storage.write_bytes(tmp_path / "work" / "config.json", json.dumps(older).encode())
+    status, _, err = run()
+    assert (status, err.count("\n")) == (0, 1)
+    assert "is from an earlier version; it gets mesh.slices=-1" in err
+    assert probe.args.config.mesh.to_dict() == {"data": -1, "fsdp": 2, "tensor": 1, "slices": -1}
 
 
 def test_a_value_that_is_not_set_can_be_set_later(probe, run, remember, config_file):

@@ -231,6 +231,24 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 )
 
 
+def add_new_keys(values: dict[str, Any]) -> list[str]:
+    """Adds keys that an earlier version did not have to the sections of a config, in place.
+
+    Their defaults in `configs/base.py` are what earlier versions did.
+
+    Returns:
+      `section.key=value` of each.
+    """
+    added = []
+    for section, defaults in experiment("base").items():
+        # Unknown keys are a mistake, which `check_config` explains.
+        if isinstance(values.get(section), dict) and set(values[section]) <= set(defaults):
+            new = {key: defaults[key] for key in defaults if key not in values[section]}
+            values[section].update(new)
+            added += [f"{section}.{key}={value}" for key, value in new.items()]
+    return added
+
+
 def check_config(config: ConfigDict) -> None:
     """Checks the parts that every command needs: the sections, their keys, and the seed.
 

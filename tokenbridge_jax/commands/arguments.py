@@ -13,9 +13,16 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from tokenbridge_jax.config import check_config, experiment_file, experiments, settable
+from tokenbridge_jax.config import (
+    add_new_keys,
+    check_config,
+    experiment_file,
+    experiments,
+    settable,
+)
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.training.auto import KEYS
 
 HELP = {"-h", "--help", "-help", "--helpfull"}
@@ -209,7 +216,10 @@ def _remembered_config(
     path = storage.as_path(workdir) / CONFIG_FILE
     if not storage.exists(path):
         return None
-    values = _from_json(storage.read_json(path))
+    values = storage.read_json(path)
+    if added := add_new_keys(values):
+        say(f"{path} is from an earlier version; it gets {', '.join(added)}")
+    values = _from_json(values)
     for name in KEYS.values():
         section, key = name.split(".")
         if key in values.get(section, {}):
