@@ -66,8 +66,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.model = dict(
         SIZES["L"],  # encoder_width, encoder_layers, encoder_heads, decoder_..., head_...
-        head="channel_ar",  # or parallel; of latents: diffusion (MAR), flow, mixture (GIVT)
+        head="channel_ar",  # or parallel, masked; of latents: diffusion (MAR), flow, mixture (GIVT)
         channels_per_group=1,
+        reveal_steps=4,  # of the head masked, which predicts all channels in so many steps
+        reveal_order="fixed",  # of the head masked: the channel order; or confidence
         head_draws=4,  # of the heads diffusion and flow in training
         head_steps=100,  # of the heads diffusion and flow in sampling
         head_solver="heun",  # of the head flow: each step runs its network twice; or euler, once

@@ -17,6 +17,7 @@ from tokenbridge_jax.heads.flow import FlowHead
 from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.model import TokenBridge
 from tokenbridge_jax.quantizer import Unquantized
+from tokenbridge_jax.runtime.errors import UserError
 
 TINY = tiny(
     head="flow",
@@ -162,3 +163,8 @@ def test_a_perfect_prediction_draws_the_data(params, monkeypatch, temperature):
     )
     expected = mean + deviation * temperature * draw_noise(keys, 0, config.channels)
     np.testing.assert_allclose(drawn, expected, atol=1e-3)
+
+
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(UserError, match=r"model\.head_solver='rk4' is not one of euler, heun"):
+        dataclasses.replace(TINY, head_solver="rk4")

@@ -25,6 +25,7 @@ HEADS = {
     "parallel": tiny(head="parallel"),
     "grouped": tiny(channels_per_group=2),
     "parallel, grouped": tiny(head="parallel", channels_per_group=2),
+    "masked": tiny(head="masked", reveal_steps=2),
 }
 # All 5^4 outcomes of a position, in channel order, and in autoencoder order as heads take them.
 OUTCOMES = np.array(list(itertools.product(range(5), repeat=4)), np.int32)
@@ -84,8 +85,14 @@ def test_a_place_sees_the_places_before_it_or_none(kind: str):
     """The logits of place c differ between outcomes if and only if a channel it sees differs."""
     logits = exact(kind).logits.reshape(5, 5, 5, 5, 4, 5)
     for place in range(4):
-        start = {"ar": 0, "parallel": place, "grouped": 0, "parallel, grouped": place // 2 * 2}
-        seen = range(start[kind], place)
+        group = place // 2 * 2
+        seen = {
+            "ar": range(place),
+            "parallel": range(0),
+            "grouped": range(place),
+            "parallel, grouped": range(group, place),
+            "masked": range(group),
+        }[kind]
         of_place = logits[..., place, :]
         unseen = tuple(axis for axis in range(4) if axis not in seen)
         spread = np.ptp(of_place, axis=unseen)
@@ -221,7 +228,7 @@ def test_the_parallel_head_only_lacks_the_tables_of_previous_indices():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": "gan"}, r"model\.head='gan' is not one of channel_ar, parallel, diffusion"),
+        ({"head": "gan"}, r"model\.head='gan' is not one of channel_ar, parallel, masked, diff"),
         (
             {"head": "diffusion"},
             r"model\.head='diffusion' needs latents, not indices; tokenize the",
@@ -234,6 +241,12 @@ def test_the_parallel_head_only_lacks_the_tables_of_previous_indices():
             r"channels_per_group=2 of 300 levels makes 90000 joint classes, more than 65536",
         ),
         ({"head": "parallel", "first_token_quirk": True}, "first_token_quirk is for imported"),
+        (
+            {"head": "masked", "channels_per_group": 2},
+            r"model\.head='masked' has no groups of channels; set model\.channels_per_group=1",
+        ),
+        ({"head": "masked", "reveal_steps": 5}, r"reveal_steps=5 must be at most the number of ch"),
+        ({"head": "masked", "reveal_order": "any"}, r"'any' is not one of fixed, confidence"),
     ],
 )
 def test_impossible_heads_are_refused(changes: dict, message: str):

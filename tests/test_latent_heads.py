@@ -102,7 +102,6 @@ def test_configs_survive_json_and_refuse_what_makes_no_sense(kind):
     for changes, message in (
         ({"channels_per_group": 2}, f"'{kind}' has no groups of channels"),
         ({"first_token_quirk": True}, "first_token_quirk is for imported"),
-        ({"head_solver": "rk4"}, r"model\.head_solver='rk4' is not one of euler, heun"),
         ({"head_components": 0}, r"model\.head_components=0 must be at least 1"),
         ({"head_proposals": 0}, r"model\.head_proposals=0 must be at least 1"),
     ):

@@ -12,11 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, Shaped
 
 from tokenbridge_jax.backbone import Backbone
 from tokenbridge_jax.heads.channel_ar import ChannelAR
-from tokenbridge_jax.heads.diffusion import DIFFUSION_STEPS, DiffusionHead
-from tokenbridge_jax.heads.flow import SOLVERS, FlowHead
+from tokenbridge_jax.heads.diffusion import DiffusionHead
+from tokenbridge_jax.heads.flow import FlowHead
 from tokenbridge_jax.heads.grouped import GroupedHead
 from tokenbridge_jax.heads.head import Guidance, Head
 from tokenbridge_jax.heads.independent import IndependentHead
+from tokenbridge_jax.heads.masked import MaskedHead
 from tokenbridge_jax.heads.mixture import MixtureHead
 from tokenbridge_jax.quantizer import Quantizer, Unquantized, quantizer_from_json
 from tokenbridge_jax.runtime import meshes
@@ -44,6 +45,7 @@ SIZES = {
 HEADS: dict[str, Any] = {
     "channel_ar": ChannelAR,
     "parallel": IndependentHead,
+    "masked": MaskedHead,
     "diffusion": DiffusionHead,
     "flow": FlowHead,
     "mixture": MixtureHead,
@@ -70,7 +72,8 @@ class TokenBridgeConfig:
     of latents have an `Unquantized` in place of a quantizer and no channel order. `head_draws` and
     `head_steps` are the draws in training and the steps in sampling of the heads diffusion and
     flow; `head_solver` is how flow makes a step. `head_components` and `head_proposals` are the
-    mixture's components and the draws that its guidance chooses from.
+    mixture's components and the draws that its guidance chooses from. `reveal_steps` and
+    `reveal_order` are the masked head's.
 
     `dtype`, `remat`, `scan_layers` and `head_chunk` only change memory and speed; the last two also
     change the draws of dropout. `scan_layers` makes one small program for all layers, which
@@ -104,6 +107,8 @@ class TokenBridgeConfig:
     head_solver: str = _changeable("heun")
     head_components: int = 16
     head_proposals: int = _changeable(256)
+    reveal_steps: int = 4
+    reveal_order: str = "fixed"
     buffer: int = 64
     dropout: float = _changeable(0.1)
     first_token_quirk: bool = False
@@ -149,15 +154,8 @@ class TokenBridgeConfig:
                 "model.first_token_quirk is for imported weights: model.head='channel_ar' with one "
                 "channel a group"
             )
-        if not 2 <= self.head_steps <= DIFFUSION_STEPS:
-            raise UserError(
-                f"model.head_steps={self.head_steps} must be from 2 to {DIFFUSION_STEPS}"
-            )
-        if self.head_solver not in SOLVERS:
-            raise UserError(
-                f"model.head_solver='{self.head_solver}' is not one of {', '.join(SOLVERS)}"
-            )
-        if self.of_latents and self.channels_per_group > 1:
+        HEADS[self.head].check_config(self)
+        if not HEADS[self.head].has_groups and self.channels_per_group > 1:
             raise UserError(
                 f"model.head='{self.head}' has no groups of channels; set "
                 "model.channels_per_group=1"
@@ -186,9 +184,8 @@ class TokenBridgeConfig:
 
     @property
     def has_probabilities(self) -> bool:
-        """Whether the head knows the probability of values."""
-        has_probabilities: bool = HEADS[self.head].has_probabilities
-        return has_probabilities
+        """Whether the head knows the probability of its values, or their density."""
+        return make_head(self).has_probabilities
 
     @property
     def value_dtype(self) -> Any:
@@ -376,7 +373,9 @@ def make_head(config: TokenBridgeConfig) -> Head:
         head: Head = HEADS[config.head].from_config(config)
         return head
     is_grouped = config.channels_per_group > 1
-    quirk = {"first_token_quirk": True} if config.first_token_quirk else {}
+    own: dict[str, Any] = {"first_token_quirk": True} if config.first_token_quirk else {}
+    if HEADS[config.head] is MaskedHead:
+        own = {"steps": config.reveal_steps, "reveal_order": config.reveal_order}
     make = functools.partial(
         HEADS[config.head],
         channel_order=tuple(range(config.groups)) if is_grouped else config.channel_order,
@@ -387,7 +386,7 @@ def make_head(config: TokenBridgeConfig) -> Head:
         dropout=config.dropout,
         dtype=jnp.dtype(config.dtype),
         scan_layers=config.scan_layers,
-        **quirk,
+        **own,
     )
     if not is_grouped:
         return make()

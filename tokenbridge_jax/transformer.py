@@ -140,27 +140,36 @@ class Attention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Causal multi-head self-attention of the head, with LayerNorm on queries and keys.
+    """Multi-head self-attention of the head, with LayerNorm on queries and keys.
 
+    A causal one sees the places up to its own; the other one, which has no fast version, sees all.
     With a `cache`, x is one place, which attends to the cached places and itself.
     """
 
     heads: int
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    causal: bool = True
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "N T D"], cache: Cache | None = None
     ) -> tuple[Float[Array, "N T D"], Cache | None]:
         width = x.shape[-1]
-        qkv, bias = qkv_layer(width, self.heads, self.dtype, joined=True).terms(x)
+        layer = qkv_layer(width, self.heads, self.dtype, joined=True)
         q_norm, k_norm = LayerNorm(name="q_norm"), LayerNorm(name="k_norm")
-        norms = (*q_norm.weights(width // self.heads), *k_norm.weights(width // self.heads))
-        if cache is None:
-            x = attend_channels(qkv, bias, jnp.stack(norms), *dropout_seed(self, self.dropout))
+        seed = dropout_seed(self, self.dropout)
+        if not self.causal:
+            q, k, v = split_heads(layer(x))
+            q, k = q_norm(q).astype(self.dtype), k_norm(k).astype(self.dtype)
+            x = plain_attention(q, k, v, None, *seed)
         else:
-            x, cache = attend_cached(qkv, bias, norms, cache)
+            qkv, bias = layer.terms(x)
+            norms = (*q_norm.weights(width // self.heads), *k_norm.weights(width // self.heads))
+            if cache is None:
+                x = attend_channels(qkv, bias, jnp.stack(norms), *seed)
+            else:
+                x, cache = attend_cached(qkv, bias, norms, cache)
         return Dropout(self.dropout)(output_layer(width, self.dtype, joined=True)(x)), cache
 
 
@@ -210,11 +219,12 @@ class ConditionedBlock(nn.Module):
     heads: int
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    causal: bool = True
 
     def setup(self) -> None:
         self.modulation = Modulation(6, self.dtype)
         self.norm1 = LayerNorm(self.dtype)
-        self.attn = ChannelAttention(self.heads, self.dropout, self.dtype)
+        self.attn = ChannelAttention(self.heads, self.dropout, self.dtype, self.causal)
         self.norm2 = LayerNorm(self.dtype)
         self.mlp = Mlp(self.dropout, self.dtype)
 

@@ -1,7 +1,7 @@
 """The transformer over a position's channels that the heads share."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -26,8 +26,12 @@ from tokenbridge_jax.transformer import (
 
 
 class ChannelTransformer(IndexHead):
-    """Small causal transformer over channels, conditioned on the backbone's feature."""
+    """Small transformer over channels, conditioned on the backbone's feature.
 
+    `causal`: whether a place sees those up to its own, or all of them.
+    """
+
+    causal: ClassVar[bool] = True
     width: int
     layers: int
     heads: int
@@ -56,7 +60,7 @@ class ChannelTransformer(IndexHead):
         stack = stack_layers(
             ConditionedBlock, self.layers, scan_layers=self.scan_layers, unroll=self.layers
         )
-        self.blocks = stack(self.heads, self.dropout, self.dtype)
+        self.blocks = stack(self.heads, self.dropout, self.dtype, self.causal)
         self.norm = LayerNorm(self.dtype)
         self.final_modulation = Modulation(2, self.dtype)
         self.classifier = ChannelClassifier(channels, self.levels, self.dtype)

@@ -6,7 +6,7 @@ its bounds (Nichol & Dhariwal, 2021, eq. 15).
 
 import functools
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from tokenbridge_jax.heads.conditioned_mlp import ConditionedMLP, draw_noise, mixed
 from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.heads.noise_schedule import NoiseSchedule
+from tokenbridge_jax.runtime.errors import UserError
 
 # Of training; sampling takes some of them.
 DIFFUSION_STEPS = 1000
@@ -44,6 +45,14 @@ class DiffusionHead(ConditionedMLP):
 
     is_published: ClassVar[bool] = True
     outputs: ClassVar[int] = 2
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """See `Head.check_config`."""
+        if not 2 <= config.head_steps <= DIFFUSION_STEPS:
+            raise UserError(
+                f"model.head_steps={config.head_steps} must be from 2 to {DIFFUSION_STEPS}"
+            )
 
     def loss(
         self, feature: Float[Array, "N Z"], targets: Float[Array, "N C"], keys: Key[Array, " N"]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from tokenbridge_jax.heads.conditioned_mlp import ConditionedMLP, draw_noise, mixed
 from tokenbridge_jax.heads.head import Guidance
+from tokenbridge_jax.runtime.errors import UserError
 
 # How often each method runs the network in a step; its order of convergence is the same number.
 SOLVERS = {"euler": 1, "heun": 2}
@@ -29,6 +30,14 @@ class FlowHead(ConditionedMLP):
     """
 
     solver: str = "heun"
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """See `Head.check_config`."""
+        if config.head_solver not in SOLVERS:
+            raise UserError(
+                f"model.head_solver='{config.head_solver}' is not one of {', '.join(SOLVERS)}"
+            )
 
     @classmethod
     def from_config(cls, config: Any, **more: Any) -> ConditionedMLP:

@@ -51,7 +51,7 @@ class GroupedHead(IndexHead):
         keys: Key[Array, " N"],
         temperature: Float[Array, ""],
         guidance: Guidance | None = None,
-    ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
+    ) -> tuple[Int[Array, "N C"], Float[Array, " N"] | None]:
         """See `Head.sample`; the temperature applies to joint classes."""
         joint, log_probs = self.joint.sample(feature, keys, temperature, guidance)
         places = self.levels ** np.arange(self.group)[::-1]

@@ -35,16 +35,27 @@ class Head(nn.Module):
 
     Attributes:
       of_latents: whether the values are latents; otherwise they are indices.
-      has_probabilities: whether it knows the probability of values, or their density; confidence
-        order and likelihoods need it.
+      has_groups: whether it can predict groups of channels as joint classes.
       is_published: whether weights of it were released; `torch_bridge` reads and writes them.
       has_quirk: whether it knows `first_token_quirk`.
     """
 
     of_latents: ClassVar[bool] = False
-    has_probabilities: ClassVar[bool] = True
+    has_groups: ClassVar[bool] = False
     is_published: ClassVar[bool] = False
     has_quirk: ClassVar[bool] = False
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether it knows the probability of values, or their density.
+
+        Confidence order and likelihoods need it.
+        """
+        return True
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Raises `UserError` if a `TokenBridgeConfig` has settings that this head cannot have."""
 
     @classmethod
     def position_flops(cls, config: Any) -> int:
@@ -134,6 +145,7 @@ class IndexHead(Head):
     Temperature 0 has only one outcome, so there it is the log-probability at temperature 1.
     """
 
+    has_groups: ClassVar[bool] = True
     channel_order: tuple[int, ...]
     levels: int
 
@@ -173,7 +185,7 @@ class IndexHead(Head):
         keys: Key[Array, " N"],
         temperature: Float[Array, ""],
         guidance: Guidance | None = None,
-    ) -> tuple[Int[Array, "N C"], Float[Array, " N"]]:
+    ) -> tuple[Int[Array, "N C"], Float[Array, " N"] | None]:
         """Draws indices; see the class."""
         raise NotImplementedError
 
@@ -186,7 +198,11 @@ class LatentHead(Head):
     """
 
     of_latents: ClassVar[bool] = True
-    has_probabilities: ClassVar[bool] = False
+
+    @property
+    def has_probabilities(self) -> bool:
+        """See `Head.has_probabilities`; not unless a head has a density."""
+        return False
 
     @classmethod
     def from_config(cls, config: Any) -> "LatentHead":

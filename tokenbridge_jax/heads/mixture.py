@@ -5,7 +5,7 @@ C latents. Within a component the channels are independent. So the density of a 
 """
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,10 @@ class MixtureHead(LatentHead):
     components: int = 16
     proposals: int = 256
 
-    has_probabilities: ClassVar[bool] = True
+    @property
+    def has_probabilities(self) -> bool:
+        """See `Head.has_probabilities`."""
+        return True
 
     @classmethod
     def from_config(cls, config: Any) -> "MixtureHead":
