@@ -35,9 +35,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         blocks=2,
         attention_resolutions=(16,),
         latent_channels=16,
+        bottleneck="kl",  # or a trained codebook: vq, lfq (bits), fsq
+        codes=1024,  # of vq
+        levels=8,  # of every channel of fsq
     )
     config.vae_training = _training_section() | dict(
         kl_weight=1e-6,
+        commitment_weight=0.25,  # of vq and lfq
+        entropy_weight=0.1,  # of lfq
         reconstruction="l1",  # or l2
         perceptual_weight=0.0,  # of LPIPS; LDM: 1.0. Needs `import-metrics --vgg16 --lpips_vgg`
         # Of a discriminator that starts after so many updates; LDM: 0.5 after 50,001, with beta1
@@ -48,7 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         discriminator_layers=3,
         dtype="float32",
     )
-    config.quantizer = dict(
+    config.quantizer = dict(  # An autoencoder with a codebook has its own levels and range.
         levels=64,
         range=5.0,
         channel_order="identity",  # or kl16, frequency (measured), or numbers: 2,0,1,...
@@ -57,7 +62,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.tokenize = dict(
         batch_size=32,
         store="indices",  # or latents (posterior mean and deviation, for heads of latents), or both
-        posterior_samples=1,  # of indices
+        # Of indices. 0: the mean, which is all that there is of a codebook.
+        posterior_samples=1,
         records_per_shard=4096,
         validation_fraction=0.0,
         # Shards are used for long, so this is precise: on an H200, 5 of 100,000 indices differ from

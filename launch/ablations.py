@@ -254,6 +254,7 @@ def _tokenize(study: Study, name: str) -> dict[str, Any]:
             )
             for split in info.splits
         }
+        assert isinstance(info.quantizer, Quantizer)
         mesh = meshes.make_mesh(devices=jax.local_devices())
         codec = Codec(*load_autoencoder(folder / "autoencoder"), info.quantizer, mesh)
         everything = np.concatenate(list(indices.values()))

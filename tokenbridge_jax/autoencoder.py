@@ -1,9 +1,10 @@
-"""KL autoencoder: images to continuous latents and back (KL-16 of LDM/MAR, and its family).
+"""Autoencoder: images to latents and back (KL-16 of LDM/MAR, and its family).
 
 The encoder halves the image once per level and returns the mean and log-variance of a diagonal
 normal. The decoder mirrors it, with one more residual block per level. Arrays are NHWC. In the
 vocabulary of this package, a latent is `posterior sample x config.scale`; `Autoencoder` itself
-never applies the scale.
+never applies the scale. A trained codebook takes the place of the normal distribution if
+`config.bottleneck` is not "kl" (see `bottleneck`).
 """
 
 import dataclasses
@@ -20,12 +21,13 @@ from etils import epath
 from flax import traverse_util
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
+from tokenbridge_jax.bottleneck import Bottleneck, Quantized, make_bottleneck
 from tokenbridge_jax.layers import Conv, GroupNorm
 from tokenbridge_jax.ops.attention import plain_attention
 from tokenbridge_jax.ops.precision import compute_dtype
 from tokenbridge_jax.runtime import safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.runtime.meshes import constrain
+from tokenbridge_jax.runtime.meshes import constrain, named_axes
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -45,6 +47,9 @@ class AutoencoderConfig:
       attention_resolutions: encoder levels of these nominal sizes have attention after each block.
       latent_channels: C.
       scale: the factor from a posterior sample to a latent; 0.2325 gives KL-16's unit variance.
+      bottleneck: "kl", or a trained codebook: one of `bottleneck.BOTTLENECKS`.
+      codes: V of the bottleneck "vq".
+      levels: V of the bottleneck "fsq", for every channel.
     """
 
     image_size: int = 256
@@ -55,8 +60,12 @@ class AutoencoderConfig:
     attention_resolutions: tuple[int, ...] = (16,)
     latent_channels: int = 16
     scale: float = 0.2325
+    bottleneck: str = "kl"
+    codes: int = 1024
+    levels: int = 8
 
     def __post_init__(self):
+        make_bottleneck(self.bottleneck, self.codes, self.levels)
         if not self.multipliers or min(self.multipliers) < 1:
             raise UserError(f"autoencoder multipliers {self.multipliers} must be positive numbers")
         for name in ("image_size", "image_channels", "channels", "blocks", "latent_channels"):
@@ -98,8 +107,32 @@ class AutoencoderConfig:
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dict of numbers and lists."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Plain dict of numbers and lists.
+
+        Without a codebook's fields if they have their default values: the hash of an autoencoder
+        that was trained before there were codebooks stays the same.
+        """
+        value = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            of_codebook = field.name in ("bottleneck", "codes", "levels")
+            if of_codebook and value[field.name] == field.default:
+                del value[field.name]
+        return json.loads(json.dumps(value))
+
+    @property
+    def codebook(self) -> Bottleneck | None:
+        """What takes the place of the posterior; None without a trained codebook."""
+        return make_bottleneck(self.bottleneck, self.codes, self.levels)
+
+    @property
+    def moments(self) -> int:
+        """The channels of the encoder's output."""
+        return self.latent_channels * (2 if self.codebook is None else 1)
+
+    @property
+    def index_channels(self) -> int:
+        """C of the indices: 1 if an index stands for a whole vector, or that of the latents."""
+        return 1 if self.codebook and self.codebook.has_codes else self.latent_channels
 
     @property
     def downsampling(self) -> int:
@@ -130,7 +163,10 @@ class AutoencoderConfig:
 
 
 class Posterior(NamedTuple):
-    """Diagonal normal over unscaled latents, float32; `logvar` is clipped to [-30, 20]."""
+    """Diagonal normal over unscaled latents, float32; `logvar` is clipped to [-30, 20].
+
+    Of a trained codebook it is certain: `logvar` is -infinity.
+    """
 
     mean: Float[Array, "B h w C"]
     logvar: Float[Array, "B h w C"]
@@ -221,7 +257,17 @@ class Encoder(nn.Module):
                 x = Conv(x.shape[-1], 3, precision, (2, 2), ((0, 1), (0, 1)), name=name)(x)
         x = _Middle(precision, name="middle")(x)
         x = nn.swish(GroupNorm(name="norm_out")(x))
-        return Conv(2 * config.latent_channels, 3, precision, name="conv_out")(x)
+        return Conv(config.moments, 3, precision, name="conv_out")(x)
+
+
+class Codes(nn.Module):
+    """The learned codes of a bottleneck, `[V, D]`."""
+
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        return self.param("codes", named_axes(nn.initializers.normal(), None, None), self.shape)
 
 
 class Decoder(nn.Module):
@@ -263,11 +309,16 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(self.config, self.precision)
         self.decoder = Decoder(self.config, self.precision)
         channels = self.config.latent_channels
-        self.quant_conv = Conv(2 * channels, 1, self.precision)
+        self.quant_conv = Conv(self.config.moments, 1, self.precision)
         self.post_quant_conv = Conv(channels, 1, self.precision)
+        if self.config.codebook and self.config.codebook.has_codes:
+            self.codebook = Codes((self.config.codes, channels))
 
     def moments(self, images: Float[Array, "B H W I"]) -> Float[Array, "B h w CC"]:
-        """Mean and unclipped log-variance, float32, of images in [-1, 1]."""
+        """Mean and unclipped log-variance, or what a codebook quantizes, float32.
+
+        The images are in [-1, 1].
+        """
         self.config.check_image_size(*images.shape[1:3])
         hidden = self.encoder(images.astype(compute_dtype(self.precision)))
         return self.quant_conv(hidden).astype(jnp.float32)
@@ -278,7 +329,23 @@ class Autoencoder(nn.Module):
         Raises:
           UserError: height or width is not a multiple of the downsampling.
         """
-        return Posterior.from_moments(self.moments(images))
+        if self.config.codebook is None:
+            return Posterior.from_moments(self.moments(images))
+        latents = self.quantized(images).latents
+        return Posterior(latents, jnp.full_like(latents, -jnp.inf))
+
+    def quantized(self, images: Float[Array, "B H W I"]) -> Quantized:
+        """Codes of images in [-1, 1], where there is a trained codebook; NaN for an output of NaN.
+
+        Raises:
+          UserError: height or width is not a multiple of the downsampling.
+        """
+        assert self.config.codebook is not None
+        z = self.moments(images)
+        codes = self.codebook() if self.config.codebook.has_codes else None
+        found = self.config.codebook.quantize(z, codes)
+        broken = jnp.isnan(z).any(axis=-1, keepdims=True)
+        return found._replace(latents=jnp.where(broken, jnp.nan, found.latents))
 
     def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W I"]:
         """Unscaled latents -> float32 images, about [-1, 1] and not clipped."""
@@ -302,7 +369,7 @@ def abstract_params(config: AutoencoderConfig) -> dict[str, Any]:
 
 
 def init_params(config: AutoencoderConfig, key: Key[Array, ""]) -> dict[str, Any]:
-    """Random unboxed float32 parameters: LeCun-normal kernels, biases 0, norms 1.
+    """Random unboxed float32 parameters: LeCun-normal kernels, normal codes, biases 0, norms 1.
 
     All kernels are slices of one draw. Flax makes one draw per kernel, and compiling those takes
     minutes for KL-16 on a CPU.
@@ -310,14 +377,15 @@ def init_params(config: AutoencoderConfig, key: Key[Array, ""]) -> dict[str, Any
     shapes: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(
         nn.unbox(abstract_params(config))
     )
-    kernels = {path: leaf for path, leaf in shapes.items() if path[-1] == "kernel"}
+    kernels = {path: leaf for path, leaf in shapes.items() if path[-1] in ("kernel", "codes")}
     draws = jax.random.normal(key, (sum(leaf.size for leaf in kernels.values()),))
     params = {
         path: jnp.full(leaf.shape, path[-1] == "scale", leaf.dtype) for path, leaf in shapes.items()
     }
     start = 0
     for path, leaf in kernels.items():
-        fan_in = math.prod(leaf.shape[:-1])
+        # Codes get a length of about 1.
+        fan_in = leaf.shape[-1] if path[-1] == "codes" else math.prod(leaf.shape[:-1])
         draw = jax.lax.slice(draws, (start,), (start + leaf.size,))
         params[path] = draw.reshape(leaf.shape) / math.sqrt(fan_in)
         start += leaf.size

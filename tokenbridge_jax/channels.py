@@ -131,12 +131,14 @@ def resolve_channel_order(
     Args:
       setting: "kl16", "identity", "frequency" (needs `spectrum`), or the order itself: a sequence,
         or a text such as "(2, 0, 1)", as a flag gives it.
-      channels: C.
+      channels: C; a single one has one order, whatever the setting.
       spectrum: measured on the data.
 
     Raises:
       UserError: the setting is unknown, or is not an order of these channels.
     """
+    if channels == 1:
+        return (0,)
     if setting == "frequency":
         if spectrum is None:
             raise UserError('channel_order "frequency" is measured on latents: run tokenize first')

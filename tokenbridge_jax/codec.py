@@ -19,7 +19,7 @@ from tokenbridge_jax.autoencoder import (
     unflatten_positions,
 )
 from tokenbridge_jax.ops.precision import check_precision
-from tokenbridge_jax.quantizer import Quantizer, Unquantized
+from tokenbridge_jax.quantizer import AnyQuantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -28,14 +28,14 @@ class Encoded(NamedTuple):
     """Latents and indices of a batch. They are on the device until `np.asarray`.
 
     Attributes:
-      latents: scaled, float32.
+      latents: scaled, float32; of D channels.
       indices: in the quantizer's `index_dtype`; channels are in the autoencoder's order.
       clipped: how many of an image's positions were outside the quantizer's range, per channel.
       broken: which images have a NaN among their latents; their indices mean nothing.
       deviation: of the posterior of the scaled latents, float32, if it was asked for.
     """
 
-    latents: Float[Array | np.ndarray, "B h w C"]
+    latents: Float[Array | np.ndarray, "B h w D"]
     indices: Shaped[Array | np.ndarray, "B L C"]
     clipped: Integer[Array | np.ndarray, "B C"]
     broken: Bool[Array | np.ndarray, " B"]
@@ -55,7 +55,7 @@ class Codec:
         self,
         config: AutoencoderConfig,
         params: Mapping[str, Any],
-        quantizer: Quantizer | Unquantized,
+        quantizer: AnyQuantizer,
         mesh: Mesh,
         precision: str = "float32",
     ):
@@ -134,13 +134,13 @@ class Codec:
           UserError: they are not integers from 0 to V - 1, there are none, the number of positions
             is not a square or that of `grid`, or the channels are not the autoencoder's.
         """
-        shape = ("B", "L", "C") if grid is None else ("B", grid**2, self.config.latent_channels)
+        shape = ("B", "L", "C") if grid is None else ("B", grid**2, self.config.index_channels)
         indices = check_values(indices, shape, self.quantizer)
         grid = round(indices.shape[1] ** 0.5)
-        if grid * grid != indices.shape[1] or indices.shape[2] != self.config.latent_channels:
+        if grid * grid != indices.shape[1] or indices.shape[2] != self.config.index_channels:
             raise UserError(
                 f"indices of {indices.shape[1]} positions, {indices.shape[2]} channels do not fit "
-                f"this autoencoder: a square number and {self.config.latent_channels} are needed"
+                f"this autoencoder: a square number and {self.config.index_channels} are needed"
             )
         with meshes.use_mesh(self.mesh):
             maps = unflatten_positions(indices, grid)
@@ -150,7 +150,7 @@ class Codec:
         self, indices: Shaped[np.ndarray | Array, "B h w C"] | Any
     ) -> UInt8[Array, "B H W I"]:
         """Like `decode`, for images of any height and width."""
-        shape = "B", "h", "w", self.config.latent_channels
+        shape = "B", "h", "w", self.config.index_channels
         return self._decode_indices(check_values(indices, shape, self.quantizer))
 
     def decode_latents(
@@ -192,7 +192,7 @@ class Codec:
 
 def _encode(
     module: Autoencoder,
-    quantizer: Quantizer | Unquantized,
+    quantizer: AnyQuantizer,
     with_deviation: bool,
     params: Mapping[str, Any],
     images: UInt8[Array, "B H W I"],
@@ -270,7 +270,7 @@ def check_images(
 def check_values(
     values: Any,
     shape: tuple[int | str, ...],
-    quantizer: Quantizer | Unquantized,
+    quantizer: AnyQuantizer,
     name: str = "indices",
     used: Bool[np.ndarray, "..."] | None = None,
 ) -> Shaped[np.ndarray | Array, "..."]:

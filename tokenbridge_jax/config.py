@@ -22,7 +22,7 @@ from ml_collections.config_dict import FieldReference
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.model import DTYPES, HEADS, TokenBridgeConfig
-from tokenbridge_jax.quantizer import Quantizer, Unquantized
+from tokenbridge_jax.quantizer import AnyQuantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import Devices
@@ -217,8 +217,8 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("keep_every eval_every sample_every every", "0 (never) or more", lambda value: value >= 0),
     (
-        "epochs warmup_epochs learning_rate weight_decay clip kl_weight perceptual_weight "
-        "adversarial_weight",
+        "epochs warmup_epochs learning_rate weight_decay clip kl_weight commitment_weight "
+        "entropy_weight perceptual_weight adversarial_weight",
         "a finite number, 0 or more",
         lambda value: 0 <= value < math.inf,
     ),
@@ -356,7 +356,7 @@ def of_latents(config: ConfigDict) -> bool:
 
 def model_config(
     config: ConfigDict,
-    quantizer: Quantizer | Unquantized,
+    quantizer: AnyQuantizer,
     channel_order: tuple[int, ...],
     positions: int,
 ) -> TokenBridgeConfig:

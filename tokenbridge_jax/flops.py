@@ -48,8 +48,10 @@ def encode_flops(config: AutoencoderConfig) -> int:
             total += _residual(side, width, config.channels * multiplier)
             width = config.channels * multiplier
             total += _attention(side, width) * config.has_attention(level)
-    moments = 2 * config.latent_channels
+    moments = config.moments
     total += _middle(side, width)
+    codes = 2 * side**2 * config.codes * config.latent_channels
+    total += codes * bool(config.codebook and config.codebook.has_codes)
     return total + _conv(side, 3, width, moments) + _conv(side, 1, moments, moments)
 
 

@@ -19,7 +19,7 @@ from tokenbridge_jax.heads.head import Guidance, Head
 from tokenbridge_jax.heads.independent import IndependentHead
 from tokenbridge_jax.heads.masked import MaskedHead
 from tokenbridge_jax.heads.mixture import MixtureHead
-from tokenbridge_jax.quantizer import Quantizer, Unquantized, quantizer_from_json
+from tokenbridge_jax.quantizer import AnyQuantizer, Unquantized, quantizer_from_json
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.transformer import REMAT_POLICIES, Window, block_flops
@@ -87,7 +87,7 @@ class TokenBridgeConfig:
       UserError: on construction, if the sizes make no model.
     """
 
-    quantizer: Quantizer | Unquantized
+    quantizer: AnyQuantizer
     channel_order: tuple[int, ...]
     positions: int = 256
     classes: int = 1000
@@ -118,9 +118,9 @@ class TokenBridgeConfig:
     head_chunk: int = _changeable(4096)
 
     def __post_init__(self) -> None:
-        if sorted(self.channel_order) != list(range(self.channels)) or self.channels < 2:
+        if sorted(self.channel_order) != list(range(self.channels)) or not self.channels:
             raise UserError(
-                f"channel order {self.channel_order} must list each of 0..C-1 once, with C >= 2"
+                f"channel order {self.channel_order} must list each of 0..C-1 once, with C >= 1"
             )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -161,9 +161,12 @@ class TokenBridgeConfig:
                 "model.channels_per_group=1"
             )
         group = f"model.channels_per_group={self.channels_per_group}"
-        if self.channels % self.channels_per_group or self.groups < 2:
+        if self.channels % self.channels_per_group or not self.groups:
+            raise UserError(f"{group} must divide {self.channels} channels into groups")
+        if self.groups < HEADS[self.head].least_places:
             raise UserError(
-                f"{group} must divide {self.channels} channels into groups, at least two"
+                f"model.head='{self.head}' predicts one channel or group after another, but there "
+                "is only one; set model.head=parallel"
             )
         if self.joint_classes > MAX_JOINT_CLASSES:
             raise UserError(
@@ -231,11 +234,12 @@ class TokenBridgeConfig:
         `scored` of the hidden positions go through the head, all by default. Counted by hand: a
         product of [m, k] with [k, n] is 2mkn; embeddings, norms and the softmax are not counted.
         """
+        latents = self.channels * self.quantizer.latents_per_index
         encoded = self.buffer + self.positions - hidden
         decoded = self.buffer + self.positions
         head: int = HEADS[self.head].position_flops(self)
         return (
-            2 * (self.positions - hidden) * self.channels * self.encoder_width
+            2 * (self.positions - hidden) * latents * self.encoder_width
             + self.encoder_layers * block_flops(encoded, encoded, self.encoder_width)
             + 2 * encoded * self.encoder_width * self.decoder_width
             + self.decoder_layers * block_flops(decoded, decoded, self.decoder_width)

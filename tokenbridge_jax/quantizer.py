@@ -15,9 +15,10 @@ exists.
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,8 @@ class Quantizer:
     minimum: float = -5.0
     maximum: float = 5.0
 
+    latents_per_index: ClassVar[int] = 1
+
     def __post_init__(self):
         values = np.asarray(self.level_values, np.float32)
         object.__setattr__(self, "level_values", tuple(values.tolist()))
@@ -129,7 +132,7 @@ class Quantizer:
     @property
     def index_dtype(self) -> np.dtype:
         """uint8 up to 256 levels, uint16 above."""
-        return np.dtype(np.uint8 if self.levels <= 256 else np.uint16)
+        return _index_dtype(self.levels)
 
     @property
     def blank(self) -> int:
@@ -203,12 +206,82 @@ class Quantizer:
         return np.clip(scaled, np.float32(-3), np.float32(3))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codebook:
+    """The V codes of a trained codebook: a position has one index, which stands for a vector.
+
+    Attributes:
+      codes: float32, of length 1.
+    """
+
+    codes: Float[np.ndarray, "V D"]
+
+    minimum = -1.0
+    maximum = 1.0
+    blank = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codebook) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @functools.cached_property
+    def _key(self) -> tuple[tuple[int, ...], bytes]:
+        return self.codes.shape, hashlib.sha256(self.codes.tobytes()).digest()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Codebook":
+        """Inverse of `to_json`, exact to the bit."""
+        return cls(np.asarray(value["codes"], np.float32))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict; float32 numbers survive JSON exactly."""
+        return {"codes": self.codes.tolist()}
+
+    @property
+    def levels(self) -> int:
+        """V."""
+        return len(self.codes)
+
+    @property
+    def latents_per_index(self) -> int:
+        """D."""
+        return self.codes.shape[1]
+
+    @property
+    def index_dtype(self) -> np.dtype:
+        """uint8 up to 256 codes, uint16 above."""
+        return _index_dtype(self.levels)
+
+    @property
+    def dequantized_levels(self) -> np.ndarray:
+        """The codes: float32 `[V, D]`."""
+        return self.codes
+
+    def quantize(self, latents: Float[Array | np.ndarray, "... D"]) -> Integer[Array, "... 1"]:
+        """The number of the nearest code, which has the largest product: all have length 1."""
+        products = jnp.matmul(jnp.asarray(latents), self.codes.T, precision="highest")
+        return jnp.argmax(products, axis=-1, keepdims=True).astype(self.index_dtype)
+
+    def dequantize(self, indices: Integer[Array | np.ndarray, "... 1"]) -> Float[Array, "... D"]:
+        """The codes of indices, float32; NaN for an index of V or above."""
+        return jnp.take(jnp.asarray(self.codes), indices[..., 0], axis=0, mode="fill")
+
+    def clipped(
+        self, latents: Float[Array | np.ndarray, "... D"]
+    ) -> Bool[Array | np.ndarray, "... 1"]:
+        """No latent is outside of a range."""
+        return jnp.zeros((*latents.shape[:-1], 1), bool)
+
+
 @dataclasses.dataclass(frozen=True)
 class Unquantized:
     """Stands for a quantizer where a model's values are the latents themselves."""
 
     levels = 0
     blank = 0.0
+    latents_per_index = 1
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Unquantized":
@@ -238,10 +311,19 @@ class Unquantized:
         return jnp.zeros(latents.shape, bool)
 
 
-def quantizer_from_json(value: Mapping[str, Any]) -> Quantizer | Unquantized:
+AnyQuantizer = Quantizer | Codebook | Unquantized
+
+
+def quantizer_from_json(value: Mapping[str, Any]) -> AnyQuantizer:
     """The quantizer that a `to_json` described."""
+    if "codes" in value:
+        return Codebook.from_json(value)
     kind = Unquantized if value.get("levels") == 0 else Quantizer
     return kind.from_json(value)
+
+
+def _index_dtype(levels: int) -> np.dtype:
+    return np.dtype(np.uint8 if levels <= 256 else np.uint16)
 
 
 def _from_ordered_bits(ordered: np.ndarray) -> np.ndarray:

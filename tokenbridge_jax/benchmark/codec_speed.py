@@ -12,7 +12,7 @@ from tokenbridge_jax.autoencoder import init_params
 from tokenbridge_jax.benchmark.measure import Call, Case
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.config import autoencoder_config, check_batches
-from tokenbridge_jax.data.tokenizing import make_quantizer
+from tokenbridge_jax.data.tokenizing import make_quantizer, quantizer_of
 from tokenbridge_jax.flops import decode_flops, encode_flops
 from tokenbridge_jax.runtime import meshes
 
@@ -31,7 +31,7 @@ def autoencoder_cases(config: ConfigDict, batches: Sequence[int], precision: str
     mesh = meshes.make_mesh(devices=jax.local_devices())
     check_batches(batches, mesh)
     autoencoder = autoencoder_config(config)
-    quantizer = make_quantizer(config)
+    quantizer = quantizer_of(config, autoencoder, random_codes(autoencoder))
     side, grid = autoencoder.image_size, autoencoder.grid
 
     def case(batch: int, direction: str, flops: int) -> Case:

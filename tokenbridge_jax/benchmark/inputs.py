@@ -15,10 +15,11 @@ from flax.core import meta
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.config import autoencoder_config, model_config, of_latents
 from tokenbridge_jax.data.shards import DatasetInfo
-from tokenbridge_jax.data.tokenizing import make_quantizer
+from tokenbridge_jax.data.tokenizing import quantizer_of
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.runtime import meshes
 
@@ -32,10 +33,10 @@ def make_info(config: ConfigDict) -> DatasetInfo:
     # "frequency" would need data; every order has the same speed.
     known = "identity" if rule == "frequency" else rule
     return DatasetInfo(
-        quantizer=make_quantizer(config),
+        quantizer=quantizer_of(config, autoencoder, random_codes(autoencoder)),
         autoencoder=autoencoder,
         autoencoder_hash="0" * 64,
-        channel_order=resolve_channel_order(known, autoencoder.latent_channels),
+        channel_order=resolve_channel_order(known, autoencoder.index_channels),
         channel_order_rule=str(rule),
         image_size=config.data.image_size,
         posterior_samples=VIEWS,
@@ -47,6 +48,12 @@ def make_info(config: ConfigDict) -> DatasetInfo:
         sources={},
         store="latents" if of_latents(config) else "indices",
     )
+
+
+def random_codes(autoencoder: AutoencoderConfig) -> dict[str, Any]:
+    """Parameters of an untrained codebook, as `quantizer_of` takes them."""
+    shape = autoencoder.codes, autoencoder.latent_channels
+    return {"codebook": {"codes": np.random.default_rng(0).normal(size=shape).astype(np.float32)}}
 
 
 def make_model(config: ConfigDict) -> TokenBridgeConfig:

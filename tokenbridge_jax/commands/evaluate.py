@@ -34,7 +34,7 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.config import make_mesh, sampling_settings
 from tokenbridge_jax.data.shards import read_info
-from tokenbridge_jax.data.tokenizing import make_quantizer
+from tokenbridge_jax.data.tokenizing import quantizer_of
 from tokenbridge_jax.evaluation import (
     feature_files,
     generation,
@@ -52,7 +52,7 @@ from tokenbridge_jax.evaluation.scores import OF_DATA, Reference
 from tokenbridge_jax.evaluation.variants import perturbation, sweep
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
-from tokenbridge_jax.quantizer import Quantizer, Unquantized
+from tokenbridge_jax.quantizer import Codebook, Quantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes, pictures, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
@@ -282,7 +282,7 @@ def _load_pipeline(args: flags.FlagValues) -> Pipeline:
     return Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config))
 
 
-def _quantizer(description: ModelDescription) -> Quantizer:
+def _quantizer(description: ModelDescription) -> Quantizer | Codebook:
     """The quantizer of a model of indices; an error for a model of latents."""
     config = description.config
     if isinstance(config.quantizer, Unquantized):
@@ -296,20 +296,22 @@ def _quantizer(description: ModelDescription) -> Quantizer:
 def measure_reconstruction(args: flags.FlagValues) -> None:
     """The loss of quality by the autoencoder and the quantizer: the paper's Table 1."""
     workdir = epath.Path(args.workdir)
-    trained = (workdir / MODEL_FILE).exists()
-    quantizer = (
-        _quantizer(ModelDescription.load(workdir)) if trained else make_quantizer(args.config)
-    )
     extractor = _extractor(args)
     config, params = load_autoencoder(workdir / "autoencoder")
+    if (workdir / MODEL_FILE).exists():
+        quantizer = _quantizer(ModelDescription.load(workdir))
+    else:
+        quantizer = quantizer_of(args.config, config, params)
     codec = Codec(config, params, quantizer, meshes.make_mesh(devices=jax.local_devices()))
     images = _images(args, *([args.split] if args.split else ["validation", "train"]))
     reference = _reference(args, extractor) if args.reference else None
     perceptual = networks.load_lpips(_networks(args), min(images.shape[:2]))
+    # Other levels and ranges would cut up the codes of a trained codebook.
+    levels, ranges = (args.levels, args.ranges) if config.codebook is None else ([], [])
     variants = sweep(
         quantizer,
-        _parse("levels", args.levels, int, "numbers"),
-        _parse("ranges", args.ranges, float, "numbers"),
+        _parse("levels", levels, int, "numbers"),
+        _parse("ranges", ranges, float, "numbers"),
         _parse("perturb", args.perturb, perturbation, "SHARE:LEVELS, such as 0.1:4"),
     )
     found = reconstruction.reconstruction(
@@ -327,7 +329,7 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
         "autoencoder_sha256": read_description(workdir / "autoencoder")["hash"],
         "levels": quantizer.levels,
         "range": quantizer.maximum,
-        "sweep": [args.levels, args.ranges, args.perturb],
+        "sweep": [levels, ranges, args.perturb],
         "images_from": images.path.name,
         **images.facts,
         **(reference.facts if reference else {}),
@@ -382,6 +384,7 @@ def measure_tokens(args: flags.FlagValues) -> None:
         folder, split, all_views=args.all_views, max_images=args.num_images, progress=True
     )
     info = read_info(folder)
+    assert not isinstance(info.quantizer, Unquantized)
     facts: dict[str, Any] = {"tokens_sha256": info.sha256, "range": info.quantizer.maximum}
     facts["autoencoder_sha256"] = info.autoencoder_hash
     _report(args, "tokens", found, facts, module=tokens)

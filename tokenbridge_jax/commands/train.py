@@ -137,7 +137,8 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
     info.check_holds(needed, f"model.head='{config.model.head}'")
     info.check(image_size=config.data.image_size)
     if not of_latents(config):
-        info.check(quantizer=make_quantizer(config))
+        if info.autoencoder.codebook is None:
+            info.check(quantizer=make_quantizer(config))
         _check_channel_order(config, info)
     if len(info.class_names) > config.data.num_classes:
         raise UserError(

@@ -124,6 +124,8 @@ def make_task(config: ConfigDict, network: Network | None = None) -> Autoencoder
         section.dtype,
         section.kl_weight,
         section.reconstruction,
+        commitment_weight=section.commitment_weight,
+        entropy_weight=section.entropy_weight,
         perceptual=perceptual,
         adversary=adversary,
     )
@@ -219,7 +221,9 @@ class _Training:
             std = autoencoder_task.latent_std(self.task.module, params, batches, mesh)
             gather = jax.jit(lambda params: params, out_shardings=meshes.replicated(mesh))
             params = jax.tree.map(np.asarray, gather(params))
-        sizes = dataclasses.replace(self.task.module.config, scale=1 / std)
+        sizes = self.task.module.config
+        if sizes.codebook is None:  # A codebook's latents have their scale by construction.
+            sizes = dataclasses.replace(sizes, scale=1 / std)
         extra = {"step": int(state.step), "latent_std": std}
         if jax.process_index() == 0:
             save_autoencoder(self.directory, sizes, params, extra)

@@ -28,7 +28,8 @@ with `flips`, the mirrored one. Five lines of plain Python open a shard:
 
 `records["indices"]` is then an array `[images, views, L, C]`. An index i stands for the latent
 `(v + 3) / 6 * (maximum - minimum) + minimum` with `v = quantizer.level_values[i]`. The autoencoder
-decodes latents divided by `autoencoder.scale`. `mean` and `deviation` are of scaled latents, too: a
+decodes latents divided by `autoencoder.scale`. If `quantizer` has `codes`, C is 1 and an index i
+stands for the vector `quantizer.codes[i]`. `mean` and `deviation` are of scaled latents, too: a
 draw of the posterior is `mean + deviation * n` with n from a standard normal.
 
 Float16 rounds to 11 bits, a mean of 1 by 0.0005 at most. Deviations below 6e-5 are rounded by 3e-8
@@ -51,7 +52,7 @@ from etils import epath
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.data.local_copy import INFO_FILE, local_copy
 from tokenbridge_jax.data.readers import damaged
-from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.quantizer import AnyQuantizer, quantizer_from_json
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.differences import first_difference
 from tokenbridge_jax.runtime.errors import UserError
@@ -96,7 +97,7 @@ class DatasetInfo:
       skipped: the pictures left out, each with `split`, `image` and `reason`.
     """
 
-    quantizer: Quantizer
+    quantizer: AnyQuantizer
     autoencoder: AutoencoderConfig
     autoencoder_hash: str
     channel_order: tuple[int, ...]
@@ -118,7 +119,7 @@ class DatasetInfo:
     @property
     def channels(self) -> int:
         """C."""
-        return self.autoencoder.latent_channels
+        return self.autoencoder.index_channels
 
     @property
     def grid(self) -> int:
@@ -221,7 +222,7 @@ class DatasetInfo:
         fields: dict[str, Any] = {name: value[name] for name in names}
         for name in ("channel_order", "class_names", "skipped"):
             fields[name] = tuple(fields[name])
-        fields["quantizer"] = Quantizer.from_json(fields["quantizer"])
+        fields["quantizer"] = quantizer_from_json(fields["quantizer"])
         fields["autoencoder"] = AutoencoderConfig.from_json(fields["autoencoder"])
         return cls(**fields)
 

@@ -17,7 +17,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.sources import Subset, make_subsets
 from tokenbridge_jax.data.workers import count_workers
 from tokenbridge_jax.ops.precision import check_precision
-from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.quantizer import Codebook, Quantizer
 from tokenbridge_jax.runtime import meshes, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress, say
@@ -186,6 +186,16 @@ def make_quantizer(config: ConfigDict) -> Quantizer:
     return Quantizer.gaussian(config.quantizer.levels, config.quantizer.range)
 
 
+def quantizer_of(
+    config: ConfigDict, autoencoder: AutoencoderConfig, params: Mapping[str, Any]
+) -> Quantizer | Codebook:
+    """The quantizer for an autoencoder's latents: its own, or that of `make_quantizer`."""
+    if autoencoder.codebook is None:
+        return make_quantizer(config)
+    codes = params["codebook"]["codes"] if autoencoder.codebook.has_codes else None
+    return autoencoder.codebook.quantizer(codes)
+
+
 def _check_settings(config: ConfigDict) -> None:
     for section, name, minimum in [
         ("tokenize", "batch_size", 1),
@@ -229,6 +239,8 @@ def _describe(
     config: ConfigDict, autoencoder: AutoencoderConfig, params: Any, subsets: dict[str, Subset]
 ) -> DatasetInfo:
     """The description of the shards, without the channel order."""
+    # Every sample would be the same.
+    samples = config.tokenize.posterior_samples if autoencoder.codebook is None else 0
     rule = config.quantizer.channel_order
     if rule == "frequency":
         calibration = subsets["train"].spread(config.quantizer.calibration_images)
@@ -239,7 +251,7 @@ def _describe(
     # Latents are stored as mean and deviation: only indices are of drawn samples.
     samples = 0 if store == "latents" else config.tokenize.posterior_samples
     return DatasetInfo(
-        quantizer=make_quantizer(config),
+        quantizer=quantizer_of(config, autoencoder, params),
         autoencoder=autoencoder,
         autoencoder_hash=autoencoder_hash(autoencoder, params),
         channel_order=(),
@@ -293,7 +305,8 @@ def _agree_on_making(
     if begun is not None and setting == "frequency":
         order = begun.channel_order
     else:
-        spectrum = measure() if setting == "frequency" else None
+        measured = setting == "frequency" and info.channels > 1
+        spectrum = measure() if measured else None
         order = resolve_channel_order(setting, info.channels, spectrum)
     info = dataclasses.replace(info, channel_order=order)
     if begun is not None:

@@ -30,7 +30,7 @@ from tokenbridge_jax.loss import Examples, MaskDraw, map_slots
 from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import ModelDescription
-from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.quantizer import Unquantized
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
@@ -254,7 +254,8 @@ def likelihood(
 def _check_settings(description: ModelDescription, info: DatasetInfo) -> str:
     """Checks that shards and model match; returns a remark if their class names differ."""
     config = description.config
-    assert isinstance(config.quantizer, Quantizer)
+    assert not isinstance(config.quantizer, Unquantized)
+    assert not isinstance(info.quantizer, Unquantized)
     info.check_holds("indices", "the likelihood")
     info.check(
         levels=config.levels,

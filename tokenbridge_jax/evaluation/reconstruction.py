@@ -22,7 +22,7 @@ from tokenbridge_jax.evaluation.image_sets import ImageSet, rgb
 from tokenbridge_jax.evaluation.metrics import frechet_distance
 from tokenbridge_jax.evaluation.moments import Gaussian, Moments
 from tokenbridge_jax.evaluation.variants import Variant, perturb
-from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.quantizer import Unquantized
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
@@ -143,7 +143,7 @@ def reconstruction(
             for sums, part in zip([originals, *rows], found, strict=True):
                 sums.add(part, numbers)
             bar.update(len(numbers))
-    assert isinstance(codec.quantizer, Quantizer)
+    assert not isinstance(codec.quantizer, Unquantized)
     mean, square = np.split(originals.scores / images.count, 2)
     variance = float(np.mean(square - mean**2))
     distance = "rfid" if extractor is None or extractor.distance == "fid" else extractor.distance
@@ -169,7 +169,7 @@ class _Changed(NamedTuple):
     used: Bool[np.ndarray, "n C V"] | None
 
 
-_quantize = jax.jit(Quantizer.quantize, static_argnums=0)
+_quantize = jax.jit(lambda quantizer, latents: quantizer.quantize(latents), static_argnums=0)
 
 
 def _change(
@@ -181,8 +181,8 @@ def _change(
     quantizer = variant.quantizer
     if quantizer is None:
         return _Changed(latents, [np.zeros(len(latents))] * 3, None)
-    channels = latents.shape[-1]
     indices = np.asarray(_quantize(quantizer, latents)).astype(np.int64)
+    channels = indices.shape[-1]
     indices = indices.reshape(len(latents), -1, channels)
     unmoved = quantizer.dequantized_levels[indices].reshape(latents.shape)
     if variant.share:

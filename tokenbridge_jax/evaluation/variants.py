@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, Integer
 
-from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.quantizer import Codebook, Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Variant:
       UserError: on construction, if share or delta is out of range, or only one of them is 0.
     """
 
-    quantizer: Quantizer | None = None
+    quantizer: Quantizer | Codebook | None = None
     share: float = 0.0
     delta: int = 0
 
@@ -37,7 +37,7 @@ class Variant:
 
 
 def sweep(
-    own: Quantizer,
+    own: Quantizer | Codebook,
     levels: Sequence[int] = (8, 16, 32, 64),
     ranges: Sequence[float] = (2.0, 3.0, 4.0, 5.0),
     perturbations: Sequence[tuple[float, int]] = (),

@@ -26,6 +26,7 @@ class ChannelAR(ChannelTransformer):
 
     is_published: ClassVar[bool] = True
     has_quirk: ClassVar[bool] = True
+    least_places: ClassVar[int] = 2
     first_token_quirk: bool = False
 
     def setup(self) -> None:

@@ -35,12 +35,14 @@ class Head(nn.Module):
 
     Attributes:
       of_latents: whether the values are latents; otherwise they are indices.
+      least_places: the fewest channels, or groups of them, that it takes.
       has_groups: whether it can predict groups of channels as joint classes.
       is_published: whether weights of it were released; `torch_bridge` reads and writes them.
       has_quirk: whether it knows `first_token_quirk`.
     """
 
     of_latents: ClassVar[bool] = False
+    least_places: ClassVar[int] = 1
     has_groups: ClassVar[bool] = False
     is_published: ClassVar[bool] = False
     has_quirk: ClassVar[bool] = False

@@ -6,7 +6,9 @@ The loss of an image of P pixel values is
 
 with x in [-1, 1], y decoded from a posterior sample, and KL in nats from the standard normal,
 summed over the image's latents. The terms are per pixel value. In LDM they are sums, so
-`kl_weight` has the same effect there (KL-16: 1e-6), for any image size.
+`kl_weight` has the same effect there (KL-16: 1e-6), for any image size. A trained codebook has, in
+place of the last term, the terms of `bottleneck.Quantized`: the commitment (of vq and lfq) and the
+entropy penalty times their weights, and the codes' own term.
 
 From some step on, a discriminator D takes part, which learns to tell images from reconstructions:
 
@@ -43,6 +45,7 @@ from tokenbridge_jax.autoencoder import (
     images_to_uint8,
     init_params,
 )
+from tokenbridge_jax.bottleneck import code_use
 from tokenbridge_jax.data.batches import ShardPlan, prepared_batches
 from tokenbridge_jax.data.sources import Source
 from tokenbridge_jax.flops import decode_flops, encode_flops
@@ -93,6 +96,8 @@ class AutoencoderTask:
         kl_weight: float,
         reconstruction: str = "l1",
         *,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.1,
         perceptual: Perceptual | None = None,
         adversary: Adversary | None = None,
     ):
@@ -101,6 +106,8 @@ class AutoencoderTask:
           precision: one of `precision.PRECISIONS`.
           kl_weight: see the module.
           reconstruction: "l1" or "l2"; others are a KeyError.
+          commitment_weight: of a trained codebook.
+          entropy_weight: of a trained codebook.
           perceptual: adds a perceptual distance to the loss.
           adversary: adds a discriminator.
 
@@ -109,6 +116,13 @@ class AutoencoderTask:
         """
         self.module = Autoencoder(config, precision)
         self._kl_weight = kl_weight
+        # fsq's own gradient takes the encoder to its levels: it has no commitment.
+        committed = config.codebook is not None and config.codebook.commits
+        self._weights = {
+            "commitment": commitment_weight * committed,
+            "codebook": 1.0,
+            "entropy": entropy_weight,
+        }
         self._error = RECONSTRUCTION_ERRORS[reconstruction]
         self._perceptual, self.adversary = perceptual, adversary
         if adversary:
@@ -141,19 +155,34 @@ class AutoencoderTask:
     def loss(
         self, params: Any, examples: Any, key: PRNGKeyArray, draw: AdversarialDraw | None
     ) -> tuple[Float[Array, ""], Report]:
-        """See the module; also reports its terms, among them `kl` in nats per image."""
+        """See the module; also reports its terms.
+
+        `kl` is in nats per image. A codebook has `codes_used` and `perplexity` (`code_use`).
+        """
         images = images_to_float(examples["images"])
-        posterior = encode(self.module, params, examples["images"])
-        # exp(logvar / 2) is finite: the posterior clips its log-variance.
-        latents = posterior.mean + jnp.exp(0.5 * posterior.logvar) * examples["noise"]
+        of_latents = self._sampled if self.module.config.codebook is None else self._quantized
+        latents, penalty, terms = of_latents(params, examples)
         if draw is None:
             decoded: Any = self.module.apply({"params": params}, latents, method="decode")
             loss, report = self._fidelity(decoded, images)
         else:
             loss, report = self._adversarial(params, latents, images)
+        return loss + penalty, report | terms
+
+    def _sampled(self, params: Any, examples: Any) -> tuple[Array, Float[Array, ""], Report]:
+        """A sample of each posterior, their part in the loss, and what to report of them."""
+        posterior = encode(self.module, params, examples["images"])
+        # exp(logvar / 2) is finite: the posterior clips its log-variance.
+        latents = posterior.mean + jnp.exp(0.5 * posterior.logvar) * examples["noise"]
         kl = jnp.mean(posterior.kl())
-        pixel_values = images[0].size
-        return loss + self._kl_weight * kl / pixel_values, report | {"kl": kl}
+        return latents, self._kl_weight * kl / examples["images"][0].size, {"kl": kl}
+
+    def _quantized(self, params: Any, examples: Any) -> tuple[Array, Float[Array, ""], Report]:
+        """The codes, likewise."""
+        images = images_to_float(examples["images"])
+        found: Any = self.module.apply({"params": params}, images, method="quantized")
+        penalty = sum(self._weights[name] * term for name, term in found.terms.items())
+        return found.latents, jnp.asarray(penalty), found.terms | code_use(found.latents)
 
     def _fidelity(self, decoded: Array, images: Array) -> tuple[Float[Array, ""], Report]:
         """The terms that compare each reconstruction with its image."""
