@@ -8,7 +8,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "runtime",
     "ops",
-    "layers quantizer channels transformer autoencoder backbone heads model loss",
+    "layers quantizer bottleneck channels transformer autoencoder autoencoder_blocks backbone "
+    "heads model loss",
     "codec sampling flops",
     "data",
     "training torch_bridge",

@@ -234,7 +234,7 @@ def test_the_parallel_head_only_lacks_the_tables_of_previous_indices():
             r"model\.head='diffusion' needs latents, not indices; tokenize the",
         ),
         ({"channels_per_group": 3}, r"channels_per_group=3 must divide 4 channels into groups"),
-        ({"channels_per_group": 4}, r"must divide 4 channels into groups, at least two"),
+        ({"channels_per_group": 4}, r"one channel or group after another, but there is only one"),
         ({"channels_per_group": 0}, r"model\.channels_per_group=0 must be at least 1"),
         (
             {"quantizer": Quantizer.gaussian(300), "channels_per_group": 2},

@@ -21,9 +21,9 @@ from etils import epath
 from flax import traverse_util
 from jaxtyping import Array, Float, Key, Shaped, UInt8
 
+from tokenbridge_jax.autoencoder_blocks import AttentionBlock, Middle, ResidualBlock
 from tokenbridge_jax.bottleneck import Bottleneck, Quantized, make_bottleneck
 from tokenbridge_jax.layers import Conv, GroupNorm
-from tokenbridge_jax.ops.attention import plain_attention
 from tokenbridge_jax.ops.precision import compute_dtype
 from tokenbridge_jax.runtime import safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -187,53 +187,6 @@ class Posterior(NamedTuple):
         return 0.5 * jnp.sum(terms, axis=(1, 2, 3))
 
 
-class ResidualBlock(nn.Module):
-    """Twice (norm, swish, 3x3 convolution), plus the input (after a 1x1 if the widths differ)."""
-
-    channels: int
-    precision: str
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w E"]:
-        residual = x
-        for i in (1, 2):
-            x = nn.swish(GroupNorm(name=f"norm{i}")(x))
-            x = Conv(self.channels, 3, self.precision, name=f"conv{i}")(x)
-        if residual.shape[-1] != self.channels:
-            residual = Conv(self.channels, 1, self.precision, name="shortcut")(residual)
-        return residual + x
-
-
-class AttentionBlock(nn.Module):
-    """Single-head attention over all places of the feature map, with a residual connection."""
-
-    precision: str
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        batch, height, width, channels = x.shape
-        normed = GroupNorm(name="norm")(x)
-        # [B, places, one head, D]
-        q, k, v = (
-            Conv(channels, 1, self.precision, name=name)(normed).reshape(batch, -1, 1, channels)
-            for name in ("query", "key", "value")
-        )
-        attended = plain_attention(q, k, v, None).reshape(batch, height, width, channels)
-        return x + Conv(channels, 1, self.precision, name="out")(attended)
-
-
-class _Middle(nn.Module):
-    """Residual block, attention, residual block, at the lowest resolution of either half."""
-
-    precision: str
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        x = ResidualBlock(x.shape[-1], self.precision, name="block_1")(x)
-        x = AttentionBlock(self.precision, name="attention")(x)
-        return ResidualBlock(x.shape[-1], self.precision, name="block_2")(x)
-
-
 class Encoder(nn.Module):
     """Images to moments [B, h, w, 2C]: levels of residual blocks from fine to coarse."""
 
@@ -255,7 +208,7 @@ class Encoder(nn.Module):
                 # Pads only the right and bottom by one pixel, like LDM.
                 name = f"level_{level}_downsample"
                 x = Conv(x.shape[-1], 3, precision, (2, 2), ((0, 1), (0, 1)), name=name)(x)
-        x = _Middle(precision, name="middle")(x)
+        x = Middle(precision, name="middle")(x)
         x = nn.swish(GroupNorm(name="norm_out")(x))
         return Conv(config.moments, 3, precision, name="conv_out")(x)
 
@@ -280,7 +233,7 @@ class Decoder(nn.Module):
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W I"]:
         config, precision = self.config, self.precision
         x = Conv(config.channels * config.multipliers[-1], 3, precision, name="conv_in")(x)
-        x = _Middle(precision, name="middle")(x)
+        x = Middle(precision, name="middle")(x)
         for level, multiplier in reversed(list(enumerate(config.multipliers))):
             x = constrain(x, "batch", None, None, None)
             for i in range(config.blocks + 1):
