@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.autoencoder import init_params
+from tokenbridge_jax.benchmark.inputs import random_codes
 from tokenbridge_jax.benchmark.measure import Call, Case
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.config import autoencoder_config, check_batches

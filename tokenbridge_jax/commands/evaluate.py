@@ -296,12 +296,11 @@ def _quantizer(description: ModelDescription) -> Quantizer | Codebook:
 def measure_reconstruction(args: flags.FlagValues) -> None:
     """The loss of quality by the autoencoder and the quantizer: the paper's Table 1."""
     workdir = epath.Path(args.workdir)
+    trained = (workdir / MODEL_FILE).exists()
+    own = _quantizer(ModelDescription.load(workdir)) if trained else None
     extractor = _extractor(args)
     config, params = load_autoencoder(workdir / "autoencoder")
-    if (workdir / MODEL_FILE).exists():
-        quantizer = _quantizer(ModelDescription.load(workdir))
-    else:
-        quantizer = quantizer_of(args.config, config, params)
+    quantizer = own or quantizer_of(args.config, config, params)
     codec = Codec(config, params, quantizer, meshes.make_mesh(devices=jax.local_devices()))
     images = _images(args, *([args.split] if args.split else ["validation", "train"]))
     reference = _reference(args, extractor) if args.reference else None

@@ -242,10 +242,8 @@ def adapt_config(
     """
     with config.unlocked():
         config.data.image_channels = autoencoder.image_channels
-        fields = autoencoder.to_json()
         for name in config.autoencoder:
-            value = fields[name]
-            config.autoencoder[name] = tuple(value) if isinstance(value, list) else value
+            config.autoencoder[name] = getattr(autoencoder, name)
         if not sizes:
             config.data.image_size = autoencoder.image_size
             if config.quantizer.channel_order == "kl16" and not _is_kl16(autoencoder):
