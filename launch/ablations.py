@@ -102,7 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=storage.as_path, required=True)
+    parser.add_argument("--workdir", type=lambda text: Path(storage.expand(text)), required=True)
     parser.add_argument("--data", default="digits", help="digits, or a folder of class folders")
     parser.add_argument("--rows", default=",".join(ROWS), help="names of rows; the default is all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every row")
@@ -191,7 +191,7 @@ def _do(pool: Executor, task: Callable[..., Any], arguments: list[tuple[Any, ...
     return [future.result() for future in futures]
 
 
-def _once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Returns the result of an earlier run in `path`, or that of `make`, which is written there."""
     if path.exists():
         return storage.read_json(path)
@@ -222,7 +222,7 @@ def _real_images(study: Study) -> dict[str, Any]:
         halves = (gaussian(features[order][start::2]) for start in (0, 1))
         return {"images": len(images), "frechet_distance_of_halves": frechet_distance(*halves)}
 
-    return _once(study.workdir / "real.json", make)
+    return once(study.workdir / "real.json", make)
 
 
 def _autoencoder(study: Study) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _autoencoder(study: Study) -> dict[str, Any]:
         rows = read_metrics(folder / "autoencoder" / "training" / "metrics.jsonl")
         return {"psnr": [v for row in rows for k, v in row.items() if k.endswith("psnr")][-1]}
 
-    return _once(folder / "result.json", make)
+    return once(folder / "result.json", make)
 
 
 def _tokenize(study: Study, name: str) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def _tokenize(study: Study, name: str) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
 
     def make() -> dict[str, Any]:
-        _link(folder / "autoencoder", study.workdir / "base" / "autoencoder")
+        link(folder / "autoencoder", study.workdir / "base" / "autoencoder")
         study.run("tokenize", name, folder)
         info = shards.read_info(folder / "tokens")
         indices = {
@@ -265,7 +265,7 @@ def _tokenize(study: Study, name: str) -> dict[str, Any]:
             "frechet_distance": study.frechet_distance(images),
         }
 
-    return _once(folder / "result.json", make)
+    return once(folder / "result.json", make)
 
 
 def mean_log2_cell(quantizer: Quantizer, indices: np.ndarray) -> float:
@@ -285,7 +285,7 @@ def _row(study: Study, name: str, seed: int) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         tokens = study.tokens(name)
         for part in ("tokens", "autoencoder"):
-            _link(folder / part, tokens / part)
+            link(folder / part, tokens / part)
         flags = [f"--config.training.{setting}" for setting in TRAINING]
         study.run("train", name, folder, *flags, f"--config.seed={seed}")
         metrics = read_metrics(folder / "metrics.jsonl")
@@ -310,10 +310,10 @@ def _row(study: Study, name: str, seed: int) -> dict[str, Any]:
             "frechet_distance": study.frechet_distance(images),
         }
 
-    return _once(folder / "result.json", make)
+    return once(folder / "result.json", make)
 
 
-def _link(path: Path, target: Path) -> None:
+def link(path: Path, target: Path) -> None:
     if not path.is_symlink():
         path.symlink_to(target.resolve())
 

@@ -1,0 +1,338 @@
+"""Compares heads on one backbone: the same data, and the same time of training for every head.
+
+It needs a finished run of launch/cifar10.sh, whose autoencoder, settings, features and classifier
+it uses. Each head is trained for as many updates as it makes in `--minutes` minutes, with
+`--seeds` seeds. Guidance and temperature are chosen for each head by the Frechet distance of a few
+samples. If the script is stopped, the same command continues.
+
+  python launch/heads.py --run runs/cifar10 --workdir runs/heads --minutes 5 --seeds 2
+  python launch/heads.py --run runs/cifar10 --workdir runs/heads --heads channel_ar,diffusion
+
+It prints a table and writes WORKDIR/heads.md, heads.json and heads.png; docs/heads.md explains the
+columns. `--config.section.key=value` changes the settings of all heads.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ablations import link, mean_and_error, mean_log2_cell, once
+from cifar10_options import Scorer, sample
+from ml_collections import ConfigDict
+
+from tokenbridge_jax import Pipeline
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.config import sampling_settings
+from tokenbridge_jax.data import shards
+from tokenbridge_jax.data.loader import validation_batches
+from tokenbridge_jax.evaluation import figures
+from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training.metric_writer import read_metrics
+
+# Name -> the settings in which a row differs from the run.
+ROWS: dict[str, tuple[str, ...]] = {
+    "channel_ar": ("model.head=channel_ar",),
+    "channel_ar_reverse": ("model.head=channel_ar", "model.channel_order=reverse"),
+    "channel_ar_16_levels": ("model.head=channel_ar", "quantizer.levels=16"),
+    "parallel": ("model.head=parallel",),
+    "masked_2_steps": ("model.head=masked", "model.reveal_steps=2"),
+    "masked_confidence": (
+        "model.head=masked",
+        "model.reveal_steps=2",
+        "model.reveal_order=confidence",
+    ),
+    "diffusion": ("model.head=diffusion",),
+    "flow": ("model.head=flow", "model.head_steps=25"),
+    "mixture": ("model.head=mixture",),
+}
+# Choices for each head, by samples of CHOOSING_STEPS steps.
+GUIDANCE, TEMPERATURE, CHOOSING_STEPS = (1.5, 3.0, 6.0), (0.9, 1.0), 16
+STEPS = (16, 64)
+# Updates that measure the speed of training, and the first of them that are not counted: they wait
+# for the compiler.
+SPEED_UPDATES, SPEED_LOGS = 200, 20
+NEVER = 10**9
+WARMUP = 0.025  # Of the updates.
+# Validation runs once, at the end. No previews are drawn.
+QUIET = (f"training.eval_every={NEVER}", "training.sample_every=0")
+POSITIONS = 256  # Of the head's own speed.
+
+MEASURES = {
+    "frechet_distance_64": ("Frechet distance", 2),
+    "kid_64": ("KID", 4),
+    "accuracy_64": ("class accuracy", 3),
+    "frechet_distance_16": ("16 steps: distance", 2),
+    "density_bits": ("density, bits", 3),
+    "train_images_per_second": ("training, img/s", 0),
+    "images_per_second_16": ("sampling, img/s, 16 steps", 0),
+    "images_per_second_64": ("64 steps", 0),
+    "head_ms": (f"head, ms for {POSITIONS} positions", 2),
+    "parameters": ("parameters", 0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What all rows share.
+
+    Attributes:
+      run: the folder of the finished run.
+      workdir: of the comparison.
+      minutes: of training, without compiling.
+      samples: pictures of every score.
+      tuning: pictures for each choice of guidance and temperature.
+      flags: changes of the config.
+    """
+
+    run: Path
+    workdir: Path
+    minutes: float
+    samples: int
+    tuning: int
+    flags: tuple[str, ...]
+
+    def command(self, name: str, folder: Path, *arguments: str) -> None:
+        """Runs a command on a folder that has the run's config; its output goes to log.txt."""
+        with (
+            (folder / "log.txt").open("a") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            status = runner.run(name, [*arguments, f"--workdir={folder}", *self.flags])
+        if status:
+            raise UserError(f"{name} ended with {status}; {folder / 'log.txt'} says why")
+
+    def folder(self, name: str, tokens: Path | None = None) -> Path:
+        """Makes a workdir with the run's config and autoencoder, and with the shards of another."""
+        folder = self.workdir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.json").exists():
+            shutil.copy(self.run / "config.json", folder / "config.json")
+        link(folder / "autoencoder", self.run / "autoencoder")
+        if tokens:
+            link(folder / "tokens", tokens / "tokens")
+        return folder
+
+
+def main() -> int:
+    """Runs what has no result yet; prints and writes the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("run", "workdir"):
+        path = f"--{name}"
+        parser.add_argument(path, type=lambda text: Path(storage.expand(text)), required=True)
+    parser.add_argument("--heads", default=",".join(ROWS), help="rows; the default is all")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training, for each head")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each head")
+    parser.add_argument("--samples", type=int, default=10_000, help="pictures of every score")
+    parser.add_argument("--tuning", type=int, default=2000, help="pictures to choose guidance by")
+    args, flags = parser.parse_known_args()
+    names = args.heads.split(",")
+    wrong = [flag for flag in flags if not (flag.startswith("--config.") and "=" in flag)]
+    if wrong := wrong + [name for name in names if name not in ROWS]:
+        parser.error(f"{wrong[0]} is neither --config.section.key=value nor one of {list(ROWS)}")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
+    comparison = Comparison(
+        args.run, args.workdir, args.minutes, args.samples, args.tuning, tuple(flags)
+    )
+    try:
+        rows = compare(comparison, names, args.seeds)
+    except UserError as error:
+        print(f"heads.py: error: {error}", file=sys.stderr)
+        return runner.EXIT_USER_ERROR
+    text = table(rows)
+    storage.write_json(args.workdir / "heads.json", rows)
+    storage.write_bytes(args.workdir / "heads.md", text.encode())
+    draw(args.workdir, rows)
+    print(text, end="")
+    return 0
+
+
+def compare(comparison: Comparison, names: Sequence[str], seeds: int) -> list[dict[str, Any]]:
+    """The results of all rows, each with its runs.
+
+    Raises:
+      UserError: the run is not finished, the folder has results of other settings, or a command
+        failed.
+    """
+    if not (comparison.run / "config.json").exists():
+        raise UserError(f"{comparison.run} is no workdir of launch/cifar10.sh; check --run")
+    config = ConfigDict(storage.read_json(comparison.run / "config.json"))
+    comparison.workdir.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(dataclasses.asdict(comparison), default=str))
+    path = comparison.workdir / "comparison.json"
+    if path.exists() and storage.read_json(path) != settings:
+        raise UserError(f"{path} has other settings; use another --workdir")
+    storage.write_json(path, settings)
+    scorer = Scorer.of(comparison.run, config)
+    runs = [one_run(comparison, scorer, *run) for run in itertools.product(range(seeds), names)]
+    return [{"name": n, "runs": [run for run in runs if run["name"] == n]} for n in names]
+
+
+def one_run(comparison: Comparison, scorer: Scorer, seed: int, name: str) -> dict[str, Any]:
+    """Trains and measures a row with one seed."""
+    tokens = tokenize(comparison, name)
+    flags = [f"--config.{flag}" for flag in ROWS[name]]
+    training = [*flags, f"--config.seed={seed}", *(f"--config.{flag}" for flag in QUIET)]
+    speed = measure_speed(comparison, name, tokens, flags)
+    folder = comparison.folder(f"{name}-seed{seed}", tokens)
+
+    def make() -> dict[str, Any]:
+        images = comparison.minutes * 60 * speed["images_per_second"]
+        updates = max(1, round(images / speed["batch_size"]))
+        lengths = {
+            "steps": updates,
+            "warmup_steps": max(1, round(WARMUP * updates)),
+            "checkpoint_every": NEVER,
+        }
+        training.extend(f"--config.training.{key}={value}" for key, value in lengths.items())
+        comparison.command("train", folder, *training)
+        pipeline = Pipeline.load(folder)
+        found = draw_and_score(comparison, scorer, pipeline, folder)
+        return {
+            "name": name,
+            "seed": seed,
+            "updates": updates,
+            "train_images_per_second": speed["images_per_second"],
+            "head_ms": speed["head_ms"],
+            "parameters": sum(x.size for x in jax.tree.leaves(pipeline.params)),
+            "density_bits": density_bits(folder),
+        } | found
+
+    return once(folder / "result.json", make)
+
+
+def tokenize(comparison: Comparison, name: str) -> Path:
+    """The workdir of shards for a row: rows with the same number of levels share them."""
+    flags = [flag for flag in ROWS[name] if flag.startswith("quantizer.")]
+    folder = comparison.folder("-".join(["tokens", *flags]).replace("quantizer.", ""))
+    if not (folder / "tokens" / "dataset.json").exists():
+        store = "--config.tokenize.store=both"
+        comparison.command("tokenize", folder, store, *(f"--config.{flag}" for flag in flags))
+    return folder
+
+
+def measure_speed(
+    comparison: Comparison, name: str, tokens: Path, flags: Sequence[str]
+) -> dict[str, Any]:
+    """Images a second of training, by a short run, and milliseconds of the head alone."""
+    folder = comparison.folder(f"{name}-speed", tokens)
+
+    def make() -> dict[str, Any]:
+        short = {
+            "steps": SPEED_UPDATES,
+            "warmup_steps": 1,
+            "log_every": SPEED_UPDATES // SPEED_LOGS,
+            "checkpoint_every": NEVER,
+        }
+        changes = [f"--config.training.{key}={value}" for key, value in short.items()]
+        quiet = [f"--config.{flag}" for flag in QUIET]
+        comparison.command("train", folder, *flags, *quiet, *changes)
+        key = "images_per_second"
+        rates = [row[key] for row in read_metrics(folder / "metrics.jsonl") if key in row]
+        shutil.rmtree(folder / "checkpoints")
+        lines = folder / "head.jsonl"
+        where = [f"--positions={POSITIONS}", f"--out={lines}"]
+        comparison.command("benchmark", folder, "head", *where, *flags)
+        *_, last = map(json.loads, lines.read_text().splitlines())
+        return {
+            key: float(np.median(rates)),
+            "batch_size": storage.read_json(folder / "config.json")["training"]["batch_size"],
+            "head_ms": 1000 * last["seconds"]["median"],
+        }
+
+    return once(folder / "speed.json", make)
+
+
+def density_bits(folder: Path) -> float | None:
+    """The held-out likelihood as a density, in bits a latent; None if the head has none.
+
+    That of indices is constant within the interval of latents that becomes the same index.
+    """
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    if "val_nll_bits_per_latent" in last:
+        return float(last["val_nll_bits_per_latent"])
+    if "val_nll_bits_per_index" not in last:
+        return None
+    quantizer = shards.read_info(folder / "tokens").quantizer
+    assert isinstance(quantizer, Quantizer)
+    batches = validation_batches(folder / "tokens", 250, split="validation")
+    indices = [batch["indices"][batch["weights"] > 0] for batch in batches]
+    return float(last["val_nll_bits_per_index"]) + mean_log2_cell(
+        quantizer, np.concatenate(indices)
+    )
+
+
+def draw_and_score(
+    comparison: Comparison, scorer: Scorer, pipeline: Pipeline, folder: Path
+) -> dict[str, Any]:
+    """The scores of samples with the guidance and temperature that a few samples choose."""
+    section = ConfigDict(pipeline.facts["config"]).sampling
+    own = sampling_settings(section).to_json() | {"batch_size": section.batch_size}
+
+    def scores(samples: int, **changes: Any) -> dict[str, Any]:
+        images, labels, seconds = sample(pipeline, samples, own | changes)
+        if samples == comparison.samples:
+            shown = np.concatenate([images[labels == label][:2] for label in np.unique(labels)])
+            storage.write_npz(folder / "shown.npz", {"images": shown})
+        return scorer(images, labels) | {"images_per_second": samples / seconds}
+
+    choices = [
+        {"guidance": guidance, "temperature": temperature}
+        for guidance, temperature in itertools.product(GUIDANCE, TEMPERATURE)
+    ]
+    found = [scores(comparison.tuning, num_iter=CHOOSING_STEPS, **choice) for choice in choices]
+    best = choices[int(np.argmin([score["frechet_distance"] for score in found]))]
+    result: dict[str, Any] = dict(best)
+    for steps in STEPS:
+        of_steps = scores(comparison.samples, num_iter=steps, **best)
+        result |= {f"{key}_{steps}": value for key, value in of_steps.items()}
+    return result
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The results in Markdown: means over the seeds, with standard errors."""
+    headings = [heading for heading, _ in MEASURES.values()]
+    lines = [f"| head | guidance, temperature | {' | '.join(headings)} |"]
+    lines.append("|---" * (2 + len(headings)) + "|")
+    for row in rows:
+        chosen = (f"{run['guidance']:g}, {run['temperature']:g}" for run in row["runs"])
+        cells = [f"`{row['name']}`", "; ".join(dict.fromkeys(chosen))]
+        for measure, (_, decimals) in MEASURES.items():
+            if row["runs"][0][measure] is None:
+                cells.append("-")
+                continue
+            mean, error = mean_and_error(row, measure)
+            spread = "" if np.isnan(error) or not decimals else f" ± {error:.{decimals}f}"
+            cells.append(f"{mean:,.{decimals}f}{spread}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws two samples of each class, one class a row, for every head, from the first seed."""
+    axes = figures.make_axes(len(rows), width=1.3, height=6.5)
+    for axis, row in zip(axes, rows, strict=True):
+        images = storage.read_npz(workdir / f"{row['name']}-seed0" / "shown.npz")["images"]
+        columns = [np.concatenate(list(images[start::2])) for start in (0, 1)]
+        axis.imshow(np.concatenate(columns, axis=1), interpolation="nearest")
+        axis.set_title(row["name"], fontsize=6)
+        axis.axis("off")
+    figures.save(axes[0], workdir / "heads.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
