@@ -17,6 +17,13 @@ from tokenbridge_jax.runtime import pictures, storage
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 NEIGHBOURS = 5
+# What training measures with held-out pictures: of heads of indices, of latents, and without
+# probabilities.
+HELD_OUT = {
+    "val_nll_bits_per_index": "held-out bits an index",
+    "val_nll_bits_per_latent": "held-out bits a latent",
+    "val_loss": "held-out loss",
+}
 COLUMNS = 15
 
 STYLE = """
@@ -175,7 +182,7 @@ def write_page(
         "model": (
             workdir,
             config["training"],
-            {"loss": "loss, nats an index", "val_nll_bits_per_index": "held-out, bits an index"},
+            {"loss": "loss"} | {key: text for key, text in HELD_OUT.items() if key in scores},
         ),
     }
     for name, (where, section, plots) in curves.items():
@@ -188,10 +195,9 @@ def write_page(
         "pictures that went through the autoencoder and the quantizer. A classifier trained on "
         "the real training pictures gives the class accuracy."
     )
-    others = (
-        f"PSNR of the reconstructions: {scores['psnr']:.2f} dB. Held-out likelihood: "
-        f"{scores['val_nll_bits_per_index']:.3f} bits an index."
-    )
+    others = f"PSNR of the reconstructions: {scores['psnr']:.2f} dB."
+    for key, text in HELD_OUT.items():
+        others += f" {text.capitalize()}: {scores[key]:.3f}." if key in scores else ""
     machine = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {platform.platform()}"
     sections = [
         Section("Samples, by class", pictures=by_class),

@@ -60,8 +60,8 @@ ROWS: dict[str, tuple[str, ...]] = {
 # Choices for each head, by samples of CHOOSING_STEPS steps.
 GUIDANCE, TEMPERATURE, CHOOSING_STEPS = (1.5, 3.0, 6.0), (0.9, 1.0), 16
 STEPS = (16, 64)
-# Updates that measure the speed of training, and the first of them that are not counted: they wait
-# for the compiler.
+# Updates that measure the speed of training, and how many rates they give. Their median counts,
+# because some wait for the compiler.
 SPEED_UPDATES, SPEED_LOGS = 200, 20
 NEVER = 10**9
 WARMUP = 0.025  # Of the updates.

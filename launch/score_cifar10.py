@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from cifar10_classifier import classifier
 from cifar10_features import Extract, cached, digest, lite0
-from cifar10_page import write_page
+from cifar10_page import HELD_OUT, write_page
 from jaxtyping import Float, Integer, UInt8
 from ml_collections import ConfigDict
 
@@ -41,7 +41,6 @@ COMPARED = {
     "reconstructions": "their reconstructions",
     "samples": "samples",
 }
-LIKELIHOOD = "val_nll_bits_per_index"
 COUNTED = {"pictures": "test", "train_pictures": "train"}
 MEASURES = {"frechet_distance": 3, "kid": 5, "precision": 3, "recall": 3, "accuracy": 4}
 
@@ -68,10 +67,8 @@ def main() -> int:
         features = extract_all(args.workdir, sets, lite0())
         scores, notes = measure(args.workdir, sets, features)
         metrics = read_metrics(args.workdir / "metrics.jsonl")
-        nll = [row[LIKELIHOOD] for row in metrics if LIKELIHOOD in row]
-        if not nll:
-            raise UserError(f"{args.workdir / 'metrics.jsonl'} has no {LIKELIHOOD}: train longer")
-        scores[LIKELIHOOD] = nll[-1]
+        # The last of each.
+        scores |= {key: row[key] for row in metrics for key in HELD_OUT if key in row}
         rows = table(scores)
         shown = {name: (part.images, part.labels) for name, part in sets.items()}
         write_page(args.workdir, pipeline, shown, features, scores, rows, notes)
@@ -81,7 +78,8 @@ def main() -> int:
     for row in rows:
         print(f"  {row[0]:24}" + "".join(f"{cell:>18}" for cell in row[1:]))
     print(f"  reconstructions: PSNR {scores['psnr']:.2f} dB")
-    print(f"  held-out likelihood: {scores[LIKELIHOOD]:.3f} bits an index")
+    for key, text in HELD_OUT.items():
+        print(f"  {text}: {scores[key]:.3f}\n" if key in scores else "", end="")
     print("".join(f"  {note}\n" for note in notes), end="")
     print(f"  look at {args.workdir / 'index.html'}")
     rounded = {name: round(value, 5) for name, value in scores.items()}

@@ -76,6 +76,10 @@ def test_the_workdir_remembers_its_config(probe, run, remember, config_file, tmp
 
 
 BASE = experiment("base").to_dict()
+RENAMED = BASE | {
+    "data": {key: value for key, value in BASE["data"].items() if key != "workers"},
+    "tokenize": BASE["tokenize"] | {"decode_workers": 0},
+}
 OLD = BASE | {"model": {"mask_mean": 1.0, "class_dropout": 0.1}}
 
 
@@ -85,6 +89,12 @@ OLD = BASE | {"model": {"mask_mean": 1.0, "class_dropout": 0.1}}
         ('{"training": ', "config.json is not valid JSON"),
         ("{}", "the config has no autoencoder, data"),
         # From an earlier version.
+        (
+            json.dumps(RENAMED),
+            "the config has no data.workers, so it is from another version; add what is missing in "
+            "the file it is read from (configs/base.py has the defaults); tokenize.decode_workers "
+            "may have been renamed",
+        ),
         (json.dumps(OLD), "config.model has no key class_dropout, mask_mean; move class_dropout, "),
     ],
 )

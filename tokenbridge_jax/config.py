@@ -239,10 +239,13 @@ def add_new_keys(values: dict[str, Any]) -> list[str]:
     Returns:
       `section.key=value` of each.
     """
+    base = {name: part for name, part in experiment("base").items() if isinstance(part, ConfigDict)}
+    given = {section: values.get(section) for section in base}
+    if any(isinstance(part, dict) and set(part) - set(base[s]) for s, part in given.items()):
+        return []  # Keys were renamed or moved, which `check_config` explains.
     added = []
-    for section, defaults in experiment("base").items():
-        # Unknown keys are a mistake, which `check_config` explains.
-        if isinstance(values.get(section), dict) and set(values[section]) <= set(defaults):
+    for section, defaults in base.items():
+        if isinstance(given[section], dict):
             new = {key: defaults[key] for key in defaults if key not in values[section]}
             values[section].update(new)
             added += [f"{section}.{key}={value}" for key, value in new.items()]
@@ -266,12 +269,17 @@ def check_config(config: ConfigDict) -> None:
         moved = [key for key in unknown if key in known.training]
         advice = f"; move {', '.join(moved)} to config.training, in the file it is read from"
         raise UserError(f"config.model has no key {', '.join(unknown)}{advice if moved else ''}")
-    pairs = [(s, key) for s in known if isinstance(known[s], ConfigDict) for key in known[s]]
+    sections = [name for name in known if isinstance(known[name], ConfigDict)]
+    pairs = [(section, key) for section in sections for key in known[section]]
     if absent := [f"{name}.{key}" for name, key in pairs if key not in config[name]]:
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        old = [
+            f"{name}.{key}" for name in sections for key in config[name] if key not in known[name]
+        ]
+        renamed = f"; {', '.join(old)} may have been renamed" if old else ""
         raise UserError(
             f"the config has no {', '.join(absent[:5])}{more}, so it is from another version; add "
-            "what is missing in the file it is read from (configs/base.py has the defaults)"
+            f"what is missing in the file it is read from (configs/base.py has the defaults){renamed}"
         )
     for section in ("mesh", "model", "training"):
         _check_auto(config, section)
@@ -381,6 +389,11 @@ def model_config(
     rule = config.model.get("channel_order", "tokens")
     if rule not in orders:
         raise UserError(f"model.channel_order='{rule}' is not one of {', '.join(orders)}")
+    if rule == "reverse" and of_latents(config):
+        raise UserError(
+            f"model.head='{config.model.head}' predicts no channel after another; "
+            "leave model.channel_order='tokens'"
+        )
     given = {
         "quantizer": quantizer,
         "channel_order": orders[rule],

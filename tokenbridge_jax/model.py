@@ -15,7 +15,7 @@ from tokenbridge_jax.heads.channel_ar import ChannelAR
 from tokenbridge_jax.heads.diffusion import DiffusionHead
 from tokenbridge_jax.heads.flow import FlowHead
 from tokenbridge_jax.heads.grouped import GroupedHead
-from tokenbridge_jax.heads.head import Guidance, Head
+from tokenbridge_jax.heads.head import Activations, Guidance, Head
 from tokenbridge_jax.heads.independent import IndependentHead
 from tokenbridge_jax.heads.masked import MaskedHead
 from tokenbridge_jax.heads.mixture import MixtureHead
@@ -107,7 +107,7 @@ class TokenBridgeConfig:
     head_solver: str = _changeable("heun")
     head_components: int = 16
     head_proposals: int = _changeable(256)
-    reveal_steps: int = 4
+    reveal_steps: int = _changeable(4)
     reveal_order: str = "fixed"
     buffer: int = 64
     dropout: float = _changeable(0.1)
@@ -184,6 +184,18 @@ class TokenBridgeConfig:
         """Whether the head's values are latents and not indices."""
         of_latents: bool = HEADS[self.head].of_latents
         return of_latents
+
+    @property
+    def head_activations(self) -> Activations:
+        """What training keeps of a position in the head; see `Head.activations`."""
+        activations: Activations = HEADS[self.head].activations(self)
+        return activations
+
+    @property
+    def float32_params(self) -> tuple[str, ...]:
+        """Of the head; see `Head`."""
+        names: tuple[str, ...] = HEADS[self.head].float32_params
+        return names
 
     @property
     def has_probabilities(self) -> bool:

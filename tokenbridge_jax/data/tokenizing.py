@@ -208,9 +208,6 @@ def _check_settings(config: ConfigDict) -> None:
                 f"config.{section}.{name} is {config[section][name]}, must be at least {minimum}"
             )
     count_workers(config.data.workers, 0)
-    for name, default in (("precision", "float32"), ("store", "indices")):
-        if name not in config.tokenize:
-            raise UserError(f"the config has no tokenize.{name}; add {name}='{default}'")
     if config.tokenize.store not in shards.STORES:
         raise UserError(
             f"config.tokenize.store is '{config.tokenize.store}', must be one of "

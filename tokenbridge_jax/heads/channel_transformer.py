@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from tokenbridge_jax.heads.head import IndexHead
+from tokenbridge_jax.heads.head import Activations, IndexHead
 from tokenbridge_jax.layers import Dense, LayerNorm, add_bias, copies
 from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.ops.precision import of_products
@@ -32,6 +32,7 @@ class ChannelTransformer(IndexHead):
     """
 
     causal: ClassVar[bool] = True
+    float32_params: ClassVar[tuple[str, ...]] = ("classifier/bias",)
     width: int
     layers: int
     heads: int
@@ -49,6 +50,12 @@ class ChannelTransformer(IndexHead):
             + groups * 2 * width * 2 * width  # final modulation
             + groups * 2 * width * config.joint_classes  # classifiers
         )
+
+    @classmethod
+    def activations(cls, config: Any) -> Activations:
+        """See `Head.activations`."""
+        hidden = config.head_width * config.head_layers
+        return Activations(config.groups * hidden, config.groups * config.joint_classes)
 
     def setup(self) -> None:
         channels = len(self.channel_order)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from tokenbridge_jax.heads.head import Guidance, LatentHead, guided
+from tokenbridge_jax.heads.head import Activations, Guidance, LatentHead, guided
 from tokenbridge_jax.layers import Dense, LayerNorm, copies
 from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.runtime import meshes
@@ -98,6 +98,14 @@ class ConditionedMLP(LatentHead):
         """See `Head.drawing_flops`: the branches share nothing; all positions share the times."""
         condition = 2 * config.decoder_width * config.head_width
         return branches * (condition + cls.runs(config) * cls._network_flops(config))
+
+    @classmethod
+    def activations(cls, config: Any) -> Activations:
+        """See `Head.activations`: of all draws."""
+        hidden = config.head_width * config.head_layers
+        return Activations(
+            config.head_draws * hidden, config.head_draws * cls.outputs * config.channels
+        )
 
     @classmethod
     def runs(cls, config: Any) -> int:

@@ -28,6 +28,18 @@ class Guidance(NamedTuple):
     scale: Float[Array, ""]
 
 
+class Activations(NamedTuple):
+    """Numbers of one position.
+
+    Attributes:
+      hidden: width x layers, summed over everything that goes through the layers.
+      outputs: what the last layer gives.
+    """
+
+    hidden: int
+    outputs: int
+
+
 class Head(nn.Module):
     """A distribution over one position's C values, given the backbone's feature.
 
@@ -39,6 +51,8 @@ class Head(nn.Module):
       has_groups: whether it can predict groups of channels as joint classes.
       is_published: whether weights of it were released; `torch_bridge` reads and writes them.
       has_quirk: whether it knows `first_token_quirk`.
+      float32_params: parts of the names of parameters that it computes with in float32, whatever
+        the dtype.
     """
 
     of_latents: ClassVar[bool] = False
@@ -46,6 +60,7 @@ class Head(nn.Module):
     has_groups: ClassVar[bool] = False
     is_published: ClassVar[bool] = False
     has_quirk: ClassVar[bool] = False
+    float32_params: ClassVar[tuple[str, ...]] = ()
 
     @property
     def has_probabilities(self) -> bool:
@@ -73,6 +88,15 @@ class Head(nn.Module):
         """Matmul FLOPs of drawing one position, with one branch, or two where guidance acts."""
         del branches  # They are mixed before the head.
         return cls.position_flops(config)
+
+    @classmethod
+    def activations(cls, config: Any) -> Activations:
+        """What training keeps of one position, which the choice of `auto` settings goes by.
+
+        Args:
+          config: a `TokenBridgeConfig`.
+        """
+        raise NotImplementedError
 
     def loss(
         self, feature: Float[Array, "N Z"], targets: Shaped[Array, "N C"], keys: Key[Array, " N"]

@@ -5,13 +5,13 @@ C latents. Within a component the channels are independent. So the density of a 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from tokenbridge_jax.heads.head import Guidance, LatentHead
+from tokenbridge_jax.heads.head import Activations, Guidance, LatentHead
 from tokenbridge_jax.layers import Dense
 from tokenbridge_jax.runtime import meshes
 
@@ -69,6 +69,8 @@ class MixtureHead(LatentHead):
     components: int = 16
     proposals: int = 256
 
+    float32_params: ClassVar[tuple[str, ...]] = ("mixture_proj",)
+
     @property
     def has_probabilities(self) -> bool:
         """See `Head.has_probabilities`."""
@@ -93,6 +95,11 @@ class MixtureHead(LatentHead):
     def drawing_flops(cls, config: Any, branches: int) -> int:
         """See `Head.drawing_flops`; densities are no products."""
         return branches * cls.position_flops(config)
+
+    @classmethod
+    def activations(cls, config: Any) -> Activations:
+        """See `Head.activations`: the components of all channels."""
+        return Activations(0, config.head_components * (1 + 2 * config.channels))
 
     def setup(self) -> None:
         features = self.components, 1 + 2 * self.channels

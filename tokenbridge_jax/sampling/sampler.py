@@ -335,13 +335,13 @@ def _row_major(slots: Slots) -> Shaped[Array, "B L C"]:
 def prepare_params(params: dict[str, Any], config: TokenBridgeConfig) -> dict[str, Any]:
     """Parameters for a model with `sampling`, in the dtypes that its modules compute in.
 
-    All are cast to `config.dtype` except those of norms, `z_proj`, `mixture_proj` and the
-    classifiers' bias.
+    All are cast to `config.dtype` except those of norms, `z_proj` and `Head.float32_params`.
     """
+    of_float32 = ("norm", "z_proj", *config.float32_params)
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        exact = any(part in name for part in ("norm", "z_proj", "mixture_proj", "classifier/bias"))
+        exact = any(part in name for part in of_float32)
         return leaf if exact else leaf.astype(config.dtype)
 
     params = jax.tree_util.tree_map_with_path(cast, params)

@@ -119,9 +119,10 @@ def needed_bytes(
     encoded = decoded - step.masks.fewest_hidden
     backbone = encoded * model.encoder_width * model.encoder_layers
     backbone += decoded * model.decoder_width * model.decoder_layers
-    head = _HEAD[kind] * model.head_width * model.head_layers + _LOGIT * model.joint_classes
+    head = model.head_activations
     activations = images * backbone * _BACKBONE[kind][settings.remat]
-    activations += step.chunk(settings, shards) * model.groups * head
+    of_position = _HEAD[kind] * head.hidden + _LOGIT * head.outputs
+    activations += step.chunk(settings, shards) * of_position
     return state + activations * (1 if model.dtype == "bfloat16" else 2) + _FIXED
 
 

@@ -100,10 +100,10 @@ def largest_draw(
     """
 
     def activations(draw: MaskDraw) -> int:
-        """Tokens x layers x width of the encoder and of one chunk of the head."""
+        """Tokens x layers x width of the encoder, and the numbers of one chunk of the head."""
         slots = draw.share(head_fraction).hidden_slots
         _, chunk = head_chunks(config.head_chunk, slots, images, shards)
-        head = chunk * config.channels * config.head_layers * config.head_width
+        head = chunk * sum(config.head_activations)
         return head + draw.visible_slots * config.encoder_layers * config.encoder_width
 
     return max(map(masks.slots, masks.probabilities()), key=activations)
