@@ -7,10 +7,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 from tiny_model import BATCH, DROPOUT_KEY, HIDDEN, equations, in_order, jitted, tiny, tree_error
 
+from tokenbridge_jax.layers import Dense
 from tokenbridge_jax.model import TokenBridge, abstract_params
 from tokenbridge_jax.transformer import Block, ConditionedBlock, Dropout, stack_layers, unstack
+
+
+def test_a_parameter_that_is_there_is_looked_up_and_not_drawn():
+    drawn = []
+
+    def init(key, shape):
+        drawn.append(shape)
+        return jnp.ones(shape)
+
+    dense = Dense((3,), (None, None), init=init)
+    x = jnp.arange(8.0).reshape(4, 2)
+    variables = nn.unbox(nn.Module.init(dense, jax.random.key(0), x))
+    variables["params"]["kernel"] = kernel = jnp.arange(6.0).reshape(2, 3)
+    assert drawn == [(2, 3)]
+    np.testing.assert_array_equal(dense.apply(variables, x), x @ kernel)
+    assert drawn == [(2, 3)]
+    with pytest.raises(ScopeParamShapeError):
+        dense.apply(variables, jnp.ones((4, 5)))
 
 
 def test_dropout_is_on_only_with_a_key_and_keeps_the_mean():

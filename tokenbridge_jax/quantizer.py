@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Array, Bool, Float, Integer
-from scipy import special
 
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -41,7 +41,7 @@ _MIN_BIN = 1e-4
 
 def gaussian_boundaries(levels: int) -> np.ndarray:
     """Edges of V equally likely bins of a standard normal, clipped to +-3: float32 `[V + 1]`."""
-    quantiles = special.ndtri(np.linspace(0.0, 1.0, levels + 1))
+    quantiles = scipy.special.ndtri(np.linspace(0.0, 1.0, levels + 1))
     return np.clip(quantiles, -SCALE_LIMIT, SCALE_LIMIT).astype(np.float32)
 
 
@@ -56,7 +56,8 @@ def gaussian_levels(levels: int) -> np.ndarray:
     # routines of different machines round differently.
     exponential = np.exp(-(edges * edges / np.float32(2)).astype(np.float64)).astype(np.float32)
     density = exponential / np.float32(math.sqrt(2 * math.pi))
-    erf = special.erf((edges / np.float32(math.sqrt(2))).astype(np.float64)).astype(np.float32)
+    scaled = (edges / np.float32(math.sqrt(2))).astype(np.float64)
+    erf = scipy.special.erf(scaled).astype(np.float32)
     cumulative = (np.float32(1) + erf) * np.float32(0.5)
 
     low, high = edges[:-1], edges[1:]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tokenbridge_jax.layers import Dense, LayerNorm, add_bias
+from tokenbridge_jax.layers import Dense, Layer, LayerNorm, add_bias
 from tokenbridge_jax.ops.attention import RESULT, attend, plain_attention, split_heads
 from tokenbridge_jax.ops.cached_attention import Cache, attend_cached
 from tokenbridge_jax.ops.channel_attention import attend_channels
@@ -44,7 +44,7 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale) + shift
 
 
-class Modulation(nn.Module):
+class Modulation(Layer):
     """Shifts, scales and gates from a condition, all by one linear layer that starts at zero.
 
     They are side by side, for `jnp.split`, whose gradient is one concatenation. A separate axis

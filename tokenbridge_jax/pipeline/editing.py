@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Shaped, UInt8
-from scipy.ndimage import distance_transform_edt
 
 from tokenbridge_jax.codec import Codec, check_images, in_batches
 from tokenbridge_jax.data.images import MAX_PIXELS
@@ -332,7 +332,8 @@ def blend_images(
 
     Over a ramp of `ramp` pixels outside the redrawn part, the two are mixed.
     """
-    distance = np.stack([np.asarray(distance_transform_edt(~image)) for image in redrawn])
+    transform = scipy.ndimage.distance_transform_edt
+    distance = np.stack([np.asarray(transform(~image)) for image in redrawn])
     share = np.clip(1 - distance / (ramp + 1), 0, 1)[..., None]
     return np.round(share * edited + (1 - share) * original).astype(np.uint8)
 

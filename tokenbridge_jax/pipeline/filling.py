@@ -8,8 +8,8 @@ they fade to the mean colour, which keeps the normalisation close to that of the
 """
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, UInt8
-from scipy.ndimage import distance_transform_edt
 
 # The fill of an image without visible pixels.
 GREY = 128
@@ -30,7 +30,7 @@ def fill_hidden(
         if where.all():
             image[:] = GREY
         elif where.any():
-            distance, nearest = distance_transform_edt(where, return_indices=True)
+            distance, nearest = scipy.ndimage.distance_transform_edt(where, return_indices=True)
             share = np.exp(-distance[where] / width)[:, None]
             rows, columns = nearest[:, where]
             mean = image[~where].mean(axis=0)

@@ -24,8 +24,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy
 from jaxtyping import Array, Int, PRNGKeyArray
-from scipy import special
 
 from tokenbridge_jax.loss import MaskDraw
 from tokenbridge_jax.runtime.errors import UserError
@@ -89,11 +89,11 @@ class MaskSampler:
         return {int(count): float(mass) for count, mass in zip(counts, masses, strict=True)}
 
     def _cdf(self, ratio: Any) -> Any:
-        return special.ndtr((ratio - self.mean) / self.std)
+        return scipy.special.ndtr((ratio - self.mean) / self.std)
 
     def _num_hidden(self, uniform: float) -> int:
         low, high = self._cdf(self.minimum), self._cdf(1.0)
-        ratio = self.mean + self.std * special.ndtri(low + uniform * (high - low))
+        ratio = self.mean + self.std * scipy.special.ndtri(low + uniform * (high - low))
         return math.ceil(float(np.clip(ratio, self.minimum, 1.0)) * self.positions)
 
 
