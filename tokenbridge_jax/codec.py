@@ -78,6 +78,7 @@ class Codec:
         self.config, self.quantizer, self.mesh = config, quantizer, mesh
         self.params = jax.device_put(dict(params), meshes.replicated(mesh))
         check_precision(precision, "precision")
+        self.precision = precision
         module = Autoencoder(config, precision)
         self._encode, self._encode_posterior = (
             self._on_mesh(functools.partial(_encode, module, quantizer, with_deviation))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped, UInt8
 
 import tokenbridge_jax.pipeline.editing as editing
 import tokenbridge_jax.pipeline.pretrained as pretrained
+import tokenbridge_jax.pipeline.programs as saved_programs
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec, check_values, in_batches
 from tokenbridge_jax.data.class_names import class_number
@@ -75,6 +76,7 @@ class Pipeline:
         dtype: str | None = None,
         precision: str = "float32",
         mesh: Mesh | Any = None,
+        programs: bool = False,
     ) -> "Pipeline":
         """Loads a pipeline with the EMA parameters from a workdir or a `save_pretrained` folder.
 
@@ -84,6 +86,8 @@ class Pipeline:
           dtype: compute dtype of the model, "bfloat16" or "float32"; by default that of training.
           precision: precision of the autoencoder, as in `Codec`.
           mesh: devices to use; by default all devices of this process.
+          programs: also load the compiled programs of a saved folder, if they fit. They are machine
+            code that runs with your rights, so only from someone whom you trust.
 
         Raises:
           UserError: a file is missing or damaged, or the model was trained with another
@@ -113,20 +117,33 @@ class Pipeline:
         params, step = pretrained.load_weights(workdir, abstract_params(config, mesh), step=step)
         if (workdir / "config.json").exists():
             facts["config"] = storage.read_json(workdir / "config.json")
-        return cls(description, params, codec, mesh, step, facts)
+        pipeline = cls(description, params, codec, mesh, step, facts)
+        if programs:
+            saved_programs.load(pipeline, workdir)
+        return pipeline
 
-    def save_pretrained(self, directory: epath.PathLike | Any) -> None:
+    def save_pretrained(
+        self, directory: epath.PathLike | Any, *, programs: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Writes a folder that needs no other file, for `load` and model hubs (see `pretrained`).
 
         If writing fails, no folder is left. Every process of a job calls this; one writes.
 
+        Args:
+          directory: the folder.
+          programs: arguments of calls of `generate`, in JSON, such as `{"class_ids": [0],
+            "num_iter": 16}`. The folder gets the programs of these calls, compiled for these
+            devices; `load(directory, programs=True)` uses them. Programs in memory are dropped.
+
         Raises:
-          UserError: the folder exists and is not empty, or cannot be written.
+          UserError: the folder exists and is not empty, or cannot be written, or an argument of a
+            call is not as `generate` needs it.
         """
         checks.path("directory", directory)
         pretrained.save(
             pretrained.Trained(self.description, self.params, self.codec, self.step, self.facts),
             directory,
+            lambda: saved_programs.compile_for(self, programs),
         )
 
     def encode(self, images: UInt8[np.ndarray, "B H W I"] | Any) -> Shaped[np.ndarray, "B L C"]:

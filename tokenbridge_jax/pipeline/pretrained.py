@@ -5,6 +5,7 @@
   model.safetensors   the averaged parameters by their names in Flax: `backbone/z_proj/kernel`
   autoencoder/        `config.json` and `params.safetensors`, as in a workdir
   config.json         the settings of the run, without its mesh and the path of its images
+  programs/           compiled programs, if they were asked for (see `programs`)
 
 It is a workdir with one file instead of checkpoints: commands that only read accept it as
 --workdir. Parameters are float32, whatever dtype the model computes in: so samples stay the same,
@@ -14,7 +15,7 @@ bit for bit, and numpy, which has no bfloat16, can read them.
 import contextlib
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from etils import epath
 from tokenbridge_jax.autoencoder import save_autoencoder
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.model import HEADS
+from tokenbridge_jax.pipeline import programs
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -45,8 +47,17 @@ class Trained(NamedTuple):
     facts: Mapping[str, Any]
 
 
-def save(trained: Trained, directory: epath.PathLike) -> None:
+def save(
+    trained: Trained,
+    directory: epath.PathLike,
+    compiled: Callable[[], Mapping[str, bytes]] = dict,
+) -> None:
     """Writes the folder; if that fails, none is left. All processes of a job call it; one writes.
+
+    Args:
+      trained: the content.
+      directory: the folder.
+      compiled: makes the files of `programs/`, by name, once the folder is known to be free.
 
     Raises:
       UserError: the folder exists and is not empty, or cannot be written.
@@ -58,7 +69,7 @@ def save(trained: Trained, directory: epath.PathLike) -> None:
     mistake = ""
     if jax.process_index() == 0:
         try:
-            _write(trained, directory)
+            _write(trained, directory, compiled)
         except UserError as error:
             mistake = str(error)
     if mistake := processes.gather(mistake)[0]:
@@ -112,9 +123,12 @@ def _from_checkpoints(
     return load_params(checkpoints, abstract, part=part, step=step), step
 
 
-def _write(trained: Trained, directory: epath.Path) -> None:
+def _write(
+    trained: Trained, directory: epath.Path, compiled: Callable[[], Mapping[str, bytes]]
+) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is there already; name a new folder, or empty it")
+    files_of_programs = compiled()
     # A folder gets its name when it is complete. In an object store, `model.json` is written last.
     folder = directory
     if not storage.in_object_store(directory):
@@ -129,6 +143,8 @@ def _write(trained: Trained, directory: epath.Path) -> None:
             folder / "autoencoder", codec.config, codec.params, facts.get("autoencoder")
         )
         safetensors_file.write(folder / WEIGHTS_FILE, params)
+        for name, content in files_of_programs.items():
+            storage.write_bytes(folder / programs.FOLDER / name, content)
         storage.write_json(folder / MODEL_FILE, description.to_json() | {"step": step})
         if folder != directory:
             os.replace(folder, directory)

@@ -13,12 +13,17 @@ JAX writes only from process 0 of a job, and a job whose processes do not all co
 time may fail, because they wait for each other. So a job has a cache only if the user names one.
 """
 
+import collections
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import filelock
 import jax
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -53,6 +58,44 @@ def enable() -> None:
         if name.upper() not in os.environ:
             jax.config.update(name, value)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@contextlib.contextmanager
+def only_in(folder: str) -> Iterator[collections.Counter[str]]:
+    """Inside, JAX keeps all programs in this folder and reads none from another one.
+
+    Programs that this process has in memory are neither read nor written.
+
+    Yields:
+      Counts, which grow: programs `needed`, and those of them that were `read` from the folder.
+    """
+    events = {"compile_requests_use_cache": "needed", "cache_hits": "read"}
+    count: collections.Counter[str] = collections.Counter()
+
+    def listen(event: str, **_: Any) -> None:
+        count[events.get(event.rpartition("/")[2], "")] += 1
+
+    def change(settings: Mapping[str, Any]) -> None:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        jax_cache.reset_cache()  # JAX reads the settings once.
+
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": folder,
+        "jax_compilation_cache_max_size": -1,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        # XLA's own caches are in the folder, whose path JAX 0.10 then adds to the hash.
+        "jax_persistent_cache_enable_xla_caches": None,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    change(settings)
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield count
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+        change(before)
 
 
 def _prepared_folder() -> Path:
