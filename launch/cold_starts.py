@@ -88,10 +88,7 @@ def main() -> int:
             if args.workdir:
                 shutil.copy(args.workdir / "config.json", workdir)
         for number, (title, command) in enumerate(STARTS.items()):
-            flags = [*command, *args.flag]
-            if args.config:
-                flags.append(f"--config={args.config}")
-            flags = [flag.replace(PICTURE, str(folder / "picture.png")) for flag in flags]
+            flags = complete(command, args.config, args.flag, folder / "picture.png")
             measure = until_first_image if command[0] == "demo" else until_the_end
             try:
                 cold, warm = (
@@ -108,6 +105,14 @@ def main() -> int:
             print(f"| {title} | {' | '.join(cells)} |", flush=True)
     print(f"\nLoad {os.getloadavg()[0]:.1f} at the end.")
     return failed
+
+
+def complete(command: list[str], config: str | None, flags: list[str], picture: Path) -> list[str]:
+    """The command with a config, which stands before the flags that change it, and more flags."""
+    words = [word for word in command if not word.startswith("--")]
+    named = [f"--config={config}"] if config else []
+    own = [flag.replace(PICTURE, str(picture)) for flag in command[len(words) :]]
+    return [*words, *named, *own, *flags]
 
 
 def machine() -> str:

@@ -26,12 +26,15 @@ def test_every_command_that_computes_is_measured_with_flags_that_it_has(
     script, monkeypatch, tmp_path
 ):
     measured = set()
-    for name, *argv in script.STARTS.values():
+    for command in script.STARTS.values():
+        flags = ["--config.seed=1"]
+        name, *argv = script.complete(command, "digits:quick", flags, tmp_path / "x.png")
         module = importlib.import_module(f"tokenbridge_jax.commands.{runner.COMMANDS[name][0]}")
         called = []
         monkeypatch.setattr(module, "main", lambda *args, called=called: called.append(args))
         assert runner.run(name, [*argv, f"--workdir={tmp_path}"]) == 0
-        assert called
+        ((args, *_),) = called
+        assert args.config.seed == 1
         measured.add(name)
     assert measured == runner.COMMANDS.keys() - OTHERS
 
