@@ -91,9 +91,8 @@ OLD = BASE | {"model": {"mask_mean": 1.0, "class_dropout": 0.1}}
         # From an earlier version.
         (
             json.dumps(RENAMED),
-            "the config has no data.workers, so it is from another version; add what is missing in "
-            "the file it is read from (configs/base.py has the defaults); tokenize.decode_workers "
-            "may have been renamed",
+            "the config has no data.workers (renamed from tokenize.decode_workers?), so it is from "
+            "another version; add what is missing in the file it is read from",
         ),
         (json.dumps(OLD), "config.model has no key class_dropout, mask_mean; move class_dropout, "),
     ],

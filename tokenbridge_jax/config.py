@@ -276,10 +276,10 @@ def check_config(config: ConfigDict) -> None:
         old = [
             f"{name}.{key}" for name in sections for key in config[name] if key not in known[name]
         ]
-        renamed = f"; {', '.join(old)} may have been renamed" if old else ""
+        more += f" (renamed from {', '.join(old)}?)" if old else ""
         raise UserError(
             f"the config has no {', '.join(absent[:5])}{more}, so it is from another version; add "
-            f"what is missing in the file it is read from (configs/base.py has the defaults){renamed}"
+            "what is missing in the file it is read from (configs/base.py has the defaults)"
         )
     for section in ("mesh", "model", "training"):
         _check_auto(config, section)
