@@ -249,6 +249,7 @@ TINY_RUN = [
     "--config.autoencoder.channels=4",
     "--config.autoencoder.multipliers=(1, 1)",
     "--config.autoencoder.latent_channels=3",
+    "--config.tokenize.posterior_samples=2",
     "--config.training.steps=2",
     "--config.training.warmup_steps=0",
     "--config.training.eval_every=0",
@@ -287,6 +288,7 @@ def test_tokenize_train_and_sample(programs, tmp_path, kind: str, head: list[str
     save_autoencoder(workdir / "autoencoder", config, init_params(config, jax.random.key(1)))
     flags = [f"--config.model.{setting}" for setting in head]
     assert not runner.run("tokenize", ["--workdir", str(workdir), *TINY_RUN, *flags])
+    # There is no posterior to draw two samples of.
     info = shards.read_info(workdir / "tokens")
     assert (info.views, info.channels) == (1, config.index_channels)
     kinds = {"vq": (300, np.uint16), "lfq": (2, np.uint8), "fsq": (4, np.uint8)}

@@ -124,6 +124,22 @@ class AutoencoderConfig:
         """What takes the place of the posterior; None without a trained codebook."""
         return make_bottleneck(self.bottleneck, self.codes, self.levels)
 
+    def check_posterior(self, user: str, mend: str) -> None:
+        """Checks that there is a posterior, for what needs one.
+
+        Args:
+          user: what needs it, as the subject of the message.
+          mend: what the user of the program can do.
+
+        Raises:
+          UserError: a trained codebook takes its place.
+        """
+        if self.codebook is not None:
+            raise UserError(
+                f"{user} needs an autoencoder with a posterior, but this one has a trained "
+                f"codebook ({self.bottleneck}); {mend}"
+            )
+
     @property
     def moments(self) -> int:
         """The channels of the encoder's output."""

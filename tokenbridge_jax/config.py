@@ -362,6 +362,13 @@ def of_latents(config: ConfigDict) -> bool:
     return head is not None and head.of_latents
 
 
+def check_values(config: ConfigDict, autoencoder: AutoencoderConfig) -> None:
+    """Raises `UserError` if the head needs latents, and the autoencoder has a trained codebook."""
+    if of_latents(config):
+        user = f"model.head='{config.model.head}'"
+        autoencoder.check_posterior(user, "set a head of indices, such as model.head=parallel")
+
+
 def model_config(
     config: ConfigDict,
     quantizer: AnyQuantizer,

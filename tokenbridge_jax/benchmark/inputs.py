@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.channels import resolve_channel_order
-from tokenbridge_jax.config import autoencoder_config, model_config, of_latents
+from tokenbridge_jax.config import autoencoder_config, check_values, model_config, of_latents
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.tokenizing import quantizer_of
 from tokenbridge_jax.model import SIZES, TokenBridgeConfig, abstract_params
@@ -27,8 +27,13 @@ VIEWS = 2
 
 
 def make_info(config: ConfigDict) -> DatasetInfo:
-    """Describes shards for the model, with VIEWS views of every image, or its latents."""
+    """Describes shards for the model, with VIEWS views of every image, or its latents.
+
+    Raises:
+      UserError: the autoencoder has no such latents.
+    """
     autoencoder = autoencoder_config(config)
+    check_values(config, autoencoder)
     rule = config.quantizer.channel_order
     # "frequency" would need data; every order has the same speed.
     known = "identity" if rule == "frequency" else rule

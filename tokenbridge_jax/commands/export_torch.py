@@ -55,11 +55,7 @@ def main(args: flags.FlagValues) -> None:
             raise UserError(f"{path} is there already; name another file, or remove it")
     if args.autoencoder:  # Loaded first: if there is none, nothing is written.
         config, params = load_autoencoder(workdir / "autoencoder")
-        if config.codebook is not None:
-            raise UserError(
-                f"{workdir / 'autoencoder'} has a trained codebook ({config.bottleneck}); PyTorch "
-                "files hold KL autoencoders: leave out --autoencoder"
-            )
+        config.check_posterior("a PyTorch file", "leave out --autoencoder")
     if args.out:
         _export_model(workdir, args.out, args.ema)
     if args.autoencoder:

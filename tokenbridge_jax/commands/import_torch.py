@@ -107,6 +107,7 @@ def main(args: flags.FlagValues) -> None:
             autoencoder, autoencoder_params = read_autoencoder(args, state, sizes.get("positions"))
         else:
             autoencoder, autoencoder_params = load_autoencoder(folder)
+            autoencoder.check_posterior("a released model", "name a new --workdir")
         digest = autoencoder_hash(autoencoder, autoencoder_params)
         if _has_autoencoder(workdir) and read_description(folder)["hash"] != digest:
             raise UserError(

@@ -24,6 +24,7 @@ from tokenbridge_jax.config import (
     auto_choices,
     check_ranges,
     check_training,
+    check_values,
     filled,
     flat_fields,
     given_settings,
@@ -133,6 +134,7 @@ def read_tokens(config: ConfigDict, workdir: epath.Path) -> DatasetInfo:
     if not storage.exists(workdir):
         raise UserError(f"workdir {workdir} does not exist; check --workdir")
     info = shards.read_info(workdir / "tokens")
+    check_values(config, info.autoencoder)
     needed = "latents" if of_latents(config) else "indices"
     info.check_holds(needed, f"model.head='{config.model.head}'")
     info.check(image_size=config.data.image_size)

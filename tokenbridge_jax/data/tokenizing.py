@@ -229,6 +229,9 @@ def _load_autoencoder(folder: epath.Path, config: ConfigDict) -> tuple[Autoencod
             f"the autoencoder in {folder} takes {autoencoder.image_channels} image channels but "
             f"config.data.image_channels is {config.data.image_channels}"
         )
+    if config.tokenize.store != "indices":
+        user = f"tokenize.store={config.tokenize.store}"
+        autoencoder.check_posterior(user, "set --config.tokenize.store=indices")
     return autoencoder, params
 
 
@@ -236,8 +239,6 @@ def _describe(
     config: ConfigDict, autoencoder: AutoencoderConfig, params: Any, subsets: dict[str, Subset]
 ) -> DatasetInfo:
     """The description of the shards, without the channel order."""
-    # Every sample would be the same.
-    samples = config.tokenize.posterior_samples if autoencoder.codebook is None else 0
     rule = config.quantizer.channel_order
     if rule == "frequency":
         calibration = subsets["train"].spread(config.quantizer.calibration_images)
@@ -245,8 +246,7 @@ def _describe(
     elif rule not in ("kl16", "identity"):
         rule = "given"
     store = config.tokenize.store
-    # Latents are stored as mean and deviation: only indices are of drawn samples.
-    samples = 0 if store == "latents" else config.tokenize.posterior_samples
+    samples = _drawn_samples(config, autoencoder, store)
     return DatasetInfo(
         quantizer=quantizer_of(config, autoencoder, params),
         autoencoder=autoencoder,
@@ -270,13 +270,23 @@ def _describe(
     )
 
 
+def _drawn_samples(config: ConfigDict, autoencoder: AutoencoderConfig, store: str) -> int:
+    """How many samples of the posterior a record has.
+
+    Latents are stored as mean and deviation: only indices are of drawn samples. With a codebook all
+    samples would be the same.
+    """
+    drawn = store != "latents" and autoencoder.codebook is None
+    return config.tokenize.posterior_samples if drawn else 0
+
+
 def _describe_sizes(config: ConfigDict, info: DatasetInfo) -> str:
-    """A line with the bytes of a record for each choice of `tokenize.store`."""
-    samples = config.tokenize.posterior_samples
-    sizes = {
-        store: dataclasses.replace(info, store=store, posterior_samples=samples).record.itemsize
-        for store in shards.STORES
-    }
+    """A line with the bytes of a record for each possible choice of `tokenize.store`."""
+    sizes = {}
+    for store in shards.STORES if info.autoencoder.codebook is None else ("indices",):
+        samples = _drawn_samples(config, info.autoencoder, store)
+        described = dataclasses.replace(info, store=store, posterior_samples=samples)
+        sizes[store] = described.record.itemsize
     listed = ", ".join(f"{size:,} with tokenize.store={store}" for store, size in sizes.items())
     return f"stores {info.store}; bytes an image, before compression: {listed}"
 
