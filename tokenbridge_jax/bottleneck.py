@@ -7,7 +7,8 @@ Here z is the encoder's output for a position, D numbers, and q what the decoder
            with V levels. D is small, such as 8, and with the length 1 this keeps codes from dying.
     lfq    Lookup-free quantization (MAGVIT-2, Yu et al., 2024, arXiv 2310.05737, section 3.1): q
            is the sign of every number. A position has D channels with 2 levels. A head with
-           `channels_per_group` predicts several bits as one class, all D as one of 2^D codes.
+           `channels_per_group` predicts several bits as one class. The parallel head can predict
+           all of up to 16 as one of 2^D codes.
     fsq    Finite scalar quantization (Mentzer et al., 2024, arXiv 2309.15505, section 3.1 and
            appendix A.1): every number is bounded by a tanh and rounded to one of V levels. A
            position has D channels with V levels.

@@ -77,6 +77,7 @@ class Quantizer:
         imported model has values of its own.
       minimum: the latent that maps to -3; lower ones are clipped.
       maximum: the latent that maps to +3; higher ones are clipped.
+      has_order: whether neighbouring indices stand for neighbouring latents.
 
     Raises:
       UserError: on construction, if one of them is not valid.
@@ -87,6 +88,7 @@ class Quantizer:
     maximum: float = 5.0
 
     latents_per_index: ClassVar[int] = 1
+    has_order: ClassVar[bool] = True
 
     def __post_init__(self):
         values = np.asarray(self.level_values, np.float32)
@@ -129,6 +131,11 @@ class Quantizer:
     def levels(self) -> int:
         """V."""
         return len(self.level_values)
+
+    @property
+    def description(self) -> str:
+        """A few words for people."""
+        return f"{self.levels} levels, latents in [{self.minimum:g}, {self.maximum:g}]"
 
     @property
     def index_dtype(self) -> np.dtype:
@@ -181,9 +188,7 @@ class Quantizer:
           UserError: a latent is NaN. This is only checked outside jit. Inside jit, NaN takes the
             last index that any latent has.
         """
-        latents = jnp.asarray(latents, jnp.float32)
-        if not isinstance(latents, jax.core.Tracer) and jnp.isnan(latents).any():
-            raise UserError("latents hold NaN: the autoencoder's weights or input are damaged")
+        latents = _without_nan(latents)
         # Unrolled, the search is one fused operation: 6 lookups for 64 levels.
         indices = jnp.searchsorted(self.thresholds, latents, side="right", method="scan_unrolled")
         return indices.astype(self.index_dtype)
@@ -220,6 +225,7 @@ class Codebook:
     minimum = -1.0
     maximum = 1.0
     blank = 0
+    has_order = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Codebook) and self._key == other._key
@@ -246,6 +252,11 @@ class Codebook:
         return len(self.codes)
 
     @property
+    def description(self) -> str:
+        """See `Quantizer.description`."""
+        return f"{self.levels} codes of length 1, of {self.latents_per_index} numbers each"
+
+    @property
     def latents_per_index(self) -> int:
         """D."""
         return self.codes.shape[1]
@@ -261,8 +272,12 @@ class Codebook:
         return self.codes
 
     def quantize(self, latents: Float[Array | np.ndarray, "... D"]) -> Integer[Array, "... 1"]:
-        """The number of the nearest code, which has the largest product: all have length 1."""
-        products = jnp.matmul(jnp.asarray(latents), self.codes.T, precision="highest")
+        """The number of the nearest code, which has the largest product: all have length 1.
+
+        Raises:
+          UserError: a latent is NaN. This is only checked outside jit.
+        """
+        products = jnp.matmul(_without_nan(latents), self.codes.T, precision="highest")
         return jnp.argmax(products, axis=-1, keepdims=True).astype(self.index_dtype)
 
     def dequantize(self, indices: Integer[Array | np.ndarray, "... 1"]) -> Float[Array, "... D"]:
@@ -283,6 +298,7 @@ class Unquantized:
     levels = 0
     blank = 0.0
     latents_per_index = 1
+    description = "none: the head draws latents"
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Unquantized":
@@ -321,6 +337,14 @@ def quantizer_from_json(value: Mapping[str, Any]) -> AnyQuantizer:
         return Codebook.from_json(value)
     kind = Unquantized if value.get("levels") == 0 else Quantizer
     return kind.from_json(value)
+
+
+def _without_nan(latents: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+    """The latents in float32, checked outside jit."""
+    latents = jnp.asarray(latents, jnp.float32)
+    if not isinstance(latents, jax.core.Tracer) and jnp.isnan(latents).any():
+        raise UserError("latents hold NaN: the autoencoder's weights or input are damaged")
+    return latents
 
 
 def _index_dtype(levels: int) -> np.dtype:

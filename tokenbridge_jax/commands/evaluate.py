@@ -28,7 +28,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from tokenbridge_jax.autoencoder import load_autoencoder, read_description
+from tokenbridge_jax.autoencoder import AutoencoderConfig, load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
@@ -298,20 +298,19 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
     workdir = epath.Path(args.workdir)
     trained = (workdir / MODEL_FILE).exists()
     own = _quantizer(ModelDescription.load(workdir)) if trained else None
-    extractor = _extractor(args)
     config, params = load_autoencoder(workdir / "autoencoder")
     quantizer = own or quantizer_of(args.config, config, params)
+    swept = _swept(args, config, quantizer)
+    extractor = _extractor(args)
     codec = Codec(config, params, quantizer, meshes.make_mesh(devices=jax.local_devices()))
     images = _images(args, *([args.split] if args.split else ["validation", "train"]))
     reference = _reference(args, extractor) if args.reference else None
     perceptual = networks.load_lpips(_networks(args), min(images.shape[:2]))
-    # Other levels and ranges would cut up the codes of a trained codebook.
-    levels, ranges = (args.levels, args.ranges) if config.codebook is None else ([], [])
     variants = sweep(
         quantizer,
-        _parse("levels", levels, int, "numbers"),
-        _parse("ranges", ranges, float, "numbers"),
-        _parse("perturb", args.perturb, perturbation, "SHARE:LEVELS, such as 0.1:4"),
+        _parse("levels", swept["levels"], int, "numbers"),
+        _parse("ranges", swept["ranges"], float, "numbers"),
+        _parse("perturb", swept["perturb"], perturbation, "SHARE:LEVELS, such as 0.1:4"),
     )
     found = reconstruction.reconstruction(
         codec,
@@ -326,9 +325,8 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
     )
     facts = {
         "autoencoder_sha256": read_description(workdir / "autoencoder")["hash"],
-        "levels": quantizer.levels,
-        "range": quantizer.maximum,
-        "sweep": [levels, ranges, args.perturb],
+        "quantizer": quantizer.description,
+        "sweep": list(swept.values()),
         "images_from": images.path.name,
         **images.facts,
         **(reference.facts if reference else {}),
@@ -338,6 +336,29 @@ def measure_reconstruction(args: flags.FlagValues) -> None:
     for network in perceptual.values():
         facts |= network.facts
     _report(args, "reconstruction", found, facts, module=reconstruction)
+
+
+def _swept(
+    args: flags.FlagValues, autoencoder: AutoencoderConfig, quantizer: Quantizer | Codebook
+) -> dict[str, list[str]]:
+    """The values of --levels, --ranges and --perturb; none where they make no sense.
+
+    Raises:
+      UserError: the user gives such a flag.
+    """
+    names = "levels", "ranges", "perturb"
+    senseless = {}
+    if autoencoder.codebook is not None:
+        senseless = dict.fromkeys(names[:2], "it has the levels that it was trained with")
+    if not quantizer.has_order:
+        senseless["perturb"] = "the numbers of its codes have no order"
+    for name, reason in senseless.items():
+        if args[name].present and args[name].value:
+            raise UserError(
+                f"--{name} does not suit a trained codebook ({autoencoder.bottleneck}): {reason}; "
+                f"leave out --{name}"
+            )
+    return {name: [] if name in senseless else getattr(args, name) for name in names}
 
 
 def _parse(name: str, texts: list[str], kind: Callable[[str], Any], form: str) -> list[Any]:
@@ -384,7 +405,7 @@ def measure_tokens(args: flags.FlagValues) -> None:
     )
     info = read_info(folder)
     assert not isinstance(info.quantizer, Unquantized)
-    facts: dict[str, Any] = {"tokens_sha256": info.sha256, "range": info.quantizer.maximum}
+    facts = {"tokens_sha256": info.sha256, "quantizer": info.quantizer.description}
     facts["autoencoder_sha256"] = info.autoencoder_hash
     _report(args, "tokens", found, facts, module=tokens)
 

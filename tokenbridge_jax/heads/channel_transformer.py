@@ -41,6 +41,15 @@ class ChannelTransformer(IndexHead):
     scan_layers: bool = True
 
     @classmethod
+    def summary(cls, config: Any) -> str:
+        """See `Head.summary`."""
+        size = (
+            f"{config.head_layers} layers of width {config.head_width}, {config.head_heads} heads"
+        )
+        group = config.channels_per_group
+        return size + f", {group} channels a class" * (group > 1)
+
+    @classmethod
     def position_flops(cls, config: Any) -> int:
         """See `Head.position_flops`. All scores count, though half of them are masked."""
         width, groups = config.head_width, config.groups

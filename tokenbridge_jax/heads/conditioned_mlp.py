@@ -81,7 +81,7 @@ class ConditionedMLP(LatentHead):
 
     @classmethod
     def summary(cls, config: Any) -> str:
-        """See `LatentHead.summary`."""
+        """See `Head.summary`."""
         blocks = f"{config.head_layers} blocks of width {config.head_width}"
         return f"{blocks}, {config.head_steps} steps"
 

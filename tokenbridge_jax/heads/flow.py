@@ -46,7 +46,7 @@ class FlowHead(ConditionedMLP):
 
     @classmethod
     def summary(cls, config: Any) -> str:
-        """See `LatentHead.summary`."""
+        """See `Head.summary`."""
         return f"{super().summary(config)} of {config.head_solver}"
 
     @classmethod

@@ -75,6 +75,11 @@ class Head(nn.Module):
         """Raises `UserError` if a `TokenBridgeConfig` has settings that this head cannot have."""
 
     @classmethod
+    def summary(cls, config: Any) -> str:
+        """The sizes of the head of a `TokenBridgeConfig`, for the card of a model."""
+        raise NotImplementedError
+
+    @classmethod
     def position_flops(cls, config: Any) -> int:
         """Matmul FLOPs of the forward pass of one position in training.
 
@@ -163,7 +168,7 @@ class Head(nn.Module):
 class IndexHead(Head):
     """A distribution over one position's C indices.
 
-    A new one implements `logits`, `sample` and `position_flops`. `logits` must work with
+    A new one implements `summary`, `logits`, `sample` and `position_flops`. `logits` must work with
     `scan_layers` on and off; `sample` is only called with `scan_layers` off.
 
     Guidance mixes features; see `guided`. Temperature divides the logits, and 0 takes the most
@@ -233,11 +238,6 @@ class LatentHead(Head):
     @classmethod
     def from_config(cls, config: Any) -> "LatentHead":
         """The head of a `TokenBridgeConfig`."""
-        raise NotImplementedError
-
-    @classmethod
-    def summary(cls, config: Any) -> str:
-        """The sizes of the head of a `TokenBridgeConfig`, for the card of a model."""
         raise NotImplementedError
 
     def logits(

@@ -57,10 +57,17 @@ class MaskedHead(ChannelTransformer):
                 f"{', '.join(REVEAL_ORDERS)}"
             )
         if config.reveal_steps > config.channels:
+            other = ", or model.head=parallel" if config.channels == 1 else " or less"
             raise UserError(
                 f"model.reveal_steps={config.reveal_steps} must be at most the number of channels, "
-                f"{config.channels}"
+                f"{config.channels}; set model.reveal_steps={config.channels}{other}"
             )
+
+    @classmethod
+    def summary(cls, config: Any) -> str:
+        """See `Head.summary`."""
+        steps = f"{config.reveal_steps} steps in {config.reveal_order} order"
+        return f"{super().summary(config)}, {steps}"
 
     @classmethod
     def drawing_flops(cls, config: Any, branches: int) -> int:

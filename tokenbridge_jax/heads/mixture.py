@@ -83,7 +83,7 @@ class MixtureHead(LatentHead):
 
     @classmethod
     def summary(cls, config: Any) -> str:
-        """See `LatentHead.summary`."""
+        """See `Head.summary`."""
         return f"{config.head_components} components"
 
     @classmethod

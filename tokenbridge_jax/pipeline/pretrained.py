@@ -224,13 +224,11 @@ def _count(params: Any) -> int:
 
 
 def _rows_of_indices(model: Any) -> dict[str, str]:
-    low, high = model.quantizer.minimum, model.quantizer.maximum
     quirk = "on: when sampling, the first timestep embedding is added to the head's first token"
     return {
-        "channel head": f"{model.head}, {_size(model, 'head')}"
-        + f", {model.channels_per_group} channels a class" * (model.channels_per_group > 1),
+        "channel head": f"{model.head}, {HEADS[model.head].summary(model)}",
         "positions, channels, levels": f"{model.positions}, {model.channels}, {model.levels}",
-        "quantizer": f"{model.levels} levels, latents in [{low:g}, {high:g}]",
+        "quantizer": model.quantizer.description,
         "channel order": ", ".join(map(str, model.channel_order)),
         "first-token quirk": quirk if model.first_token_quirk else "off",
     }
@@ -240,7 +238,7 @@ def _rows_of_latents(model: Any) -> dict[str, str]:
     return {
         "head": f"{model.head}, {HEADS[model.head].summary(model)}",
         "positions, channels": f"{model.positions}, {model.channels}",
-        "quantizer": "none: the head draws latents",
+        "quantizer": model.quantizer.description,
     }
 
 
