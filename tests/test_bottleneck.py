@@ -1,8 +1,10 @@
 """Trained codebooks against PyTorch, numpy and brute force; each through all commands."""
 
 import dataclasses
+import functools
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import torch
 from scipy import special, stats
 from tiny_model import normal, tiny
 from torch.nn import functional
+from torch_states import GOLDENS
 
 from tokenbridge_jax.autoencoder import (
     AutoencoderConfig,
@@ -20,6 +23,7 @@ from tokenbridge_jax.autoencoder import (
     load_autoencoder,
     save_autoencoder,
 )
+from tokenbridge_jax.benchmark import inputs
 from tokenbridge_jax.bottleneck import (
     ScalarBottleneck,
     SignBottleneck,
@@ -49,6 +53,12 @@ AUTOENCODERS = {
     "fsq": dataclasses.replace(SIZES, bottleneck="fsq", levels=4),
 }
 Z, TOWARDS = 1.5 * normal(0, 40, 3), normal(1, 40, 3)
+
+
+@functools.cache
+def untrained(kind: str) -> dict:
+    """Parameters of the autoencoder of this kind."""
+    return init_params(AUTOENCODERS[kind], jax.random.key(1))
 
 
 def as_torch(x) -> torch.Tensor:
@@ -155,7 +165,7 @@ def test_the_use_of_codes():
 def test_the_loss_is_the_sum_of_its_terms(kind: str):
     config = AUTOENCODERS[kind]
     task = AutoencoderTask(config, "float32", 1.0, "l2", commitment_weight=0.3, entropy_weight=0.2)
-    params = init_params(config, jax.random.key(1))
+    params = untrained(kind)
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     key = jax.random.key(2)
     examples = task.examples({"images": images}, key, None)
@@ -218,13 +228,15 @@ def test_one_channel_has_nothing_after_it():
     codebook = Codebook(np.eye(3, dtype=np.float32))
     with pytest.raises(UserError, match=r"there is only one; set model\.head=parallel"):
         tiny(quantizer=codebook, channel_order=(0,))
+    with pytest.raises(UserError, match=r"reveal_steps=1, or model\.head=parallel"):
+        tiny(head="masked", quantizer=codebook, channel_order=(0,))
 
 
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_the_codec_goes_through_the_codes(kind: str):
     """Latents are those of the indices, and noise changes nothing. NaN is noticed."""
     config = AUTOENCODERS[kind]
-    params = init_params(config, jax.random.key(1))
+    params = untrained(kind)
     quantizer = quantizer_of(experiment("base"), config, params)
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     codec = Codec(config, params, quantizer, mesh)
@@ -237,8 +249,11 @@ def test_the_codec_goes_through_the_codes(kind: str):
     np.testing.assert_allclose(encoded.latents, latents, atol=1e-6)
     expected = np.asarray(codec.decode_latents(encoded.latents), int)
     assert np.abs(np.asarray(codec.decode(encoded.indices), int) - expected).max() <= 1
-    params["quant_conv"]["bias"] = params["quant_conv"]["bias"].at[0].set(jnp.nan)
-    assert np.all(Codec(config, params, quantizer, mesh).encode(images).broken)
+    last = params["quant_conv"] | {"bias": params["quant_conv"]["bias"].at[0].set(jnp.nan)}
+    broken = params | {"quant_conv": last}
+    assert np.all(Codec(config, broken, quantizer, mesh).encode(images).broken)
+    with pytest.raises(UserError, match="latents hold NaN"):
+        quantizer.quantize(np.full((1, 3), np.nan, np.float32))
 
 
 # --- All commands ---------------------------------------------------------------------------------
@@ -246,6 +261,7 @@ def test_the_codec_goes_through_the_codes(kind: str):
 TINY_RUN = [
     "--config=digits:quick",
     "--config.data.image_size=8",
+    "--config.data.workers=1",
     "--config.autoencoder.channels=4",
     "--config.autoencoder.multipliers=(1, 1)",
     "--config.autoencoder.latent_channels=3",
@@ -259,6 +275,48 @@ TINY_RUN = [
     *(f"--config.model.{part}_{size}" for part in ("encoder", "decoder", "head")
       for size in ("width=16", "heads=2", "layers=1")),
 ]  # fmt: skip
+
+
+LATENTS = ["diffusion", "flow", "mixture"]
+NO_POSTERIOR = "needs an autoencoder with a posterior, but this one has a trained codebook ("
+
+
+@pytest.mark.parametrize(
+    ("kind", "command", "flag", "message"),
+    [
+        *(("vq", "tokenize", f"--config.tokenize.store={x}", f"tokenize.store={x} {NO_POSTERIOR}vq")
+          for x in ("latents", "both")),
+        *(("lfq", "train", f"--config.model.head={x}", f"model.head='{x}' {NO_POSTERIOR}lfq")
+          for x in LATENTS),
+        *(("fsq", "benchmark", f"--config.model.head={x}", f"model.head='{x}' {NO_POSTERIOR}fsq")
+          for x in LATENTS),
+        ("lfq", "import-torch", "--checkpoint={}/tokenbridge_tiny.npz", f"{NO_POSTERIOR}lfq"),
+        ("vq", "export-torch", "--autoencoder=x.safetensors", f"{NO_POSTERIOR}vq); leave out"),
+        ("vq", "evaluate", "--perturb=0.1:1", "(vq): the numbers of its codes have no order"),
+        ("vq", "evaluate", "--ranges=2", "--ranges does not suit a trained codebook (vq)"),
+        ("fsq", "evaluate", "--levels=4", "(fsq): it has the levels that it was trained with"),
+    ],
+)  # fmt: skip
+def test_what_a_codebook_does_not_have_is_refused(refused, tmp_path, kind, command, flag, message):
+    """In one line, before anything is written."""
+    config = AUTOENCODERS[kind]
+    save_autoencoder(tmp_path / "autoencoder", config, untrained(kind))
+    if command == "train":
+        described = experiment("digits")
+        described.data.image_size = 8
+        described.autoencoder = {key: getattr(config, key) for key in described.autoencoder}
+        shards.write_info(tmp_path / "tokens", inputs.make_info(described))
+    words = {"benchmark": ["head"], "evaluate": ["reconstruction"]}.get(command, [])
+    workdir = [] if command == "benchmark" else [f"--workdir={tmp_path}"]
+    argv = [*words, *workdir, *TINY_RUN, f"--config.autoencoder.bottleneck={kind}"]
+
+    def written() -> set[Path]:
+        files = {path for path in tmp_path.rglob("*") if path.is_file()}
+        return files - {tmp_path / ".lock"}
+
+    before = written()
+    refused(command, message, [*argv, flag.format(GOLDENS)])
+    assert written() == before
 
 
 def test_train_vae_learns_codes_and_reports_their_use(programs, tmp_path):
@@ -285,7 +343,7 @@ def test_train_vae_learns_codes_and_reports_their_use(programs, tmp_path):
 )
 def test_tokenize_train_and_sample(programs, tmp_path, kind: str, head: list[str]):
     workdir, config = tmp_path / kind, AUTOENCODERS[kind]
-    save_autoencoder(workdir / "autoencoder", config, init_params(config, jax.random.key(1)))
+    save_autoencoder(workdir / "autoencoder", config, untrained(kind))
     flags = [f"--config.model.{setting}" for setting in head]
     assert not runner.run("tokenize", ["--workdir", str(workdir), *TINY_RUN, *flags])
     # There is no posterior to draw two samples of.

@@ -245,7 +245,10 @@ def test_the_parallel_head_only_lacks_the_tables_of_previous_indices():
             {"head": "masked", "channels_per_group": 2},
             r"model\.head='masked' has no groups of channels; set model\.channels_per_group=1",
         ),
-        ({"head": "masked", "reveal_steps": 5}, r"reveal_steps=5 must be at most the number of ch"),
+        (
+            {"head": "masked", "reveal_steps": 5},
+            r"number of channels, 4; set model\.reveal_steps=4 or less",
+        ),
         ({"head": "masked", "reveal_order": "any"}, r"'any' is not one of fixed, confidence"),
     ],
 )
