@@ -1,4 +1,4 @@
-"""Trained codebooks against PyTorch, numpy and brute force; each through all commands."""
+"""Trained codebooks against PyTorch, numpy and brute force, and through the commands."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ from tiny_model import normal, tiny
 from torch.nn import functional
 from torch_states import GOLDENS
 
+from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import (
     AutoencoderConfig,
     autoencoder_hash,
@@ -333,33 +334,46 @@ def test_train_vae_learns_codes_and_reports_their_use(programs, tmp_path):
     assert params["codebook"]["codes"].shape == (300, 3)
 
 
-@pytest.mark.parametrize(
-    ("kind", "head"),
-    [
-        ("vq", ["head=parallel"]),
-        ("lfq", ["head=parallel", "channels_per_group=3"]),
-        ("fsq", ["head=masked", "reveal_steps=2"]),
-    ],
-)
-def test_tokenize_train_and_sample(programs, tmp_path, kind: str, head: list[str]):
-    workdir, config = tmp_path / kind, AUTOENCODERS[kind]
+def make_shards(workdir, kind: str, *head: str) -> shards.DatasetInfo:
+    config = AUTOENCODERS[kind]
     save_autoencoder(workdir / "autoencoder", config, untrained(kind))
     flags = [f"--config.model.{setting}" for setting in head]
     assert not runner.run("tokenize", ["--workdir", str(workdir), *TINY_RUN, *flags])
-    # There is no posterior to draw two samples of.
-    info = shards.read_info(workdir / "tokens")
-    assert (info.views, info.channels) == (1, config.index_channels)
+    return shards.read_info(workdir / "tokens")
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_shards_have_one_view_of_the_codebooks_indices(programs, capsys, tmp_path, kind: str):
+    """Though the config asks for two samples: there is no posterior to draw them of."""
+    info = make_shards(tmp_path, kind)
+    assert (info.views, info.channels) == (1, AUTOENCODERS[kind].index_channels)
     kinds = {"vq": (300, np.uint16), "lfq": (2, np.uint8), "fsq": (4, np.uint8)}
     assert (info.quantizer.levels, info.record["indices"].base) == kinds[kind]
+    # The index of the image and its label are 12 bytes.
+    size = 12 + 16 * info.channels * kinds[kind][1]().itemsize
+    [said] = [x for x in capsys.readouterr().err.splitlines() if "bytes an image" in x]
+    assert said.endswith(f"before compression: {size} with tokenize.store=indices")
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [("vq", ["head=parallel"]), ("lfq", ["head=parallel", "channels_per_group=3"])],
+)
+def test_train_and_sample(programs, tmp_path, kind: str, head: list[str]):
+    make_shards(tmp_path, kind, *head)
     for command in (["train"], ["sample", "--num_images=4"]):
-        assert not runner.run(command[0], ["--workdir", str(workdir), *command[1:]])
-    with np.load(workdir / "samples" / "samples.npz") as samples:
+        assert not runner.run(command[0], ["--workdir", str(tmp_path), *command[1:]])
+    with np.load(tmp_path / "samples" / "samples.npz") as samples:
         assert samples["arr_0"].shape == (4, 8, 8, 1)
     if kind == "vq":
-        evaluate = ["reconstruction", "--workdir", str(workdir), "--num_images=8", "--perturb="]
+        evaluate = ["reconstruction", "--workdir", str(tmp_path), "--num_images=8"]
         assert not runner.run("evaluate", evaluate)
-        [result] = workdir.glob("evaluation/*/result.json")
-        rows = json.loads(result.read_text())["metrics"]["rows"]
-        # The latents are codes already, so that only rounding may differ.
+        [result] = tmp_path.glob("evaluation/*/result.json")
+        found = json.loads(result.read_text())
+        rows = found["metrics"]["rows"]
+        # Nothing is moved. The latents are codes already, so that only rounding may differ.
         assert [row["levels"] for row in rows] == [None, 300]
         assert rows[1]["latent_mse"] < 1e-12
+        Pipeline.load(tmp_path).save_pretrained(tmp_path / "saved")
+        for text in (json.dumps(found), (tmp_path / "saved" / "README.md").read_text()):
+            assert "300 codes of length 1, of 3 numbers each" in text

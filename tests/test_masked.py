@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from tokenbridge_jax.flops import head_flops
 from tokenbridge_jax.heads.head import Guidance
+from tokenbridge_jax.heads.masked import MaskedHead
 from tokenbridge_jax.model import TokenBridge, abstract_params
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
@@ -66,6 +67,12 @@ def log_probs(groups: list[list[int]]) -> np.ndarray:
         total += conditionals()[tuple(known.tolist())][:, group].sum(axis=1)
         known[group] = True
     return total
+
+
+def test_the_card_has_the_steps_and_their_order():
+    size = "1 layers of width 16, 4 heads"
+    assert MaskedHead.summary(FIXED) == f"{size}, 2 steps in fixed order"
+    assert MaskedHead.summary(CONFIDENCE).endswith("steps in confidence order")
 
 
 def test_the_likelihood_is_the_product_over_groups():
