@@ -9,7 +9,11 @@
 # docs/cifar10.md explains the results.
 set -euo pipefail
 started=$(date +%s)
-data=${1:?usage: bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]}
+if [ $# -eq 0 ]; then
+  echo "usage: bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]" >&2
+  exit 2
+fi
+data=$1
 argument=${3:-size=S}
 if [[ $argument != *tfds* ]] && ! { [ -d "$data/train" ] && [ -d "$data/test" ]; }; then
   echo "cifar10.sh: $data has no folders train and test; pictures go into train/CLASS/ and test/CLASS/" >&2

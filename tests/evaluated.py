@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +16,9 @@ from tokenbridge_jax.autoencoder import autoencoder_hash
 CLASSES = 3
 
 
-def save_tiny(folder: Path) -> None:
-    """Images of 8x8 grey pixels, of three classes."""
-    config = tiny(positions=16)
+def save_tiny(folder: Path, **settings: Any) -> None:
+    """Images of 8x8 grey pixels, of three classes; `settings` are those of the model."""
+    config = tiny(positions=16, **settings)
     pipeline = tiny_pipeline(config, random_params(config))
     used = autoencoder_hash(AUTOENCODER, jax.tree.map(np.asarray, pipeline.codec.params))
     pipeline.description = dataclasses.replace(pipeline.description, autoencoder_hash=used)

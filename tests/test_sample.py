@@ -47,7 +47,7 @@ def pipeline(model):
 @pytest.fixture(autouse=True)
 def one_pipeline(pipeline, monkeypatch):
     """All calls have one pipeline, so that programs are compiled once."""
-    monkeypatch.setattr(Pipeline, "load", lambda workdir, step, mesh: pipeline)
+    monkeypatch.setattr(Pipeline, "load", lambda workdir, **rest: pipeline)
 
 
 @pytest.fixture(scope="module")

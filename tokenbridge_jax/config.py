@@ -265,6 +265,8 @@ def check_config(config: ConfigDict) -> None:
             "(a damaged WORKDIR/config.json can be removed)"
         )
     checks.seed(config.seed, "config.seed")
+    if (head := config.model.get("head", "")) not in (*HEADS, ""):
+        raise UserError(f"model.head='{head}' is not one of {', '.join(HEADS)}")
     if unknown := [key for key in config.model if key not in known.model]:
         moved = [key for key in unknown if key in known.training]
         advice = f"; move {', '.join(moved)} to config.training, in the file it is read from"

@@ -63,6 +63,10 @@ def _changeable(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"changeable": True})
 
 
+# Of these, the fields that drawing uses; they may also change after training.
+DRAWING_FIELDS = ("head_steps", "head_solver", "head_proposals", "reveal_steps")
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenBridgeConfig:
     """The function that a set of parameters computes, and how to compute it.

@@ -13,9 +13,8 @@ import tempfile
 from absl import flags
 
 from tokenbridge_jax.commands import runner
-from tokenbridge_jax.config import make_mesh
+from tokenbridge_jax.commands.trained import load_pipeline
 from tokenbridge_jax.demo.drawing import Demo
-from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.runtime.errors import UserError
 
 
@@ -35,7 +34,7 @@ def main(args: flags.FlagValues) -> None:
     if args.distributed:
         raise UserError("demo runs in one process; leave out --distributed")
     port = free_port(args.host, args.port)
-    pipeline = Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config))
+    pipeline = load_pipeline(args)
     demo = Demo(pipeline, args.config.sampling)
     from tokenbridge_jax.demo import page
 

@@ -22,10 +22,9 @@ from jaxtyping import Bool, UInt8
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.config import make_mesh
+from tokenbridge_jax.commands.trained import load_pipeline
 from tokenbridge_jax.data.images import ImageError, center_crop, decode, open_picture
 from tokenbridge_jax.data.listing import EXTENSIONS, is_junk, is_picture, list_pictures
-from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import ClassId
 from tokenbridge_jax.runtime import pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -87,7 +86,7 @@ def main(args: flags.FlagValues) -> None:
     check_output(output, args.input, paths, count, args.mask)
     class_ids = parse_classes(args.classes)
     box, outpaint = (parse_shares(name, args[name].value) for name in ("box", "outpaint"))
-    pipeline = Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config))
+    pipeline = load_pipeline(args)
 
     patch, side = pipeline.patch_size, pipeline.image_size
     channels = pipeline.codec.config.image_channels

@@ -32,7 +32,8 @@ from tokenbridge_jax.autoencoder import AutoencoderConfig, load_autoencoder, rea
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.config import make_mesh, sampling_settings
+from tokenbridge_jax.commands.trained import load_pipeline
+from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.data.shards import read_info
 from tokenbridge_jax.data.tokenizing import quantizer_of
 from tokenbridge_jax.evaluation import (
@@ -205,7 +206,7 @@ def _check(args: flags.FlagValues, word: str) -> None:
 def measure_generation(args: flags.FlagValues) -> None:
     """FID and related metrics of new samples, or of --images."""
     extractor = _extractor(args)
-    source = _images(args) if args.images else _load_pipeline(args)
+    source = _images(args) if args.images else load_pipeline(args)
     reference = _reference(args, extractor)
     images = source if isinstance(source, ImageSet) else _samples(args, source)
     found = extract(images, extractor, progress=True)
@@ -276,10 +277,6 @@ def measure_reference(args: flags.FlagValues) -> None:
         scores.save_reference(path, reference, extractor)
         print(report.table({}, reference.facts | dict(extractor.facts)))
         print(f"wrote {path}")
-
-
-def _load_pipeline(args: flags.FlagValues) -> Pipeline:
-    return Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config))
 
 
 def _quantizer(description: ModelDescription) -> Quantizer | Codebook:
@@ -371,7 +368,7 @@ def _parse(name: str, texts: list[str], kind: Callable[[str], Any], form: str) -
 
 def measure_likelihood(args: flags.FlagValues) -> None:
     """Likelihood of held-out images, and calibration of the head."""
-    pipeline = _load_pipeline(args)
+    pipeline = load_pipeline(args)
     _quantizer(pipeline.description)  # Before the look for shards.
     folder = _tokens(args)
     found = likelihood.likelihood(

@@ -37,7 +37,8 @@ from jaxtyping import Int, UInt8
 
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.config import make_mesh, sampling_settings
+from tokenbridge_jax.commands.trained import load_pipeline
+from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.evaluation import generation
 from tokenbridge_jax.evaluation.image_sets import ARRAY
 from tokenbridge_jax.pipeline import Pipeline
@@ -80,7 +81,7 @@ def main(args: flags.FlagValues) -> None:
         raise UserError(f"--num_images={count} must be at least 1 and below 2**31")
     shard, shards = _shard(args.shard, count)
     output = storage.check_folder(args.output or epath.Path(args.workdir) / "samples")
-    pipeline = Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config))
+    pipeline = load_pipeline(args)
     # By default the classes of the training images; the model may have room for more.
     classes = pipeline.labels(args.classes or pipeline.description.class_names)
     labels = np.resize(classes, count)

@@ -260,8 +260,9 @@ class DatasetInfo:
         """
         if self.store not in (values, "both"):
             raise UserError(
-                f"{user} needs {values}, but the token shards hold {self.store} only; tokenize "
-                f"again with another --workdir and --config.tokenize.store={values} (or both)"
+                f"{user} needs {values}, but the token shards hold {self.store} only; copy "
+                "autoencoder/ to another --workdir and tokenize there with "
+                f"--config.tokenize.store={values} (or both)"
             )
 
 

@@ -220,7 +220,7 @@ def _load_autoencoder(folder: epath.Path, config: ConfigDict) -> tuple[Autoencod
     if not (folder / "config.json").exists():
         raise UserError(
             f"there is no autoencoder in {folder}; run `tokenbridge train-vae` or `import-torch` "
-            "with this --workdir first"
+            "with this --workdir first, or copy autoencoder/ of another one"
         )
     autoencoder, params = load_autoencoder(folder)
     autoencoder.check_image_size(config.data.image_size, config.data.image_size)

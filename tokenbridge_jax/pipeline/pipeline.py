@@ -18,7 +18,7 @@ from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec, check_values, in_batches
 from tokenbridge_jax.data.class_names import class_number
 from tokenbridge_jax.loss import position_nll
-from tokenbridge_jax.model import abstract_params
+from tokenbridge_jax.model import DRAWING_FIELDS, abstract_params
 from tokenbridge_jax.pipeline.description import ClassId, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -76,6 +76,7 @@ class Pipeline:
         dtype: str | None = None,
         precision: str = "float32",
         mesh: Mesh | Any = None,
+        drawing: Mapping[str, Any] | Any = None,
         programs: bool = False,
     ) -> "Pipeline":
         """Loads a pipeline with the EMA parameters from a workdir or a `save_pretrained` folder.
@@ -86,12 +87,14 @@ class Pipeline:
           dtype: compute dtype of the model, "bfloat16" or "float32"; by default that of training.
           precision: precision of the autoencoder, as in `Codec`.
           mesh: devices to use; by default all devices of this process.
+          drawing: how the head draws, instead of the settings of training: `head_steps`,
+            `head_solver`, `head_proposals` or `reveal_steps`.
           programs: also load the compiled programs of a saved folder, if they fit. They are machine
             code that runs with your rights, so only from someone whom you trust.
 
         Raises:
-          UserError: a file is missing or damaged, or the model was trained with another
-            autoencoder.
+          UserError: a file is missing or damaged, the model was trained with another autoencoder,
+            or a setting makes no sense.
         """
         checks.path("workdir", workdir)
         checks.mesh(mesh)
@@ -101,8 +104,11 @@ class Pipeline:
             raise UserError(f"workdir {workdir} does not exist; check --workdir")
         mesh = mesh or meshes.make_mesh(devices=jax.local_devices())
         description = ModelDescription.load(workdir)
-        if dtype is not None:
-            config = dataclasses.replace(description.config, dtype=dtype)
+        changes = dict(drawing or {}) | ({} if dtype is None else {"dtype": dtype})
+        if wrong := changes.keys() - {*DRAWING_FIELDS, "dtype"}:
+            raise UserError(f"drawing has {min(wrong)}, not one of {', '.join(DRAWING_FIELDS)}")
+        if changes:
+            config = dataclasses.replace(description.config, **changes)
             description = dataclasses.replace(description, config=config)
         config, folder = description.config, workdir / "autoencoder"
         autoencoder, described = load_autoencoder(folder), read_description(folder)

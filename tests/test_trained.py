@@ -1,0 +1,60 @@
+"""Flags `--config.model.KEY` of commands that read a trained model: they apply, or are refused."""
+
+import numpy as np
+import pytest
+from evaluated import save_tiny
+
+from tokenbridge_jax import Pipeline
+from tokenbridge_jax.commands import runner
+from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime.errors import UserError
+
+SETTINGS = {"num_iter": 2, "guidance": 1.0, "temperature": 1.0, "order": "random"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    save_tiny(folder, head="masked", reveal_steps=4)
+    return folder
+
+
+def drawn(model, output, *flags: str) -> np.ndarray:
+    argv = [f"--workdir={model}", f"--output={output}", "--num_images=3"]
+    settings = (f"--config.sampling.{name}={value}" for name, value in SETTINGS.items())
+    assert runner.run("sample", [*argv, *settings, *flags]) == 0
+    return storage.read_npz(output / "samples.npz")["arr_0"]
+
+
+def test_settings_of_drawing_may_change_after_training(model, tmp_path):
+    trained = drawn(model, tmp_path / "a")
+    flagged = drawn(model, tmp_path / "b", "--config.model.reveal_steps=1")
+    pipeline = Pipeline.load(model, drawing={"reveal_steps": 1})
+    assert pipeline.config.reveal_steps == 1
+    np.testing.assert_array_equal(flagged, pipeline.generate([0, 1, 2], **SETTINGS))
+    assert (flagged != trained).any()
+    # What training has fixed may be given, as launch/cifar10.sh does.
+    same = drawn(model, tmp_path / "c", "--config.model.head=masked", "--config.model.remat=auto")
+    np.testing.assert_array_equal(same, trained)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("encoder_layers=9", "--config.model.encoder_layers=9 has no effect on a trained model"),
+        ("head=parallel", "--config.model.head=parallel has no effect on a trained model, which"),
+        ("head=gan", "model.head='gan' is not one of channel_ar, parallel"),
+        ("reveal_steps=99", "model.reveal_steps=99 must be at most the number of channels"),
+    ],
+)
+def test_what_training_has_fixed_is_refused(model, tmp_path, capsys, flag, message):
+    argv = [f"--workdir={model}", f"--output={tmp_path / 'x'}", f"--config.model.{flag}"]
+    assert runner.run("sample", argv) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_other_settings_are_refused_in_python(model):
+    with pytest.raises(UserError, match="drawing has head, not one of head_steps, head_solver"):
+        Pipeline.load(model, drawing={"head": "parallel"})
