@@ -244,9 +244,11 @@ class DatasetInfo:
           UserError: a setting differs; the message names it and both values.
         """
         ours, theirs = ({"store": info.store} | info.to_json() for info in (self, other))
-        for field in dataclasses.fields(self):
-            if field.name not in ("splits", "statistics", "skipped"):
-                _refuse_difference(ours.get(field.name), theirs.get(field.name), field.name)
+        # Others follow from what is stored.
+        names = ["store", *(field.name for field in dataclasses.fields(self))]
+        for name in names:
+            if name not in ("splits", "statistics", "skipped"):
+                _refuse_difference(ours.get(name), theirs.get(name), name)
 
     def check_holds(self, values: str, user: str) -> None:
         """Checks that records have what something needs.
