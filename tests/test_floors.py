@@ -63,7 +63,8 @@ def test_no_circles():
 
 
 def test_commands_do_not_import_each_other():
-    shared = {f"tokenbridge_jax.commands.{name}" for name in ("runner", "arguments", "failures")}
+    names = ("runner", "arguments", "failures", "trained")
+    shared = {f"tokenbridge_jax.commands.{name}" for name in names}
     for module, imported in imports_by_module().items():
         if part(module) == "commands":
             others = {other for other in imported if part(other) == "commands"}

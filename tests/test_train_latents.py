@@ -108,7 +108,7 @@ def test_what_the_shards_lack_is_named(other, tmp_path_factory, refused):
         changed = [f"--config.{name}={value}" for name, value in changes.items()]
         return [f"--workdir={workdir}", *SMALL, *changed]
 
-    message = "model.head='{}' needs {}, but the token shards hold {} only; tokenize again with"
+    message = "model.head='{}' needs {}, but the token shards hold {} only; copy autoenc"
     refused("train", message.format("parallel", "indices", "latents"), flags(other, "parallel"))
     assert not (other / "model.json").exists()
     folder = tmp_path_factory.mktemp("indices")
