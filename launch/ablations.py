@@ -77,15 +77,8 @@ class Study:
 
     def run(self, command: str, name: str, folder: Path, *flags: str) -> None:
         """Runs a command with the config of a row; its output goes to `folder`/log.txt."""
-        argv = [f"--config=ablations:{name},on=digits", f"--workdir={folder}", *self.flags, *flags]
-        with (
-            (folder / "log.txt").open("a") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            status = runner.run(command, argv)
-        if status:
-            raise UserError(f"{command} ended with {status}; {folder / 'log.txt'} says why")
+        config = f"--config=ablations:{name},on=digits"
+        run_logged(command, folder, config, *self.flags, *flags)
 
     def tokens(self, name: str) -> Path:
         """The workdir of a row's token shards."""
@@ -102,7 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=lambda text: Path(storage.expand(text)), required=True)
+    parser.add_argument("--workdir", type=storage.local_path, required=True)
     parser.add_argument("--data", default="digits", help="digits, or a folder of class folders")
     parser.add_argument("--rows", default=",".join(ROWS), help="names of rows; the default is all")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every row")
@@ -189,6 +182,22 @@ def _do(pool: Executor, task: Callable[..., Any], arguments: list[tuple[Any, ...
         for future in futures:
             future.cancel()
     return [future.result() for future in futures]
+
+
+def run_logged(command: str, folder: Path, *arguments: str) -> None:
+    """Runs a command on a workdir; its output goes to `folder`/log.txt.
+
+    Raises:
+      UserError: it failed.
+    """
+    with (
+        (folder / "log.txt").open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        status = runner.run(command, [*arguments, f"--workdir={folder}"])
+    if status:
+        raise UserError(f"{command} ended with {status}; {folder / 'log.txt'} says why")
 
 
 def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

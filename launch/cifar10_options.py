@@ -56,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=lambda text: Path(storage.expand(text)), required=True)
+    parser.add_argument("--workdir", type=storage.local_path, required=True)
     parser.add_argument("--samples", type=int, default=10_000, help="pictures for every value")
     parser.add_argument("--options", default=",".join(OPTIONS), help="which; the default is all")
     args = parser.parse_args()

@@ -13,7 +13,6 @@ columns. `--config.section.key=value` changes the settings of all heads.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -26,7 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from ablations import link, mean_and_error, mean_log2_cell, once
+from ablations import link, mean_and_error, mean_log2_cell, once, run_logged
 from cifar10_options import Scorer, sample
 from ml_collections import ConfigDict
 
@@ -105,14 +104,7 @@ class Comparison:
 
     def command(self, name: str, folder: Path, *arguments: str) -> None:
         """Runs a command on a folder that has the run's config; its output goes to log.txt."""
-        with (
-            (folder / "log.txt").open("a") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            status = runner.run(name, [*arguments, f"--workdir={folder}", *self.flags])
-        if status:
-            raise UserError(f"{name} ended with {status}; {folder / 'log.txt'} says why")
+        run_logged(name, folder, *arguments, *self.flags)
 
     def folder(self, name: str, tokens: Path | None = None) -> Path:
         """Makes a workdir with the run's config and autoencoder, and with the shards of another."""
@@ -131,9 +123,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name in ("run", "workdir"):
-        path = f"--{name}"
-        parser.add_argument(path, type=lambda text: Path(storage.expand(text)), required=True)
+    parser.add_argument("--run", type=storage.local_path, required=True)
+    parser.add_argument("--workdir", type=storage.local_path, required=True)
     parser.add_argument("--heads", default=",".join(ROWS), help="rows; the default is all")
     parser.add_argument("--minutes", type=float, default=5.0, help="of training, for each head")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each head")

@@ -41,7 +41,6 @@ COMPARED = {
     "reconstructions": "their reconstructions",
     "samples": "samples",
 }
-COUNTED = {"pictures": "test", "train_pictures": "train"}
 MEASURES = {"frechet_distance": 3, "kid": 5, "precision": 3, "recall": 3, "accuracy": 4}
 
 
@@ -55,7 +54,7 @@ class Pictures(NamedTuple):
 def main() -> int:
     """Prints the table and the JSON line, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=lambda text: Path(storage.expand(text)), required=True)
+    parser.add_argument("--workdir", type=storage.local_path, required=True)
     parser.add_argument("--pictures", type=int, help="most pictures of each set; all by default")
     parser.add_argument("--started", type=float, help="when the run began, in Unix seconds")
     args = parser.parse_args()
@@ -162,7 +161,10 @@ def measure(
     if known.exists() and (found := storage.read_json(known))["inputs"] == inputs:
         return found["scores"], found["remarks"]
     judge = classifier(folder, *sets["train"])
-    scores: dict[str, float] = {name: len(features[part]) for name, part in COUNTED.items()}
+    scores: dict[str, float] = {
+        "pictures": len(features["test"]),
+        "train_pictures": len(features["train"]),
+    }
     remarks: list[str] = []
     for name in COMPARED:
         paths = [str(folder / f"{part}.npz") for part in (name, "train")]

@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
     indices: Shaped[Array | np.ndarray, "B L C"]
     clipped: Integer[Array | np.ndarray, "B C"]
     broken: Bool[Array | np.ndarray, " B"]
-    deviation: Float[Array | np.ndarray, "B h w C"] | None = None
+    deviation: Float[Array | np.ndarray, "B h w D"] | None = None
 
 
 class Codec:

@@ -393,9 +393,6 @@ def make_head(config: TokenBridgeConfig) -> Head:
         head: Head = HEADS[config.head].from_config(config)
         return head
     is_grouped = config.channels_per_group > 1
-    own: dict[str, Any] = {"first_token_quirk": True} if config.first_token_quirk else {}
-    if HEADS[config.head] is MaskedHead:
-        own = {"steps": config.reveal_steps, "reveal_order": config.reveal_order}
     make = functools.partial(
         HEADS[config.head],
         channel_order=tuple(range(config.groups)) if is_grouped else config.channel_order,
@@ -406,7 +403,7 @@ def make_head(config: TokenBridgeConfig) -> Head:
         dropout=config.dropout,
         dtype=jnp.dtype(config.dtype),
         scan_layers=config.scan_layers,
-        **own,
+        **HEADS[config.head].own_fields(config),
     )
     if not is_grouped:
         return make()

@@ -29,6 +29,11 @@ class ChannelAR(ChannelTransformer):
     least_places: ClassVar[int] = 2
     first_token_quirk: bool = False
 
+    @classmethod
+    def own_fields(cls, config: Any) -> dict[str, Any]:
+        """See `IndexHead.own_fields`."""
+        return {"first_token_quirk": config.first_token_quirk}
+
     def setup(self) -> None:
         # PyTorch's default for embedding tables, kept by the reference: N(0, 1).
         token_embeddings = self.param(

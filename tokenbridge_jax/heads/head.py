@@ -180,6 +180,12 @@ class IndexHead(Head):
     channel_order: tuple[int, ...]
     levels: int
 
+    @classmethod
+    def own_fields(cls, config: Any) -> dict[str, Any]:
+        """The values of the fields that only this head has, from a `TokenBridgeConfig`."""
+        del config
+        return {}
+
     def loss(
         self, feature: Float[Array, "N Z"], targets: Integer[Array, "N C"], keys: Key[Array, " N"]
     ) -> Float[Array, "N C"]:

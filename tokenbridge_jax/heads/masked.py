@@ -49,6 +49,11 @@ class MaskedHead(ChannelTransformer):
     reveal_order: str = "fixed"
 
     @classmethod
+    def own_fields(cls, config: Any) -> dict[str, Any]:
+        """See `IndexHead.own_fields`."""
+        return {"steps": config.reveal_steps, "reveal_order": config.reveal_order}
+
+    @classmethod
     def check_config(cls, config: Any) -> None:
         """See `Head.check_config`."""
         if config.reveal_order not in REVEAL_ORDERS:

@@ -89,11 +89,16 @@ def as_path(path: epath.PathLike) -> epath.Path:
     return epath.Path(expand(path))
 
 
+def local_path(path: epath.PathLike) -> Path:
+    """The expanded path of a file of this machine, which can also be a link."""
+    return Path(expand(path))
+
+
 def user_cache() -> Path | None:
     """The folder for files that can be recreated; None for a user without a home."""
     if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(expand(folder))
-    return None if os.path.expanduser("~") == "~" else Path(expand("~/.cache"))
+        return local_path(folder)
+    return None if os.path.expanduser("~") == "~" else local_path("~/.cache")
 
 
 def check_folder(path: epath.PathLike) -> epath.Path:
