@@ -33,8 +33,8 @@ ARGUMENTS = {
     "mar256": [None, "size=B", "size=H"],
 }
 PARAMETERS = {
-    ("cifar10", None): 25_438_208,
-    ("cifar10", "size=B,tfds"): 215_540_224,
+    ("cifar10", None): 25_505_664,
+    ("cifar10", "size=B,tfds"): 215_741_568,
     ("imagenet256", "size=B"): 218_024_704,
     ("mar256", None): 478_326_304,
     ("mar256", "size=B"): 207_924_768,
