@@ -180,6 +180,8 @@ def test_rows_that_pad_a_tile_do_not_change_gradients():
         (7, 16, 1, 24),  # The last tile is half full.
         (4, 16, 2, 5),
         (2, TILE, 1, 16),
+        (6, 6, 2, 16),  # Two rows of a tile stay empty, and the last one holds one sequence.
+        (3, 20, 2, 16),
     ],
 )
 def test_channel_attention_kernels_agree_with_plain_channel_attention(
@@ -300,8 +302,13 @@ def test_gpus_run_one_kernel_forward_and_one_backward(name: str, dtype, kernels:
     assert triton_kernels(traced) == {"cuda": kernels, "cpu": 0, "tpu": 0}
 
 
-@pytest.mark.parametrize(("channels", "width"), [(12, 16), (4, 8)])
-def test_shapes_that_do_not_fill_a_tile_use_no_kernel(channels: int, width: int):
+def test_channels_that_do_not_divide_a_tile_use_the_kernels():
+    traced = gradients_and_output(FUNCTIONS["channels"][0]).trace(*inputs(jnp.bfloat16, 6))
+    assert triton_kernels(traced)["cuda"] == 2
+
+
+@pytest.mark.parametrize(("channels", "width"), [(TILE + 1, 16), (4, 8)])
+def test_shapes_that_do_not_fit_a_tile_use_no_kernel(channels: int, width: int):
     norms = normal(1, 4, width)
     run = gradients_and_output(lambda *x: attend_channels(*x, norms, SEED, 0.2))
     assert triton_kernels(run.trace(*inputs(jnp.bfloat16, channels, width)))["cuda"] == 0

@@ -33,7 +33,8 @@ from tokenbridge_jax.ops.pallas import (
     product,
 )
 
-# The tokens of a tile: few, because the gradients of a tile are kept in registers.
+# The rows of a tile: few, because the gradients of a tile are kept in registers. Those that whole
+# sequences do not fill are empty: two with six channels.
 TILE = 32
 
 
@@ -103,8 +104,13 @@ def _kernels(qkv: jax.Array, rate: float, cuda: Any, tpu: Any) -> dict[str, Any]
 
 
 def _has_kernel(qkv: jax.Array) -> bool:
-    """Whether the kernel takes these arrays: whole sequences must fill a tile."""
-    return has_kernel(qkv) and TILE % qkv.shape[1] == 0
+    """Whether the kernel takes these arrays: a sequence must fit into a tile."""
+    return has_kernel(qkv) and qkv.shape[1] <= TILE
+
+
+def _tokens_of_tile(length: int) -> int:
+    """How many tokens of whole sequences fit into a tile."""
+    return TILE - TILE % length
 
 
 def kernel_forward(
@@ -130,7 +136,7 @@ def kernel_forward(
                 total_heads=total_heads,
                 rate=rate,
             ),
-            grid=(pl.cdiv(count * length, TILE), heads),
+            grid=(pl.cdiv(count * length, _tokens_of_tile(length)), heads),
             out_shape=jax.ShapeDtypeStruct((count * length, heads * width), qkv.dtype),
             warps=4,
             interpret=interpret,
@@ -159,7 +165,7 @@ def kernel_backward(
         seed: jax.Array, norms: jax.Array, bias: jax.Array, qkv: jax.Array, d_out: jax.Array
     ) -> Any:
         count, length, _, heads, width = qkv.shape
-        tiles = pl.cdiv(count * length, TILE)
+        tiles = pl.cdiv(count * length, _tokens_of_tile(length))
         d_qkv, d_norms = gpu_call(
             functools.partial(
                 _backward_kernel,
@@ -220,8 +226,10 @@ class _Tile:
         self.tile, self.head = pl.program_id(0), pl.program_id(1)
         self._heads, self.width, self._rate = heads, width, rate
         self._columns = norms_ref.shape[1]
-        self._rows = self.tile * TILE + jnp.arange(TILE)
-        self._inside = (self._rows < qkv_ref.shape[0])[:, None] & self.real_columns[None]
+        row, column = jnp.arange(TILE)[:, None], jnp.arange(TILE)[None]
+        self._first = self.tile * _tokens_of_tile(length)
+        is_token = (row < _tokens_of_tile(length)) & (self._first + row < qkv_ref.shape[0])
+        self._inside = is_token & self.real_columns[None]
         self.norms = [norms_ref[pl.ds(i, 1), :] for i in range(4)]
 
         q, k, self.v = (
@@ -232,14 +240,13 @@ class _Tile:
         self.q = (self.normal_q * self.norms[0] + self.norms[1]).astype(q.dtype)
         self.k = (self.normal_k * self.norms[2] + self.norms[3]).astype(k.dtype)
 
-        row, column = jnp.arange(TILE)[:, None], jnp.arange(TILE)[None]
         seen = (row // length == column // length) & (column <= row)
         scores = product(self.q, self.k, transpose_b=True) * (self.width**-0.5 * LOG2_E)
         scores = jnp.where(seen, scores, MASKED)
         weights = jnp.exp2(scores - jnp.max(scores, axis=1, keepdims=True))
         self.weights = weights * (1 / jnp.sum(weights, axis=1, keepdims=True))
 
-        sequence = (self.tile * TILE + row) // length + seed_ref[2].astype(jnp.int32)
+        sequence = (self._first + row) // length + seed_ref[2].astype(jnp.int32)
         sequence = sequence * total_heads + self.head + seed_ref[3].astype(jnp.int32)
         token = (sequence * length + row % length).astype(jnp.uint32)
         channel = (column % length).astype(jnp.uint32)
@@ -265,7 +272,7 @@ class _Tile:
 
     def _place(self, part: int) -> tuple[Any, Any]:
         first = (part * self._heads + self.head) * self.width
-        return pl.ds(self.tile * TILE, TILE), pl.ds(first, self._columns)
+        return pl.ds(self._first, TILE), pl.ds(first, self._columns)
 
     def _normalize(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Rows of mean 0 and variance 1, and the factor they were scaled by; 0 beyond K."""
