@@ -49,8 +49,8 @@ def test_all_places_together_are_causal_attention(
     """For any earlier content of the caches."""
     qkv, bias, norms, keys, values = arguments(count, channels, heads, width, dtype)
     seed = jnp.zeros(2, jnp.uint32)
-    whole = jax.jit(plain_channel_attention, static_argnums=4)
-    expected = whole(qkv, bias, jnp.stack(norms), seed, 0.0)
+    whole = jax.jit(plain_channel_attention, static_argnums=(4, 5))
+    expected = whole(qkv, bias, jnp.stack(norms), seed, 0.0, True)
     for place in range(channels):
         step = qkv[:, place : place + 1]
         cache = Cache(keys, values, jnp.int32(place))

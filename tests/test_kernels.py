@@ -40,19 +40,21 @@ def positions_kernel(qkv, bias, visible, seed, d_out, dropout):
     return *out, over_positions.kernel_backward(*inputs, *out, d_out, **settings)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def channels_kernel(qkv, bias, norms, seed, d_out, dropout):
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def channels_kernel(qkv, bias, norms, seed, d_out, dropout, causal=True):
     """Output and gradients of the attention over channels, by its kernels."""
-    settings = dict(rate=dropout, interpret=True)
+    settings = dict(rate=dropout, causal=causal, interpret=True)
     out = over_channels.kernel_forward(qkv, bias, norms, seed, **settings)
     return out, *over_channels.kernel_backward(qkv, bias, norms, seed, d_out, **settings)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def channels_plain(qkv, bias, norms, seed, d_out, dropout):
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def channels_plain(qkv, bias, norms, seed, d_out, dropout, causal):
     """Output and gradients of the plain attention over channels."""
     out, backward = jax.vjp(
-        lambda qkv, norms: plain_channel_attention(qkv, bias, norms, seed, dropout), qkv, norms
+        lambda qkv, norms: plain_channel_attention(qkv, bias, norms, seed, dropout, causal),
+        qkv,
+        norms,
     )
     return out, *backward(d_out)
 
@@ -84,7 +86,7 @@ def test_attention_is_a_softmax_over_what_is_visible(kind: str):
 
 def test_channel_attention_is_causal_and_normalizes_queries_and_keys():
     qkv, bias, norms = 3 * normal(0, 2, 4, 3, 3, 6) + 1, normal(1, 3, 3, 6), normal(2, 4, 6)
-    out = np.asarray(attend_channels(qkv, bias, norms, SEED, 0.0))
+    out = np.asarray(attend_channels(qkv, bias, norms, SEED, 0.0, True))
     q, k, v = np.moveaxis(np.asarray(qkv + bias[None, None], np.float64), 2, 0)
     scale_q, bias_q, scale_k, bias_k = np.asarray(norms, np.float64)
 
@@ -171,7 +173,7 @@ def test_rows_that_pad_a_tile_do_not_change_gradients():
     assert relative_error(actual, positions_plain(qkv, bias, None, SEED, d_out, 0.0)[1]) < 1e-4
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("dropout", "causal"), [(0.0, False), (0.2, True)])
 @pytest.mark.parametrize(
     ("count", "channels", "heads", "width"),
     [
@@ -185,13 +187,13 @@ def test_rows_that_pad_a_tile_do_not_change_gradients():
     ],
 )
 def test_channel_attention_kernels_agree_with_plain_channel_attention(
-    count: int, channels: int, heads: int, width: int, dropout: float
+    count: int, channels: int, heads: int, width: int, dropout: float, causal: bool
 ):
     qkv = 2 * normal(0, count, channels, 3, heads, width) + 0.5
     bias, norms = normal(1, 3, heads, width), normal(2, 4, width)
     d_out = normal(3, count, channels, heads, width)
-    actual = channels_kernel(qkv, bias, norms, SEED, d_out, dropout)
-    out, d_qkv, d_norms = channels_plain(qkv, bias, norms, SEED, d_out, dropout)
+    arguments = qkv, bias, norms, SEED, d_out, dropout, causal
+    actual, (out, d_qkv, d_norms) = channels_kernel(*arguments), channels_plain(*arguments)
     assert relative_error(actual[0], out) < 3e-6
     for part in range(3):
         assert relative_error(actual[1][:, :, part], d_qkv[:, :, part]) < 2e-5
@@ -263,8 +265,8 @@ FUNCTIONS = {
         lambda qkv, bias: attend_plainly(qkv, bias, VISIBLE, SEED, 0.2),
     ),
     "channels": (
-        lambda qkv, bias: attend_channels(qkv, bias, NORMS, SEED, 0.2),
-        lambda qkv, bias: plain_channel_attention(qkv, bias, NORMS, SEED, 0.2),
+        lambda qkv, bias: attend_channels(qkv, bias, NORMS, SEED, 0.2, True),
+        lambda qkv, bias: plain_channel_attention(qkv, bias, NORMS, SEED, 0.2, True),
     ),
 }
 
@@ -310,7 +312,7 @@ def test_channels_that_do_not_divide_a_tile_use_the_kernels():
 @pytest.mark.parametrize(("channels", "width"), [(TILE + 1, 16), (4, 8)])
 def test_shapes_that_do_not_fit_a_tile_use_no_kernel(channels: int, width: int):
     norms = normal(1, 4, width)
-    run = gradients_and_output(lambda *x: attend_channels(*x, norms, SEED, 0.2))
+    run = gradients_and_output(lambda *x: attend_channels(*x, norms, SEED, 0.2, True))
     assert triton_kernels(run.trace(*inputs(jnp.bfloat16, channels, width)))["cuda"] == 0
 
 

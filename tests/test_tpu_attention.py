@@ -165,18 +165,18 @@ def test_a_layer_is_the_same_with_heads_joined():
 # --- The head's attention over channels -----------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def channel_kernels(qkv, bias, norms, seed, d_out, rate):
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def channel_kernels(qkv, bias, norms, seed, d_out, rate, causal=True):
     """Output and gradients, by the kernels."""
-    settings = dict(rate=rate, interpret=True)
+    settings = dict(rate=rate, causal=causal, interpret=True)
     out = tpu_channel_attention.forward(qkv, bias, norms, seed, **settings)
     gradients = tpu_channel_attention.backward(qkv, bias, norms, seed, d_out, **settings)
     return out, *gradients
 
 
-def plain_channels(qkv, bias, norms, seed, d_out, rate):
+def plain_channels(qkv, bias, norms, seed, d_out, rate, causal):
     def run(qkv, norms):
-        return plain_channel_attention(qkv, bias, norms, seed, rate)
+        return plain_channel_attention(qkv, bias, norms, seed, rate, causal)
 
     out, gradients = jax.vjp(run, qkv, norms)
     return out, *gradients(d_out)
@@ -187,7 +187,7 @@ def plain_channels(qkv, bias, norms, seed, d_out, rate):
     [(jnp.float32, 2e-6), (jnp.bfloat16, 0.02)],
     ids=["float32", "bfloat16"],
 )
-@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(("rate", "causal"), [(0.0, False), (0.2, True)])
 @pytest.mark.parametrize(
     ("positions", "channels", "heads", "width"),
     [
@@ -198,11 +198,18 @@ def plain_channels(qkv, bias, norms, seed, d_out, rate):
     ],
 )
 def test_kernels_of_channels_agree_with_the_plain_version(
-    positions: int, channels: int, heads: int, width: int, rate: float, dtype, tolerance: float
+    positions: int,
+    channels: int,
+    heads: int,
+    width: int,
+    rate: float,
+    causal: bool,
+    dtype,
+    tolerance: float,
 ):
     qkv, bias, d_out = arrays(positions, channels, heads, width, dtype)
-    arguments = qkv, bias, normal(3, 4, width), SEED, d_out
-    actual, expected = channel_kernels(*arguments, rate), plain_channels(*arguments, rate)
+    arguments = qkv, bias, normal(3, 4, width), SEED, d_out, rate, causal
+    actual, expected = channel_kernels(*arguments), plain_channels(*arguments)
     for mine, other in zip(actual, expected, strict=True):
         assert mine.dtype == other.dtype
         assert relative_error(mine, other) < tolerance
@@ -254,7 +261,7 @@ def test_every_device_may_run_the_kernels_by_itself():
 )
 def test_tpus_run_one_kernel_of_channels_each_way(shape, dtype, count: int):
     def total(qkv, bias):
-        out = attend_channels(qkv, bias, jnp.ones((4, shape[-1])), SEED, 0.1)
+        out = attend_channels(qkv, bias, jnp.ones((4, shape[-1])), SEED, 0.1, True)
         return jnp.sum(out.astype(jnp.float32))
 
     qkv, bias = (jax.ShapeDtypeStruct(x, dtype) for x in (shape, shape[2:]))

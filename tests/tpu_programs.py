@@ -49,7 +49,7 @@ def channels(qkv, bias, norms, seed):
     """Attention with dropout over the 16 channels of 20 positions, 8 heads of 80; its gradient."""
 
     def run(qkv, norms):
-        return attend_channels(qkv, bias, norms, seed, 0.1)
+        return attend_channels(qkv, bias, norms, seed, 0.1, True)
 
     out, backward = jax.vjp(run, qkv, norms)
     return out, backward(out)

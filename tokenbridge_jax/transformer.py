@@ -142,8 +142,8 @@ class Attention(nn.Module):
 class ChannelAttention(nn.Module):
     """Multi-head self-attention of the head, with LayerNorm on queries and keys.
 
-    A causal one sees the places up to its own; the other one, which has no fast version, sees all.
-    With a `cache`, x is one place, which attends to the cached places and itself.
+    A causal one sees the places up to its own, the other one all. With a `cache`, x is one place,
+    which attends to the cached places and itself.
     """
 
     heads: int
@@ -159,17 +159,12 @@ class ChannelAttention(nn.Module):
         layer = qkv_layer(width, self.heads, self.dtype, joined=True)
         q_norm, k_norm = LayerNorm(name="q_norm"), LayerNorm(name="k_norm")
         seed = dropout_seed(self, self.dropout)
-        if not self.causal:
-            q, k, v = split_heads(layer(x))
-            q, k = q_norm(q).astype(self.dtype), k_norm(k).astype(self.dtype)
-            x = plain_attention(q, k, v, None, *seed)
+        qkv, bias = layer.terms(x)
+        norms = (*q_norm.weights(width // self.heads), *k_norm.weights(width // self.heads))
+        if cache is None:
+            x = attend_channels(qkv, bias, jnp.stack(norms), *seed, self.causal)
         else:
-            qkv, bias = layer.terms(x)
-            norms = (*q_norm.weights(width // self.heads), *k_norm.weights(width // self.heads))
-            if cache is None:
-                x = attend_channels(qkv, bias, jnp.stack(norms), *seed)
-            else:
-                x, cache = attend_cached(qkv, bias, norms, cache)
+            x, cache = attend_cached(qkv, bias, norms, cache)
         return Dropout(self.dropout)(output_layer(width, self.dtype, joined=True)(x)), cache
 
 

@@ -1,4 +1,4 @@
-"""Causal attention over the channels of a position, with normalized queries and keys.
+"""Attention over the channels of a position, with normalized queries and keys.
 
 A position's sequence is short (16 channels), and a batch has hundreds of thousands of them. As
 plain operations, their many small products leave a GPU mostly idle, and every step between two
@@ -38,15 +38,16 @@ from tokenbridge_jax.ops.pallas import (
 TILE = 32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_channels(
     qkv: Float[Array, "N T 3 H K"],
     bias: Float[Array, "3 H K"],
     norms: Float[Array, "4 K"],
     seed: UInt32[Array, "2"],
     rate: float,
+    causal: bool,
 ) -> Float[Array, "N T H K"]:
-    """Causal softmax(norm(q) norm(k)^T / sqrt(K)) v with q, k, v = qkv + bias.
+    """softmax(norm(q) norm(k)^T / sqrt(K)) v with q, k, v = qkv + bias.
 
     Norms, scores and sums are float32.
 
@@ -56,37 +57,40 @@ def attend_channels(
       norms: float32 scale and bias of the queries' LayerNorm, then of the keys'.
       seed: of the dropout; see `dropout.seed_words`.
       rate: the probability that a weight is dropped.
+      causal: whether a channel attends to those up to its own, or to all of its position.
     """
-    return _forward(qkv, bias, norms, seed, rate)[0]
+    return _forward(qkv, bias, norms, seed, rate, causal)[0]
 
 
 def plain_channel_attention(
-    qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, rate: float
+    qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, rate: float, causal: bool
 ) -> jax.Array:
     """`attend_channels` in plain operations."""
     q, k, v = normed_heads(qkv, bias, norms)
-    causal = jnp.asarray(np.tri(q.shape[1], dtype=bool))
-    return plain_attention(q, k, v, causal[None], seed, rate)
+    visible = jnp.asarray(np.tri(q.shape[1], dtype=bool))[None] if causal else None
+    return plain_attention(q, k, v, visible, seed, rate)
 
 
 def _forward(
-    qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, rate: float
+    qkv: jax.Array, bias: jax.Array, norms: jax.Array, seed: jax.Array, rate: float, causal: bool
 ) -> tuple[jax.Array, Any]:
-    plain = functools.partial(plain_channel_attention, rate=rate)
-    kernels = _kernels(qkv, rate, kernel_forward, tpu_channel_attention.forward)
+    plain = functools.partial(plain_channel_attention, rate=rate, causal=causal)
+    kernels = _kernels(qkv, rate, causal, kernel_forward, tpu_channel_attention.forward)
     arguments = (qkv, bias, norms, seed)
     return by_platform(plain, kernels, *arguments), arguments
 
 
-def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, Any, None]:
+def _backward(
+    rate: float, causal: bool, residuals: Any, d_out: jax.Array
+) -> tuple[Any, Any, Any, None]:
     qkv, bias = residuals[:2]
 
     def plain(*arguments: Any) -> Any:
         qkv, bias, norms, seed, d_out = arguments
-        run = functools.partial(plain_channel_attention, seed=seed, rate=rate)
+        run = functools.partial(plain_channel_attention, seed=seed, rate=rate, causal=causal)
         return jax.vjp(lambda x, norms: run(x, bias, norms), qkv, norms)[1](d_out)
 
-    kernels = _kernels(qkv, rate, kernel_backward, tpu_channel_attention.backward)
+    kernels = _kernels(qkv, rate, causal, kernel_backward, tpu_channel_attention.backward)
     d_qkv, d_norms = by_platform(plain, kernels, *residuals, d_out)
     d_bias = jnp.sum(d_qkv, axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return d_qkv, d_bias, d_norms, None
@@ -95,11 +99,13 @@ def _backward(rate: float, residuals: Any, d_out: jax.Array) -> tuple[Any, Any, 
 attend_channels.defvjp(_forward, _backward)
 
 
-def _kernels(qkv: jax.Array, rate: float, cuda: Any, tpu: Any) -> dict[str, Any]:
+def _kernels(qkv: jax.Array, rate: float, causal: bool, cuda: Any, tpu: Any) -> dict[str, Any]:
     """The kernels of these two that take the arrays, by platform."""
     takes = {"cuda": (cuda, _has_kernel(qkv)), "tpu": (tpu, tpu_channel_attention.takes(qkv))}
     return {
-        name: functools.partial(kernel, rate=rate) for name, (kernel, ok) in takes.items() if ok
+        name: functools.partial(kernel, rate=rate, causal=causal)
+        for name, (kernel, ok) in takes.items()
+        if ok
     }
 
 
@@ -120,6 +126,7 @@ def kernel_forward(
     seed: jax.Array,
     *,
     rate: float,
+    causal: bool,
     interpret: bool = False,
 ) -> Float[Array, "N T H K"]:
     """`attend_channels` on a GPU."""
@@ -135,6 +142,7 @@ def kernel_forward(
                 width=width,
                 total_heads=total_heads,
                 rate=rate,
+                causal=causal,
             ),
             grid=(pl.cdiv(count * length, _tokens_of_tile(length)), heads),
             out_shape=jax.ShapeDtypeStruct((count * length, heads * width), qkv.dtype),
@@ -156,6 +164,7 @@ def kernel_backward(
     d_out: Float[Array, "N T H K"],
     *,
     rate: float,
+    causal: bool,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N T 3 H K"], Float[Array, "4 K"]]:
     """The gradients of `attend_channels` with respect to `qkv` and `norms`."""
@@ -174,6 +183,7 @@ def kernel_backward(
                 width=width,
                 total_heads=total_heads,
                 rate=rate,
+                causal=causal,
             ),
             grid=(tiles, heads),
             out_shape=(
@@ -222,6 +232,7 @@ class _Tile:
         width: int,
         total_heads: int,
         rate: float,
+        causal: bool,
     ):
         self.tile, self.head = pl.program_id(0), pl.program_id(1)
         self._heads, self.width, self._rate = heads, width, rate
@@ -240,7 +251,9 @@ class _Tile:
         self.q = (self.normal_q * self.norms[0] + self.norms[1]).astype(q.dtype)
         self.k = (self.normal_k * self.norms[2] + self.norms[3]).astype(k.dtype)
 
-        seen = (row // length == column // length) & (column <= row)
+        seen = row // length == column // length
+        if causal:
+            seen &= column <= row
         scores = product(self.q, self.k, transpose_b=True) * (self.width**-0.5 * LOG2_E)
         scores = jnp.where(seen, scores, MASKED)
         weights = jnp.exp2(scores - jnp.max(scores, axis=1, keepdims=True))

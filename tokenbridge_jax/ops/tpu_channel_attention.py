@@ -46,12 +46,13 @@ def forward(
     seed: UInt32[Array, "2"],
     *,
     rate: float,
+    causal: bool,
     interpret: bool = False,
 ) -> Float[Array, "N T H K"]:
     """The output of `attend_channels`."""
 
     def call(seed: jax.Array, norms: jax.Array, bias: jax.Array, qkv: jax.Array) -> jax.Array:
-        blocks = _Blocks(norms, bias, qkv, total_heads=total_heads, rate=rate)
+        blocks = _Blocks(norms, bias, qkv, total_heads=total_heads, rate=rate, causal=causal)
         return pl.pallas_call(
             functools.partial(_forward_kernel, blocks.tile),
             in_specs=blocks.inputs,
@@ -74,6 +75,7 @@ def backward(
     d_out: Float[Array, "N T H K"],
     *,
     rate: float,
+    causal: bool,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N T 3 H K"], Float[Array, "4 K"]]:
     """The gradients of `attend_channels` with respect to `qkv` and `norms`."""
@@ -81,7 +83,7 @@ def backward(
     def call(
         seed: jax.Array, norms: jax.Array, bias: jax.Array, d_out: jax.Array, qkv: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        blocks = _Blocks(norms, bias, qkv, total_heads=total_heads, rate=rate)
+        blocks = _Blocks(norms, bias, qkv, total_heads=total_heads, rate=rate, causal=causal)
         parts = blocks.arrays[-1]
         sums = (4, norms.shape[1], TOKENS)
         d_parts, d_norms = pl.pallas_call(
@@ -115,17 +117,13 @@ class _Blocks:
     padded to eight.
     """
 
-    def __init__(
-        self, norms: jax.Array, bias: jax.Array, qkv: jax.Array, total_heads: int, rate: float
-    ) -> None:
+    def __init__(self, norms: jax.Array, bias: jax.Array, qkv: jax.Array, **settings: Any) -> None:
         count, length, _, heads, width = qkv.shape
         tokens, columns = count * length, heads * width
         parts = jnp.moveaxis(qkv.reshape(tokens, 3, columns), 1, 0)
         lanes = jnp.broadcast_to(norms[..., None], (*norms.shape, TOKENS))
         self.arrays = (lanes, bias.reshape(3, columns), parts)
-        self.tile = functools.partial(
-            _Tile, length=length, width=width, tokens=tokens, total_heads=total_heads, rate=rate
-        )
+        self.tile = functools.partial(_Tile, length=length, width=width, tokens=tokens, **settings)
         self.parts = pl.BlockSpec((3, TOKENS, columns), lambda n: (0, n, 0))
         self.heads = pl.BlockSpec((TOKENS, columns), lambda n: (n, 0))
         self.inputs = [
@@ -164,6 +162,7 @@ class _Tile:
         tokens: int,
         total_heads: int,
         rate: float,
+        causal: bool,
     ) -> None:
         self._seed_ref, self._norms_ref, self._bias_ref = seed_ref, norms_ref, bias_ref
         self._parts_ref = parts_ref
@@ -178,7 +177,9 @@ class _Tile:
             self._inside = pl.program_id(0) * TOKENS + token < tokens
         key = jax.lax.broadcasted_iota(jnp.int32, (TOKENS, TOKENS), 0)
         query = jax.lax.broadcasted_iota(jnp.int32, (TOKENS, TOKENS), 1)
-        self._seen = (self._position(key) == self._position(query)) & (key <= query)
+        self._seen = self._position(key) == self._position(query)
+        if causal:
+            self._seen &= key <= query
 
     def _position(self, token: jax.Array) -> jax.Array:
         """The number of a token's position; `TOKENS` is a multiple of the length, so of 2^n."""
