@@ -22,7 +22,7 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -103,10 +103,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process")
     args, flags = parser.parse_known_args()
     names = sorted(args.rows.split(","), key=lambda name: [*ROWS, name].index(name))
-    wrong = [flag for flag in flags if not (flag.startswith("--config.") and "=" in flag)]
-    wrong += [name for name in names if name not in ROWS]
-    if wrong:
-        parser.error(f"{wrong[0]} is neither --config.section.key=value nor one of {list(ROWS)}")
+    check_rows(parser, names, flags, ROWS)
     # For the worker processes: runs of a row share all compiled programs except the training step.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.workdir.resolve() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
@@ -122,6 +119,26 @@ def main() -> int:
     storage.write_bytes(study.workdir / "ablations.md", text.encode())
     print(text)
     return 0
+
+
+def check_rows(
+    parser: argparse.ArgumentParser, names: list[str], flags: list[str], rows: Collection[str]
+) -> None:
+    """Ends the script if a name is no row, or another argument no setting of the config."""
+    wrong = [flag for flag in flags if not (flag.startswith("--config.") and "=" in flag)]
+    if wrong := wrong + [name for name in names if name not in rows]:
+        parser.error(f"{wrong[0]} is neither --config.section.key=value nor one of {list(rows)}")
+
+
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of all results of a folder.
+
+    Raises:
+      UserError: the folder has results of other settings.
+    """
+    if path.exists() and storage.read_json(path) != settings:
+        raise UserError(f"{path} has other settings; use another --workdir")
+    storage.write_json(path, settings)
 
 
 def _data_flags(data: str) -> list[str]:
@@ -145,10 +162,7 @@ def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, 
     """
     study.workdir.mkdir(parents=True, exist_ok=True)
     settings = {"flags": list(study.flags), "samples": study.samples}
-    path = study.workdir / "study.json"
-    if path.exists() and storage.read_json(path) != settings:
-        raise UserError(f"{path} has other settings; use another --workdir")
-    storage.write_json(path, settings)
+    keep_settings(study.workdir / "study.json", settings)
 
     # Row -> the first row that is the same experiment.
     first: dict[str, str] = {}

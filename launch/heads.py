@@ -1,7 +1,8 @@
 """Compares heads on one backbone: the same data, and the same time of training for every head.
 
 It needs a finished run of launch/cifar10.sh, whose autoencoder, settings, features and classifier
-it uses. Each head is trained for as many updates as it makes in `--minutes` minutes, with
+it uses. Rows with a trained codebook get an autoencoder of their own, as launch/codebooks.py trains
+it. Each head is trained for as many updates as it makes in `--minutes` minutes, with
 `--seeds` seeds. Guidance and temperature are chosen for each head by the Frechet distance of a few
 samples. If the script is stopped, the same command continues.
 
@@ -25,11 +26,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from ablations import link, mean_and_error, mean_log2_cell, once, run_logged
+from ablations import (
+    check_rows,
+    keep_settings,
+    link,
+    mean_and_error,
+    mean_log2_cell,
+    once,
+    run_logged,
+)
 from cifar10_options import Scorer, sample
+from codebooks import AUTOENCODERS, make_autoencoder, run_config, start_folder
 from ml_collections import ConfigDict
 
 from tokenbridge_jax import Pipeline
+from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.data import shards
@@ -55,7 +66,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "diffusion": ("model.head=diffusion",),
     "flow": ("model.head=flow", "model.head_steps=25"),
     "mixture": ("model.head=mixture",),
+    "vq": ("model.head=parallel", "sampling.order=confidence", *AUTOENCODERS["vq"]),
+    "fsq": ("model.head=channel_ar", *AUTOENCODERS["fsq"]),
 }
+# Rows that change these sections have shards of their own; see `make_autoencoder`.
+OF_TOKENS = "quantizer.", "autoencoder."
 # Choices for each head, by samples of CHOOSING_STEPS steps.
 GUIDANCE, TEMPERATURE, CHOOSING_STEPS = (1.5, 3.0, 6.0), (0.9, 1.0), 16
 STEPS = (16, 64)
@@ -74,6 +89,7 @@ MEASURES = {
     "accuracy_64": ("class accuracy", 3),
     "frechet_distance_16": ("16 steps: distance", 2),
     "density_bits": ("density, bits", 3),
+    "image_bits": ("bits an image", 1),
     "train_images_per_second": ("training, img/s", 0),
     "images_per_second_16": ("sampling, img/s, 16 steps", 0),
     "images_per_second_64": ("64 steps", 0),
@@ -106,15 +122,12 @@ class Comparison:
         """Runs a command on a folder that has the run's config; its output goes to log.txt."""
         run_logged(name, folder, *arguments, *self.flags)
 
-    def folder(self, name: str, tokens: Path | None = None) -> Path:
-        """Makes a workdir with the run's config and autoencoder, and with the shards of another."""
+    def folder(self, name: str, tokens: Path) -> Path:
+        """Makes a workdir with the run's config, and the autoencoder and the shards of another."""
         folder = self.workdir / name
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.json").exists():
-            shutil.copy(self.run / "config.json", folder / "config.json")
-        link(folder / "autoencoder", self.run / "autoencoder")
-        if tokens:
-            link(folder / "tokens", tokens / "tokens")
+        start_folder(self.run, folder)
+        for part in ("autoencoder", "tokens"):
+            link(folder / part, tokens / part)
         return folder
 
 
@@ -132,9 +145,7 @@ def main() -> int:
     parser.add_argument("--tuning", type=int, default=2000, help="pictures to choose guidance by")
     args, flags = parser.parse_known_args()
     names = args.heads.split(",")
-    wrong = [flag for flag in flags if not (flag.startswith("--config.") and "=" in flag)]
-    if wrong := wrong + [name for name in names if name not in ROWS]:
-        parser.error(f"{wrong[0]} is neither --config.section.key=value nor one of {list(ROWS)}")
+    check_rows(parser, names, flags, ROWS)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
     comparison = Comparison(
         args.run, args.workdir, args.minutes, args.samples, args.tuning, tuple(flags)
@@ -159,15 +170,9 @@ def compare(comparison: Comparison, names: Sequence[str], seeds: int) -> list[di
       UserError: the run is not finished, the folder has results of other settings, or a command
         failed.
     """
-    if not (comparison.run / "config.json").exists():
-        raise UserError(f"{comparison.run} is no workdir of launch/cifar10.sh; check --run")
-    config = ConfigDict(storage.read_json(comparison.run / "config.json"))
-    comparison.workdir.mkdir(parents=True, exist_ok=True)
+    config = run_config(comparison.run)
     settings = json.loads(json.dumps(dataclasses.asdict(comparison), default=str))
-    path = comparison.workdir / "comparison.json"
-    if path.exists() and storage.read_json(path) != settings:
-        raise UserError(f"{path} has other settings; use another --workdir")
-    storage.write_json(path, settings)
+    keep_settings(comparison.workdir / "comparison.json", settings)
     scorer = Scorer.of(comparison.run, config)
     runs = [one_run(comparison, scorer, *run) for run in itertools.product(range(seeds), names)]
     return [{"name": n, "runs": [run for run in runs if run["name"] == n]} for n in names]
@@ -193,26 +198,33 @@ def one_run(comparison: Comparison, scorer: Scorer, seed: int, name: str) -> dic
         comparison.command("train", folder, *training)
         pipeline = Pipeline.load(folder)
         found = draw_and_score(comparison, scorer, pipeline, folder)
-        return {
-            "name": name,
-            "seed": seed,
-            "updates": updates,
-            "train_images_per_second": speed["images_per_second"],
-            "head_ms": speed["head_ms"],
-            "parameters": sum(x.size for x in jax.tree.leaves(pipeline.params)),
-            "density_bits": density_bits(folder),
-        } | found
+        return (
+            {
+                "name": name,
+                "seed": seed,
+                "updates": updates,
+                "train_images_per_second": speed["images_per_second"],
+                "head_ms": speed["head_ms"],
+                "parameters": sum(x.size for x in jax.tree.leaves(pipeline.params)),
+            }
+            | likelihood(folder)
+            | found
+        )
 
     return once(folder / "result.json", make)
 
 
 def tokenize(comparison: Comparison, name: str) -> Path:
-    """The workdir of shards for a row: rows with the same number of levels share them."""
-    flags = [flag for flag in ROWS[name] if flag.startswith("quantizer.")]
-    folder = comparison.folder("-".join(["tokens", *flags]).replace("quantizer.", ""))
+    """The workdir of shards for a row, with their autoencoder; rows of the same shards share it."""
+    settings = [setting for setting in ROWS[name] if setting.startswith(OF_TOKENS)]
+    words = [setting.partition(".")[2] for setting in settings]
+    folder = comparison.workdir / "-".join(["tokens", *words])
     if not (folder / "tokens" / "dataset.json").exists():
-        store = "--config.tokenize.store=both"
-        comparison.command("tokenize", folder, store, *(f"--config.{flag}" for flag in flags))
+        flags = [f"--config.{setting}" for setting in settings]
+        make_autoencoder(comparison.run, folder, *flags, *comparison.flags)
+        autoencoder, _ = load_autoencoder(folder / "autoencoder")
+        store = "both" if autoencoder.codebook is None else "indices"
+        comparison.command("tokenize", folder, f"--config.tokenize.store={store}", *flags)
     return folder
 
 
@@ -248,23 +260,26 @@ def measure_speed(
     return once(folder / "speed.json", make)
 
 
-def density_bits(folder: Path) -> float | None:
-    """The held-out likelihood as a density, in bits a latent; None if the head has none.
+def likelihood(folder: Path) -> dict[str, float | None]:
+    """Negative log-likelihood of held-out pictures; None if the head has none.
 
-    That of indices is constant within the interval of latents that becomes the same index.
+    Returns:
+      `density_bits`: as a density of the latents of the run's autoencoder, in bits a latent. That
+        of indices is constant within the interval of latents that becomes the same index. Codes
+        that were trained stand for no interval.
+      `image_bits`: of indices, in bits an image.
     """
     last = read_metrics(folder / "metrics.jsonl")[-1]
-    if "val_nll_bits_per_latent" in last:
-        return float(last["val_nll_bits_per_latent"])
     if "val_nll_bits_per_index" not in last:
-        return None
-    quantizer = shards.read_info(folder / "tokens").quantizer
-    assert isinstance(quantizer, Quantizer)
-    batches = validation_batches(folder / "tokens", 250, split="validation")
-    indices = [batch["indices"][batch["weights"] > 0] for batch in batches]
-    return float(last["val_nll_bits_per_index"]) + mean_log2_cell(
-        quantizer, np.concatenate(indices)
-    )
+        return {"density_bits": last.get("val_nll_bits_per_latent"), "image_bits": None}
+    info, bits = shards.read_info(folder / "tokens"), float(last["val_nll_bits_per_index"])
+    found = {"density_bits": None, "image_bits": bits * info.positions * info.channels}
+    if info.autoencoder.codebook is None:
+        assert isinstance(info.quantizer, Quantizer)
+        batches = validation_batches(folder / "tokens", 250, split="validation")
+        indices = [batch["indices"][batch["weights"] > 0] for batch in batches]
+        found["density_bits"] = bits + mean_log2_cell(info.quantizer, np.concatenate(indices))
+    return found
 
 
 def draw_and_score(
