@@ -125,7 +125,10 @@ def compare(
     config = run_config(run, *flags)
     settings = {"run": str(run), "pictures": count, "flags": list(flags)}
     keep_settings(workdir / "comparison.json", settings)
-    originals = Originals.of(run, config, count)
+    known = run / "scores" / "classifier.npz"
+    if known.exists() and not (workdir / known.name).exists():
+        shutil.copy(known, workdir)  # Of other pictures, another one replaces the copy.
+    originals = Originals.of(workdir, config, count)
     storage.write_npz(workdir / "shown.npz", {"images": spread(originals.pictures.images)[None]})
 
     def of_autoencoder(name: str) -> dict[str, Any]:
@@ -214,7 +217,7 @@ class Originals:
       split: which of them.
       extract: pictures -> features.
       features: mean and covariance of those of the originals.
-      judge: finds the class of a picture; None if the run has no classifier.
+      judge: finds the class of a picture; None without a classifier.
     """
 
     pictures: Pictures
@@ -224,8 +227,8 @@ class Originals:
     judge: Classifier | None
 
     @classmethod
-    def of(cls, run: Path, config: ConfigDict, count: int) -> "Originals":
-        """At most `count` pictures of a run, evenly spaced.
+    def of(cls, workdir: Path, config: ConfigDict, count: int) -> "Originals":
+        """At most `count` pictures, evenly spaced, and the classifier of `workdir` if it has one.
 
         Raises:
           UserError: there are none, or the network of the features is not installed.
@@ -233,11 +236,10 @@ class Originals:
         """
         extract, subsets = lite0(), make_subsets(config)
         split = "validation" if "validation" in subsets else "train"
-        size, scores = config.data.image_size, run / "scores"
-        pictures = read(subsets[split].spread(count), size)
-        judge = None
-        if (scores / "classifier.npz").exists():
-            judge = classifier(scores, *read(subsets["train"], size))
+        size = config.data.image_size
+        pictures, judge = read(subsets[split].spread(count), size), None
+        if (workdir / "classifier.npz").exists():
+            judge = classifier(workdir, *read(subsets["train"], size))
         return cls(pictures, split, extract, gaussian(extract(pictures.images)), judge)
 
     def accuracy(self, images: UInt8[np.ndarray, "N H W 3"]) -> float | None:
