@@ -326,7 +326,7 @@ def draw(workdir: Path, names: Sequence[str], rows: Sequence[dict[str, Any]]) ->
     files = [folder / "shown.npz" for folder in (workdir, *(workdir / name for name in names))]
     shown = np.concatenate([storage.read_npz(file)["images"] for file in files])
     count, columns, side = shown.shape[:3]
-    [axis] = figures.make_axes(1, width=2 + 0.7 * columns, height=0.7 * count)
+    [axis] = figures.make_axes(1, width=1.5 + 0.7 * columns, height=0.7 * count)
     axis.imshow(np.concatenate(list(np.concatenate(list(shown.swapaxes(0, 1)), axis=2))))
     axis.set_yticks((np.arange(count) + 0.5) * side, [row["name"] for row in rows])
     axis.set_xticks([])

@@ -2,9 +2,9 @@
 
 It needs a finished run of launch/cifar10.sh, whose autoencoder, settings, features and classifier
 it uses. Rows with a trained codebook get an autoencoder of their own, as launch/codebooks.py trains
-it. Each head is trained for as many updates as it makes in `--minutes` minutes, with
-`--seeds` seeds. Guidance and temperature are chosen for each head by the Frechet distance of a few
-samples. If the script is stopped, the same command continues.
+it. Each head is trained for as many updates as it makes in `--minutes` minutes, with `--seeds`
+seeds. Guidance and temperature are chosen for each head by the Frechet distance of a few samples.
+If the script is stopped, the same command continues.
 
   python launch/heads.py --run runs/cifar10 --workdir runs/heads --minutes 5 --seeds 2
   python launch/heads.py --run runs/cifar10 --workdir runs/heads --heads channel_ar,diffusion
@@ -198,18 +198,16 @@ def one_run(comparison: Comparison, scorer: Scorer, seed: int, name: str) -> dic
         comparison.command("train", folder, *training)
         pipeline = Pipeline.load(folder)
         found = draw_and_score(comparison, scorer, pipeline, folder)
-        return (
-            {
-                "name": name,
-                "seed": seed,
-                "updates": updates,
-                "train_images_per_second": speed["images_per_second"],
-                "head_ms": speed["head_ms"],
-                "parameters": sum(x.size for x in jax.tree.leaves(pipeline.params)),
-            }
-            | likelihood(folder)
-            | found
-        )
+        return {
+            "name": name,
+            "seed": seed,
+            "updates": updates,
+            "train_images_per_second": speed["images_per_second"],
+            "head_ms": speed["head_ms"],
+            "parameters": sum(x.size for x in jax.tree.leaves(pipeline.params)),
+            **likelihood(folder),
+            **found,
+        }
 
     return once(folder / "result.json", make)
 
