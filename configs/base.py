@@ -107,6 +107,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         guidance=1.0,
         guidance_schedule="linear",  # or constant
         guidance_interval=(0.0, 1.0),
+        guidance_every=1,  # steps
         temperature=1.0,
         order="random",  # or raster, halton, confidence
         choice_temperature=1.0,

@@ -45,6 +45,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "guidance": (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),
     "guidance_schedule": ("linear", "constant"),
     "guidance_interval": ((0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0)),
+    "guidance_every": (1, 2, 4, 8),
     "temperature": (0.8, 0.88, 0.94, 0.97, 1.0),
     "order": ("random", "raster", "halton", "confidence"),
 }
@@ -198,8 +199,8 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import PercentFormatter
 
     first, *others = figures.make_axes(1 + len(numeric), width=4.2)
-    colours = [figures.BLUE, figures.ORANGE, figures.GREEN, figures.RED, figures.GREY, "black"]
-    for colour, (name, rows) in zip(colours, groups.items(), strict=False):
+    own = (figures.BLUE, figures.ORANGE, figures.GREEN, figures.RED, figures.GREY)
+    for colour, (name, rows) in zip((*own, "black", "purple"), groups.items(), strict=False):
         x = [1000 / row["images_per_second"] for row in rows]
         y = [row["frechet_distance"] for row in rows]
         first.plot(x, y, "o-" if name == "num_iter" else "o", color=colour, label=name, ms=4)

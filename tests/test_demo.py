@@ -42,6 +42,7 @@ SAMPLING = dict(
     guidance=1.0,
     guidance_schedule="linear",
     guidance_interval=(0.0, 1.0),
+    guidance_every=1,
     temperature=0.8,
     order="random",
     choice_temperature=1.0,

@@ -49,6 +49,7 @@ def _random_known(config, count: int, num_hidden: int, seed: int = 0) -> Known:
     [
         (5, dict(num_iter=3)),
         (11, dict(num_iter=3, guidance=2.5, order="raster")),
+        (11, dict(num_iter=4, guidance=2.5, guidance_every=2, order="confidence")),
         (16, dict(num_iter=3, guidance=2.0, order="confidence", choice_temperature=0.5)),
         (11, dict(num_iter=4, order="confidence", choice_temperature=0.0)),
         (6, dict(num_iter=3, order="confidence", choice_temperature=0.0, temperature=0.0)),
@@ -66,7 +67,7 @@ def test_confidence_order_over_several_stages_equals_brute_force():
     """One stage has up to 16 visible positions and one up to 32."""
     config = tiny(positions=40)
     params = random_params(config)
-    settings = SamplingSettings(num_iter=4, guidance=1.7, order="confidence")
+    settings = SamplingSettings(num_iter=4, guidance=1.7, guidance_every=2, order="confidence")
     known = _random_known(config, 1, 36)
     request = Request(np.array([1], np.int32), NUMBERS[:1], 3, known=known)
     expected = brute_force(config, params, request, settings)

@@ -49,6 +49,17 @@ def test_sampling_flops_are_those_of_programs_without_padding(num_iter, guided):
     assert sampling_flops(config, settings) == total + head * all_hidden // positions
 
 
+def test_null_branches_that_rest_are_not_counted():
+    """Three steps, with 8, 6 and 4 positions hidden before them."""
+    config = tiny()
+    plain, guided, rare = (
+        sampling_flops(config, SamplingSettings(3, **settings))
+        for settings in ({}, {"guidance": 2.0}, {"guidance": 2.0, "guidance_every": 2})
+    )
+    assert guided - rare == config.forward_flops(6, 0)
+    assert guided - plain == sum(config.forward_flops(hidden, 0) for hidden in (8, 6, 4))
+
+
 def test_published_counts():
     """TFLOP per image: sampling with guidance in 256 and 64 steps, encoding, decoding."""
     config = TokenBridgeConfig(Quantizer.gaussian(64), KL16_CHANNEL_ORDER, **SIZES["L"])

@@ -16,12 +16,13 @@ from tiny_model import (
     head_method,
     jitted,
     lay_out,
+    program_flops,
     random_batch,
     random_params,
     tiny,
 )
 
-from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.model import TokenBridge, abstract_params
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling import sampler
@@ -94,6 +95,8 @@ def test_thirds_are_floored_in_float64():
         ("guidance", math.nan, r"sampling\.guidance=nan must be finite"),
         ("guidance", math.inf, r"sampling\.guidance=inf must be finite"),
         ("guidance_schedule", "cosine", r"'cosine' is not one of linear, constant"),
+        ("guidance_every", 0, r"sampling\.guidance_every=0 must be at least 1"),
+        ("guidance_every", 1.5, r"guidance_every=1\.5 must be a whole number"),
         ("guidance_interval", (0.5, 0.5), r"sampling\.guidance_interval=\(0\.5, 0\.5\) must be"),
         ("guidance_interval", (-0.1, 1.0), r"must be two shares, 0 <= from < to <= 1"),
         ("guidance_interval", (0.0, 1.1), r"must be two shares"),
@@ -224,7 +227,8 @@ def test_orders_of_samples_are_independent_uniform_permutations():
 def brute_force(config, params, request: Request, settings, scales=None) -> np.ndarray:
     """One image and one step at a time, with positions by number and without caches or padding.
 
-    Without `scales`, guidance is linear in the share of positions that are revealed.
+    Without `scales`, guidance is linear in the share of positions that are revealed. Where the null
+    branch rests, its features follow those of the class, as far apart as when it last ran.
     """
     positions = config.positions
     known = request.known
@@ -248,6 +252,7 @@ def brute_force(config, params, request: Request, settings, scales=None) -> np.n
             folded = [jax.random.fold_in(key, place) for place in range(config.channels + 1)]
             noise[p] = [np.asarray(jax.random.gumbel(k, config.levels)) for k in folded[:-1]]
             choice[p] = float(jax.random.gumbel(folded[-1]))
+        apart, guided_steps = np.zeros((positions, config.decoder_width)), 0
         for scale, left in zip(scales, counts[1:], strict=True):
             visible = [p for p in range(positions) if p not in queue]
             slots = np.array([[*queue, *visible]])
@@ -255,8 +260,11 @@ def brute_force(config, params, request: Request, settings, scales=None) -> np.n
             features = functools.partial(jitted(config, "features"), params, *arguments)
             feature = features(np.array([False]))[0]
             if scale != 1:
-                null = features(np.array([True]))[0]
+                if guided_steps % settings.guidance_every == 0:
+                    apart[slots[0]] = feature - features(np.array([True]))[0]
+                null = feature - apart[slots[0]]
                 feature = null + np.float32(scale) * (feature - null)
+                guided_steps += 1
             drawn, log_probs = image.copy(), dict.fromkeys(queue, 0.0)
             for place, channel in enumerate(config.channel_order):
                 logits = head_method(config, "logits")(params, feature, drawn[slots[0]])
@@ -286,6 +294,12 @@ CONSTANT = dict(guidance=2.0, guidance_schedule="constant")
         # Three stages of encoder slots: 16, 32, 40. Revealed before each step: 0, 3, 12, 25.
         (40, dict(num_iter=4, guidance=2.0), [1 + 3 / 40, 1 + 12 / 40, 1 + 25 / 40, 1 + 39 / 40]),
         (40, dict(CONSTANT, num_iter=4, guidance_interval=(0.05, 0.6)), [1, 2, 2, 1]),
+        # The null branch runs in the second and the fifth step, in other stages than it is used.
+        (
+            40,
+            dict(CONSTANT, num_iter=6, guidance_interval=(0.01, 0.9), guidance_every=3),
+            [1, 2, 2, 2, 2, 2],
+        ),
     ],
 )
 def test_images_are_those_of_brute_force(positions: int, settings: dict, scales: list[float]):
@@ -314,6 +328,33 @@ def test_guidance_1_does_not_use_the_null_latent_and_guidance_0_not_the_class(pa
     null = dataclasses.replace(GREEDY, guidance=0.0, guidance_schedule="constant")
     unconditional = np.asarray(generate(TINY, params, request, null))
     assert len({image.tobytes() for image in unconditional}) == 1
+
+
+def test_steps_without_guidance_do_not_compute_the_null_branch():
+    """Every step reveals one of 8 positions, so all steps of a kind have equally many products."""
+
+    def flops(**settings) -> int:
+        given = SamplingSettings(8, **settings)
+        request = Request(jnp.zeros(2, jnp.int32), np.arange(2, dtype=np.int32))
+        run = functools.partial(generate, TINY, request=request, settings=given)
+        return program_flops(jax.make_jaxpr(run)(abstract_params(TINY)).jaxpr)
+
+    plain, guided = flops(), flops(guidance=2.0)
+    assert guided > 1.5 * plain
+    for interval, share in (((0.0, 0.5), 1 / 2), ((0.75, 1.0), 1 / 4)):
+        found = flops(guidance=2.0, guidance_interval=interval)
+        assert found - plain == share * (guided - plain)
+
+
+def test_steps_between_those_of_the_null_branch_do_not_compute_it():
+    settings = SamplingSettings(8, guidance=2.0, guidance_every=3)
+    request = Request(jnp.zeros(2, jnp.int32), np.arange(2, dtype=np.int32))
+    run = functools.partial(generate, TINY, request=request, settings=settings)
+    program = jax.make_jaxpr(run)(abstract_params(TINY)).jaxpr
+    conditions = [eqn.params for _, eqn in equations(program) if eqn.primitive.name == "cond"]
+    (choice,) = (params for params in conditions if not params.get("branches_platforms"))
+    rests, runs = (program_flops(branch.jaxpr) for branch in choice["branches"])
+    assert 0 < 2 * rests < runs  # It also runs the last layer for all positions.
 
 
 # --- Images do not depend on other images, batches or devices -------------------------------------
@@ -379,6 +420,17 @@ def test_devices_change_nothing(params, eight, sizes, batch_size: int):
         batch_size=batch_size,
     )
     np.testing.assert_array_equal(drawn, images[:7])
+
+
+def test_differences_of_the_branches_stay_with_their_images_on_a_mesh(params, eight):
+    request, _ = eight
+    settings = dataclasses.replace(STOCHASTIC, num_iter=5, guidance_every=2)
+    expected = np.asarray(generate(TINY, params, request, settings))
+    mesh = meshes.make_mesh(2, 2, 2)
+    drawn = generate_in_batches(
+        TINY, lay_out(params, TINY, mesh), request.labels, settings, mesh, seed=21, batch_size=4
+    )
+    np.testing.assert_array_equal(drawn, expected)
 
 
 @pytest.mark.parametrize(

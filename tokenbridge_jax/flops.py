@@ -7,7 +7,12 @@ recomputation are not counted.
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
 from tokenbridge_jax.model import HEADS, TokenBridgeConfig
-from tokenbridge_jax.sampling.schedule import SamplingSettings, guidance_scales, hidden_counts
+from tokenbridge_jax.sampling.schedule import (
+    SamplingSettings,
+    guidance_scales,
+    hidden_counts,
+    null_steps,
+)
 
 
 def head_flops(config: TokenBridgeConfig, branches: int = 1) -> int:
@@ -22,17 +27,19 @@ def backbone_flops(config: TokenBridgeConfig, hidden: int) -> int:
 
 
 def sampling_flops(config: TokenBridgeConfig, settings: SamplingSettings) -> int:
-    """One image: the backbone at every step (twice with guidance) and the head.
+    """One image: the backbone at every step (twice where the null branch runs) and the head.
 
     The head draws every position once, or in confidence order all hidden positions at every step.
     """
     before = [config.positions, *hidden_counts(config.positions, settings.num_iter)[:-1].tolist()]
+    copies = 1 + null_steps(config.positions, settings)
     branches = 1 + (guidance_scales(config.positions, settings) != 1)
     by_confidence = settings.order == "confidence"
     total = 0
-    for hidden, left, copies in zip(before, [*before[1:], 0], branches.tolist(), strict=True):
+    for i, (hidden, left) in enumerate(zip(before, [*before[1:], 0], strict=True)):
         drawn = hidden if by_confidence else hidden - left
-        total += copies * backbone_flops(config, hidden) + drawn * head_flops(config, copies)
+        total += int(copies[i]) * backbone_flops(config, hidden)
+        total += drawn * head_flops(config, int(branches[i]))
     return total
 
 

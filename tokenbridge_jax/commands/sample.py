@@ -18,7 +18,7 @@ and a second start leaves a complete one as it is. Together the files hold what 
 `evaluate --images` reads such a folder.
 
 `config.sampling` has the settings: --config.sampling.num_iter=64, .guidance, .guidance_schedule,
-.guidance_interval, .temperature, .order, .choice_temperature, .batch_size.
+.guidance_interval, .guidance_every, .temperature, .order, .choice_temperature, .batch_size.
 """
 
 import contextlib

@@ -195,7 +195,7 @@ class Pipeline:
             a preview the host starts each step by itself, which takes longer.
           preview_every: number of steps between two calls; the last step always has a call.
           **settings: fields of `SamplingSettings`: num_iter, guidance, guidance_schedule,
-            temperature, guidance_interval, order, choice_temperature.
+            temperature, guidance_interval, guidance_every, order, choice_temperature.
 
         Raises:
           UserError: a class does not exist or a setting is out of range.

@@ -7,6 +7,9 @@
    that this step reveals.
 3. After the last step nothing is hidden.
 
+With `guidance_every` above 1, only some steps run the null branch. They compute the features of all
+slots and keep the difference between the two branches for the steps after them.
+
 In *confidence* order (paper, figure 8) the head draws all hidden positions at every step, and the
 step reveals those whose drawn indices are most likely.
 
@@ -43,6 +46,7 @@ from tokenbridge_jax.sampling.schedule import (
     Stage,
     guidance_scales,
     make_plan,
+    null_steps,
 )
 from tokenbridge_jax.transformer import Window, set_last_apart, unstack
 
@@ -90,6 +94,7 @@ class Step(NamedTuple):
       scale: of guidance.
       temperature: as `SamplingSettings` has it.
       choice_temperature: likewise; None without confidence order.
+      runs_null: whether the null branch runs; None if it does in every step with guidance.
     """
 
     hidden_now: Any
@@ -97,6 +102,7 @@ class Step(NamedTuple):
     scale: Any
     temperature: Any
     choice_temperature: Any
+    runs_null: Any
 
 
 class Slots(NamedTuple):
@@ -106,11 +112,14 @@ class Slots(NamedTuple):
       values: of the positions; meaningless in hidden slots.
       orders: the positions.
       keys: one for all randomness of a position.
+      differences: what the class added to the features when the null branch last ran; None if it
+        runs in every step with guidance.
     """
 
     values: Shaped[Array, "B L C"]
     orders: Int[Array, "B L"]
     keys: Key[Array, "B L"]
+    differences: Float[Array, "B L D"] | None
 
 
 def generate(
@@ -119,8 +128,8 @@ def generate(
     """Samples the indices of whole images (paper section 3.3), or the hidden ones of `known`.
 
     The program is compiled anew only for another model, batch size, `num_iter` or kind of order,
-    for guidance on or off or on another interval, and where `known` hides up to an eighth, a
-    quarter, half, or all of the positions.
+    for guidance on or off, on another interval or no longer in every step, and where `known` hides
+    up to an eighth, a quarter, half, or all of the positions.
 
     Args:
       config: the model.
@@ -165,7 +174,7 @@ def generate_steps(
       `known`, or the level nearest 0. The last indices are the result of `generate`.
     """
     request, plan, steps = _prepare(config, request, settings)
-    slots = jax.jit(_first_slots, static_argnums=(0, 1))(config, settings.order, request)
+    slots = jax.jit(_first_slots, static_argnums=(0, 1))(config, settings.order, request, steps)
     params = jax.jit(prepare_params, static_argnames="config")(params, config=config)
     count = len(steps.scale)
     for i in range(count):
@@ -195,7 +204,12 @@ def _prepare(
             "does not give; choose another order"
         )
     steps = Step(
-        hidden[:-1], hidden[1:], scales, temperature, choice_temperature if by_confidence else None
+        hidden[:-1],
+        hidden[1:],
+        scales,
+        temperature,
+        choice_temperature if by_confidence else None,
+        null_steps(config.positions, settings, num_hidden) if settings.guidance_every > 1 else None,
     )
     return request._replace(seed=np.uint32(request.seed)), plan, steps
 
@@ -211,7 +225,7 @@ def _draw(
     order: str,
 ) -> Shaped[Array, "B L C"]:
     """All steps, stage by stage; `ends` are the steps done at the end of each stage."""
-    slots = _first_slots(config, order, request)
+    slots = _first_slots(config, order, request, steps)
     # Cast and cut once, not at every step.
     params = prepare_params(params, config)
     first: Any = 0
@@ -230,7 +244,7 @@ _generate = jax.jit(_draw, static_argnames=("ends", "config", "stages", "order")
 _edit = jax.jit(_draw, static_argnames=("config", "stages", "order"))
 
 
-def _first_slots(config: TokenBridgeConfig, order: str, request: Request) -> Slots:
+def _first_slots(config: TokenBridgeConfig, order: str, request: Request, steps: Step) -> Slots:
     """The images before the first step."""
     orders = request.orders
     if orders is None:
@@ -246,7 +260,8 @@ def _first_slots(config: TokenBridgeConfig, order: str, request: Request) -> Slo
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
         sample_keys(request.seed, request.sample_indices)[:, 1], orders
     )
-    return Slots(values, orders, keys)
+    shape = *orders.shape, config.decoder_width
+    return Slots(values, orders, keys, None if steps.runs_null is None else jnp.zeros(shape))
 
 
 def _reveal(
@@ -258,38 +273,16 @@ def _reveal(
     slots: Slots,
 ) -> Slots:
     """One step: in confidence order if it has a `choice_temperature`, else in that of `slots`."""
-    batch, positions = slots.orders.shape
-    # Nothing is differentiated, so there is nothing to rematerialise.
-    model = TokenBridge(dataclasses.replace(config, remat="none"), sampling=True)
-
-    def apply(method: Callable[..., Any], *arguments: Any) -> Any:
-        return model.apply({"params": params}, *arguments, method=method)
-
-    # Class and null branches go through the backbone as one batch of 2B, side by side: an
-    # image's two branches stay on one device.
-    copies = 2 if stage.guided else 1
-    repeat = functools.partial(jnp.repeat, repeats=copies, axis=0)
     window = Window(jnp.maximum(step.hidden_now - stage.reveals, 0), stage.reveals)
-    feature = apply(
-        TokenBridge.features,
-        repeat(slots.values[:, positions - stage.visible_slots :]),
-        repeat(labels),
-        repeat(slots.orders),
-        step.hidden_now,
-        jnp.arange(copies * batch) % copies == 1,
-        window,
-    )
-    guidance = None
-    if stage.guided:
-        branches = feature.reshape(batch, copies, *feature.shape[1:])
-        feature, guidance = branches[:, 0], Guidance(branches[:, 1], step.scale)
+    feature, guidance, differences = _features(config, params, labels, stage, step, slots, window)
+    slots = slots._replace(differences=differences)
     keys = window.cut(slots.keys)
     slot = window.start + jnp.arange(window.size)
     revealed = slot < step.hidden_now
     if step.choice_temperature is None:
         revealed &= slot >= step.hidden_next
-    drawn, log_probs = apply(
-        TokenBridge.sample_positions, feature, keys, step.temperature, guidance
+    drawn, log_probs = _apply(
+        config, params, TokenBridge.sample_positions, feature, keys, step.temperature, guidance
     )
     updated = jnp.where(revealed[None, :, None], drawn, window.cut(slots.values))
     slots = slots._replace(
@@ -300,10 +293,68 @@ def _reveal(
         # that this step reveals; visible slots stay where they are. (NaN would sort behind all.)
         certainty = log_probs + step.choice_temperature * _choice_noise(keys, config.channels)
         certainty = jnp.where(revealed[None], jnp.nan_to_num(certainty), jnp.inf)
-        padding = ((0, 0), (0, positions - window.size))
+        padding = ((0, 0), (0, config.positions - window.size))
         rank = jnp.argsort(jnp.pad(certainty, padding, constant_values=jnp.inf), axis=1)
-        slots = jax.tree.map(jax.vmap(lambda x, rank: x[rank]), slots, Slots(rank, rank, rank))
+        reorder = jax.vmap(lambda x, rank: x[rank])
+        slots = jax.tree.map(lambda x: reorder(x, rank), slots)
     return slots
+
+
+def _features(
+    config: TokenBridgeConfig,
+    params: dict[str, Any],
+    labels: Int[Array, " B"] | Float[Array, "B classes"],
+    stage: Stage,
+    step: Step,
+    slots: Slots,
+    window: Window,
+) -> tuple[Float[Array, "B W D"], Guidance | None, Float[Array, "B L D"] | None]:
+    """What the head draws the window from, and the slots' differences after the step."""
+    batch, positions = slots.orders.shape
+
+    def branches(copies: int, window: Window | None) -> list[jax.Array]:
+        """Features of the class; with two copies of the images also those without one."""
+        # Both go through the backbone as one batch of 2B, side by side: an image's two branches
+        # stay on one device.
+        repeat = functools.partial(jnp.repeat, repeats=copies, axis=0)
+        features = _apply(
+            config,
+            params,
+            TokenBridge.features,
+            repeat(slots.values[:, positions - stage.visible_slots :]),
+            repeat(labels),
+            repeat(slots.orders),
+            step.hidden_now,
+            jnp.arange(copies * batch) % copies == 1,
+            window,
+        )
+        features = features.reshape(batch, copies, *features.shape[1:])
+        return [features[:, copy] for copy in range(copies)]
+
+    if not stage.guided:
+        return branches(1, window)[0], None, slots.differences
+    if step.runs_null is None:
+        feature, null = branches(2, window)
+        return feature, Guidance(null, step.scale), None
+
+    def run_null() -> tuple[jax.Array, jax.Array]:
+        feature, null = branches(2, None)
+        # In float32, because guidance is about to magnify it.
+        return window.cut(feature), feature.astype(jnp.float32) - null.astype(jnp.float32)
+
+    def skip_null() -> tuple[jax.Array, jax.Array | None]:
+        return branches(1, window)[0], slots.differences
+
+    feature, differences = jax.lax.cond(step.runs_null, run_null, skip_null)
+    return feature, Guidance(feature - window.cut(differences), step.scale), differences
+
+
+def _apply(
+    config: TokenBridgeConfig, params: dict[str, Any], method: Callable[..., Any], *arguments: Any
+) -> Any:
+    # Nothing is differentiated, so there is nothing to rematerialise.
+    model = TokenBridge(dataclasses.replace(config, remat="none"), sampling=True)
+    return model.apply({"params": params}, *arguments, method=method)
 
 
 _step = jax.jit(_reveal, static_argnames=("config", "stage"))

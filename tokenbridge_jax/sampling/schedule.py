@@ -34,6 +34,9 @@ class SamplingSettings:
       guidance_interval: guidance acts in steps before which at least the first and less than the
         second share of the positions is revealed. In other steps its scale is 1, which saves the
         null branch. The default is all steps; other values sample from another distribution.
+      guidance_every: the null branch runs in every so many steps with guidance. The others take the
+        difference that the class made to the features in the last such step (the condition cache of
+        LazyMAR, arXiv 2503.12450). The default is every step.
       order: the order in which positions are revealed: "random", "raster", "halton" (evenly over
         the grid), or "confidence" (the most certain next). In confidence order the head draws all
         hidden positions at every step: its work grows by a factor of 2 / pi * `num_iter`, and it
@@ -50,6 +53,7 @@ class SamplingSettings:
     guidance_schedule: str = "linear"
     temperature: float | Any = 1.0
     guidance_interval: tuple[float, ...] = (0.0, 1.0)
+    guidance_every: int | Any = 1
     order: str = "random"
     choice_temperature: float | Any = 1.0
 
@@ -58,7 +62,8 @@ class SamplingSettings:
         return dataclasses.asdict(self) | {"guidance_interval": list(self.guidance_interval)}
 
     def __post_init__(self) -> None:
-        checks.at_least("sampling.num_iter", self.num_iter, 1)
+        for name in ("num_iter", "guidance_every"):
+            checks.at_least(f"sampling.{name}", getattr(self, name), 1)
         for name in ("temperature", "choice_temperature"):
             value = checks.number(f"sampling.{name}", getattr(self, name))
             if value < 0 or not math.isfinite(value):
@@ -125,8 +130,17 @@ def guidance_scales(
         # The reference still counts one hidden position at the last step.
         revealed = positions - np.maximum(hidden, 1)
         scales = 1 + (settings.guidance - 1) * revealed / positions
-    visible = positions - np.array([num_hidden, *hidden[:-1]])
-    return np.where(_is_guided(visible, positions, settings), scales, 1).astype(np.float32)
+    guided = _guided_steps(positions, settings, num_hidden)
+    return np.where(guided, scales, 1).astype(np.float32)
+
+
+def null_steps(
+    positions: int, settings: SamplingSettings, num_hidden: int | None = None
+) -> Bool[np.ndarray, " steps"]:
+    """Which steps of `hidden_counts` run the null branch; arguments as for `guidance_scales`."""
+    num_hidden = positions if num_hidden is None else num_hidden
+    guided = _guided_steps(positions, settings, num_hidden)
+    return guided & ((np.cumsum(guided) - 1) % settings.guidance_every == 0)
 
 
 class Stage(NamedTuple):
@@ -207,6 +221,14 @@ def _similar_starts(num_hidden: int, positions: int, tile: int) -> range:
     while largest < num_hidden:
         largest *= 2
     return range(largest // 2 + 1 if largest > tile else 1, min(largest, positions) + 1)
+
+
+def _guided_steps(
+    positions: int, settings: SamplingSettings, num_hidden: int
+) -> Bool[np.ndarray, " steps"]:
+    """In which steps guidance acts."""
+    before = [num_hidden, *hidden_counts(num_hidden, settings.num_iter)[:-1]]
+    return _is_guided(positions - np.array(before), positions, settings)
 
 
 def _is_guided(
