@@ -89,6 +89,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         remat="auto",  # or none, dots, full
         scan_layers=settable("auto"),  # or True, False
         head_chunk=settable("auto"),  # or a number
+        float8=False,  # True: products of 8-bit floats, faster on NVIDIA's Hopper and newer
     )
     config.training = _training_section() | dict(
         accumulation=settable("auto"),  # or a number

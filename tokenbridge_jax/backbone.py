@@ -39,6 +39,7 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     scan_layers: bool = True
+    float8: bool = False
     sampling: bool = False
 
     def setup(self) -> None:
@@ -64,7 +65,7 @@ class Backbone(nn.Module):
         )
 
     def _blocks(self, layers: int, heads: int, last_apart: bool = False) -> Any:
-        arguments = heads, self.dropout, self.dtype
+        arguments = heads, self.dropout, self.dtype, self.float8
         stack = stack_layers(Block, layers - last_apart, self.remat, self.scan_layers)
         if not last_apart:
             return stack(*arguments)

@@ -21,6 +21,7 @@ import numpy as np
 from flax.errors import ScopeParamShapeError
 from jaxtyping import Array, Float, Integer
 
+from tokenbridge_jax.ops.float8 import float8_product
 from tokenbridge_jax.ops.norm import normalize
 from tokenbridge_jax.ops.precision import convolution, of_products
 from tokenbridge_jax.runtime.meshes import named_axes
@@ -115,6 +116,15 @@ class Layer(nn.Module):
         return value
 
 
+def linear_product(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int, float8: bool
+) -> Float[Array, "..."]:
+    """`jnp.tensordot(x, kernel, axes)` at the precision of their dtype, or of 8-bit operands."""
+    if float8:
+        return float8_product(x, kernel, axes)
+    return jnp.tensordot(x, kernel, axes, precision=of_products(x.dtype))
+
+
 class Dense(Layer):
     """`x @ kernel + bias` over x's last axes, as many as the kernel has input axes.
 
@@ -125,6 +135,7 @@ class Dense(Layer):
       joined: whether the product sees heads and their width, two neighbouring axes, as one. On TPUs
         an array's last axis is padded to 128, so a compiler left alone with a narrow one moves it.
       init: draws the kernel as a matrix, inputs by outputs. The bias is 0.
+      float8: whether the products have 8-bit operands (see `ops/float8.py`).
     """
 
     features: tuple[int, ...]
@@ -132,6 +143,7 @@ class Dense(Layer):
     dtype: Any = jnp.float32
     joined: bool = False
     init: Any = xavier
+    float8: bool = False
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return add_bias(*self._product(x))
@@ -164,7 +176,7 @@ class Dense(Layer):
             if first < contracted:
                 contracted -= 1
                 x = x.reshape(*x.shape[:-2], size)
-        product = jnp.tensordot(x, kernel, contracted, precision=of_products(self.dtype))
+        product = linear_product(x, kernel, contracted, self.float8)
         return product.reshape(result), bias
 
 

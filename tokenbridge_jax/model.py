@@ -64,7 +64,7 @@ def _changeable(default: Any) -> Any:
 
 
 # Of these, the fields that drawing uses; they may also change after training.
-DRAWING_FIELDS = ("head_steps", "head_solver", "head_proposals", "reveal_steps")
+DRAWING_FIELDS = ("head_steps", "head_solver", "head_proposals", "reveal_steps", "float8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,9 @@ class TokenBridgeConfig:
     backward pass. `head_chunk` is the number of positions of a device that go through the head at
     once in the loss; the head's activations and logits exist for so many only. (At size L a
     position takes about 5 MB.)
+
+    `float8` rounds the operands of the products in the layers of the backbone and of the head to 8
+    bits (see `ops/float8.py`). It changes the results a little, in training and in sampling.
 
     Raises:
       UserError: on construction, if the sizes make no model.
@@ -120,6 +123,7 @@ class TokenBridgeConfig:
     remat: str = _changeable("none")
     scan_layers: bool = _changeable(True)
     head_chunk: int = _changeable(4096)
+    float8: bool = _changeable(False)
 
     def __post_init__(self) -> None:
         if sorted(self.channel_order) != list(range(self.channels)) or not self.channels:
@@ -403,6 +407,7 @@ def make_head(config: TokenBridgeConfig) -> Head:
         dropout=config.dropout,
         dtype=jnp.dtype(config.dtype),
         scan_layers=config.scan_layers,
+        float8=config.float8,
         **HEADS[config.head].own_fields(config),
     )
     if not is_grouped:

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tokenbridge_jax.layers import Dense, Layer, LayerNorm, add_bias
+from tokenbridge_jax.layers import Dense, Layer, LayerNorm, add_bias, linear_product
 from tokenbridge_jax.ops.attention import RESULT, attend, plain_attention, split_heads
 from tokenbridge_jax.ops.cached_attention import Cache, attend_cached
 from tokenbridge_jax.ops.channel_attention import attend_channels
 from tokenbridge_jax.ops.dropout import drop, seed_words
 from tokenbridge_jax.ops.gelu import gelu_dropout
-from tokenbridge_jax.ops.precision import of_products
 from tokenbridge_jax.runtime.meshes import named_axes
 
 # What the backward pass keeps of a block's forward pass; it computes the rest again. `None` keeps
@@ -53,6 +52,7 @@ class Modulation(Layer):
 
     parts: int
     dtype: Any = jnp.float32
+    float8: bool = False
 
     @nn.compact
     def __call__(self, condition: Float[Array, "*N D"]) -> Float[Array, "*N {self.parts}*D"]:
@@ -60,9 +60,7 @@ class Modulation(Layer):
         init = named_axes(zeros, "embed", None, None)
         kernel = self.param("kernel", init, (width, self.parts, width)).astype(self.dtype)
         bias = self.param("bias", zeros, (self.parts, width))
-        product = jnp.matmul(
-            condition, kernel.reshape(width, -1), precision=of_products(self.dtype)
-        )
+        product = linear_product(condition, kernel.reshape(width, -1), 1, self.float8)
         return add_bias(product, bias.ravel())
 
 
@@ -100,15 +98,16 @@ def dropout_seed(module: nn.Module, rate: float) -> tuple[UInt32[Array, "2"], fl
     return seed_words(module.make_rng("dropout")), rate
 
 
-def qkv_layer(width: int, heads: int, dtype: Any, joined: bool = False) -> Dense:
+def qkv_layer(width: int, heads: int, dtype: Any, float8: bool) -> Dense:
     """Queries, keys and values of all heads: `[N, T, D]` -> `[N, T, 3, H, K]`."""
     axes = ("embed", "qkv", "heads", "head_width")
-    return Dense((3, heads, width // heads), axes, dtype, joined, name="qkv")
+    return Dense((3, heads, width // heads), axes, dtype, joined=True, float8=float8, name="qkv")
 
 
-def output_layer(width: int, dtype: Any, joined: bool = False) -> Dense:
+def output_layer(width: int, dtype: Any, float8: bool) -> Dense:
     """Joins the heads' results: `[N, T, H, K]` -> `[N, T, D]`."""
-    return Dense((width,), ("heads", "head_width", "embed"), dtype, joined, name="proj")
+    axes = ("heads", "head_width", "embed")
+    return Dense((width,), axes, dtype, joined=True, float8=float8, name="proj")
 
 
 class Attention(nn.Module):
@@ -121,6 +120,7 @@ class Attention(nn.Module):
     heads: int
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    float8: bool = False
 
     @nn.compact
     def __call__(
@@ -130,13 +130,13 @@ class Attention(nn.Module):
         window: Window | None = None,
     ) -> Float[Array, "N W D"]:
         width = x.shape[-1]
-        qkv = qkv_layer(width, self.heads, self.dtype, joined=True)
+        qkv = qkv_layer(width, self.heads, self.dtype, self.float8)
         if window is None:
             x = attend(*qkv.terms(x), visible, *dropout_seed(self, self.dropout))
         else:
             q, k, v = split_heads(qkv(x))
             x = plain_attention(window.cut(q), k, v, None if visible is None else visible[:, None])
-        return Dropout(self.dropout)(output_layer(width, self.dtype, joined=True)(x))
+        return Dropout(self.dropout)(output_layer(width, self.dtype, self.float8)(x))
 
 
 class ChannelAttention(nn.Module):
@@ -150,13 +150,14 @@ class ChannelAttention(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     causal: bool = True
+    float8: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "N T D"], cache: Cache | None = None
     ) -> tuple[Float[Array, "N T D"], Cache | None]:
         width = x.shape[-1]
-        layer = qkv_layer(width, self.heads, self.dtype, joined=True)
+        layer = qkv_layer(width, self.heads, self.dtype, self.float8)
         q_norm, k_norm = LayerNorm(name="q_norm"), LayerNorm(name="k_norm")
         seed = dropout_seed(self, self.dropout)
         qkv, bias = layer.terms(x)
@@ -165,7 +166,7 @@ class ChannelAttention(nn.Module):
             x = attend_channels(qkv, bias, jnp.stack(norms), *seed, self.causal)
         else:
             x, cache = attend_cached(qkv, bias, norms, cache)
-        return Dropout(self.dropout)(output_layer(width, self.dtype, joined=True)(x)), cache
+        return Dropout(self.dropout)(output_layer(width, self.dtype, self.float8)(x)), cache
 
 
 class Mlp(nn.Module):
@@ -173,12 +174,13 @@ class Mlp(nn.Module):
 
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    float8: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
         width = x.shape[-1]
-        fc1 = Dense((4 * width,), ("embed", "mlp"), self.dtype, name="fc1")
-        fc2 = Dense((width,), ("mlp", "embed"), self.dtype, name="fc2")
+        fc1 = Dense((4 * width,), ("embed", "mlp"), self.dtype, float8=self.float8, name="fc1")
+        fc2 = Dense((width,), ("mlp", "embed"), self.dtype, float8=self.float8, name="fc2")
         x = gelu_dropout(*fc1.terms(x), *dropout_seed(self, self.dropout))
         return Dropout(self.dropout)(fc2(x))
 
@@ -189,12 +191,13 @@ class Block(nn.Module):
     heads: int
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    float8: bool = False
 
     def setup(self) -> None:
         self.norm1 = LayerNorm(self.dtype)
-        self.attn = Attention(self.heads, self.dropout, self.dtype)
+        self.attn = Attention(self.heads, self.dropout, self.dtype, self.float8)
         self.norm2 = LayerNorm(self.dtype)
-        self.mlp = Mlp(self.dropout, self.dtype)
+        self.mlp = Mlp(self.dropout, self.dtype, self.float8)
 
     def __call__(
         self,
@@ -215,13 +218,14 @@ class ConditionedBlock(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     causal: bool = True
+    float8: bool = False
 
     def setup(self) -> None:
-        self.modulation = Modulation(6, self.dtype)
+        self.modulation = Modulation(6, self.dtype, self.float8)
         self.norm1 = LayerNorm(self.dtype)
-        self.attn = ChannelAttention(self.heads, self.dropout, self.dtype, self.causal)
+        self.attn = ChannelAttention(self.heads, self.dropout, self.dtype, self.causal, self.float8)
         self.norm2 = LayerNorm(self.dtype)
-        self.mlp = Mlp(self.dropout, self.dtype)
+        self.mlp = Mlp(self.dropout, self.dtype, self.float8)
 
     def __call__(
         self, x: Float[Array, "N T D"], condition: Float[Array, "N T D"]

@@ -39,6 +39,7 @@ class ChannelTransformer(IndexHead):
     dropout: float = 0.0
     dtype: Any = jnp.float32
     scan_layers: bool = True
+    float8: bool = False
 
     @classmethod
     def summary(cls, config: Any) -> str:
@@ -76,7 +77,7 @@ class ChannelTransformer(IndexHead):
         stack = stack_layers(
             ConditionedBlock, self.layers, scan_layers=self.scan_layers, unroll=self.layers
         )
-        self.blocks = stack(self.heads, self.dropout, self.dtype, self.causal)
+        self.blocks = stack(self.heads, self.dropout, self.dtype, self.causal, self.float8)
         self.norm = LayerNorm(self.dtype)
         self.final_modulation = Modulation(2, self.dtype)
         self.classifier = ChannelClassifier(channels, self.levels, self.dtype)

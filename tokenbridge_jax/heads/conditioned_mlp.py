@@ -27,6 +27,7 @@ class ResidualBlock(nn.Module):
     """A linear layer, SiLU and another one, with a modulated norm before and a gate after."""
 
     dtype: Any = jnp.float32
+    float8: bool = False
 
     @nn.compact
     def __call__(
@@ -34,11 +35,12 @@ class ResidualBlock(nn.Module):
     ) -> tuple[Float[Array, "*N D"], None]:
         """Runs the block; `condition` is after its SiLU."""
         width = x.shape[-1]
-        modulation = Modulation(3, self.dtype, name="modulation")(condition)
+        modulation = Modulation(3, self.dtype, self.float8, name="modulation")(condition)
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         h = modulate(LayerNorm(self.dtype, name="norm")(x), shift, scale)
-        h = nn.silu(Dense((width,), ("embed", "mlp"), self.dtype, name="fc1")(h))
-        return x + gate * Dense((width,), ("mlp", "embed"), self.dtype, name="fc2")(h), None
+        fc1 = Dense((width,), ("embed", "mlp"), self.dtype, float8=self.float8, name="fc1")
+        fc2 = Dense((width,), ("mlp", "embed"), self.dtype, float8=self.float8, name="fc2")
+        return x + gate * fc2(nn.silu(fc1(h))), None
 
 
 class ConditionedMLP(LatentHead):
@@ -51,7 +53,7 @@ class ConditionedMLP(LatentHead):
       draws: times and noises that the loss draws for each position.
       steps: of sampling.
       dtype: of the network's activations.
-      scan_layers: see `TokenBridgeConfig`.
+      scan_layers, float8: see `TokenBridgeConfig`.
       outputs: numbers that the network predicts for each channel.
     """
 
@@ -62,6 +64,7 @@ class ConditionedMLP(LatentHead):
     steps: int = 100
     dtype: Any = jnp.float32
     scan_layers: bool = True
+    float8: bool = False
 
     outputs: ClassVar[int] = 1
 
@@ -76,6 +79,7 @@ class ConditionedMLP(LatentHead):
             config.head_steps,
             jnp.dtype(config.dtype),
             config.scan_layers,
+            config.float8,
             **more,
         )
 
@@ -127,7 +131,7 @@ class ConditionedMLP(LatentHead):
         self.time_fc1 = of_width(init=embedding_init)
         self.time_fc2 = of_width(init=embedding_init)
         stack = stack_layers(ResidualBlock, self.layers, scan_layers=self.scan_layers)
-        self.blocks = stack(self.dtype)
+        self.blocks = stack(self.dtype, self.float8)
         self.final_modulation = Modulation(2, self.dtype)
         features, zeros = (self.outputs * self.channels,), nn.initializers.zeros
         self.output = Dense(features, ("embed", None), self.dtype, init=zeros)
