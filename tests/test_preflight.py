@@ -325,6 +325,16 @@ def shell(commands):
     return subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize(
+    ("hours", "chips", "expected"),
+    [(0.5, 4, "run: 9 steps for 7 images (x): 30m00s, 2.0 chip-hours"),
+     (36, 100, "run: 9 steps for 7 images (x): 1.5 days, 3,600 chip-hours")],
+)  # fmt: skip
+def test_short_runs_are_shown_in_minutes(hours: float, chips: int, expected: str):
+    run = {"steps": 9, "images": 7, "whose_images": "x", "days": hours / 24}
+    assert text.run_line(run | {"chip_hours": hours * chips}) == expected
+
+
 def test_the_table_has_a_row_for_each_report():
     report = {
         "topology": "tpu7x:2x2x4", "chips": 16, "devices": 32, "fits": True,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenbridge_jax.preflight.chips import GIB
+from tokenbridge_jax.runtime.progress import format_seconds
 
 Report = dict[str, Any]
 
@@ -32,17 +33,23 @@ def as_text(report: Report) -> str:
     if report["fits"]:
         lines += _time_lines(report, device)
     if "run" in report:
-        run = report["run"]
-        line = f"run: {run['steps']} steps for {run['images']} images ({run['whose_images']})"
-        if "days" in run:
-            line += f": {run['days']:.1f} days, {run['chip_hours']:,.0f} chip-hours"
-        lines.append(line)
+        lines.append(run_line(report["run"]))
     if report.get("suggestion"):
         lines += ["", f"These fit: {' '.join(report['suggestion']['flags'])}", ""]
         lines.append(as_text(report["suggestion"]))
     elif "suggestion" in report:
         lines.append("No settings were found that fit: use more chips, or a smaller batch")
     return "\n".join(lines)
+
+
+def run_line(run: dict[str, Any]) -> str:
+    """The length of the whole run, if it is known."""
+    line = f"run: {run['steps']} steps for {run['images']} images ({run['whose_images']})"
+    if "days" not in run:
+        return line
+    days, hours = run["days"], run["chip_hours"]
+    length = f"{days:.1f} days" if days >= 1 else format_seconds(86400 * days)
+    return f"{line}: {length}, {hours:,.{int(hours < 10)}f} chip-hours"
 
 
 def _time_lines(report: Report, device: str) -> list[str]:
