@@ -51,7 +51,7 @@ from tokenbridge_jax.runtime.errors import UserError
 # Name -> the settings in which an autoencoder differs from the run's.
 AUTOENCODERS: dict[str, tuple[str, ...]] = {
     "kl": (),
-    # 12 bits a position, as 8 levels of 4 channels have.
+    # 12 bits a position, as 4 levels of 6 channels have.
     "vq": (
         "autoencoder.bottleneck=vq",
         "autoencoder.codes=4096",
@@ -66,7 +66,7 @@ AUTOENCODERS: dict[str, tuple[str, ...]] = {
     # The bits of 64 levels of the run's channels.
     "fsq_64_levels": ("autoencoder.bottleneck=fsq", "autoencoder.levels=64"),
 }
-LEVELS = (8, 16, 32, 64)  # Of kl, besides those of the run.
+LEVELS = (4, 8, 16, 32, 64)  # Of kl, besides those of the run.
 CONTINUOUS_BITS = 16  # Of a latent that is not quantized.
 SHOWN = 12  # Pictures of every row.
 BATCH = 250  # Of PSNR and SSIM, whose arrays are of float64.
