@@ -211,3 +211,34 @@ def test_every_command_has_help(capsys, name):
     out = capsys.readouterr().out
     assert "--workdir" in out
     assert len(out.splitlines()[0]) > 20
+
+
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train-vae --config.data.source=folder --config.data.path=/nowhere",
+        "tokenize --config.data.source=folder --config.data.path=/nowhere",
+        "train",
+        "sample",
+        "edit --input=/nowhere.png --keep=0.5",
+        "import-torch --checkpoint=/nowhere.pth",
+        "export-torch --out=out/model.pth",
+        "evaluate generation --reference=data",
+        "evaluate reconstruction",
+        "evaluate likelihood --output=out",
+        "evaluate tokens",
+        "evaluate features --samples=/nowhere.npz --reference=/nowhere.npz --output=out",
+        "evaluate reference --config.data.source=folder --config.data.path=/nowhere",
+        "demo",
+    ],
+)
+def test_a_command_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch, capsys, command, made):
+    monkeypatch.chdir(tmp_path)
+    name, *rest = command.split()
+    if made:
+        (tmp_path / "work").mkdir()
+    before = set(tmp_path.rglob("*"))
+    assert runner.run(name, [*rest, "--workdir=work"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert set(tmp_path.rglob("*")) == before

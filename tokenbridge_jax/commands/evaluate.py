@@ -161,11 +161,7 @@ def _split_flag(values: flags.FlagValues, default: str) -> None:
 def main(args: flags.FlagValues, word: str) -> None:
     """Measures what `word` names, writes JSON and prints the table."""
     _check(args, word)
-    output = storage.check_folder(_output(args))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage.write_error(output, error) from error
+    storage.check_folder(_output(args))
     _WORDS[word][1](args)
 
 

@@ -28,7 +28,7 @@ from absl import flags
 from etils import epath
 
 from tokenbridge_jax.commands import arguments, failures
-from tokenbridge_jax.runtime import compilation_cache, environment, processes, storage
+from tokenbridge_jax.runtime import compilation_cache, environment, locks, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 
 # Name -> (module, what it does). A module is imported when its command runs, which keeps
@@ -186,7 +186,7 @@ def remember_config(args: flags.FlagValues) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
-    """Locks a workdir against other jobs (`storage.lock`); process 0 holds the lock.
+    """Locks a workdir against other jobs (`locks.lock`); process 0 holds the lock.
 
     Raises:
       UserError: another job is using the workdir.
@@ -195,7 +195,7 @@ def locked(workdir: str) -> Iterator[None]:
         refusal = ""
         if jax.process_index() == 0:
             try:
-                stack.enter_context(storage.lock(workdir))
+                stack.enter_context(locks.lock(workdir))
             except UserError as error:
                 refusal = str(error)
         if refusal := processes.gather(refusal)[0]:

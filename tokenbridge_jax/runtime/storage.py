@@ -1,14 +1,11 @@
-"""Paths given by users, files that are written completely or not at all, and workdir locks."""
+"""Paths given by users, and files that are written completely or not at all."""
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io as bytes_io
 import json
 import os
-import socket
-import sys
 import tempfile
 import time
 import uuid
@@ -22,9 +19,6 @@ from etils import epath
 from jaxtyping import UInt8
 
 from tokenbridge_jax.runtime.errors import UserError
-
-# How long to wait for the lock of a killed process, which first frees its memory.
-LOCK_SECONDS = 5
 
 # A temporary file that has not changed for this time belongs to a process that was killed.
 LEFTOVER_SECONDS = 3600
@@ -369,53 +363,3 @@ def read_json(path: epath.PathLike) -> Any:
         raise read_error(path, error) from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); it may be damaged") from error
-
-
-@contextlib.contextmanager
-def lock(workdir: epath.PathLike) -> Iterator[None]:
-    """Keeps other runs out of a workdir. The kernel frees the lock when this process ends.
-
-    Object stores have no such locks. Nor do some network file systems; for those a line is printed.
-    The lock is also lost when this process closes another descriptor of the same file.
-
-    Raises:
-      UserError: another process has the lock; the message says which.
-    """
-    if in_object_store(workdir):
-        yield
-        return
-    path = Path(workdir) / ".lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b", buffering=0)
-    except OSError as error:
-        raise write_error(path, error) from error
-    with file:
-        try:
-            if not _acquired(file):
-                file.seek(0)
-                holder = file.read().decode(errors="replace").strip() or "another process"
-                raise UserError(
-                    f"{workdir} is in use by {holder}; stop that one or use another --workdir"
-                )
-        except OSError as error:
-            reason = error.strerror or error
-            print(f"{path} cannot be locked ({reason}): start no other run here", file=sys.stderr)
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        with contextlib.suppress(OSError):  # On a full disk the lock works without a name.
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
-        yield
-
-
-def _acquired(file: IO[bytes]) -> bool:
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            # `flock` would pass the lock on to child processes.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.2)
