@@ -309,6 +309,38 @@ def test_pictures_of_other_settings_are_refused(sample, refuses, tmp_path):
     refuses("holds files, but no settings.json with their settings; remove", "--format=png")
 
 
+# Two processes claim empty folders at the same moment, each for its own seed. Prints the seeds that
+# were refused.
+CLAIMS = """
+import os, pathlib, sys, time
+from tokenbridge_jax.evaluation import generation
+from tokenbridge_jax.runtime.errors import UserError
+root, start = pathlib.Path(sys.argv[1]), time.time() + 0.5
+child = os.fork()
+for number in range(150):
+    while time.time() < start + number / 200:
+        pass
+    try:
+        generation._claim(root / str(number), {"seed": child > 0})
+    except UserError:
+        (root / f"{number}-{child > 0}-refused").touch()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+os._exit(0)
+"""
+
+
+def test_of_two_jobs_that_claim_a_folder_at_once_one_is_refused(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, "-c", CLAIMS, tmp_path], env=environment, check=True)
+    for number in range(150):
+        has = json.loads((tmp_path / str(number) / "settings.json").read_text())["seed"]
+        assert [path.name for path in tmp_path.glob(f"{number}-*")] == [
+            f"{number}-{not has}-refused"
+        ]
+        assert len(list((tmp_path / str(number)).iterdir())) == 1
+
+
 def test_npz_shards_of_another_division_are_refused(sample, refuses):
     assert sample("--shard=0/3") == 0
     refuses("num_images = 21 but this run has 22", "--num_images=22", "--shard=1/3")

@@ -122,20 +122,21 @@ def _claim(folder: epath.Path, facts: Mapping[str, Any]) -> None:
         held = folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir())
     except OSError as error:
         raise storage.read_error(folder, error) from error
-    if storage.exists(path):
-        kept = storage.read_json(path)
-        if not isinstance(kept, dict):
-            raise UserError(f"{path} does not hold settings; {mend}")
-        if difference := first_difference(kept, facts):
-            name, theirs, ours = difference
+    if not storage.exists(path):
+        if held:
             raise UserError(
-                f"the samples in {folder} have {name} = {theirs} but this run has {ours}; set it "
-                f"back, {mend}"
+                f"{folder} holds files, but no {FACTS_FILE} with their settings; {mend}"
             )
-    elif held:
-        raise UserError(f"{folder} holds files, but no {FACTS_FILE} with their settings; {mend}")
-    else:
-        storage.write_json(path, facts)
+        storage.write_json(path, facts, storage.create_bytes)
+    kept = storage.read_json(path)  # Of the job that was first, perhaps not of this one.
+    if not isinstance(kept, dict):
+        raise UserError(f"{path} does not hold settings; {mend}")
+    if difference := first_difference(kept, facts):
+        name, theirs, ours = difference
+        raise UserError(
+            f"the samples in {folder} have {name} = {theirs} but this run has {ours}; set it back, "
+            f"{mend}"
+        )
 
 
 def short_hash(facts: dict[str, Any]) -> str:

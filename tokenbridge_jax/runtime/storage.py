@@ -130,6 +130,30 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
         file.write(data)
 
 
+def create_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Like `write_bytes`, but a file that is there stays, even if it came a moment ago.
+
+    Of several processes that call this at once, the first one's file stays. In an object store or a
+    file system without hard links it is the last one's.
+
+    Raises:
+      UserError: the disk is full or the folder is not writable.
+    """
+    if in_object_store(path):
+        write_bytes(path, data)
+        return
+    temporary = Path(path).parent / f".{uuid.uuid4().hex}.tmp"
+    write_bytes(temporary, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """Opens a file that replaces `path` when complete; until then `path` keeps its old content.
@@ -345,9 +369,13 @@ def sha256(path: epath.PathLike) -> str:
         raise read_error(path, error) from error
 
 
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, completely or not at all (see `write_bytes`)."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+def write_json(
+    path: epath.PathLike,
+    value: Any,
+    write: Callable[[epath.PathLike, bytes], None] = write_bytes,
+) -> None:
+    """Writes `value` as indented JSON with `write_bytes` or `create_bytes`."""
+    write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: epath.PathLike) -> Any:
