@@ -74,7 +74,9 @@ def test_pictures_and_a_sheet_are_written(run, pipeline, folder, tmp_path, capsy
     names = [f"{stem}-{i}.png" for stem in "ab" for i in range(3)]
     found = np.stack([_read(tmp_path / "edits" / name) for name in names])
     np.testing.assert_array_equal(found, expected[..., 0])
-    assert len(list((tmp_path / "edits").iterdir())) == 7
+    assert {path.name for path in (tmp_path / "edits").iterdir()} == {
+        *names, "edits.png", "settings.json",
+    }  # fmt: skip
     # Cells of 48 pixels, enlarged 6 times: original, mask and three edits in a row.
     sheet = _read(tmp_path / "edits" / "edits.png")
     assert sheet.shape == (98, 248)
@@ -98,8 +100,10 @@ def test_pixels_in_a_box_affect_touch_ups_only(run, tmp_path):
         path.parent.mkdir()
         Image.fromarray(picture).save(path)
         for flags in [], ["--encode_hidden"]:
-            assert run("--box=0,0,0.5,1", "--num_images=3", *flags, f"--input={path}") == 0
-            edits.append([_read(tmp_path / "edits" / f"x-{k}.png") for k in range(3)])
+            out = tmp_path / f"out{i}{len(flags)}"
+            given = "--num_images=3", *flags, f"--input={path}", f"--output={out}"
+            assert run("--box=0,0,0.5,1", *given) == 0
+            edits.append([_read(out / f"x-{k}.png") for k in range(3)])
     hidden, touched_up, again, other = edits
     np.testing.assert_array_equal(again, hidden)
     assert (np.array(other) != touched_up).any()
@@ -110,9 +114,11 @@ def test_variations_and_margins(run, pipeline, folder, tmp_path):
     assert run("--keep=0.5", "--classes=cat:0.25,dog:0.75", source="wide/*") == 0
     expected = pipeline.edit(image, None, {"cat": 0.25, "dog": 0.75}, keep=0.5, **SAMPLING)
     np.testing.assert_array_equal(_read(tmp_path / "edits" / "c-0.png"), expected[..., 0])
-    assert run("--outpaint=0.5,0,0.3,0.2", "--classes=7", source="wide") == 0
+    out = tmp_path / "wide"
+    flags = "--outpaint=0.5,0,0.3,0.2", "--classes=7", f"--output={out}"
+    assert run(*flags, source="wide") == 0
     expected = pipeline.outpaint(image, "7", left=4, right=2, bottom=2, **SAMPLING)
-    np.testing.assert_array_equal(_read(tmp_path / "edits" / "c-0.png"), expected[..., 0])
+    np.testing.assert_array_equal(_read(out / "c-0.png"), expected[..., 0])
 
 
 @pytest.mark.parametrize(
@@ -178,6 +184,32 @@ def test_pictures_are_not_overwritten(refused, folder, tmp_path):
         refused(message, *flags)
     assert {path.name: path.read_bytes() for path in own.iterdir()} == before
     assert not (tmp_path / "o").exists()
+
+
+def test_edits_of_other_settings_are_not_replaced(run, refused, folder, tmp_path, capsys):
+    """The rule of `sample`: the same command is welcome again, others are refused."""
+    edits = tmp_path / "edits"
+    flags = "--keep=0.5", f"--input={folder}/a.png"
+    assert run(*flags) == 0
+    before = {path.name: path.read_bytes() for path in edits.iterdir()}
+    (edits / "a-0.png").unlink()
+    assert run(*flags, "--config.sampling.batch_size=3") == 0
+    capsys.readouterr()
+    for change, difference in {
+        "--seed=1": "seed = 0 but this run has 1",
+        "--keep=0.25": "keep = 0.5 but this run has 0.25",
+        "--classes=cat": 'classes = [null] but this run has ["cat"]',
+        "--num_images=2": "num_images = 1 but this run has 2",
+        "--config.sampling.num_iter=3": "sampling.num_iter = 2 but this run has 3",
+        "--box=0,0,1,0.5": 'mask_sha256 = "" but this run has',
+        f"--input={folder}/b.jpg": 'pictures = ["a.png"] but this run has ["b.jpg"]',
+    }.items():
+        mend = "set it back, remove the folder, or name another --output"
+        message = f"the images in {edits} have {difference}"
+        refused(message if "sha256" in difference else f"{message}; {mend}", *flags, change)
+    assert {path.name: path.read_bytes() for path in edits.iterdir()} == before
+    (edits / "settings.json").unlink()
+    refused("holds files, but no settings.json with their settings; remove the folder", *flags)
 
 
 def test_classes_and_mixtures_are_distinguished():

@@ -297,7 +297,7 @@ def test_pictures_of_other_settings_are_refused(sample, refuses, tmp_path):
         ("--format=webp", 'format = "png" but this run has "webp"'),
     ]:
         mend = "set it back, remove the folder, or name another --output"
-        message = f"the samples in {folder} have {difference}; {mend}"
+        message = f"the images in {folder} have {difference}; {mend}"
         refuses(message, "--format=png", flag)
     assert contents(folder) == before
     # The batch size does not determine the images.

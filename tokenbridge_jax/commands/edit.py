@@ -3,11 +3,15 @@
 Pictures are resized and cropped to a square, as in `tokenize`. --mask or --box names the part to
 redraw. --keep gives variations of the whole picture or of that part. --outpaint adds margins.
 Writes PICTURE-0.png, PICTURE-1.png, ... and `edits.png`, a sheet with one row per picture: the
-original, the mask, the edits. `config.sampling` has the settings, as for `tokenbridge sample`.
+original, the mask, the edits. Beside them, `settings.json` says what they depend on; a folder with
+edits of other pictures or settings is refused.
+
+`config.sampling` has the settings, as for `tokenbridge sample`.
 """
 
 import contextlib
 import glob
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -23,8 +27,11 @@ from jaxtyping import Bool, UInt8
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.commands.trained import load_pipeline
+from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.data.images import ImageError, center_crop, decode, open_picture
 from tokenbridge_jax.data.listing import EXTENSIONS, is_junk, is_picture, list_pictures
+from tokenbridge_jax.evaluation import generation
+from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import ClassId
 from tokenbridge_jax.runtime import pictures, storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -108,6 +115,8 @@ def main(args: flags.FlagValues) -> None:
     pixels = [patch * round(share * side / patch) for share in outpaint or (0, 0, 0, 0)]
     margins = dict(zip(SIDES, pixels, strict=True))
     seen = args.encode_hidden
+    facts = _facts(args, pipeline, paths, images, mask, class_ids, margins)
+    generation.claim_folder(output, facts, write=False)
     if outpaint is None:
         edited = pipeline.edit(repeated, keep=args.keep, encode_hidden=seen, **settings)
     elif any(pixels) or mask is not None:
@@ -117,12 +126,35 @@ def main(args: flags.FlagValues) -> None:
             f"--outpaint={','.join(map(str, outpaint))} rounds to nothing: margins are "
             f"multiples of {patch} of {side} pixels"
         )
+    generation.claim_folder(output, facts)
     if jax.process_index() > 0:
         return  # Every process has all the images; one writes them.
     for i, image in enumerate(edited):
         pictures.write_png(output / edit_name(paths[i // count], i % count), image)
     pictures.write_png(output / SHEET, sheet(images, mask, edited, margins))
     print(f"wrote {len(edited)} edits and edits.png to {output}")
+
+
+def _facts(
+    args: flags.FlagValues,
+    pipeline: Pipeline,
+    paths: list[Path],
+    images: UInt8[np.ndarray, "B H W I"],
+    mask: Bool[np.ndarray, "H W"] | None,
+    class_ids: list[ClassId],
+    margins: dict[str, int],
+) -> dict[str, Any]:
+    """What determines the files of a folder."""
+    settings = sampling_settings(args.config.sampling)
+    drawn = generation.describe(pipeline, settings, labels={"classes": class_ids}, seed=args.seed)
+    return {
+        "pictures": [path.name for path in paths],
+        "pictures_sha256": hashlib.sha256(images.tobytes()).hexdigest(),
+        "mask_sha256": "" if mask is None else hashlib.sha256(mask.tobytes()).hexdigest(),
+        "margins": margins,
+        **{name: args[name].value for name in ("num_images", "keep", "encode_hidden", "blend")},
+        **drawn,
+    }
 
 
 def picture_paths(given: str | None) -> list[Path]:

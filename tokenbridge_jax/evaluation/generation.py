@@ -97,25 +97,30 @@ def sample_folder(folder: epath.PathLike, facts: dict[str, Any]) -> epath.Path:
     return epath.Path(folder) / f"samples_{facts['checkpoint_step']}_{short_hash(facts)}"
 
 
-def claim_folder(folder: epath.PathLike, facts: Mapping[str, Any]) -> None:
-    """Keeps samples of other facts out of a folder, by a file in it with the facts.
+def claim_folder(folder: epath.PathLike, facts: Mapping[str, Any], *, write: bool = True) -> None:
+    """Keeps images of other facts out of a folder, by a file in it with the facts.
 
     Every process of a job must call this; the first one looks and writes.
 
+    Args:
+      folder: what to claim.
+      facts: everything that determines the images, as JSON.
+      write: False only looks, to refuse early what would be refused.
+
     Raises:
-      UserError: the folder holds samples of other facts, or files of unknown ones.
+      UserError: the folder holds images of other facts, or files of unknown ones.
     """
     refusal = ""
     if jax.process_index() == 0:
         try:
-            _claim(epath.Path(folder), json.loads(json.dumps(facts)))
+            _claim(epath.Path(folder), json.loads(json.dumps(facts)), write)
         except UserError as error:
             refusal = str(error)
     if refusal := processes.gather(refusal)[0]:
         raise UserError(refusal)
 
 
-def _claim(folder: epath.Path, facts: Mapping[str, Any]) -> None:
+def _claim(folder: epath.Path, facts: Mapping[str, Any], write: bool = True) -> None:
     path, mend = folder / FACTS_FILE, "remove the folder, or name another --output"
     # Before the look for the facts: another job may be the first to write them now.
     try:
@@ -127,6 +132,8 @@ def _claim(folder: epath.Path, facts: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{folder} holds files, but no {FACTS_FILE} with their settings; {mend}"
             )
+        if not write:
+            return
         storage.write_json(path, facts, storage.create_bytes)
     kept = storage.read_json(path)  # Of the job that was first, perhaps not of this one.
     if not isinstance(kept, dict):
@@ -134,7 +141,7 @@ def _claim(folder: epath.Path, facts: Mapping[str, Any]) -> None:
     if difference := first_difference(kept, facts):
         name, theirs, ours = difference
         raise UserError(
-            f"the samples in {folder} have {name} = {theirs} but this run has {ours}; set it back, "
+            f"the images in {folder} have {name} = {theirs} but this run has {ours}; set it back, "
             f"{mend}"
         )
 
