@@ -8,8 +8,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     "runtime",
     "ops",
-    "layers quantizer bottleneck channels transformer autoencoder autoencoder_blocks backbone "
-    "heads model loss",
+    "layers quantizer bottleneck channels transformer autoencoder autoencoder_blocks "
+    "autoencoder_config backbone heads model loss",
     "codec sampling flops",
     "data",
     "training torch_bridge",
