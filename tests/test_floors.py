@@ -13,7 +13,7 @@ FLOORS = (
     "codec sampling flops",
     "data",
     "training torch_bridge",
-    "config",
+    "config experiments",
     "pipeline",
     "evaluation",
     "benchmark preflight demo",

@@ -1,6 +1,5 @@
-"""Configs: the built-in experiments, the checks of values, and the typed parts made from them.
+"""Configs: the settings that may be `auto`, the checks of values, and the typed parts made of them.
 
-An experiment is a file of `configs/` whose `get_config(arg)` changes values of `configs/base.py`.
 Commands turn a config into typed parts for the modules below: the config of a model, a training
 recipe. `data/`, which makes images and shards, reads the sections `data`, `tokenize`, `quantizer`.
 """
@@ -9,18 +8,24 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import runpy
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
+
+# The files of experiments import some of these from here.
+from tokenbridge_jax.experiments import (  # noqa: F401
+    AUTO,
+    experiment,
+    experiment_file,
+    experiments,
+    parse_arg,
+    settable,
+)
 from tokenbridge_jax.model import DTYPES, HEADS, TokenBridgeConfig
 from tokenbridge_jax.quantizer import AnyQuantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes
@@ -35,80 +40,7 @@ from tokenbridge_jax.training.model_task import ModelTask
 from tokenbridge_jax.training.optimizer import OptimizerConfig
 from tokenbridge_jax.transformer import REMAT_POLICIES
 
-# --- Experiments ----------------------------------------------------------------------------------
-
-
-def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
-    """Parses the argument of an experiment, `key=value,flag`; types are those of the defaults.
-
-    Args:
-      arg: the text after the colon; a key alone means true.
-      **defaults: all keys with their default values.
-
-    Raises:
-      UserError: a key is unknown or a value has the wrong type.
-    """
-    parsed = ConfigDict(defaults)
-    for item in filter(None, (arg or "").split(",")):
-        key, equals, value = item.partition("=")
-        if key not in defaults:
-            raise UserError(
-                f"the config takes no argument '{key}'; it takes {', '.join(sorted(defaults))}"
-            )
-        kind = type(defaults[key])
-        if kind is bool:
-            if value.lower() not in ("", "true", "false"):
-                raise UserError(f"config argument {key}={value} must be true or false")
-            parsed[key] = value.lower() != "false"
-            continue
-        try:
-            parsed[key] = kind(value)
-        except ValueError:
-            raise UserError(f"config argument {key}={value} is not a {kind.__name__}") from None
-        if not equals:
-            raise UserError(f"config argument {key} needs a value: {key}=...")
-    return parsed
-
-
-def experiments() -> dict[str, Path]:
-    """The built-in experiments, name -> file, of an installed package or of a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "configs"
-    folder = inside if inside.is_dir() else package.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"}
-
-
-def experiment(name: str) -> ConfigDict:
-    """The config of a built-in experiment, without an argument; `base` has every key."""
-    return runpy.run_path(str(experiments()[name]))["get_config"]()
-
-
-def experiment_file(text: str) -> str:
-    """`NAME[:arg]` of a built-in experiment or `FILE.py[:arg]` -> `FILE.py[:arg]`.
-
-    Raises:
-      UserError: there is no experiment of this name; the message lists the built-in ones.
-    """
-    name, colon, argument = text.partition(":")
-    if name.endswith(".py") or os.sep in name:
-        return text
-    found = experiments()
-    if name not in found:
-        raise UserError(
-            f"there is no experiment '{name}'; the built-in ones are {', '.join(found)}, and a "
-            "file's name ends in .py"
-        )
-    return f"{found[name]}{colon}{argument}"
-
-
 # --- Settings that may be `auto` ------------------------------------------------------------------
-
-AUTO = "auto"
-
-
-def settable(value: Any = AUTO) -> FieldReference:
-    """A value of a config that values of other types may replace, in programs and by flags."""
-    return FieldReference(value, field_type=object)
 
 
 def given_settings(config: ConfigDict, devices: int) -> dict[str, Any]:
