@@ -63,7 +63,7 @@ def test_no_circles():
 
 
 def test_commands_do_not_import_each_other():
-    names = ("runner", "arguments", "failures", "trained")
+    names = ("runner", "arguments", "evaluate_flags", "failures", "trained")
     shared = {f"tokenbridge_jax.commands.{name}" for name in names}
     for module, imported in imports_by_module().items():
         if part(module) == "commands":
