@@ -292,7 +292,7 @@ def test_a_run_with_a_discriminator(programs, tmp_path, capsys, monkeypatch):
     assert found == expected
 
 
-def test_lpips_is_used_when_it_was_imported(programs, tmp_path, capsys, monkeypatch, vgg):
+def test_lpips_is_used_when_it_was_imported(tmp_path, capsys, monkeypatch, vgg):
     folder = tmp_path / "networks"
     monkeypatch.setattr(train_vae, "VALIDATION_IMAGES", 8)
     monkeypatch.setenv("TOKENBRIDGE_NETWORKS", str(folder))

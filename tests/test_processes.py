@@ -13,8 +13,8 @@ from PIL import Image
 
 from tokenbridge_jax.runtime.processes import EXIT_LOST
 
-STEPS = 30
-CONFIG = {"training.steps": STEPS, "training.checkpoint_every": 5, "training.eval_every": 10}
+STEPS = 15
+CONFIG = {"training.steps": STEPS, "training.checkpoint_every": 5, "training.eval_every": 5}
 # Waits for the other processes, unless it is the one that dies.
 MEMBER = """
 import os, signal, sys
@@ -115,4 +115,7 @@ def test_processes_that_find_different_folders_are_refused(trained, tmp_path):
         folders = [["--workdir", trained[2]], ["--workdir", tmp_path / "other"]]
         job = start_job(command, folders, devices=2, output=log)
     assert soak.end(job) == [2, 2]
-    assert "checkpoints: 30, none; give all of them the same" in (tmp_path / "log.txt").read_text()
+    assert (
+        f"checkpoints: {STEPS}, none; give all of them the same"
+        in (tmp_path / "log.txt").read_text()
+    )

@@ -143,10 +143,11 @@ def test_small_programs_take_what_they_must(topology, tmp_path):
     found = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout)
     figures = chips.parse_slice(topology).figures
     cores = figures.cores // figures.devices
-    at_peak = 2 * 4096 * 2048 * 2048 / figures.cycle_flops
+    at_peak = 2 * 2048 * 1024 * 1024 / figures.cycle_flops
     assert at_peak <= found["product"]["cycles"] <= 1.1 * at_peak
-    at_peak = 6 * 2 * 32**2 * 3**2 * 256**2 / figures.cycle_flops
-    assert 0.9 * at_peak <= found["exact"]["cycles"]
+    at_peak = 6 * 2 * 16**2 * 3**2 * 256**2 / figures.cycle_flops
+    # At this size six products take 1.6 to 2.1 times as long, and three 0.9 to 1.3 times.
+    assert 1.4 * at_peak <= found["exact"]["cycles"]
     copied = 2 * 4 * 4096 * 4096
     assert copied <= found["double"]["bytes"] <= 1.01 * copied
     assert found["double"]["bounds"] == ["HBM"]

@@ -16,7 +16,7 @@ from tokenbridge_jax.preflight.profile import read_profile
 
 
 def product(x, w):
-    """[4096, 2048] x [2048, 2048]."""
+    """[2048, 1024] x [1024, 1024]."""
     return x @ w
 
 
@@ -71,8 +71,8 @@ PROGRAMS = {
         ((2, 136), jnp.bool_),
         ((2,), jnp.uint32),
     ),
-    "product": (product, ((4096, 2048), jnp.bfloat16), ((2048, 2048), jnp.bfloat16)),
-    "exact": (exact, ((1, 32, 32, 256), jnp.float32), ((3, 3, 256, 256), jnp.float32)),
+    "product": (product, ((2048, 1024), jnp.bfloat16), ((1024, 1024), jnp.bfloat16)),
+    "exact": (exact, ((1, 16, 16, 256), jnp.float32), ((3, 3, 256, 256), jnp.float32)),
     "double": (double, ((4096, 4096), jnp.float32)),
     "cubes": (cubes, ((512, 128), jnp.float32)),
 }
