@@ -224,16 +224,17 @@ def _check_sampling(golden: dict[str, np.ndarray], config: TokenBridgeConfig, pa
     assert runs, "the file holds no samples"
     orders = jnp.asarray(golden["in/orders"], jnp.int32)
     pattern = r"sample/iter(\d+)_cfg([\d.]+)_(\w+)_temp([\d.]+)/latents_nchw"
-    for run in runs:
-        num_iter, guidance, schedule, temperature = re.fullmatch(pattern, run).groups()
-        settings = SamplingSettings(
-            int(num_iter), float(guidance), schedule, temperature=float(temperature)
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(diffusion, "draw_noise", given)
-            jax.clear_caches()  # Programs that draw noise themselves may be there.
-            found = generate(
-                config, params, Request(labels, jnp.arange(count), seed, orders), settings
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion, "draw_noise", given)
+        jax.clear_caches()  # Programs that draw noise themselves may be there.
+        for run in runs:
+            num_iter, guidance, schedule, temperature = re.fullmatch(pattern, run).groups()
+            settings = SamplingSettings(
+                int(num_iter), float(guidance), schedule, temperature=float(temperature)
             )
-        jax.clear_caches()
-        assert_close(found, positions_of(golden[run]), 1e-3, run)
+            request = Request(labels, jnp.arange(count), seed, orders)
+            found[run] = generate(config, params, request, settings)
+    jax.clear_caches()
+    for run in runs:
+        assert_close(found[run], positions_of(golden[run]), 1e-3, run)

@@ -262,6 +262,7 @@ def test_report_of_a_training_step(tmp_path, capsys, monkeypatch):
     flags = ["--config=configs/imagenet256.py:quick", "--topology=v5e:2x2", "--json"]
     flags += [f"--config.model.{name}={value}" for name, value in layers.items()]
     flags += ["--config.model.dropout=0.0", "--config.training.batch_size=8"]
+    flags += ["--config.model.dtype=bfloat16"]  # Products of float32 take longer to compile.
     assert runner.run("preflight", [*flags, f"--profile={tmp_path}/profile"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["chips"], report["settings"]["batch"], report["fits"]) == (4, 8, True)
