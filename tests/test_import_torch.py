@@ -151,29 +151,44 @@ def test_an_import_of_an_export_gives_the_same_workdir(imported, tmp_path, capsy
     assert ModelDescription.load(tmp_path / "own again").config == config
 
 
-@pytest.mark.parametrize("classes", [10, 12])
-def test_training_starts_with_the_imported_weights(without_average, tmp_path, capsys, classes):
-    """At learning rate 0 it also ends with them, except for a class table of another size."""
-    shutil.copytree(without_average, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "tokens").mkdir()
-    autoencoder, _ = load_autoencoder(tmp_path / "autoencoder")
+TRAIN = [
+    f"--config.training.{name}={value}"
+    for name, value in {
+        "batch_size": 8, "steps": 1, "warmup_steps": 0, "learning_rate": 0.0, "sample_every": 0,
+    }.items()
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_tokens(without_average):
+    """This workdir with shards for training."""
+    autoencoder, _ = load_autoencoder(without_average / "autoencoder")
+    (without_average / "tokens").mkdir()
     write_tokens(
-        tmp_path / "tokens",
+        without_average / "tokens",
         {"train": [16]},
         autoencoder=autoencoder,
-        autoencoder_hash=read_description(tmp_path / "autoencoder")["hash"],
+        autoencoder_hash=read_description(without_average / "autoencoder")["hash"],
         channel_order=KL16_CHANNEL_ORDER,
         channel_order_rule="kl16",
     )
-    settings = {
-        "batch_size": 8, "steps": 1, "warmup_steps": 0, "learning_rate": 0.0, "sample_every": 0,
-    }  # fmt: skip
-    train = [f"--config.training.{name}={value}" for name, value in settings.items()]
+    return without_average
+
+
+def test_training_with_other_sizes_is_refused(with_tokens, tmp_path, capsys):
+    shutil.copytree(with_tokens, tmp_path, dirs_exist_ok=True)
     for name, was, other in (("head_width", 32, 16), ("encoder_heads", 4, 8)):
-        assert run("train", tmp_path, *train, f"--config.model.{name}={other}") == 2
+        assert run("train", tmp_path, *TRAIN, f"--config.model.{name}={other}") == 2
         error = capsys.readouterr().err
         assert f"belongs to another run: model.{name} was {was}, is {other}" in error
-    assert run("train", tmp_path, *train, f"--config.data.num_classes={classes}") == 0
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize("classes", [10, 12])
+def test_training_starts_with_the_imported_weights(with_tokens, tmp_path, capsys, classes):
+    """At learning rate 0 it also ends with them, except for a class table of another size."""
+    shutil.copytree(with_tokens, tmp_path, dirs_exist_ok=True)
+    assert run("train", tmp_path, *TRAIN, f"--config.data.num_classes={classes}") == 0
     error = capsys.readouterr().err
     assert "continues from step 0 of 1" in error
     assert ("data.num_classes was 10, is 12" in error) == (classes == 12)
