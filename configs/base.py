@@ -89,7 +89,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         remat="auto",  # or none, dots, full
         scan_layers=settable("auto"),  # or True, False
         head_chunk=settable("auto"),  # or a number
-        float8=False,  # True: products of 8-bit floats, faster on NVIDIA's Hopper and newer
+        float8=False,  # True: products of 8-bit floats, meant for NVIDIA's Hopper and newer
     )
     config.training = _training_section() | dict(
         accumulation=settable("auto"),  # or a number
@@ -108,7 +108,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         guidance=1.0,
         guidance_schedule="linear",  # or constant
         guidance_interval=(0.0, 1.0),
-        guidance_every=1,  # steps
+        guidance_every=1,  # 2: the null branch runs in every second step with guidance
         temperature=1.0,
         order="random",  # or raster, halton, confidence
         choice_temperature=1.0,

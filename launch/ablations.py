@@ -45,6 +45,7 @@ from tokenbridge_jax.evaluation.metrics import frechet_distance
 from tokenbridge_jax.evaluation.moments import gaussian
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, storage
+from tokenbridge_jax.runtime.differences import first_difference
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.metric_writer import read_metrics
 
@@ -130,15 +131,21 @@ def check_rows(
         parser.error(f"{wrong[0]} is neither --config.section.key=value nor one of {list(rows)}")
 
 
-def keep_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of all results of a folder.
+def checked_settings(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of all results of a folder as JSON, for the file that keeps them.
 
     Raises:
       UserError: the folder has results of other settings.
     """
-    if path.exists() and storage.read_json(path) != settings:
-        raise UserError(f"{path} has other settings; use another --workdir")
-    storage.write_json(path, settings)
+    settings = json.loads(json.dumps(settings, default=str))
+    found = path.exists() and first_difference(storage.read_json(path), settings)
+    if found:
+        name, kept, ours = found
+        raise UserError(
+            f"{path} has other settings: {name} = {kept}, and now it is {ours}; use another "
+            "--workdir"
+        )
+    return settings
 
 
 def _data_flags(data: str) -> list[str]:
@@ -162,7 +169,8 @@ def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, 
     """
     study.workdir.mkdir(parents=True, exist_ok=True)
     settings = {"flags": list(study.flags), "samples": study.samples}
-    keep_settings(study.workdir / "study.json", settings)
+    kept = study.workdir / "study.json"
+    storage.write_json(kept, checked_settings(kept, settings))
 
     # Row -> the first row that is the same experiment.
     first: dict[str, str] = {}

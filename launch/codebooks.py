@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ablations import check_rows, keep_settings, link, once, run_logged
+from ablations import check_rows, checked_settings, link, once, run_logged
 from cifar10_classifier import Classifier, classifier
 from cifar10_features import Extract, lite0
 from jaxtyping import Float, UInt8
@@ -98,6 +98,8 @@ def main() -> int:
     args, flags = parser.parse_known_args()
     names = args.autoencoders.split(",")
     check_rows(parser, names, flags, AUTOENCODERS)
+    if args.pictures < 2:
+        parser.error(f"--pictures={args.pictures} must be 2 or more")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
     try:
         found = compare(args.run, args.workdir, names, args.pictures, flags)
@@ -123,12 +125,14 @@ def compare(
       ImageError: a picture is broken.
     """
     config = run_config(run, *flags)
-    settings = {"run": str(run), "pictures": count, "flags": list(flags)}
-    keep_settings(workdir / "comparison.json", settings)
+    kept = workdir / "comparison.json"
+    settings = checked_settings(kept, {"run": run, "pictures": count, "flags": flags})
+    workdir.mkdir(parents=True, exist_ok=True)
     known = run / "scores" / "classifier.npz"
     if known.exists() and not (workdir / known.name).exists():
         shutil.copy(known, workdir)  # Of other pictures, another one replaces the copy.
     originals = Originals.of(workdir, config, count)
+    storage.write_json(kept, settings)
     storage.write_npz(workdir / "shown.npz", {"images": spread(originals.pictures.images)[None]})
 
     def of_autoencoder(name: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from ablations import (
     check_rows,
-    keep_settings,
+    checked_settings,
     link,
     mean_and_error,
     mean_log2_cell,
@@ -171,9 +171,10 @@ def compare(comparison: Comparison, names: Sequence[str], seeds: int) -> list[di
         failed.
     """
     config = run_config(comparison.run)
-    settings = json.loads(json.dumps(dataclasses.asdict(comparison), default=str))
-    keep_settings(comparison.workdir / "comparison.json", settings)
+    kept = comparison.workdir / "comparison.json"
+    settings = checked_settings(kept, dataclasses.asdict(comparison))
     scorer = Scorer.of(comparison.run, config)
+    storage.write_json(kept, settings)
     runs = [one_run(comparison, scorer, *run) for run in itertools.product(range(seeds), names)]
     return [{"name": n, "runs": [run for run in runs if run["name"] == n]} for n in names]
 
@@ -316,7 +317,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         chosen = (f"{run['guidance']:g}, {run['temperature']:g}" for run in row["runs"])
         cells = [f"`{row['name']}`", "; ".join(dict.fromkeys(chosen))]
         for measure, (_, decimals) in MEASURES.items():
-            if row["runs"][0][measure] is None:
+            if row["runs"][0].get(measure) is None:
                 cells.append("-")
                 continue
             mean, error = mean_and_error(row, measure)

@@ -15,6 +15,8 @@ from toy import toy_training
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig, load_autoencoder
 from tokenbridge_jax.commands import runner, train_vae
+from tokenbridge_jax.commands.train_vae import make_task
+from tokenbridge_jax.config import experiment
 from tokenbridge_jax.evaluation import lpips, pixels
 from tokenbridge_jax.evaluation.features import ThumbnailExtractor, thumbnails
 from tokenbridge_jax.evaluation.metrics import frechet_distance
@@ -82,6 +84,15 @@ def test_widths_that_have_no_groups_are_refused(channels, layers, width):
     message = f"a discriminator of {channels} channels has a layer of {width}, which must be below"
     with pytest.raises(UserError, match=message):
         Adversary(1.0, channels=channels, layers=layers)
+
+
+def test_a_start_after_the_end_is_refused():
+    config = experiment("digits")
+    config.vae_training.update(steps=10, adversarial_weight=0.5, adversarial_start=10)
+    with pytest.raises(
+        UserError, match=r"adversarial_start=10 is not below vae_training\.steps=10"
+    ):
+        make_task(config)
 
 
 def test_too_small_images_are_refused():

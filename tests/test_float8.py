@@ -34,12 +34,17 @@ E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 LARGEST = {E4M3: 2.0**8, E5M2: 2.0**15}  # The largest number gets below this.
 
 
-def rounded(x: np.ndarray, dtype) -> np.ndarray:
-    """An array through an 8-bit dtype, in float64, with a power of two as its scale."""
-    x = np.asarray(x, np.float64)
-    largest = np.abs(x).max()
-    scale = LARGEST[dtype] / 2.0 ** np.floor(np.log2(largest) + 1) if largest else 1.0
-    return (x * scale).astype(np.float32).astype(dtype).astype(np.float64) / scale
+def scale_of(x: np.ndarray, dtype, axes=None) -> np.ndarray:
+    """The power of two that takes the largest number along some axes below `LARGEST`."""
+    largest = np.abs(np.asarray(x, np.float64)).max(axis=axes, keepdims=True)
+    return LARGEST[dtype] / 2.0 ** np.floor(np.log2(largest) + 1)
+
+
+def rounded(x: np.ndarray, dtype, axes=None) -> np.ndarray:
+    """An array through an 8-bit dtype, in float64, with one scale along some axes."""
+    scale = scale_of(x, dtype, axes)
+    scaled = np.asarray(x, np.float64) * scale
+    return scaled.astype(np.float32).astype(dtype).astype(np.float64) / scale
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -53,12 +58,15 @@ def test_arrays_are_rounded_to_8_bits_by_a_power_of_two(dtype, size: float):
     assert LARGEST[dtype] / 2 <= np.abs(np.asarray(found.values, np.float32)).max()
 
 
-def test_zeros_stay_and_what_is_not_finite_spreads():
+def test_zeros_stay_and_what_is_not_finite_spoils_its_own_token():
     found = scaled(jnp.zeros(3), E4M3)
     assert (np.asarray(found.values, np.float32) * np.asarray(found.scale) == 0).all()
     for value in (jnp.nan, jnp.inf):
-        y = float8_product(jnp.array([[1.0, value]]), jnp.ones((2, 1)), 1)
-        assert not np.isfinite(y).any()
+        y = float8_product(jnp.array([[1.0, value], [2.0, 3.0]]), jnp.ones((2, 1)), 1)
+        assert np.isfinite(y).tolist() == [[False], [True]]
+        _, backward = jax.vjp(lambda x: float8_product(x, jnp.ones((2, 1)), 1), jnp.ones((2, 2)))
+        (d_x,) = backward(jnp.array([[value], [1.0]]))
+        assert np.isfinite(d_x).tolist() == [[False] * 2, [True] * 2]
 
 
 @pytest.mark.parametrize(
@@ -75,13 +83,18 @@ def test_product_and_gradients_are_those_of_rounded_arrays(x_shape, kernel_shape
         y, backward = jax.vjp(lambda x, kernel: float8_product(x, kernel, axes), x, kernel)
         return y, *backward(d_y)
 
-    x8, kernel8, d_y8 = rounded(x, E4M3), rounded(kernel, E4M3), rounded(d_y, E5M2)
-    outputs = list(range(axes, kernel.ndim)), list(range(x.ndim - axes, d_y.ndim))
-    rows = list(range(x.ndim - axes))
+    tokens = x.ndim - axes
+    inputs, outputs = tuple(range(tokens, x.ndim)), tuple(range(tokens, d_y.ndim))
+    x8, kernel8 = rounded(x, E4M3, inputs), rounded(kernel, E4M3)
+    # The sum over tokens is of their 8-bit values, times gradients with the tokens' scales.
+    x_scale = scale_of(x, E4M3, inputs)
+    of_token = x_scale.reshape(*x_scale.shape[:tokens], *[1] * len(outputs))
+    weighted = rounded(np.asarray(d_y, np.float64) / of_token, E5M2)
+    rows = list(range(tokens))
     expected = (
         np.tensordot(x8, kernel8, axes),
-        np.tensordot(d_y8, kernel8, outputs[::-1]),
-        np.tensordot(x8, d_y8, (rows, rows)),
+        np.tensordot(rounded(d_y, E5M2, outputs), kernel8, (outputs, range(axes, kernel.ndim))),
+        np.tensordot(x8 * x_scale, weighted, (rows, rows)),
     )
     for array, right in zip(run(x, kernel, d_y), expected, strict=True):
         assert array.dtype == dtype
@@ -139,15 +152,20 @@ def test_gradients_on_a_mesh_are_near_those_of_float32():
     assert 0.001 < np.linalg.norm(ours - exact) / np.linalg.norm(exact) < 0.1
 
 
-def test_samples_are_near_and_do_not_depend_on_the_batch_size():
-    """The likeliest indices of one step, with orders and weights as in float32."""
-    params, settings = random_params(TINY), SamplingSettings(1, temperature=0.0)
-    labels = random_batch(TINY, 8)["labels"]
+def test_samples_are_near_those_of_float32_and_do_not_depend_on_the_batch_size():
+    params = random_params(TINY)
+    labels = random_batch(TINY, 16)["labels"]
 
-    def draw(config, some: list[int]) -> np.ndarray:
+    def draw(config, some: list[int], settings: SamplingSettings) -> np.ndarray:
         numbers = np.array(some, np.int32)
         return np.asarray(generate(config, params, Request(labels[some], numbers), settings))
 
-    together = draw(tiny(float8=True), [*range(8)])
-    np.testing.assert_array_equal(draw(tiny(float8=True), [6, 2]), together[[6, 2]])
-    assert 0.7 < (draw(TINY, [*range(8)]) == together).mean() < 1
+    # Four steps, so that what is drawn depends on what was drawn before.
+    steps, float8 = SamplingSettings(4), tiny(float8=True)
+    together = draw(float8, [*range(16)], steps)
+    apart = [draw(float8, [i, i + 1], steps) for i in range(0, 16, 2)]
+    assert (np.concatenate(apart) == together).mean() > 0.99
+    # The likeliest indices of one step.
+    likeliest = SamplingSettings(1, temperature=0.0)
+    exact = draw(TINY, [*range(16)], likeliest)
+    assert 0.7 < (exact == draw(float8, [*range(16)], likeliest)).mean() < 1

@@ -1,5 +1,7 @@
 """Compares what `preflight/hlo.py` reads from programs with counts by hand."""
 
+import pytest
+
 from tokenbridge_jax.preflight.hlo import Collective, read_program
 
 # Text like that of a TPU program: a loop of 14 runs with collectives of every form. The all-gather
@@ -141,6 +143,12 @@ ENTRY %main (param: f32[14,512]) -> f32[14,512] {
   ROOT %copy.1 = f32[14,512]{1,0:T(8,128)} copy(%param)
 }
 """
+
+
+@pytest.mark.parametrize("dtype", ["f8e4m3fn", "f8e5m2"])
+def test_arrays_of_8_bit_floats_have_a_size(dtype: str):
+    found = read_program(TRAFFIC_HLO.replace("f32[", f"{dtype}["))
+    assert found.traffic == read_program(TRAFFIC_HLO).traffic / 4
 
 
 def test_memory_traffic_of_a_program():

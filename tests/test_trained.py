@@ -56,5 +56,6 @@ def test_what_training_has_fixed_is_refused(model, tmp_path, capsys, flag, messa
 
 
 def test_other_settings_are_refused_in_python(model):
-    with pytest.raises(UserError, match="drawing has head, not one of head_steps, head_solver"):
-        Pipeline.load(model, drawing={"head": "parallel"})
+    for name in ("head", "dtype"):
+        with pytest.raises(UserError, match=f"drawing has {name}, not one of head_steps, head_sol"):
+            Pipeline.load(model, drawing={name: "parallel"})

@@ -145,6 +145,8 @@ class TokenBridgeConfig:
                 )
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"model.remat='{self.remat}' is not one of {', '.join(REMAT_POLICIES)}")
+        if type(self.float8) is not bool:
+            raise UserError(f"model.float8={self.float8!r} must be True or False")
         if self.dtype not in DTYPES:
             raise UserError(f"model.dtype='{self.dtype}' is not one of {', '.join(DTYPES)}")
 

@@ -65,6 +65,12 @@ def main(args: flags.FlagValues) -> int:
     if args.sample:
         # On TPUs `auto` trains deep models with scanned layers, and they sample so.
         config = filled(config, Settings(scan_layers=True))
+        if config.sampling.guidance_every > 1:
+            raise UserError(
+                "--sample cannot estimate sampling.guidance_every="
+                f"{config.sampling.guidance_every}: it would count both branches in every step; "
+                "leave it out"
+            )
         report = check_apart(config, where, sample=True, profile=args.profile)
     else:
         report = check_auto(config, where, args.profile)

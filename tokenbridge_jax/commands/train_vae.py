@@ -113,6 +113,12 @@ def make_task(config: ConfigDict, network: Network | None = None) -> Autoencoder
         distance = _distance(network, compute_dtype(section.dtype))
         perceptual = Perceptual(section.perceptual_weight, distance)
     if section.adversarial_weight:
+        if section.steps is not None and section.adversarial_start >= section.steps:
+            raise UserError(
+                f"vae_training.adversarial_start={section.adversarial_start} is not below "
+                f"vae_training.steps={section.steps}, so there would be no discriminator; set it "
+                "lower, or adversarial_weight=0"
+            )
         adversary = Adversary(
             section.adversarial_weight,
             section.adversarial_start,

@@ -17,6 +17,7 @@ from jaxtyping import Int, Shaped
 
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.evaluation.image_sets import ImageSet, rgb
+from tokenbridge_jax.model import DRAWING_FIELDS
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
 from tokenbridge_jax.runtime.differences import first_difference
@@ -70,6 +71,7 @@ def describe(
         "checkpoint_step": pipeline.step,
         "weights": "EMA",
         "weights_sha256": weights_sha256(pipeline.params, pipeline.step),
+        "drawing": {name: getattr(pipeline.config, name) for name in DRAWING_FIELDS},
         "model_json_sha256": hashlib.sha256(model.encode()).hexdigest(),
         "autoencoder_sha256": pipeline.description.autoencoder_hash,
         "model_dtype": pipeline.config.dtype,

@@ -104,9 +104,10 @@ class Pipeline:
             raise UserError(f"workdir {workdir} does not exist; check --workdir")
         mesh = mesh or meshes.make_mesh(devices=jax.local_devices())
         description = ModelDescription.load(workdir)
-        changes = dict(drawing or {}) | ({} if dtype is None else {"dtype": dtype})
-        if wrong := changes.keys() - {*DRAWING_FIELDS, "dtype"}:
+        changes = dict(drawing or {})
+        if wrong := changes.keys() - {*DRAWING_FIELDS}:
             raise UserError(f"drawing has {min(wrong)}, not one of {', '.join(DRAWING_FIELDS)}")
+        changes |= {} if dtype is None else {"dtype": dtype}
         if changes:
             config = dataclasses.replace(description.config, **changes)
             description = dataclasses.replace(description, config=config)

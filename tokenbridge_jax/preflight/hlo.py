@@ -14,7 +14,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*{\n((?:  .*\n)*)", re.MULTILINE)
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)")
-_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]({[^}]*})?")
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)(?:e\w+)?)\[([\d,]*)\]({[^}]*})?")
 
 # Instructions that move nothing, or that are the uncounted half of a pair.
 _FREE = {
