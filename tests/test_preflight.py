@@ -301,6 +301,13 @@ def test_mistakes_are_one_line(flag, named, refused):
     refused("preflight", named, ["--topology=v5e:2x2", *quick, flag])
 
 
+def test_a_sampler_with_conditions_is_refused(refused):
+    flags = ["--sample", "--topology=v5e:2x2", "--config=digits"]
+    refused(
+        "preflight", "sampling.guidance_every=2", [*flags, "--config.sampling.guidance_every=2"]
+    )
+
+
 def test_every_tpu_type_is_a_topology():
     lines = shell(
         """for type in $TPU_TYPES; do tpu_type "$type"
