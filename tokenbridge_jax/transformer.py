@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -70,11 +71,12 @@ def block_flops(tokens: Any, attended: Any, width: int, modulation: int = 0) -> 
     return linear + 4 * tokens * attended * width
 
 
-class Window(NamedTuple):
+@flax.struct.dataclass
+class Window:
     """`size` neighbouring places of a sequence, from a traced `start` on."""
 
     start: Int[Array, ""]
-    size: int
+    size: int = flax.struct.field(pytree_node=False)
 
     def cut(self, x: jax.Array) -> jax.Array:
         """The places of the window: `[N, T, ...]` -> `[N, size, ...]`."""
@@ -318,6 +320,17 @@ def _layers(stacked: dict[str, Any]) -> list[dict[str, Any]]:
     return [jax.tree.unflatten(structure, layer) for layer in layers]
 
 
+@functools.cache
+def _jitted(block: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A block that is traced and lowered once for all layers and stages with the same shapes.
+
+    The compiler puts the calls into one program again: only the time before it falls.
+    """
+    policy = REMAT_POLICIES[remat]
+    methods = [name for name in ("__call__", "modulated") if hasattr(block, name)]
+    return nn.jit(block if policy is None else nn.remat(block, policy=policy), methods=methods)
+
+
 def stack_layers(
     block: type[nn.Module],
     layers: int,
@@ -335,12 +348,13 @@ def stack_layers(
         parameters have a leading axis of size `layers`; or to make an `Unrolled`.
       unroll: layers that one step of the scan contains.
     """
+    if not scan_layers:
+        made = _jitted(block, remat)
+        return lambda *arguments: Unrolled(functools.partial(made, *arguments), layers)
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         # A scan's backward pass cannot be merged with its forward pass: it needs no barrier.
-        block = nn.remat(block, prevent_cse=not scan_layers, policy=policy)
-    if not scan_layers:
-        return lambda *arguments: Unrolled(functools.partial(block, *arguments), layers)
+        block = nn.remat(block, prevent_cse=False, policy=policy)
     return nn.scan(
         block,
         length=layers,
