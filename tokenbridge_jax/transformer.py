@@ -9,7 +9,7 @@ over depth. Dropout is on if and only if `apply` gets a "dropout" key, which onl
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import flax
 import flax.linen as nn
@@ -321,7 +321,7 @@ def _layers(stacked: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _jitted(block: type[nn.Module], remat: str) -> type[nn.Module]:
+def _jitted(block: Any, remat: str) -> Any:
     """A block that is traced and lowered once for all layers and stages with the same shapes.
 
     The compiler puts the calls into one program again: only the time before it falls.
@@ -349,7 +349,7 @@ def stack_layers(
       unroll: layers that one step of the scan contains.
     """
     if not scan_layers:
-        made = _jitted(block, remat)
+        made = _jitted(cast(Any, block), remat)
         return lambda *arguments: Unrolled(functools.partial(made, *arguments), layers)
     policy = REMAT_POLICIES[remat]
     if policy is not None:
