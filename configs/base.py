@@ -51,6 +51,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         adversarial_start=0,
         discriminator_channels=64,
         discriminator_layers=3,
+        discriminator_rate=1.0,  # of learning_rate
         dtype="float32",
     )
     config.quantizer = dict(  # An autoencoder with a codebook has its own levels and range.

@@ -37,6 +37,20 @@ def reference_adamw(params, gradients, config, rates):
     return params
 
 
+def test_the_discriminator_has_its_own_rate():
+    """Adam's first update is the learning rate times the sign of the gradient."""
+    params = {"decoder": {"bias": jnp.ones(3)}, "discriminator": {"bias": jnp.ones(3)}}
+    gradient = jnp.array([1.0, -2.0, 3.0])
+    config = OptimizerConfig(0.1, 5, clip=0.0, weight_decay=0.0, discriminator_rate=0.25)
+    optimizer, _ = make_optimizer(config)
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(jax.tree.map(lambda _: gradient, params), state, params)
+    for name, rate in (("decoder", 0.1), ("discriminator", 0.025)):
+        np.testing.assert_allclose(updates[name]["bias"], -rate * np.sign(gradient), rtol=1e-5)
+    plain, _ = make_optimizer(OptimizerConfig(0.1, 5, clip=0.0))
+    assert jax.tree.structure(state) == jax.tree.structure(plain.init(params))
+
+
 @pytest.mark.parametrize("clip", [0.0, 1.0, 100.0])
 def test_adamw_with_clip_and_decay_equals_numpy(clip):
     rng = np.random.default_rng(0)

@@ -150,7 +150,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("keep_every eval_every sample_every every", "0 (never) or more", lambda value: value >= 0),
     (
         "epochs warmup_epochs learning_rate weight_decay clip kl_weight commitment_weight "
-        "entropy_weight perceptual_weight adversarial_weight",
+        "entropy_weight perceptual_weight adversarial_weight discriminator_rate",
         "a finite number, 0 or more",
         lambda value: 0 <= value < math.inf,
     ),
@@ -408,6 +408,10 @@ def optimizer_config(config: ConfigDict, name: str, steps_per_epoch: int) -> Opt
         warmup_steps=warmup,
         schedule=section.schedule,
         decay_head=section.get("decay_head", True),
+        # Only if there is one.
+        discriminator_rate=float(
+            section.discriminator_rate if section.get("adversarial_weight") else 1
+        ),
         **{key: float(section[key]) for key in numbers},
     )
 

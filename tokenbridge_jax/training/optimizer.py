@@ -34,6 +34,7 @@ class OptimizerConfig:
       weight_decay: decoupled, multiplied by the learning rate as in AdamW.
       clip: largest global norm of the gradient; 0 does not clip.
       decay_head: whether the parameters of a model's head decay.
+      discriminator_rate: of an autoencoder's discriminator, relative to the learning rate.
     """
 
     learning_rate: float
@@ -45,6 +46,7 @@ class OptimizerConfig:
     weight_decay: float = 0.02
     clip: float = 1.0
     decay_head: bool = True
+    discriminator_rate: float = 1.0
 
 
 def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -94,6 +96,19 @@ def decay_mask(params: Any, decay_head: bool = True) -> Any:
     return jax.tree.map_with_path(decays, params)
 
 
+def _scale_discriminator(
+    scaling: optax.GradientTransformation, factor: float
+) -> optax.GradientTransformation:
+    """Multiplies the updates of the discriminator; the state stays as it is."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = scaling.update(updates, state, params)
+        scaled = jax.tree.map(lambda update: factor * update, updates["discriminator"])
+        return {**updates, "discriminator": scaled}, state
+
+    return optax.GradientTransformation(scaling.init, update)
+
+
 def make_optimizer(config: OptimizerConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The gradient transformation of one update, and its learning rate schedule.
 
@@ -102,11 +117,14 @@ def make_optimizer(config: OptimizerConfig) -> tuple[optax.GradientTransformatio
     """
     schedule = learning_rate_schedule(config)
     mask = functools.partial(decay_mask, decay_head=config.decay_head)
+    scaling: Any = optax.scale_by_learning_rate(schedule)
+    if config.discriminator_rate != 1:
+        scaling = _scale_discriminator(scaling, config.discriminator_rate)
     optimizer = optax.chain(
         # Without clipping the state has the same structure: a run may change its clip.
         clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=ADAM_EPS),
         optax.add_decayed_weights(config.weight_decay, mask=mask),
-        optax.scale_by_learning_rate(schedule),
+        scaling,
     )
     return optimizer, schedule
