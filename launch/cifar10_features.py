@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
+from ml_collections import ConfigDict
 from sklearn.neighbors import NearestNeighbors
 
 from tokenbridge_jax.codec import in_batches
@@ -68,6 +69,15 @@ def lite0() -> Extract:
             return in_batches(counted, np.ascontiguousarray(images), BATCH[device.type])
 
     return extract
+
+
+def check_rgb(config: ConfigDict) -> None:
+    """Raises `UserError` if a run's pictures are grey."""
+    if (channels := config.data.image_channels) != 3:
+        raise UserError(
+            "the features need RGB pictures, such as those of a run of launch/cifar10.sh; this run "
+            f"has data.image_channels={channels}"
+        )
 
 
 def digest(*parts: Any) -> str:

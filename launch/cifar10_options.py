@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from cifar10_classifier import Classifier, classifier
-from cifar10_features import Extract, lite0
+from cifar10_features import Extract, check_rgb, lite0
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from score_cifar10 import read
@@ -58,7 +58,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=storage.local_path, required=True)
-    parser.add_argument("--samples", type=int, default=10_000, help="pictures for every value")
+    parser.add_argument(
+        "--samples", type=int, default=10_000, help="pictures for every value (%(default)s)"
+    )
     parser.add_argument("--options", default=",".join(OPTIONS), help="which; the default is all")
     args = parser.parse_args()
     names = args.options.split(",")
@@ -103,6 +105,7 @@ class Scorer:
         Raises:
           UserError: there are none, or not of all training pictures.
         """
+        check_rgb(config)
         train = make_subsets(config)["train"]
         file = workdir / "scores" / "train.npz"
         real = storage.read_npz(file)["features"] if file.exists() else np.zeros((0, 0))

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from ablations import check_rows, checked_settings, link, once, run_logged
 from cifar10_classifier import Classifier, classifier
-from cifar10_features import Extract, lite0
+from cifar10_features import Extract, check_rgb, lite0
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from score_cifar10 import Pictures, read
@@ -91,7 +91,9 @@ def main() -> int:
     )
     parser.add_argument("--run", type=storage.local_path, required=True)
     parser.add_argument("--workdir", type=storage.local_path, required=True)
-    parser.add_argument("--pictures", type=int, default=10_000, help="most that are reconstructed")
+    parser.add_argument(
+        "--pictures", type=int, default=10_000, help="most that are reconstructed (%(default)s)"
+    )
     parser.add_argument(
         "--autoencoders", default=",".join(AUTOENCODERS), help="which; the default is all"
     )
@@ -238,6 +240,7 @@ class Originals:
           UserError: there are none, or the network of the features is not installed.
           ImageError: a picture is broken.
         """
+        check_rgb(config)
         extract, subsets = lite0(), make_subsets(config)
         split = "validation" if "validation" in subsets else "train"
         size = config.data.image_size

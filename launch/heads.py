@@ -139,10 +139,16 @@ def main() -> int:
     parser.add_argument("--run", type=storage.local_path, required=True)
     parser.add_argument("--workdir", type=storage.local_path, required=True)
     parser.add_argument("--heads", default=",".join(ROWS), help="rows; the default is all")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of training, for each head")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each head")
-    parser.add_argument("--samples", type=int, default=10_000, help="pictures of every score")
-    parser.add_argument("--tuning", type=int, default=2000, help="pictures to choose guidance by")
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="of training, for each head (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each head (%(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=10_000, help="pictures of every score (%(default)s)"
+    )
+    parser.add_argument(
+        "--tuning", type=int, default=2000, help="pictures to choose guidance by (%(default)s)"
+    )
     args, flags = parser.parse_known_args()
     names = args.heads.split(",")
     check_rows(parser, names, flags, ROWS)

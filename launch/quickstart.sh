@@ -3,6 +3,11 @@
 # its own environment in .venv and writes pictures and all other files to WORKDIR.
 #   bash launch/quickstart.sh [WORKDIR]     (default: runs/quickstart; a second start continues)
 set -euo pipefail
+case ${1:-} in -*)
+  echo "usage: bash launch/quickstart.sh [WORKDIR]" >&2
+  exit 2
+  ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$(date +%s)
 workdir=${1:-runs/quickstart}

@@ -18,6 +18,7 @@ import pytest
 from checkout import LAUNCH, Checkout
 from PIL import Image
 
+from tokenbridge_jax.config import experiment
 from tokenbridge_jax.evaluation.features import thumbnails
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -215,8 +216,12 @@ def test_the_table_and_the_picture_of_options(tmp_path):
 def test_options_need_the_features_of_all_training_pictures(tmp_path, monkeypatch):
     subset = SimpleNamespace(images=np.arange(5))
     monkeypatch.setattr(options, "make_subsets", lambda config: {"train": subset})
+    config = experiment("base")
     with pytest.raises(UserError, match=r"train.npz has not the features of the 5 training pict"):
-        options.Scorer.of(tmp_path, None)
+        options.Scorer.of(tmp_path, config)
+    config.data.image_channels = 1
+    with pytest.raises(UserError, match="the features need RGB pictures"):
+        options.Scorer.of(tmp_path, config)
 
 
 # --- The archive ----------------------------------------------------------------------------------
@@ -364,6 +369,36 @@ def test_the_script_runs_every_command_and_samples_once(checkout, tmp_path):
     assert [arguments[0] for arguments in commands] == ["train-vae", "tokenize", "train"]
     assert "configs/cifar10.py:size=S" in commands[0]
     assert "--pictures" not in python[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--help"], "usage: bash launch/cifar10.sh DATA"),
+        (["d", "w", "--config.seed=1"], "flags come after the third word"),
+    ],
+)
+def test_wrong_words_are_named(checkout, words: list[str], message: str):
+    error = checkout.run("cifar10.sh", *words, status=2)
+    assert error.count("\n") == 1
+    assert message in error
+    assert not checkout.calls("tokenbridge")
+
+
+def test_an_environment_without_torch_is_named_before_anything_is_trained(checkout, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    environment = tmp_path / "bare"
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin/python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    error = checkout.run(
+        "cifar10.sh", str(tmp_path), str(tmp_path / "w"), VIRTUAL_ENV=str(environment), status=2
+    )
+    assert error.count("\n") == 1
+    assert "its extra torch" in error
+    assert not checkout.calls("tokenbridge")
 
 
 def test_the_script_names_a_folder_without_pictures(checkout, tmp_path):

@@ -201,12 +201,12 @@ def test_edits_of_other_settings_are_not_replaced(run, refused, folder, tmp_path
         "--classes=cat": 'classes = [null] but this run has ["cat"]',
         "--num_images=2": "num_images = 1 but this run has 2",
         "--config.sampling.num_iter=3": "sampling.num_iter = 2 but this run has 3",
-        "--box=0,0,1,0.5": 'mask_sha256 = "" but this run has',
+        "--box=0,0,1,0.5": 'mask = "" but this run has',
         f"--input={folder}/b.jpg": 'pictures = ["a.png"] but this run has ["b.jpg"]',
     }.items():
         mend = "set it back, remove the folder, or name another --output"
         message = f"the images in {edits} have {difference}"
-        refused(message if "sha256" in difference else f"{message}; {mend}", *flags, change)
+        refused(message if "mask" in difference else f"{message}; {mend}", *flags, change)
     assert {path.name: path.read_bytes() for path in edits.iterdir()} == before
     (edits / "settings.json").unlink()
     refused("holds files, but no settings.json with their settings; remove the folder", *flags)

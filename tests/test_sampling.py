@@ -34,6 +34,7 @@ from tokenbridge_jax.sampling.schedule import (
     guidance_scales,
     hidden_counts,
     make_plan,
+    make_settings,
 )
 
 GREEDY = SamplingSettings(num_iter=4, temperature=0.0)
@@ -107,6 +108,12 @@ def test_thirds_are_floored_in_float64():
 def test_settings_out_of_range_are_named(field: str, value, message: str):
     with pytest.raises(UserError, match=message):
         SamplingSettings(**{field: value})
+
+
+def test_unknown_settings_are_named():
+    assert make_settings({"num_iter": 3}) == SamplingSettings(num_iter=3)
+    with pytest.raises(UserError, match="temprature is no setting of sampling; these are: num_it"):
+        make_settings({"temprature": 1})
 
 
 @pytest.mark.parametrize(("positions", "num_iter"), GRID)

@@ -108,6 +108,10 @@ def test_bad_sources_are_named(tmp_path):
         ({"source": "folder"}, r"data\.path is not set"),
         ({"source": "webdataset"}, "must be folder, tfds or digits"),
         ({"source": "digits", "num_classes": 5}, "num_classes=10"),
+        (
+            {"source": "digits", "path": "/pictures"},
+            "path='/pictures' has no effect on data.source",
+        ),
         *[({"source": "digits", "image_channels": n}, f"is {n}; it must be 3") for n in (0, 2, 4)],
         ({"source": "digits", "split": "test"}, "'test'"),
         ({"source": "tfds", "path": str(tmp_path)}, "TFDS data directory"),

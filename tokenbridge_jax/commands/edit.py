@@ -150,7 +150,7 @@ def _facts(
     return {
         "pictures": [path.name for path in paths],
         "pictures_sha256": hashlib.sha256(images.tobytes()).hexdigest(),
-        "mask_sha256": "" if mask is None else hashlib.sha256(mask.tobytes()).hexdigest(),
+        "mask": "" if mask is None else hashlib.sha256(mask.tobytes()).hexdigest(),
         "margins": margins,
         **{name: args[name].value for name in ("num_images", "keep", "encode_hidden", "blend")},
         **drawn,

@@ -125,7 +125,8 @@ def class_number(class_id: Any, names: tuple[str, ...], classes: int) -> int:
         if class_id in places:
             return places[class_id]
         if not re.fullmatch("-?[0-9]{1,18}", class_id):
-            raise UserError(f"there is no class named '{class_id}' among {len(names)}")
+            some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+            raise UserError(f"there is no class named '{class_id}' among {len(names)}: {some}")
         number = int(class_id)
     else:
         try:

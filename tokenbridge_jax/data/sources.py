@@ -300,6 +300,11 @@ def make_source(data: ConfigDict, split: str | None = None) -> Source:
     elif kind == "tfds":
         source = TfdsSource(data.path, split or "train", data.name, data.num_classes)
     elif kind == "digits":
+        if data.path:
+            raise UserError(
+                f"config.data.path='{data.path}' has no effect on data.source='digits'; name the "
+                "experiment of your pictures with --config, or set data.source=folder"
+            )
         source = DigitsSource(split or "train")
     else:
         raise UserError(f"config.data.source is '{kind}'; it must be folder, tfds or digits")

@@ -24,7 +24,7 @@ from tokenbridge_jax.runtime import checks, meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 from tokenbridge_jax.sampling.batches import Preview, generate_in_batches, start_batches
-from tokenbridge_jax.sampling.schedule import SamplingSettings
+from tokenbridge_jax.sampling.schedule import make_settings
 
 
 class Pipeline:
@@ -249,7 +249,7 @@ class Pipeline:
             self.config,
             self.params,
             labels,
-            SamplingSettings(**settings),
+            make_settings(settings),
             self.mesh,
             seed=seed,
             batch_size=batch_size,
@@ -295,7 +295,7 @@ class Pipeline:
             self.config,
             self.params,
             self.labels(class_ids),
-            SamplingSettings(**settings),
+            make_settings(settings),
             self.mesh,
             seed=seed,
             batch_size=batch_size,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +88,18 @@ class SamplingSettings:
                 f"sampling.guidance_interval={self.guidance_interval} must be two shares, "
                 "0 <= from < to <= 1"
             )
+
+
+def make_settings(settings: Mapping[str, Any]) -> SamplingSettings:
+    """Settings by name.
+
+    Raises:
+      UserError: there is no setting of a name, or a value is out of range.
+    """
+    known = [field.name for field in dataclasses.fields(SamplingSettings)]
+    if wrong := [name for name in settings if name not in known]:
+        raise UserError(f"{wrong[0]} is no setting of sampling; these are: {', '.join(known)}")
+    return SamplingSettings(**settings)
 
 
 @functools.cache
