@@ -305,6 +305,7 @@ def test_gpus_run_one_kernel_forward_and_one_backward(name: str, dtype, kernels:
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.usefixtures("gpu_to_lower_for")
 def test_channels_that_do_not_divide_a_tile_use_the_kernels():
     traced = gradients_and_output(FUNCTIONS["channels"][0]).trace(*inputs(jnp.bfloat16, 6))
     assert triton_kernels(traced)["cuda"] == 2
