@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -172,7 +173,9 @@ def test_an_autoencoder_in_use_is_not_replaced(trained, tmp_path, capsys, user):
     (tmp_path / "tokens").mkdir()
     (tmp_path / user).write_text(json.dumps({"autoencoder_hash": json.loads(before)["hash"]}))
     assert run(tmp_path, "--config.vae_training.steps=9") == runner.EXIT_USER_ERROR
-    assert f"{tmp_path / user} depends on the present autoencoder" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{tmp_path / user} depends on the present autoencoder" in error
+    assert re.search(r"it has had \d updates, and now vae_training\.steps=9; give the flags", error)
     assert written.read_bytes() == before
     assert run(tmp_path) == 0
     assert "nothing to do" in capsys.readouterr().out

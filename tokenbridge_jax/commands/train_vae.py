@@ -81,7 +81,7 @@ def main(args: flags.FlagValues) -> int:
     training = _Training(config, directory, task, network, make_subsets(config), mesh)
     run = training.make_run()
     if _finished_step(directory) != run.total_steps:
-        _check_unused(epath.Path(args.workdir))
+        _check_unused(epath.Path(args.workdir), run.total_steps)
 
     def begin() -> None:
         if jax.process_index() == 0:
@@ -290,17 +290,19 @@ def _check_directory(directory: epath.Path) -> None:
         )
 
 
-def _check_unused(workdir: epath.Path) -> None:
-    """Refuses to replace the autoencoder that shards or a model in this workdir depend on."""
+def _check_unused(workdir: epath.Path, steps: int) -> None:
+    """Refuses to train to `steps` the autoencoder that shards or a model in this workdir use."""
     if not autoencoder_exists(workdir / "autoencoder"):
         return
     present = read_description(workdir / "autoencoder")["hash"]
     tokens = workdir / "tokens"
     for user in (tokens / INFO_FILE, tokens / PARTIAL_INFO_FILE, workdir / MODEL_FILE):
         if user.exists() and storage.read_json(user).get("autoencoder_hash") == present:
+            done = _finished_step(workdir / "autoencoder")
             raise UserError(
-                f"{user} depends on the present autoencoder, and training would replace it; "
-                f"use another --workdir, or remove {tokens} and {workdir / MODEL_FILE}"
+                f"{user} depends on the present autoencoder, and training would replace it: it has "
+                f"had {done} updates, and now vae_training.steps={steps}; give the flags of the "
+                f"first start, use another --workdir, or remove {tokens} and {workdir / MODEL_FILE}"
             )
 
 
