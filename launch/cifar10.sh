@@ -17,11 +17,13 @@ case ${1:-} in
 esac
 data=$1
 argument=${3:-size=S}
-case ${2:-}$argument in *--*)
-  echo "cifar10.sh: flags come after the third word: cifar10.sh DATA WORKDIR size=S --config.seed=1" >&2
-  exit 2
-  ;;
-esac
+for word in "${2:-}" "$argument"; do
+  case $word in --*)
+    echo "cifar10.sh: flags come after the third word: cifar10.sh DATA WORKDIR size=S --config.seed=1" >&2
+    exit 2
+    ;;
+  esac
+done
 if [[ $argument != *tfds* ]] && ! { [ -d "$data/train" ] && [ -d "$data/test" ]; }; then
   echo "cifar10.sh: $data has no folders train and test; pictures go into train/CLASS/ and test/CLASS/" >&2
   exit 2
@@ -43,7 +45,9 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   bash launch/setup_env.sh .venv "$extras"
 fi
 bin=${VIRTUAL_ENV:-.venv}/bin
-if ! "$bin/python" -c 'import tokenbridge_jax, torch' 2> /dev/null; then
+# The package is importable from this folder anyway; its command is not there before it is installed.
+has_torch='import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'
+if ! { [ -x "$bin/tokenbridge" ] && "$bin/python" -c "$has_torch"; }; then
   echo "cifar10.sh: the active environment has not this package with its extra torch, which the scores" \
     "need: pip install -e '.[torch]', or deactivate it, and the script makes its own" >&2
   exit 2

@@ -347,7 +347,7 @@ def run(checkout: Checkout, *arguments: str) -> tuple[list[list[str]], list[list
 
 
 def test_the_script_runs_every_command_and_samples_once(checkout, tmp_path):
-    data, workdir = tmp_path / "my data", tmp_path / "w"
+    data, workdir = tmp_path / "my data", tmp_path / "w--2"  # No flag.
     for split in ("train", "test"):
         (data / split).mkdir(parents=True)
     (workdir / "checkpoints").mkdir(parents=True)

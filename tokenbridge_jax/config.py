@@ -31,7 +31,7 @@ from tokenbridge_jax.quantizer import AnyQuantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import Devices
-from tokenbridge_jax.sampling.schedule import SamplingSettings
+from tokenbridge_jax.sampling.schedule import SamplingSettings, make_settings
 from tokenbridge_jax.training import auto
 from tokenbridge_jax.training.autoencoder_task import RECONSTRUCTION_ERRORS
 from tokenbridge_jax.training.loop import Recipe
@@ -369,7 +369,7 @@ def sampling_settings(section: ConfigDict, **changes: Any) -> SamplingSettings:
     """
     settings = {**section, **changes}
     settings.pop("batch_size", None)
-    return SamplingSettings(**settings)
+    return make_settings(settings)
 
 
 def optimizer_config(config: ConfigDict, name: str, steps_per_epoch: int) -> OptimizerConfig:

@@ -326,9 +326,15 @@ def _jitted(block: Any, remat: str) -> Any:
 
     The compiler puts the calls into one program again: only the time before it falls.
     """
-    policy = REMAT_POLICIES[remat]
     methods = [name for name in ("__call__", "modulated") if hasattr(block, name)]
-    return nn.jit(block if policy is None else nn.remat(block, policy=policy), methods=methods)
+    return nn.jit(_with_remat(block, remat), methods=methods)
+
+
+def _with_remat(block: type[nn.Module], remat: str, prevent_cse: bool = True) -> Any:
+    policy = REMAT_POLICIES[remat]
+    if policy is None:
+        return block
+    return nn.remat(block, prevent_cse=prevent_cse, policy=policy)
 
 
 def stack_layers(
@@ -351,12 +357,9 @@ def stack_layers(
     if not scan_layers:
         made = _jitted(cast(Any, block), remat)
         return lambda *arguments: Unrolled(functools.partial(made, *arguments), layers)
-    policy = REMAT_POLICIES[remat]
-    if policy is not None:
-        # A scan's backward pass cannot be merged with its forward pass: it needs no barrier.
-        block = nn.remat(block, prevent_cse=False, policy=policy)
     return nn.scan(
-        block,
+        # A scan's backward pass cannot be merged with its forward pass: it needs no barrier.
+        _with_remat(block, remat, prevent_cse=False),
         length=layers,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
