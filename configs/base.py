@@ -79,6 +79,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         reveal_order="fixed",  # of the head masked: the channel order; or confidence
         head_draws=4,  # of the heads diffusion and flow in training
         head_steps=100,  # of the heads diffusion and flow in sampling
+        head_clip=0.0,  # of the head diffusion in sampling: bound of predicted latents, 0 is none
         head_solver="heun",  # of the head flow: each step runs its network twice; or euler, once
         head_components=16,  # of the head mixture
         head_proposals=256,  # of the head mixture: draws that guidance chooses from

@@ -85,7 +85,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.dropout = 0.1
         config.training.update(steps=40_000, warmup_steps=2000, learning_rate=4e-4)
         config.training.ema_decay = 0.9999
-    config.sampling.update(num_iter=64, guidance=6.0, temperature=0.92, batch_size=500)
+    config.sampling.update(num_iter=64, guidance=10.0, temperature=0.92, batch_size=500)
     config.evaluation.update(reference="data", features="thumbnails")
     if arguments.quick:
         _shrink(config)

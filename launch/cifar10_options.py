@@ -42,11 +42,11 @@ from tokenbridge_jax.runtime.progress import say
 
 OPTIONS: dict[str, Sequence[Any]] = {
     "num_iter": (4, 8, 16, 32, 64),
-    "guidance": (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),
+    "guidance": (1.0, 3.0, 6.0, 10.0, 15.0),
     "guidance_schedule": ("linear", "constant"),
     "guidance_interval": ((0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0)),
     "guidance_every": (1, 2, 4, 8),
-    "temperature": (0.8, 0.88, 0.94, 0.97, 1.0),
+    "temperature": (0.8, 0.86, 0.92, 0.96, 1.0),
     "order": ("random", "raster", "halton", "confidence"),
 }
 SUBSET = 1000  # Pictures of a set in each of KID's comparisons.

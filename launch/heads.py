@@ -63,16 +63,19 @@ ROWS: dict[str, tuple[str, ...]] = {
         "model.reveal_steps=2",
         "model.reveal_order=confidence",
     ),
-    "diffusion": ("model.head=diffusion",),
+    # Without clipping, the draws of models that were trained for minutes grow without bound.
+    "diffusion": ("model.head=diffusion", "model.head_clip=5"),
     "flow": ("model.head=flow", "model.head_steps=25"),
     "mixture": ("model.head=mixture",),
+    "channel_ar_quarter": ("model.head=channel_ar", "training.head_fraction=0.25"),
+    "channel_ar_float8": ("model.head=channel_ar", "model.float8=True"),
     "vq": ("model.head=parallel", "sampling.order=confidence", *AUTOENCODERS["vq"]),
     "fsq": ("model.head=channel_ar", *AUTOENCODERS["fsq"]),
 }
 # Rows that change these sections have shards of their own; see `make_autoencoder`.
 OF_TOKENS = "quantizer.", "autoencoder."
 # Choices for each head, by samples of CHOOSING_STEPS steps.
-GUIDANCE, TEMPERATURE, CHOOSING_STEPS = (1.5, 3.0, 6.0), (0.9, 1.0), 16
+GUIDANCE, TEMPERATURE, CHOOSING_STEPS = (1.5, 4.0, 10.0), (0.9, 1.0), 16
 STEPS = (16, 64)
 # Updates that measure the speed of training, and how many rates they give. Their median counts,
 # because some wait for the compiler.
@@ -81,7 +84,7 @@ NEVER = 10**9
 WARMUP = 0.025  # Of the updates.
 # Validation runs once, at the end. No previews are drawn.
 QUIET = (f"training.eval_every={NEVER}", "training.sample_every=0")
-POSITIONS = 256  # Of the head's own speed.
+POSITIONS, HEAD_GUIDANCE = 256, 3  # Of the head's own speed.
 
 MEASURES = {
     "frechet_distance_64": ("Frechet distance", 2),
@@ -253,7 +256,7 @@ def measure_speed(
         rates = [row[key] for row in read_metrics(folder / "metrics.jsonl") if key in row]
         shutil.rmtree(folder / "checkpoints")
         lines = folder / "head.jsonl"
-        where = [f"--positions={POSITIONS}", f"--out={lines}"]
+        where = [f"--positions={POSITIONS}", f"--guidance={HEAD_GUIDANCE}", f"--out={lines}"]
         comparison.command("benchmark", folder, "head", *where, *flags)
         *_, last = map(json.loads, lines.read_text().splitlines())
         return {

@@ -132,6 +132,14 @@ def test_samples(benchmark):
     assert (line["settings"]["num_iter"], line["settings"]["guidance"]) == (3, 1.5)
 
 
+def test_guidance_of_latents_runs_the_head_for_both_branches(benchmark):
+    flags = "--positions=2", "--repeats=1", "--config.model.head=diffusion"
+    flags += ("--config.model.head_steps=4",)
+    (alone,), (guided,) = (benchmark("head", *flags, f"--guidance={g}")[1] for g in (1, 3))
+    assert guided["flops_by_hand"] == 2 * alone["flops_by_hand"]
+    assert (alone["settings"]["guidance"], guided["settings"]["guidance"]) == (1, 3)
+
+
 def test_the_head_with_a_profile_and_a_file(benchmark, tmp_path):
     flags = "--positions=2,3", f"--profile={tmp_path}", f"--out={tmp_path / 'lines'}"
     ceilings, lines = benchmark("head", *flags, "--repeats=2")
@@ -347,6 +355,7 @@ def test_other_cases_run_after_one_without_enough_memory(capsys):
         (["sample", "--steps=0"], "--steps=0 must be numbers from 1"),
         (["sample", "--batch="], "--batch= must be numbers from 1"),
         (["sample", "--guidance=nan"], "sampling.guidance=nan must be finite"),
+        (["head", "--guidance=nan"], "sampling.guidance=nan must be finite"),
         (["head", "--positions=-4"], "--positions=-4 must be numbers from 1"),
         (["head", "--repeats=0"], "--repeats=0 must be at least 1"),
         (["train", "--hidden=3"], "--hidden=3 never occurs; a batch hides 12 to 16 positions"),

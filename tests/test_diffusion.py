@@ -27,7 +27,7 @@ from tiny_model import tiny_pipeline as make_pipeline
 
 from tokenbridge_jax.flops import head_flops
 from tokenbridge_jax.heads import diffusion
-from tokenbridge_jax.heads.conditioned_mlp import SINUSOIDS
+from tokenbridge_jax.heads.conditioned_mlp import SINUSOIDS, draw_noise
 from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.heads.noise_schedule import NoiseSchedule
 from tokenbridge_jax.loss import Examples, MaskDraw, image_loss, training_loss
@@ -248,6 +248,35 @@ def test_a_perfect_prediction_draws_the_data(monkeypatch):
     assert np.std(cold) < 0.7 * deviation
 
 
+def test_clipping_bounds_the_draws_of_a_bad_prediction(monkeypatch):
+    """With "there is no noise" as the prediction, each step only makes the latents larger."""
+    steps, bound = 20, 2.0
+    monkeypatch.setattr(
+        diffusion.DiffusionHead,
+        "denoise",
+        lambda self, noisy, condition: diffusion.Prediction(*2 * [jnp.zeros_like(noisy)]),
+    )
+    keys = jax.random.split(jax.random.key(0), COUNT)
+
+    def draw(clip: float) -> np.ndarray:
+        config = dataclasses.replace(TINY, head_steps=steps, head_clip=clip)
+        params = jax.tree.map(jnp.zeros_like, random_params(config))
+        feature = jnp.zeros((COUNT, config.decoder_width))
+        return head_method(config, "sample")(params, feature, keys, jnp.float32(1))[0]
+
+    schedule = NoiseSchedule.cosine().respaced(steps)
+    noise = [np.float64(draw_noise(keys, i, TINY.channels)) for i in range(steps + 1)]
+    x = noise[steps]
+    for i in reversed(range(steps)):
+        data = np.clip(x / np.sqrt(schedule.signal[i]), -bound, bound)
+        x = schedule.posterior_of_data[i] * data + schedule.posterior_of_noisy[i] * x
+        logvar = (np.log(schedule.betas[i]) + schedule.posterior_logvar[i]) / 2
+        x += (i > 0) * np.exp(logvar / 2) * noise[i]
+    assert_close(draw(bound), x, 1e-5, "latents")
+    assert np.abs(x).max() <= bound
+    assert np.abs(draw(0.0)).max() > 100
+
+
 def test_images_do_not_depend_on_the_batch_or_the_mesh(params):
     settings = SamplingSettings(3, guidance=2.0)
     labels, numbers = np.array([0, 1, 2, 0], np.int32), np.arange(4, dtype=np.int32)
@@ -304,6 +333,8 @@ def test_the_config_survives_json_and_refuses_what_makes_no_sense():
         ({"head": "parallel"}, r"model\.head='parallel' needs indices, not latents; tokenize the"),
         ({"head_steps": 1}, r"model\.head_steps=1 must be from 2 to 1000"),
         ({"head_steps": 1001}, r"model\.head_steps=1001 must be from 2 to 1000"),
+        ({"head_clip": -1.0}, r"model\.head_clip=-1\.0 must be 0 or more and finite"),
+        ({"head_clip": math.nan}, r"model\.head_clip=nan must be 0 or more and finite"),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(TINY, **changes)

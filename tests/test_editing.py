@@ -64,38 +64,43 @@ def test_edits_equal_those_of_brute_force(params, num_hidden: int, settings: dic
 
 
 def test_confidence_order_over_several_stages_equals_brute_force():
-    """One stage has up to 16 visible positions and one up to 32."""
-    config = tiny(positions=40)
+    """One stage has up to 48 visible positions and one up to 80."""
+    config = tiny(positions=80)
     params = random_params(config)
     settings = SamplingSettings(num_iter=4, guidance=1.7, guidance_every=2, order="confidence")
-    known = _random_known(config, 1, 36)
+    known = _random_known(config, 1, 72)
     request = Request(np.array([1], np.int32), NUMBERS[:1], 3, known=known)
     expected = brute_force(config, params, request, settings)
     np.testing.assert_array_equal(generate(config, params, request, settings), expected)
     # Previews compile one program for each stage.
-    compiled = sampler._step._cache_size()
+    compiled = sampler._step[0]._cache_size()
     for _ in range(2):
         *_, (done, steps, last) = generate_steps(config, params, request, settings)
         assert done == steps == 4
         np.testing.assert_array_equal(last, expected)
-    assert sampler._step._cache_size() == compiled + 2
+    assert sampler._step[0]._cache_size() == compiled + 2
 
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
-def test_many_masks_share_a_few_programs(order: str):
-    """1 to 16 hidden positions share a program, 17 to 32, and more; some hide fewer than 7."""
+@pytest.mark.parametrize(("images", "programs"), [(9, 3), (8, 2)])
+def test_many_masks_share_a_few_programs(order: str, images: int, programs: int):
+    """1 to 16 hidden positions share a program, 17 to 32, and more; some hide fewer than 7.
+
+    Of few images, 1 to 32 share one.
+    """
     config = tiny(positions=40)
     params = random_params(config)
     settings = SamplingSettings(num_iter=7, guidance=1.6, order=order)
-    request = Request(np.array([1], np.int32), NUMBERS[:1], 3)
-    compiled = sampler._edit._cache_size()
+    numbers = np.arange(images, dtype=np.int32)
+    request = Request(numbers % 3, numbers, 3)
+    compiled = sampler._edit[0]._cache_size()
     for num_hidden in (16, 1, 2, 5, 13, 21, 40, 33):
-        request = request._replace(known=_random_known(config, 1, num_hidden, seed=num_hidden))
+        request = request._replace(known=_random_known(config, images, num_hidden, seed=num_hidden))
         drawn = generate(config, params, request, settings)
         if num_hidden in (1, 5, 16, 33):
             expected = brute_force(config, params, request, settings)
             np.testing.assert_array_equal(drawn, expected)
-    assert sampler._edit._cache_size() == compiled + 3
+    assert sampler._edit[0]._cache_size() == compiled + programs
 
 
 # --- Kept positions, previews ---------------------------------------------------------------------

@@ -118,18 +118,21 @@ def test_unknown_settings_are_named():
 
 @pytest.mark.parametrize(("positions", "num_iter"), GRID)
 @pytest.mark.parametrize("order", ["random", "confidence"])
-def test_stages_are_large_enough_for_every_step(positions: int, num_iter: int, order: str):
+@pytest.mark.parametrize("images", [8, 9])
+def test_stages_are_large_enough_for_every_step(
+    positions: int, num_iter: int, order: str, images: int
+):
     """Exactly for whole images, and at least for edits with any number of hidden positions."""
     settings = SamplingSettings(num_iter, 2.0, guidance_interval=(0.2, 0.7), order=order)
-    plans = [make_plan(positions, settings)]
+    plans = [make_plan(positions, settings, images=images)]
     some = {*range(1, positions + 1, 1 + positions // 10), positions}
-    for plan in plans + [make_plan(positions, settings, num_hidden) for num_hidden in some]:
+    for plan in plans + [make_plan(positions, settings, n, images) for n in some]:
         before, after = np.array(plan.hidden[:-1]), np.array(plan.hidden[1:])
         assert after.tolist() == hidden_counts(plan.hidden[0], num_iter).tolist()
         visible = positions - before
         drawn = before if order == "confidence" else before - after
         guided = (visible / positions >= 0.2) & (visible / positions < 0.7)
-        assert len(plan.stages) <= min(8, -(-positions // 16)) + 2
+        assert len(plan.stages) <= min(8 if images == 9 else 2, -(-positions // 16)) + 2
         assert plan.ends[-1] == len(before)
         for stage, first, end in zip(plan.stages, (0, *plan.ends), plan.ends, strict=False):
             steps = np.s_[first:end]
@@ -392,6 +395,22 @@ def test_an_image_depends_on_seed_sample_index_and_label_alone(params, eight):
     # Another seed changes all.
     reseeded = generate(TINY, params, request._replace(seed=22), STOCHASTIC)
     assert (reseeded != images).any(axis=(1, 2)).all()
+
+
+def test_few_images_on_a_gpu_have_programs_that_compile_faster(params, eight, monkeypatch):
+    """The CPU's compiler knows the option too, and it changes nothing here."""
+    request, images = eight
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    _, quick = sampler._generate
+    compiled = quick._cache_size()
+    np.testing.assert_array_equal(generate(TINY, params, request, STOCHASTIC), images)
+    assert quick._cache_size() == compiled + 1
+    # Not of more images, and not inside another program, which would be an error.
+    generate(TINY, params, Request(np.arange(9) % 2, np.arange(9)), STOCHASTIC)
+    jax.make_jaxpr(lambda params: generate(TINY, params, request, STOCHASTIC))(params)
+    inner = jax.jit(lambda labels: generate(TINY, params, Request(labels, labels), STOCHASTIC))
+    inner(np.arange(2))
+    assert quick._cache_size() == compiled + 1
 
 
 @pytest.mark.parametrize("size", [1, 3])

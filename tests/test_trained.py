@@ -55,7 +55,15 @@ def test_what_training_has_fixed_is_refused(model, tmp_path, capsys, flag, messa
     assert err.count("\n") == 1
 
 
+def test_the_config_of_another_model_is_refused(model, tmp_path, capsys):
+    argv = [f"--workdir={model}", f"--output={tmp_path / 'x'}", "--config=digits"]
+    assert runner.run("sample", argv) == 2
+    err = capsys.readouterr().err
+    assert f"--config names a model whose buffer is 4, and that of {model} has " in err
+    assert err.count("\n") == 1
+
+
 def test_other_settings_are_refused_in_python(model):
     for name in ("head", "dtype"):
-        with pytest.raises(UserError, match=f"drawing has {name}, not one of head_steps, head_sol"):
+        with pytest.raises(UserError, match=f"drawing has {name}, not one of head_steps, head_cl"):
             Pipeline.load(model, drawing={name: "parallel"})

@@ -64,7 +64,14 @@ def _changeable(default: Any) -> Any:
 
 
 # Of these, the fields that drawing uses; they may also change after training.
-DRAWING_FIELDS = ("head_steps", "head_solver", "head_proposals", "reveal_steps", "float8")
+DRAWING_FIELDS = (
+    "head_steps",
+    "head_clip",
+    "head_solver",
+    "head_proposals",
+    "reveal_steps",
+    "float8",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +82,8 @@ class TokenBridgeConfig:
     many neighbours in the channel order as joint classes. (Both are ablations of the paper.) Heads
     of latents have an `Unquantized` in place of a quantizer and no channel order. `head_draws` and
     `head_steps` are the draws in training and the steps in sampling of the heads diffusion and
-    flow; `head_solver` is how flow makes a step. `head_components` and `head_proposals` are the
+    flow; `head_clip` bounds the latents that diffusion predicts in a step (0: no bound), and
+    `head_solver` is how flow makes a step. `head_components` and `head_proposals` are the
     mixture's components and the draws that its guidance chooses from. `reveal_steps` and
     `reveal_order` are the masked head's.
 
@@ -111,6 +119,7 @@ class TokenBridgeConfig:
     channels_per_group: int = 1
     head_draws: int = _changeable(4)
     head_steps: int = _changeable(100)
+    head_clip: float = _changeable(0.0)
     head_solver: str = _changeable("heun")
     head_components: int = 16
     head_proposals: int = _changeable(256)

@@ -16,6 +16,7 @@ from tokenbridge_jax.benchmark import inputs
 from tokenbridge_jax.benchmark.measure import Call, Case
 from tokenbridge_jax.config import check_batches, sampling_settings
 from tokenbridge_jax.flops import head_flops, sampling_flops
+from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.model import TokenBridge
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate, prepare_params
@@ -72,11 +73,22 @@ def sample_cases(
     return [case(batch, settings) for batch, settings in itertools.product(batches, chosen)]
 
 
-def head_cases(config: ConfigDict, positions: Sequence[int]) -> list[Case]:
-    """Cases in which the head draws all channels of some positions, on one device."""
+def head_cases(config: ConfigDict, positions: Sequence[int], guidance: float = 1.0) -> list[Case]:
+    """Cases in which the head draws all channels of some positions, on one device.
+
+    Args:
+      config: the experiment.
+      positions: numbers of positions.
+      guidance: scale; 1 is none, and then the head gets one feature a position, not two.
+
+    Raises:
+      UserError: guidance is not finite.
+    """
+    sampling_settings(config.sampling, guidance=guidance)  # Checks it.
     model = inputs.make_model(config)
     mesh = meshes.make_mesh(devices=jax.local_devices()[:1])
     module = TokenBridge(model, sampling=True)
+    branches = 1 if guidance == 1 else 2
 
     @functools.cache
     def make_params():
@@ -84,27 +96,39 @@ def head_cases(config: ConfigDict, positions: Sequence[int]) -> list[Case]:
         return prepare(inputs.random_params(model, mesh))
 
     @jax.jit
-    def draw(params, feature, keys):
-        indices, _ = module.apply(
-            {"params": params}, feature, keys, jnp.float32(1), method=TokenBridge.sample_positions
+    def draw(params, feature, null, keys):
+        mixed = None if null is None else Guidance(null, jnp.float32(guidance))
+        values, _ = module.apply(
+            {"params": params},
+            feature,
+            keys,
+            jnp.float32(1),
+            mixed,
+            method=TokenBridge.sample_positions,
         )
-        return indices
+        return values
 
     def case(count: int) -> Case:
         def prepare(stack: contextlib.ExitStack) -> Call:
             stack.enter_context(meshes.use_mesh(mesh))
             params = make_params()
-            key, keys_key = jax.random.split(jax.random.key(1))
-            feature = jax.random.normal(key, (count, 1, model.decoder_width))
+            key, null_key, keys_key = jax.random.split(jax.random.key(1), 3)
+            shape = count, 1, model.decoder_width
+            feature = jax.random.normal(key, shape)
+            null = jax.random.normal(null_key, shape) if branches == 2 else None
             keys = jax.random.split(keys_key, (count, 1))
-            return lambda: draw(params, feature, keys)
+            return lambda: draw(params, feature, null, keys)
 
         return Case(
             name=f"head_positions{count}",
-            settings={**inputs.describe_model(config), "positions": count},
+            settings={
+                **inputs.describe_model(config),
+                "positions": count,
+                "guidance": guidance,
+            },
             prepare=prepare,
             work={"positions": count},
-            flops=count * head_flops(model),
+            flops=count * head_flops(model, branches),
         )
 
     return [case(count) for count in positions]

@@ -72,7 +72,8 @@ def define_flags(flag_values: flags.FlagValues, word: str | None) -> None:
         "images: numbers of processes, 1 is a thread. Default: 1, all cores.",
     )
     define(flags.DEFINE_list, "steps", None, "sample: numbers of reveal steps.")
-    define(flags.DEFINE_float, "guidance", None, "sample: scale; 1 is off. Default: config's.")
+    help_text = "sample, head: scale; 1 is off. Default: sample the config's, head off."
+    define(flags.DEFINE_float, "guidance", None, help_text)
     define(flags.DEFINE_list, "positions", None, "head: numbers of positions.")
     help_text = "autoencoder: precision of its products, as tokenize.precision."
     define(flags.DEFINE_enum, "precision", "float32", help_text, enum_values=PRECISIONS)
@@ -121,7 +122,8 @@ def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
         return [int(text) for text in given]
 
     if what == "head":
-        return sampling_speed.head_cases(config, numbers("positions", DEFAULT_POSITIONS))
+        guidance = 1.0 if args.guidance is None else args.guidance
+        return sampling_speed.head_cases(config, numbers("positions", DEFAULT_POSITIONS), guidance)
     if what == "quantize":
         return codec_speed.quantize_cases(config, QUANTIZED_VALUES[platform])
     batches = numbers("batch", DEFAULT_BATCH[what])

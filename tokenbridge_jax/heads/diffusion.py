@@ -40,8 +40,15 @@ class Prediction(NamedTuple):
 class DiffusionHead(ConditionedMLP):
     """Draws continuous latents; the steps of sampling are evenly spaced among the 1000 of training.
 
-    See `ConditionedMLP` for the attributes.
+    Attributes:
+      clip: every reverse step clips the latents that it predicts to -clip to clip; 0 is not to
+        clip, as MAR. (The first steps multiply errors of the prediction by thousands, and without
+        clipping the draws of a model that was trained briefly can grow without bound.)
+
+    See `ConditionedMLP` for the others.
     """
+
+    clip: float = 0.0
 
     is_published: ClassVar[bool] = True
     outputs: ClassVar[int] = 2
@@ -53,6 +60,13 @@ class DiffusionHead(ConditionedMLP):
             raise UserError(
                 f"model.head_steps={config.head_steps} must be from 2 to {DIFFUSION_STEPS}"
             )
+        if not 0 <= config.head_clip < math.inf:
+            raise UserError(f"model.head_clip={config.head_clip} must be 0 or more and finite")
+
+    @classmethod
+    def from_config(cls, config: Any, **more: Any) -> ConditionedMLP:
+        """See `LatentHead.from_config`."""
+        return super().from_config(config, clip=config.head_clip, **more)
 
     def loss(
         self, feature: Float[Array, "N Z"], targets: Float[Array, "N C"], keys: Key[Array, " N"]
@@ -139,7 +153,7 @@ class DiffusionHead(ConditionedMLP):
         found = self.denoise(noisy, condition)
         predicted = mixed(found.noise, guidance)
         of_step = _lookups(schedule, i)
-        mean, logvar = of_step.reverse(x, predicted, found.place[:, 0])
+        mean, logvar = of_step.reverse(x, predicted, found.place[:, 0], self.clip)
         return mean + jnp.where(i > 0, jnp.exp(0.5 * logvar) * noise, 0)
 
 
@@ -162,9 +176,13 @@ class _AtTime(NamedTuple):
         """The mean of a reverse step, given the data."""
         return self.of_data * x + self.of_noisy * noisy
 
-    def reverse(self, noisy: Array, noise: Array, place: Array) -> tuple[Array, Array]:
+    def reverse(
+        self, noisy: Array, noise: Array, place: Array, clip: float = 0.0
+    ) -> tuple[Array, Array]:
         """Mean and log-variance of a reverse step, given the prediction."""
         data = self.inverse_signal * noisy - self.inverse_noise * noise
+        if clip:
+            data = jnp.clip(data, -clip, clip)
         share = (place + 1) / 2
         return self.posterior_mean(data, noisy), share * self.high + (1 - share) * self.low
 

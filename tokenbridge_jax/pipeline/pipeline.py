@@ -88,7 +88,7 @@ class Pipeline:
           precision: precision of the autoencoder, as in `Codec`.
           mesh: devices to use; by default all devices of this process.
           drawing: how the model draws, instead of the settings of training: `head_steps`,
-            `head_solver`, `head_proposals`, `reveal_steps` or `float8`.
+            `head_clip`, `head_solver`, `head_proposals`, `reveal_steps` or `float8`.
           programs: also load the compiled programs of a saved folder, if they fit. They are machine
             code that runs with your rights, so only from someone whom you trust.
 

@@ -41,6 +41,7 @@ from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import hidden_first, make_orders, sample_keys
 from tokenbridge_jax.sampling.schedule import (
+    FEW_IMAGES,
     Plan,
     SamplingSettings,
     Stage,
@@ -145,13 +146,14 @@ def generate(
       UserError: confidence order needs probabilities, which the head does not give.
     """
     request, plan, steps = _prepare(config, request, settings)
+    quick = _is_quick(params, request)
     static: dict[str, Any] = dict(config=config, stages=plan.stages, order=settings.order)
     if request.known is None:
-        return _generate(params, request, steps, plan.ends, **static)
+        return _generate[quick](params, request, steps, plan.ends, **static)
     # As many entries for every number of steps.
     unused = settings.num_iter - len(steps.scale)
     steps = jax.tree.map(lambda x: np.pad(x, (0, unused)), steps)
-    return _edit(params, request, steps, np.array(plan.ends, np.int32), **static)
+    return _edit[quick](params, request, steps, np.array(plan.ends, np.int32), **static)
 
 
 def generate_steps(
@@ -176,11 +178,11 @@ def generate_steps(
     request, plan, steps = _prepare(config, request, settings)
     slots = jax.jit(_first_slots, static_argnums=(0, 1))(config, settings.order, request, steps)
     params = jax.jit(prepare_params, static_argnames="config")(params, config=config)
-    count = len(steps.scale)
+    quick, count = _is_quick(params, request), len(steps.scale)
     for i in range(count):
         step = jax.tree.map(lambda x, i=i: x[i], steps)
         stage = plan.stages[bisect.bisect(plan.ends, i)]
-        slots = _step(config, params, request.labels, stage, step, slots)
+        slots = _step[quick](config, params, request.labels, stage, step, slots)
         if (i + 1) % every == 0 or i + 1 == count:
             yield i + 1, count, _shown(config, slots, step.hidden_next, request.known)
 
@@ -190,7 +192,7 @@ def _prepare(
 ) -> tuple[Request, Plan, Step]:
     """The request as the programs take it, and what they do, step by step."""
     num_hidden = None if request.known is None else request.known.num_hidden
-    plan = make_plan(config.positions, settings, num_hidden)
+    plan = make_plan(config.positions, settings, num_hidden, len(request.labels))
     scales = guidance_scales(config.positions, settings, num_hidden)
     hidden = np.array(plan.hidden, np.int32)
     temperature, choice_temperature = (
@@ -240,8 +242,26 @@ def _draw(
     return _row_major(slots)
 
 
-_generate = jax.jit(_draw, static_argnames=("ends", "config", "stages", "order"))
-_edit = jax.jit(_draw, static_argnames=("config", "stages", "order"))
+def _programs(function: Callable[..., Any], *static_argnames: str) -> tuple[Any, Any]:
+    """The jitted function, and another one that XLA compiles in less time for GPUs.
+
+    Without Triton's products there are fewer variants to compile and to compare.
+    """
+    options = None, {"xla_gpu_enable_triton_gemm": False}
+    jit = functools.partial(jax.jit, function, static_argnames=static_argnames)
+    usual, quick = (jit(compiler_options=option) for option in options)
+    return usual, quick
+
+
+def _is_quick(params: dict[str, Any], request: Request) -> bool:
+    """Whether compiling matters more than speed. Only outermost programs have compiler options."""
+    arguments = jax.tree.leaves((params, request))
+    is_inner = any(isinstance(argument, jax.core.Tracer) for argument in arguments)
+    return jax.default_backend() == "gpu" and len(request.labels) <= FEW_IMAGES and not is_inner
+
+
+_generate = _programs(_draw, "ends", "config", "stages", "order")
+_edit = _programs(_draw, "config", "stages", "order")
 
 
 def _first_slots(config: TokenBridgeConfig, order: str, request: Request, steps: Step) -> Slots:
@@ -357,7 +377,7 @@ def _apply(
     return model.apply({"params": params}, *arguments, method=method)
 
 
-_step = jax.jit(_reveal, static_argnames=("config", "stage"))
+_step = _programs(_reveal, "config", "stage")
 
 
 def _choice_noise(keys: Key[Array, "B R"], channels: int) -> Float[Array, "B R"]:
