@@ -101,6 +101,15 @@ def test_the_files_of_a_run(straight):
         assert picture.size == (10 * 50 - 2, 4 * 50 - 2)
 
 
+def test_the_parameters_of_a_run_are_listed(straight):
+    listed = (straight / "parameters.txt").read_text().splitlines()
+    sizes = [leaf.size for leaf in jax.tree.leaves(ema_params(straight))]
+    rows = [line.split("|") for line in listed if line.startswith("| ")]
+    assert [row[1].strip() for row in rows[:1]] == ["Name"]
+    assert sorted(int(row[4].replace(",", "")) for row in rows[1:]) == sorted(sizes)
+    assert listed[-1].startswith(f"Total: {sum(sizes):,} ")
+
+
 def test_a_finished_run_does_nothing(straight, capsys):
     before = (straight / "metrics.jsonl").read_bytes()
     assert run(straight) == 0

@@ -29,7 +29,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from tokenbridge_jax.runtime import hardware, meshes, processes
+from tokenbridge_jax.runtime import hardware, meshes, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress, say
 from tokenbridge_jax.training.checkpoints import Checkpoints, run_record
@@ -223,7 +223,7 @@ def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
         batches = run.batches(start)
         run.begin()
         checkpoints.open()
-        say(parameter_overview.get_parameter_overview(state.params, include_stats="sharding"))
+        _describe_parameters(run, state)
 
         writer = MetricWriter(run.directory, start)
         stack.callback(writer.close)
@@ -387,6 +387,15 @@ def _interruptions() -> Iterator[Callable[[int], bool]]:
         yield lambda step: bool(received)
     finally:
         restore()
+
+
+def _describe_parameters(run: Run, state: TrainState) -> None:
+    """Says how many parameters there are, and writes shape and sharding of each to a file."""
+    path = run.directory / "parameters.txt"
+    table = parameter_overview.get_parameter_overview(state.params, include_stats="sharding")
+    if jax.process_index() == 0:
+        storage.write_bytes(path, f"{table}\n".encode())
+    say(f"{run.name}: {parameter_overview.count_parameters(state.params):,} parameters ({path})")
 
 
 def _agree_on_latest(checkpoints: Checkpoints) -> int | None:
