@@ -132,7 +132,7 @@ def test_stages_are_large_enough_for_every_step(
         visible = positions - before
         drawn = before if order == "confidence" else before - after
         guided = (visible / positions >= 0.2) & (visible / positions < 0.7)
-        assert len(plan.stages) <= min(8 if images == 9 else 2, -(-positions // 16)) + 2
+        assert len(plan.stages) <= min(8 if images == 9 else 1, -(-positions // 16)) + 2
         assert plan.ends[-1] == len(before)
         for stage, first, end in zip(plan.stages, (0, *plan.ends), plan.ends, strict=False):
             steps = np.s_[first:end]

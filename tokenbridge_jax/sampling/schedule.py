@@ -17,10 +17,9 @@ from tokenbridge_jax.sampling.orders import ORDERS
 GUIDANCE_SCHEDULES = ("linear", "constant")
 # The most stages of a program. Every stage has its own copy of the layers.
 MAX_STAGES = 8
-# Of a program for few images. Eight stages take longer to compile than they ever save: at size L on
-# an H200, with the compiler option of `sampler.py`, 51 s and 0.298 s for one image; two 17 s and
-# 0.305 s.
-FEW_IMAGES, FEW_STAGES = 8, 2
+# Programs that draw at most so many images at once have one stage: compiling more takes longer than
+# they ever save; see docs/performance.md.
+FEW_IMAGES = 8
 # Rows of a bfloat16 tile, both on TPU and for tensor cores.
 TILE = 16
 
@@ -197,10 +196,10 @@ def make_plan(
 ) -> Plan:
     """Groups steps whose visible positions fill the same number of eighths of L.
 
-    For at most `FEW_IMAGES` images it is halves. For size L with guidance, padding adds 3.0% to the
-    matmul FLOPs at 256 steps and 4.1% at 64; the best possible eight stages would add 3.0% and
-    2.9%, two stages 12.4% and 17.4%. Slots come in whole tiles, so a model of at most 16 positions
-    has one stage and compiles faster.
+    Of at most `FEW_IMAGES` images, all steps are one stage. For size L with guidance, padding adds
+    3.0% to the matmul FLOPs at 256 steps and 4.1% at 64 (the best possible eight stages would add
+    3.0% and 2.9%, two 12.4% and 17.4%), and one stage 25.0% and 35.5%. Slots come in whole tiles,
+    so a model of at most 16 positions has one stage and compiles faster.
 
     Edits share their stages if they start with up to an eighth, a quarter, half, or all of the
     positions hidden. Such stages are as large as any of these edits needs, and a stage may have no
@@ -212,7 +211,7 @@ def make_plan(
       num_hidden: M, of an edit; None draws a whole image, which shares its stages with no edit.
       images: drawn at a time; None is many.
     """
-    most = MAX_STAGES if images is None or images > FEW_IMAGES else FEW_STAGES
+    most = MAX_STAGES if images is None or images > FEW_IMAGES else 1
     tile = TILE * -(-positions // (most * TILE))
     start = positions if num_hidden is None else num_hidden
     starts = [positions] if num_hidden is None else _similar_starts(num_hidden, positions, tile)
