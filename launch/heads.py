@@ -96,7 +96,7 @@ MEASURES = {
     "train_images_per_second": ("training, img/s", 0),
     "images_per_second_16": ("sampling, img/s, 16 steps", 0),
     "images_per_second_64": ("64 steps", 0),
-    "head_ms": (f"head, ms for {POSITIONS} positions", 2),
+    "head_ms": (f"head, ms for {POSITIONS} positions with guidance {HEAD_GUIDANCE}", 2),
     "parameters": ("parameters", 0),
 }
 
@@ -181,7 +181,9 @@ def compare(comparison: Comparison, names: Sequence[str], seeds: int) -> list[di
     """
     config = run_config(comparison.run)
     kept = comparison.workdir / "comparison.json"
-    settings = checked_settings(kept, dataclasses.asdict(comparison))
+    choices = {"guidance": GUIDANCE, "temperature": TEMPERATURE, "head_guidance": HEAD_GUIDANCE}
+    given = dataclasses.asdict(comparison) | choices | {"rows": ROWS}
+    settings = checked_settings(kept, given)
     scorer = Scorer.of(comparison.run, config)
     storage.write_json(kept, settings)
     runs = [one_run(comparison, scorer, *run) for run in itertools.product(range(seeds), names)]

@@ -137,6 +137,7 @@ def test_guidance_of_latents_runs_the_head_for_both_branches(benchmark):
     flags += ("--config.model.head_steps=4",)
     (alone,), (guided,) = (benchmark("head", *flags, f"--guidance={g}")[1] for g in (1, 3))
     assert guided["flops_by_hand"] == 2 * alone["flops_by_hand"]
+    assert guided["flops_by_compiler"] > alone["flops_by_compiler"]
     assert (alone["settings"]["guidance"], guided["settings"]["guidance"]) == (1, 3)
 
 

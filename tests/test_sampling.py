@@ -28,7 +28,7 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling import sampler
 from tokenbridge_jax.sampling.batches import generate_in_batches
 from tokenbridge_jax.sampling.orders import random_orders
-from tokenbridge_jax.sampling.sampler import Known, Request, generate
+from tokenbridge_jax.sampling.sampler import Known, Request, generate, generate_steps
 from tokenbridge_jax.sampling.schedule import (
     SamplingSettings,
     guidance_scales,
@@ -118,21 +118,18 @@ def test_unknown_settings_are_named():
 
 @pytest.mark.parametrize(("positions", "num_iter"), GRID)
 @pytest.mark.parametrize("order", ["random", "confidence"])
-@pytest.mark.parametrize("images", [8, 9])
-def test_stages_are_large_enough_for_every_step(
-    positions: int, num_iter: int, order: str, images: int
-):
+def test_stages_are_large_enough_for_every_step(positions: int, num_iter: int, order: str):
     """Exactly for whole images, and at least for edits with any number of hidden positions."""
     settings = SamplingSettings(num_iter, 2.0, guidance_interval=(0.2, 0.7), order=order)
-    plans = [make_plan(positions, settings, images=images)]
+    plans = [make_plan(positions, settings)]
     some = {*range(1, positions + 1, 1 + positions // 10), positions}
-    for plan in plans + [make_plan(positions, settings, n, images) for n in some]:
+    for plan in plans + [make_plan(positions, settings, num_hidden) for num_hidden in some]:
         before, after = np.array(plan.hidden[:-1]), np.array(plan.hidden[1:])
         assert after.tolist() == hidden_counts(plan.hidden[0], num_iter).tolist()
         visible = positions - before
         drawn = before if order == "confidence" else before - after
         guided = (visible / positions >= 0.2) & (visible / positions < 0.7)
-        assert len(plan.stages) <= min(8 if images == 9 else 1, -(-positions // 16)) + 2
+        assert len(plan.stages) <= min(8, -(-positions // 16)) + 2
         assert plan.ends[-1] == len(before)
         for stage, first, end in zip(plan.stages, (0, *plan.ends), plan.ends, strict=False):
             steps = np.s_[first:end]
@@ -407,10 +404,25 @@ def test_few_images_on_a_gpu_have_programs_that_compile_faster(params, eight, mo
     assert quick._cache_size() == compiled + 1
     # Not of more images, and not inside another program, which would be an error.
     generate(TINY, params, Request(np.arange(9) % 2, np.arange(9)), STOCHASTIC)
-    jax.make_jaxpr(lambda params: generate(TINY, params, request, STOCHASTIC))(params)
-    inner = jax.jit(lambda labels: generate(TINY, params, Request(labels, labels), STOCHASTIC))
-    inner(np.arange(2))
+    inner = jax.jit(lambda x: generate(TINY, params, request, STOCHASTIC) + x)
+    np.testing.assert_array_equal(inner(1), images + 1)
     assert quick._cache_size() == compiled + 1
+
+
+def test_programs_that_compile_faster_have_two_stages(monkeypatch):
+    config = tiny(positions=40)
+    params = random_params(config)
+    request = Request(np.array([0, 1], np.int32), np.arange(2, dtype=np.int32), 5)
+    settings = SamplingSettings(num_iter=4, temperature=0.8, guidance=2.0)
+    plans = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(sampler, "make_plan", lambda *x: plans.append(make_plan(*x)) or plans[-1])
+    scales = [1 + revealed / 40 for revealed in (3, 12, 25, 39)]
+    expected = brute_force(config, params, request, settings, scales)
+    np.testing.assert_array_equal(generate(config, params, request, settings), expected)
+    *_, (_, _, last) = generate_steps(config, params, request, settings)
+    np.testing.assert_array_equal(last, expected)
+    assert [[stage.visible_slots for stage in plan.stages] for plan in plans] == [[20, 40]] * 2
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 def drawn(model, output, *flags: str) -> np.ndarray:
     argv = [f"--workdir={model}", f"--output={output}", "--num_images=3"]
     settings = (f"--config.sampling.{name}={value}" for name, value in SETTINGS.items())
-    assert runner.run("sample", [*argv, *settings, *flags]) == 0
+    assert runner.run("sample", [*argv, *flags, *settings]) == 0
     return storage.read_npz(output / "samples.npz")["arr_0"]
 
 
@@ -55,11 +55,46 @@ def test_what_training_has_fixed_is_refused(model, tmp_path, capsys, flag, messa
     assert err.count("\n") == 1
 
 
-def test_the_config_of_another_model_is_refused(model, tmp_path, capsys):
-    argv = [f"--workdir={model}", f"--output={tmp_path / 'x'}", "--config=digits"]
+CONFIG = """
+from tokenbridge_jax.config import experiment
+from tiny_model import tiny
+
+def get_config():
+    config = experiment("digits")
+    model = tiny(head="masked", reveal_steps=4).to_json()
+    config.model.update({key: model[key] for key in config.model if key != "channel_order"})
+    config.model.update(CHANGES)
+    return config
+"""
+
+
+def write_config(folder, **changes):
+    """An experiment with the model of the workdir, and changes."""
+    path = folder / f"{'_'.join(changes) or 'own'}.py"
+    path.write_text(CONFIG.replace("CHANGES", repr(changes)))
+    return f"--config={path}"
+
+
+def test_an_experiment_may_be_named(model, tmp_path):
+    """What does not decide which parameters there are may differ, and that of drawing applies."""
+    trained = drawn(model, tmp_path / "a")
+    same = drawn(model, tmp_path / "b", write_config(tmp_path))
+    np.testing.assert_array_equal(same, trained)
+    # As an import has it, and as it may change from run to run.
+    changes = {"first_token_quirk": True, "dropout": 0.2, "remat": "full", "head_chunk": 64}
+    same = drawn(model, tmp_path / "c", write_config(tmp_path, **changes))
+    np.testing.assert_array_equal(same, trained)
+    flagged = drawn(model, tmp_path / "d", "--config.model.reveal_steps=1")
+    named = drawn(model, tmp_path / "e", write_config(tmp_path, reveal_steps=1))
+    np.testing.assert_array_equal(named, flagged)
+
+
+def test_the_experiment_of_another_model_is_refused(model, tmp_path, capsys):
+    config = write_config(tmp_path, encoder_width=32)
+    argv = [f"--workdir={model}", f"--output={tmp_path / 'x'}", config, "--config.mesh.tensor=3"]
     assert runner.run("sample", argv) == 2
     err = capsys.readouterr().err
-    assert f"--config names a model whose buffer is 4, and that of {model} has " in err
+    assert f"--config names a model whose encoder_width is 32, and that of {model} has 16" in err
     assert err.count("\n") == 1
 
 

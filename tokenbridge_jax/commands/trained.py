@@ -1,49 +1,62 @@
 """The pipeline of a command that only reads a workdir, with what its flags may change."""
 
+import dataclasses
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from tokenbridge_jax.config import AUTO, make_mesh
-from tokenbridge_jax.model import DRAWING_FIELDS
+from tokenbridge_jax.model import DRAWING_FIELDS, TokenBridgeConfig
 from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.description import ModelDescription
+from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
+
+# The fields that say which parameters a model has. Shards may decide the channel order, and imports
+# the quirk, whatever the config says.
+_FIXED = {
+    field.name
+    for field in dataclasses.fields(TokenBridgeConfig)
+    if not field.metadata.get("changeable")
+} - {"channel_order", "first_token_quirk"}
 
 
 def load_pipeline(args: flags.FlagValues) -> Pipeline:
-    """Loads the workdir, with the values of `--config.model.KEY` that only concern drawing.
+    """Loads the workdir, with what `--config` and its flags say about drawing (`DRAWING_FIELDS`).
 
     Raises:
       UserError: a flag changes what training has fixed, or `--config` names an experiment with
         another model, or the workdir cannot be read.
     """
+    named, model = args["config"].present, args.config.model.to_dict()
     given = {
         name.removeprefix("model."): value
         for name, value in config_flags.get_override_values(args["config"]).items()
         if name.startswith("model.")
     }
-    drawing = {key: value for key, value in given.items() if key in DRAWING_FIELDS}
-    pipeline = Pipeline.load(
-        args.workdir, step=args.step, mesh=make_mesh(args.config), drawing=drawing
-    )
-    trained = pipeline.config.to_json()
+    if storage.exists(storage.as_path(args.workdir)):
+        _check_fixed(args.workdir, given, model if named else {})
+    drawing = {key: model[key] for key in DRAWING_FIELDS if named or key in given}
+    return Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config), drawing=drawing)
 
-    def first_change(model: dict[str, Any]) -> str | None:
-        for key, value in model.items():
-            known = (trained.get(key, value), AUTO)
-            if value not in known and key not in ("channel_order", *DRAWING_FIELDS):
-                return key
-        return None
 
-    if key := first_change(given):
-        raise UserError(
-            f"--config.model.{key}={given[key]} has no effect on a trained model, which has "
-            f"{trained[key]}; leave it out"
-        )
-    if args["config"].present and (key := first_change(args.config.model.to_dict())):
-        raise UserError(
-            f"--config names a model whose {key} is {args.config.model[key]}, and that of "
-            f"{args.workdir} has {trained[key]}; leave out --config to use the workdir's own"
-        )
-    return pipeline
+def _check_fixed(workdir: str, given: dict[str, Any], named: dict[str, Any]) -> None:
+    """Raises `UserError` if flags or the model that `--config` names differ from a trained one."""
+    trained = ModelDescription.load(workdir).config.to_json()
+
+    def differs(key: str, value: Any) -> bool:
+        return value not in (trained.get(key, value), AUTO)
+
+    for key, value in given.items():
+        if differs(key, value) and key not in ("channel_order", *DRAWING_FIELDS):
+            raise UserError(
+                f"--config.model.{key}={value} has no effect on a trained model, which has "
+                f"{trained[key]}; leave it out"
+            )
+    for key, value in named.items():
+        if differs(key, value) and key in _FIXED:
+            raise UserError(
+                f"--config names a model whose {key} is {value}, and that of {workdir} has "
+                f"{trained[key]}; name the experiment that it was trained with"
+            )

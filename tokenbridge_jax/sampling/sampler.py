@@ -41,7 +41,8 @@ from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import hidden_first, make_orders, sample_keys
 from tokenbridge_jax.sampling.schedule import (
-    FEW_IMAGES,
+    FEW_STAGES,
+    MAX_STAGES,
     Plan,
     SamplingSettings,
     Stage,
@@ -50,6 +51,9 @@ from tokenbridge_jax.sampling.schedule import (
     null_steps,
 )
 from tokenbridge_jax.transformer import Window, set_last_apart, unstack
+
+# A GPU draws so few images by programs that compile quickly; see docs/performance.md.
+FEW_IMAGES = 8
 
 
 class Known(NamedTuple):
@@ -145,8 +149,8 @@ def generate(
     Raises:
       UserError: confidence order needs probabilities, which the head does not give.
     """
-    request, plan, steps = _prepare(config, request, settings)
-    quick = _is_quick(params, request)
+    quick = _is_quick(request)
+    request, plan, steps = _prepare(config, request, settings, quick)
     static: dict[str, Any] = dict(config=config, stages=plan.stages, order=settings.order)
     if request.known is None:
         return _generate[quick](params, request, steps, plan.ends, **static)
@@ -175,10 +179,11 @@ def generate_steps(
       The steps done, the number of all steps, and the indices. Hidden positions have the indices of
       `known`, or the level nearest 0. The last indices are the result of `generate`.
     """
-    request, plan, steps = _prepare(config, request, settings)
+    quick = _is_quick(request)
+    request, plan, steps = _prepare(config, request, settings, quick)
     slots = jax.jit(_first_slots, static_argnums=(0, 1))(config, settings.order, request, steps)
     params = jax.jit(prepare_params, static_argnames="config")(params, config=config)
-    quick, count = _is_quick(params, request), len(steps.scale)
+    count = len(steps.scale)
     for i in range(count):
         step = jax.tree.map(lambda x, i=i: x[i], steps)
         stage = plan.stages[bisect.bisect(plan.ends, i)]
@@ -188,11 +193,12 @@ def generate_steps(
 
 
 def _prepare(
-    config: TokenBridgeConfig, request: Request, settings: SamplingSettings
+    config: TokenBridgeConfig, request: Request, settings: SamplingSettings, quick: bool
 ) -> tuple[Request, Plan, Step]:
     """The request as the programs take it, and what they do, step by step."""
     num_hidden = None if request.known is None else request.known.num_hidden
-    plan = make_plan(config.positions, settings, num_hidden, len(request.labels))
+    most_stages = FEW_STAGES if quick else MAX_STAGES
+    plan = make_plan(config.positions, settings, num_hidden, most_stages)
     scales = guidance_scales(config.positions, settings, num_hidden)
     hidden = np.array(plan.hidden, np.int32)
     temperature, choice_temperature = (
@@ -245,7 +251,7 @@ def _draw(
 def _programs(function: Callable[..., Any], *static_argnames: str) -> tuple[Any, Any]:
     """The jitted function, and another one that XLA compiles in less time for GPUs.
 
-    Without Triton's products there are fewer variants to compile and to compare.
+    Without Triton's products there are fewer variants to compile and to time.
     """
     options = None, {"xla_gpu_enable_triton_gemm": False}
     jit = functools.partial(jax.jit, function, static_argnames=static_argnames)
@@ -253,11 +259,13 @@ def _programs(function: Callable[..., Any], *static_argnames: str) -> tuple[Any,
     return usual, quick
 
 
-def _is_quick(params: dict[str, Any], request: Request) -> bool:
-    """Whether compiling matters more than speed. Only outermost programs have compiler options."""
-    arguments = jax.tree.leaves((params, request))
-    is_inner = any(isinstance(argument, jax.core.Tracer) for argument in arguments)
-    return jax.default_backend() == "gpu" and len(request.labels) <= FEW_IMAGES and not is_inner
+def _is_quick(request: Request) -> bool:
+    """Whether the time of compiling matters more than a tenth of the speed.
+
+    Only measured on GPUs. Within another program JAX refuses compiler options.
+    """
+    is_few = jax.default_backend() == "gpu" and len(request.labels) <= FEW_IMAGES
+    return is_few and not isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 _generate = _programs(_draw, "ends", "config", "stages", "order")

@@ -17,9 +17,8 @@ from tokenbridge_jax.sampling.orders import ORDERS
 GUIDANCE_SCHEDULES = ("linear", "constant")
 # The most stages of a program. Every stage has its own copy of the layers.
 MAX_STAGES = 8
-# Programs that draw at most so many images at once have one stage: compiling more takes longer than
-# they ever save; see docs/performance.md.
-FEW_IMAGES = 8
+# Of a program that should compile quickly; see docs/performance.md.
+FEW_STAGES = 2
 # Rows of a bfloat16 tile, both on TPU and for tensor cores.
 TILE = 16
 
@@ -192,14 +191,13 @@ def make_plan(
     positions: int,
     settings: SamplingSettings,
     num_hidden: int | None = None,
-    images: int | None = None,
+    most_stages: int = MAX_STAGES,
 ) -> Plan:
     """Groups steps whose visible positions fill the same number of eighths of L.
 
-    Of at most `FEW_IMAGES` images, all steps are one stage. For size L with guidance, padding adds
-    3.0% to the matmul FLOPs at 256 steps and 4.1% at 64 (the best possible eight stages would add
-    3.0% and 2.9%, two 12.4% and 17.4%), and one stage 25.0% and 35.5%. Slots come in whole tiles,
-    so a model of at most 16 positions has one stage and compiles faster.
+    For size L with guidance, padding adds 3.0% to the matmul FLOPs at 256 steps and 4.1% at 64; the
+    best possible eight stages would add 3.0% and 2.9%, two stages 12.4% and 17.4%. Slots come in
+    whole tiles, so a model of at most 16 positions has one stage and compiles faster.
 
     Edits share their stages if they start with up to an eighth, a quarter, half, or all of the
     positions hidden. Such stages are as large as any of these edits needs, and a stage may have no
@@ -209,12 +207,11 @@ def make_plan(
       positions: L.
       settings: how to sample.
       num_hidden: M, of an edit; None draws a whole image, which shares its stages with no edit.
-      images: drawn at a time; None is many.
+      most_stages: with fewer than eight, there are that many parts of L in place of eighths.
     """
-    most = MAX_STAGES if images is None or images > FEW_IMAGES else 1
-    tile = TILE * -(-positions // (most * TILE))
+    eighth, tile = (max(TILE, -(-positions // most)) for most in (MAX_STAGES, most_stages))
     start = positions if num_hidden is None else num_hidden
-    starts = [positions] if num_hidden is None else _similar_starts(num_hidden, positions, tile)
+    starts = [positions] if num_hidden is None else _similar_starts(num_hidden, positions, eighth)
     # The largest number of positions that a step draws, by the number of visible ones before it.
     reveals: dict[int, int] = {}
     for first in starts:
