@@ -66,7 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.quantizer.channel_order = "frequency"
     config.tokenize.update(batch_size=256, posterior_samples=2)
     config.model.update(MODELS[arguments.size])
-    config.model.update(buffer=16, dropout=0.0, dtype="bfloat16")
+    config.model.update(buffer=16, dropout=0.0, dtype="bfloat16", head_clip=5.0)
     config.training.update(
         batch_size=256,
         steps=20_000,

@@ -62,6 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         head_width=64,
         head_layers=2,
         head_heads=4,
+        head_clip=5.0,
         buffer=4,
         scan_layers=True,
     )
