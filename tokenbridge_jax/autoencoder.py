@@ -7,6 +7,7 @@ never applies the scale. A trained codebook takes the place of the normal distri
 `config.bottleneck` is not "kl" (see `bottleneck`).
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -183,12 +184,17 @@ class Autoencoder(nn.Module):
         return self.decode(posterior.sample(key)), posterior
 
 
+@functools.cache
 def abstract_params(config: AutoencoderConfig) -> dict[str, Any]:
-    """The parameters as `jax.ShapeDtypeStruct`s, boxed with their logical axis names."""
+    """The parameters as `jax.ShapeDtypeStruct`s, boxed with their logical axis names.
+
+    Every call returns the same tree: do not change it.
+    """
     side = config.downsampling
     images = jax.ShapeDtypeStruct((1, side, side, config.image_channels), jnp.float32)
-    key = jax.random.key(0)
-    return jax.eval_shape(Autoencoder(config).init, key, images, key)["params"]
+    with jax.enable_x64(False):
+        key = jax.random.key(0)
+        return jax.eval_shape(Autoencoder(config).init, key, images, key)["params"]
 
 
 def init_params(config: AutoencoderConfig, key: Key[Array, ""]) -> dict[str, Any]:

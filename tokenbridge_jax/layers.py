@@ -12,6 +12,7 @@ come, so that the same program has other sums the next time.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -125,6 +126,13 @@ def linear_product(
     return jnp.tensordot(x, kernel, axes, precision=of_products(x.dtype))
 
 
+def _init_matrix(
+    init: Callable[..., jax.Array], size: tuple[int, int], key: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+    """A kernel that is drawn as a matrix of this size."""
+    return init(key, size).reshape(shape)
+
+
 class Dense(Layer):
     """`x @ kernel + bias` over x's last axes, as many as the kernel has input axes.
 
@@ -159,11 +167,8 @@ class Dense(Layer):
         outputs = len(self.features)
         contracted = len(self.axes) - outputs
         inputs = x.shape[x.ndim - contracted :]
-
-        def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            size = math.prod(inputs), math.prod(self.features)
-            return self.init(key, size).reshape(shape)
-
+        size = math.prod(inputs), math.prod(self.features)
+        init = functools.partial(_init_matrix, self.init, size)
         kernel = self.param("kernel", named_axes(init, *self.axes), (*inputs, *self.features))
         zeros = named_axes(nn.initializers.zeros, *self.axes[contracted:])
         bias = self.param("bias", zeros, self.features)

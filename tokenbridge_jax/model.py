@@ -445,6 +445,11 @@ def init_params(config: TokenBridgeConfig, key: Key[Array, ""]) -> dict[str, Any
 
 def abstract_params(config: TokenBridgeConfig, mesh: Mesh | None = None) -> dict[str, Any]:
     """Shapes and dtypes of the parameters, without their boxes; on a mesh also their shardings."""
-    with jax.enable_x64(False):
-        boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    boxed = _boxed_params(config)
     return nn.unbox(boxed) if mesh is None else meshes.abstract_arrays(boxed, mesh)
+
+
+@functools.cache
+def _boxed_params(config: TokenBridgeConfig) -> dict[str, Any]:
+    with jax.enable_x64(False):
+        return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -94,20 +94,23 @@ def by_platform(
       arguments: trees of arrays.
       others: replace `plain` on some platforms, by name.
     """
-
-    def or_plain(platform: str, *arguments: Any) -> Any:
-        try:
-            return kernels[platform](*arguments)
-        except Exception as error:  # A changed interface can raise anything.
-            _give_up(platform, error)
-            return others.get(platform, plain)(*arguments)
-
     branches = others | {
-        platform: functools.partial(or_plain, platform)
-        for platform in kernels
+        platform: functools.partial(_or_plain, platform, kernel, others.get(platform, plain))
+        for platform, kernel in kernels.items()
         if _kernels_work(platform)
     }
     return jax.lax.platform_dependent(*arguments, **branches, default=plain)
+
+
+def _or_plain(
+    platform: str, kernel: Callable[..., Any], plain: Callable[..., Any], *arguments: Any
+) -> Any:
+    """Runs a platform's kernel, or `plain` if it cannot be built."""
+    try:
+        return kernel(*arguments)
+    except Exception as error:  # A changed interface can raise anything.
+        _give_up(platform, error)
+        return plain(*arguments)
 
 
 # Why a platform's kernels are not used: the first reason, by platform.

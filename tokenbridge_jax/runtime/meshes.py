@@ -10,6 +10,7 @@ split. Mesh axes:
 
 import collections
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -152,10 +153,13 @@ class NamedAxes(nn.LogicallyPartitioned):
 def named_axes(init: Callable[..., Any], *names: str | None) -> Callable[..., Any]:
     """An initialiser whose parameter carries the logical names of its axes (see `RULES`)."""
 
-    def init_named(*arguments: Any) -> NamedAxes:
-        return NamedAxes(init(*arguments), names)
+    return functools.partial(_init_named, init, names)
 
-    return init_named
+
+def _init_named(
+    init: Callable[..., Any], names: tuple[str | None, ...], *arguments: Any
+) -> NamedAxes:
+    return NamedAxes(init(*arguments), names)
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:

@@ -1,5 +1,6 @@
 """The training state: all that a step reads and replaces, created in its final layout."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,9 +51,10 @@ def abstract_state(
     Returns:
       A TrainState of `jax.ShapeDtypeStruct`, each with its sharding.
     """
-    params = meshes.abstract_arrays(jax.eval_shape(init, jax.random.key(0)), mesh)
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    params = meshes.abstract_arrays(boxed, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    shapes = jax.eval_shape(_initial_state(init, optimizer), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(_initial_state, optimizer), boxed)
     replicated = meshes.replicated(mesh)
 
     def place(shape: jax.ShapeDtypeStruct, sharding: Any = replicated) -> jax.ShapeDtypeStruct:
@@ -97,7 +99,7 @@ def create_state(
     new = [i for i, leaf in enumerate(leaves) if leaf is None or leaf.shape != wanted[i].shape]
 
     def make(key: jax.Array) -> list[jax.Array]:
-        made = jax.tree.leaves(_initial_state(init, optimizer)(key))
+        made = jax.tree.leaves(_initial_state(optimizer, init(key)))
         return [made[i] for i in new]
 
     jitted = jax.jit(make, out_shardings=[wanted[i].sharding for i in new])
@@ -106,17 +108,13 @@ def create_state(
     return jax.tree.unflatten(structure, leaves)
 
 
-def _initial_state(
-    init: InitFunction, optimizer: optax.GradientTransformation
-) -> Callable[[jax.Array], TrainState]:
-    def initial_state(key: jax.Array) -> TrainState:
-        params = nn.unbox(init(key))
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            # A copy, because the step donates both and a buffer can only be donated once.
-            ema_params=jax.tree.map(jnp.copy, params),
-            opt_state=optimizer.init(params),
-        )
-
-    return initial_state
+def _initial_state(optimizer: optax.GradientTransformation, boxed: Any) -> TrainState:
+    """The state before the first update, of boxed parameters."""
+    params = nn.unbox(boxed)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        # A copy, because the step donates both and a buffer can only be donated once.
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
