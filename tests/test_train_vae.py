@@ -40,6 +40,7 @@ TINY = AutoencoderConfig(
 )
 FLAGS = [
     "--config.data.image_size=8",
+    "--config.data.workers=1",
     "--config.autoencoder.channels=4",
     "--config.autoencoder.multipliers=(1, 2)",
     "--config.autoencoder.latent_channels=2",
