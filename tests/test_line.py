@@ -90,8 +90,8 @@ def test_a_file_for_each_sample(workdir, pipeline, tmp_path, capsys, kind):
 
 def test_a_stream_draws_one_batch_after_the_other(pipeline):
     settings = dict(num_iter=3, guidance=2.0, seed=5)
-    # A million images: only the first batches are drawn.
-    parts = pipeline.stream([1, 2] * 500_000, batch_size=8, **settings)
+    # A hundred thousand images: only the first batches are drawn.
+    parts = pipeline.stream([1, 2] * 50_000, batch_size=8, **settings)
     first = np.concatenate([next(parts), next(parts)])
     parts.close()
     indices = pipeline.generate_indices([1, 2] * 8, batch_size=8, **settings)
