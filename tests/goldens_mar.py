@@ -1,5 +1,6 @@
 """Checks one `mar_*.npz` golden against MAR's schedules, diffusion head, loss and sampler."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -95,14 +96,9 @@ def _feature(golden: dict[str, np.ndarray], config: TokenBridgeConfig, params: d
     order, hidden = sorted_order(mask), jnp.asarray(mask.sum(axis=1), jnp.int32)
     slots = jnp.take_along_axis(tokens, order[:, :, None], axis=1)
     labels = jnp.asarray(golden["in/labels"], jnp.int32)
-    feature = TokenBridge(config).apply(
-        {"params": params},
-        slots,
-        labels,
-        jnp.asarray(order),
-        hidden,
-        jnp.zeros(len(labels), bool),
-        method=TokenBridge.features,
+    apply = functools.partial(TokenBridge(config).apply, method=TokenBridge.features)
+    feature = jax.jit(apply)(
+        {"params": params}, slots, labels, jnp.asarray(order), hidden, jnp.zeros(len(labels), bool)
     )
     return jnp.take_along_axis(feature, np.argsort(order)[:, :, None], axis=1)
 
@@ -131,7 +127,7 @@ def _check_training_loss(
     draw = MaskDraw(jnp.int32(hidden), config.positions, config.positions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diffusion.DiffusionHead, "loss", loss)
-        found = training_loss(config, params, examples, draw)
+        found = jax.jit(lambda params: training_loss(config, params, examples, draw))(params)
     assert_close(found, golden["out/loss"], 1e-5, "training loss")
 
 
@@ -199,10 +195,11 @@ def _check_steps(golden: dict[str, np.ndarray], config: TokenBridgeConfig, param
             x, i, noise, condition + times[i][None, None], schedule, guidance
         )
 
+    apply = jax.jit(functools.partial(TokenBridge(config).apply, method=step))
     for name, kind in runs:
         i = jnp.int32(name.removeprefix("i"))
         guidance = Guidance(features[1], scale) if kind == "guided" else None
-        found = TokenBridge(config).apply({"params": params}, i, guidance, method=step)
+        found = apply({"params": params}, i, guidance)
         assert_close(found, golden[f"step/{name}/{kind}"], 1e-4, f"step {name} {kind}")
 
 

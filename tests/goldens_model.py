@@ -140,18 +140,18 @@ def _check_forward(golden: dict[str, np.ndarray], config: TokenBridgeConfig, par
         values = config.quantizer.dequantize(slots)
         return model.backbone.encode(values, latent, order, num_hidden)
 
-    encoded = model.apply(variables, method=encode)
+    encoded = jax.jit(lambda: model.apply(variables, method=encode))()
     assert_close(encoded, golden["out/encoder"], 1e-5, "encoder")
 
     # All slots go to the encoder, as padding where hidden: what padding holds must not matter.
     slots = jnp.take_along_axis(indices, order[:, :, None], axis=1)
-    feature = model.apply(
-        variables, slots, labels, order, num_hidden, drop_class, method=TokenBridge.features
-    )
+    arguments = labels, order, num_hidden, drop_class
+    features = jax.jit(lambda *x: model.apply(variables, *x, method=TokenBridge.features))
+    feature = features(slots, *arguments)
     feature = np.take_along_axis(np.asarray(feature), np.argsort(order)[:, :, None], axis=1)
     assert_close(feature, golden["out/decoder"], 1e-5, "decoder")
 
-    logits = model.apply(variables, indices, labels, order, num_hidden, drop_class)
+    logits = jax.jit(lambda *x: model.apply(variables, *x))(indices, *arguments)
     logits = logits[:, :hidden].reshape(-1, config.channels, config.levels)
     expected = golden["out/logits_masked_positions_reordered_channels"]
     assert_close(logits, expected, 1e-4, "logits")
