@@ -135,6 +135,8 @@ def _accumulate(
     def body(carry: PyTree, inputs: tuple[Any, PyTree]) -> tuple[PyTree, None]:
         return constrain(jax.tree.map(jnp.add, carry, micro_step(*inputs))), None
 
+    # Traced once, for the shapes and for the loop.
+    micro_step = jax.jit(micro_step, inline=True)
     micro_batches = (jnp.arange(count), jax.tree.map(split, examples))
     shapes = jax.eval_shape(lambda xs: micro_step(*jax.tree.map(lambda x: x[0], xs)), micro_batches)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
