@@ -21,6 +21,7 @@ from tokenbridge_jax.training.metric_writer import read_metrics
 SMALL = [
     f"--config={CONFIGS / 'digits.py'}:quick",
     "--config.data.image_size=8",
+    "--config.data.workers=1",
     "--config.autoencoder.channels=8",
     "--config.autoencoder.multipliers=(1,1)",
     "--config.autoencoder.latent_channels=4",

@@ -12,7 +12,6 @@ NOTEBOOK = LAUNCH / "colab.ipynb"
 SETTINGS = """
 FLAGS = [
     "--config.data.image_size=8",
-    "--config.data.workers=1",
     "--config.autoencoder.channels=8",
     "--config.autoencoder.multipliers=(1,1)",
     "--config.autoencoder.latent_channels=4",

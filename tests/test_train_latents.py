@@ -22,7 +22,6 @@ from tokenbridge_jax.training.model_task import make_validation
 STEPS = 30
 # Changes of the quick line of digits.
 CHANGES = {
-    "data.workers": 1,
     "tokenize.store": "latents",
     "model.head": "diffusion",
     "model.head_steps": 5,
