@@ -9,7 +9,7 @@ from ml_collections import config_flags
 from tokenbridge_jax.config import AUTO, make_mesh
 from tokenbridge_jax.model import DRAWING_FIELDS, TokenBridgeConfig
 from tokenbridge_jax.pipeline import Pipeline
-from tokenbridge_jax.pipeline.description import ModelDescription
+from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
@@ -35,7 +35,7 @@ def load_pipeline(args: flags.FlagValues) -> Pipeline:
         for name, value in config_flags.get_override_values(args["config"]).items()
         if name.startswith("model.")
     }
-    if storage.exists(storage.as_path(args.workdir)):
+    if storage.exists(storage.as_path(args.workdir) / MODEL_FILE):  # `Pipeline.load` says if not.
         _check_fixed(args.workdir, given, model if named else {})
     drawing = {key: model[key] for key in DRAWING_FIELDS if named or key in given}
     return Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config), drawing=drawing)
