@@ -58,20 +58,12 @@ MAX_JOINT_CLASSES = 2**16
 DTYPES = ("float32", "bfloat16")
 
 
-def _changeable(default: Any) -> Any:
-    """A field that may change while a model is trained: the parameters still fit."""
-    return dataclasses.field(default=default, metadata={"changeable": True})
+def _changeable(default: Any, drawing: bool = False) -> Any:
+    """A field that may change while a model is trained: the parameters still fit.
 
-
-# Of these, the fields that drawing uses; they may also change after training.
-DRAWING_FIELDS = (
-    "head_steps",
-    "head_clip",
-    "head_solver",
-    "head_proposals",
-    "reveal_steps",
-    "float8",
-)
+    One that drawing uses may also change after training.
+    """
+    return dataclasses.field(default=default, metadata={"changeable": True, "drawing": drawing})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +110,12 @@ class TokenBridgeConfig:
     head: str = "channel_ar"
     channels_per_group: int = 1
     head_draws: int = _changeable(4)
-    head_steps: int = _changeable(100)
-    head_clip: float = _changeable(0.0)
-    head_solver: str = _changeable("heun")
+    head_steps: int = _changeable(100, drawing=True)
+    head_clip: float = _changeable(0.0, drawing=True)
+    head_solver: str = _changeable("heun", drawing=True)
     head_components: int = 16
-    head_proposals: int = _changeable(256)
-    reveal_steps: int = _changeable(4)
+    head_proposals: int = _changeable(256, drawing=True)
+    reveal_steps: int = _changeable(4, drawing=True)
     reveal_order: str = "fixed"
     buffer: int = 64
     dropout: float = _changeable(0.1)
@@ -132,7 +124,7 @@ class TokenBridgeConfig:
     remat: str = _changeable("none")
     scan_layers: bool = _changeable(True)
     head_chunk: int = _changeable(4096)
-    float8: bool = _changeable(False)
+    float8: bool = _changeable(False, drawing=True)
 
     def __post_init__(self) -> None:
         if sorted(self.channel_order) != list(range(self.channels)) or not self.channels:
@@ -276,6 +268,12 @@ class TokenBridgeConfig:
             + self.decoder_layers * block_flops(decoded, decoded, self.decoder_width)
             + (hidden if scored is None else scored) * head
         )
+
+
+# The fields that a run fixes, and those that drawing uses.
+_FIELDS = dataclasses.fields(TokenBridgeConfig)
+FIXED_FIELDS = tuple(field.name for field in _FIELDS if not field.metadata.get("changeable"))
+DRAWING_FIELDS = tuple(field.name for field in _FIELDS if field.metadata.get("drawing"))
 
 
 class TokenBridge(nn.Module):

@@ -45,7 +45,7 @@ from tokenbridge_jax.evaluation.features import extract
 from tokenbridge_jax.evaluation.generation import decoded_images, make_labels
 from tokenbridge_jax.evaluation.networks import default_folder, make_extractor
 from tokenbridge_jax.evaluation.scores import find_reference, generation_scores
-from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.model import FIXED_FIELDS, TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.runtime import meshes, pictures, storage
@@ -249,8 +249,7 @@ def make_run(
     fields = flat_fields(config, ["seed", "model", "training"])
     fields["data.num_classes"] = config.data.num_classes
     fields["tokens_sha256"] = info.sha256
-    model_fields = dataclasses.fields(model)
-    fixed = {f"model.{f.name}" for f in model_fields if not f.metadata.get("changeable")}
+    fixed = {f"model.{name}" for name in FIXED_FIELDS}
 
     def validation_hook() -> Hook:
         """Negative log-likelihood of the validation split under the EMA, in bits a value.

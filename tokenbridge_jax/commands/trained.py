@@ -1,25 +1,19 @@
 """The pipeline of a command that only reads a workdir, with what its flags may change."""
 
-import dataclasses
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from tokenbridge_jax.config import AUTO, make_mesh
-from tokenbridge_jax.model import DRAWING_FIELDS, TokenBridgeConfig
+from tokenbridge_jax.model import DRAWING_FIELDS, FIXED_FIELDS
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
 
-# The fields that say which parameters a model has. Shards may decide the channel order, and imports
-# the quirk, whatever the config says.
-_FIXED = {
-    field.name
-    for field in dataclasses.fields(TokenBridgeConfig)
-    if not field.metadata.get("changeable")
-} - {"channel_order", "first_token_quirk"}
+# Shards may decide the channel order, and imports the quirk, whatever the config says.
+_FIXED = {*FIXED_FIELDS} - {"channel_order", "first_token_quirk"}
 
 
 def load_pipeline(args: flags.FlagValues) -> Pipeline:
