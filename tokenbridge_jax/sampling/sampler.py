@@ -41,7 +41,6 @@ from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import hidden_first, make_orders, sample_keys
 from tokenbridge_jax.sampling.schedule import (
-    FEW_STAGES,
     MAX_STAGES,
     Plan,
     SamplingSettings,
@@ -52,8 +51,9 @@ from tokenbridge_jax.sampling.schedule import (
 )
 from tokenbridge_jax.transformer import Window, set_last_apart, unstack
 
-# A GPU draws so few images by programs that compile quickly; see docs/performance.md.
-FEW_IMAGES = 8
+# A GPU draws so few images by programs of so many stages, which compile quickly; see
+# docs/performance.md.
+FEW_IMAGES, FEW_STAGES = 8, 2
 
 
 class Known(NamedTuple):

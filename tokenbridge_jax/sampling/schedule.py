@@ -17,8 +17,6 @@ from tokenbridge_jax.sampling.orders import ORDERS
 GUIDANCE_SCHEDULES = ("linear", "constant")
 # The most stages of a program. Every stage has its own copy of the layers.
 MAX_STAGES = 8
-# Of a program that should compile quickly; see docs/performance.md.
-FEW_STAGES = 2
 # Rows of a bfloat16 tile, both on TPU and for tensor cores.
 TILE = 16
 
