@@ -193,7 +193,10 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Draws quality against time, a colour for each option; and both scores against numbers."""
+    """Draws quality against time, a colour for each option; and both scores against numbers.
+
+    The panels of numbers have the same axes, so that what is small looks small.
+    """
     groups = {name: [row for row in results if row["option"] == name] for name in OPTIONS}
     groups = {name: rows for name, rows in groups.items() if rows}
     numeric = {
@@ -209,17 +212,26 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         first.plot(x, y, "o-" if name == "num_iter" else "o", color=colour, label=name, ms=4)
     first.set(xlabel="milliseconds an image", ylabel="Frechet distance")
     first.legend(frameon=False, fontsize="small")
+    drawn = [row for rows in numeric.values() for row in rows]
     for ax, (name, rows) in zip(others, numeric.items(), strict=True):
         rows = sorted(rows, key=lambda row: row["value"])
         values = [row["value"] for row in rows]
         ax.plot(values, [row["frechet_distance"] for row in rows], "o-", color=figures.BLUE, ms=4)
+        ax.set_ylim(_with_margin([row["frechet_distance"] for row in drawn]))
         ax.set_xlabel(name)
         ax.set_ylabel("Frechet distance", color=figures.BLUE)
         share = ax.twinx()
         share.plot(values, [row["accuracy"] for row in rows], "s--", color=figures.ORANGE, ms=4)
+        share.set_ylim(_with_margin([row["accuracy"] for row in drawn]))
         share.set_ylabel("class accuracy", color=figures.ORANGE)
         share.yaxis.set_major_formatter(PercentFormatter(1))
     figures.save(first, path)
+
+
+def _with_margin(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis around these values."""
+    margin = 0.05 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin
 
 
 if __name__ == "__main__":
