@@ -1,5 +1,6 @@
 """Checks one `tokenbridge_*.npz` golden against the model, sampler, optimizer and EMA."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate
 from tokenbridge_jax.torch_bridge.official import BUFFERS, table
 from tokenbridge_jax.torch_bridge.table import from_torch, to_torch
-from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tokenbridge_jax.training.optimizer import OptimizerConfig, RunNumbers, make_optimizer
 from tokenbridge_jax.training.state import abstract_state, create_state
 from tokenbridge_jax.training.step import make_train_step
 
@@ -210,26 +211,26 @@ def _check_training(golden: dict[str, np.ndarray], config: TokenBridgeConfig, pa
     )
     average = next(k for k in golden if k.startswith("train3/ema")).split("/")[1]
     ema_decay = float(average.removeprefix("ema"))
-    optimizer, schedule = make_optimizer(
-        OptimizerConfig(
-            learning_rate=rate,
-            total_steps=3,
-            schedule="constant",
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=decay,
-            clip=clip,
-        )
+    settings = OptimizerConfig(
+        learning_rate=rate,
+        total_steps=3,
+        schedule="constant",
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=decay,
+        clip=clip,
     )
+    optimizer, _ = make_optimizer(settings)
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     task = _GoldenTask(config, params, golden)
     abstract = abstract_state(task.init, optimizer, mesh)
     state = create_state(task.init, optimizer, abstract, seed=0)
-    step = make_train_step(task, optimizer, schedule, abstract, mesh, seed=0, ema_decay=ema_decay)
+    make = functools.partial(make_optimizer, settings)
+    step = make_train_step(task, make, abstract, mesh, ema_decay=ema_decay)
     losses, norms = [], []
     with meshes.use_mesh(mesh):
         for _ in range(3):
-            state, metrics = step(state, None, None)
+            state, metrics = step(state, None, None, RunNumbers.of(settings, seed=0))
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
     np.testing.assert_allclose(losses, golden[name], rtol=1e-5)

@@ -4,6 +4,7 @@ And training steps as programs for NVIDIA GPUs: nothing in them adds numbers in 
 change from run to run.
 """
 
+import functools
 import math
 import re
 
@@ -27,7 +28,7 @@ from tokenbridge_jax.training.autoencoder_task import AutoencoderTask
 from tokenbridge_jax.training.discriminator import Adversary
 from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import ModelTask, abstract_batch
-from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tokenbridge_jax.training.optimizer import OptimizerConfig, RunNumbers, make_optimizer
 from tokenbridge_jax.training.state import abstract_state
 from tokenbridge_jax.training.step import make_train_step
 
@@ -162,12 +163,15 @@ def unordered_sums(program: str) -> list[str]:
 def step_for_gpus(task, batch, draw, sizes=(1, 1, 1), accumulation=1) -> str:
     """The program of a whole update, given `mesh -> abstract batch`."""
     mesh = first_devices(*sizes)
-    optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=0.01, total_steps=10))
+    config = OptimizerConfig(learning_rate=0.01, total_steps=10)
+    optimizer, _ = make_optimizer(config)
     abstract = abstract_state(task.init, optimizer, mesh)
-    settings = {"seed": 0, "ema_decay": 0.9, "accumulation": accumulation}
-    step = make_train_step(task, optimizer, schedule, abstract, mesh, **settings)
+    settings = {"ema_decay": 0.9, "accumulation": accumulation}
+    make = functools.partial(make_optimizer, config)
+    step = make_train_step(task, make, abstract, mesh, **settings)
+    numbers = RunNumbers.of(config, seed=0)
     with meshes.use_mesh(mesh):
-        return for_gpus(step.trace(abstract, batch(mesh), draw))
+        return for_gpus(step.trace(abstract, batch(mesh), draw, numbers))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The training loop: exact resume, interruption, non-finite losses, hooks, printed lines."""
 
+import dataclasses
 import itertools
 import os
 import shutil
@@ -139,7 +140,7 @@ def test_another_runs_checkpoints_are_refused_by_field(straight, mesh, capsys):
 def test_an_implicit_transfer_in_a_step_is_an_error(mesh, tmp_path, monkeypatch):
     def make_step(*arguments, **settings):
         step = make_train_step(*arguments, **settings)
-        return lambda state, batch, draw: step(state, jax.device_get(batch), draw)
+        return lambda state, batch, *others: step(state, jax.device_get(batch), *others)
 
     monkeypatch.setattr(loop, "make_train_step", make_step)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
@@ -250,6 +251,23 @@ def test_the_time_of_hooks_is_not_part_of_the_speed(mesh, tmp_path):
     # With the second that the hook sleeps, the speed would be below 32 images per second.
     assert rows[-1]["step"] == 6
     assert rows[-1]["images_per_second"] > 32
+
+
+def test_runs_that_differ_in_numbers_share_their_program(mesh, tmp_path):
+    run = make_run(tmp_path)
+    shardings = meshes.batch_sharding(mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings), toy_batch(0)
+    )
+
+    def program(seed, **changes):
+        optimizer = dataclasses.replace(run.recipe.optimizer, **changes)
+        recipe = dataclasses.replace(run.recipe, optimizer=optimizer)
+        return Program.make(run.task, recipe, seed, mesh).trace(batch, None).lower().as_text()
+
+    numbers = {"learning_rate": 0.5, "total_steps": 77, "warmup_steps": 11}
+    assert program(3) == program(2**32 - 1, **numbers)
+    assert program(3) != program(3, weight_decay=0.3)
 
 
 def test_a_step_that_was_compiled_ahead_is_not_compiled_again(mesh, tmp_path, caplog):

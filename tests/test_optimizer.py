@@ -123,8 +123,8 @@ def test_the_head_may_be_spared_from_decay():
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (4, 10), (10, 10)])
 def test_schedules_by_formula(warmup, total):
     peak = 0.3
-    cosine = learning_rate_schedule(OptimizerConfig(peak, total, warmup))
-    constant = learning_rate_schedule(OptimizerConfig(peak, total, warmup, schedule="constant"))
+    numbers = OptimizerConfig(peak, total, warmup)
+    cosine, constant = (learning_rate_schedule(kind, numbers) for kind in ("cosine", "constant"))
     for step in range(total):
         if step < warmup:
             expected = expected_constant = peak * step / warmup

@@ -23,6 +23,7 @@ from tokenbridge_jax.training.autoencoder_task import AutoencoderTask
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import ModelTask, make_validation
+from tokenbridge_jax.training.optimizer import OptimizerConfig, RunNumbers
 from tokenbridge_jax.training.state import (
     TrainState,
     _initial_state,
@@ -43,9 +44,11 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 def make_step(config, mesh, accumulation=1):
     task = ModelTask(config, class_dropout=0.5)
     abstract = abstract_state(task.init, OPTIMIZER, mesh)
-    settings = dict(seed=0, ema_decay=0.9, accumulation=accumulation)
-    step = make_train_step(task, OPTIMIZER, lambda step: 0.01, abstract, mesh, **settings)
-    return abstract, step
+    settings = dict(ema_decay=0.9, accumulation=accumulation)
+    plain = OPTIMIZER, lambda step: 0.01
+    step = make_train_step(task, lambda numbers: plain, abstract, mesh, **settings)
+    numbers = RunNumbers.of(OptimizerConfig(0.01, 2), seed=0)
+    return abstract, functools.partial(step, numbers=numbers)
 
 
 def train(sizes, config, accumulation):
@@ -64,7 +67,7 @@ def train(sizes, config, accumulation):
             history.append({name: float(value) for name, value in metrics.items()})
         batch["weights"] = np.ones(BATCH, np.float32)
         nll = make_validation(config, masks, mesh, ratios=1)(state.ema_params, [batch])
-    assert step._cache_size() == 1
+    assert step.func._cache_size() == 1
     return state, history, nll
 
 
@@ -160,7 +163,8 @@ def fsdp_programs():
         abstract, step = make_step(config, mesh)
         batch = meshes.to_global(random_batch(config, 8), mesh)
         with meshes.use_mesh(mesh):
-            return abstract, step.lower(abstract, batch, masks.draw(0, 0)).compile()
+            lowered = step.func.lower(abstract, batch, masks.draw(0, 0), **step.keywords)
+            return abstract, lowered.compile()
 
     return {layers: compiled(layers) for layers in (2, 4)}
 
@@ -207,7 +211,7 @@ def test_the_step_after_a_restore_is_not_compiled_again(tmp_path):
         restored = checkpoints.restore(abstract, 1)
         step(restored, meshes.to_global(toy_batch(1), mesh), None)
     checkpoints.close()
-    assert step._cache_size() == 1
+    assert step.func._cache_size() == 1
 
 
 PROCESS = """

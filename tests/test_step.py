@@ -84,7 +84,7 @@ def test_nothing_depends_on_the_mesh_that_splits_the_state(whole_batches, sizes)
     for mine, other in zip(history, expected, strict=True):
         assert mine == pytest.approx(other, rel=1e-5)
     assert_trees_close(state, expected_state)
-    assert step._cache_size() == 1
+    assert step.func._cache_size() == 1
     kernel = state.params["first"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (4 // sizes[1], 8 // sizes[2])
     adam = state.opt_state[1]
@@ -102,7 +102,7 @@ def test_accumulation_equals_the_whole_batch(whole_batches):
         # `largest` becomes the mean of the maxima of the micro-batches.
         assert mine | {"largest": 0} == pytest.approx(other | {"largest": 0}, rel=1e-5)
     assert_trees_close(cut_state, whole_state)
-    assert step._cache_size() == 1
+    assert step.func._cache_size() == 1
 
 
 def test_dropout_differs_between_steps_and_micro_batches():

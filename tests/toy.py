@@ -1,5 +1,6 @@
 """A small task with all features of the real ones: random examples, dropout, logical axes."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenbridge_jax.runtime.meshes import constrain, make_mesh, named_axes
-from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tokenbridge_jax.training.optimizer import OptimizerConfig, RunNumbers, make_optimizer
 from tokenbridge_jax.training.state import abstract_state, create_state
 from tokenbridge_jax.training.step import make_train_step
 
@@ -72,9 +73,10 @@ def toy_batches(start: int) -> Iterator[dict[str, np.ndarray]]:
 def toy_training(task, mesh, *, accumulation=1, **recipe):
     """State and step of a toy task."""
     config = OptimizerConfig(**({"learning_rate": 0.01, "total_steps": 10} | recipe))
-    optimizer, schedule = make_optimizer(config)
+    optimizer, _ = make_optimizer(config)
     abstract = abstract_state(task.init, optimizer, mesh)
     state = create_state(task.init, optimizer, abstract, seed=0)
-    settings = {"seed": 0, "ema_decay": 0.9, "accumulation": accumulation}
-    step = make_train_step(task, optimizer, schedule, abstract, mesh, **settings)
-    return abstract, state, step
+    settings = {"ema_decay": 0.9, "accumulation": accumulation}
+    make = functools.partial(make_optimizer, config)
+    step = make_train_step(task, make, abstract, mesh, **settings)
+    return abstract, state, functools.partial(step, numbers=RunNumbers.of(config, seed=0))

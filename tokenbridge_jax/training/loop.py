@@ -16,6 +16,7 @@ samples are the same images except where rounding moves a draw across the border
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import threading
@@ -34,7 +35,7 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress, say
 from tokenbridge_jax.training.checkpoints import Checkpoints, run_record
 from tokenbridge_jax.training.metric_writer import MetricWriter, read_metrics
-from tokenbridge_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tokenbridge_jax.training.optimizer import OptimizerConfig, RunNumbers, make_optimizer
 from tokenbridge_jax.training.state import TrainState, abstract_state, create_state
 from tokenbridge_jax.training.step import Task, make_train_step
 
@@ -133,39 +134,42 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a run computes on a mesh: its optimizer, the layout of its state, its step."""
+    """What a run computes on a mesh: its optimizer, the layout of its state, its step.
+
+    `numbers` are arguments of the step.
+    """
 
     mesh: Mesh
     optimizer: Any
     abstract: TrainState
     step: Any
+    numbers: RunNumbers
     ahead: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def make(cls, task: Task, recipe: Recipe, seed: int, mesh: Mesh) -> "Program":
         """Makes the program of a run; nothing is compiled."""
-        optimizer, schedule = make_optimizer(recipe.optimizer)
+        optimizer, _ = make_optimizer(recipe.optimizer)
         abstract = abstract_state(task.init, optimizer, mesh)
         step = make_train_step(
             task,
-            optimizer,
-            schedule,
+            functools.partial(make_optimizer, recipe.optimizer),
             abstract,
             mesh,
-            seed=seed,
             ema_decay=recipe.ema_decay,
             accumulation=recipe.accumulation,
         )
-        return cls(mesh, optimizer, abstract, step)
+        return cls(mesh, optimizer, abstract, step, RunNumbers.of(recipe.optimizer, seed))
 
     def trace(self, batch: Any, draw: Any) -> jax.stages.Traced:
         """Traces the step for an abstract batch and draws like this one."""
         everywhere = meshes.replicated(self.mesh)
         scalars = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), draw
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+            (draw, self.numbers),
         )
         with meshes.use_mesh(self.mesh):
-            return self.step.trace(self.abstract, batch, scalars)
+            return self.step.trace(self.abstract, batch, *scalars)
 
     def compile(self, batch: Any, draw: Any) -> Any:
         """Compiles the step for an abstract batch and draws like this one; `run` then uses it."""
@@ -174,9 +178,9 @@ class Program:
         self.ahead[jax.tree.structure(draw)] = compiled
         return compiled
 
-    def run(self, state: TrainState, batch: Any, draw: Any) -> Any:
+    def run(self, state: TrainState, batch: Any, draw: Any, numbers: RunNumbers) -> Any:
         """Runs the step; it is compiled now if it was not before."""
-        return self.ahead.get(jax.tree.structure(draw), self.step)(state, batch, draw)
+        return self.ahead.get(jax.tree.structure(draw), self.step)(state, batch, draw, numbers)
 
 
 def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
@@ -231,11 +235,12 @@ def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
         report = _Report(run, writer, checkpoints)
         stack.callback(report.close)
 
+        numbers = meshes.to_global(program.numbers, mesh)
         for step in range(start + 1, total + 1):
             batch, draw = meshes.to_global((next(batches), run.draw(step - 1)), mesh)
             # An implicit copy between host and devices, which would delay them, is an error here.
             with jax.transfer_guard("disallow"):
-                state, metrics = program.run(state, batch, draw)
+                state, metrics = program.run(state, batch, draw, numbers)
                 # Update `step` runs on the device while the host looks at the one before it.
                 report.settle()
             report.expect(step, metrics)

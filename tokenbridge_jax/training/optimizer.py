@@ -6,10 +6,11 @@ added, the result is scaled by the learning rate of that update.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 # Names of biases and of the scales of norms: one number for each feature, which decay would only
@@ -49,23 +50,51 @@ class OptimizerConfig:
     discriminator_rate: float = 1.0
 
 
-def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Updates done so far -> learning rate of the next update.
+class RunNumbers(NamedTuple):
+    """Numbers of a run that its compiled step takes as arguments.
+
+    So runs that differ in nothing else, such as those of a sweep, share their compiled programs.
+
+    Attributes:
+      seed: for the random choices of examples and for dropout; uint32.
+      learning_rate: as in `OptimizerConfig`, like the others.
+      warmup_steps: int32.
+      total_steps: int32.
+    """
+
+    seed: Any
+    learning_rate: Any
+    warmup_steps: Any
+    total_steps: Any
+
+    @classmethod
+    def of(cls, config: OptimizerConfig, seed: int) -> "RunNumbers":
+        """Those of a run, as numpy scalars."""
+        return cls(
+            np.uint32(seed),
+            np.float32(config.learning_rate),
+            np.int32(config.warmup_steps),
+            np.int32(config.total_steps),
+        )
+
+
+def learning_rate_schedule(kind: str, numbers: RunNumbers | OptimizerConfig) -> optax.Schedule:
+    """Updates done so far -> learning rate of the next update; `kind` is `config.schedule`.
 
     With t updates done, peak p, w warm-up and n total updates: p t / w while t < w, then p, or
     p (1 + cos(pi (t - w) / (n - w))) / 2. (`optax.warmup_cosine_decay_schedule` and
     `warmup_constant_schedule` differ in the last bit at up to every other step: a run would not
     repeat an earlier one.)
     """
-    peak, warmup, total = config.learning_rate, config.warmup_steps, config.total_steps
+    peak, warmup, total = numbers.learning_rate, numbers.warmup_steps, numbers.total_steps
 
     def schedule(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        rising = peak * step / max(warmup, 1)
-        if config.schedule == "constant":
+        rising = peak * step / jnp.maximum(warmup, 1)
+        if kind == "constant":
             falling = jnp.full_like(step, peak)
         else:
-            progress = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+            progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1), 0.0, 1.0)
             falling = peak * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         return jnp.where(step < warmup, rising, falling)
 
@@ -109,13 +138,17 @@ def _scale_discriminator(
     return optax.GradientTransformation(scaling.init, update)
 
 
-def make_optimizer(config: OptimizerConfig) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(
+    config: OptimizerConfig, numbers: RunNumbers | None = None
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The gradient transformation of one update, and its learning rate schedule.
+
+    `numbers` take the place of those of the config; they may be arguments of a jitted function.
 
     Adam, decay and learning rate together are `optax.adamw`, which would put their states one level
     deeper in checkpoints.
     """
-    schedule = learning_rate_schedule(config)
+    schedule = learning_rate_schedule(config.schedule, numbers or config)
     mask = functools.partial(decay_mask, decay_head=config.decay_head)
     scaling: Any = optax.scale_by_learning_rate(schedule)
     if config.discriminator_rate != 1:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.training.optimizer import RunNumbers
 from tokenbridge_jax.training.state import TrainState, state_shardings
 
 Metrics = dict[str, Float[Array, ""]]
@@ -41,30 +42,28 @@ class Task(Protocol):
 
 def make_train_step(
     task: Task,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    make_optimizer: Callable[[RunNumbers], tuple[optax.GradientTransformation, optax.Schedule]],
     abstract: TrainState,
     mesh: Mesh,
     *,
-    seed: int,
     ema_decay: float,
     accumulation: int = 1,
-) -> Callable[[TrainState, PyTree, Any], tuple[TrainState, Metrics]]:
-    """Makes the jitted `step(state, batch, draw) -> (state, metrics)`; call it in `use_mesh(mesh)`.
+) -> Callable[[TrainState, PyTree, Any, RunNumbers], tuple[TrainState, Metrics]]:
+    """Makes the jitted `step(state, batch, draw, numbers) -> (state, metrics)`.
 
-    The state is donated and returned in the same layout, so one program serves all steps. All
-    randomness comes from `fold_in(key(seed), state.step)` and the batch's global shape. Devices,
-    processes and restarts do not change it. So a run on another mesh has the same losses up to
-    float32 rounding: sums over the batch and over split axes have another order. (Dropout in the
-    head also depends on its number of chunks, and `model.head_chunk` counts positions per device.)
+    Call it in `use_mesh(mesh)`. The state is donated and returned in the same layout, so one
+    program serves all steps. All randomness comes from `fold_in(key(numbers.seed), state.step)` and
+    the batch's global shape. Devices, processes and restarts do not change it. So a run on another
+    mesh has the same losses up to float32 rounding: sums over the batch and over split axes have
+    another order. (Dropout in the head also depends on its number of chunks, and `model.head_chunk`
+    counts positions per device.)
 
     Args:
       task: computes the loss.
-      optimizer: see `optimizer.make_optimizer`.
-      schedule: the optimizer's learning rate, for the metrics.
+      make_optimizer: gives the optimizer, and its learning rate for the metrics; see
+        `optimizer.make_optimizer`.
       abstract: has the shardings of the state (`state.abstract_state`).
       mesh: the devices; batches are split along data x fsdp (`meshes.to_global`).
-      seed: for the random choices of examples and for dropout.
       ema_decay: d in `ema <- d ema + (1 - d) params`, applied after every update.
       accumulation: the number of micro-batches in a batch.
 
@@ -74,8 +73,11 @@ def make_train_step(
     """
     shardings = state_shardings(abstract)
 
-    def step(state: TrainState, batch: PyTree, draw: Any) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def step(
+        state: TrainState, batch: PyTree, draw: Any, numbers: RunNumbers
+    ) -> tuple[TrainState, Metrics]:
+        optimizer, schedule = make_optimizer(numbers)
+        key = jax.random.fold_in(jax.random.key(numbers.seed), state.step)
         examples_key, loss_key = jax.random.split(key)
         examples = task.examples(batch, examples_key, draw)
 
