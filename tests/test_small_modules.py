@@ -7,13 +7,16 @@ import pwd
 import re
 import sys
 import threading
+import tracemalloc
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import traverse_util
 from PIL import Image
 from refusals import flipped, no_more_files, outcome
+from safetensors.numpy import save_file
 
 from tokenbridge_jax.pipeline.filling import fill_hidden
 from tokenbridge_jax.runtime import pictures, progress, safetensors_file, storage
@@ -171,6 +174,34 @@ def test_a_flipped_bit_is_reported_or_harmless(tmp_path, save, read, message):
             for name in names:
                 np.testing.assert_array_equal(found[name], saved[name], strict=True)
     assert reported > (40 if read is storage.read_npz else 48)
+
+
+def test_safetensors_of_other_programs_are_read(tmp_path):
+    types = ["?", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8", "c8"]
+    arrays = {f"of/{t}": np.arange(6).astype(t).reshape(2, 3) for t in types}
+    arrays |= {"none": np.zeros((0, 3), np.float32), "one": np.array(2.5)}
+    path = tmp_path / "x.safetensors"
+    save_file(arrays, path)
+    found = traverse_util.flatten_dict(safetensors_file.read(path), sep="/")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array, strict=True)
+    header = b'{"x": {"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match="holds numbers of a type that numpy lacks, "):
+        safetensors_file.read(path)
+
+
+def test_reading_safetensors_copies_arrays_once(tmp_path):
+    path, size = tmp_path / "x.safetensors", 2**24
+    safetensors_file.write(path, {"x": np.arange(size // 4, dtype=np.float32)})
+    tracemalloc.start()
+    try:
+        x = safetensors_file.read(path)["x"]
+        assert tracemalloc.get_traced_memory()[1] < 1.2 * size
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(x, np.arange(size // 4, dtype=np.float32), strict=True)
 
 
 def test_the_systems_reason_for_an_unreadable_file_is_reported(tmp_path):

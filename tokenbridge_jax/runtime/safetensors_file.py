@@ -29,19 +29,19 @@ def read(path: epath.PathLike) -> dict[str, Any]:
     """Reads a file that `write` or another program wrote; only the former has a checksum.
 
     Raises:
-      UserError: the file is missing, cannot be read or is damaged.
+      UserError: the file is missing, cannot be read or is damaged, or numpy lacks a type of it.
     """
     path = epath.Path(path)
     try:
-        data = path.read_bytes()
-        flat = safetensors.numpy.load(data)
+        with path.open("rb") as file:
+            flat = _load(path)
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     except OSError as error:
         raise storage.read_error(path, error) from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds numbers of a type that numpy lacks, {error}") from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     stored = header.get("__metadata__", {}).get("crc32")
     if stored is not None and stored != _crc32(flat):
         raise UserError(
@@ -56,6 +56,13 @@ def sha256(tree: Mapping[str, Any], start: bytes = b"") -> str:
     for piece in _pieces(traverse_util.flatten_dict(dict(tree), sep="/")):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def _load(path: epath.Path) -> dict[str, np.ndarray]:
+    """The arrays by name. Those of a local file are copied from the mapped file."""
+    if storage.in_object_store(path):
+        return safetensors.numpy.load(path.read_bytes())
+    return safetensors.numpy.load_file(path)
 
 
 def _crc32(flat: Mapping[str, Any]) -> str:
