@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -80,12 +81,15 @@ class Codec:
         check_precision(precision, "precision")
         self.precision = precision
         module = Autoencoder(config, precision)
+        jit = functools.partial(jax.jit, out_shardings=meshes.batch_sharding(mesh))
         self._encode, self._encode_posterior = (
-            self._on_mesh(functools.partial(_encode, module, quantizer, with_deviation))
+            jit(functools.partial(_encode, module, quantizer, with_deviation))
             for with_deviation in (False, True)
         )
-        self._decode = self._on_mesh(functools.partial(_decode, module))
+        self._decode = jit(functools.partial(_decode, module))
         self._dequantize = jax.jit(quantizer.dequantize)
+        # The decoder's programs that a thread compiles, or has compiled, by the latents' shape.
+        self._compiled: dict[tuple[int, ...], Future[None]] = {}
 
     def encode(
         self,
@@ -121,6 +125,29 @@ class Codec:
             fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
             keys = fold(key, jnp.asarray(ids, jnp.uint32))
         return self._run(self._encode_posterior if deviation else self._encode, images, keys)
+
+    def compile_decoder(self, size: int, height: int, width: int) -> None:
+        """Starts to compile, in a thread, the decoder for a batch of images that come later.
+
+        A call that decodes such a batch waits for it. If compiling fails, that call compiles again,
+        and raises the error.
+
+        Args:
+          size: number of images.
+          height: of an image in positions.
+          width: likewise.
+        """
+        shape = padded_size(size, self.mesh), height, width, self.config.latent_channels
+        if shape not in self._compiled:
+            thread = ThreadPoolExecutor(1)
+            self._compiled[shape] = thread.submit(self._compile_decoder, shape)
+            thread.shutdown(wait=False)  # It ends with its work.
+
+    def _compile_decoder(self, shape: tuple[int, ...]) -> None:
+        batch = meshes.batch_sharding(self.mesh)
+        with meshes.use_mesh(self.mesh):
+            latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch)
+            self._decode.lower(self.params, latents).compile()  # JAX keeps it for later calls.
 
     def decode(
         self, indices: Shaped[np.ndarray | Array, "B L C"] | Any, grid: int | None = None
@@ -163,31 +190,29 @@ class Codec:
           UserError: they are not floats, do not have the autoencoder's channels, or there are none.
         """
         shape = "B", "h", "w", self.config.latent_channels
-        latents = checks.array("latents", latents, "floats", shape)
-        return self._run(self._decode, latents)
+        return self._decoded(checks.array("latents", latents, "floats", shape))
 
     def _decode_indices(
         self, indices: Shaped[np.ndarray | Array, "B h w C"]
     ) -> UInt8[Array, "B H W I"]:
         with meshes.use_mesh(self.mesh):
             latents = self._dequantize(indices)
+        return self._decoded(latents)
+
+    def _decoded(self, latents: Float[np.ndarray | Array, "B h w C"]) -> UInt8[Array, "B H W I"]:
+        shape = padded_size(len(latents), self.mesh), *latents.shape[1:]
+        if compiled := self._compiled.get(shape):
+            wait([compiled])
         return self._run(self._decode, latents)
 
-    def _on_mesh(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Jits `function(params, *batched)` with batches split and parameters copied."""
-        batch = meshes.batch_sharding(self.mesh)
-        jitted = jax.jit(function, out_shardings=batch)
-
-        def run(*batched: Any) -> Any:
-            return jitted(self.params, *jax.device_put(batched, batch))
-
-        return run
-
     def _run(self, function: Callable[..., Any], *batched: Any) -> Any:
+        """Calls a jitted `function(params, *batched)` on a padded batch, split over the mesh."""
         size = len(batched[0])
         padded = padded_size(size, self.mesh)
         with meshes.use_mesh(self.mesh):
-            result = function(*jax.tree.map(lambda x: _pad(x, padded), batched))
+            batched = jax.tree.map(lambda x: _pad(x, padded), batched)
+            batched = jax.device_put(batched, meshes.batch_sharding(self.mesh))
+            result = function(self.params, *batched)
             return jax.tree.map(lambda x: x[:size], result) if padded > size else result
 
 

@@ -208,6 +208,9 @@ class Pipeline:
                 class_ids, seed=seed, batch_size=batch_size, progress=progress, **settings
             )
             return np.concatenate(list(parts))
+        batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
+        size = meshes.round_up_batch(min(batch_size, len(self.labels(class_ids))), self.mesh)
+        self.codec.compile_decoder(size, self.grid, self.grid)
         indices = self.generate_indices(
             class_ids,
             seed=seed,
@@ -217,7 +220,6 @@ class Pipeline:
             preview_every=preview_every,
             **settings,
         )
-        size = meshes.round_up_batch(min(batch_size, len(indices)), self.mesh)
         return in_batches(self.decode, indices, size)
 
     def stream(
@@ -255,14 +257,17 @@ class Pipeline:
             batch_size=batch_size,
             numbers=numbers,
         )
+        size = meshes.round_up_batch(min(int(batch_size), len(labels)), self.mesh)
         total = len(labels if numbers is None else numbers)
-        return self._decoded(started, Progress(total, desc="sample", visible=progress))
+        return self._decoded(started, size, total, progress)
 
     def _decoded(
-        self, started: Iterator[tuple[int, Array]], progress: Progress
+        self, started: Iterator[tuple[int, Array]], size: int, total: int, visible: bool
     ) -> Generator[UInt8[np.ndarray, "b H W I"], None, None]:
         images, wanted = None, 0
-        with progress:
+        if total:  # While the program that draws is compiled.
+            self.codec.compile_decoder(size, self.grid, self.grid)
+        with Progress(total, desc="sample", visible=visible) as progress:
             for count, drawn in started:
                 if images is not None:
                     yield np.asarray(images)[:wanted]

@@ -1,0 +1,127 @@
+"""The decoder is compiled in a thread while the images are drawn."""
+
+import collections
+import threading
+
+import jax
+import numpy as np
+import pytest
+from flax.errors import ScopeParamNotFoundError
+from tiny_model import random_params, tiny, tiny_pipeline
+
+from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.sampling import batches
+
+SECONDS = 60  # Longer than anything here takes.
+HALF = np.arange(64).reshape(8, 8) < 32
+STEPS = {"num_iter": 3, "guidance": 2.0}
+# What draws images and decodes them, given a pipeline and images.
+CALLS = {
+    "generate": lambda p, images: p.generate([0, 1, 2], batch_size=2, **STEPS),
+    "preview": lambda p, images: p.generate([0, 1, 2], preview=lambda *_: None, **STEPS),
+    "edit": lambda p, images: p.edit(images, HALF, 1, **STEPS),
+    "outpaint": lambda p, images: p.outpaint(images, 1, right=4, **STEPS),
+}
+
+
+@pytest.fixture
+def own():
+    """A pipeline with a codec that has compiled nothing."""
+    config = tiny(positions=16)
+    return tiny_pipeline(config, random_params(config))
+
+
+@pytest.fixture
+def compiled():
+    """How often XLA has compiled a function, by its name."""
+    count = collections.Counter()
+
+    def listen(event, _, fun_name="", **__):
+        count[fun_name] += event.endswith("/backend_compile_duration")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_decoder_compiles_once_while_images_are_drawn(own, pixels, monkeypatch, compiled, call):
+    begun = {name: threading.Event() for name in ("drawing", "compiling")}
+    met = []
+
+    def meeting(function, mine, other):
+        """The function, which begins when the other one has begun."""
+
+        def run(*arguments):
+            begun[mine].set()
+            met.append(begun[other].wait(SECONDS))
+            return function(*arguments)
+
+        return run
+
+    compiling = meeting(own.codec._compile_decoder, "compiling", "drawing")
+    monkeypatch.setattr(own.codec, "_compile_decoder", compiling)
+    for name in ("generate", "generate_steps"):
+        drawing = meeting(getattr(batches, name), "drawing", "compiling")
+        monkeypatch.setattr(batches, name, drawing)
+    images = CALLS[call](own, pixels)
+    assert met
+    assert all(met)
+    assert compiled["jit(_decode)"] == 1
+    # The images of a codec that compiles when it decodes.
+    monkeypatch.setattr(Codec, "compile_decoder", lambda *_: None)
+    other = tiny_pipeline(own.config, own.params)
+    np.testing.assert_array_equal(CALLS[call](other, pixels), images)
+    assert compiled["jit(_decode)"] == 2
+
+
+def test_decoding_waits_for_the_thread(own, monkeypatch, compiled):
+    asked, codec = threading.Event(), own.codec
+    compiling, dequantize = codec._compile_decoder, codec._dequantize
+    monkeypatch.setattr(
+        codec, "_compile_decoder", lambda shape: asked.wait(SECONDS) and compiling(shape)
+    )
+    monkeypatch.setattr(codec, "_dequantize", lambda x: (asked.set(), dequantize(x))[1])
+    codec.compile_decoder(1, 4, 4)
+    codec.decode(np.zeros((1, 16, own.config.channels), np.uint8))
+    assert compiled["jit(_decode)"] == 1
+
+
+def test_nothing_compiles_before_images_are_drawn(own, monkeypatch):
+    monkeypatch.setattr(own.codec, "_compile_decoder", None)
+    own.stream([0, 1])
+    assert list(own.stream([0, 1], numbers=[])) == []
+    assert not own.codec._compiled
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_an_error_while_drawing_arrives_at_once(own, monkeypatch, error):
+    over = threading.Event()
+
+    def compiling(shape):
+        assert over.wait(SECONDS)
+        raise RuntimeError("compiling failed too")
+
+    def drawing(*_):
+        raise error("drawing failed")
+
+    monkeypatch.setattr(own.codec, "_compile_decoder", compiling)
+    monkeypatch.setattr(batches, "generate", drawing)
+    with pytest.raises(error, match="drawing failed"):
+        own.generate([0, 1])
+    (pending,) = own.codec._compiled.values()
+    assert not pending.done()
+    over.set()
+    with pytest.raises(RuntimeError, match="compiling failed too"):
+        pending.result(SECONDS)
+
+
+def test_an_error_of_compiling_arrives_where_images_are_decoded(own):
+    params = {name: part for name, part in own.codec.params.items() if name != "decoder"}
+    codec = Codec(own.codec.config, params, own.codec.quantizer, own.mesh)
+    indices = np.zeros((1, 16, own.config.channels), np.uint8)
+    codec.compile_decoder(1, 4, 4)
+    for _ in range(2):
+        with pytest.raises(ScopeParamNotFoundError):
+            codec.decode(indices)
