@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -15,7 +16,9 @@ from jobs import REPOSITORY, start_job
 from test_import_torch import AUTOENCODER, FLAGS, MODEL, run
 from tiny_model import leaf_names
 
+import tokenbridge_jax.pipeline.pipeline as pipeline_module
 from tokenbridge_jax import Pipeline
+from tokenbridge_jax.pipeline import pretrained
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.pipeline.pretrained import Trained, model_card
 from tokenbridge_jax.runtime import meshes, storage
@@ -230,6 +233,36 @@ def test_missing_and_damaged_files_are_reported_in_one_line(saved, tmp_path):
     message = broken("model.safetensors", other)
     assert "params/backbone/z_proj/kernel: not in the checkpoint" in message
     assert "params/decoder/conv_in/bias: in the checkpoint, not in the model" in message
+
+
+def test_the_autoencoder_loads_beside_the_model_and_its_errors_come_first(
+    saved, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(saved, tmp_path / "both")
+    (folder / "model.safetensors").unlink()
+    model_read, read = threading.Event(), []
+    load_autoencoder, load_weights = pipeline_module.load_autoencoder, pretrained.load_weights
+
+    def later(path):
+        read.append(model_read.wait(60))
+        return load_autoencoder(path)
+
+    def first(*arguments, **others):
+        try:
+            return load_weights(*arguments, **others)
+        finally:
+            model_read.set()
+
+    monkeypatch.setattr(pipeline_module, "load_autoencoder", later)
+    monkeypatch.setattr(pretrained, "load_weights", first)
+    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
+        Pipeline.load(folder)
+    with pytest.raises(UserError, match="precision"):
+        Pipeline.load(folder, precision="half")
+    (folder / "autoencoder" / "params.safetensors").unlink()
+    with pytest.raises(UserError, match=r"params\.safetensors does not exist"):
+        Pipeline.load(folder)
+    assert read == [True] * 3
 
 
 def test_processes_of_a_job_write_one_folder(workdir, saved, tmp_path):

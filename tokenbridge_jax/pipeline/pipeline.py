@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -111,17 +112,14 @@ class Pipeline:
         if changes:
             config = dataclasses.replace(description.config, **changes)
             description = dataclasses.replace(description, config=config)
-        config, folder = description.config, workdir / "autoencoder"
-        autoencoder, described = load_autoencoder(folder), read_description(folder)
-        found, facts = described["hash"], {"autoencoder": described["extra"]}
-        if found != description.autoencoder_hash:
-            raise UserError(
-                f"{folder} is not the autoencoder this model was trained with "
-                f"(hash {found[:12]} instead of {description.autoencoder_hash[:12]}); restore it"
-            )
-        local = meshes.make_mesh(devices=jax.local_devices())
-        codec = Codec(*autoencoder, config.quantizer, local, precision)
-        params, step = pretrained.load_weights(workdir, abstract_params(config, mesh), step=step)
+        with ThreadPoolExecutor(1) as thread:
+            loading = thread.submit(_load_codec, workdir / "autoencoder", description, precision)
+            try:
+                abstract = abstract_params(description.config, mesh)
+                params, step = pretrained.load_weights(workdir, abstract, step=step)
+            finally:  # An error of the autoencoder takes the place of an error of the model.
+                codec, extra = loading.result()
+        facts = {"autoencoder": extra}
         if (workdir / "config.json").exists():
             facts["config"] = storage.read_json(workdir / "config.json")
         pipeline = cls(description, params, codec, mesh, step, facts)
@@ -394,3 +392,19 @@ class Pipeline:
           UserError: there is no such class.
         """
         return class_number(class_id, self.description.class_names, self.config.classes)
+
+
+def _load_codec(
+    folder: epath.Path, description: ModelDescription, precision: str
+) -> tuple[Codec, Mapping[str, Any]]:
+    """The model's autoencoder and quantizer, and the `extra` of the autoencoder's description."""
+    config, params = load_autoencoder(folder)
+    described = read_description(folder)
+    found, expected = described["hash"], description.autoencoder_hash
+    if found != expected:
+        raise UserError(
+            f"{folder} is not the autoencoder this model was trained with "
+            f"(hash {found[:12]} instead of {expected[:12]}); restore it"
+        )
+    mesh = meshes.make_mesh(devices=jax.local_devices())
+    return Codec(config, params, description.config.quantizer, mesh, precision), described["extra"]
