@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from interrupts import until_told
 from ml_collections import ConfigDict
 
 from tokenbridge_jax import Pipeline
@@ -422,4 +423,4 @@ def pairs(rows: list[dict[str, Any]], measure: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_told(main))

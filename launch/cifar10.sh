@@ -10,8 +10,12 @@
 set -euo pipefail
 started=$(date +%s)
 case ${1:-} in
+  -h | --help)
+    sed -n '2,9s/^# //p' "${BASH_SOURCE[0]}"
+    exit
+    ;;
   "" | -*)
-    echo "usage: bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]" >&2
+    echo "usage: bash launch/cifar10.sh DATA [WORKDIR [ARGUMENT [FLAG...]]]; --help explains it" >&2
     exit 2
     ;;
 esac
@@ -24,9 +28,24 @@ for word in "${2:-}" "$argument"; do
     ;;
   esac
 done
-if [[ $argument != *tfds* ]] && ! { [ -d "$data/train" ] && [ -d "$data/test" ]; }; then
-  echo "cifar10.sh: $data has no folders train and test; pictures go into train/CLASS/ and test/CLASS/" >&2
+case ${2:-} in quick | tfds | size=*)
+  echo "cifar10.sh: the second word is the workdir: cifar10.sh DATA WORKDIR $2" >&2
   exit 2
+  ;;
+esac
+if [[ $argument != *tfds* ]]; then
+  for part in train test; do
+    [ -d "$data/$part" ] || {
+      echo "cifar10.sh: there is no folder $data/$part; pictures go into train/CLASS/ and test/CLASS/" \
+        "(launch/cifar10_folders.py unpacks the published archive)" >&2
+      exit 2
+    }
+  done
+  other=$(comm -3 <(ls "$data/train") <(ls "$data/test") | head -n 1 | tr -d '\t')
+  [ -z "$other" ] || {
+    echo "cifar10.sh: $other is not in both $data/train and $data/test; make their class folders equal" >&2
+    exit 2
+  }
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 workdir=${2:-$root/runs/cifar10}
@@ -66,6 +85,7 @@ run() {
     --config.data.path="$data" "${@:2}"
 }
 
+echo "CIFAR-10 from $data with $argument, into $workdir"
 step "1/5 train-vae: an autoencoder for these pictures"
 run train-vae "${@:4}"
 step "2/5 tokenize: pictures -> indices"

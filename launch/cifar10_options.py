@@ -3,8 +3,8 @@
 One option at a time differs from the run's own settings. For every value it draws the same classes
 with the same seed, and measures the time (without compiling), the Frechet distance and KID to the
 training pictures in the features of EfficientNet-Lite0, and the share in which a classifier finds
-the class. It needs the `scores/` of launch/score_cifar10.py. If it is stopped, the same command
-continues.
+the class. It compares with the training pictures that launch/score_cifar10.py has scored. If it
+is stopped, the same command continues.
 
   python launch/cifar10_options.py --workdir runs/cifar10
 
@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 from cifar10_classifier import Classifier, classifier
 from cifar10_features import Extract, check_rgb, lite0
+from interrupts import until_told
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
-from score_cifar10 import read
+from score_cifar10 import extract_all, read
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.config import sampling_settings
@@ -57,11 +58,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=storage.local_path, required=True)
+    parser.add_argument("--workdir", type=storage.local_path, required=True, help="of the run")
     parser.add_argument(
-        "--samples", type=int, default=10_000, help="pictures for every value (%(default)s)"
+        "--samples",
+        type=int,
+        default=10_000,
+        help=f"pictures for every value, at least {SUBSET} (%(default)s)",
     )
-    parser.add_argument("--options", default=",".join(OPTIONS), help="which; the default is all")
+    parser.add_argument(
+        "--options", default=",".join(OPTIONS), help="which, with commas; by default %(default)s"
+    )
     args = parser.parse_args()
     names = args.options.split(",")
     if wrong := [name for name in names if name not in OPTIONS]:
@@ -100,22 +106,22 @@ class Scorer:
 
     @classmethod
     def of(cls, workdir: Path, config: ConfigDict) -> "Scorer":
-        """With the features that launch/score_cifar10.py keeps.
+        """For the training pictures that launch/score_cifar10.py has scored, or else for all.
+
+        What it has kept of them is not computed again.
 
         Raises:
-          UserError: there are none, or not of all training pictures.
+          UserError: the pictures are grey, or there are none, or a package is missing.
         """
         check_rgb(config)
-        train = make_subsets(config)["train"]
-        file = workdir / "scores" / "train.npz"
-        real = storage.read_npz(file)["features"] if file.exists() else np.zeros((0, 0))
-        if len(real) != len(train.images):
-            raise UserError(
-                f"{file} has not the features of the {len(train.images)} training pictures; run "
-                f"launch/score_cifar10.py --workdir {workdir}"
-            )
-        judge = classifier(file.parent, *read(train, config.data.image_size))
-        return cls(lite0(), real, gaussian(real), judge)
+        folder = workdir / "scores"
+        scored = folder / "scores.json"
+        most = storage.read_json(scored).get("pictures") if scored.exists() else None
+        subset = make_subsets(config)["train"].spread(most or sys.maxsize)
+        train = read(subset, config.data.image_size)
+        extract = lite0()
+        real = extract_all(workdir, {"train": train}, extract)["train"]
+        return cls(extract, real, gaussian(real), classifier(folder, *train))
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"], labels: Any) -> dict[str, float]:
         """The scores of samples that were asked for with these classes."""
@@ -152,6 +158,7 @@ def measure_all(workdir: Path, names: Sequence[str], samples: int) -> list[dict[
             key = json.dumps(settings | model | {"samples": samples})
             if key not in known:
                 score = scorer()  # Before any sample is drawn: it may raise an error.
+                say(f"{name}={value}")
                 images, labels, seconds = sample(
                     pipeline, samples, dict(settings, batch_size=config.sampling.batch_size)
                 )
@@ -204,12 +211,15 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     }
     from matplotlib.ticker import PercentFormatter
 
-    first, *others = figures.make_axes(1 + len(numeric), width=4.2)
+    first, *others = figures.make_axes(1 + len(numeric), width=4.2, columns=3)
     own = (figures.BLUE, figures.ORANGE, figures.GREEN, figures.RED, figures.GREY)
     for colour, (name, rows) in zip((*own, "black", "purple"), groups.items(), strict=False):
         x = [1000 / row["images_per_second"] for row in rows]
         y = [row["frechet_distance"] for row in rows]
         first.plot(x, y, "o-" if name == "num_iter" else "o", color=colour, label=name, ms=4)
+    for row in (row for rows in groups.values() for row in rows if row["own"]):
+        here = 1000 / row["images_per_second"], row["frechet_distance"]
+        first.plot(*here, "o", color="none", markeredgecolor="black", ms=9)
     first.set(xlabel="milliseconds an image", ylabel="Frechet distance")
     first.legend(frameon=False, fontsize="small")
     drawn = [row for rows in numeric.values() for row in rows]
@@ -224,7 +234,7 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         share.plot(values, [row["accuracy"] for row in rows], "s--", color=figures.ORANGE, ms=4)
         share.set_ylim(_with_margin([row["accuracy"] for row in drawn]))
         share.set_ylabel("class accuracy", color=figures.ORANGE)
-        share.yaxis.set_major_formatter(PercentFormatter(1))
+        share.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figures.save(first, path)
 
 
@@ -235,4 +245,4 @@ def _with_margin(values: Sequence[float]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_told(main))

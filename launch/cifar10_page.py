@@ -123,7 +123,7 @@ def training_minutes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Updates, and the minutes of training until each, both from 0 on.
 
-    The time of the validations, checkpoints and compilations is not in it.
+    The time of validations, checkpoints and the first compilation is not in it.
     """
     steps = np.array([0, *(row["step"] for row in rows)], np.float64)
     rates = np.array([row.get("images_per_second", np.inf) for row in rows], np.float64)
@@ -182,7 +182,8 @@ def write_page(
         "model": (
             workdir,
             config["training"],
-            {"loss": "loss"} | {key: text for key, text in HELD_OUT.items() if key in scores},
+            {"loss": "loss, nats an index" if "val_nll_bits_per_index" in scores else "loss"}
+            | {key: text for key, text in HELD_OUT.items() if key in scores},
         ),
     }
     for name, (where, section, plots) in curves.items():
@@ -213,7 +214,10 @@ def write_page(
         ),
         Section(
             "Training",
-            ["The minutes count the updates, without compiling, validation and checkpoints."],
+            [
+                "The minutes count the updates and what is compiled between them, without the "
+                "first compilation, validation and checkpoints."
+            ],
             pictures={name: folder / f"{name}.png" for name in curves},
         ),
         Section(

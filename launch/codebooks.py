@@ -29,6 +29,7 @@ import numpy as np
 from ablations import check_rows, checked_settings, link, once, run_logged
 from cifar10_classifier import Classifier, classifier
 from cifar10_features import Extract, check_rgb, lite0
+from interrupts import until_told
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from score_cifar10 import Pictures, read
@@ -37,7 +38,6 @@ from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.bottleneck import code_use
 from tokenbridge_jax.codec import Codec, in_batches
 from tokenbridge_jax.commands import arguments, runner
-from tokenbridge_jax.data.images import ImageError
 from tokenbridge_jax.data.sources import make_subsets
 from tokenbridge_jax.data.tokenizing import quantizer_of
 from tokenbridge_jax.evaluation import figures, pixels
@@ -105,7 +105,7 @@ def main() -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
     try:
         found = compare(args.run, args.workdir, names, args.pictures, flags)
-    except (UserError, ImageError) as error:
+    except UserError as error:
         print(f"codebooks.py: error: {error}", file=sys.stderr)
         return runner.EXIT_USER_ERROR
     text = table(found)
@@ -124,7 +124,6 @@ def compare(
     Raises:
       UserError: the run has no autoencoder or no pictures, the folder has results of other
         settings, or a command failed.
-      ImageError: a picture is broken.
     """
     config = run_config(run, *flags)
     kept = workdir / "comparison.json"
@@ -238,7 +237,6 @@ class Originals:
 
         Raises:
           UserError: there are none, or the network of the features is not installed.
-          ImageError: a picture is broken.
         """
         check_rgb(config)
         extract, subsets = lite0(), make_subsets(config)
@@ -344,4 +342,4 @@ def draw(workdir: Path, names: Sequence[str], rows: Sequence[dict[str, Any]]) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_told(main))

@@ -37,6 +37,7 @@ from ablations import (
 )
 from cifar10_options import Scorer, sample
 from codebooks import AUTOENCODERS, make_autoencoder, run_config, start_folder
+from interrupts import until_told
 from ml_collections import ConfigDict
 
 from tokenbridge_jax import Pipeline
@@ -351,4 +352,4 @@ def draw(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_told(main))

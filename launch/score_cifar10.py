@@ -5,6 +5,8 @@ training pictures: test pictures (what a perfect model would reach), test pictur
 the autoencoder and the quantizer, and samples. A classifier trained on the real training pictures
 tells in how many of each set it finds the class. The last line is JSON.
 
+It needs the first four stages: train-vae, tokenize, train and sample.
+
   python launch/score_cifar10.py --workdir runs/cifar10
 """
 
@@ -20,6 +22,7 @@ import numpy as np
 from cifar10_classifier import classifier
 from cifar10_features import Extract, cached, digest, lite0
 from cifar10_page import HELD_OUT, write_page
+from interrupts import until_told
 from jaxtyping import Float, Integer, UInt8
 from ml_collections import ConfigDict
 
@@ -31,6 +34,7 @@ from tokenbridge_jax.evaluation import feature_files
 from tokenbridge_jax.evaluation.pixels import psnr
 from tokenbridge_jax.runtime import storage
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 BATCH = 250
@@ -53,9 +57,15 @@ class Pictures(NamedTuple):
 
 def main() -> int:
     """Prints the table and the JSON line, and writes the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=storage.local_path, required=True)
-    parser.add_argument("--pictures", type=int, help="most pictures of each set; all by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=storage.local_path, required=True, help="of the run")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        help="most pictures of each set, training pictures too; all by default",
+    )
     parser.add_argument("--started", type=float, help="when the run began, in Unix seconds")
     args = parser.parse_args()
     started = time.time() if args.started is None else args.started
@@ -64,14 +74,14 @@ def main() -> int:
         pipeline = Pipeline.load(args.workdir)
         sets = read_sets(args.workdir, pipeline, args.pictures)
         features = extract_all(args.workdir, sets, lite0())
-        scores, notes = measure(args.workdir, sets, features)
+        scores, notes = measure(args.workdir, sets, features, args.pictures)
         metrics = read_metrics(args.workdir / "metrics.jsonl")
         # The last of each.
         scores |= {key: row[key] for row in metrics for key in HELD_OUT if key in row}
         rows = table(scores)
         shown = {name: (part.images, part.labels) for name, part in sets.items()}
         write_page(args.workdir, pipeline, shown, features, scores, rows, notes)
-    except (UserError, ImageError) as error:
+    except UserError as error:
         print(f"score_cifar10.py: error: {error}", file=sys.stderr)
         return 2
     for row in rows:
@@ -94,7 +104,6 @@ def read_sets(workdir: Path, pipeline: Pipeline, most: int | None) -> dict[str, 
 
     Raises:
       UserError: there are no samples, or no pictures.
-      ImageError: a picture is broken.
     """
     config = ConfigDict(pipeline.facts["config"])
     source = make_source(config.data, TEST)
@@ -123,14 +132,26 @@ def read_sets(workdir: Path, pipeline: Pipeline, most: int | None) -> dict[str, 
     inputs = digest(sets["test"].images, pipeline.description.autoencoder_hash)
     again = cached(workdir / "scores" / "reconstructed.npz", inputs, reconstruct)["images"]
     sets["reconstructions"] = Pictures(again, sets["test"].labels)
+    count = len(again)  # Without broken pictures.
     sets["samples"] = Pictures(samples.images[:count], samples.labels[:count])
     return sets
 
 
 def read(subset: Subset, size: int) -> Pictures:
-    """The colour pictures of a subset, cropped to `size` pixels."""
-    numbers = map(int, subset.images)
-    images, labels = zip(*(load_prepared(subset.source, i, size, 3) for i in numbers), strict=True)
+    """The colour pictures of a subset, cropped to `size` pixels, without those that are broken.
+
+    Raises:
+      UserError: there is none.
+    """
+    found = []
+    for number in map(int, subset.images):
+        try:
+            found.append(load_prepared(subset.source, number, size, 3))
+        except ImageError as error:
+            say(f"broken image left out: {error}")
+    if not found:
+        raise UserError("there are no pictures to score; look at data.path")
+    images, labels = zip(*found, strict=True)
     return Pictures(np.stack(images), np.array(labels))
 
 
@@ -141,20 +162,27 @@ def extract_all(
     workdir: Path, sets: dict[str, Pictures], extract: Extract
 ) -> dict[str, Float[np.ndarray, "N D"]]:
     """The features of each set, which files keep."""
-    return {
-        name: cached(
-            workdir / "scores" / f"{name}.npz",
-            digest(part.images),
-            lambda part=part: {"features": extract(part.images)},
-        )["features"]
-        for name, part in sets.items()
-    }
+
+    def features(name: str, images: np.ndarray) -> np.ndarray:
+        def make() -> dict[str, np.ndarray]:
+            say(f"features of {len(images):,} pictures: {name}")
+            return {"features": extract(images)}
+
+        return cached(workdir / "scores" / f"{name}.npz", digest(images), make)["features"]
+
+    return {name: features(name, part.images) for name, part in sets.items()}
 
 
 def measure(
-    workdir: Path, sets: dict[str, Pictures], features: dict[str, Float[np.ndarray, "N D"]]
+    workdir: Path,
+    sets: dict[str, Pictures],
+    features: dict[str, Float[np.ndarray, "N D"]],
+    most: int | None = None,
 ) -> tuple[dict[str, float], list[str]]:
-    """All scores by name, and remarks. What is known of the same pictures is not computed again."""
+    """All scores by name, and remarks. What is known of the same pictures is not computed again.
+
+    `most` is the limit of `--pictures`; the file of the scores tells it to other scripts.
+    """
     folder = workdir / "scores"
     inputs = digest(*(array for part in sets.values() for array in part))
     known = folder / "scores.json"
@@ -173,7 +201,8 @@ def measure(
         scores |= {f"{name}_{key}": compared[key] for key in MEASURES if key in compared}
     ratios = psnr(sets["test"].images, sets["reconstructions"].images)
     scores["psnr"] = float(ratios.mean())
-    storage.write_json(known, {"inputs": inputs, "scores": scores, "remarks": remarks})
+    made = {"inputs": inputs, "pictures": most, "scores": scores, "remarks": remarks}
+    storage.write_json(known, made)
     return scores, remarks
 
 
@@ -183,9 +212,13 @@ def table(scores: dict[str, float]) -> list[list[str]]:
     rows = [["against training pictures", *headings]]
     for name, heading in COMPARED.items():
         values = ((scores.get(f"{name}_{key}"), places) for key, places in MEASURES.items())
-        rows.append([heading, *("-" if v is None else f"{v:.{p}f}" for v, p in values)])
+        rows.append([heading, *("-" if v is None else _decimals(v, p) for v, p in values)])
     return rows
 
 
+def _decimals(value: float, places: int) -> str:
+    return f"{round(value, places) + 0.0:.{places}f}"  # Zero instead of -0.0000.
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_told(main))

@@ -23,12 +23,13 @@ from tokenbridge_jax.evaluation.features import thumbnails
 from tokenbridge_jax.runtime.errors import UserError
 
 sys.path.insert(0, str(LAUNCH))  # Scripts import from their own folder.
-classifier, features, folders, options, page, score = map(
+classifier, features, folders, interrupts, options, page, score = map(
     importlib.import_module,
     (
         "cifar10_classifier",
         "cifar10_features",
         "cifar10_folders",
+        "interrupts",
         "cifar10_options",
         "cifar10_page",
         "score_cifar10",
@@ -213,15 +214,63 @@ def test_the_table_and_the_picture_of_options(tmp_path):
         assert picture.width > picture.height  # Two plots: against time, and against guidance.
 
 
-def test_options_need_the_features_of_all_training_pictures(tmp_path, monkeypatch):
-    subset = SimpleNamespace(images=np.arange(5))
-    monkeypatch.setattr(options, "make_subsets", lambda config: {"train": subset})
+def test_options_compare_with_the_pictures_that_were_scored(tmp_path, monkeypatch, sets):
+    extracted = []
+
+    def extract(images: np.ndarray) -> np.ndarray:
+        extracted.append(len(images))
+        return thumbnails(np.ascontiguousarray(images))
+
+    for number in range(30):
+        path = tmp_path / "data" / "train" / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sets["train"].images[number]).save(path)
+    monkeypatch.setattr(classifier, "EPOCHS", 1)
+    monkeypatch.setattr(options, "lite0", lambda: extract)
     config = experiment("base")
-    with pytest.raises(UserError, match=r"train.npz has not the features of the 5 training pict"):
-        options.Scorer.of(tmp_path, config)
+    config.data.update(source="folder", path=str(tmp_path / "data"), split="train", image_size=SIDE)
+    config.data.update(num_classes=2, validation_split="")
+    config.tokenize.validation_fraction = 0.0
+    # Nothing was scored: all pictures.
+    assert len(options.Scorer.of(tmp_path / "new", config).real) == 30
+    # With `--pictures 12`.
+    train = score.read(options.make_subsets(config)["train"].spread(12), SIDE)
+    scored = sets | {"train": train}
+    known = score.extract_all(tmp_path, scored, extract)
+    score.measure(tmp_path, scored, known, 12)
+    extracted.clear()
+    np.testing.assert_array_equal(options.Scorer.of(tmp_path, config).real, known["train"])
+    assert extracted == []
     config.data.image_channels = 1
     with pytest.raises(UserError, match="the features need RGB pictures"):
         options.Scorer.of(tmp_path, config)
+
+
+def test_broken_pictures_are_not_scored(tmp_path, capsys):
+    for number in range(4):
+        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((SIDE, SIDE, 3), number, np.uint8)).save(path)
+    (tmp_path / "train" / "a" / "2.png").write_bytes(b"no picture")
+    config = experiment("base")
+    config.data.update(source="folder", path=str(tmp_path), split="train", image_size=SIDE)
+    source = score.make_source(config.data, "train")
+    found = score.read(score.Subset(source, np.arange(4)), SIDE)
+    assert found.labels.tolist() == [0, 1, 1]
+    assert found.images[:, 0, 0, 0].tolist() == [0, 1, 3]
+    assert "broken image left out: a/2.png" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no pictures to score"):
+        score.read(score.Subset(source, np.array([1])), SIDE)
+
+
+def test_a_script_that_is_told_to_stop_says_so_in_a_line(monkeypatch, capsys):
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["launch/heads.py"])
+    assert interrupts.until_told(main) == 130
+    assert capsys.readouterr().err == "\nheads.py: stopped; the same command continues\n"
+    assert interrupts.until_told(lambda: 3) == 3
 
 
 # --- The archive ----------------------------------------------------------------------------------
@@ -374,7 +423,8 @@ def test_the_script_runs_every_command_and_samples_once(checkout, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--help"], "usage: bash launch/cifar10.sh DATA"),
+        ([], "usage: bash launch/cifar10.sh DATA"),
+        (["d", "quick"], "the second word is the workdir: cifar10.sh DATA WORKDIR quick"),
         (["d", "w", "--config.seed=1"], "flags come after the third word"),
     ],
 )
@@ -401,8 +451,16 @@ def test_an_environment_without_torch_is_named_before_anything_is_trained(checko
     assert not checkout.calls("tokenbridge")
 
 
-def test_the_script_names_a_folder_without_pictures(checkout, tmp_path):
-    error = checkout.run("cifar10.sh", str(tmp_path / "nowhere"), status=2)
-    assert error.count("\n") == 1
-    assert f"{tmp_path / 'nowhere'} has no folders train and test" in error
+def test_the_script_names_what_its_data_lack(checkout, tmp_path):
+    def error() -> str:
+        found = checkout.run("cifar10.sh", str(tmp_path / "data"), status=2)
+        assert found.count("\n") == 1
+        return found
+
+    (tmp_path / "data/test/cat").mkdir(parents=True)
+    assert f"there is no folder {tmp_path}/data/train;" in error()
+    for name in ("cat", "dog"):
+        (tmp_path / "data/train" / name).mkdir(parents=True)
+    assert f"dog is not in both {tmp_path}/data/train and {tmp_path}/data/test;" in error()
     assert not checkout.calls("tokenbridge")
+    assert "ARGUMENT  of the config" in checkout.run("cifar10.sh", "--help")

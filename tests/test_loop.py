@@ -82,15 +82,17 @@ def signal_at(step, number):
     return Hook(1, run)
 
 
-def test_a_stopped_run_continues_bit_for_bit(straight, mesh, tmp_path, capsys):
+def test_a_stopped_run_continues_bit_for_bit(straight, mesh, tmp_path, capfd):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted):
         fit(make_run(tmp_path, hooks=[signal_at(3, signal.SIGINT)]), mesh)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    assert "stopped and saved at step 4" in capsys.readouterr().err
+    told, _, saved = capfd.readouterr().err.partition("a second signal stops at once")
+    assert told.endswith("\nstops after this update; ")
+    assert "stopped and saved at step 4" in saved
     assert latest_step(tmp_path / "checkpoints") == 4
     state = fit(make_run(tmp_path), mesh)
-    assert "continues from step 4 of 6" in capsys.readouterr().err
+    assert "continues from step 4 of 6" in capfd.readouterr().err
     assert losses(tmp_path) == losses(straight[0])
     assert [step for step, *_ in losses(tmp_path)] == list(range(1, TOTAL + 1))
     assert_same_state(state, straight[1])

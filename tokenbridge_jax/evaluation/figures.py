@@ -11,17 +11,26 @@ from tokenbridge_jax.runtime import storage
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#808080"
 
 
-def make_axes(columns: int = 1, width: float = 5.0, height: float = 3.6) -> list[Any]:
-    """A new figure with axes side by side; width and height of each are in inches."""
+def make_axes(
+    count: int = 1, width: float = 5.0, height: float = 3.6, columns: int | None = None
+) -> list[Any]:
+    """A new figure with axes, side by side or in rows of `columns`.
+
+    Width and height of each are in inches.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure((columns * width, height), dpi=150, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for ax in axes:
+    columns = columns or count
+    rows = -(-count // columns)
+    figure = Figure((columns * width, rows * height), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[:count]:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="#e5e5e5", linewidth=0.8)
         ax.set_axisbelow(True)
-    return list(axes)
+    return list(axes[:count])
 
 
 def matrix(ax: Any, values: Any, label: str, *, smallest: float | None = None) -> None:

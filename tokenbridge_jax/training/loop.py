@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import signal
 import threading
 import time
@@ -382,6 +383,8 @@ def _interruptions() -> Iterator[Callable[[int], bool]]:
         del frame
         received.append(number)
         restore()
+        # Unlike print, this may interrupt another write.
+        os.write(2, b"\nstops after this update; a second signal stops at once, without saving\n")
 
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
