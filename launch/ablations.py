@@ -29,8 +29,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from interrupts import until_told
 from ml_collections import ConfigDict
+from scripts import run_script
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import load_autoencoder
@@ -54,6 +54,7 @@ from tokenbridge_jax.training.metric_writer import read_metrics
 CONFIG = runpy.run_path(str(experiments()["ablations"]))
 ROWS, get_config = CONFIG["ROWS"], CONFIG["get_config"]
 BATCH = 250
+STOPPED = 130, 143  # By Ctrl-C, and by SIGTERM.
 
 # Validation runs once, at the end. No sample grids are drawn.
 TRAINING = ("eval_every=1000000000", "sample_every=0", "checkpoint_every=1000000000")
@@ -224,7 +225,7 @@ def run_logged(command: str, folder: Path, *arguments: str) -> None:
         contextlib.redirect_stderr(log),
     ):
         status = runner.run(command, [*arguments, f"--workdir={folder}"])
-    if status == EXIT_INTERRUPTED:
+    if status in (EXIT_INTERRUPTED, *STOPPED):
         raise UserError("stopped; the same command continues")
     if status:
         raise UserError(f"{command} ended with {status}; {folder / 'log.txt'} says why")
@@ -423,4 +424,4 @@ def pairs(rows: list[dict[str, Any]], measure: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(until_told(main))
+    sys.exit(run_script(main))

@@ -28,7 +28,7 @@ for word in "${2:-}" "$argument"; do
     ;;
   esac
 done
-case ${2:-} in quick | tfds | size=*)
+case ${2:-} in quick* | tfds* | size=*)
   echo "cifar10.sh: the second word is the workdir: cifar10.sh DATA WORKDIR $2" >&2
   exit 2
   ;;
@@ -41,7 +41,8 @@ if [[ $argument != *tfds* ]]; then
       exit 2
     }
   done
-  other=$(comm -3 <(ls "$data/train") <(ls "$data/test") | head -n 1 | tr -d '\t')
+  folders() { find -L "$data/$1" -mindepth 1 -maxdepth 1 -type d ! -name '.*' -exec basename {} \; | LC_ALL=C sort; }
+  other=$(LC_ALL=C comm -3 <(folders train) <(folders test) | awk 'NR == 1 { print $1 }')
   [ -z "$other" ] || {
     echo "cifar10.sh: $other is not in both $data/train and $data/test; make their class folders equal" >&2
     exit 2

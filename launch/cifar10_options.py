@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from cifar10_classifier import Classifier, classifier
 from cifar10_features import Extract, check_rgb, lite0
-from interrupts import until_told
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from score_cifar10 import extract_all, read
+from scripts import run_script
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.config import sampling_settings
@@ -114,14 +114,11 @@ class Scorer:
           UserError: the pictures are grey, or there are none, or a package is missing.
         """
         check_rgb(config)
-        folder = workdir / "scores"
-        scored = folder / "scores.json"
-        most = storage.read_json(scored).get("pictures") if scored.exists() else None
-        subset = make_subsets(config)["train"].spread(most or sys.maxsize)
-        train = read(subset, config.data.image_size)
+        most = most_pictures(workdir) or sys.maxsize
+        train = read(make_subsets(config)["train"].spread(most), config.data.image_size)
         extract = lite0()
         real = extract_all(workdir, {"train": train}, extract)["train"]
-        return cls(extract, real, gaussian(real), classifier(folder, *train))
+        return cls(extract, real, gaussian(real), classifier(workdir / "scores", *train))
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"], labels: Any) -> dict[str, float]:
         """The scores of samples that were asked for with these classes."""
@@ -131,6 +128,18 @@ class Scorer:
             "kid": kernel_distance(features, self.real, subset_size=SUBSET)[0],
             "accuracy": self.judge.accuracy(images, labels),
         }
+
+
+def most_pictures(workdir: Path) -> int | None:
+    """The limit of the training pictures that launch/score_cifar10.py has scored, if there is one.
+
+    Files of earlier versions do not have it, but they have the number of the pictures.
+    """
+    path = workdir / "scores" / "scores.json"
+    if not path.exists():
+        return None
+    known = storage.read_json(path)
+    return known.get("most_pictures", known["scores"]["train_pictures"])
 
 
 def measure_all(workdir: Path, names: Sequence[str], samples: int) -> list[dict[str, Any]]:
@@ -146,6 +155,8 @@ def measure_all(workdir: Path, names: Sequence[str], samples: int) -> list[dict[
         "weights": weights_sha256(pipeline.params, pipeline.step),
         "autoencoder": pipeline.description.autoencoder_hash,
     }
+    most = most_pictures(workdir)
+    given = {"samples": samples} | ({} if most is None else {"train_pictures": most})
     path = workdir / "options" / "options.json"
     known = storage.read_json(path) if path.exists() else {}
     # Made when it is needed: it trains the classifier.
@@ -155,7 +166,7 @@ def measure_all(workdir: Path, names: Sequence[str], samples: int) -> list[dict[
         values = [list(value) if isinstance(value, tuple) else value for value in OPTIONS[name]]
         for value in values + [own[name]] * (own[name] not in values):
             settings = own | {name: value}
-            key = json.dumps(settings | model | {"samples": samples})
+            key = json.dumps(settings | model | given)
             if key not in known:
                 score = scorer()  # Before any sample is drawn: it may raise an error.
                 say(f"{name}={value}")
@@ -217,7 +228,7 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         x = [1000 / row["images_per_second"] for row in rows]
         y = [row["frechet_distance"] for row in rows]
         first.plot(x, y, "o-" if name == "num_iter" else "o", color=colour, label=name, ms=4)
-    for row in (row for rows in groups.values() for row in rows if row["own"]):
+    for row in [row for row in results if row["own"]][:1]:
         here = 1000 / row["images_per_second"], row["frechet_distance"]
         first.plot(*here, "o", color="none", markeredgecolor="black", ms=9)
     first.set(xlabel="milliseconds an image", ylabel="Frechet distance")
@@ -245,4 +256,4 @@ def _with_margin(values: Sequence[float]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(until_told(main))
+    sys.exit(run_script(main))

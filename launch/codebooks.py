@@ -29,10 +29,10 @@ import numpy as np
 from ablations import check_rows, checked_settings, link, once, run_logged
 from cifar10_classifier import Classifier, classifier
 from cifar10_features import Extract, check_rgb, lite0
-from interrupts import until_told
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 from score_cifar10 import Pictures, read
+from scripts import run_script
 
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.bottleneck import code_use
@@ -342,4 +342,4 @@ def draw(workdir: Path, names: Sequence[str], rows: Sequence[dict[str, Any]]) ->
 
 
 if __name__ == "__main__":
-    sys.exit(until_told(main))
+    sys.exit(run_script(main))

@@ -37,8 +37,8 @@ from ablations import (
 )
 from cifar10_options import Scorer, sample
 from codebooks import AUTOENCODERS, make_autoencoder, run_config, start_folder
-from interrupts import until_told
 from ml_collections import ConfigDict
+from scripts import run_script
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import load_autoencoder
@@ -352,4 +352,4 @@ def draw(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(until_told(main))
+    sys.exit(run_script(main))

@@ -22,9 +22,9 @@ import numpy as np
 from cifar10_classifier import classifier
 from cifar10_features import Extract, cached, digest, lite0
 from cifar10_page import HELD_OUT, write_page
-from interrupts import until_told
 from jaxtyping import Float, Integer, UInt8
 from ml_collections import ConfigDict
+from scripts import run_script
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.codec import in_batches
@@ -187,6 +187,8 @@ def measure(
     inputs = digest(*(array for part in sets.values() for array in part))
     known = folder / "scores.json"
     if known.exists() and (found := storage.read_json(known))["inputs"] == inputs:
+        if found.get("most_pictures") != most:
+            storage.write_json(known, found | {"most_pictures": most})
         return found["scores"], found["remarks"]
     judge = classifier(folder, *sets["train"])
     scores: dict[str, float] = {
@@ -201,7 +203,7 @@ def measure(
         scores |= {f"{name}_{key}": compared[key] for key in MEASURES if key in compared}
     ratios = psnr(sets["test"].images, sets["reconstructions"].images)
     scores["psnr"] = float(ratios.mean())
-    made = {"inputs": inputs, "pictures": most, "scores": scores, "remarks": remarks}
+    made = {"inputs": inputs, "most_pictures": most, "scores": scores, "remarks": remarks}
     storage.write_json(known, made)
     return scores, remarks
 
@@ -221,4 +223,4 @@ def _decimals(value: float, places: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(until_told(main))
+    sys.exit(run_script(main))

@@ -1,14 +1,17 @@
 """The ablation script's results: densities, tables, pairs."""
 
 import runpy
-from pathlib import Path
+import sys
 
 import numpy as np
 import pytest
+from checkout import LAUNCH
 
 from tokenbridge_jax.quantizer import Quantizer
+from tokenbridge_jax.runtime.errors import UserError
 
-SCRIPT = runpy.run_path(str(Path(__file__).parent.parent / "launch" / "ablations.py"))
+sys.path.insert(0, str(LAUNCH))  # Scripts import from their own folder.
+SCRIPT = runpy.run_path(str(LAUNCH / "ablations.py"))
 
 
 @pytest.mark.parametrize("levels", [2, 5, 32])
@@ -23,6 +26,13 @@ def test_cells_are_the_latents_of_a_level(levels: int):
     indices = np.asarray(quantizer.quantize(latents))
     log2_p = np.log2(shares[indices]).mean()
     assert -log2_p + SCRIPT["mean_log2_cell"](quantizer, indices) == pytest.approx(3, abs=1e-4)
+
+
+@pytest.mark.parametrize("status", [75, 130, 143])
+def test_a_command_that_was_told_to_stop_has_not_failed(tmp_path, monkeypatch, status: int):
+    monkeypatch.setattr(SCRIPT["runner"], "run", lambda *_: status)
+    with pytest.raises(UserError, match="stopped; the same command continues"):
+        SCRIPT["run_logged"]("sample", tmp_path)
 
 
 def _row(name: str, fid: float | None, density: list[float], distance: list[float]) -> dict:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkout import LAUNCH, Checkout
+from checkout import LAUNCH
 from PIL import Image
 
 from tokenbridge_jax.config import experiment
@@ -23,16 +23,16 @@ from tokenbridge_jax.evaluation.features import thumbnails
 from tokenbridge_jax.runtime.errors import UserError
 
 sys.path.insert(0, str(LAUNCH))  # Scripts import from their own folder.
-classifier, features, folders, interrupts, options, page, score = map(
+classifier, features, folders, options, page, score, scripts = map(
     importlib.import_module,
     (
         "cifar10_classifier",
         "cifar10_features",
         "cifar10_folders",
-        "interrupts",
         "cifar10_options",
         "cifar10_page",
         "score_cifar10",
+        "scripts",
     ),
 )
 SIDE = 8
@@ -192,6 +192,15 @@ def test_one_option_at_a_time_is_measured_once(tmp_path, monkeypatch):
     pipeline.params = {"w": jnp.zeros(2)}  # Another model of as many updates.
     options.measure_all(tmp_path, ["order"], 20)
     assert len(pipeline.calls) == 12
+    # Against fewer training pictures, scored by this version or an earlier one.
+    (tmp_path / "scores").mkdir()
+    for known in (
+        {"most_pictures": 12, "scores": {"train_pictures": 11}},
+        {"scores": {"train_pictures": 30}},
+    ):
+        (tmp_path / "scores" / "scores.json").write_text(json.dumps(known))
+        options.measure_all(tmp_path, ["order"], 20)
+    assert len(pipeline.calls) == 20
 
 
 def test_the_table_and_the_picture_of_options(tmp_path):
@@ -211,7 +220,8 @@ def test_the_table_and_the_picture_of_options(tmp_path):
     assert lines[2].startswith("| `guidance_interval` | 0.0 to 0.5 |")
     options.draw(tmp_path / "options.png", rows)
     with Image.open(tmp_path / "options.png") as picture:
-        assert picture.width > picture.height  # Two plots: against time, and against guidance.
+        # Two plots: against time, and against guidance.
+        assert picture.width / picture.height == pytest.approx(2 * 4.2 / 3.6, rel=0.01)
 
 
 def test_options_compare_with_the_pictures_that_were_scored(tmp_path, monkeypatch, sets):
@@ -268,9 +278,9 @@ def test_a_script_that_is_told_to_stop_says_so_in_a_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["launch/heads.py"])
-    assert interrupts.until_told(main) == 130
+    assert scripts.run_script(main) == 130
     assert capsys.readouterr().err == "\nheads.py: stopped; the same command continues\n"
-    assert interrupts.until_told(lambda: 3) == 3
+    assert scripts.run_script(lambda: 3) == 3
 
 
 # --- The archive ----------------------------------------------------------------------------------
@@ -373,94 +383,3 @@ def test_minutes_of_training_follow_the_speed():
     steps, minutes = page.training_minutes(rows, batch_size=6)
     np.testing.assert_array_equal(steps, [0, 10, 30, 90])
     np.testing.assert_allclose(minutes, [0, 0, 1, 2.5])
-
-
-# --- The script -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def checkout(tmp_path) -> Checkout:
-    made = Checkout(tmp_path)
-    made.stand_in(made.folder / ".venv/bin/python")
-    return made
-
-
-def run(checkout: Checkout, *arguments: str) -> tuple[list[list[str]], list[list[str]]]:
-    """Runs the script in the environment of the stand-ins; returns their new calls."""
-    before = {name: len(checkout.calls(name)) for name in ("tokenbridge", "python")}
-    environment = str(checkout.folder / ".venv")
-    checkout.run("cifar10.sh", *arguments, VIRTUAL_ENV=environment)
-    return tuple(
-        [call["args"] for call in checkout.calls(name)[count:]] for name, count in before.items()
-    )
-
-
-def test_the_script_runs_every_command_and_samples_once(checkout, tmp_path):
-    data, workdir = tmp_path / "my data", tmp_path / "w--2"  # No flag.
-    for split in ("train", "test"):
-        (data / split).mkdir(parents=True)
-    (workdir / "checkpoints").mkdir(parents=True)
-    flag = "--config.seed=1 2"
-    commands, python = run(checkout, str(data), str(workdir), "quick", flag)
-    assert [arguments[0] for arguments in commands] == ["train-vae", "tokenize", "train", "sample"]
-    config = ["--config", "configs/cifar10.py:quick", "--workdir", str(workdir)]
-    config.append(f"--config.data.path={data}")
-    for arguments in commands:
-        assert arguments[1:6] == config
-        assert arguments[-1] == flag
-    assert commands[3][6:-1] == ["--num_images", "1000", "--output", str(workdir / "drawn")]
-    assert python[-1][0] == "launch/score_cifar10.py"
-    assert python[-1][-2:] == ["--pictures", "1000"]
-
-    (workdir / "drawn").mkdir()
-    (workdir / "drawn/samples.npz").touch()
-    commands, python = run(checkout, str(data), str(workdir))
-    assert [arguments[0] for arguments in commands] == ["train-vae", "tokenize", "train"]
-    assert "configs/cifar10.py:size=S" in commands[0]
-    assert "--pictures" not in python[-1]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "usage: bash launch/cifar10.sh DATA"),
-        (["d", "quick"], "the second word is the workdir: cifar10.sh DATA WORKDIR quick"),
-        (["d", "w", "--config.seed=1"], "flags come after the third word"),
-    ],
-)
-def test_wrong_words_are_named(checkout, words: list[str], message: str):
-    error = checkout.run("cifar10.sh", *words, status=2)
-    assert error.count("\n") == 1
-    assert message in error
-    assert not checkout.calls("tokenbridge")
-
-
-def test_an_environment_without_torch_is_named_before_anything_is_trained(checkout, tmp_path):
-    for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-    environment = tmp_path / "bare"
-    (environment / "bin").mkdir(parents=True)
-    python = environment / "bin/python"
-    python.write_text("#!/bin/sh\nexit 1\n")
-    python.chmod(0o755)
-    error = checkout.run(
-        "cifar10.sh", str(tmp_path), str(tmp_path / "w"), VIRTUAL_ENV=str(environment), status=2
-    )
-    assert error.count("\n") == 1
-    assert "its extra torch" in error
-    assert not checkout.calls("tokenbridge")
-
-
-def test_the_script_names_what_its_data_lack(checkout, tmp_path):
-    def error() -> str:
-        found = checkout.run("cifar10.sh", str(tmp_path / "data"), status=2)
-        assert found.count("\n") == 1
-        return found
-
-    (tmp_path / "data/test/cat").mkdir(parents=True)
-    assert f"there is no folder {tmp_path}/data/train;" in error()
-    for name in ("cat", "dog"):
-        (tmp_path / "data/train" / name).mkdir(parents=True)
-    assert f"dog is not in both {tmp_path}/data/train and {tmp_path}/data/test;" in error()
-    assert not checkout.calls("tokenbridge")
-    assert "ARGUMENT  of the config" in checkout.run("cifar10.sh", "--help")

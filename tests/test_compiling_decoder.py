@@ -14,14 +14,11 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling import batches
 
 SECONDS = 60  # Longer than anything here takes.
-HALF = np.arange(64).reshape(8, 8) < 32
 STEPS = {"num_iter": 3, "guidance": 2.0}
-# What draws images and decodes them, given a pipeline and images.
+# What draws images and decodes them, given a pipeline.
 CALLS = {
-    "generate": lambda p, images: p.generate([0, 1, 2], batch_size=2, **STEPS),
-    "preview": lambda p, images: p.generate([0, 1, 2], preview=lambda *_: None, **STEPS),
-    "edit": lambda p, images: p.edit(images, HALF, 1, **STEPS),
-    "outpaint": lambda p, images: p.outpaint(images, 1, right=4, **STEPS),
+    "generate": lambda p: p.generate([0, 1, 2], batch_size=2, **STEPS),
+    "preview": lambda p: p.generate([0, 1, 2], preview=lambda *_: None, **STEPS),
 }
 
 
@@ -46,7 +43,7 @@ def compiled():
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_the_decoder_compiles_once_while_images_are_drawn(own, pixels, monkeypatch, compiled, call):
+def test_the_decoder_compiles_once_while_images_are_drawn(own, monkeypatch, compiled, call):
     begun = {name: threading.Event() for name in ("drawing", "compiling")}
     met = []
 
@@ -65,14 +62,14 @@ def test_the_decoder_compiles_once_while_images_are_drawn(own, pixels, monkeypat
     for name in ("generate", "generate_steps"):
         drawing = meeting(getattr(batches, name), "drawing", "compiling")
         monkeypatch.setattr(batches, name, drawing)
-    images = CALLS[call](own, pixels)
+    images = CALLS[call](own)
     assert met
     assert all(met)
     assert compiled["jit(_decode)"] == 1
     # The images of a codec that compiles when it decodes.
     monkeypatch.setattr(Codec, "compile_decoder", lambda *_: None)
     other = tiny_pipeline(own.config, own.params)
-    np.testing.assert_array_equal(CALLS[call](other, pixels), images)
+    np.testing.assert_array_equal(CALLS[call](other), images)
     assert compiled["jit(_decode)"] == 2
 
 
@@ -92,6 +89,11 @@ def test_nothing_compiles_before_images_are_drawn(own, monkeypatch):
     monkeypatch.setattr(own.codec, "_compile_decoder", None)
     own.stream([0, 1])
     assert list(own.stream([0, 1], numbers=[])) == []
+    for wrong in ({"seed": -1}, {"guidance": "much"}, {"batch_size": 0}):
+        with pytest.raises(UserError):
+            own.generate([0, 1], preview=lambda *_: None, **wrong)
+    with pytest.raises(UserError):
+        own.generate([99], preview=lambda *_: None)
     assert not own.codec._compiled
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tokenbridge_jax.training.optimizer import (
     OptimizerConfig,
+    RunNumbers,
     clip_by_global_norm,
     decay_mask,
     learning_rate_schedule,
@@ -123,8 +124,14 @@ def test_the_head_may_be_spared_from_decay():
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (4, 10), (10, 10)])
 def test_schedules_by_formula(warmup, total):
     peak = 0.3
-    numbers = OptimizerConfig(peak, total, warmup)
-    cosine, constant = (learning_rate_schedule(kind, numbers) for kind in ("cosine", "constant"))
+    numbers = RunNumbers.of(OptimizerConfig(peak, total, warmup), seed=0)
+
+    def compiled(kind):
+        # As in training, where the numbers are arguments.
+        rate = jax.jit(lambda step, numbers: learning_rate_schedule(kind, numbers)(step))
+        return lambda step: rate(step, numbers)
+
+    cosine, constant = compiled("cosine"), compiled("constant")
     for step in range(total):
         if step < warmup:
             expected = expected_constant = peak * step / warmup

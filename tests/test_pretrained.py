@@ -264,6 +264,14 @@ def test_the_autoencoder_loads_beside_the_model_and_its_errors_come_first(
         Pipeline.load(folder)
     assert read == [True] * 3
 
+    def interrupted(*arguments, **others):
+        model_read.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrained, "load_weights", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline.load(folder)
+
 
 def test_processes_of_a_job_write_one_folder(workdir, saved, tmp_path):
     """Parameters are split over both processes. If one cannot write, both report it."""

@@ -186,10 +186,11 @@ def test_safetensors_of_other_programs_are_read(tmp_path):
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array, strict=True)
-    header = b'{"x": {"dtype": "F8_E5M2", "shape": [4], "data_offsets": [0, 4]}}'
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(UserError, match="holds numbers of a type that numpy lacks, "):
-        safetensors_file.read(path)
+    for dtype, count in (("F8_E5M2", 4), ("BF16", 2)):
+        header = f'{{"x": {{"dtype": "{dtype}", "shape": [{count}], "data_offsets": [0, 4]}}}}'
+        path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+        with pytest.raises(UserError, match="holds numbers of a type that numpy lacks, "):
+            safetensors_file.read(path)
 
 
 def test_reading_safetensors_copies_arrays_once(tmp_path):

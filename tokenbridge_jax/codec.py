@@ -130,7 +130,8 @@ class Codec:
         """Starts to compile, in a thread, the decoder for a batch of images that come later.
 
         A call that decodes such a batch waits for it. If compiling fails, that call compiles again,
-        and raises the error.
+        and raises the error. A process that ends also waits for it. JAX uses the program only in
+        its default context, such as without `jax.default_matmul_precision`.
 
         Args:
           size: number of images.
@@ -147,7 +148,8 @@ class Codec:
         batch = meshes.batch_sharding(self.mesh)
         with meshes.use_mesh(self.mesh):
             latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch)
-            self._decode.lower(self.params, latents).compile()  # JAX keeps it for later calls.
+            # JAX keeps it for later calls, which test_compiling_decoder.py checks.
+            self._decode.lower(self.params, latents).compile()
 
     def decode(
         self, indices: Shaped[np.ndarray | Array, "B L C"] | Any, grid: int | None = None

@@ -49,14 +49,12 @@ class Trainer:
         self.abstract = self._program.abstract
         self._init = inputs.random_init(task.init)
         self._state: Any = None
-        self._numbers: Any = None
 
     def prepare(self, stack: contextlib.ExitStack) -> None:
         """Makes the state, unless an earlier case has made it."""
         stack.push(self._on_exit)
         if self._state is None:
             self._state = create_state(self._init, self._program.optimizer, self.abstract, seed=0)
-            self._numbers = meshes.to_global(self._program.numbers, self._program.mesh)
 
     def trace(self, batch: int, draw: MaskDraw) -> jax.stages.Traced:
         """Traces the step for a batch over all devices of the mesh, which need not exist."""
@@ -69,7 +67,7 @@ class Trainer:
 
     def step(self, batch: Any, draw: MaskDraw) -> Any:
         """Starts one update; returns its metrics, which are ready when the update has ended."""
-        self._state, metrics = self._program.step(self._state, batch, draw, self._numbers)
+        self._state, metrics = self._program.run(self._state, batch, draw)
         return metrics
 
 

@@ -38,11 +38,16 @@ def main(args: flags.FlagValues) -> None:
     demo = Demo(pipeline, args.config.sampling)
     from tokenbridge_jax.demo import page
 
-    with tempfile.TemporaryDirectory(prefix="tokenbridge-demo-") as folder:
+    # The page's threads may still write while it is removed.
+    with tempfile.TemporaryDirectory(
+        prefix="tokenbridge-demo-", ignore_cleanup_errors=True
+    ) as folder:
         served = page.launch(demo, args.host, port, folder)
         try:
             print(f"the page is at {served.local_url} (Ctrl-C ends it)", flush=True)
-            served.server.thread.join()
+            while served.server.thread.is_alive():
+                # Not without a limit: another thread may receive the signal that ends this.
+                served.server.thread.join(timeout=0.5)
         finally:
             demo.close()
             served.close(verbose=False)

@@ -311,15 +311,12 @@ def _sampling_hooks(
             model, state.ema_params, labels, settings, mesh, seed=config.seed, batch_size=batch_size
         )
 
-    classes, side = len(info.class_names), round(model.positions**0.5)
+    classes = len(info.class_names)
     spread = np.linspace(0, classes - 1, min(classes, IN_GRID)).astype(np.int32)
 
     def write_grid(state: TrainState, step: int, writer: MetricWriter) -> dict[str, float]:
-        first = jax.process_index() == 0
-        if first:
-            codec.compile_decoder(IN_GRID, side, side)
         indices = sample(state, np.resize(spread, IN_GRID))
-        if first:
+        if jax.process_index() == 0:
             picture = pictures.grid(np.asarray(codec.decode(indices)), columns=10)
             pictures.write_png(workdir / "samples" / f"step_{step:07d}.png", picture)
             writer.image(step, "samples", picture)

@@ -98,9 +98,9 @@ class Demo:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Stops the current request at its next step."""
+        """Stops the current request at its next step, and waits for that."""
         self._closed.set()
-        self._sampler.shutdown(wait=False, cancel_futures=True)
+        self._sampler.shutdown(cancel_futures=True)
 
     def generate(self, choices: Choices) -> Iterator[Frame | None]:
         """Yields images while they are drawn, and at the end the result of `Pipeline.generate`.

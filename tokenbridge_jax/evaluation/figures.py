@@ -14,13 +14,17 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8
 def make_axes(
     count: int = 1, width: float = 5.0, height: float = 3.6, columns: int | None = None
 ) -> list[Any]:
-    """A new figure with axes, side by side or in rows of `columns`.
+    """Makes a new figure.
 
-    Width and height of each are in inches.
+    Args:
+      count: number of axes.
+      width: of each, in inches.
+      height: of each, in inches.
+      columns: axes in a row; by default all are side by side.
     """
     from matplotlib.figure import Figure
 
-    columns = columns or count
+    columns = min(columns or count, count)
     rows = -(-count // columns)
     figure = Figure((columns * width, rows * height), dpi=150, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()

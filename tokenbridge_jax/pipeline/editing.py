@@ -100,7 +100,6 @@ def edit(
     mask = None if mask is None else np.asarray(checks.to_array("mask", mask))
     hidden = hidden_positions(mask, images.shape[:3], pipeline.patch_size, keep, seed)
     encode_hidden = keep is not None if encode_hidden is None else encode_hidden
-    pipeline.codec.compile_decoder(min(batch_size, len(images)), *hidden.shape[1:])
     indices = pipeline.generate_indices(
         _class_list(class_id, len(images)),
         known=_encode(pipeline, images, hidden, encode_hidden, batch_size),
@@ -189,7 +188,6 @@ def outpaint(
     to_draw = np.pad(hidden, border, constant_values=True)
     # The autoencoder takes as many positions at once as the model does.
     batch = max(1, batch_size * pipeline.config.positions // to_draw[0].size)
-    pipeline.codec.compile_decoder(min(batch, count), *to_draw.shape[1:])
     indices = _encode(pipeline, images, hidden, encode_hidden, batch).reshape(*hidden.shape, -1)
     nothing = pipeline.config.quantizer.blank
     canvas = np.pad(indices, [*border, (0, 0)], constant_values=nothing)

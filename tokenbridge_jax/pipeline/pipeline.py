@@ -24,7 +24,12 @@ from tokenbridge_jax.pipeline.description import ClassId, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
-from tokenbridge_jax.sampling.batches import Preview, generate_in_batches, start_batches
+from tokenbridge_jax.sampling.batches import (
+    Preview,
+    batch_rows,
+    generate_in_batches,
+    start_batches,
+)
 from tokenbridge_jax.sampling.schedule import make_settings
 
 
@@ -117,8 +122,10 @@ class Pipeline:
             try:
                 abstract = abstract_params(description.config, mesh)
                 params, step = pretrained.load_weights(workdir, abstract, step=step)
-            finally:  # An error of the autoencoder takes the place of an error of the model.
-                codec, extra = loading.result()
+            except Exception:
+                loading.result()  # An error of the autoencoder takes the place of the model's.
+                raise
+            codec, extra = loading.result()
         facts = {"autoencoder": extra}
         if (workdir / "config.json").exists():
             facts["config"] = storage.read_json(workdir / "config.json")
@@ -206,9 +213,10 @@ class Pipeline:
                 class_ids, seed=seed, batch_size=batch_size, progress=progress, **settings
             )
             return np.concatenate(list(parts))
-        batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
-        size = meshes.round_up_batch(min(batch_size, len(self.labels(class_ids))), self.mesh)
-        self.codec.compile_decoder(size, self.grid, self.grid)
+        checks.seed(seed)
+        make_settings(settings)
+        size = batch_rows(len(self.labels(class_ids)), batch_size, self.mesh)
+        self.codec.compile_decoder(size, self.grid, self.grid)  # While the other is compiled.
         indices = self.generate_indices(
             class_ids,
             seed=seed,
@@ -255,7 +263,7 @@ class Pipeline:
             batch_size=batch_size,
             numbers=numbers,
         )
-        size = meshes.round_up_batch(min(int(batch_size), len(labels)), self.mesh)
+        size = batch_rows(len(labels), batch_size, self.mesh)
         total = len(labels if numbers is None else numbers)
         return self._decoded(started, size, total, progress)
 

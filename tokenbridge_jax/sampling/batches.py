@@ -137,6 +137,16 @@ def start_batches(
     return itertools.starmap(start, requests)
 
 
+def batch_rows(count: int, batch_size: int | Any, mesh: Mesh) -> int:
+    """The rows of a batch of `generate_in_batches`, when it draws whole images.
+
+    Raises:
+      UserError: the batch size is not a whole number above 0.
+    """
+    batch_size = checks.at_least("sampling.batch_size", batch_size, 1)
+    return meshes.round_up_batch(min(batch_size, count), mesh)
+
+
 def _requests(
     config: TokenBridgeConfig,
     labels: np.ndarray,
@@ -162,7 +172,7 @@ def _requests(
     def requests() -> Iterator[tuple[np.ndarray, Request]]:
         for num_hidden in np.unique(counts[counts > 0]).tolist():
             images = np.flatnonzero(counts == num_hidden).astype(np.int32)
-            size = meshes.round_up_batch(min(batch_size, len(images)), mesh)
+            size = batch_rows(len(images), batch_size, mesh)
             if hidden is not None:  # Groups have many sizes, and each size needs a program.
                 size = min(meshes.round_up_batch(batch_size, mesh), padded_size(size, mesh))
             images = images if numbers is None else numbers

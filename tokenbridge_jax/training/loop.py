@@ -135,10 +135,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a run computes on a mesh: its optimizer, the layout of its state, its step.
-
-    `numbers` are arguments of the step.
-    """
+    """What a run computes on a mesh: its optimizer, the layout of its state, its step."""
 
     mesh: Mesh
     optimizer: Any
@@ -179,9 +176,15 @@ class Program:
         self.ahead[jax.tree.structure(draw)] = compiled
         return compiled
 
-    def run(self, state: TrainState, batch: Any, draw: Any, numbers: RunNumbers) -> Any:
+    @functools.cached_property
+    def _placed_numbers(self) -> RunNumbers:
+        with jax.transfer_guard("allow"):  # Once.
+            return meshes.to_global(self.numbers, self.mesh)
+
+    def run(self, state: TrainState, batch: Any, draw: Any) -> Any:
         """Runs the step; it is compiled now if it was not before."""
-        return self.ahead.get(jax.tree.structure(draw), self.step)(state, batch, draw, numbers)
+        step = self.ahead.get(jax.tree.structure(draw), self.step)
+        return step(state, batch, draw, self._placed_numbers)
 
 
 def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
@@ -236,12 +239,11 @@ def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
         report = _Report(run, writer, checkpoints)
         stack.callback(report.close)
 
-        numbers = meshes.to_global(program.numbers, mesh)
         for step in range(start + 1, total + 1):
             batch, draw = meshes.to_global((next(batches), run.draw(step - 1)), mesh)
             # An implicit copy between host and devices, which would delay them, is an error here.
             with jax.transfer_guard("disallow"):
-                state, metrics = program.run(state, batch, draw, numbers)
+                state, metrics = program.run(state, batch, draw)
                 # Update `step` runs on the device while the host looks at the one before it.
                 report.settle()
             report.expect(step, metrics)

@@ -51,15 +51,15 @@ class OptimizerConfig:
 
 
 class RunNumbers(NamedTuple):
-    """Numbers of a run that its compiled step takes as arguments.
+    """Numbers of a run that its compiled step takes as arguments: scalars of numpy or JAX.
 
-    So runs that differ in nothing else, such as those of a sweep, share their compiled programs.
+    So runs that differ in these alone share their compiled programs.
 
     Attributes:
-      seed: for the random choices of examples and for dropout; uint32.
-      learning_rate: as in `OptimizerConfig`, like the others.
-      warmup_steps: int32.
-      total_steps: int32.
+      seed: uint32, for the random choices of examples and for dropout.
+      learning_rate: float32, as in `OptimizerConfig`.
+      warmup_steps: int32, likewise.
+      total_steps: int32, likewise.
     """
 
     seed: Any
@@ -83,8 +83,7 @@ def learning_rate_schedule(kind: str, numbers: RunNumbers | OptimizerConfig) -> 
 
     With t updates done, peak p, w warm-up and n total updates: p t / w while t < w, then p, or
     p (1 + cos(pi (t - w) / (n - w))) / 2. (`optax.warmup_cosine_decay_schedule` and
-    `warmup_constant_schedule` differ in the last bit at up to every other step: a run would not
-    repeat an earlier one.)
+    `warmup_constant_schedule` need their numbers before a step is compiled.)
     """
     peak, warmup, total = numbers.learning_rate, numbers.warmup_steps, numbers.total_steps
 
@@ -148,7 +147,7 @@ def make_optimizer(
     Adam, decay and learning rate together are `optax.adamw`, which would put their states one level
     deeper in checkpoints.
     """
-    schedule = learning_rate_schedule(config.schedule, numbers or config)
+    schedule = learning_rate_schedule(config.schedule, config if numbers is None else numbers)
     mask = functools.partial(decay_mask, decay_head=config.decay_head)
     scaling: Any = optax.scale_by_learning_rate(schedule)
     if config.discriminator_rate != 1:
