@@ -273,6 +273,34 @@ def test_broken_pictures_are_not_scored(tmp_path, capsys):
         score.read(score.Subset(source, np.array([1])), SIDE)
 
 
+def test_sets_have_equally_many_pictures_without_the_broken_ones(tmp_path, sets):
+    for part, count in (("train", 6), ("test", 5)):
+        for number in range(count):
+            path = tmp_path / "data" / part / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(sets["train"].images[number]).save(path)
+    (tmp_path / "data/test/a/2.png").write_bytes(b"no picture")
+    config = experiment("base")
+    config.data.update(source="folder", path=str(tmp_path / "data"), split="train", image_size=SIDE)
+    config.data.update(num_classes=2, validation_split="")
+    config.tokenize.validation_fraction = 0.0
+    (tmp_path / "drawn").mkdir()
+    drawn = {"arr_0": sets["samples"].images, "labels": sets["samples"].labels}
+    np.savez(tmp_path / "drawn/samples.npz", **drawn)
+    pipeline = SimpleNamespace(
+        facts={"config": config.to_dict()},
+        description=SimpleNamespace(autoencoder_hash="a"),
+        codec=SimpleNamespace(
+            encode=lambda images: SimpleNamespace(indices=255 - images), decode=lambda x: x
+        ),
+    )
+    found = score.read_sets(tmp_path, pipeline, None)
+    assert {name: len(part.labels) for name, part in found.items()} == {
+        "train": 6, "test": 4, "reconstructions": 4, "samples": 4,
+    }  # fmt: skip
+    np.testing.assert_array_equal(found["reconstructions"].images, 255 - found["test"].images)
+
+
 def test_a_script_that_is_told_to_stop_says_so_in_a_line(monkeypatch, capsys):
     def main() -> int:
         raise KeyboardInterrupt

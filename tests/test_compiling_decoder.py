@@ -74,14 +74,22 @@ def test_the_decoder_compiles_once_while_images_are_drawn(own, monkeypatch, comp
 
 
 def test_decoding_waits_for_the_thread(own, monkeypatch, compiled):
-    asked, codec = threading.Event(), own.codec
-    compiling, dequantize = codec._compile_decoder, codec._dequantize
+    asked, codec, ready = threading.Event(), own.codec, []
+    compiling, dequantize, decode = codec._compile_decoder, codec._dequantize, codec._decode
+
+    def decoding(*arguments):
+        ready.append([thread.done() for thread in codec._compiled.values()])
+        return decode(*arguments)
+
+    decoding.lower = decode.lower
+    monkeypatch.setattr(codec, "_decode", decoding)
     monkeypatch.setattr(
         codec, "_compile_decoder", lambda shape: asked.wait(SECONDS) and compiling(shape)
     )
     monkeypatch.setattr(codec, "_dequantize", lambda x: (asked.set(), dequantize(x))[1])
     codec.compile_decoder(1, 4, 4)
     codec.decode(np.zeros((1, 16, own.config.channels), np.uint8))
+    assert ready == [[True]]
     assert compiled["jit(_decode)"] == 1
 
 
