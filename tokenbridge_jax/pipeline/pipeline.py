@@ -20,6 +20,7 @@ from tokenbridge_jax.codec import Codec, check_values, in_batches
 from tokenbridge_jax.data.class_names import class_number
 from tokenbridge_jax.loss import position_nll
 from tokenbridge_jax.model import DRAWING_FIELDS, abstract_params
+from tokenbridge_jax.ops.precision import check_precision
 from tokenbridge_jax.pipeline.description import ClassId, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
@@ -117,16 +118,29 @@ class Pipeline:
         if changes:
             config = dataclasses.replace(description.config, **changes)
             description = dataclasses.replace(description, config=config)
+        config, folder = description.config, workdir / "autoencoder"
+        described = read_description(folder)
+        found, facts = described["hash"], {"autoencoder": described["extra"]}
+        if found != description.autoencoder_hash:
+            raise UserError(
+                f"{folder} is not the autoencoder this model was trained with "
+                f"(hash {found[:12]} instead of {description.autoencoder_hash[:12]}); restore it"
+            )
+        check_precision(precision, "precision")
+
+        def load_codec() -> Codec:
+            local = meshes.make_mesh(devices=jax.local_devices())
+            return Codec(*load_autoencoder(folder), config.quantizer, local, precision)
+
         with ThreadPoolExecutor(1) as thread:
-            loading = thread.submit(_load_codec, workdir / "autoencoder", description, precision)
+            loading = thread.submit(load_codec)
             try:
-                abstract = abstract_params(description.config, mesh)
+                abstract = abstract_params(config, mesh)
                 params, step = pretrained.load_weights(workdir, abstract, step=step)
             except Exception:
                 loading.result()  # An error of the autoencoder takes the place of the model's.
                 raise
-            codec, extra = loading.result()
-        facts = {"autoencoder": extra}
+            codec = loading.result()
         if (workdir / "config.json").exists():
             facts["config"] = storage.read_json(workdir / "config.json")
         pipeline = cls(description, params, codec, mesh, step, facts)
@@ -400,19 +414,3 @@ class Pipeline:
           UserError: there is no such class.
         """
         return class_number(class_id, self.description.class_names, self.config.classes)
-
-
-def _load_codec(
-    folder: epath.Path, description: ModelDescription, precision: str
-) -> tuple[Codec, Mapping[str, Any]]:
-    """The model's autoencoder and quantizer, and the `extra` of the autoencoder's description."""
-    config, params = load_autoencoder(folder)
-    described = read_description(folder)
-    found, expected = described["hash"], description.autoencoder_hash
-    if found != expected:
-        raise UserError(
-            f"{folder} is not the autoencoder this model was trained with "
-            f"(hash {found[:12]} instead of {expected[:12]}); restore it"
-        )
-    mesh = meshes.make_mesh(devices=jax.local_devices())
-    return Codec(config, params, description.config.quantizer, mesh, precision), described["extra"]
