@@ -54,7 +54,8 @@ from tokenbridge_jax.training.metric_writer import read_metrics
 CONFIG = runpy.run_path(str(experiments()["ablations"]))
 ROWS, get_config = CONFIG["ROWS"], CONFIG["get_config"]
 BATCH = 250
-STOPPED = 130, 143  # By Ctrl-C, and by SIGTERM.
+# Statuses of a command that was told to stop.
+STOPPED = EXIT_INTERRUPTED, runner.EXIT_BY_SIGINT, runner.EXIT_BY_SIGTERM
 
 # Validation runs once, at the end. No sample grids are drawn.
 TRAINING = ("eval_every=1000000000", "sample_every=0", "checkpoint_every=1000000000")
@@ -116,12 +117,8 @@ def main() -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.workdir.resolve() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    try:
-        study = Study(args.workdir, (*_data_flags(args.data), *flags), args.samples)
-        results = run_all(study, names, args.seeds, args.jobs)
-    except UserError as error:
-        print(f"ablations.py: error: {error}", file=sys.stderr)
-        return runner.EXIT_USER_ERROR
+    study = Study(args.workdir, (*_data_flags(args.data), *flags), args.samples)
+    results = run_all(study, names, args.seeds, args.jobs)
     text = tables(results)
     storage.write_json(study.workdir / "ablations.json", results)
     storage.write_bytes(study.workdir / "ablations.md", text.encode())
@@ -225,7 +222,7 @@ def run_logged(command: str, folder: Path, *arguments: str) -> None:
         contextlib.redirect_stderr(log),
     ):
         status = runner.run(command, [*arguments, f"--workdir={folder}"])
-    if status in (EXIT_INTERRUPTED, *STOPPED):
+    if status in STOPPED:
         raise UserError("stopped; the same command continues")
     if status:
         raise UserError(f"{command} ended with {status}; {folder / 'log.txt'} says why")

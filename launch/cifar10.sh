@@ -42,7 +42,7 @@ if [[ $argument != *tfds* ]]; then
     }
   done
   folders() { find -L "$data/$1" -mindepth 1 -maxdepth 1 -type d ! -name '.*' -exec basename {} \; | LC_ALL=C sort; }
-  other=$(LC_ALL=C comm -3 <(folders train) <(folders test) | awk 'NR == 1 { print $1 }')
+  other=$(LC_ALL=C comm -3 <(folders train) <(folders test) | awk 'NR == 1 { sub(/^\t/, ""); print }')
   [ -z "$other" ] || {
     echo "cifar10.sh: $other is not in both $data/train and $data/test; make their class folders equal" >&2
     exit 2

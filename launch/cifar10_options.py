@@ -38,7 +38,6 @@ from tokenbridge_jax.evaluation.generation import make_labels, weights_sha256
 from tokenbridge_jax.evaluation.metrics import frechet_distance, kernel_distance
 from tokenbridge_jax.evaluation.moments import Gaussian, gaussian
 from tokenbridge_jax.runtime import storage
-from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
 
 OPTIONS: dict[str, Sequence[Any]] = {
@@ -75,11 +74,7 @@ def main() -> int:
     if args.samples < SUBSET:
         parser.error(f"--samples={args.samples} must be {SUBSET} or more")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
-    try:
-        results = measure_all(args.workdir, names, args.samples)
-    except UserError as error:
-        print(f"cifar10_options.py: error: {error}", file=sys.stderr)
-        return 2
+    results = measure_all(args.workdir, names, args.samples)
     folder = args.workdir / "options"
     text = table(results)
     storage.write_bytes(folder / "options.md", text.encode())
@@ -213,7 +208,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 def draw(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Draws quality against time, a colour for each option; and both scores against numbers.
 
-    The panels of numbers have the same axes, so that what is small looks small.
+    The panels of numbers have the same vertical axes, so that what is small looks small.
     """
     groups = {name: [row for row in results if row["option"] == name] for name in OPTIONS}
     groups = {name: rows for name, rows in groups.items() if rows}
@@ -228,31 +223,25 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         x = [1000 / row["images_per_second"] for row in rows]
         y = [row["frechet_distance"] for row in rows]
         first.plot(x, y, "o-" if name == "num_iter" else "o", color=colour, label=name, ms=4)
-    for row in [row for row in results if row["own"]][:1]:
-        here = 1000 / row["images_per_second"], row["frechet_distance"]
+    if ours := next((row for row in results if row["own"]), None):
+        here = 1000 / ours["images_per_second"], ours["frechet_distance"]
         first.plot(*here, "o", color="none", markeredgecolor="black", ms=9)
     first.set(xlabel="milliseconds an image", ylabel="Frechet distance")
     first.legend(frameon=False, fontsize="small")
-    drawn = [row for rows in numeric.values() for row in rows]
-    for ax, (name, rows) in zip(others, numeric.items(), strict=True):
+    shares = [ax.twinx() for ax in others]
+    for ax, share in zip(others[1:], shares[1:], strict=True):
+        ax.sharey(others[0])
+        share.sharey(shares[0])
+    for ax, share, (name, rows) in zip(others, shares, numeric.items(), strict=True):
         rows = sorted(rows, key=lambda row: row["value"])
         values = [row["value"] for row in rows]
         ax.plot(values, [row["frechet_distance"] for row in rows], "o-", color=figures.BLUE, ms=4)
-        ax.set_ylim(_with_margin([row["frechet_distance"] for row in drawn]))
         ax.set_xlabel(name)
         ax.set_ylabel("Frechet distance", color=figures.BLUE)
-        share = ax.twinx()
         share.plot(values, [row["accuracy"] for row in rows], "s--", color=figures.ORANGE, ms=4)
-        share.set_ylim(_with_margin([row["accuracy"] for row in drawn]))
         share.set_ylabel("class accuracy", color=figures.ORANGE)
         share.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figures.save(first, path)
-
-
-def _with_margin(values: Sequence[float]) -> tuple[float, float]:
-    """Limits of an axis around these values."""
-    margin = 0.05 * (max(values) - min(values)) or 1.0
-    return min(values) - margin, max(values) + margin
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from scripts import run_script
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.bottleneck import code_use
 from tokenbridge_jax.codec import Codec, in_batches
-from tokenbridge_jax.commands import arguments, runner
+from tokenbridge_jax.commands import arguments
 from tokenbridge_jax.data.sources import make_subsets
 from tokenbridge_jax.data.tokenizing import quantizer_of
 from tokenbridge_jax.evaluation import figures, pixels
@@ -103,11 +103,7 @@ def main() -> int:
     if args.pictures < 2:
         parser.error(f"--pictures={args.pictures} must be 2 or more")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
-    try:
-        found = compare(args.run, args.workdir, names, args.pictures, flags)
-    except UserError as error:
-        print(f"codebooks.py: error: {error}", file=sys.stderr)
-        return runner.EXIT_USER_ERROR
+    found = compare(args.run, args.workdir, names, args.pictures, flags)
     text = table(found)
     storage.write_json(args.workdir / "codebooks.json", found)
     storage.write_bytes(args.workdir / "codebooks.md", text.encode())

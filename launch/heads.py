@@ -42,14 +42,12 @@ from scripts import run_script
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import load_autoencoder
-from tokenbridge_jax.commands import runner
 from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import validation_batches
 from tokenbridge_jax.evaluation import figures
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import storage
-from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 # Name -> the settings in which a row differs from the run.
@@ -160,11 +158,7 @@ def main() -> int:
     comparison = Comparison(
         args.run, args.workdir, args.minutes, args.samples, args.tuning, tuple(flags)
     )
-    try:
-        rows = compare(comparison, names, args.seeds)
-    except UserError as error:
-        print(f"heads.py: error: {error}", file=sys.stderr)
-        return runner.EXIT_USER_ERROR
+    rows = compare(comparison, names, args.seeds)
     text = table(rows)
     storage.write_json(args.workdir / "heads.json", rows)
     storage.write_bytes(args.workdir / "heads.md", text.encode())

@@ -70,20 +70,16 @@ def main() -> int:
     args = parser.parse_args()
     started = time.time() if args.started is None else args.started
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
-    try:
-        pipeline = Pipeline.load(args.workdir)
-        sets = read_sets(args.workdir, pipeline, args.pictures)
-        features = extract_all(args.workdir, sets, lite0())
-        scores, notes = measure(args.workdir, sets, features, args.pictures)
-        metrics = read_metrics(args.workdir / "metrics.jsonl")
-        # The last of each.
-        scores |= {key: row[key] for row in metrics for key in HELD_OUT if key in row}
-        rows = table(scores)
-        shown = {name: (part.images, part.labels) for name, part in sets.items()}
-        write_page(args.workdir, pipeline, shown, features, scores, rows, notes)
-    except UserError as error:
-        print(f"score_cifar10.py: error: {error}", file=sys.stderr)
-        return 2
+    pipeline = Pipeline.load(args.workdir)
+    sets = read_sets(args.workdir, pipeline, args.pictures)
+    features = extract_all(args.workdir, sets, lite0())
+    scores, notes = measure(args.workdir, sets, features, args.pictures)
+    metrics = read_metrics(args.workdir / "metrics.jsonl")
+    # The last of each.
+    scores |= {key: row[key] for row in metrics for key in HELD_OUT if key in row}
+    rows = table(scores)
+    shown = {name: (part.images, part.labels) for name, part in sets.items()}
+    write_page(args.workdir, pipeline, shown, features, scores, rows, notes)
     for row in rows:
         print(f"  {row[0]:24}" + "".join(f"{cell:>18}" for cell in row[1:]))
     print(f"  reconstructions: PSNR {scores['psnr']:.2f} dB")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkout import LAUNCH
+from ml_collections import ConfigDict
 from PIL import Image
 
 from tokenbridge_jax.config import experiment
@@ -49,6 +50,41 @@ def sets() -> dict:
         images = rng.integers(0, 100, (count, SIDE, SIDE, 3)) + 150 * labels[:, None, None, None]
         made[name] = score.Pictures(images.astype(np.uint8), labels)
     return made
+
+
+def write_folders(folder: Path, images: np.ndarray) -> None:
+    """Writes the pictures into the class folders `a` and `b`, by turns: a/0.png, b/1.png, ..."""
+    for number, image in enumerate(images):
+        path = folder / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+
+
+def config_of(folder: Path) -> ConfigDict:
+    """Of a run whose training pictures are in `folder`/train; none are held out."""
+    config = experiment("base")
+    config.data.update(
+        source="folder",
+        path=str(folder),
+        split="train",
+        image_size=SIDE,
+        num_classes=2,
+        validation_split="",
+    )
+    config.tokenize.validation_fraction = 0.0
+    return config
+
+
+@pytest.fixture
+def extract():
+    """Features for tests; `extract.counts` has the numbers of pictures of its calls."""
+
+    def features_of(images: np.ndarray) -> np.ndarray:
+        features_of.counts.append(len(images))
+        return thumbnails(np.ascontiguousarray(images))
+
+    features_of.counts = []
+    return features_of
 
 
 # --- Features -------------------------------------------------------------------------------------
@@ -111,16 +147,10 @@ def test_neighbours_are_those_of_brute_force():
 # --- Scores ---------------------------------------------------------------------------------------
 
 
-def test_scores_are_measured_once_for_the_same_pictures(tmp_path, sets):
-    extracted = []
-
-    def extract(images: np.ndarray) -> np.ndarray:
-        extracted.append(len(images))
-        return thumbnails(np.ascontiguousarray(images))
-
+def test_scores_are_measured_once_for_the_same_pictures(tmp_path, sets, extract):
     known = score.extract_all(tmp_path, sets, extract)
     first, remarks = score.measure(tmp_path, sets, known)
-    assert extracted == [60, 20, 20, 20]
+    assert extract.counts == [60, 20, 20, 20]
     assert first["pictures"] == 20
     assert first["train_pictures"] == 60
     for name in score.COMPARED:
@@ -130,12 +160,12 @@ def test_scores_are_measured_once_for_the_same_pictures(tmp_path, sets):
     assert any("20 samples have a singular covariance" in remark for remark in remarks)
     again = score.extract_all(tmp_path, sets, extract)
     assert score.measure(tmp_path, sets, again) == (first, remarks)
-    assert len(extracted) == 4
+    assert len(extract.counts) == 4
 
     darker = sets["samples"]._replace(images=sets["samples"].images // 2)
     changed = sets | {"samples": darker}
     second, _ = score.measure(tmp_path, changed, score.extract_all(tmp_path, changed, extract))
-    assert extracted[4:] == [20]
+    assert extract.counts[4:] == [20]
     assert second["samples_frechet_distance"] > first["samples_frechet_distance"]
     assert second["test_frechet_distance"] == first["test_frechet_distance"]
 
@@ -224,23 +254,11 @@ def test_the_table_and_the_picture_of_options(tmp_path):
         assert picture.width / picture.height == pytest.approx(2 * 4.2 / 3.6, rel=0.01)
 
 
-def test_options_compare_with_the_pictures_that_were_scored(tmp_path, monkeypatch, sets):
-    extracted = []
-
-    def extract(images: np.ndarray) -> np.ndarray:
-        extracted.append(len(images))
-        return thumbnails(np.ascontiguousarray(images))
-
-    for number in range(30):
-        path = tmp_path / "data" / "train" / "ab"[number % 2] / f"{number:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sets["train"].images[number]).save(path)
+def test_options_compare_with_the_pictures_that_were_scored(tmp_path, monkeypatch, sets, extract):
+    write_folders(tmp_path / "data/train", sets["train"].images[:30])
     monkeypatch.setattr(classifier, "EPOCHS", 1)
     monkeypatch.setattr(options, "lite0", lambda: extract)
-    config = experiment("base")
-    config.data.update(source="folder", path=str(tmp_path / "data"), split="train", image_size=SIDE)
-    config.data.update(num_classes=2, validation_split="")
-    config.tokenize.validation_fraction = 0.0
+    config = config_of(tmp_path / "data")
     # Nothing was scored: all pictures.
     assert len(options.Scorer.of(tmp_path / "new", config).real) == 30
     # With `--pictures 12`.
@@ -248,23 +266,19 @@ def test_options_compare_with_the_pictures_that_were_scored(tmp_path, monkeypatc
     scored = sets | {"train": train}
     known = score.extract_all(tmp_path, scored, extract)
     score.measure(tmp_path, scored, known, 12)
-    extracted.clear()
+    extract.counts.clear()
     np.testing.assert_array_equal(options.Scorer.of(tmp_path, config).real, known["train"])
-    assert extracted == []
+    assert extract.counts == []
     config.data.image_channels = 1
     with pytest.raises(UserError, match="the features need RGB pictures"):
         options.Scorer.of(tmp_path, config)
 
 
 def test_broken_pictures_are_not_scored(tmp_path, capsys):
-    for number in range(4):
-        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((SIDE, SIDE, 3), number, np.uint8)).save(path)
+    grey = np.arange(4, dtype=np.uint8)[:, None, None, None]
+    write_folders(tmp_path / "train", np.tile(grey, (1, SIDE, SIDE, 3)))
     (tmp_path / "train" / "a" / "2.png").write_bytes(b"no picture")
-    config = experiment("base")
-    config.data.update(source="folder", path=str(tmp_path), split="train", image_size=SIDE)
-    source = score.make_source(config.data, "train")
+    source = score.make_source(config_of(tmp_path).data, "train")
     found = score.read(score.Subset(source, np.arange(4)), SIDE)
     assert found.labels.tolist() == [0, 1, 1]
     assert found.images[:, 0, 0, 0].tolist() == [0, 1, 3]
@@ -275,15 +289,9 @@ def test_broken_pictures_are_not_scored(tmp_path, capsys):
 
 def test_sets_have_equally_many_pictures_without_the_broken_ones(tmp_path, sets):
     for part, count in (("train", 6), ("test", 5)):
-        for number in range(count):
-            path = tmp_path / "data" / part / "ab"[number % 2] / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(sets["train"].images[number]).save(path)
+        write_folders(tmp_path / "data" / part, sets["train"].images[:count])
     (tmp_path / "data/test/a/2.png").write_bytes(b"no picture")
-    config = experiment("base")
-    config.data.update(source="folder", path=str(tmp_path / "data"), split="train", image_size=SIDE)
-    config.data.update(num_classes=2, validation_split="")
-    config.tokenize.validation_fraction = 0.0
+    config = config_of(tmp_path / "data")
     (tmp_path / "drawn").mkdir()
     drawn = {"arr_0": sets["samples"].images, "labels": sets["samples"].labels}
     np.savez(tmp_path / "drawn/samples.npz", **drawn)

@@ -24,7 +24,7 @@ from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import storage
 
 sys.path.insert(0, str(LAUNCH))  # Scripts import from their own folder.
-codebooks = importlib.import_module("codebooks")
+codebooks, scripts = map(importlib.import_module, ("codebooks", "scripts"))
 AUTOENCODER = AutoencoderConfig(
     image_size=8, image_channels=3, channels=4, multipliers=(1,), blocks=1,
     attention_resolutions=(), latent_channels=4, scale=1.5,
@@ -69,7 +69,7 @@ def train(command: str, folder, *flags: str) -> None:
 def start(monkeypatch, run, *arguments: str) -> int:
     argv = ["codebooks.py", f"--run={run}", f"--workdir={run.parent / 'w'}", *arguments]
     monkeypatch.setattr(sys, "argv", argv)
-    return codebooks.main()
+    return scripts.run_script(codebooks.main)
 
 
 def test_scores_are_those_of_numpy(run, tmp_path):

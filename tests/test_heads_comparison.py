@@ -17,7 +17,7 @@ from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import storage
 
 sys.path.insert(0, str(LAUNCH))  # Scripts import from their own folder.
-codebooks, heads = map(importlib.import_module, ("codebooks", "heads"))
+codebooks, heads, scripts = map(importlib.import_module, ("codebooks", "heads", "scripts"))
 CODEBOOKS = {"vq": 1, "fsq": 4}  # Rows, and the channels of a position.
 VQ = "bottleneck=vq", "codes=4096", "latent_channels=8"
 
@@ -122,7 +122,7 @@ def test_the_table_has_means_errors_and_what_was_chosen(tmp_path):
 def test_a_folder_without_a_run_is_named(tmp_path, monkeypatch, capsys):
     argv = ["heads.py", f"--run={tmp_path}", f"--workdir={tmp_path / 'w'}"]
     monkeypatch.setattr(sys, "argv", argv)
-    assert heads.main() == 2
+    assert scripts.run_script(heads.main) == 2
     assert capsys.readouterr().err.startswith(f"heads.py: error: {tmp_path} has no config.json")
     monkeypatch.setattr(sys, "argv", [*argv, "--heads=channel_ar,gan"])
     with pytest.raises(SystemExit):

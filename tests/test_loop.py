@@ -69,6 +69,14 @@ def losses(directory):
     return [(row["step"], row["loss"], row["grad_norm"], row["learning_rate"]) for row in rows]
 
 
+def abstract_batch(mesh):
+    """What `toy_batch` gives, before there is one."""
+    sharding = meshes.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), toy_batch(0)
+    )
+
+
 def assert_same_state(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
@@ -257,10 +265,7 @@ def test_the_time_of_hooks_is_not_part_of_the_speed(mesh, tmp_path):
 
 def test_runs_that_differ_in_numbers_share_their_program(mesh, tmp_path):
     run = make_run(tmp_path)
-    shardings = meshes.batch_sharding(mesh)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings), toy_batch(0)
-    )
+    batch = abstract_batch(mesh)
 
     def program(seed, **changes):
         optimizer = dataclasses.replace(run.recipe.optimizer, **changes)
@@ -275,10 +280,7 @@ def test_runs_that_differ_in_numbers_share_their_program(mesh, tmp_path):
 def test_a_step_that_was_compiled_ahead_is_not_compiled_again(mesh, tmp_path, caplog):
     run = make_run(tmp_path)
     program = Program.make(run.task, run.recipe, run.seed, mesh)
-    shardings = meshes.batch_sharding(mesh)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings), toy_batch(0)
-    )
+    batch = abstract_batch(mesh)
 
     def compiled():
         return sum("XLA compilation of jit(step)" in line.getMessage() for line in caplog.records)

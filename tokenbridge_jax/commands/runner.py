@@ -58,6 +58,7 @@ COMMANDS = {
 TRAINING = ("train-vae", "train")
 
 EXIT_USER_ERROR = 2
+EXIT_BY_SIGINT, EXIT_BY_SIGTERM = 130, 143  # As shells say it: 128 and the signal's number.
 
 
 def main() -> int:
@@ -127,7 +128,9 @@ def run(name: str, argv: list[str]) -> int:
         print(f"tokenbridge {name}: error: {error}", file=sys.stderr)
         return processes.leave(EXIT_USER_ERROR, processes.FAILURE_SECONDS)
     except KeyboardInterrupt as interrupt:
-        word, status = ("interrupted", 130) if not interrupt.args else ("terminated", 143)
+        word, status = "terminated", EXIT_BY_SIGTERM
+        if not interrupt.args:
+            word, status = "interrupted", EXIT_BY_SIGINT
         print(f"tokenbridge {name}: {word}", file=sys.stderr)
         return processes.leave(status, processes.FAILURE_SECONDS)
     except Exception as error:
