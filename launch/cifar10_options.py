@@ -115,11 +115,15 @@ class Scorer:
         real = extract_all(workdir, {"train": train}, extract)["train"]
         return cls(extract, real, gaussian(real), classifier(workdir / "scores", *train))
 
+    def distance(self, features: Float[np.ndarray, "N D"]) -> float:
+        """The Frechet distance of features from those of the training pictures."""
+        return frechet_distance(gaussian(features), self.distribution)
+
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"], labels: Any) -> dict[str, float]:
         """The scores of samples that were asked for with these classes."""
         features = self.extract(images)
         return {
-            "frechet_distance": frechet_distance(gaussian(features), self.distribution),
+            "frechet_distance": self.distance(features),
             "kid": kernel_distance(features, self.real, subset_size=SUBSET)[0],
             "accuracy": self.judge.accuracy(images, labels),
         }

@@ -2,9 +2,9 @@
 
 It needs a finished run of launch/cifar10.sh, whose autoencoder, settings, features and classifier
 it uses. Rows with a trained codebook get an autoencoder of their own, as launch/codebooks.py trains
-it. Each head is trained for as many updates as it makes in `--minutes` minutes, with `--seeds`
-seeds. Guidance and temperature are chosen for each head by the Frechet distance of a few samples.
-If the script is stopped, the same command continues.
+it. First the speed of each head is measured. Then each is trained for as many updates as it makes
+in `--minutes` minutes, with `--seeds` seeds. Guidance and temperature are chosen for each head by
+the Frechet distance of a few samples. If the script is stopped, the same command continues.
 
   python launch/heads.py --run runs/cifar10 --workdir runs/heads --minutes 5 --seeds 2
   python launch/heads.py --run runs/cifar10 --workdir runs/heads --heads channel_ar,diffusion
@@ -14,9 +14,9 @@ columns. `--config.section.key=value` changes the settings of all heads.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -42,12 +42,15 @@ from scripts import run_script
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.autoencoder import load_autoencoder
-from tokenbridge_jax.config import sampling_settings
+from tokenbridge_jax.benchmark.measure import Case
+from tokenbridge_jax.benchmark.sampling_speed import head_cases, sample_cases
+from tokenbridge_jax.benchmark.timing import time_calls
+from tokenbridge_jax.config import filled, make_mesh, sampling_settings
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import validation_batches
 from tokenbridge_jax.evaluation import figures
 from tokenbridge_jax.quantizer import Quantizer
-from tokenbridge_jax.runtime import storage
+from tokenbridge_jax.runtime import compilation_cache, storage
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 # Name -> the settings in which a row differs from the run.
@@ -79,11 +82,13 @@ STEPS = (16, 64)
 # Updates that measure the speed of training, and how many rates they give. Their median counts,
 # because some wait for the compiler.
 SPEED_UPDATES, SPEED_LOGS = 200, 20
+REPEATS = 5  # Of the speeds of sampling and of the head.
 NEVER = 10**9
 WARMUP = 0.025  # Of the updates.
 # Validation runs once, at the end. No previews are drawn.
 QUIET = (f"training.eval_every={NEVER}", "training.sample_every=0")
-POSITIONS, HEAD_GUIDANCE = 256, 3  # Of the head's own speed.
+# Of the speeds of sampling and of the head.
+SPEED_GUIDANCE, POSITIONS = 3.0, 256
 
 MEASURES = {
     "frechet_distance_64": ("Frechet distance", 2),
@@ -93,9 +98,9 @@ MEASURES = {
     "density_bits": ("density, bits", 3),
     "image_bits": ("bits an image", 1),
     "train_images_per_second": ("training, img/s", 0),
-    "images_per_second_16": ("sampling, img/s, 16 steps", 0),
-    "images_per_second_64": ("64 steps", 0),
-    "head_ms": (f"head, ms for {POSITIONS} positions with guidance {HEAD_GUIDANCE}", 2),
+    "sample_images_per_second_16": ("sampling, img/s, 16 steps", 0),
+    "sample_images_per_second_64": ("64 steps", 0),
+    "head_ms": (f"head, ms for {POSITIONS} positions", 2),
     "parameters": ("parameters", 0),
 }
 
@@ -155,6 +160,7 @@ def main() -> int:
     names = args.heads.split(",")
     check_rows(parser, names, flags, ROWS)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
+    compilation_cache.enable()
     comparison = Comparison(
         args.run, args.workdir, args.minutes, args.samples, args.tuning, tuple(flags)
     )
@@ -176,25 +182,25 @@ def compare(comparison: Comparison, names: Sequence[str], seeds: int) -> list[di
     """
     config = run_config(comparison.run)
     kept = comparison.workdir / "comparison.json"
-    choices = {"guidance": GUIDANCE, "temperature": TEMPERATURE, "head_guidance": HEAD_GUIDANCE}
+    choices = {"guidance": GUIDANCE, "temperature": TEMPERATURE, "speed_guidance": SPEED_GUIDANCE}
     given = dataclasses.asdict(comparison) | choices | {"rows": ROWS}
     settings = checked_settings(kept, given)
     scorer = Scorer.of(comparison.run, config)
     storage.write_json(kept, settings)
+    for name in names:
+        measure_speed(comparison, name)
     runs = [one_run(comparison, scorer, *run) for run in itertools.product(range(seeds), names)]
     return [{"name": n, "runs": [run for run in runs if run["name"] == n]} for n in names]
 
 
 def one_run(comparison: Comparison, scorer: Scorer, seed: int, name: str) -> dict[str, Any]:
     """Trains and measures a row with one seed."""
-    tokens = tokenize(comparison, name)
-    flags = [f"--config.{flag}" for flag in ROWS[name]]
-    training = [*flags, f"--config.seed={seed}", *(f"--config.{flag}" for flag in QUIET)]
-    speed = measure_speed(comparison, name, tokens, flags)
-    folder = comparison.folder(f"{name}-seed{seed}", tokens)
+    speed = measure_speed(comparison, name)
+    folder = comparison.folder(f"{name}-seed{seed}", tokenize(comparison, name))
+    training = [f"--config.{flag}" for flag in (*ROWS[name], f"seed={seed}", *QUIET)]
 
     def make() -> dict[str, Any]:
-        images = comparison.minutes * 60 * speed["images_per_second"]
+        images = comparison.minutes * 60 * speed["train_images_per_second"]
         updates = max(1, round(images / speed["batch_size"]))
         lengths = {
             "steps": updates,
@@ -209,8 +215,7 @@ def one_run(comparison: Comparison, scorer: Scorer, seed: int, name: str) -> dic
             "name": name,
             "seed": seed,
             "updates": updates,
-            "train_images_per_second": speed["images_per_second"],
-            "head_ms": speed["head_ms"],
+            **speed,
             "parameters": sum(x.size for x in jax.tree.leaves(pipeline.params)),
             **likelihood(folder),
             **found,
@@ -233,11 +238,11 @@ def tokenize(comparison: Comparison, name: str) -> Path:
     return folder
 
 
-def measure_speed(
-    comparison: Comparison, name: str, tokens: Path, flags: Sequence[str]
-) -> dict[str, Any]:
-    """Images a second of training, by a short run, and milliseconds of the head alone."""
+def measure_speed(comparison: Comparison, name: str) -> dict[str, Any]:
+    """How fast a row is: training, by a short run; sampling and the head, with random weights."""
+    tokens = tokenize(comparison, name)
     folder = comparison.folder(f"{name}-speed", tokens)
+    flags = [f"--config.{flag}" for flag in ROWS[name]]
 
     def make() -> dict[str, Any]:
         short = {
@@ -249,20 +254,31 @@ def measure_speed(
         changes = [f"--config.training.{key}={value}" for key, value in short.items()]
         quiet = [f"--config.{flag}" for flag in QUIET]
         comparison.command("train", folder, *flags, *quiet, *changes)
-        key = "images_per_second"
-        rates = [row[key] for row in read_metrics(folder / "metrics.jsonl") if key in row]
         shutil.rmtree(folder / "checkpoints")
-        lines = folder / "head.jsonl"
-        where = [f"--positions={POSITIONS}", f"--guidance={HEAD_GUIDANCE}", f"--out={lines}"]
-        comparison.command("benchmark", folder, "head", *where, *flags)
-        *_, last = map(json.loads, lines.read_text().splitlines())
+        logged = read_metrics(folder / "metrics.jsonl")
+        rates = [row["images_per_second"] for row in logged if "images_per_second" in row]
+
+        config = filled(run_config(folder, *flags, *comparison.flags))
+        batch, mesh = config.sampling.batch_size, make_mesh(config)
+        sampling = sample_cases(config, mesh, [batch], STEPS, SPEED_GUIDANCE)
+        (head,) = head_cases(config, [POSITIONS], SPEED_GUIDANCE)
         return {
-            key: float(np.median(rates)),
-            "batch_size": storage.read_json(folder / "config.json")["training"]["batch_size"],
-            "head_ms": 1000 * last["seconds"]["median"],
+            "batch_size": config.training.batch_size,
+            "train_images_per_second": float(np.median(rates)),
+            **{
+                f"sample_images_per_second_{steps}": batch / seconds(case)
+                for steps, case in zip(STEPS, sampling, strict=True)
+            },
+            "head_ms": 1000 * seconds(head),
         }
 
     return once(folder / "speed.json", make)
+
+
+def seconds(case: Case) -> float:
+    """The median time of a case."""
+    with contextlib.ExitStack() as stack:
+        return time_calls(case.prepare(stack), REPEATS).median
 
 
 def likelihood(folder: Path) -> dict[str, float | None]:
@@ -294,23 +310,25 @@ def draw_and_score(
     section = ConfigDict(pipeline.facts["config"]).sampling
     own = sampling_settings(section).to_json() | {"batch_size": section.batch_size}
 
-    def scores(samples: int, **changes: Any) -> dict[str, Any]:
-        images, labels, seconds = sample(pipeline, samples, own | changes)
-        if samples == comparison.samples:
-            shown = np.concatenate([images[labels == label][:2] for label in np.unique(labels)])
-            storage.write_npz(folder / "shown.npz", {"images": shown})
-        return scorer(images, labels) | {"images_per_second": samples / seconds}
+    def draw(samples: int, **changes: Any) -> tuple[np.ndarray, np.ndarray]:
+        images, labels, _ = sample(pipeline, samples, own | changes)
+        return images, labels
 
     choices = [
         {"guidance": guidance, "temperature": temperature}
         for guidance, temperature in itertools.product(GUIDANCE, TEMPERATURE)
     ]
-    found = [scores(comparison.tuning, num_iter=CHOOSING_STEPS, **choice) for choice in choices]
-    best = choices[int(np.argmin([score["frechet_distance"] for score in found]))]
+    found = []
+    for choice in choices:
+        images, _ = draw(comparison.tuning, num_iter=CHOOSING_STEPS, **choice)
+        found.append(scorer.distance(scorer.extract(images)))
+    best = choices[int(np.argmin(found))]
     result: dict[str, Any] = dict(best)
     for steps in STEPS:
-        of_steps = scores(comparison.samples, num_iter=steps, **best)
-        result |= {f"{key}_{steps}": value for key, value in of_steps.items()}
+        images, labels = draw(comparison.samples, num_iter=steps, **best)
+        result |= {f"{key}_{steps}": value for key, value in scorer(images, labels).items()}
+    shown = np.concatenate([images[labels == label][:2] for label in np.unique(labels)])
+    storage.write_npz(folder / "shown.npz", {"images": shown})
     return result
 
 

@@ -145,7 +145,7 @@ LISTED = [Choice(Settings(head_chunk=c), c * 2**20, 1 / c) for c in (4096, 2048,
 
 
 def trial(factor, gib):
-    """Picks for a compiler that wants `factor` times the estimate; what was tried, and the pick."""
+    """A compiler that wants `factor` times the estimate; the list of what it tried, and devices."""
     tried = []
 
     def attempt(settings):
@@ -155,7 +155,7 @@ def trial(factor, gib):
         return Trial(True, int(factor * settings.head_chunk * 2**20))
 
     devices = Devices("kind", "gpu", 2, memory=int(gib * GIB) + auto.HEADROOM)
-    return tried, lambda: auto.pick(LISTED, devices, attempt)
+    return tried, attempt, devices
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def trial(factor, gib):
     ],
 )
 def test_the_first_that_the_compiler_accepts(factor, gib, tries, capsys):
-    tried, pick = trial(factor, gib)
-    assert pick().head_chunk == tries[-1]
+    tried, attempt, devices = trial(factor, gib)
+    assert auto.pick(LISTED, devices, attempt).head_chunk == tries[-1]
     assert tried == tries
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(tries)
@@ -181,11 +181,20 @@ def test_the_first_that_the_compiler_accepts(factor, gib, tries, capsys):
     assert [line.endswith(": picked") for line in lines] == [False] * (len(tries) - 1) + [True]
 
 
+@pytest.mark.parametrize(("gib", "tries"), [(7.9, [4096]), (8.1, [])])
+def test_what_needs_half_of_the_memory_is_picked_without_trying(gib, tries, capsys):
+    tried, attempt, devices = trial(1.0, gib)
+    assert auto.pick_surely(LISTED, devices, attempt).head_chunk == 4096
+    assert tried == tries
+    line = "4.0 GiB estimated, 8.1 available: picked without trying"
+    assert (line in capsys.readouterr().err) == (not tries)
+
+
 @pytest.mark.parametrize("factor", [None, 100.0])
 def test_if_nothing_fits_one_line_says_so(factor, capsys):
-    tried, pick = trial(factor, 4.0)
+    tried, attempt, devices = trial(factor, 4.0)
     with pytest.raises(auto.DoesNotFit, match=r"model.head_chunk.* fit kind x 2; use more"):
-        pick()
+        auto.pick(LISTED, devices, attempt)
     assert tried[-1] == 256
     assert capsys.readouterr().err.count("does not fit") == len(tried)
 

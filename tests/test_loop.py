@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -15,11 +16,12 @@ from toy import ToyTask, toy_batch, toy_batches
 
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.training import loop
+from tokenbridge_jax.training import program
 from tokenbridge_jax.training.checkpoints import latest_step
-from tokenbridge_jax.training.loop import Hook, Interrupted, Program, Recipe, Run, fit
+from tokenbridge_jax.training.loop import Hook, Interrupted, Run, fit
 from tokenbridge_jax.training.metric_writer import read_metrics
 from tokenbridge_jax.training.optimizer import OptimizerConfig
+from tokenbridge_jax.training.program import Program, Recipe
 from tokenbridge_jax.training.step import make_train_step
 
 TOTAL = 6
@@ -152,7 +154,7 @@ def test_an_implicit_transfer_in_a_step_is_an_error(mesh, tmp_path, monkeypatch)
         step = make_train_step(*arguments, **settings)
         return lambda state, batch, *others: step(state, jax.device_get(batch), *others)
 
-    monkeypatch.setattr(loop, "make_train_step", make_step)
+    monkeypatch.setattr(program, "make_train_step", make_step)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
         fit(make_run(tmp_path), mesh)
 
@@ -290,3 +292,36 @@ def test_a_step_that_was_compiled_ahead_is_not_compiled_again(mesh, tmp_path, ca
         assert compiled() == 1
         fit(run, mesh, program)
     assert compiled() == 1
+
+
+@pytest.mark.parametrize("cores", [4, 8])
+def test_programs_are_compiled_in_threads_where_there_are_cores(
+    cores, mesh, tmp_path, straight, monkeypatch, caplog, capsys
+):
+    monkeypatch.setattr(program, "cores", lambda: cores)
+    # The task ignores draws, but None and an empty tuple have programs of their own.
+    run = make_run(tmp_path, draw=lambda step: (None, ())[step % 2])
+    with jax.log_compiles():  # In this thread.
+        fit(run, mesh)
+    compiled = ["XLA compilation of jit(step)" in line.getMessage() for line in caplog.records]
+    assert sum(compiled) == (1 if cores == 8 else 2)
+    assert losses(tmp_path) == losses(straight[0])
+    said = "compiling 1 more programs of the training step"
+    assert (said in capsys.readouterr().err) == (cores == 8)
+
+
+def test_an_error_of_a_compiling_thread_is_raised(mesh, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "cores", lambda: 8)
+    compile_one = jax.stages.Lowered.compile
+
+    def compile_or_fail(self):
+        if threading.current_thread() is threading.main_thread():
+            return compile_one(self)
+        raise ValueError("in a thread")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_or_fail)
+    run = make_run(tmp_path, draw=lambda step: () if step == 2 else None)
+    with pytest.raises(ValueError, match="in a thread"):
+        fit(run, mesh)
+    # The first two updates did not need that program.
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]

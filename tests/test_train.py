@@ -224,7 +224,7 @@ def test_auto_tries_the_compiler_and_a_resumed_run_remembers(
 ):
     """Devices of little memory, and a compiler that refuses the first two settings."""
     write_workdir(tmp_path)
-    memory, tried = [5 * 2**30], []
+    memory, tried = [12 * 2**30 // 10], []
 
     def at_hand(slices):
         return Devices("small", "gpu", jax.device_count(), slices, memory[0])

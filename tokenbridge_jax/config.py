@@ -34,10 +34,10 @@ from tokenbridge_jax.runtime.hardware import Devices
 from tokenbridge_jax.sampling.schedule import SamplingSettings, make_settings
 from tokenbridge_jax.training import auto
 from tokenbridge_jax.training.autoencoder_task import RECONSTRUCTION_ERRORS
-from tokenbridge_jax.training.loop import Recipe
 from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import ModelTask
 from tokenbridge_jax.training.optimizer import OptimizerConfig
+from tokenbridge_jax.training.program import Recipe
 from tokenbridge_jax.transformer import REMAT_POLICIES
 
 # --- Settings that may be `auto` ------------------------------------------------------------------

@@ -29,9 +29,9 @@ from tokenbridge_jax.config import (
 from tokenbridge_jax.loss import MaskDraw
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.training.loop import Program
 from tokenbridge_jax.training.masking import MaskSampler
 from tokenbridge_jax.training.model_task import abstract_batch
+from tokenbridge_jax.training.program import Program
 from tokenbridge_jax.training.state import create_state
 
 

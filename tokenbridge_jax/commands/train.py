@@ -56,7 +56,7 @@ from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.sampling.batches import generate_in_batches
 from tokenbridge_jax.training import auto
 from tokenbridge_jax.training.checkpoints import Checkpoints
-from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Program, Run, fit
+from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Run, fit
 from tokenbridge_jax.training.metric_writer import MetricWriter
 from tokenbridge_jax.training.model_task import (
     abstract_batch,
@@ -65,6 +65,7 @@ from tokenbridge_jax.training.model_task import (
     make_validation,
     training_flops,
 )
+from tokenbridge_jax.training.program import Program
 from tokenbridge_jax.training.state import TrainState
 
 # Images of a sample grid, ten in a row. They cycle through the classes, or evenly spaced ones.
@@ -211,7 +212,7 @@ def settle(
         shape = {"positions": info.positions, "channels": info.channels}
         question |= shape | {"jax": jax.__version__}
         settings = auto.recall(
-            workdir, devices, question, lambda: auto.pick(listed, devices, attempt)
+            workdir, devices, question, lambda: auto.pick_surely(listed, devices, attempt)
         )
     settled = filled(config, settings)
     return settled, made.get(settings) or program_of(settled)

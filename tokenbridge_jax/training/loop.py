@@ -16,7 +16,6 @@ samples are the same images except where rounding moves a draw across the border
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import signal
@@ -36,9 +35,9 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress, say
 from tokenbridge_jax.training.checkpoints import Checkpoints, run_record
 from tokenbridge_jax.training.metric_writer import MetricWriter, read_metrics
-from tokenbridge_jax.training.optimizer import OptimizerConfig, RunNumbers, make_optimizer
-from tokenbridge_jax.training.state import TrainState, abstract_state, create_state
-from tokenbridge_jax.training.step import Task, make_train_step
+from tokenbridge_jax.training.program import LOOKAHEAD, Program, Recipe
+from tokenbridge_jax.training.state import TrainState, create_state
+from tokenbridge_jax.training.step import Task
 
 # Exit status of a command that was told to stop, and continues when it is started again.
 # (EX_TEMPFAIL of sysexits.h: "try again later".)
@@ -65,31 +64,6 @@ class Hook:
     def is_due(self, step: int, total: int) -> bool:
         """Whether to run after `step` updates of `total`."""
         return bool(self.every) and (step % self.every == 0 or step == total)
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a run trains and for how long, and how often it reports and saves.
-
-    Attributes:
-      optimizer: its settings, and the number of updates.
-      batch_size: images in an update, over all processes.
-      ema_decay: decay of the average of the parameters; see `step.make_train_step`.
-      accumulation: number of micro-batches in a batch.
-      log_every: updates between two lines of `metrics.jsonl`; the last update has a line, too.
-      checkpoint_every: updates between two checkpoints; the last update has one, too.
-      keep: how many of the latest checkpoints are kept.
-      keep_every: checkpoints of multiples of this step are also kept; 0 is none.
-    """
-
-    optimizer: OptimizerConfig
-    batch_size: int
-    ema_decay: float
-    accumulation: int
-    log_every: int
-    checkpoint_every: int
-    keep: int
-    keep_every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,60 +105,6 @@ class Run:
     def total_steps(self) -> int:
         """Updates in the whole run."""
         return self.recipe.optimizer.total_steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What a run computes on a mesh: its optimizer, the layout of its state, its step."""
-
-    mesh: Mesh
-    optimizer: Any
-    abstract: TrainState
-    step: Any
-    numbers: RunNumbers
-    ahead: dict[Any, Any] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def make(cls, task: Task, recipe: Recipe, seed: int, mesh: Mesh) -> "Program":
-        """Makes the program of a run; nothing is compiled."""
-        optimizer, _ = make_optimizer(recipe.optimizer)
-        abstract = abstract_state(task.init, optimizer, mesh)
-        step = make_train_step(
-            task,
-            functools.partial(make_optimizer, recipe.optimizer),
-            abstract,
-            mesh,
-            ema_decay=recipe.ema_decay,
-            accumulation=recipe.accumulation,
-        )
-        return cls(mesh, optimizer, abstract, step, RunNumbers.of(recipe.optimizer, seed))
-
-    def trace(self, batch: Any, draw: Any) -> jax.stages.Traced:
-        """Traces the step for an abstract batch and draws like this one."""
-        everywhere = meshes.replicated(self.mesh)
-        scalars = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-            (draw, self.numbers),
-        )
-        with meshes.use_mesh(self.mesh):
-            return self.step.trace(self.abstract, batch, *scalars)
-
-    def compile(self, batch: Any, draw: Any) -> Any:
-        """Compiles the step for an abstract batch and draws like this one; `run` then uses it."""
-        with meshes.use_mesh(self.mesh):
-            compiled = self.trace(batch, draw).lower().compile()
-        self.ahead[jax.tree.structure(draw)] = compiled
-        return compiled
-
-    @functools.cached_property
-    def _placed_numbers(self) -> RunNumbers:
-        with jax.transfer_guard("allow"):  # Once.
-            return meshes.to_global(self.numbers, self.mesh)
-
-    def run(self, state: TrainState, batch: Any, draw: Any) -> Any:
-        """Runs the step; it is compiled now if it was not before."""
-        step = self.ahead.get(jax.tree.structure(draw), self.step)
-        return step(state, batch, draw, self._placed_numbers)
 
 
 def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
@@ -241,6 +161,10 @@ def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
 
         for step in range(start + 1, total + 1):
             batch, draw = meshes.to_global((next(batches), run.draw(step - 1)), mesh)
+            if step == start + 1:
+                say(f"{run.name}: compiling the first update")
+                soon = range(start, min(total, start + LOOKAHEAD))
+                program.compile_ahead(batch, map(run.draw, soon))
             # An implicit copy between host and devices, which would delay them, is an error here.
             with jax.transfer_guard("disallow"):
                 state, metrics = program.run(state, batch, draw)
