@@ -14,7 +14,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokenbridge_jax import Pipeline
-from tokenbridge_jax.autoencoder import AutoencoderConfig
+from tokenbridge_jax.autoencoder import AutoencoderConfig, autoencoder_hash
 from tokenbridge_jax.autoencoder import init_params as init_autoencoder
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
@@ -100,7 +100,8 @@ def tiny_pipeline(
     mesh = mesh or meshes.make_mesh(devices=jax.devices()[:1])
     weights = init_autoencoder(AUTOENCODER, jax.random.key(0))
     codec = Codec(AUTOENCODER, weights, config.quantizer, mesh)
-    description = ModelDescription(config, ("cat", "dog", "7"), "")
+    used = autoencoder_hash(AUTOENCODER, jax.tree.map(np.asarray, weights))
+    description = ModelDescription(config, ("cat", "dog", "7"), used)
     return Pipeline(description, lay_out(params, config, mesh), codec, mesh)
 
 

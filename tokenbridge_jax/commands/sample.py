@@ -81,7 +81,7 @@ def main(args: flags.FlagValues) -> None:
         raise UserError(f"--num_images={count} must be at least 1 and below 2**31")
     shard, shards = _shard(args.shard, count)
     output = storage.check_folder(args.output or epath.Path(args.workdir) / "samples")
-    pipeline = load_pipeline(args)
+    pipeline = load_pipeline(args, ahead={"count": count, **args.config.sampling})
     # By default the classes of the training images; the model may have room for more.
     classes = pipeline.labels(args.classes or pipeline.description.class_names)
     labels = np.resize(classes, count)

@@ -16,8 +16,10 @@ from tokenbridge_jax.runtime.errors import UserError
 _FIXED = {*FIXED_FIELDS} - {"channel_order", "first_token_quirk"}
 
 
-def load_pipeline(args: flags.FlagValues) -> Pipeline:
+def load_pipeline(args: flags.FlagValues, ahead: dict[str, Any] | None = None) -> Pipeline:
     """Loads the workdir, with what `--config` and its flags say about drawing (`DRAWING_FIELDS`).
+
+    `ahead` is that of `Pipeline.load`.
 
     Raises:
       UserError: a flag changes what training has fixed, or `--config` names an experiment with
@@ -32,7 +34,9 @@ def load_pipeline(args: flags.FlagValues) -> Pipeline:
     if storage.exists(storage.as_path(args.workdir) / MODEL_FILE):  # `Pipeline.load` says if not.
         _check_fixed(args.workdir, given, model if named else {})
     drawing = {key: model[key] for key in DRAWING_FIELDS if named or key in given}
-    return Pipeline.load(args.workdir, step=args.step, mesh=make_mesh(args.config), drawing=drawing)
+    return Pipeline.load(
+        args.workdir, step=args.step, mesh=make_mesh(args.config), drawing=drawing, ahead=ahead
+    )
 
 
 def _check_fixed(workdir: str, given: dict[str, Any], named: dict[str, Any]) -> None:

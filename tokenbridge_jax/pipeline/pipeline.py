@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,10 +28,30 @@ from tokenbridge_jax.runtime.progress import Progress
 from tokenbridge_jax.sampling.batches import (
     Preview,
     batch_rows,
+    compile_batch,
     generate_in_batches,
     start_batches,
 )
-from tokenbridge_jax.sampling.schedule import make_settings
+from tokenbridge_jax.sampling.schedule import SamplingSettings, make_settings
+
+BATCH_SIZE = 64  # Images at once, unless the caller says how many.
+
+
+class _FirstBatch(NamedTuple):
+    """The batch for which `Pipeline.load` compiles programs: its rows, and how to draw them."""
+
+    rows: int
+    settings: SamplingSettings
+
+
+def _first_batch(ahead: Mapping[str, Any], mesh: Mesh) -> _FirstBatch:
+    if "count" not in ahead:
+        raise UserError("ahead has no count, the number of images to draw first")
+    names = "count", "batch_size"
+    settings = {name: value for name, value in ahead.items() if name not in names}
+    count = checks.at_least("count", ahead["count"], 1)
+    rows = batch_rows(count, ahead.get("batch_size", BATCH_SIZE), mesh)
+    return _FirstBatch(rows, make_settings(settings))
 
 
 class Pipeline:
@@ -85,6 +105,7 @@ class Pipeline:
         mesh: Mesh | Any = None,
         drawing: Mapping[str, Any] | Any = None,
         programs: bool = False,
+        ahead: Mapping[str, Any] | Any = None,
     ) -> "Pipeline":
         """Loads a pipeline with the EMA parameters from a workdir or a `save_pretrained` folder.
 
@@ -98,6 +119,9 @@ class Pipeline:
             `head_clip`, `head_solver`, `head_proposals`, `reveal_steps` or `float8`.
           programs: also load the compiled programs of a saved folder, if they fit. They are machine
             code that runs with your rights, so only from someone whom you trust.
+          ahead: what `generate` or `stream` will draw first, such as `{"count": 8,
+            "num_iter": 32}`: the number of images, `batch_size`, and settings. Its programs are
+            compiled while the weights are read. A job of several processes compiles them later.
 
         Raises:
           UserError: a file is missing or damaged, the model was trained with another autoencoder,
@@ -127,20 +151,24 @@ class Pipeline:
                 f"(hash {found[:12]} instead of {description.autoencoder_hash[:12]}); restore it"
             )
         check_precision(precision, "precision")
+        first = _first_batch(ahead, mesh) if ahead and jax.process_count() == 1 else None
 
         def load_codec() -> Codec:
             local = meshes.make_mesh(devices=jax.local_devices())
-            return Codec(*load_autoencoder(folder), config.quantizer, local, precision)
+            codec = Codec(*load_autoencoder(folder), config.quantizer, local, precision)
+            if first:
+                grid = round(config.positions**0.5)
+                codec.compile_decoder(first.rows, grid, grid)
+            return codec
 
-        with ThreadPoolExecutor(1) as thread:
-            loading = thread.submit(load_codec)
-            try:
-                abstract = abstract_params(config, mesh)
-                params, step = pretrained.load_weights(workdir, abstract, step=step)
-            except Exception:
-                loading.result()  # An error of the autoencoder takes the place of the model's.
-                raise
-            codec = loading.result()
+        with ThreadPoolExecutor(2) as threads:
+            loading = threads.submit(load_codec)
+            abstract = abstract_params(config, mesh)
+            weights = threads.submit(pretrained.load_weights, workdir, abstract, step=step)
+            if first:
+                compile_batch(config, abstract, first.rows, first.settings, mesh)
+            codec = loading.result()  # Its error takes the place of the model's.
+            params, step = weights.result()
         if (workdir / "config.json").exists():
             facts["config"] = storage.read_json(workdir / "config.json")
         pipeline = cls(description, params, codec, mesh, step, facts)
@@ -197,7 +225,7 @@ class Pipeline:
         class_ids: Sequence[ClassId] | Any,
         *,
         seed: int | Any = 0,
-        batch_size: int | Any = 64,
+        batch_size: int | Any = BATCH_SIZE,
         progress: bool = False,
         preview: Preview | Any = None,
         preview_every: int | Any = 1,
@@ -247,7 +275,7 @@ class Pipeline:
         class_ids: Sequence[ClassId] | Any,
         *,
         seed: int | Any = 0,
-        batch_size: int | Any = 64,
+        batch_size: int | Any = BATCH_SIZE,
         numbers: Sequence[int] | Integer[np.ndarray, " n"] | Any = None,
         progress: bool = False,
         **settings: Any,
@@ -307,7 +335,7 @@ class Pipeline:
         class_ids: Sequence[ClassId] | Any,
         *,
         seed: int | Any = 0,
-        batch_size: int | Any = 64,
+        batch_size: int | Any = BATCH_SIZE,
         known: Shaped[np.ndarray, "B L C"] | Any = None,
         hidden: Bool[np.ndarray, "B L"] | Any = None,
         progress: bool = False,
@@ -337,7 +365,7 @@ class Pipeline:
         class_ids: Sequence[ClassId] | Any,
         *,
         hidden: Bool[np.ndarray, "B L"] | Any = None,
-        batch_size: int | Any = 64,
+        batch_size: int | Any = BATCH_SIZE,
     ) -> Float[np.ndarray, "B L C"]:
         """Computes the log-probabilities of indices at hidden positions, given the visible ones.
 

@@ -16,6 +16,7 @@ time may fail, because they wait for each other. So a job has a cache only if th
 import collections
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ SETTINGS = {
     # Hundreds of small programs are not worth a file each.
     "jax_persistent_cache_min_compile_time_secs": 0.5,
 }
+
+# Held by threads that trace and lower a program while others do, too. Without it, the same program
+# may have another text in every run, so that it would not be found on disk.
+TRACING = threading.Lock()
 
 # JAX's own, which it creates in every bounded folder. It waits for the lock as long.
 _LOCK, _LOCK_SECONDS = ".lockfile", 10

@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 from tokenbridge_jax.codec import check_values, padded_size
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.runtime import checks, meshes
+from tokenbridge_jax.runtime.compilation_cache import TRACING
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
-from tokenbridge_jax.sampling.sampler import Known, Request, generate, generate_steps
+from tokenbridge_jax.sampling.sampler import Known, Request, generate, generate_steps, lower
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
 # Called with the steps done, the number of all steps, and what a batch is then.
@@ -135,6 +136,29 @@ def start_batches(
             return len(chosen), generate(config, params, request, settings)
 
     return itertools.starmap(start, requests)
+
+
+def compile_batch(
+    config: TokenBridgeConfig,
+    params: dict[str, Any],
+    rows: int,
+    settings: SamplingSettings,
+    mesh: Mesh,
+) -> None:
+    """Compiles the program that draws a batch of whole images, of one class each.
+
+    Args:
+      config: the model.
+      params: its parameters, which may be abstract arrays with shardings.
+      rows: of the batch; see `batch_rows`.
+      settings: how to sample.
+      mesh: the devices.
+    """
+    images = jax.ShapeDtypeStruct((rows,), np.int32, sharding=meshes.batch_sharding(mesh))
+    with meshes.use_mesh(mesh):
+        with TRACING:
+            lowered = lower(config, params, Request(images, images), settings)
+        lowered.compile()  # JAX keeps it for later calls of `generate`.
 
 
 def batch_rows(count: int, batch_size: int | Any, mesh: Mesh) -> int:

@@ -149,15 +149,34 @@ def generate(
     Raises:
       UserError: confidence order needs probabilities, which the head does not give.
     """
+    program, arguments, static = _program(config, request, settings)
+    return program(params, *arguments, **static)
+
+
+def lower(
+    config: TokenBridgeConfig, params: dict[str, Any], request: Request, settings: SamplingSettings
+) -> jax.stages.Lowered:
+    """The program of `generate`, for arguments that may be abstract, before it is compiled.
+
+    Once it is compiled, JAX uses it for later calls of `generate` in the same context.
+    """
+    program, arguments, static = _program(config, request, settings)
+    return program.lower(params, *arguments, **static)
+
+
+def _program(
+    config: TokenBridgeConfig, request: Request, settings: SamplingSettings
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The jitted function that draws a request; its arguments without `params`; static ones."""
     quick = _is_quick(request)
     request, plan, steps = _prepare(config, request, settings, quick)
     static: dict[str, Any] = dict(config=config, stages=plan.stages, order=settings.order)
     if request.known is None:
-        return _generate[quick](params, request, steps, plan.ends, **static)
+        return _generate[quick], (request, steps, plan.ends), static
     # As many entries for every number of steps.
     unused = settings.num_iter - len(steps.scale)
     steps = jax.tree.map(lambda x: np.pad(x, (0, unused)), steps)
-    return _edit[quick](params, request, steps, np.array(plan.ends, np.int32), **static)
+    return _edit[quick], (request, steps, np.array(plan.ends, np.int32)), static
 
 
 def generate_steps(
@@ -264,7 +283,7 @@ def _is_quick(request: Request) -> bool:
 
     Only measured on GPUs. Within another program JAX refuses compiler options.
     """
-    is_few = jax.default_backend() == "gpu" and len(request.labels) <= FEW_IMAGES
+    is_few = jax.default_backend() == "gpu" and request.labels.shape[0] <= FEW_IMAGES
     return is_few and not isinstance(jnp.zeros(()), jax.core.Tracer)
 
 

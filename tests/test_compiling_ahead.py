@@ -1,7 +1,10 @@
-"""The decoder is compiled in a thread while the images are drawn."""
+"""Programs that are compiled while something else happens: images are drawn, weights are read."""
 
 import collections
+import contextlib
+import re
 import threading
+from concurrent.futures import wait
 
 import jax
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from flax.errors import ScopeParamNotFoundError
 from tiny_model import random_params, tiny, tiny_pipeline
 
+from tokenbridge_jax import Pipeline
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling import batches
@@ -135,3 +139,43 @@ def test_an_error_of_compiling_arrives_where_images_are_decoded(own):
     for _ in range(2):
         with pytest.raises(ScopeParamNotFoundError):
             codec.decode(indices)
+
+
+AHEAD = {"count": 3, "batch_size": 2, **STEPS}
+
+
+def test_a_pipeline_is_loaded_with_the_programs_of_its_first_images(own, tmp_path, compiled):
+    own.save_pretrained(tmp_path / "saved")
+    expected = CALLS["generate"](Pipeline.load(tmp_path / "saved"))
+    assert compiled["jit(_draw)"] == compiled["jit(_decode)"] == 1
+    jax.clear_caches()
+    pipeline = Pipeline.load(tmp_path / "saved", ahead=AHEAD)
+    wait(pipeline.codec._compiled.values())
+    assert compiled["jit(_draw)"] == compiled["jit(_decode)"] == 2
+    np.testing.assert_array_equal(CALLS["generate"](pipeline), expected)
+    assert compiled["jit(_draw)"] == compiled["jit(_decode)"] == 2
+
+
+@pytest.mark.parametrize(
+    ("ahead", "message"),
+    [
+        ({}, None),
+        ({"num_iter": 3}, "ahead has no count, the number of images to draw first"),
+        ({"count": 0}, "count=0 must be at least 1"),
+        ({"count": 1, "batch_size": 0}, "sampling.batch_size=0 must be"),
+        ({"count": 1, "number_of_steps": 3}, "number_of_steps"),
+    ],
+)
+def test_what_is_drawn_first_is_checked(own, tmp_path, compiled, ahead, message):
+    own.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        Pipeline.load(tmp_path / "saved", ahead=ahead)
+    assert not compiled["jit(_draw)"]
+
+
+def test_damaged_weights_are_named_though_programs_are_compiled(own, tmp_path):
+    own.save_pretrained(tmp_path / "saved")
+    weights = tmp_path / "saved" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=re.escape(str(weights))):
+        Pipeline.load(tmp_path / "saved", ahead=AHEAD)
