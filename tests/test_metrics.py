@@ -1,7 +1,10 @@
 """`metrics.jsonl`, which holds every step once, also after a kill; TensorBoard."""
 
 import json
+import os
 import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,3 +80,24 @@ def test_a_full_disk_is_reported(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     writer.close()
+
+
+def test_pytorch_is_not_imported_and_still_can_be(tmp_path):
+    """A run of a process that has not imported it: here a module that takes its place."""
+    (tmp_path / "torch.py").write_text("print('imported')\n")
+    code = (
+        "import sys\n"
+        "from tokenbridge_jax.training.metric_writer import MetricWriter\n"
+        "writer = MetricWriter(sys.argv[1], 0)\n"
+        "writer.write(1, {'loss': 2.0})\n"
+        "writer.close()\n"
+        "print('written')\n"
+        "import torch\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, check=True, text=True
+    )
+    assert done.stdout.split() == ["written", "imported"]
+    assert any((tmp_path / "run" / "tensorboard").iterdir())

@@ -424,11 +424,9 @@ def make_head(config: TokenBridgeConfig) -> Head:
     return GroupedHead(config.channel_order, config.levels, config.channels_per_group, make)
 
 
+@functools.partial(jax.jit, static_argnames="config")  # To trace it once for all its users.
 def init_params(config: TokenBridgeConfig, key: Key[Array, ""]) -> dict[str, Any]:
-    """Draws the model's parameters as they are stored, boxed with their logical axis names.
-
-    Use it under `jax.eval_shape` or `jax.jit`, which remove its forward pass.
-    """
+    """Draws the model's parameters as they are stored, boxed with their logical axis names."""
     config = dataclasses.replace(config, scan_layers=True)
     order = jnp.arange(config.positions)[None]
     values = jnp.zeros((1, config.positions, config.channels), config.value_dtype)

@@ -1,6 +1,7 @@
 """Writes the numbers and pictures of a run to `metrics.jsonl` and TensorBoard."""
 
 import json
+import sys
 import time
 import types
 from collections.abc import Mapping
@@ -42,13 +43,11 @@ class MetricWriter:
             kept = _drop_steps_after(self._path, start_step)
             stored = storage.in_object_store(self._path)
             self._file = StoredFile(self._path, kept) if stored else self._path.open("ab")
-            # Slow to import: it imports PyTorch, where that is installed.
-            from tensorboardX import SummaryWriter, record_writer
-
+            tensorboard = _tensorboard_x()
             # TensorboardX's own way to write to an object store needs another package.
             stores = types.SimpleNamespace(open=StoredFile, directory_check=lambda path: None)
-            record_writer.register_writer_factory("gs", stores)
-            self._tensorboard = SummaryWriter(
+            tensorboard.record_writer.register_writer_factory("gs", stores)
+            self._tensorboard = tensorboard.SummaryWriter(
                 str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1
             )
         except OSError as error:
@@ -89,6 +88,22 @@ class MetricWriter:
                 self._file.close()
             except OSError as error:
                 raise storage.write_error(self._path, error) from error
+
+
+def _tensorboard_x() -> Any:
+    """The module, imported as if there were no PyTorch, which it would import for nothing.
+
+    That takes seconds.
+    """
+    is_hidden = "torch" not in sys.modules
+    if is_hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import tensorboardX
+    finally:
+        if is_hidden:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 class StoredFile:
