@@ -154,7 +154,7 @@ def compile_batch(
       settings: how to sample.
       mesh: the devices.
     """
-    images = jax.ShapeDtypeStruct((rows,), np.int32, sharding=meshes.batch_sharding(mesh))
+    images: Any = jax.ShapeDtypeStruct((rows,), np.int32, sharding=meshes.batch_sharding(mesh))
     with meshes.use_mesh(mesh):
         with TRACING:
             lowered = lower(config, params, Request(images, images), settings)
