@@ -164,13 +164,15 @@ def main() -> int:
     args, flags = parser.parse_known_args()
     names = args.heads.split(",")
     check_rows(parser, names, flags, ROWS)
+    if args.seeds < 0:
+        parser.error(f"--seeds={args.seeds} must be 0 or more")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
     compilation_cache.enable()
     comparison = Comparison(
         args.run, args.workdir, args.minutes, args.samples, args.tuning, tuple(flags)
     )
     rows = compare(comparison, names, args.seeds)
-    if args.seeds == 0:
+    if not rows:
         return 0
     text = table(rows)
     storage.write_json(args.workdir / "heads.json", rows)
@@ -181,7 +183,7 @@ def main() -> int:
 
 
 def compare(comparison: Comparison, names: Sequence[str], seeds: int) -> list[dict[str, Any]]:
-    """The results of all rows, each with its runs.
+    """The results of all rows, each with its runs; none without a seed.
 
     Raises:
       UserError: the run is not finished, the folder has results of other settings, or a command
@@ -192,10 +194,12 @@ def compare(comparison: Comparison, names: Sequence[str], seeds: int) -> list[di
     choices = {"guidance": GUIDANCE, "temperature": TEMPERATURE, "speed_guidance": SPEED_GUIDANCE}
     given = dataclasses.asdict(comparison) | choices | {"rows": ROWS}
     settings = checked_settings(kept, given)
-    scorer = Scorer.of(comparison.run, config)
+    scorer = Scorer.of(comparison.run, config) if seeds else None  # Its errors come first.
     storage.write_json(kept, settings)
     for name in names:
         measure_speed(comparison, name)
+    if scorer is None:
+        return []
     runs = [one_run(comparison, scorer, *run) for run in itertools.product(range(seeds), names)]
     return [{"name": n, "runs": [run for run in runs if run["name"] == n]} for n in names]
 

@@ -184,7 +184,7 @@ def test_the_first_that_the_compiler_accepts(factor, gib, tries, capsys):
 @pytest.mark.parametrize(("gib", "tries"), [(7.9, [4096]), (8.1, [])])
 def test_what_needs_half_of_the_memory_is_picked_without_trying(gib, tries, capsys):
     tried, attempt, devices = trial(1.0, gib)
-    assert auto.pick_surely(LISTED, devices, attempt).head_chunk == 4096
+    assert auto.pick(LISTED, devices, attempt, trust=0.5).head_chunk == 4096
     assert tried == tries
     line = "4.0 GiB estimated, 8.1 available: picked without trying"
     assert (line in capsys.readouterr().err) == (not tries)

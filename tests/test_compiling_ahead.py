@@ -1,7 +1,7 @@
 """Programs that are compiled while something else happens: images are drawn, weights are read."""
 
 import collections
-import contextlib
+import math
 import re
 import threading
 from concurrent.futures import wait
@@ -14,6 +14,8 @@ from tiny_model import random_params, tiny, tiny_pipeline
 
 from tokenbridge_jax import Pipeline
 from tokenbridge_jax.codec import Codec
+from tokenbridge_jax.pipeline import pipeline
+from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling import batches
 
@@ -144,38 +146,74 @@ def test_an_error_of_compiling_arrives_where_images_are_decoded(own):
 AHEAD = {"count": 3, "batch_size": 2, **STEPS}
 
 
-def test_a_pipeline_is_loaded_with_the_programs_of_its_first_images(own, tmp_path, compiled):
+@pytest.fixture
+def saved(own, tmp_path):
     own.save_pretrained(tmp_path / "saved")
-    expected = CALLS["generate"](Pipeline.load(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_a_pipeline_is_loaded_with_the_programs_of_its_first_images(saved, compiled, sizes):
+    jax.clear_caches()
+    mesh = meshes.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    expected = CALLS["generate"](Pipeline.load(saved, mesh=mesh))
     assert compiled["jit(_draw)"] == compiled["jit(_decode)"] == 1
     jax.clear_caches()
-    pipeline = Pipeline.load(tmp_path / "saved", ahead=AHEAD)
-    wait(pipeline.codec._compiled.values())
+    loaded = Pipeline.load(saved, mesh=mesh, ahead=AHEAD)
+    wait(loaded.codec._compiled.values())
     assert compiled["jit(_draw)"] == compiled["jit(_decode)"] == 2
-    np.testing.assert_array_equal(CALLS["generate"](pipeline), expected)
+    np.testing.assert_array_equal(CALLS["generate"](loaded), expected)
     assert compiled["jit(_draw)"] == compiled["jit(_decode)"] == 2
 
 
 @pytest.mark.parametrize(
     ("ahead", "message"),
     [
-        ({}, None),
-        ({"num_iter": 3}, "ahead has no count, the number of images to draw first"),
+        ({}, r"ahead=\{\} must be a dict with count, the number of images"),
+        (5, "ahead=5 must be a dict"),
+        ({"num_iter": 3}, "with count"),
         ({"count": 0}, "count=0 must be at least 1"),
         ({"count": 1, "batch_size": 0}, "sampling.batch_size=0 must be"),
         ({"count": 1, "number_of_steps": 3}, "number_of_steps"),
     ],
 )
-def test_what_is_drawn_first_is_checked(own, tmp_path, compiled, ahead, message):
-    own.save_pretrained(tmp_path / "saved")
-    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        Pipeline.load(tmp_path / "saved", ahead=ahead)
+def test_what_is_drawn_first_is_checked(saved, compiled, ahead, message):
+    with pytest.raises(UserError, match=message):
+        Pipeline.load(saved, ahead=ahead)
     assert not compiled["jit(_draw)"]
 
 
-def test_damaged_weights_are_named_though_programs_are_compiled(own, tmp_path):
-    own.save_pretrained(tmp_path / "saved")
-    weights = tmp_path / "saved" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=re.escape(str(weights))):
-        Pipeline.load(tmp_path / "saved", ahead=AHEAD)
+def test_saved_programs_take_the_place_of_compiling(saved):
+    with pytest.raises(UserError, match="ahead compiles what programs=True reads"):
+        Pipeline.load(saved, ahead=AHEAD, programs=True)
+
+
+def test_an_error_of_compiling_is_that_of_loading(saved, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("compiling failed")
+
+    monkeypatch.setattr(pipeline, "compile_batch", fail)
+    with pytest.raises(RuntimeError, match="compiling failed"):
+        Pipeline.load(saved, ahead=AHEAD)
+    for part in ("model.safetensors", "autoencoder/params.safetensors"):
+        path = saved / part
+        path.write_bytes(path.read_bytes()[:-100])
+        # Of several errors that of the autoencoder counts, then that of the weights.
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            Pipeline.load(saved, ahead=AHEAD)
+
+
+def test_damaged_weights_are_named_before_programs_are_compiled(saved, monkeypatch):
+    over, begun = threading.Event(), []
+
+    def compiling(*_):
+        begun.append(threading.current_thread())
+        assert over.wait(SECONDS)
+
+    monkeypatch.setattr(pipeline, "compile_batch", compiling)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
+        Pipeline.load(saved, ahead=AHEAD)
+    over.set()
+    for thread in begun:
+        thread.join(SECONDS)

@@ -294,24 +294,44 @@ def test_a_step_that_was_compiled_ahead_is_not_compiled_again(mesh, tmp_path, ca
     assert compiled() == 1
 
 
-@pytest.mark.parametrize("cores", [4, 8])
-def test_programs_are_compiled_in_threads_where_there_are_cores(
-    cores, mesh, tmp_path, straight, monkeypatch, caplog, capsys
-):
-    monkeypatch.setattr(program, "cores", lambda: cores)
-    # The task ignores draws, but None and an empty tuple have programs of their own.
-    run = make_run(tmp_path, draw=lambda step: (None, ())[step % 2])
-    with jax.log_compiles():  # In this thread.
-        fit(run, mesh)
-    compiled = ["XLA compilation of jit(step)" in line.getMessage() for line in caplog.records]
-    assert sum(compiled) == (1 if cores == 8 else 2)
-    assert losses(tmp_path) == losses(straight[0])
-    said = "compiling 1 more programs of the training step"
-    assert (said in capsys.readouterr().err) == (cores == 8)
-
-
-def test_an_error_of_a_compiling_thread_is_raised(mesh, tmp_path, monkeypatch):
+@pytest.fixture
+def large_host(monkeypatch):
+    """A host on which two programs are compiled at a time."""
     monkeypatch.setattr(program, "cores", lambda: 8)
+    monkeypatch.setattr(program, "host_memory", lambda: 16 * 2**30)
+
+
+def two_kinds(step):
+    """The task ignores draws, but None and an empty tuple have programs of their own."""
+    return (None, ())[step % 2]
+
+
+@pytest.mark.parametrize("small", [None, "cores", "host_memory"])
+def test_programs_are_compiled_in_threads_on_large_hosts(
+    small, mesh, tmp_path, straight, large_host, monkeypatch, caplog, capsys
+):
+    if small:
+        monkeypatch.setattr(program, small, lambda: 7)
+    with jax.log_compiles():  # In this thread.
+        fit(make_run(tmp_path, draw=two_kinds), mesh)
+    compiled = ["XLA compilation of jit(step)" in line.getMessage() for line in caplog.records]
+    assert sum(compiled) == (2 if small else 1)
+    assert losses(tmp_path) == losses(straight[0])
+    assert ("compiled meanwhile: 1" in capsys.readouterr().err) == (not small)
+
+
+def test_a_job_of_several_processes_compiles_nothing_ahead(
+    mesh, tmp_path, large_host, monkeypatch, caplog
+):
+    run = make_run(tmp_path)
+    ours = Program.make(run.task, run.recipe, run.seed, mesh)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with jax.log_compiles():
+        ours.compile_ahead(abstract_batch(mesh), map(two_kinds, range(2)))
+    assert not [line for line in caplog.records if "XLA compilation" in line.getMessage()]
+
+
+def test_an_error_of_a_compiling_thread_is_raised(mesh, tmp_path, large_host, monkeypatch):
     compile_one = jax.stages.Lowered.compile
 
     def compile_or_fail(self):
@@ -325,3 +345,26 @@ def test_an_error_of_a_compiling_thread_is_raised(mesh, tmp_path, monkeypatch):
         fit(run, mesh)
     # The first two updates did not need that program.
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_run_that_ends_gives_up_the_programs_that_wait(mesh, tmp_path, large_host, monkeypatch):
+    """Two threads begin two programs, which take until the run has ended. Two more wait."""
+    compile_one, over, begun = jax.stages.Lowered.compile, threading.Event(), []
+
+    def slowly(self):
+        if threading.current_thread() is threading.main_thread():
+            return compile_one(self)
+        begun.append(threading.current_thread())
+        assert over.wait(60)
+        return None
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", slowly)
+    # The first two updates need the same program.
+    draws = [None, None, (), ((),), ((), ()), ((), (), ())]
+    hooks = [signal_at(1, signal.SIGTERM)]
+    with pytest.raises(Interrupted):
+        fit(make_run(tmp_path, draw=lambda step: draws[step], hooks=hooks), mesh)
+    over.set()
+    for thread in begun:
+        thread.join(60)
+    assert 1 <= len(begun) <= 2

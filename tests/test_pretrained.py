@@ -268,7 +268,7 @@ def test_the_autoencoder_loads_beside_the_model_and_its_errors_come_first(
         model_read.set()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline_module, "abstract_params", interrupted)
+    monkeypatch.setattr(pretrained, "load_weights", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Pipeline.load(folder)
 

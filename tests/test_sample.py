@@ -180,6 +180,25 @@ def test_a_second_start_draws_what_is_missing(sample, drawn, expected, tmp_path,
     np.testing.assert_array_equal(read_pictures(tmp_path / "images", "png")[:COUNT], expected)
 
 
+def test_programs_are_compiled_early_if_there_is_surely_work(
+    sample, refuses, pipeline, monkeypatch
+):
+    asked = []
+
+    def load(workdir, *, ahead, **rest):
+        asked.append(ahead)
+        return pipeline
+
+    monkeypatch.setattr(Pipeline, "load", load)
+    refuses("nosuch", "--classes=nosuch")
+    assert not asked
+    for _ in range(2):  # The folder holds all images before the second call.
+        assert sample("--format=png") == 0
+    first = {"count": COUNT, "batch_size": 8, **SETTINGS}
+    assert first.items() <= asked[0].items()
+    assert asked[1] is None
+
+
 def test_what_is_not_of_this_command_stays_and_leftovers_of_killed_runs_go(
     sample, refuses, tmp_path, drawn, capsys
 ):

@@ -424,7 +424,7 @@ def make_head(config: TokenBridgeConfig) -> Head:
     return GroupedHead(config.channel_order, config.levels, config.channels_per_group, make)
 
 
-@functools.partial(jax.jit, static_argnames="config")  # To trace it once for all its users.
+@functools.partial(jax.jit, static_argnames="config")  # Traced once outside a mesh.
 def init_params(config: TokenBridgeConfig, key: Key[Array, ""]) -> dict[str, Any]:
     """Draws the model's parameters as they are stored, boxed with their logical axis names."""
     config = dataclasses.replace(config, scan_layers=True)

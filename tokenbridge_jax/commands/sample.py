@@ -42,6 +42,7 @@ from tokenbridge_jax.config import sampling_settings
 from tokenbridge_jax.evaluation import generation
 from tokenbridge_jax.evaluation.image_sets import ARRAY
 from tokenbridge_jax.pipeline import Pipeline
+from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import pictures, processes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say
@@ -81,7 +82,7 @@ def main(args: flags.FlagValues) -> None:
         raise UserError(f"--num_images={count} must be at least 1 and below 2**31")
     shard, shards = _shard(args.shard, count)
     output = storage.check_folder(args.output or epath.Path(args.workdir) / "samples")
-    pipeline = load_pipeline(args, ahead={"count": count, **args.config.sampling})
+    pipeline = load_pipeline(args, ahead=_ahead(args, output))
     # By default the classes of the training images; the model may have room for more.
     classes = pipeline.labels(args.classes or pipeline.description.class_names)
     labels = np.resize(classes, count)
@@ -129,6 +130,20 @@ def main(args: flags.FlagValues) -> None:
         pictures.write_png(output / "grid.png", grid)
         wrote += f" and {output / 'grid.png'}"
     print(wrote)
+
+
+def _ahead(args: flags.FlagValues, output: epath.Path) -> dict[str, Any] | None:
+    """What to compile while the weights are read; nothing if an earlier call may have drawn all.
+
+    Raises:
+      UserError: a class does not exist. It is known before anything is compiled.
+    """
+    workdir = storage.as_path(args.workdir)
+    if args.classes and storage.exists(workdir / MODEL_FILE):  # `load_pipeline` says if not.
+        ModelDescription.load(workdir).labels(args.classes)
+    if any(storage.exists(output / name) for name in ("images", "shards")):
+        return None
+    return {"count": args.num_images, **args.config.sampling}
 
 
 def _shard(text: str, count: int) -> tuple[int, int]:

@@ -212,7 +212,7 @@ def settle(
         shape = {"positions": info.positions, "channels": info.channels}
         question |= shape | {"jax": jax.__version__}
         settings = auto.recall(
-            workdir, devices, question, lambda: auto.pick_surely(listed, devices, attempt)
+            workdir, devices, question, lambda: auto.pick(listed, devices, attempt, auto.TRUST)
         )
     settled = filled(config, settings)
     return settled, made.get(settings) or program_of(settled)

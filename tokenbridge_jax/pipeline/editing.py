@@ -27,7 +27,7 @@ from tokenbridge_jax.pipeline.filling import fill_hidden
 from tokenbridge_jax.runtime import checks
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
-from tokenbridge_jax.sampling.batches import Preview
+from tokenbridge_jax.sampling.batches import BATCH_SIZE, Preview
 
 
 @runtime_checkable
@@ -57,7 +57,7 @@ def edit(
     encode_hidden: bool | None = None,
     blend: int | Any = None,
     seed: int | Any = 0,
-    batch_size: int | Any = 64,
+    batch_size: int | Any = BATCH_SIZE,
     progress: bool = False,
     preview: Preview | Any = None,
     preview_every: int | Any = 1,
@@ -131,7 +131,7 @@ def outpaint(
     encode_hidden: bool = False,
     blend: int | Any = None,
     seed: int | Any = 0,
-    batch_size: int | Any = 64,
+    batch_size: int | Any = BATCH_SIZE,
     progress: bool = False,
     preview: Preview | Any = None,
     **settings: Any,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +17,6 @@ import tokenbridge_jax.pipeline.pretrained as pretrained
 import tokenbridge_jax.pipeline.programs as saved_programs
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec, check_values, in_batches
-from tokenbridge_jax.data.class_names import class_number
 from tokenbridge_jax.loss import position_nll
 from tokenbridge_jax.model import DRAWING_FIELDS, abstract_params
 from tokenbridge_jax.ops.precision import check_precision
@@ -26,6 +25,7 @@ from tokenbridge_jax.runtime import checks, meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 from tokenbridge_jax.sampling.batches import (
+    BATCH_SIZE,
     Preview,
     batch_rows,
     compile_batch,
@@ -33,25 +33,6 @@ from tokenbridge_jax.sampling.batches import (
     start_batches,
 )
 from tokenbridge_jax.sampling.schedule import SamplingSettings, make_settings
-
-BATCH_SIZE = 64  # Images at once, unless the caller says how many.
-
-
-class _FirstBatch(NamedTuple):
-    """The batch for which `Pipeline.load` compiles programs: its rows, and how to draw them."""
-
-    rows: int
-    settings: SamplingSettings
-
-
-def _first_batch(ahead: Mapping[str, Any], mesh: Mesh) -> _FirstBatch:
-    if "count" not in ahead:
-        raise UserError("ahead has no count, the number of images to draw first")
-    names = "count", "batch_size"
-    settings = {name: value for name, value in ahead.items() if name not in names}
-    count = checks.at_least("count", ahead["count"], 1)
-    rows = batch_rows(count, ahead.get("batch_size", BATCH_SIZE), mesh)
-    return _FirstBatch(rows, make_settings(settings))
 
 
 class Pipeline:
@@ -120,8 +101,9 @@ class Pipeline:
           programs: also load the compiled programs of a saved folder, if they fit. They are machine
             code that runs with your rights, so only from someone whom you trust.
           ahead: what `generate` or `stream` will draw first, such as `{"count": 8,
-            "num_iter": 32}`: the number of images, `batch_size`, and settings. Its programs are
-            compiled while the weights are read. A job of several processes compiles them later.
+            "num_iter": 32}`: the number of images, of one class each, `batch_size`, and settings.
+            The programs for it are compiled while the weights are read, or later in a job of
+            several processes. Not with `programs`.
 
         Raises:
           UserError: a file is missing or damaged, the model was trained with another autoencoder,
@@ -151,24 +133,35 @@ class Pipeline:
                 f"(hash {found[:12]} instead of {description.autoencoder_hash[:12]}); restore it"
             )
         check_precision(precision, "precision")
-        first = _first_batch(ahead, mesh) if ahead and jax.process_count() == 1 else None
+        if ahead is not None and programs:
+            raise UserError("ahead compiles what programs=True reads: give one of them")
+        first = None if ahead is None else _first_batch(ahead, mesh)
+        if jax.process_count() > 1:
+            first = None
 
         def load_codec() -> Codec:
             local = meshes.make_mesh(devices=jax.local_devices())
             codec = Codec(*load_autoencoder(folder), config.quantizer, local, precision)
             if first:
                 grid = round(config.positions**0.5)
-                codec.compile_decoder(first.rows, grid, grid)
+                codec.compile_decoder(first[0], grid, grid)
             return codec
 
-        with ThreadPoolExecutor(2) as threads:
-            loading = threads.submit(load_codec)
+        threads = ThreadPoolExecutor(2)
+        loading = threads.submit(load_codec)
+        try:
             abstract = abstract_params(config, mesh)
-            weights = threads.submit(pretrained.load_weights, workdir, abstract, step=step)
             if first:
-                compile_batch(config, abstract, first.rows, first.settings, mesh)
-            codec = loading.result()  # Its error takes the place of the model's.
-            params, step = weights.result()
+                compiling = threads.submit(compile_batch, config, abstract, *first, mesh)
+            params, step = pretrained.load_weights(workdir, abstract, step=step)
+        except Exception:
+            loading.result()  # An error of the autoencoder takes the place of the model's.
+            raise
+        finally:
+            threads.shutdown(wait=False)
+        codec = loading.result()
+        if first:
+            compiling.result()
         if (workdir / "config.json").exists():
             facts["config"] = storage.read_json(workdir / "config.json")
         pipeline = cls(description, params, codec, mesh, step, facts)
@@ -407,33 +400,8 @@ class Pipeline:
     def labels(
         self, class_ids: Sequence[ClassId] | Any
     ) -> Int[np.ndarray, " B"] | Float[np.ndarray, "B classes"]:
-        """Converts classes to the model's input: numbers, or weights if one is a mixture or None.
-
-        Args:
-          class_ids: each is a number or a name, which `class_id` looks up; or a dict of classes
-            with weights, which mixes their embeddings; or None for no class, where guidance has no
-            effect.
-
-        Raises:
-          UserError: a class does not exist, the list is empty, or the weights of a mixture are 0.
-        """
-        listed = checks.items(class_ids)
-        if listed is None:
-            raise UserError(f"{class_ids!r} is no list of classes; write [{class_ids!r}] for one")
-        if not listed:
-            raise UserError("no classes were asked for; name at least one")
-        if not any(c is None or isinstance(c, Mapping) for c in listed):
-            return np.array([self.class_id(c) for c in listed], np.int32)
-        weights = np.zeros((len(listed), self.config.classes), np.float32)
-        for row, class_id in zip(weights, listed, strict=True):
-            if isinstance(class_id, Mapping):
-                for part, weight in class_id.items():
-                    row[self.class_id(part)] += weight
-                if not row.any():  # Zeros stand for no class.
-                    raise UserError("the weights of an image's classes must sum to 1, not to 0")
-            elif class_id is not None:
-                row[self.class_id(class_id)] = 1
-        return weights
+        """Numbers or weights of classes; see `ModelDescription.labels`."""
+        return self.description.labels(class_ids)
 
     def class_id(self, class_id: int | str) -> int:
         """Returns the number of a class given by number or name (see `class_names`).
@@ -441,4 +409,14 @@ class Pipeline:
         Raises:
           UserError: there is no such class.
         """
-        return class_number(class_id, self.description.class_names, self.config.classes)
+        return self.description.class_id(class_id)
+
+
+def _first_batch(ahead: Any, mesh: Mesh) -> tuple[int, SamplingSettings]:
+    """The rows of a batch that `ahead` describes, and how it is drawn."""
+    if not isinstance(ahead, Mapping) or "count" not in ahead:
+        raise UserError(f"ahead={ahead!r} must be a dict with count, the number of images")
+    settings = {key: ahead[key] for key in ahead if key not in ("count", "batch_size")}
+    count = checks.at_least("count", ahead["count"], 1)
+    rows = batch_rows(count, ahead.get("batch_size", BATCH_SIZE), mesh)
+    return rows, make_settings(settings)

@@ -37,8 +37,8 @@ SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.5,
 }
 
-# Held by threads that trace and lower a program while others do, too. Without it, the same program
-# may have another text in every run, so that it would not be found on disk.
+# Held by threads that trace and lower a program. When several training steps were traced at the
+# same time, their text was another one in some runs, and they were not found on disk.
 TRACING = threading.Lock()
 
 # JAX's own, which it creates in every bounded folder. It waits for the lock as long.

@@ -1,8 +1,10 @@
 """The devices of a job: kind, number, memory, and peak rates of matrix products."""
 
 import dataclasses
+import os
 import re
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,9 @@ PEAK_FLOPS = (
 )
 
 
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
 @dataclasses.dataclass(frozen=True)
 class Devices:
     """The devices of a job: tpu, gpu or cpu, in slices that only the mesh axis `data` joins.
@@ -58,6 +63,13 @@ class Devices:
         limits = processes.gather(str((device.memory_stats() or {}).get("bytes_limit", "")))
         memory = min(map(int, limits)) if all(limits) else None
         return cls(device.device_kind, device.platform, jax.device_count(), slices, memory)
+
+
+def host_memory() -> int:
+    """Bytes of memory of this host, or of the container that the process is in."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _MEMORY_LIMIT.read_text().strip() if _MEMORY_LIMIT.exists() else "max"
+    return total if limit == "max" else min(total, int(limit))
 
 
 def listed_flops(device_kind: str) -> float | None:

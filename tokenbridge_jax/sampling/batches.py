@@ -19,6 +19,8 @@ from tokenbridge_jax.runtime.progress import Progress
 from tokenbridge_jax.sampling.sampler import Known, Request, generate, generate_steps, lower
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 
+BATCH_SIZE = 64  # Images at once, unless the caller says how many.
+
 # Called with the steps done, the number of all steps, and what a batch is then.
 Preview = Callable[[int, int, np.ndarray], None]
 
@@ -31,7 +33,7 @@ def generate_in_batches(
     mesh: Mesh,
     *,
     seed: int | Any = 0,
-    batch_size: int | Any = 64,
+    batch_size: int | Any = BATCH_SIZE,
     known: Shaped[np.ndarray, "N L C"] | Any = None,
     hidden: Bool[np.ndarray, "N L"] | Any = None,
     progress: bool = False,
@@ -104,7 +106,7 @@ def start_batches(
     mesh: Mesh,
     *,
     seed: int | Any = 0,
-    batch_size: int | Any = 64,
+    batch_size: int | Any = BATCH_SIZE,
     numbers: Sequence[int] | Integer[np.ndarray, " n"] | Any = None,
 ) -> Iterator[tuple[int, Shaped[Array, "size L C"]]]:
     """Starts the batches of `generate_in_batches` one after the other, in order.

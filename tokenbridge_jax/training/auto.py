@@ -1,8 +1,7 @@
 """`auto`: picks the settings that change only memory and speed, for the devices at hand.
 
 `needed_bytes` estimates the memory of a training step, `overhead` the time that settings add to it.
-`choices` lists the settings worth trying, and `pick` compiles them in this order until one fits;
-`pick_surely` believes an estimate that is far below the memory.
+`choices` lists the settings worth trying, and `pick` compiles them in this order until one fits.
 
 The bytes below are fitted to compiled steps in bfloat16: those of TPUs to the table of
 `launch/README.md` (layers scanned) and to size L on one v5e chip, those of GPUs to three figures of
@@ -42,8 +41,9 @@ MAX_UNROLLED = 8
 # Bytes of a device that stay free, for sample grids, batches and what a program does not count.
 HEADROOM = GIB // 2
 
-# The share of the memory that an estimate may take to be believed by `pick_surely`.
-SURE = 0.5
+# `train` believes an estimate of less than this share of the memory. The compiler never wanted more
+# than 1.1 times an estimate.
+TRUST = 0.5
 
 # The factor by which all estimates are raised if a program does not fit and the compiler does not
 # say by how much.
@@ -193,27 +193,16 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0] or [1]
 
 
-def pick_surely(
-    listed: Sequence[Choice], devices: Devices, attempt: Callable[[Settings], Trial]
-) -> Settings:
-    """As `pick`, but without compiling the first choice, which takes minutes, if it surely fits."""
-    assert devices.memory is not None
-    first, memory = listed[0], devices.memory - HEADROOM
-    if first.bytes > SURE * memory:
-        return pick(listed, devices, attempt)
-    say(
-        f"auto: {devices}: {first.settings}: {first.bytes / GIB:.1f} GiB estimated, "
-        f"{memory / GIB:.1f} available: picked without trying"
-    )
-    return first.settings
-
-
 def pick(
-    listed: Sequence[Choice], devices: Devices, attempt: Callable[[Settings], Trial]
+    listed: Sequence[Choice],
+    devices: Devices,
+    attempt: Callable[[Settings], Trial],
+    trust: float = 0,
 ) -> Settings:
     """Returns the first choice that fits. `attempt` compiles its step.
 
-    A choice that cannot fit by its estimate is not tried. After a failure the estimates of the rest
+    The first choice is not tried if its estimate is below the share `trust` of the memory. A choice
+    that cannot fit by its estimate is not tried either. After a failure the estimates of the rest
     are scaled by what the compiler wanted, or by a guess if it does not say.
 
     Raises:
@@ -221,6 +210,13 @@ def pick(
     """
     assert devices.memory is not None
     memory, scale = devices.memory - HEADROOM, 1.0
+    first = listed[0]
+    if first.bytes < trust * memory:
+        say(
+            f"auto: {devices}: {first.settings}: {first.bytes / GIB:.1f} GiB estimated, "
+            f"{memory / GIB:.1f} available: picked without trying"
+        )
+        return first.settings
     for choice in listed:
         if choice.bytes * scale > memory and choice is not listed[-1]:
             continue

@@ -35,7 +35,7 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress, say
 from tokenbridge_jax.training.checkpoints import Checkpoints, run_record
 from tokenbridge_jax.training.metric_writer import MetricWriter, read_metrics
-from tokenbridge_jax.training.program import LOOKAHEAD, Program, Recipe
+from tokenbridge_jax.training.program import Program, Recipe
 from tokenbridge_jax.training.state import TrainState, create_state
 from tokenbridge_jax.training.step import Task
 
@@ -156,15 +156,15 @@ def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
         writer = MetricWriter(run.directory, start)
         stack.callback(writer.close)
         is_told_to_stop = stack.enter_context(_interruptions())
+        stack.callback(program.cancel)
         report = _Report(run, writer, checkpoints)
         stack.callback(report.close)
 
         for step in range(start + 1, total + 1):
             batch, draw = meshes.to_global((next(batches), run.draw(step - 1)), mesh)
             if step == start + 1:
-                say(f"{run.name}: compiling the first update")
-                soon = range(start, min(total, start + LOOKAHEAD))
-                program.compile_ahead(batch, map(run.draw, soon))
+                say(f"{run.name}: the first update begins; its program is compiled if it is new")
+                program.compile_ahead(batch, map(run.draw, range(start, total)))
             # An implicit copy between host and devices, which would delay them, is an error here.
             with jax.transfer_guard("disallow"):
                 state, metrics = program.run(state, batch, draw)

@@ -93,7 +93,7 @@ class MetricWriter:
 def _tensorboard_x() -> Any:
     """The module, imported as if there were no PyTorch, which it would import for nothing.
 
-    That takes seconds.
+    That takes seconds. Meanwhile no other thread can import PyTorch.
     """
     is_hidden = "torch" not in sys.modules
     if is_hidden:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,16 +12,21 @@ from jax.sharding import Mesh
 
 from tokenbridge_jax.data.workers import cores
 from tokenbridge_jax.runtime import meshes
+from tokenbridge_jax.runtime.compilation_cache import TRACING
+from tokenbridge_jax.runtime.hardware import host_memory
 from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.training.optimizer import OptimizerConfig, RunNumbers, make_optimizer
 from tokenbridge_jax.training.state import TrainState, abstract_state
 from tokenbridge_jax.training.step import Task, make_train_step
 
-# XLA works on a program with little more than one core. Hosts of few cores compile a program when
-# it is needed: they gain nothing by threads (docs/performance.md).
+# Threads compile where each program has so many cores and bytes of the host's memory to itself. XLA
+# works on a program with little more than one core, and the loader and Python need some. Hosts of
+# two cores gain nothing by threads (docs/performance.md). For size L, five programs for a GPU took
+# 16 GB together, and one for a TPU 4 GB.
 CORES_PER_PROGRAM = 4
+MEMORY_PER_PROGRAM = 8 * 2**30
 
-# Updates whose programs are compiled together. Runs of few updates do not need all programs.
+# `compile_ahead` looks at so many draws at most. Runs of few updates do not need all programs.
 LOOKAHEAD = 5000
 
 
@@ -97,11 +103,14 @@ class Program:
             return self.step.trace(self.abstract, batch, *scalars)
 
     def compile(self, batch: Any, draw: Any) -> Any:
-        """The program for batches and draws like these, abstract or not; `run` then uses it."""
+        """The program for draws like this one; `run` then uses it.
+
+        All batches of a `Program` have the shapes of this one, which may be abstract.
+        """
         kind = jax.tree.structure(draw)
         if kind not in self._compiled:
             compiled: Future[Any] = Future()
-            compiled.set_result(self._lower(batch, draw).compile())
+            compiled.set_result(self._compile(batch, draw))
             self._compiled[kind] = compiled
         return self._compiled[kind].result()
 
@@ -109,35 +118,38 @@ class Program:
         """Compiles the program for the first draw; then starts threads that compile the others.
 
         `run` waits for the program that it needs, and raises what went wrong with it. A process
-        that ends waits for those that are being compiled. With few cores nothing is compiled here.
+        that ends waits for programs that are being compiled, because XLA cannot be stopped. With
+        few cores, or little memory, nothing is compiled here.
 
         Several processes of a job compile a program when they need it: on GPUs they share the work
         of choosing algorithms, for which they must do the same at the same time.
         """
-        kinds = {jax.tree.structure(draw): draw for draw in draws}
-        threads = cores() // CORES_PER_PROGRAM
+        kinds = {jax.tree.structure(draw): draw for draw in itertools.islice(draws, LOOKAHEAD)}
+        threads = min(cores() // CORES_PER_PROGRAM, host_memory() // MEMORY_PER_PROGRAM)
         if threads < 2 or jax.process_count() > 1:
             return
         self.compile(batch, next(iter(kinds.values())))
-        # Tracing in several threads at a time would give programs of another text in every run,
-        # which `runtime/compilation_cache.py` would not recognise.
-        lowered = {
-            kind: self._lower(batch, draw)
-            for kind, draw in kinds.items()
-            if kind not in self._compiled
-        }
-        if lowered:
-            say(f"compiling {len(lowered)} more programs of the training step")
+        missing = {kind: draw for kind, draw in kinds.items() if kind not in self._compiled}
+        if missing:
+            say(f"programs of the training step that are compiled meanwhile: {len(missing)}")
             pool = ThreadPoolExecutor(threads)
-            for kind, program in lowered.items():
-                self._compiled[kind] = pool.submit(program.compile)
+            for kind, draw in missing.items():
+                self._compiled[kind] = pool.submit(self._compile, batch, draw)
             pool.shutdown(wait=False)
 
-    def _lower(self, batch: Any, draw: Any) -> jax.stages.Lowered:
+    def cancel(self) -> None:
+        """Gives up the programs that no thread has begun to compile."""
+        for kind in [kind for kind, future in self._compiled.items() if future.cancel()]:
+            del self._compiled[kind]
+
+    def _compile(self, batch: Any, draw: Any) -> Any:
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
         )
-        return self.trace(batch, draw).lower()
+        with meshes.use_mesh(self.mesh):
+            with TRACING:
+                lowered = self.trace(batch, draw).lower()
+            return lowered.compile()
 
     @functools.cached_property
     def _placed_numbers(self) -> RunNumbers:
