@@ -1,8 +1,9 @@
-"""The entry of a device in the table of peaks."""
+"""The entry of a device in the table of peaks, and the memory of a host."""
 
 import pytest
 
-from tokenbridge_jax.runtime.hardware import listed_flops
+from tokenbridge_jax.runtime import hardware
+from tokenbridge_jax.runtime.hardware import host_memory, listed_flops
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,16 @@ from tokenbridge_jax.runtime.hardware import listed_flops
 )
 def test_names_are_whole_words(kind, tera):
     assert listed_flops(kind) == (tera and tera * 1e12)
+
+
+def test_the_memory_of_a_container_counts(monkeypatch, tmp_path):
+    with open("/proc/meminfo") as file:
+        _, total, unit = file.readline().split()
+    assert unit == "kB"
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(hardware, "_MEMORY_LIMIT", limit)
+    all_of_it = int(total) * 2**10
+    for text, expected in ((None, all_of_it), ("max\n", all_of_it), ("4096\n", 4096)):
+        if text:
+            limit.write_text(text)
+        assert host_memory() == expected
