@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -35,7 +36,7 @@ from ablations import (
     once,
     run_logged,
 )
-from cifar10_options import Scorer, sample
+from cifar10_options import SUBSET, Scorer, sample
 from codebooks import AUTOENCODERS, make_autoencoder, run_config, start_folder
 from ml_collections import ConfigDict
 from scripts import run_script
@@ -166,10 +167,17 @@ def main() -> int:
     check_rows(parser, names, flags, ROWS)
     if args.seeds < 0:
         parser.error(f"--seeds={args.seeds} must be 0 or more")
+    if not 0 < args.minutes < math.inf:
+        parser.error(f"--minutes={args.minutes} must be above 0")
+    for name, least in (("samples", SUBSET), ("tuning", 2)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name}={getattr(args, name)} must be {least} or more")
+    if args.run.resolve() == args.workdir.resolve():
+        parser.error("--workdir must be another folder than --run")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
     compilation_cache.enable()
     comparison = Comparison(
-        args.run, args.workdir, args.minutes, args.samples, args.tuning, tuple(flags)
+        args.run.resolve(), args.workdir, args.minutes, args.samples, args.tuning, tuple(flags)
     )
     rows = compare(comparison, names, args.seeds)
     if not rows:

@@ -4,8 +4,10 @@ import errno
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import time
 
 import jax
 import pytest
@@ -242,3 +244,19 @@ def test_a_command_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch, capsy
     assert runner.run(name, [*rest, "--workdir=work"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("status", "seconds"), [(130, 20), (75, 20), (2, 0)])
+def test_a_stopped_command_does_not_wait_for_threads(status, seconds):
+    """XLA compiles in such threads."""
+    code = (
+        "import sys, threading, time\n"
+        "from tokenbridge_jax.commands import runner\n"
+        f"threading.Thread(target=time.sleep, args=[{seconds}]).start()\n"
+        "print('closed')\n"
+        f"sys.exit(runner.ended({status}))\n"
+    )
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "closed\n")
+    assert time.monotonic() - begun < 20

@@ -211,6 +211,14 @@ def test_the_classes_of_a_model_and_of_shards_are_compared(tmp_path):
     assert agreed(names, other, 4) == (other, ["4 classes instead of 3: a new class table"])
 
 
+def test_classes_without_images_are_reported(programs, tmp_path, capsys):
+    write_workdir(tmp_path)
+    with stopped_at_the_third_batch(train, "make_loader"):
+        assert run(tmp_path, data__num_classes=5) == EXIT_INTERRUPTED
+    line = "the shards have 3 classes and data.num_classes is 5: the last ones are not trained"
+    assert line in capsys.readouterr().err
+
+
 def test_missing_folders_are_named(tmp_path, capsys):
     assert run(tmp_path / "nowhere") == runner.EXIT_USER_ERROR
     assert "nowhere does not exist" in capsys.readouterr().err

@@ -15,6 +15,7 @@ A command module has a docstring (its help), `define_flags(flag_values)` for its
 import contextlib
 import functools
 import importlib
+import os
 import re
 import signal
 import sys
@@ -76,7 +77,20 @@ def main() -> int:
         )
         print("JAX_ENABLE_COMPILATION_CACHE=false switches this off.")
         return 0 if wants_help else EXIT_USER_ERROR
-    return run(sys.argv[1], sys.argv[2:])
+    return ended(run(sys.argv[1], sys.argv[2:]))
+
+
+def ended(status: int) -> int:
+    """The status of a command, for `sys.exit`. If the command was stopped, the process ends here.
+
+    XLA may be compiling in threads of its own. Python would wait for some of them, and crash with
+    others. A command that was stopped has closed its files.
+    """
+    if status in (os.EX_TEMPFAIL, EXIT_BY_SIGINT, EXIT_BY_SIGTERM):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def run(name: str, argv: list[str]) -> int:

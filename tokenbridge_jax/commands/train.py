@@ -90,6 +90,12 @@ def main(args: flags.FlagValues) -> int:
     info = read_tokens(config, workdir)
     names, notes = agree_on_classes(config, workdir, info)
 
+    if len(names) < config.data.num_classes:
+        notes.append(
+            f"the shards have {len(names)} classes and data.num_classes is "
+            f"{config.data.num_classes}: the last ones are not trained"
+        )
+
     def begin() -> None:
         if jax.process_index() == 0:
             for note in [*notes, *_left_out(config, workdir, info)]:
@@ -353,4 +359,4 @@ def _left_out(config: ConfigDict, workdir: epath.Path, info: DatasetInfo) -> Ite
 
 
 if __name__ == "__main__":
-    sys.exit(runner.run("train", sys.argv[1:]))
+    sys.exit(runner.ended(runner.run("train", sys.argv[1:])))
