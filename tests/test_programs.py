@@ -114,6 +114,8 @@ def test_nothing_is_loaded_unless_asked_for(saved, monkeypatch):
         ({"class_ids": [0], "num_iter": 0}, "num_iter"),
         ({"class_ids": ["horse"]}, "horse"),
         ({"class_ids": np.zeros(1)}, "in JSON"),
+        ({"num_iter": 16}, "must be a list of dicts with class_ids"),
+        ("class_ids", "must be a list of dicts with class_ids"),
     ],
 )
 def test_a_call_that_cannot_be_made_leaves_no_folder(pipeline, tmp_path, call, message):

@@ -170,7 +170,7 @@ class Pipeline:
         return pipeline
 
     def save_pretrained(
-        self, directory: epath.PathLike | Any, *, programs: Sequence[Mapping[str, Any]] = ()
+        self, directory: epath.PathLike | Any, *, programs: Sequence[Mapping[str, Any]] | Any = ()
     ) -> None:
         """Writes a folder that needs no other file, for `load` and model hubs (see `pretrained`).
 

@@ -42,7 +42,7 @@ class Drawing(Protocol):
         """See `Pipeline.generate`."""
 
 
-def compile_for(pipeline: Drawing, calls: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+def compile_for(pipeline: Drawing, calls: Sequence[Mapping[str, Any]] | Any) -> dict[str, bytes]:
     """Compiles the programs of some calls of `generate` anew, for the devices of the pipeline.
 
     Args:
@@ -57,6 +57,11 @@ def compile_for(pipeline: Drawing, calls: Sequence[Mapping[str, Any]]) -> dict[s
     """
     if not calls:
         return {}
+    if not all(isinstance(call, Mapping) and "class_ids" in call for call in calls):
+        raise UserError(
+            f"programs={calls!r} must be a list of dicts with class_ids, such as "
+            '[{"class_ids": [3] * 64, "num_iter": 16}]'
+        )
     if jax.process_count() > 1:
         raise UserError("compiled programs can be saved by a single process only; save without")
     try:
