@@ -48,14 +48,11 @@ from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.differences import first_difference
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.training.loop import EXIT_INTERRUPTED
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 CONFIG = runpy.run_path(str(experiments()["ablations"]))
 ROWS, get_config = CONFIG["ROWS"], CONFIG["get_config"]
 BATCH = 250
-# Statuses of a command that was told to stop.
-STOPPED = EXIT_INTERRUPTED, runner.EXIT_BY_SIGINT, runner.EXIT_BY_SIGTERM
 
 # Validation runs once, at the end. No sample grids are drawn.
 TRAINING = ("eval_every=1000000000", "sample_every=0", "checkpoint_every=1000000000")
@@ -222,7 +219,7 @@ def run_logged(command: str, folder: Path, *arguments: str) -> None:
         contextlib.redirect_stderr(log),
     ):
         status = runner.run(command, [*arguments, f"--workdir={folder}"])
-    if status in STOPPED:
+    if status in runner.STOPPED:
         raise UserError("stopped; the same command continues")
     if status:
         raise UserError(f"{command} ended with {status}; {folder / 'log.txt'} says why")

@@ -146,4 +146,4 @@ def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("benchmark", sys.argv[1:])))
+    sys.exit(runner.main(["benchmark", *sys.argv[1:]]))

@@ -72,4 +72,4 @@ def free_port(host: str, port: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("demo", sys.argv[1:])))
+    sys.exit(runner.main(["demo", *sys.argv[1:]]))

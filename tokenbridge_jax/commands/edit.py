@@ -340,4 +340,4 @@ def sheet(
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("edit", sys.argv[1:])))
+    sys.exit(runner.main(["edit", *sys.argv[1:]]))

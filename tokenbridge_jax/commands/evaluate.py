@@ -385,4 +385,4 @@ _MEASURES: dict[str, Callable[[flags.FlagValues], None]] = {
 WORDS = tuple(FLAGS)
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("evaluate", sys.argv[1:])))
+    sys.exit(runner.main(["evaluate", *sys.argv[1:]]))

@@ -103,4 +103,4 @@ def import_flags(config: TokenBridgeConfig) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("export-torch", sys.argv[1:])))
+    sys.exit(runner.main(["export-torch", *sys.argv[1:]]))

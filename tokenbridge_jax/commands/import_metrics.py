@@ -70,4 +70,4 @@ def main(args: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("import-metrics", sys.argv[1:])))
+    sys.exit(runner.main(["import-metrics", *sys.argv[1:]]))

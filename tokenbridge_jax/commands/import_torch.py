@@ -336,4 +336,4 @@ def _has_autoencoder(workdir: epath.Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("import-torch", sys.argv[1:])))
+    sys.exit(runner.main(["import-torch", *sys.argv[1:]]))

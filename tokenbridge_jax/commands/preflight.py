@@ -88,4 +88,4 @@ def main(args: flags.FlagValues) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("preflight", sys.argv[1:])))
+    sys.exit(runner.main(["preflight", *sys.argv[1:]]))

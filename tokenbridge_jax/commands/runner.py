@@ -60,14 +60,20 @@ TRAINING = ("train-vae", "train")
 
 EXIT_USER_ERROR = 2
 EXIT_BY_SIGINT, EXIT_BY_SIGTERM = 130, 143  # As shells say it: 128 and the signal's number.
+# Of a command that was told to stop. The first is `training.loop.EXIT_INTERRUPTED`.
+STOPPED = os.EX_TEMPFAIL, EXIT_BY_SIGINT, EXIT_BY_SIGTERM
 
 
-def main() -> int:
-    """Entry point of the console script `tokenbridge COMMAND [flags]`."""
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        wants_help = set(sys.argv[1:2]) <= {*arguments.HELP, "help"}
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script `tokenbridge COMMAND [flags]`, and of command modules.
+
+    `argv` is the command and its flags; by default those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in COMMANDS:
+        wants_help = set(argv[:1]) <= {*arguments.HELP, "help"}
         if not wants_help:
-            print(f"tokenbridge: there is no command '{sys.argv[1]}'", file=sys.stderr)
+            print(f"tokenbridge: there is no command '{argv[0]}'", file=sys.stderr)
         print("usage: tokenbridge COMMAND --workdir DIR [--config NAME[:arg]] [--config.key=value]")
         for name, (_, summary) in COMMANDS.items():
             print(f"  {name:14} {summary}")
@@ -77,7 +83,7 @@ def main() -> int:
         )
         print("JAX_ENABLE_COMPILATION_CACHE=false switches this off.")
         return 0 if wants_help else EXIT_USER_ERROR
-    return ended(run(sys.argv[1], sys.argv[2:]))
+    return ended(run(argv[0], argv[1:]))
 
 
 def ended(status: int) -> int:
@@ -86,7 +92,7 @@ def ended(status: int) -> int:
     XLA may be compiling in threads of its own. Python would wait for some of them, and crash with
     others. A command that was stopped has closed its files.
     """
-    if status in (os.EX_TEMPFAIL, EXIT_BY_SIGINT, EXIT_BY_SIGTERM):
+    if status in STOPPED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -259,4 +259,4 @@ def _write_pictures(
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("sample", sys.argv[1:])))
+    sys.exit(runner.main(["sample", *sys.argv[1:]]))

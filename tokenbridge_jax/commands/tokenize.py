@@ -65,4 +65,4 @@ def format_table(result: tokenizing.Result) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("tokenize", sys.argv[1:])))
+    sys.exit(runner.main(["tokenize", *sys.argv[1:]]))

@@ -359,4 +359,4 @@ def _left_out(config: ConfigDict, workdir: epath.Path, info: DatasetInfo) -> Ite
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("train", sys.argv[1:])))
+    sys.exit(runner.main(["train", *sys.argv[1:]]))

@@ -314,4 +314,4 @@ def _finished_step(directory: epath.Path) -> int | None:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.ended(runner.run("train-vae", sys.argv[1:])))
+    sys.exit(runner.main(["train-vae", *sys.argv[1:]]))
