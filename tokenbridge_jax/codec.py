@@ -22,7 +22,7 @@ from tokenbridge_jax.autoencoder import (
 from tokenbridge_jax.ops.precision import check_precision
 from tokenbridge_jax.quantizer import AnyQuantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes
-from tokenbridge_jax.runtime.compilation_cache import TRACING
+from tokenbridge_jax.runtime.compilation_cache import compile_beside_others
 from tokenbridge_jax.runtime.errors import UserError
 
 
@@ -149,9 +149,8 @@ class Codec:
         batch = meshes.batch_sharding(self.mesh)
         with meshes.use_mesh(self.mesh):
             latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch)
-            with TRACING:
-                lowered = self._decode.lower(self.params, latents)
-            lowered.compile()  # JAX keeps it for later calls: see test_compiling_ahead.py.
+            # JAX keeps it for later calls, which test_compiling_ahead.py checks.
+            compile_beside_others(lambda: self._decode.lower(self.params, latents))
 
     def decode(
         self, indices: Shaped[np.ndarray | Array, "B L C"] | Any, grid: int | None = None

@@ -17,7 +17,7 @@ import collections
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,7 @@ SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.5,
 }
 
-# Held by threads that trace and lower a program. When several training steps were traced at the
-# same time, their text was another one in some runs, and they were not found on disk.
-TRACING = threading.Lock()
+_TRACING = threading.Lock()  # See `compile_beside_others`.
 
 # JAX's own, which it creates in every bounded folder. It waits for the lock as long.
 _LOCK, _LOCK_SECONDS = ".lockfile", 10
@@ -63,6 +61,17 @@ def enable() -> None:
         if name.upper() not in os.environ:
             jax.config.update(name, value)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def compile_beside_others(lower: Callable[[], jax.stages.Lowered]) -> Any:
+    """Compiles what `lower` traces and lowers, while other threads compile other programs.
+
+    They trace one after the other: when several training steps were traced at the same time, their
+    text was another one in some runs, and they were not found on disk.
+    """
+    with _TRACING:
+        lowered = lower()
+    return lowered.compile()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 from tokenbridge_jax.codec import check_values, padded_size
 from tokenbridge_jax.model import TokenBridgeConfig
 from tokenbridge_jax.runtime import checks, meshes
-from tokenbridge_jax.runtime.compilation_cache import TRACING
+from tokenbridge_jax.runtime.compilation_cache import compile_beside_others
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import Progress
 from tokenbridge_jax.sampling.sampler import Known, Request, generate, generate_steps, lower
@@ -157,10 +157,8 @@ def compile_batch(
       mesh: the devices.
     """
     images: Any = jax.ShapeDtypeStruct((rows,), np.int32, sharding=meshes.batch_sharding(mesh))
-    with meshes.use_mesh(mesh):
-        with TRACING:
-            lowered = lower(config, params, Request(images, images), settings)
-        lowered.compile()  # JAX keeps it for later calls of `generate`.
+    with meshes.use_mesh(mesh):  # JAX keeps it for later calls of `generate`.
+        compile_beside_others(lambda: lower(config, params, Request(images, images), settings))
 
 
 def batch_rows(count: int, batch_size: int | Any, mesh: Mesh) -> int:

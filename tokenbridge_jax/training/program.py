@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from tokenbridge_jax.data.workers import cores
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.runtime.compilation_cache import TRACING
+from tokenbridge_jax.runtime.compilation_cache import compile_beside_others
 from tokenbridge_jax.runtime.hardware import host_memory
 from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.training.optimizer import OptimizerConfig, RunNumbers, make_optimizer
@@ -103,9 +103,9 @@ class Program:
             return self.step.trace(self.abstract, batch, *scalars)
 
     def compile(self, batch: Any, draw: Any) -> Any:
-        """The program for draws like this one; `run` then uses it.
+        """The program for an abstract batch and draws like this one; `run` then uses it.
 
-        All batches of a `Program` have the shapes of this one, which may be abstract.
+        All batches of a `Program` have the same shapes.
         """
         kind = jax.tree.structure(draw)
         if kind not in self._compiled:
@@ -124,10 +124,13 @@ class Program:
         Several processes of a job compile a program when they need it: on GPUs they share the work
         of choosing algorithms, for which they must do the same at the same time.
         """
-        kinds = {jax.tree.structure(draw): draw for draw in itertools.islice(draws, LOOKAHEAD)}
         threads = min(cores() // CORES_PER_PROGRAM, host_memory() // MEMORY_PER_PROGRAM)
         if threads < 2 or jax.process_count() > 1:
             return
+        kinds = {jax.tree.structure(draw): draw for draw in itertools.islice(draws, LOOKAHEAD)}
+        batch = jax.tree.map(  # A thread that waits would keep the arrays.
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
+        )
         self.compile(batch, next(iter(kinds.values())))
         missing = {kind: draw for kind, draw in kinds.items() if kind not in self._compiled}
         if missing:
@@ -143,13 +146,8 @@ class Program:
             del self._compiled[kind]
 
     def _compile(self, batch: Any, draw: Any) -> Any:
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
-        )
         with meshes.use_mesh(self.mesh):
-            with TRACING:
-                lowered = self.trace(batch, draw).lower()
-            return lowered.compile()
+            return compile_beside_others(lambda: self.trace(batch, draw).lower())
 
     @functools.cached_property
     def _placed_numbers(self) -> RunNumbers:
