@@ -183,11 +183,18 @@ def sample(
     pipeline: Pipeline, samples: int, settings: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Samples, their classes, and the seconds that they took, without compiling."""
-    labels = make_labels("balanced", samples, pipeline.config.classes, seed=0)
-    pipeline.generate(labels[: settings["batch_size"]].tolist(), seed=1, **settings)
+    draw_samples(pipeline, min(samples, settings["batch_size"]), settings, seed=1)
     started = time.perf_counter()
-    images = pipeline.generate(labels.tolist(), seed=0, **settings)
+    images, labels = draw_samples(pipeline, samples, settings)
     return images, labels, time.perf_counter() - started
+
+
+def draw_samples(
+    pipeline: Pipeline, samples: int, settings: Mapping[str, Any], seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples and their classes."""
+    labels = make_labels("balanced", samples, pipeline.config.classes, seed=0)
+    return pipeline.generate(labels.tolist(), seed=seed, **settings), labels
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:

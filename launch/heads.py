@@ -36,7 +36,7 @@ from ablations import (
     once,
     run_logged,
 )
-from cifar10_options import SUBSET, Scorer, sample
+from cifar10_options import SUBSET, Scorer, draw_samples
 from codebooks import AUTOENCODERS, make_autoencoder, run_config, start_folder
 from ml_collections import ConfigDict
 from scripts import run_script
@@ -328,23 +328,20 @@ def draw_and_score(
     """The scores of samples with the guidance and temperature that a few samples choose."""
     section = ConfigDict(pipeline.facts["config"]).sampling
     own = sampling_settings(section).to_json() | {"batch_size": section.batch_size}
-
-    def draw(samples: int, **changes: Any) -> tuple[np.ndarray, np.ndarray]:
-        images, labels, _ = sample(pipeline, samples, own | changes)
-        return images, labels
-
     choices = [
         {"guidance": guidance, "temperature": temperature}
         for guidance, temperature in itertools.product(GUIDANCE, TEMPERATURE)
     ]
     found = []
     for choice in choices:
-        images, _ = draw(comparison.tuning, num_iter=CHOOSING_STEPS, **choice)
+        settings = own | choice | {"num_iter": CHOOSING_STEPS}
+        images, _ = draw_samples(pipeline, comparison.tuning, settings)
         found.append(scorer.distance(scorer.extract(images)))
     best = choices[int(np.argmin(found))]
     result: dict[str, Any] = dict(best)
     for steps in STEPS:
-        images, labels = draw(comparison.samples, num_iter=steps, **best)
+        settings = own | best | {"num_iter": steps}
+        images, labels = draw_samples(pipeline, comparison.samples, settings)
         result |= {f"{key}_{steps}": value for key, value in scorer(images, labels).items()}
     shown = np.concatenate([images[labels == label][:2] for label in np.unique(labels)])
     storage.write_npz(folder / "shown.npz", {"images": shown})
