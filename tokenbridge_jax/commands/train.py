@@ -89,7 +89,6 @@ def main(args: flags.FlagValues) -> int:
     check_training(config, "training", make_mesh(config))
     info = read_tokens(config, workdir)
     names, notes = agree_on_classes(config, workdir, info)
-
     if len(names) < config.data.num_classes:
         notes.append(
             f"the shards have {len(names)} classes and data.num_classes is "
