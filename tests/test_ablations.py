@@ -1,5 +1,6 @@
-"""The ablation script's results: densities, tables, pairs."""
+"""The ablation script's results: densities, tables, pairs; its processes."""
 
+import os
 import runpy
 import sys
 
@@ -33,6 +34,16 @@ def test_a_command_that_was_told_to_stop_has_not_failed(tmp_path, monkeypatch, s
     monkeypatch.setattr(SCRIPT["runner"], "run", lambda *_: status)
     with pytest.raises(UserError, match="stopped; the same command continues"):
         SCRIPT["run_logged"]("sample", tmp_path)
+
+
+def test_processes_share_the_cores_and_one_that_is_killed_ends_the_script(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setitem(SCRIPT["processes"].__globals__, "cores", lambda: 7)
+    with SCRIPT["processes"](2) as pool:
+        variables = [("OPENBLAS_NUM_THREADS",), ("NOT_SET", "a"), ("NOT_SET", "b")]
+        assert SCRIPT["do_all"](pool, os.getenv, variables) == ["3", "a", "b"]
+        with pytest.raises(UserError, match=r"a process was killed.*--jobs"):
+            SCRIPT["do_all"](pool, os._exit, [(1,)])
 
 
 def _row(name: str, fid: float | None, density: list[float], distance: list[float]) -> dict:

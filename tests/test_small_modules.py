@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tokenbridge_jax.pipeline.filling import fill_hidden
 from tokenbridge_jax.runtime import pictures, progress, safetensors_file, storage
 from tokenbridge_jax.runtime.errors import UserError
-from tokenbridge_jax.runtime.progress import Progress, format_seconds
+from tokenbridge_jax.runtime.progress import Progress, format_rate, format_seconds
 
 # --- Storage --------------------------------------------------------------------------------------
 
@@ -238,6 +238,14 @@ def clock(monkeypatch):
     clock.monotonic = lambda: clock.now
     monkeypatch.setattr(progress, "time", clock)
     return clock
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0.0, "0.0 runs/s"), (0.06, "0.1 runs/s"), (1 / 30, "2.0 runs/min"), (1 / 3600, "1.0 runs/h")],
+)
+def test_slow_work_has_its_rate_in_minutes_or_hours(rate: float, text: str):
+    assert format_rate(rate, "runs") == text
 
 
 def test_a_line_has_the_progress_the_rate_and_the_time_left(clock, capsys):

@@ -25,6 +25,14 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
+def format_rate(rate: float, unit: str) -> str:
+    """Formats a rate a second with the first of s, min and h in which it is not 0.0."""
+    for seconds, name in ((1, "s"), (60, "min"), (3600, "h")):
+        if rate * seconds >= 0.05:
+            return f"{rate * seconds:.1f} {unit}/{name}"
+    return f"0.0 {unit}/s"
+
+
 class Progress:
     """Prints `desc done/total rate eta` and the fields given, at most every `every_seconds`.
 
@@ -100,7 +108,7 @@ class Progress:
         eta = format_seconds(remaining / self.rate) if self.rate else "?"
         share = f" ({self._done / self._total:.0%})" if self._total else ""
         parts = [f"{self._desc} {self._done}/{self._total}{share}"]
-        parts.append(f"{self.rate:.1f} {self._unit}/s")
+        parts.append(format_rate(self.rate, self._unit))
         parts.append(f"took {format_seconds(self.elapsed)}" if remaining <= 0 else f"eta {eta}")
         for name, value in self._fields.items():
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
