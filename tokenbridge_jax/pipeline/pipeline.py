@@ -18,7 +18,7 @@ import tokenbridge_jax.pipeline.programs as saved_programs
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec, check_values, in_batches
 from tokenbridge_jax.loss import position_nll
-from tokenbridge_jax.model import DRAWING_FIELDS, abstract_params
+from tokenbridge_jax.model import DRAWING_FIELDS, TokenBridgeConfig, abstract_params
 from tokenbridge_jax.ops.precision import check_precision
 from tokenbridge_jax.pipeline.description import ClassId, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, storage
@@ -138,30 +138,7 @@ class Pipeline:
         first = None if ahead is None else _first_batch(ahead, mesh)
         if jax.process_count() > 1:
             first = None
-
-        def load_codec() -> Codec:
-            local = meshes.make_mesh(devices=jax.local_devices())
-            codec = Codec(*load_autoencoder(folder), config.quantizer, local, precision)
-            if first:
-                grid = round(config.positions**0.5)
-                codec.compile_decoder(first[0], grid, grid)
-            return codec
-
-        threads = ThreadPoolExecutor(2)
-        loading = threads.submit(load_codec)
-        try:
-            abstract = abstract_params(config, mesh)
-            if first:
-                compiling = threads.submit(compile_batch, config, abstract, *first, mesh)
-            params, step = pretrained.load_weights(workdir, abstract, step=step)
-        except Exception:
-            loading.result()  # An error of the autoencoder takes the place of the model's.
-            raise
-        finally:
-            threads.shutdown(wait=False)
-        codec = loading.result()
-        if first:
-            compiling.result()
+        params, step, codec = _read_and_compile(workdir, config, mesh, step, precision, first)
         if (workdir / "config.json").exists():
             facts["config"] = storage.read_json(workdir / "config.json")
         pipeline = cls(description, params, codec, mesh, step, facts)
@@ -420,3 +397,43 @@ def _first_batch(ahead: Any, mesh: Mesh) -> tuple[int, SamplingSettings]:
     count = checks.at_least("count", ahead["count"], 1)
     rows = batch_rows(count, ahead.get("batch_size", BATCH_SIZE), mesh)
     return rows, make_settings(settings)
+
+
+def _read_and_compile(
+    workdir: epath.Path,
+    config: TokenBridgeConfig,
+    mesh: Mesh,
+    step: int | None,
+    precision: str,
+    first: tuple[int, SamplingSettings] | None,
+) -> tuple[dict[str, Any], int, Codec]:
+    """The model's parameters with their step, and the codec, which are read at the same time.
+
+    With a `first` batch its programs are compiled meanwhile, or read if they are on disk.
+    """
+
+    def load_codec() -> Codec:
+        local = meshes.make_mesh(devices=jax.local_devices())
+        parts = load_autoencoder(workdir / "autoencoder")
+        codec = Codec(*parts, config.quantizer, local, precision)
+        if first:
+            grid = round(config.positions**0.5)
+            codec.compile_decoder(first[0], grid, grid)
+        return codec
+
+    threads = ThreadPoolExecutor(2)
+    loading = threads.submit(load_codec)
+    try:
+        abstract = abstract_params(config, mesh)
+        if first:
+            compiling = threads.submit(compile_batch, config, abstract, *first, mesh)
+        params, step = pretrained.load_weights(workdir, abstract, step=step)
+    except Exception:
+        loading.result()  # An error of the autoencoder takes the place of the model's.
+        raise
+    finally:
+        threads.shutdown(wait=False)
+    codec = loading.result()
+    if first:
+        compiling.result()
+    return params, step, codec
