@@ -297,7 +297,7 @@ def test_a_step_that_was_compiled_ahead_is_not_compiled_again(mesh, tmp_path, ca
 @pytest.fixture
 def large_host(monkeypatch):
     """A host on which two programs are compiled at a time."""
-    monkeypatch.setattr(program, "cores", lambda: 8)
+    monkeypatch.setattr(program, "host_cores", lambda: 8)
     monkeypatch.setattr(program, "host_memory", lambda: 16 * 2**30)
 
 
@@ -306,7 +306,7 @@ def two_kinds(step):
     return (None, ())[step % 2]
 
 
-@pytest.mark.parametrize("small", [None, "cores", "host_memory"])
+@pytest.mark.parametrize("small", [None, "host_cores", "host_memory"])
 def test_programs_are_compiled_in_threads_on_large_hosts(
     small, mesh, tmp_path, straight, large_host, monkeypatch, caplog, capsys
 ):

@@ -251,25 +251,13 @@ def test_workers_end_when_their_parent_is_killed(start):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("max 100000", 6), ("250000 100000", 3), ("50000 100000", 1), (None, 6)]
-)
-def test_the_cores_of_a_container_count(monkeypatch, tmp_path, text, expected):
-    quota = tmp_path / "cpu.max"
-    if text:
-        quota.write_text(f"{text}\n")
-    monkeypatch.setattr(workers, "_CPU_QUOTA", quota)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
-    assert workers.cores() == expected
-
-
 def test_few_pictures_need_few_processes(monkeypatch):
-    monkeypatch.setattr(workers, "cores", lambda: 16)
+    monkeypatch.setattr(workers, "host_cores", lambda: 16)
     pictures = (10, 999, 1000, 7999, 10**6)
     assert [count_workers(0, number) for number in pictures] == [0, 0, 2, 15, 16]
     # A number that the user gives is taken as it is; one process is this one.
     assert [count_workers(asked, 10) for asked in (1, 2, 64)] == [0, 2, 64]
-    monkeypatch.setattr(workers, "cores", lambda: 128)
+    monkeypatch.setattr(workers, "host_cores", lambda: 128)
     assert count_workers(0, 10**6) == 32
     with pytest.raises(UserError, match=r"data.workers is -1, must be at least 0"):
         count_workers(-1, 10)

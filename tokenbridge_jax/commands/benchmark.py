@@ -36,9 +36,9 @@ from tokenbridge_jax.benchmark.measure import Case, Reporter
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.config import filled, make_mesh
-from tokenbridge_jax.data.workers import cores
 from tokenbridge_jax.ops.precision import PRECISIONS
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.hardware import host_cores
 
 WORDS = ("train", "sample", "head", "autoencoder", "quantize", "loader", "images")
 
@@ -134,7 +134,7 @@ def make_cases(args: flags.FlagValues, what: str) -> list[Case]:
             config, batches, args.records, Path(args.data) if args.data else None
         )
     if what == "images":
-        workers = sorted({1, cores()})
+        workers = sorted({1, host_cores()})
         return images_speed.cases(config, batches, numbers("workers", (workers, workers)))
     mesh = make_mesh(config)
     if what == "sample":

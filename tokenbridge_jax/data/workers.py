@@ -10,8 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
-import os
 import pickle
 import shutil
 import signal
@@ -29,6 +27,7 @@ import numpy as np
 
 from tokenbridge_jax.runtime import children
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.hardware import host_cores
 from tokenbridge_jax.runtime.progress import say
 
 # A process starts in one to three seconds, in which a core decodes at least so many pictures.
@@ -42,8 +41,6 @@ NOTE_BYTES = 2**10
 # What a result of any size takes beside its arrays.
 _MARGIN = 2**12
 _SHARED_MEMORY = Path("/dev/shm")
-# Microseconds of all cores together that a container may use in a period, and the period.
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -61,7 +58,7 @@ def count_workers(asked: int, pictures: int) -> int:
     if asked < 0:
         raise UserError(f"config.data.workers is {asked}, must be at least 0")
     if not asked:
-        asked = min(cores(), _MOST_PROCESSES, pictures // _LEAST_PICTURES)
+        asked = min(host_cores(), _MOST_PROCESSES, pictures // _LEAST_PICTURES)
     return asked if asked > 1 else 0
 
 
@@ -228,17 +225,6 @@ def _copied(memory: SharedMemory, made: tuple[int, list[int]]) -> Any:
     place = np.ndarray(sum(sizes), np.uint8, memory.buf, begin)
     result, *arrays = (part.copy() for part in np.split(place, np.cumsum(sizes)[:-1]))
     return pickle.loads(result.tobytes(), buffers=arrays)
-
-
-def cores() -> int:
-    """The number of cores that this process may use: those of the machine, or of its container."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = found or 1
-    if _CPU_QUOTA.exists():
-        quota, period = _CPU_QUOTA.read_text().split()
-        if quota != "max":
-            found = min(found, math.ceil(int(quota) / int(period)))
-    return found
 
 
 def _that_fit(workers: int, slot_bytes: int) -> int:

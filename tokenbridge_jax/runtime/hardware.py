@@ -1,6 +1,7 @@
-"""The devices of a job: kind, number, memory, and peak rates of matrix products."""
+"""The devices of a job: kind, number, memory, peak rates. Cores and memory of this host."""
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -36,8 +37,8 @@ PEAK_FLOPS = (
     ("V100", 125e12),
 )
 
-
-_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# Where Linux says what a container may use (cgroup v2); other systems have no such folder.
+_LIMITS = Path("/sys/fs/cgroup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,28 @@ class Devices:
         return cls(device.device_kind, device.platform, jax.device_count(), slices, memory)
 
 
+def host_cores() -> int:
+    """The cores that this process may use: those of this host, or of its container."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = found or 1
+    if limit := _limit("cpu.max"):
+        # Microseconds of all cores together in a period, and the period.
+        quota, period = limit
+        found = min(found, math.ceil(quota / period))
+    return found
+
+
 def host_memory() -> int:
     """Bytes of memory of this host, or of the container that the process is in."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _MEMORY_LIMIT.read_text().strip() if _MEMORY_LIMIT.exists() else "max"
-    return total if limit == "max" else min(total, int(limit))
+    return min([total, *_limit("memory.max")])
+
+
+def _limit(name: str) -> list[int]:
+    """The numbers of a limit of the container; none if there is no limit."""
+    path = _LIMITS / name
+    words = path.read_text().split() if path.exists() else ["max"]
+    return [] if words[0] == "max" else list(map(int, words))
 
 
 def listed_flops(device_kind: str) -> float | None:

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tokenbridge_jax.data.workers import cores
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.compilation_cache import compile_beside_others
-from tokenbridge_jax.runtime.hardware import host_memory
+from tokenbridge_jax.runtime.hardware import host_cores, host_memory
 from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.training.optimizer import OptimizerConfig, RunNumbers, make_optimizer
 from tokenbridge_jax.training.state import TrainState, abstract_state
@@ -124,7 +123,7 @@ class Program:
         Several processes of a job compile a program when they need it: on GPUs they share the work
         of choosing algorithms, for which they must do the same at the same time.
         """
-        threads = min(cores() // CORES_PER_PROGRAM, host_memory() // MEMORY_PER_PROGRAM)
+        threads = min(host_cores() // CORES_PER_PROGRAM, host_memory() // MEMORY_PER_PROGRAM)
         if threads < 2 or jax.process_count() > 1:
             return
         kinds = {jax.tree.structure(draw): draw for draw in itertools.islice(draws, LOOKAHEAD)}
