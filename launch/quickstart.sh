@@ -22,7 +22,7 @@ tokenbridge=.venv/bin/tokenbridge
 
 echo "== 1/4 train-vae: an autoencoder for digits"
 echo "   (Both trainings first list the network's parameters. \"peak\" is the fastest matrix product of"
-echo "   this machine, and in later lines the share of it that the training reaches.)"
+echo "   this machine, and \"MFU\" in later lines the share of it that the training reaches.)"
 "$tokenbridge" train-vae --config configs/digits.py --workdir "$workdir"
 echo "== 2/4 tokenize: digits -> indices"
 "$tokenbridge" tokenize --workdir "$workdir"

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import re
 import shutil
 import signal
 import threading
@@ -209,7 +210,7 @@ def test_hooks_join_their_steps_line_and_lines_come_when_due(mesh, tmp_path, cap
     # 4 x 8 + 8 + 8 x 3 + 3 parameters.
     assert f"toy: 67 parameters ({tmp_path / 'parameters.txt'})" in printed
     assert "first/kernel" in (tmp_path / "parameters.txt").read_text()
-    assert "toy 6/6" in printed
+    assert re.search(r"^toy 6/6 .*  loss [\d.]+  MFU \d+\.\d%$", printed, re.MULTILINE)
     peak = 1e12 * float(printed.partition("peak ")[2].split()[0])
     share = rows[0]["images_per_second"] * 1e3 / peak
     assert rows[0]["share_of_peak"] == pytest.approx(share, rel=0.01)

@@ -276,7 +276,7 @@ class _Report:
             self._since = (self._step, self._seen)
             return
         share = self._speed()["share_of_peak"]
-        self._progress.update(1, loss=self._values["loss"], peak=f"{share:.1%}")
+        self._progress.update(1, loss=self._values["loss"], MFU=f"{share:.1%}")
 
     def _speed(self) -> dict[str, float]:
         """Images per second since the last line, and the share of the peak that this is."""
