@@ -113,6 +113,16 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_more_steps_than_positions_are_not_made_and_a_line_says_so(sample, tmp_path, capsys):
+    images = []
+    for steps in (16, 20):  # The model has 16 positions.
+        assert sample("--num_images=4", f"--config.sampling.num_iter={steps}") == 0
+        images.append(storage.read_npz(tmp_path / "samples.npz")["arr_0"])
+        line = f"sampling.num_iter={steps} is more than the 16 positions: 16 steps are made\n"
+        assert capsys.readouterr().err.count(line) == (steps == 20)
+    np.testing.assert_array_equal(*images)
+
+
 @pytest.mark.parametrize("kind", ["png", "webp"])
 def test_shards_write_the_pictures_of_one_job(sample, drawn, expected, labels, tmp_path, kind):
     for shard in (2, 0, 1):

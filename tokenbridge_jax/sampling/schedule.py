@@ -26,7 +26,8 @@ class SamplingSettings:
     """How to sample.
 
     Attributes:
-      num_iter: number of reveal steps; the paper's figures use 256.
+      num_iter: number of reveal steps; the paper's figures use 256. Each reveals a position, so
+        there are never more than L: higher numbers draw the same images.
       guidance: scale of classifier-free guidance, on the backbone's features; 1 turns it off and
         saves the null branch.
       guidance_schedule: "linear", from 1 with everything hidden to `guidance`, or "constant".
