@@ -183,8 +183,17 @@ def test_a_second_start_draws_what_is_missing(sample, drawn, expected, tmp_path,
         ("labels.npy", first["labels.npy"])
     }
     # Fewer images: nothing is drawn, and every picture keeps its label.
+    capsys.readouterr()
     assert sample("--format=png", "--num_images=4") == 0
     assert drawn[3:] == [[]]
+    printed = capsys.readouterr()
+    folder = tmp_path / "images"
+    assert printed.err == f"{folder} holds 23 images, 4 are asked for: nothing to draw\n"
+    assert printed.out == f"wrote {tmp_path / 'grid.png'}\n"
+    assert sample("--format=png", "--shard=1/3") == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"{folder} holds 23 images, 7 are asked for: nothing to draw\n"
+    assert not printed.out
     held = np.load(tmp_path / "images" / "labels.npy").tolist()
     assert held == list(itertools.islice(itertools.cycle(CLASSES), 23))
     np.testing.assert_array_equal(read_pictures(tmp_path / "images", "png")[:COUNT], expected)
@@ -227,7 +236,7 @@ def test_what_is_not_of_this_command_stays_and_leftovers_of_killed_runs_go(
     Image.new("L", (4, 4)).save(folder / f"{3:07d}.png")
     assert sample("--format=png") == runner.EXIT_USER_ERROR
     error = capsys.readouterr().err
-    assert "21 of 21 images: nothing to draw" in error
+    assert "holds 21 images, 21 are asked for: nothing to draw" in error
     assert "0000003.png is not 8x8 pixels; remove it and run again" in error
     (folder / "settings.json").write_text("[]")
     refuses("settings.json does not hold settings; remove the folder", "--format=png")

@@ -119,7 +119,7 @@ def main(args: flags.FlagValues) -> None:
             _write_pictures(written, parts, args.format, classes, count)
     if jax.process_index() > 0:
         return
-    wrote = f"wrote {written} ({len(share)} images)"
+    wrote = [f"{written} ({len(share)} images)"] if len(missing) else []
     if draws_grid:
         images = [
             # An earlier call wrote the others.
@@ -128,8 +128,9 @@ def main(args: flags.FlagValues) -> None:
         ]
         grid = pictures.grid(np.stack(images), columns=min(len(classes), 10))
         pictures.write_png(output / "grid.png", grid)
-        wrote += f" and {output / 'grid.png'}"
-    print(wrote)
+        wrote.append(f"{output / 'grid.png'}")
+    if wrote:
+        print(f"wrote {' and '.join(wrote)}")
 
 
 def _ahead(args: flags.FlagValues, output: epath.Path) -> dict[str, Any] | None:
@@ -169,15 +170,17 @@ def _facts(
 
 def _missing(folder: epath.Path, share: Int[np.ndarray, " n"], kind: str) -> Int[np.ndarray, " m"]:
     """The images of this share that are not in the folder yet."""
-    missing = np.setdiff1d(share, _held(folder, kind))
+    held = _held(folder, kind)
+    missing = np.setdiff1d(share, held)
     # No process writes before all have looked.
     seen = processes.gather(hashlib.sha256(missing.tobytes()).hexdigest())
     if len(set(seen)) > 1:
         raise UserError(f"the processes of this job see different files in {folder}: share it")
-    if len(missing) < len(share):
+    if not len(missing):  # There may be more, of an earlier call or of other shards.
+        say(f"{folder} holds {len(held)} images, {len(share)} are asked for: nothing to draw")
+    elif len(missing) < len(share):
         done = len(share) - len(missing)
-        others = "drawing the others" if len(missing) else "nothing to draw"
-        say(f"{folder} holds {done} of {len(share)} images: {others}")
+        say(f"{folder} holds {done} of {len(share)} images: drawing the others")
     return missing
 
 

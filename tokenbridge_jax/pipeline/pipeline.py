@@ -285,7 +285,7 @@ class Pipeline:
         images, wanted = None, 0
         if total:  # While the program that draws is compiled.
             self.codec.compile_decoder(size, self.grid, self.grid)
-        with Progress(total, desc="sample", visible=visible) as progress:
+        with Progress(total, desc="sample", visible=visible and total > 0) as progress:
             for count, drawn in started:
                 if images is not None:
                     yield np.asarray(images)[:wanted]
