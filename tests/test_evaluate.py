@@ -122,7 +122,12 @@ def test_a_stopped_run_continues(folder, scored, monkeypatch, capsys):
     assert {path.name: path.read_bytes() for path in scored.glob("*.npy")} == before
     (again,) = results_of(folder / "model" / "evaluation")
     assert again["metrics"] == metrics
-    assert generate(folder, "--num_images=9") == 0
+    for count in (22, 9):
+        capsys.readouterr()
+        assert generate(folder, f"--num_images={count}") == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert f"{scored} holds 22 samples, {count} are asked for: nothing to draw" in lines
+        assert not [line for line in lines if line.startswith("sample ")]  # Progress.
     assert drawn == [*range(16, 22)]
     assert results_of(folder / "model" / "evaluation")[-1]["facts"]["samples"] == 9
 

@@ -174,7 +174,10 @@ def draw(
     """
     parts = _read_parts(folder)
     done = sum(map(len, parts))
-    if done:
+    draws = done < len(labels)
+    if not draws:
+        say(f"{folder} holds {done} samples, {len(labels)} are asked for: nothing to draw")
+    elif done:
         say(f"{folder} holds {done} samples: continuing from there")
     if len(set(processes.gather(str(done)))) > 1:
         raise UserError(f"the processes of this job see different files in {folder}: share it")
@@ -189,7 +192,7 @@ def draw(
         numbers=range(done, len(labels)),
     )
     first = jax.process_index() == 0
-    with Progress(len(labels), desc="sample", done=done, visible=first) as bar:
+    with Progress(len(labels), desc="sample", done=done, visible=first and draws) as bar:
         for count, drawn in started:
             with meshes.use_mesh(pipeline.mesh):
                 indices = meshes.on_host(drawn)[:count]
