@@ -42,7 +42,6 @@ from tokenbridge_jax.config import experiments, sampling_settings
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.loader import validation_batches
 from tokenbridge_jax.data.sources import load_prepared, make_source, make_subsets
-from tokenbridge_jax.data.workers import cores
 from tokenbridge_jax.evaluation.features import thumbnails
 from tokenbridge_jax.evaluation.metrics import frechet_distance
 from tokenbridge_jax.evaluation.moments import gaussian
@@ -50,6 +49,7 @@ from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.differences import first_difference
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.hardware import host_cores
 from tokenbridge_jax.runtime.progress import Progress
 from tokenbridge_jax.training.metric_writer import read_metrics
 
@@ -205,7 +205,7 @@ def processes(jobs: int) -> ProcessPoolExecutor:
     distances of 1,280 features at the same time took 15 times as long with 16 threads each on two
     cores as with one thread each.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, cores() // jobs)))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, host_cores() // jobs)))
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
 
 

@@ -38,7 +38,7 @@ def test_a_command_that_was_told_to_stop_has_not_failed(tmp_path, monkeypatch, s
 
 def test_processes_share_the_cores_and_one_that_is_killed_ends_the_script(monkeypatch):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    monkeypatch.setitem(SCRIPT["processes"].__globals__, "cores", lambda: 7)
+    monkeypatch.setitem(SCRIPT["processes"].__globals__, "host_cores", lambda: 7)
     with SCRIPT["processes"](2) as pool:
         variables = [("OPENBLAS_NUM_THREADS",), ("NOT_SET", "a"), ("NOT_SET", "b")]
         assert SCRIPT["do_all"](pool, os.getenv, variables) == ["3", "a", "b"]
