@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from tokenbridge_jax.config import parse_arg, settable
-from tokenbridge_jax.model import SIZES
+from tokenbridge_jax.model_config import SIZES
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

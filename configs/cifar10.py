@@ -20,7 +20,7 @@ values of `configs/base.py`.
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.config import experiment, parse_arg
-from tokenbridge_jax.model import SIZES
+from tokenbridge_jax.model_config import SIZES
 from tokenbridge_jax.runtime.errors import UserError
 
 SMALL = dict(

@@ -24,7 +24,7 @@ autoencoder, have the values of `configs/base.py`.
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.config import experiment, parse_arg
-from tokenbridge_jax.model import SIZES
+from tokenbridge_jax.model_config import SIZES
 from tokenbridge_jax.runtime.errors import UserError
 
 # Guidance and temperature of the published figures; B's were not published.

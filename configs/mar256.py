@@ -17,7 +17,7 @@ Arguments: `size=B|L|H`. Other keys have the values of `configs/base.py`.
 from ml_collections import ConfigDict
 
 from tokenbridge_jax.config import experiment, parse_arg
-from tokenbridge_jax.model import SIZES
+from tokenbridge_jax.model_config import SIZES
 from tokenbridge_jax.runtime.errors import UserError
 
 # The width and residual blocks of the head, and the guidance that was published with it.

@@ -21,7 +21,8 @@ from tokenbridge_jax.heads import diffusion
 from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.heads.noise_schedule import NoiseSchedule
 from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, merge
+from tokenbridge_jax.model import TokenBridge, merge
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.quantizer import Unquantized
 from tokenbridge_jax.sampling.orders import sample_keys
 from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate

@@ -11,7 +11,8 @@ import numpy as np
 
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import TokenBridge, abstract_params
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate

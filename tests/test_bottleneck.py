@@ -37,7 +37,7 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.config import experiment
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.tokenizing import quantizer_of
-from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.quantizer import Codebook, quantizer_from_json
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError

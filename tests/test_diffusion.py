@@ -31,7 +31,8 @@ from tokenbridge_jax.heads.conditioned_mlp import SINUSOIDS, draw_noise
 from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.heads.noise_schedule import NoiseSchedule
 from tokenbridge_jax.loss import Examples, MaskDraw, image_loss, training_loss
-from tokenbridge_jax.model import SIZES, TokenBridge, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import TokenBridge, abstract_params
+from tokenbridge_jax.model_config import SIZES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import Unquantized
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError

@@ -13,7 +13,8 @@ from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig
 from tokenbridge_jax.autoencoder import abstract_params as abstract_autoencoder
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.flops import decode_flops, encode_flops, sampling_flops
-from tokenbridge_jax.model import SIZES, TokenBridge, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import TokenBridge, abstract_params
+from tokenbridge_jax.model_config import SIZES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.sampling.schedule import SamplingSettings
 

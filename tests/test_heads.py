@@ -14,7 +14,8 @@ from tiny_model import TINY, head_method, loss_flops, random_params, tiny, tiny_
 
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.config import ConfigDict, model_config
-from tokenbridge_jax.model import SIZES, TokenBridge, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import TokenBridge, abstract_params
+from tokenbridge_jax.model_config import SIZES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError

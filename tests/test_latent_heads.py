@@ -23,8 +23,9 @@ from tiny_model import (
 from tokenbridge_jax.flops import head_flops
 from tokenbridge_jax.heads.conditioned_mlp import SINUSOIDS
 from tokenbridge_jax.heads.head import Guidance
-from tokenbridge_jax.model import HEADS as REGISTERED
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import TokenBridge, abstract_params
+from tokenbridge_jax.model_config import HEADS as REGISTERED
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.quantizer import Unquantized
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.runtime.errors import UserError

@@ -30,7 +30,8 @@ from tiny_model import (
 )
 
 from tokenbridge_jax.loss import Examples, MaskDraw, image_nll, sum_over_chunks, training_loss
-from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import abstract_params
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
 

@@ -16,7 +16,8 @@ from scipy import stats
 from tiny_model import leaf_names, loss_flops, tiny
 
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
-from tokenbridge_jax.model import SIZES, TokenBridgeConfig, abstract_params, init_params
+from tokenbridge_jax.model import abstract_params, init_params
+from tokenbridge_jax.model_config import SIZES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge.official import BUFFERS, table

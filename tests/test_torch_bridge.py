@@ -18,7 +18,7 @@ from torch_states import ATTENTION, GOLDENS, STATE, TINY, assert_same, in_diffus
 
 from tokenbridge_jax.autoencoder import Autoencoder, AutoencoderConfig, abstract_params, init_params
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
-from tokenbridge_jax.model import SIZES, TokenBridgeConfig
+from tokenbridge_jax.model_config import SIZES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge import state_dicts

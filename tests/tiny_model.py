@@ -18,7 +18,8 @@ from tokenbridge_jax.autoencoder import AutoencoderConfig, autoencoder_hash
 from tokenbridge_jax.autoencoder import init_params as init_autoencoder
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.loss import Examples, MaskDraw, training_loss
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import TokenBridge, abstract_params
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.ops.attention import plain_attention
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.quantizer import Quantizer

@@ -26,7 +26,7 @@ from tokenbridge_jax.experiments import (  # noqa: F401
     parse_arg,
     settable,
 )
-from tokenbridge_jax.model import DTYPES, HEADS, TokenBridgeConfig
+from tokenbridge_jax.model_config import DTYPES, HEADS, TokenBridgeConfig
 from tokenbridge_jax.quantizer import AnyQuantizer, Unquantized
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.errors import UserError

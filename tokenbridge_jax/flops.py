@@ -6,7 +6,7 @@ recomputation are not counted.
 """
 
 from tokenbridge_jax.autoencoder import AutoencoderConfig
-from tokenbridge_jax.model import HEADS, TokenBridgeConfig
+from tokenbridge_jax.model_config import HEADS, TokenBridgeConfig
 from tokenbridge_jax.sampling.schedule import (
     SamplingSettings,
     guidance_scales,

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
+from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.transformer import unstack
 

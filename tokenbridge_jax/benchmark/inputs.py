@@ -20,7 +20,8 @@ from tokenbridge_jax.channels import resolve_channel_order
 from tokenbridge_jax.config import autoencoder_config, check_values, model_config, of_latents
 from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.data.tokenizing import quantizer_of
-from tokenbridge_jax.model import SIZES, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import abstract_params
+from tokenbridge_jax.model_config import SIZES, TokenBridgeConfig
 from tokenbridge_jax.runtime import meshes
 
 VIEWS = 2

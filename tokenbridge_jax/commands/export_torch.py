@@ -19,7 +19,8 @@ from etils import epath
 from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
-from tokenbridge_jax.model import HEADS, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import abstract_params
+from tokenbridge_jax.model_config import HEADS, TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.pipeline.pretrained import load_weights
 from tokenbridge_jax.quantizer import Quantizer

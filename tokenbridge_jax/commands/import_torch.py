@@ -49,7 +49,8 @@ from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.config import model_config
 from tokenbridge_jax.data.tokenizing import make_quantizer
-from tokenbridge_jax.model import HEADS, SIZES, TokenBridgeConfig, init_params
+from tokenbridge_jax.model import init_params
+from tokenbridge_jax.model_config import HEADS, SIZES, TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer, Unquantized

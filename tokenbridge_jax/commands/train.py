@@ -45,7 +45,7 @@ from tokenbridge_jax.evaluation.features import extract
 from tokenbridge_jax.evaluation.generation import decoded_images, make_labels
 from tokenbridge_jax.evaluation.networks import default_folder, make_extractor
 from tokenbridge_jax.evaluation.scores import find_reference, generation_scores
-from tokenbridge_jax.model import FIXED_FIELDS, TokenBridgeConfig
+from tokenbridge_jax.model_config import FIXED_FIELDS, TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.runtime import meshes, pictures, storage

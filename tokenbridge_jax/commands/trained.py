@@ -6,7 +6,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from tokenbridge_jax.config import AUTO, make_mesh, sampling_settings
-from tokenbridge_jax.model import DRAWING_FIELDS, FIXED_FIELDS
+from tokenbridge_jax.model_config import DRAWING_FIELDS, FIXED_FIELDS
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import storage

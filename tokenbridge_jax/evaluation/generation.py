@@ -17,7 +17,7 @@ from jaxtyping import Int, Shaped
 
 from tokenbridge_jax.codec import Codec
 from tokenbridge_jax.evaluation.image_sets import ImageSet, rgb
-from tokenbridge_jax.model import DRAWING_FIELDS
+from tokenbridge_jax.model_config import DRAWING_FIELDS
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage
 from tokenbridge_jax.runtime.differences import first_difference

@@ -27,7 +27,8 @@ from tokenbridge_jax.data.shards import DatasetInfo
 from tokenbridge_jax.evaluation import calibration, figures, report
 from tokenbridge_jax.evaluation.calibration import Calibration
 from tokenbridge_jax.loss import Examples, MaskDraw, map_slots
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
+from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.pipeline import Pipeline
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.quantizer import Unquantized

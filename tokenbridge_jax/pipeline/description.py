@@ -9,7 +9,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from tokenbridge_jax.data.class_names import class_number
-from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.runtime import checks, storage
 from tokenbridge_jax.runtime.errors import UserError
 

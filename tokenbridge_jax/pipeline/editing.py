@@ -21,7 +21,7 @@ from jaxtyping import Bool, Shaped, UInt8
 
 from tokenbridge_jax.codec import Codec, check_images, in_batches
 from tokenbridge_jax.data.images import MAX_PIXELS
-from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import ClassId
 from tokenbridge_jax.pipeline.filling import fill_hidden
 from tokenbridge_jax.runtime import checks

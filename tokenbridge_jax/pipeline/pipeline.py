@@ -18,7 +18,8 @@ import tokenbridge_jax.pipeline.programs as saved_programs
 from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec, check_values, in_batches
 from tokenbridge_jax.loss import position_nll
-from tokenbridge_jax.model import DRAWING_FIELDS, TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import abstract_params
+from tokenbridge_jax.model_config import DRAWING_FIELDS, TokenBridgeConfig
 from tokenbridge_jax.ops.precision import check_precision
 from tokenbridge_jax.pipeline.description import ClassId, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, storage

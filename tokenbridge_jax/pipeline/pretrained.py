@@ -24,7 +24,7 @@ from etils import epath
 
 from tokenbridge_jax.autoencoder import save_autoencoder
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.model import HEADS
+from tokenbridge_jax.model_config import HEADS
 from tokenbridge_jax.pipeline import programs
 from tokenbridge_jax.pipeline.description import MODEL_FILE, ModelDescription
 from tokenbridge_jax.runtime import meshes, processes, safetensors_file, storage

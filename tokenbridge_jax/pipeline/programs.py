@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tokenbridge_jax.codec import Codec
-from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.runtime import compilation_cache, storage
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.progress import say

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from tokenbridge_jax.codec import check_values, padded_size
-from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.runtime import checks, meshes
 from tokenbridge_jax.runtime.compilation_cache import compile_beside_others
 from tokenbridge_jax.runtime.errors import UserError

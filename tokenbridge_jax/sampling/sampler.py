@@ -37,7 +37,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from tokenbridge_jax.heads.head import Guidance
-from tokenbridge_jax.model import TokenBridge, TokenBridgeConfig
+from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import hidden_first, make_orders, sample_keys
 from tokenbridge_jax.sampling.schedule import (

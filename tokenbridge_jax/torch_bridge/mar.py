@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tokenbridge_jax.model import TokenBridgeConfig
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.torch_bridge.table import Entry, count, linear, norm, size
 
 # What MAR calls the positions of the backbone's features.

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import abstract_params
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.torch_bridge import mar

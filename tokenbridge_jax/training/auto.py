@@ -21,7 +21,8 @@ import jax
 from etils import epath
 
 from tokenbridge_jax.loss import head_chunks
-from tokenbridge_jax.model import TokenBridgeConfig, abstract_params
+from tokenbridge_jax.model import abstract_params
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.runtime import processes, storage
 from tokenbridge_jax.runtime.compiled import Trial
 from tokenbridge_jax.runtime.errors import UserError

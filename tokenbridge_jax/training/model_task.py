@@ -19,7 +19,8 @@ from tokenbridge_jax.loss import (
     image_nll,
     training_loss,
 )
-from tokenbridge_jax.model import TokenBridgeConfig, init_params
+from tokenbridge_jax.model import init_params
+from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.training.masking import MaskSampler, draw_orders
 
