@@ -22,9 +22,8 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,6 @@ from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.differences import first_difference
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import host_cores
-from tokenbridge_jax.runtime.progress import Progress
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 CONFIG = runpy.run_path(str(experiments()["ablations"]))
@@ -182,10 +180,10 @@ def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, 
     runs = list(dict.fromkeys(same[name] for name in names))
     tokens = {study.tokens(name): name for name in runs}
     with processes(jobs) as pool:
-        (real,) = do_all(pool, _real_images, [(study,)])
-        do_all(pool, _autoencoder, [(study,)])
-        levels = do_all(pool, _tokenize, [(study, name) for name in tokens.values()])
-        found = do_all(pool, _row, [(study, name, seed) for seed in range(seeds) for name in runs])
+        (real,) = _do(pool, _real_images, [(study,)])
+        _do(pool, _autoencoder, [(study,)])
+        levels = _do(pool, _tokenize, [(study, name) for name in tokens.values()])
+        found = _do(pool, _row, [(study, name, seed) for seed in range(seeds) for name in runs])
     return {
         **settings,
         "real": real,
@@ -201,49 +199,24 @@ def run_all(study: Study, names: list[str], seeds: int, jobs: int) -> dict[str, 
 def processes(jobs: int) -> ProcessPoolExecutor:
     """Makes processes that share the cores.
 
-    OpenBLAS starts a thread for every core in each process, and they wait by spinning. Four Frechet
-    distances of 1,280 features at the same time took 15 times as long with 16 threads each on two
-    cores as with one thread each.
+    OpenBLAS starts a thread for every core in each process, and they wait by spinning. With 16
+    threads each, four processes that computed Frechet distances of 1,280 features on two cores took
+    15 times as long as with one thread each.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, host_cores() // jobs)))
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
 
 
-def do_all(pool: Executor, task: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
-    """Returns the results of a task, in the order of its arguments. A failure cancels the rest.
-
-    Shows how many are done.
-
-    Raises:
-      UserError: a process was killed.
-    """
+def _do(pool: Executor, task: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """Returns the results of a task, in the order of its arguments. A failure cancels the rest."""
     futures = [pool.submit(task, *a) for a in arguments]
     try:
-        with Progress(
-            len(futures), unit="runs", desc=task.__name__.strip("_").replace("_", " ")
-        ) as bar:
-            for future in as_completed(futures):
-                future.result()
-                bar.update(1)
-    except BrokenProcessPool:
-        raise UserError(
-            "a process was killed; if memory is short, use a smaller number for --jobs"
-        ) from None
+        for future in as_completed(futures):
+            future.result()
     finally:
         for future in futures:
             future.cancel()
     return [future.result() for future in futures]
-
-
-@contextlib.contextmanager
-def logged(folder: Path) -> Iterator[None]:
-    """What is printed goes to the end of `folder`/log.txt."""
-    with (
-        (folder / "log.txt").open("a") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        yield
 
 
 def run_logged(command: str, folder: Path, *arguments: str) -> None:
@@ -252,7 +225,11 @@ def run_logged(command: str, folder: Path, *arguments: str) -> None:
     Raises:
       UserError: it failed.
     """
-    with logged(folder):
+    with (
+        (folder / "log.txt").open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         status = runner.run(command, [*arguments, f"--workdir={folder}"])
     if status in runner.STOPPED:
         raise UserError("stopped; the same command continues")

@@ -6,7 +6,7 @@ it. First the speed of each head is measured. Then each is trained for as many u
 in `--minutes` minutes, with `--seeds` seeds. Guidance and temperature are chosen for each head by
 the Frechet distance of a few samples. If the script is stopped, the same command continues.
 
-  python launch/heads.py --run runs/cifar10 --workdir runs/heads --minutes 5 --seeds 2 --jobs 2
+  python launch/heads.py --run runs/cifar10 --workdir runs/heads --minutes 5 --seeds 2
   python launch/heads.py --run runs/cifar10 --workdir runs/heads --heads channel_ar,diffusion
 
 It prints a table and writes WORKDIR/heads.md, heads.json and heads.png; docs/heads.md explains the
@@ -16,7 +16,6 @@ columns. `--config.section.key=value` changes the settings of all heads.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -31,13 +30,10 @@ import numpy as np
 from ablations import (
     check_rows,
     checked_settings,
-    do_all,
     link,
-    logged,
     mean_and_error,
     mean_log2_cell,
     once,
-    processes,
     run_logged,
 )
 from cifar10_options import SUBSET, Scorer, draw_samples
@@ -166,12 +162,6 @@ def main() -> int:
     parser.add_argument(
         "--tuning", type=int, default=2000, help="pictures to choose guidance by (%(default)s)"
     )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        help="runs at a time, each in a process; speeds are measured alone (%(default)s)",
-    )
     args, flags = parser.parse_known_args()
     names = args.heads.split(",")
     check_rows(parser, names, flags, ROWS)
@@ -179,7 +169,7 @@ def main() -> int:
         parser.error(f"--seeds={args.seeds} must be 0 or more")
     if not 0 < args.minutes < math.inf:
         parser.error(f"--minutes={args.minutes} must be above 0")
-    for name, least in (("samples", SUBSET), ("tuning", 2), ("jobs", 1)):
+    for name, least in (("samples", SUBSET), ("tuning", 2)):
         if getattr(args, name) < least:
             parser.error(f"--{name}={getattr(args, name)} must be {least} or more")
     if args.run.resolve() == args.workdir.resolve():
@@ -189,7 +179,7 @@ def main() -> int:
     comparison = Comparison(
         args.run.resolve(), args.workdir, args.minutes, args.samples, args.tuning, tuple(flags)
     )
-    rows = compare(comparison, names, args.seeds, args.jobs)
+    rows = compare(comparison, names, args.seeds)
     if not rows:
         return 0
     text = table(rows)
@@ -200,9 +190,7 @@ def main() -> int:
     return 0
 
 
-def compare(
-    comparison: Comparison, names: Sequence[str], seeds: int, jobs: int
-) -> list[dict[str, Any]]:
+def compare(comparison: Comparison, names: Sequence[str], seeds: int) -> list[dict[str, Any]]:
     """The results of all rows, each with its runs; none without a seed.
 
     Raises:
@@ -214,27 +202,17 @@ def compare(
     choices = {"guidance": GUIDANCE, "temperature": TEMPERATURE, "speed_guidance": SPEED_GUIDANCE}
     given = dataclasses.asdict(comparison) | choices | {"rows": ROWS}
     settings = checked_settings(kept, given)
-    if seeds:
-        Scorer.of(comparison.run, config)  # Its errors come first, and its files serve all runs.
+    scorer = Scorer.of(comparison.run, config) if seeds else None  # Its errors come first.
     storage.write_json(kept, settings)
     for name in names:
         measure_speed(comparison, name)
-    if not seeds:
+    if scorer is None:
         return []
-    with processes(jobs) as pool:
-        order = itertools.product(range(seeds), names)
-        runs = do_all(pool, one_run, [(comparison, *run) for run in order])
+    runs = [one_run(comparison, scorer, *run) for run in itertools.product(range(seeds), names)]
     return [{"name": n, "runs": [run for run in runs if run["name"] == n]} for n in names]
 
 
-@functools.cache
-def make_scorer(run: Path) -> Scorer:
-    """The scorer of a process."""
-    compilation_cache.enable()
-    return Scorer.of(run, run_config(run))
-
-
-def one_run(comparison: Comparison, seed: int, name: str) -> dict[str, Any]:
+def one_run(comparison: Comparison, scorer: Scorer, seed: int, name: str) -> dict[str, Any]:
     """Trains and measures a row with one seed."""
     speed = measure_speed(comparison, name)
     folder = comparison.folder(f"{name}-seed{seed}", tokenize(comparison, name))
@@ -250,9 +228,8 @@ def one_run(comparison: Comparison, seed: int, name: str) -> dict[str, Any]:
         }
         training.extend(f"--config.training.{key}={value}" for key, value in lengths.items())
         comparison.command("train", folder, *training)
-        with logged(folder):
-            pipeline = Pipeline.load(folder)
-            found = draw_and_score(comparison, make_scorer(comparison.run), pipeline, folder)
+        pipeline = Pipeline.load(folder)
+        found = draw_and_score(comparison, scorer, pipeline, folder)
         return {
             "name": name,
             "seed": seed,

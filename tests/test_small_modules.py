@@ -242,10 +242,16 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize(
     ("rate", "text"),
-    [(0.0, "0.0 runs/s"), (0.06, "0.1 runs/s"), (1 / 30, "2.0 runs/min"), (1 / 3600, "1.0 runs/h")],
+    [
+        (0.0, "0.0 img/s"),
+        (1.04, "1.0 img/s"),
+        (0.06, "3.6 img/min"),
+        (1 / 3000, "1.2 img/h"),
+        (1 / 36_000, "0.1 img/h"),
+    ],
 )
 def test_slow_work_has_its_rate_in_minutes_or_hours(rate: float, text: str):
-    assert format_rate(rate, "runs") == text
+    assert format_rate(rate, "img") == text
 
 
 def test_a_line_has_the_progress_the_rate_and_the_time_left(clock, capsys):

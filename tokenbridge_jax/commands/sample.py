@@ -119,7 +119,7 @@ def main(args: flags.FlagValues) -> None:
             _write_pictures(written, parts, args.format, classes, count)
     if jax.process_index() > 0:
         return
-    wrote = [f"{written} ({len(share)} images)"] if len(missing) else []
+    wrote = [f"{written} ({len(missing)} images)"] if len(missing) else []
     if draws_grid:
         images = [
             # An earlier call wrote the others.

@@ -43,7 +43,8 @@ def load_pipeline(args: flags.FlagValues, ahead: dict[str, Any] | None = None) -
     )
     if num_iter > (most := pipeline.config.positions):
         say(
-            f"sampling.num_iter={num_iter} is more than the {most} positions: {most} steps are made"
+            f"sampling.num_iter={num_iter} is more than the {most} positions: "
+            f"at most {most} steps are made"
         )
     return pipeline
 

@@ -26,11 +26,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_rate(rate: float, unit: str) -> str:
-    """Formats a rate a second with the first of s, min and h in which it is not 0.0."""
-    for seconds, name in ((1, "s"), (60, "min"), (3600, "h")):
-        if rate * seconds >= 0.05:
-            return f"{rate * seconds:.1f} {unit}/{name}"
-    return f"0.0 {unit}/s"
+    """Formats a rate a second, by the first of s, min and h in which it is at least 1."""
+    if rate >= 1 or not rate:
+        return f"{rate:.1f} {unit}/s"
+    if rate * 60 >= 1:
+        return f"{rate * 60:.1f} {unit}/min"
+    return f"{rate * 3600:.1f} {unit}/h"
 
 
 class Progress:
