@@ -109,8 +109,7 @@ def main() -> int:
         "--jobs", type=int, default=1, help="runs at a time, each in a process (%(default)s)"
     )
     args, flags = parser.parse_known_args()
-    names = sorted(args.rows.split(","), key=lambda name: [*ROWS, name].index(name))
-    check_rows(parser, names, flags, ROWS)
+    names = sorted(row_names(parser, args.rows, flags, ROWS), key=list(ROWS).index)
     # For the worker processes: runs of a row share all compiled programs except the training step.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.workdir.resolve() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
@@ -124,13 +123,21 @@ def main() -> int:
     return 0
 
 
-def check_rows(
-    parser: argparse.ArgumentParser, names: list[str], flags: list[str], rows: Collection[str]
-) -> None:
-    """Ends the script if a name is no row, or another argument no setting of the config."""
-    wrong = [flag for flag in flags if not (flag.startswith("--config.") and "=" in flag)]
-    if wrong := wrong + [name for name in names if name not in rows]:
-        parser.error(f"{wrong[0]} is neither --config.section.key=value nor one of {list(rows)}")
+def row_names(
+    parser: argparse.ArgumentParser, given: str, flags: list[str], rows: Collection[str]
+) -> list[str]:
+    """The rows that are given with commas between them, each once.
+
+    Ends the script if there is no such row, or if another argument is no setting of the config.
+    """
+    if wrong := [flag for flag in flags if not (flag.startswith("--config.") and "=" in flag)]:
+        parser.error(
+            f"{wrong[0]} is no argument of this script; settings are --config.section.key=value"
+        )
+    names = list(dict.fromkeys(name.strip() for name in given.split(",")))
+    if wrong := [name for name in names if name not in rows]:
+        parser.error(f"there is no row '{wrong[0]}'; the rows are {', '.join(rows)}")
+    return names
 
 
 def checked_settings(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +152,7 @@ def checked_settings(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         name, kept, ours = found
         raise UserError(
             f"{path} has other settings: {name} = {kept}, and now it is {ours}; use another "
-            "--workdir"
+            "--workdir, or remove this one"
         )
     return settings
 

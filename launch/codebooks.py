@@ -1,4 +1,4 @@
-"""Compares trained codebooks with quantizing a trained autoencoder: the paper's Figure 5.
+r"""Compares trained codebooks with quantizing a trained autoencoder: the paper's Figure 5.
 
 It needs a workdir with an autoencoder, such as that of launch/cifar10.sh, and reconstructs its
 validation pictures. Its own autoencoder is used as it is, and with its latents quantized to several
@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ablations import check_rows, checked_settings, link, once, run_logged
+from ablations import checked_settings, link, once, row_names, run_logged
 from cifar10_classifier import Classifier, classifier
 from cifar10_features import Extract, check_rgb, lite0
 from jaxtyping import Float, UInt8
@@ -89,19 +89,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=storage.local_path, required=True)
-    parser.add_argument("--workdir", type=storage.local_path, required=True)
+    parser.add_argument(
+        "--run", type=storage.local_path, required=True, help="a workdir with an autoencoder"
+    )
+    parser.add_argument(
+        "--workdir", type=storage.local_path, required=True, help="of the comparison"
+    )
     parser.add_argument(
         "--pictures", type=int, default=10_000, help="most that are reconstructed (%(default)s)"
     )
     parser.add_argument(
-        "--autoencoders", default=",".join(AUTOENCODERS), help="which; the default is all"
+        "--autoencoders",
+        default=",".join(AUTOENCODERS),
+        help=f"{', '.join(AUTOENCODERS)}; all by default",
     )
     args, flags = parser.parse_known_args()
-    names = args.autoencoders.split(",")
-    check_rows(parser, names, flags, AUTOENCODERS)
+    names = row_names(parser, args.autoencoders, flags, AUTOENCODERS)
     if args.pictures < 2:
         parser.error(f"--pictures={args.pictures} must be 2 or more")
+    if args.run.resolve() == args.workdir.resolve():
+        parser.error("--workdir must be another folder than --run")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory too.
     found = compare(args.run, args.workdir, names, args.pictures, flags)
     text = table(found)

@@ -7,10 +7,11 @@ in `--minutes` minutes, with `--seeds` seeds. Guidance and temperature are chose
 the Frechet distance of a few samples. If the script is stopped, the same command continues.
 
   python launch/heads.py --run runs/cifar10 --workdir runs/heads --minutes 5 --seeds 2
-  python launch/heads.py --run runs/cifar10 --workdir runs/heads --heads channel_ar,diffusion
+  python launch/heads.py --run runs/cifar10 --workdir runs/two --heads channel_ar,diffusion
 
-It prints a table and writes WORKDIR/heads.md, heads.json and heads.png; docs/heads.md explains the
-columns. `--config.section.key=value` changes the settings of all heads.
+It prints a table and writes WORKDIR/heads.md, heads.json and heads.png, of the rows of this start
+alone; docs/heads.md explains the columns. `--config.section.key=value` changes the settings of all
+heads.
 """
 
 import argparse
@@ -28,12 +29,12 @@ from typing import Any
 import jax
 import numpy as np
 from ablations import (
-    check_rows,
     checked_settings,
     link,
     mean_and_error,
     mean_log2_cell,
     once,
+    row_names,
     run_logged,
 )
 from cifar10_options import SUBSET, Scorer, draw_samples
@@ -42,7 +43,7 @@ from ml_collections import ConfigDict
 from scripts import run_script
 
 from tokenbridge_jax import Pipeline
-from tokenbridge_jax.autoencoder import load_autoencoder
+from tokenbridge_jax.autoencoder import autoencoder_exists, load_autoencoder
 from tokenbridge_jax.benchmark.measure import Case
 from tokenbridge_jax.benchmark.sampling_speed import head_cases, sample_cases
 from tokenbridge_jax.benchmark.timing import time_calls
@@ -52,6 +53,7 @@ from tokenbridge_jax.data.loader import validation_batches
 from tokenbridge_jax.evaluation import figures
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import compilation_cache, storage
+from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.training.metric_writer import read_metrics
 
 # Name -> the settings in which a row differs from the run.
@@ -144,11 +146,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=storage.local_path, required=True)
-    parser.add_argument("--workdir", type=storage.local_path, required=True)
-    parser.add_argument("--heads", default=",".join(ROWS), help="rows; the default is all")
     parser.add_argument(
-        "--minutes", type=float, default=5.0, help="of training, for each head (%(default)s)"
+        "--run", type=storage.local_path, required=True, help="workdir of launch/cifar10.sh"
+    )
+    parser.add_argument(
+        "--workdir", type=storage.local_path, required=True, help="of the comparison"
+    )
+    parser.add_argument(
+        "--heads", default=",".join(ROWS), help=f"rows: {', '.join(ROWS)}; default all"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=5.0,
+        help="of training, for each head and seed (%(default)s)",
     )
     parser.add_argument(
         "--seeds",
@@ -157,14 +168,16 @@ def main() -> int:
         help="runs of each head (%(default)s); 0 measures only speed",
     )
     parser.add_argument(
-        "--samples", type=int, default=10_000, help="pictures of every score (%(default)s)"
+        "--samples",
+        type=int,
+        default=10_000,
+        help=f"pictures of every score, at least {SUBSET} (%(default)s)",
     )
     parser.add_argument(
         "--tuning", type=int, default=2000, help="pictures to choose guidance by (%(default)s)"
     )
     args, flags = parser.parse_known_args()
-    names = args.heads.split(",")
-    check_rows(parser, names, flags, ROWS)
+    names = row_names(parser, args.heads, flags, ROWS)
     if args.seeds < 0:
         parser.error(f"--seeds={args.seeds} must be 0 or more")
     if not 0 < args.minutes < math.inf:
@@ -198,6 +211,9 @@ def compare(comparison: Comparison, names: Sequence[str], seeds: int) -> list[di
         failed.
     """
     config = run_config(comparison.run)
+    run_config(comparison.run, *comparison.flags)  # Its errors come before anything is written.
+    if not autoencoder_exists(comparison.run / "autoencoder"):
+        raise UserError(f"{comparison.run} has no autoencoder: finish launch/cifar10.sh first")
     kept = comparison.workdir / "comparison.json"
     choices = {"guidance": GUIDANCE, "temperature": TEMPERATURE, "speed_guidance": SPEED_GUIDANCE}
     given = dataclasses.asdict(comparison) | choices | {"rows": ROWS}

@@ -1,5 +1,6 @@
 """The script that compares heads: its rows, the density of indices, and its table."""
 
+import argparse
 import dataclasses
 import importlib
 import sys
@@ -17,7 +18,9 @@ from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import storage
 
 sys.path.insert(0, str(LAUNCH))  # Scripts import from their own folder.
-codebooks, heads, scripts = map(importlib.import_module, ("codebooks", "heads", "scripts"))
+ablations, codebooks, heads, scripts = map(
+    importlib.import_module, ("ablations", "codebooks", "heads", "scripts")
+)
 CODEBOOKS = {"vq": 1, "fsq": 4}  # Rows, and the channels of a position.
 VQ = "bottleneck=vq", "codes=4096", "latent_channels=8"
 
@@ -124,7 +127,31 @@ def test_a_folder_without_a_run_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", argv)
     assert scripts.run_script(heads.main) == 2
     assert capsys.readouterr().err.startswith(f"heads.py: error: {tmp_path} has no config.json")
-    monkeypatch.setattr(sys, "argv", [*argv, "--heads=channel_ar,gan"])
-    with pytest.raises(SystemExit):
-        heads.main()
-    assert "gan is neither --config.section.key=value nor one of" in capsys.readouterr().err
+    wrong = {
+        "--heads=channel_ar,gan": "there is no row 'gan'; the rows are channel_ar, ",
+        "--steps=1": "--steps=1 is no argument of this script; settings are --config.section",
+    }
+    for argument, message in wrong.items():
+        monkeypatch.setattr(sys, "argv", [*argv, argument])
+        with pytest.raises(SystemExit):
+            heads.main()
+        assert message in capsys.readouterr().err
+
+
+def test_nothing_is_written_before_settings_and_run_are_right(tmp_path, monkeypatch, capsys):
+    run, workdir = tmp_path / "run", tmp_path / "w"
+    storage.write_json(run / "config.json", config_from(["--config=cifar10"]).to_dict())
+    argv = ["heads.py", f"--run={run}", f"--workdir={workdir}", "--seeds=0"]
+    for flags, message in (
+        (["--config.model.widht=3"], "widht"),
+        ([], f"{run} has no autoencoder: finish launch/cifar10.sh first"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*argv, *flags])
+        assert scripts.run_script(heads.main) == 2
+        assert message in capsys.readouterr().err
+        assert not workdir.exists()
+
+
+def test_rows_are_named_once_and_may_have_spaces():
+    parser = argparse.ArgumentParser()
+    assert ablations.row_names(parser, "vq, fsq,vq", [], heads.ROWS) == ["vq", "fsq"]

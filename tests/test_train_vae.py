@@ -239,6 +239,15 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(tmp_path, capsys, flag, 
     assert not (tmp_path / "new").exists()
 
 
+def test_too_few_pictures_to_validate_are_found_before_training(tmp_path, capsys):
+    few = ["--config.data.validation_split=", "--config.tokenize.validation_fraction=0.0007"]
+    assert run(tmp_path / "new", *few) == runner.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert "the validation split has 1 of the 2 pictures" in error
+    assert "train-vae 8/8" not in error
+    assert not (tmp_path / "new").exists()
+
+
 def test_flops_equal_the_compilers_count():
     """Except for norms, activations, and the places of kernels outside the image."""
     config = dataclasses.replace(TINY, image_size=64, channels=64)

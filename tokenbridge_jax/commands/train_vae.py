@@ -238,6 +238,11 @@ class _Training:
     def _validation_hook(self) -> Hook:
         """Scores of the EMA's reconstructions, and pictures of some beside their originals."""
         split = "validation" if "validation" in self.subsets else "train"
+        if (count := len(self.subsets[split].images)) < 2:
+            raise UserError(
+                f"the {split} split has {count} of the 2 pictures that its statistics need at "
+                "least: add pictures, or raise tokenize.validation_fraction"
+            )
         measured, shown = map(self.subsets[split].spread, (VALIDATION_IMAGES, IN_PICTURE))
         reconstruct = autoencoder_task.make_reconstruction(self.task.module, self.mesh)
         distance = _distance(self.lpips_network) if self.lpips_network else None
