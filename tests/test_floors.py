@@ -9,7 +9,7 @@ FLOORS = (
     "runtime",
     "ops",
     "layers quantizer bottleneck channels transformer autoencoder autoencoder_blocks "
-    "autoencoder_config backbone heads model loss",
+    "autoencoder_config backbone heads model model_config loss",
     "codec sampling flops",
     "data",
     "training torch_bridge",
