@@ -321,6 +321,32 @@ def test_programs_are_compiled_in_threads_on_large_hosts(
     assert ("compiled meanwhile: 1" in capsys.readouterr().err) == (not small)
 
 
+def test_an_update_is_reported_while_the_program_of_the_next_is_compiled(
+    mesh, tmp_path, straight, large_host, monkeypatch, capsys
+):
+    compile_one, metrics, seen = jax.stages.Lowered.compile, tmp_path / "metrics.jsonl", []
+    seconds = 3.0
+
+    def slowly(self):
+        if threading.current_thread() is not threading.main_thread():
+            begin = time.monotonic()
+            while not (metrics.exists() and read_metrics(metrics)):
+                assert time.monotonic() - begin < 60
+                time.sleep(0.1)
+            seen.extend(row["step"] for row in read_metrics(metrics))
+            time.sleep(seconds)
+        return compile_one(self)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", slowly)
+    fit(make_run(tmp_path, draw=two_kinds), mesh)
+    assert seen == [1]
+    assert losses(tmp_path) == losses(straight[0])
+    told = "update 1 is done; the next one waits until its program is compiled"
+    assert told in capsys.readouterr().err
+    # The wait is no time of training. An update has 16 images.
+    assert read_metrics(metrics)[1]["images_per_second"] > 2 * 16 / seconds
+
+
 def test_a_job_of_several_processes_compiles_nothing_ahead(
     mesh, tmp_path, large_host, monkeypatch, caplog
 ):

@@ -165,6 +165,8 @@ def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
             if step == start + 1:
                 say(f"{run.name}: the first update begins; its program is compiled if it is new")
                 program.compile_ahead(batch, map(run.draw, range(start, total)))
+            if program.is_compiling(draw):
+                report.wait(program, draw)
             # An implicit copy between host and devices, which would delay them, is an error here.
             with jax.transfer_guard("disallow"):
                 state, metrics = program.run(state, batch, draw)
@@ -248,6 +250,15 @@ class _Report:
             self._writer.write(self._step, self._values | (found or {}) | self._speed())
             self._since = (self._step, self._seen)
         self._metrics, self._values = None, {}
+
+    def wait(self, program: Program, draw: Any) -> None:
+        """Waits for the program of the next update, after a look at the last one."""
+        self.settle()
+        assert self._progress is not None  # An update is done.
+        done = f"{self._run.name}: update {self._step} is done"
+        self._progress.note(f"{done}; the next one waits until its program is compiled")
+        with self.pause():
+            program.wait(draw)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
