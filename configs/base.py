@@ -116,8 +116,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         choice_temperature=1.0,
         batch_size=64,
     )
-    # Scores of samples in training; `every` is the number of updates between two; 0 is never.
-    # `features` is inception, dinov2 or thumbnails; all but the last need `import-metrics`.
+    # Scores of samples in training, not of `evaluate`. `every` is the number of updates between
+    # two; 0 is never. `features` is inception, dinov2 or thumbnails; all but the last need
+    # `import-metrics`.
     config.evaluation = dict(every=0, num_images=1000, reference="", features="inception")
     config.mesh = dict(data=-1, fsdp=settable("auto"), tensor=1, slices=-1)
     return config.lock()
