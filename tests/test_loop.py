@@ -302,6 +302,22 @@ def large_host(monkeypatch):
     monkeypatch.setattr(program, "host_memory", lambda: 16 * 2**30)
 
 
+@pytest.fixture
+def before_compiling(monkeypatch):
+    """Sets what a thread does, other than the main one, before it compiles a program."""
+    compile_one = jax.stages.Lowered.compile
+
+    def set_up(function):
+        def compile_after(self):
+            if threading.current_thread() is not threading.main_thread():
+                function()
+            return compile_one(self)
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", compile_after)
+
+    return set_up
+
+
 def two_kinds(step):
     """The task ignores draws, but None and an empty tuple have programs of their own."""
     return (None, ())[step % 2]
@@ -322,22 +338,19 @@ def test_programs_are_compiled_in_threads_on_large_hosts(
 
 
 def test_an_update_is_reported_while_the_program_of_the_next_is_compiled(
-    mesh, tmp_path, straight, large_host, monkeypatch, capsys
+    mesh, tmp_path, straight, large_host, before_compiling, capsys
 ):
-    compile_one, metrics, seen = jax.stages.Lowered.compile, tmp_path / "metrics.jsonl", []
-    seconds = 3.0
+    metrics, seen, seconds = tmp_path / "metrics.jsonl", [], 3.0
 
-    def slowly(self):
-        if threading.current_thread() is not threading.main_thread():
-            begin = time.monotonic()
-            while not (metrics.exists() and read_metrics(metrics)):
-                assert time.monotonic() - begin < 60
-                time.sleep(0.1)
-            seen.extend(row["step"] for row in read_metrics(metrics))
-            time.sleep(seconds)
-        return compile_one(self)
+    def wait_for_a_line():
+        begin = time.monotonic()
+        while not (metrics.exists() and read_metrics(metrics)):
+            assert time.monotonic() - begin < 60
+            time.sleep(0.1)
+        seen.extend(row["step"] for row in read_metrics(metrics))
+        time.sleep(seconds)
 
-    monkeypatch.setattr(jax.stages.Lowered, "compile", slowly)
+    before_compiling(wait_for_a_line)
     fit(make_run(tmp_path, draw=two_kinds), mesh)
     assert seen == [1]
     assert losses(tmp_path) == losses(straight[0])
@@ -358,15 +371,11 @@ def test_a_job_of_several_processes_compiles_nothing_ahead(
     assert not [line for line in caplog.records if "XLA compilation" in line.getMessage()]
 
 
-def test_an_error_of_a_compiling_thread_is_raised(mesh, tmp_path, large_host, monkeypatch):
-    compile_one = jax.stages.Lowered.compile
-
-    def compile_or_fail(self):
-        if threading.current_thread() is threading.main_thread():
-            return compile_one(self)
+def test_an_error_of_a_compiling_thread_is_raised(mesh, tmp_path, large_host, before_compiling):
+    def fail():
         raise ValueError("in a thread")
 
-    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_or_fail)
+    before_compiling(fail)
     run = make_run(tmp_path, draw=lambda step: () if step == 2 else None)
     with pytest.raises(ValueError, match="in a thread"):
         fit(run, mesh)
@@ -374,18 +383,17 @@ def test_an_error_of_a_compiling_thread_is_raised(mesh, tmp_path, large_host, mo
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_run_that_ends_gives_up_the_programs_that_wait(mesh, tmp_path, large_host, monkeypatch):
+def test_a_run_that_ends_gives_up_the_programs_that_wait(
+    mesh, tmp_path, large_host, before_compiling
+):
     """Two threads begin two programs, which take until the run has ended. Two more wait."""
-    compile_one, over, begun = jax.stages.Lowered.compile, threading.Event(), []
+    over, begun = threading.Event(), []
 
-    def slowly(self):
-        if threading.current_thread() is threading.main_thread():
-            return compile_one(self)
+    def wait_for_the_end():
         begun.append(threading.current_thread())
         assert over.wait(60)
-        return None
 
-    monkeypatch.setattr(jax.stages.Lowered, "compile", slowly)
+    before_compiling(wait_for_the_end)
     # The first two updates need the same program.
     draws = [None, None, (), ((),), ((), ()), ((), (), ())]
     hooks = [signal_at(1, signal.SIGTERM)]

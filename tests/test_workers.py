@@ -178,7 +178,6 @@ def main():
         print(*small, flush=True)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     print("starting", flush=True)
     try:
         main()

@@ -22,6 +22,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -165,8 +166,8 @@ def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
             if step == start + 1:
                 say(f"{run.name}: the first update begins; its program is compiled if it is new")
                 program.compile_ahead(batch, map(run.draw, range(start, total)))
-            if program.is_compiling(draw):
-                report.wait(program, draw)
+            if (compiling := program.compiling(draw)) is not None:
+                report.wait(compiling)
             # An implicit copy between host and devices, which would delay them, is an error here.
             with jax.transfer_guard("disallow"):
                 state, metrics = program.run(state, batch, draw)
@@ -251,14 +252,14 @@ class _Report:
             self._since = (self._step, self._seen)
         self._metrics, self._values = None, {}
 
-    def wait(self, program: Program, draw: Any) -> None:
+    def wait(self, compiling: futures.Future[Any]) -> None:
         """Waits for the program of the next update, after a look at the last one."""
         self.settle()
         assert self._progress is not None  # An update is done.
         done = f"{self._run.name}: update {self._step} is done"
         self._progress.note(f"{done}; the next one waits until its program is compiled")
         with self.pause():
-            program.wait(draw)
+            futures.wait([compiling])
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

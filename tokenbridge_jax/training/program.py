@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -153,14 +153,10 @@ class Program:
         with jax.transfer_guard("allow"):  # Once.
             return meshes.to_global(self.numbers, self.mesh)
 
-    def is_compiling(self, draw: Any) -> bool:
-        """Whether `run` would wait for a thread that compiles the program for this draw."""
+    def compiling(self, draw: Any) -> Future[Any] | None:
+        """The program for this draw, if `run` would wait until a thread has compiled it."""
         compiled = self._compiled.get(jax.tree.structure(draw))
-        return compiled is not None and not compiled.done()
-
-    def wait(self, draw: Any) -> None:
-        """Waits for that thread."""
-        wait([self._compiled[jax.tree.structure(draw)]])
+        return None if compiled is None or compiled.done() else compiled
 
     def run(self, state: TrainState, batch: Any, draw: Any) -> Any:
         """Runs the step."""
