@@ -152,21 +152,22 @@ def test_draws_have_the_posteriors_mean_and_deviation(folder):
     assert np.abs(correlations[np.triu_indices(800, 1)]).max() < 0.9
 
 
-def test_draws_do_not_depend_on_processes_and_resume_exactly(folder):
-    whole = list(itertools.islice(make_loader(folder, 8, 2, latents=True), 12))
+@pytest.mark.parametrize("size", [8, 20])  # 16 rows share a generator of noise.
+def test_draws_do_not_depend_on_processes_and_resume_exactly(folder, size):
+    whole = list(itertools.islice(make_loader(folder, size, 2, latents=True), 12))
     parts = [
-        list(itertools.islice(make_loader(folder, 8, 2, latents=True, rows=rows), 12))
-        for rows in np.arange(8).reshape(4, 2)
+        list(itertools.islice(make_loader(folder, size, 2, latents=True, rows=rows), 12))
+        for rows in np.arange(size).reshape(4, -1)
     ]
     for step, batch in enumerate(whole):
         for name, value in batch.items():
             joined = np.concatenate([part[step][name] for part in parts])
             assert np.array_equal(joined, value)
-    for start in (1, 2, 7):  # Step 2 ends one epoch of 20 and begins another.
-        resumed = make_loader(folder, 8, 2, latents=True, start_step=start)
+    for start in (1, 2, 7):  # With 8, step 2 ends one epoch of 20 and begins another.
+        resumed = make_loader(folder, size, 2, latents=True, start_step=start)
         for expected, batch in zip(whole[start:], resumed, strict=False):
             assert np.array_equal(batch["indices"], expected["indices"])
-    other = next(make_loader(folder, 8, 3, latents=True))
+    other = next(make_loader(folder, size, 3, latents=True))
     assert not np.array_equal(other["indices"], whole[0]["indices"])
 
 
@@ -179,6 +180,7 @@ def test_validation_draws_the_same_in_every_pass_and_batch(folder):
     found = read(7)
     assert np.array_equal(read(7), found)
     assert np.array_equal(read(4), found)
+    assert np.array_equal(read(32), found)
     z = np.array([standardised(latents, image)[0] for image, latents in enumerate(found)])
     assert stats.kstest(z.ravel(), "norm").pvalue > 1e-3
 

@@ -7,8 +7,8 @@ global batches are the same on any mesh and with any number of processes. The or
 seed and the epoch. The choice among an image's views depends on the seed and the step. The step
 number is therefore the whole state of the iterator, and a run resumes exactly on any machine.
 
-Latents are drawn from the posterior whose mean and deviation are stored. A draw is a choice, too:
-among `_NOISES` noises for each view.
+Latents are drawn from the posterior whose mean and deviation are stored. Their noise depends on the
+seed, the step and the row.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ import itertools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Float32, Int64, Shaped
+from jaxtyping import Int64, Shaped
 
 from tokenbridge_jax.data import shards
 from tokenbridge_jax.data.batches import ShardPlan, prepared_batches
@@ -42,9 +42,9 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 _DECODED_BYTES, _DECODED_TOGETHER = 2 * 2**30, 64
 _MANY = 2000  # So many pictures show progress.
 # Random generators of a seed, by what they draw.
-_ORDER, _CHOICES, _NOISE = 0, 1, 2
-# How many draws of the posterior there are for a view of an image.
-_NOISES = 2**32
+_ORDER, _CHOICES, _NOISE, _VALIDATION_NOISE = 0, 1, 2, 3
+# So many rows share a generator of noise, because making one takes longer than drawing a row's.
+_DRAWN_TOGETHER = 16
 
 
 class TokenRecords:
@@ -126,7 +126,7 @@ def make_loader(
         or no latents.
     """
     info = shards.read_info(folder)
-    values, choices = _values_of(info, latents)
+    fields, views = _fields_of(info, latents)
     records = TokenRecords(folder, info, "train")
     if len(records) < batch_size:
         raise UserError(
@@ -134,13 +134,16 @@ def make_loader(
             f"{len(records)}; use a smaller batch or more images"
         )
 
-    def read(numbers: np.ndarray, variants: np.ndarray) -> dict[str, np.ndarray]:
-        chosen = records.read(numbers)
-        return {"indices": values(chosen, variants), "labels": chosen["label"].astype(np.int32)}
+    def read(numbers: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
+        return _views(records.read(numbers), views, fields)
 
     mine = np.arange(batch_size) if rows is None else rows
-    batches = _Batches(read, len(records), choices, batch_size, mine, seed)
-    return batches.in_threads(start_step)
+    batches = _Batches(read, len(records), views, batch_size, mine, seed)
+
+    def with_latents(step: int) -> dict[str, np.ndarray]:
+        return _draw_latents(batches(step), (seed, _NOISE, step), mine)
+
+    return _in_threads(with_latents if latents else batches, batches.steps(start_step))
 
 
 def validation_batches(
@@ -166,46 +169,54 @@ def validation_batches(
       UserError: shards are missing or damaged, or hold no indices, or no latents.
     """
     info = shards.read_info(folder)
-    values, _ = _values_of(info, latents)
+    fields, _ = _fields_of(info, latents)
     records = TokenRecords(folder, info, split)
     mine = np.arange(batch_size) if rows is None else rows
 
     def batch(start: int) -> dict[str, np.ndarray]:
-        numbers = start + mine
-        chosen = records.read(np.minimum(numbers, len(records) - 1))
-        return {
-            "indices": values(chosen, np.zeros(len(chosen), np.int64)),
-            "labels": chosen["label"].astype(np.int32),
-            "weights": (numbers < len(records)).astype(np.float32),
-        }
+        weights = (start + mine < len(records)).astype(np.float32)
+        numbers = np.minimum(start + mine, len(records) - 1)
+        found = _views(records.read(numbers), np.zeros(len(numbers), np.int64), fields)
+        if latents:
+            found = _draw_latents(found, (0, _VALIDATION_NOISE, 0), numbers)
+        return found | {"weights": weights}
 
     return map(batch, range(0, len(records), batch_size))
 
 
-def _values_of(
-    info: DatasetInfo, latents: bool
-) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], int]:
-    """What makes values `[b, L, C]` from records and the variant of each; how many there are."""
+def _fields_of(info: DatasetInfo, latents: bool) -> tuple[tuple[str, ...], int]:
+    """What to read of a record, and how many views of it there are."""
     if latents:
         info.check_holds("latents", "this loader")
-        return _draw_latents, info.latent_views * _NOISES
+        return ("mean", "deviation"), info.latent_views
     info.check_holds("indices", "this loader")
-    return lambda chosen, views: chosen["indices"][np.arange(len(chosen)), views], info.views
+    return ("indices",), info.views
+
+
+def _views(
+    chosen: Shaped[np.ndarray, " b"], views: Int64[np.ndarray, " b"], fields: tuple[str, ...]
+) -> dict[str, np.ndarray]:
+    """These fields of a view of each record, `[b, L, C]`, and `labels`."""
+    rows = np.arange(len(chosen))
+    found = {field: chosen[field][rows, views] for field in fields}
+    return found | {"labels": chosen["label"].astype(np.int32)}
 
 
 def _draw_latents(
-    chosen: Shaped[np.ndarray, " b"], variants: Int64[np.ndarray, " b"]
-) -> Float32[np.ndarray, "b L C"]:
-    """A draw of each image's posterior; the image and the variant determine it."""
-    views, noises = np.divmod(variants, _NOISES)
-    rows = np.arange(len(chosen))
-    latents = chosen["mean"][rows, views].astype(np.float32)
-    deviation = chosen["deviation"][rows, views].astype(np.float32)
-    pairs = zip(chosen["image"].tolist(), noises.tolist(), strict=True)
-    for row, (image, noise) in enumerate(pairs):
-        rng = np.random.default_rng((_NOISE, image, noise))
-        latents[row] += deviation[row] * rng.standard_normal(latents.shape[1:], np.float32)
-    return latents
+    batch: dict[str, np.ndarray], key: tuple[int, ...], rows: Int64[np.ndarray, " b"]
+) -> dict[str, np.ndarray]:
+    """The batch with draws of the posterior in place of its mean and deviation.
+
+    The noise of a row depends on the key and the row's number, and not on the other rows.
+    """
+    mean, deviation = batch.pop("mean"), batch.pop("deviation")
+    noise = np.empty(mean.shape, np.float32)
+    groups, places = np.divmod(rows, _DRAWN_TOGETHER)
+    for group in np.unique(groups).tolist():
+        rng = np.random.default_rng((*key, group))
+        drawn = rng.standard_normal((_DRAWN_TOGETHER, *mean.shape[1:]), np.float32)
+        noise[groups == group] = drawn[places[groups == group]]
+    return batch | {"indices": mean + deviation * noise}
 
 
 def make_image_loader(
@@ -255,7 +266,8 @@ def make_image_loader(
         seed=seed,
     )
     if count * size <= _DECODED_BYTES:
-        return make(_Decoded(subset, image_size, image_channels, workers)).in_threads(start_step)
+        batches = make(_Decoded(subset, image_size, image_channels, workers))
+        return _in_threads(batches, batches.steps(start_step))
     batches = make(_Pictures(subset, image_size, image_channels))
     result_bytes = len(mine) * (size + NOTE_BYTES)
     steps, processes = batches.steps(start_step), count_workers(workers, count)
@@ -364,11 +376,6 @@ class _Batches:
         """The steps from `start` on, without an end."""
         return range(start, sys.maxsize // self.batch_size)
 
-    def in_threads(self, start: int) -> Iterator[dict[str, Any]]:
-        """The batches from step `start` on, which threads of this process make."""
-        steps = grain.MapDataset.source(self.steps(start))
-        return iter(steps.map(self).to_iter_dataset(_READ_OPTIONS))
-
     def __call__(self, step: int) -> dict[str, Any]:
         """This process's rows of global batch `step`."""
         epochs, places = np.divmod(step * self.batch_size + self.rows, self.elements)
@@ -379,6 +386,13 @@ class _Batches:
         rng = np.random.default_rng((self.seed, _CHOICES, step))
         choices = rng.integers(self.choices, size=self.batch_size)[self.rows]
         return self.read(np.concatenate(numbers), choices)
+
+
+def _in_threads(
+    make: Callable[[int], dict[str, Any]], steps: Iterable[int]
+) -> Iterator[dict[str, Any]]:
+    """The batches of these steps, in order, which threads of this process make."""
+    return iter(grain.MapDataset.source(steps).map(make).to_iter_dataset(_READ_OPTIONS))
 
 
 # Batches being read belong to two epochs, or to more if epochs are short and orders cheap.
