@@ -22,7 +22,7 @@ from tiny_model import (
     tiny,
 )
 
-from tokenbridge_jax.model import TokenBridge, abstract_params
+from tokenbridge_jax.model import TokenBridge, abstract_params, prepare_params
 from tokenbridge_jax.runtime import meshes
 from tokenbridge_jax.sampling import sampler
 from tokenbridge_jax.sampling.batches import generate_in_batches
@@ -367,10 +367,8 @@ def test_weights_are_cast_before_the_loops_and_nothing_else_changes():
     arguments = *batch.values(), np.int32(5), np.zeros(3, bool)
     model = TokenBridge(config, sampling=True)
     logits = jax.jit(lambda params, *arguments: model.apply({"params": params}, *arguments))
-    exact = logits(
-        sampler.prepare_params(params, dataclasses.replace(config, dtype="float32")), *arguments
-    )
-    np.testing.assert_array_equal(logits(sampler.prepare_params(params, config), *arguments), exact)
+    exact = logits(prepare_params(params, dataclasses.replace(config, dtype="float32")), *arguments)
+    np.testing.assert_array_equal(logits(prepare_params(params, config), *arguments), exact)
 
     run = lambda *arrays: generate(config, params, Request(*arrays), STOCHASTIC)  # noqa: E731
     program = jax.make_jaxpr(run)(jnp.zeros(7, jnp.int32), np.arange(7, dtype=np.int32))

@@ -14,7 +14,7 @@ from tokenbridge_jax.backbone import Backbone
 from tokenbridge_jax.heads.head import Guidance
 from tokenbridge_jax.model_config import TokenBridgeConfig, make_head
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.transformer import Window
+from tokenbridge_jax.transformer import Window, set_last_apart, unstack
 
 
 class TokenBridge(nn.Module):
@@ -22,7 +22,7 @@ class TokenBridge(nn.Module):
 
     With `config.scan_layers` it takes parameters as they are stored. Without, every layer has its
     own (see `transformer.unstack`). `sampling` makes the model that samples, and takes the
-    parameters of `sampler.prepare_params`.
+    parameters of `prepare_params`.
     """
 
     config: TokenBridgeConfig
@@ -166,3 +166,23 @@ def abstract_params(config: TokenBridgeConfig, mesh: Mesh | None = None) -> dict
 def _boxed_params(config: TokenBridgeConfig) -> dict[str, Any]:
     with jax.enable_x64(False):
         return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def prepare_params(params: dict[str, Any], config: TokenBridgeConfig) -> dict[str, Any]:
+    """Parameters for a model with `sampling`, in the dtypes that its modules compute in.
+
+    All are cast to `config.dtype` except those of norms, `z_proj` and `Head.float32_params`.
+    """
+    of_float32 = ("norm", "z_proj", *config.float32_params)
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        exact = any(part in name for part in of_float32)
+        return leaf if exact else leaf.astype(config.dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    if not config.scan_layers:
+        return unstack(params)
+    backbone = params["backbone"]
+    decoder = {"decoder_blocks": set_last_apart(backbone["decoder_blocks"])}
+    return unstack({"head": params["head"]}) | {"backbone": backbone | decoder}

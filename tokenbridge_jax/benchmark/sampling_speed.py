@@ -17,9 +17,9 @@ from tokenbridge_jax.benchmark.measure import Call, Case
 from tokenbridge_jax.config import check_batches, sampling_settings
 from tokenbridge_jax.flops import head_flops, sampling_flops
 from tokenbridge_jax.heads.head import Guidance
-from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.model import TokenBridge, prepare_params
 from tokenbridge_jax.runtime import meshes
-from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate, prepare_params
+from tokenbridge_jax.sampling.sampler import Request, SamplingSettings, generate
 
 
 def sample_cases(

@@ -37,7 +37,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from tokenbridge_jax.heads.head import Guidance
-from tokenbridge_jax.model import TokenBridge
+from tokenbridge_jax.model import TokenBridge, prepare_params
 from tokenbridge_jax.model_config import TokenBridgeConfig
 from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.sampling.orders import hidden_first, make_orders, sample_keys
@@ -50,7 +50,7 @@ from tokenbridge_jax.sampling.schedule import (
     make_plan,
     null_steps,
 )
-from tokenbridge_jax.transformer import Window, set_last_apart, unstack
+from tokenbridge_jax.transformer import Window
 
 # A GPU draws so few images by programs of so many stages, which compile quickly; see
 # docs/performance.md.
@@ -429,23 +429,3 @@ def _shown(
 
 def _row_major(slots: Slots) -> Shaped[Array, "B L C"]:
     return jnp.take_along_axis(slots.values, jnp.argsort(slots.orders)[:, :, None], axis=1)
-
-
-def prepare_params(params: dict[str, Any], config: TokenBridgeConfig) -> dict[str, Any]:
-    """Parameters for a model with `sampling`, in the dtypes that its modules compute in.
-
-    All are cast to `config.dtype` except those of norms, `z_proj` and `Head.float32_params`.
-    """
-    of_float32 = ("norm", "z_proj", *config.float32_params)
-
-    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        exact = any(part in name for part in of_float32)
-        return leaf if exact else leaf.astype(config.dtype)
-
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    if not config.scan_layers:
-        return unstack(params)
-    backbone = params["backbone"]
-    decoder = {"decoder_blocks": set_last_apart(backbone["decoder_blocks"])}
-    return unstack({"head": params["head"]}) | {"backbone": backbone | decoder}
