@@ -49,7 +49,8 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "temperature": (0.8, 0.86, 0.92, 0.96, 1.0),
     "order": ("random", "raster", "halton", "confidence"),
 }
-SUBSET = 1000  # Pictures of a set in each of KID's comparisons.
+# Pictures of a set in each of KID's comparisons; fewer if there are fewer training pictures.
+SUBSET = 1000
 
 
 def main() -> int:
@@ -121,10 +122,10 @@ class Scorer:
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"], labels: Any) -> dict[str, float]:
         """The scores of samples that were asked for with these classes."""
-        features = self.extract(images)
+        features, subset = self.extract(images), min(SUBSET, len(self.real))
         return {
             "frechet_distance": self.distance(features),
-            "kid": kernel_distance(features, self.real, subset_size=SUBSET)[0],
+            "kid": kernel_distance(features, self.real, subset_size=subset)[0],
             "accuracy": self.judge.accuracy(images, labels),
         }
 

@@ -259,8 +259,15 @@ def test_options_compare_with_the_pictures_that_were_scored(tmp_path, monkeypatc
     monkeypatch.setattr(classifier, "EPOCHS", 1)
     monkeypatch.setattr(options, "lite0", lambda: extract)
     config = config_of(tmp_path / "data")
-    # Nothing was scored: all pictures.
-    assert len(options.Scorer.of(tmp_path / "new", config).real) == 30
+    # Nothing was scored: all pictures. They are fewer than a subset of KID has by default.
+    scorer = options.Scorer.of(tmp_path / "new", config)
+    assert len(scorer.real) == 30
+    images, labels = (part[-30:] for part in sets["train"])
+    of_samples = extract(images)
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
+    within = [(kernel(x, x).sum() - kernel(x, x).trace()) for x in (of_samples, scorer.real)]
+    mmd = sum(within) / (30 * 29) - 2 * kernel(of_samples, scorer.real).mean()
+    assert scorer(images, labels)["kid"] == pytest.approx(mmd, rel=1e-4)
     # With `--pictures 12`.
     train = score.read(options.make_subsets(config)["train"].spread(12), SIDE)
     scored = sets | {"train": train}
