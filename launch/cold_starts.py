@@ -76,6 +76,8 @@ def main() -> int:
     parser.add_argument("--flag", action="append", default=[], help="for every command")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one start")
     args = parser.parse_args()
+    if args.workdir and not (args.workdir / "config.json").is_file():
+        parser.error(f"--workdir {args.workdir} has no config.json: name a run, or use --config")
     print(f"{machine()}, load {os.getloadavg()[0]:.1f} at the start.\n")
     print("| | cold: clock | CPU | warm: clock | CPU |\n|---|---|---|---|---|", flush=True)
     failed = 0

@@ -64,3 +64,35 @@ def test_the_cache_is_the_scripts_own(script, tmp_path, monkeypatch):
     environment = script.environment(tmp_path)
     assert not [name for name in environment if "COMPILATION_CACHE" in name]
     assert environment["XDG_CACHE_HOME"] == str(tmp_path)
+
+
+def test_the_second_start_finds_the_programs_of_the_first_and_of_no_other(
+    script, monkeypatch, capsys
+):
+    """The measured commands are replaced: the n-th start takes n seconds and 10 n of CPU."""
+    starts = []
+
+    def measure(argv, environment, timeout):
+        starts.append((environment["XDG_CACHE_HOME"], argv[-1]))
+        return script.Seconds(len(starts), 10 * len(starts))
+
+    monkeypatch.setattr(script, "until_the_end", measure)
+    monkeypatch.setattr(script, "until_first_image", measure)
+    monkeypatch.setattr(script, "STARTS", {"draw": ["sample"], "the page": ["demo"]})
+    monkeypatch.setattr(sys, "argv", ["cold_starts.py", "--config=digits"])
+    assert script.main() == 0
+    (one, cold), (two, warm), (three, _), (four, _) = starts
+    assert one == two != three == four
+    assert cold != warm
+    lines = capsys.readouterr().out.splitlines()
+    assert "| draw | 1.0 s | 10.0 s | 2.0 s | 20.0 s |" in lines
+    assert "| the page | 3.0 s | 30.0 s | 4.0 s | 40.0 s |" in lines
+
+
+def test_a_workdir_without_a_config_is_one_line(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["cold_starts.py", f"--workdir={tmp_path}"])
+    with pytest.raises(SystemExit):
+        script.main()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"--workdir {tmp_path} has no config.json" in err

@@ -128,6 +128,50 @@ def test_the_folder_is_bounded(config, tmp_path, monkeypatch):
     assert len(files(folder)) < 10
 
 
+def test_without_a_bound_programs_have_a_folder_of_their_own_and_stay(
+    config, tmp_path, monkeypatch
+):
+    def start(power):
+        config.update("jax_compilation_cache_dir", None)
+        jax_cache.reset_cache()
+        compilation_cache.enable()
+        jax.jit(lambda x: jnp.sort(x) ** power)(jnp.arange(3.0))
+        return Path(config.jax_compilation_cache_dir)
+
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    bounded = start(2)
+    kept = files(bounded)
+    assert kept
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
+    config.update("jax_compilation_cache_max_size", -1)
+    free = start(3)
+    assert free != bounded
+    one = files(free).keys()
+    start(4)
+    assert files(free).keys() > one
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
+    assert start(2) == bounded
+    assert files(bounded) == kept
+    assert files(free).keys() > one
+
+
+def test_the_choices_of_algorithms_are_bounded(config, tmp_path, monkeypatch):
+    """XLA keeps them on GPUs, in a folder that JAX names."""
+    folder = tmp_path / "tokenbridge_jax" / "programs" / "xla_gpu_per_fusion_autotune_cache_dir"
+    folder.mkdir(parents=True)
+    for age in range(10):
+        (folder / f"{age}.textproto").write_bytes(bytes(100))
+        os.utime(folder / f"{age}.textproto", (0, 1000 - age))
+    monkeypatch.setattr(compilation_cache, "_CHOICES_BYTES", 1000)
+    compilation_cache.enable()
+    assert len(list(folder.iterdir())) == 10
+    config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(compilation_cache, "_CHOICES_BYTES", 999)
+    compilation_cache.enable()
+    assert {path.stem for path in folder.iterdir()} == set("0123")
+
+
 def test_a_users_folder_is_left_alone(config, tmp_path):
     config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
     before = config.values.copy()
@@ -154,13 +198,13 @@ def test_without_a_folder_a_line_says_so_and_the_command_runs(config, probe, run
     assert config.jax_compilation_cache_dir is None
 
 
-def test_jobs_of_several_processes_have_none(config, probe, run, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2])
+def test_jobs_of_several_processes_have_none(config, probe, run, monkeypatch, count):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
     monkeypatch.setattr(processes, "_tell_when_aborted", lambda: None)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
     assert run("--distributed")[0] == 0
-    assert config.jax_compilation_cache_dir is None
-    assert run()[0] == 0
-    assert config.jax_compilation_cache_dir is not None
+    assert (config.jax_compilation_cache_dir is None) == (count > 1)
 
 
 def test_an_import_sets_nothing(config):

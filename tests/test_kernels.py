@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -348,6 +349,26 @@ def test_without_a_backend_of_pallas_plain_operations_are_used(platform: str, ba
     assert done.returncode == 0, done.stderr
     (told,) = (line for line in done.stderr.splitlines() if "fast kernels" in line)
     assert "plain operations take their place" in told
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "reason"),
+    [
+        ("rocm 60300", "gfx942", "card X is from AMD, they are for NVIDIA)"),
+        ("cuda 12090", "7.5", "card X is 7.5, they need 8.0)"),
+    ],
+)
+def test_cards_without_kernels_are_named_once(version, capability, reason, monkeypatch, capsys):
+    client = types.SimpleNamespace(platform_version=version)
+    card = types.SimpleNamespace(device_kind="card X", compute_capability=capability, client=client)
+    monkeypatch.setattr(jax, "local_devices", lambda: [card])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(pallas, "_given_up", {})
+    monkeypatch.setattr(pallas, "_try_gpu", functools.cache(pallas._try_gpu.__wrapped__))
+    assert [pallas._kernels_work("cuda") for _ in range(2)] == [False, False]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "plain operations take their place" in told
+    assert told.endswith(reason)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

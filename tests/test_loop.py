@@ -36,7 +36,7 @@ def make_run(directory, **changes):
         ema_decay=0.8,
         accumulation=2,
         log_every=changes.pop("log_every", 1),
-        checkpoint_every=2,
+        checkpoint_every=changes.pop("checkpoint_every", 2),
         keep=3,
         keep_every=0,
     )
@@ -358,6 +358,34 @@ def test_an_update_is_reported_while_the_program_of_the_next_is_compiled(
     assert told in capsys.readouterr().err
     # The wait is no time of training. An update has 16 images.
     assert read_metrics(metrics)[1]["images_per_second"] > 2 * 16 / seconds
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
+def test_a_run_that_waits_for_a_program_stops_without_it(
+    mesh, tmp_path, straight, large_host, before_compiling, capfd, checkpoint_every
+):
+    over, threads = threading.Event(), []
+
+    def signal_and_wait():
+        threads.append(threading.current_thread())
+        begin = time.monotonic()
+        while "the next one waits" not in capfd.readouterr().err:
+            assert time.monotonic() - begin < 60
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        over.wait(60)
+
+    before_compiling(signal_and_wait)
+    begin = time.monotonic()
+    with pytest.raises(Interrupted):
+        fit(make_run(tmp_path, draw=two_kinds, checkpoint_every=checkpoint_every), mesh)
+    assert time.monotonic() - begin < 60
+    assert latest_step(tmp_path / "checkpoints") == 1
+    over.set()
+    threads[0].join(60)
+    before_compiling(lambda: None)
+    fit(make_run(tmp_path, draw=two_kinds), mesh)
+    assert losses(tmp_path) == losses(straight[0])
 
 
 def test_a_job_of_several_processes_compiles_nothing_ahead(

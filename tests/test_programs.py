@@ -103,6 +103,16 @@ def test_programs_for_another_machine_are_left_alone(saved, tmp_path, fact, caps
     assert capsys.readouterr().err.startswith(f"{folder} has no compiled programs: ")
 
 
+@pytest.mark.parametrize("damage", ["{}", "[]", '{"for": {}}', '{"for": {}, "calls": [5]}'])
+def test_a_damaged_description_is_named_and_the_rest_is_loaded(saved, tmp_path, damage, capsys):
+    folder = shutil.copytree(saved, tmp_path / "tiny")
+    (folder / "programs/programs.json").write_text(damage)
+    Pipeline.load(folder, programs=True)
+    err = capsys.readouterr().err
+    assert err.startswith(f"{folder / 'programs/programs.json'} is damaged: ")
+    assert err.count("\n") == 1
+
+
 def test_nothing_is_loaded_unless_asked_for(saved, monkeypatch):
     monkeypatch.setattr(programs, "load", None)
     Pipeline.load(saved)
@@ -116,9 +126,13 @@ def test_nothing_is_loaded_unless_asked_for(saved, monkeypatch):
         ({"class_ids": np.zeros(1)}, "in JSON"),
         ({"num_iter": 16}, "must be a list of dicts with class_ids"),
         ("class_ids", "must be a list of dicts with class_ids"),
+        ({"class_ids": [0], 5: 1}, "must be a list of dicts with class_ids"),
+        ({"class_ids": [0], "numbers": [1]}, "numbers is no setting of sampling"),
     ],
 )
 def test_a_call_that_cannot_be_made_leaves_no_folder(pipeline, tmp_path, call, message):
     with pytest.raises(UserError, match=message):
         pipeline.save_pretrained(tmp_path / "tiny", programs=[call])
+    with pytest.raises(UserError, match="must be a list of dicts with class_ids"):
+        pipeline.save_pretrained(tmp_path / "tiny", programs=5)
     assert list(tmp_path.iterdir()) == []

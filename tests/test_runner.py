@@ -187,7 +187,11 @@ def main(monkeypatch, *argv) -> int:
 
 def test_the_console_script_runs_the_command(probe, monkeypatch, tmp_path):
     probe.then = lambda args: args.count
-    assert main(monkeypatch, "probe", "--workdir", str(tmp_path), "--count=4") == 4
+    assert main(monkeypatch, "probe", "--workdir", str(tmp_path), "--count=0") == 0
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        main(monkeypatch, "probe", "--workdir", str(tmp_path), "--count=4")
+    assert end.value.code == 4
 
 
 def test_an_unknown_command_is_status_2_and_lists_all_commands(monkeypatch, capsys):
@@ -246,8 +250,8 @@ def test_a_command_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch, capsy
     assert set(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("status", "seconds"), [(130, 20), (75, 20), (2, 0)])
-def test_a_stopped_command_does_not_wait_for_threads(status, seconds):
+@pytest.mark.parametrize(("status", "seconds"), [(130, 20), (75, 20), (2, 20), (1, 20), (0, 0)])
+def test_a_command_without_success_does_not_wait_for_threads(status, seconds):
     """XLA compiles in such threads."""
     code = (
         "import sys, threading, time\n"

@@ -102,3 +102,5 @@ def test_other_settings_are_refused_in_python(model):
     for name in ("head", "dtype"):
         with pytest.raises(UserError, match=f"drawing has {name}, not one of head_steps, head_cl"):
             Pipeline.load(model, drawing={name: "parallel"})
+    with pytest.raises(UserError, match=r"drawing=\['float8'\] must be a dict, such as"):
+        Pipeline.load(model, drawing=["float8"])

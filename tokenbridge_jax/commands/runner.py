@@ -87,12 +87,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def ended(status: int) -> int:
-    """The status of a command, for `sys.exit`. If the command was stopped, the process ends here.
+    """The status of a command, for `sys.exit`. Without success the process ends here.
 
     XLA may be compiling in threads of its own. Python would wait for some of them, and crash with
-    others. A command that was stopped has closed its files.
+    others. A command that has returned has closed its files.
     """
-    if status in STOPPED:
+    if status:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -139,7 +139,7 @@ def run(name: str, argv: list[str]) -> int:
         processes.join(args.distributed, asks_for_signals=name in TRAINING)
         if getattr(command, "USES_DEVICES", True):
             environment.check_devices()
-            if not args.distributed:
+            if jax.process_count() == 1:
                 compilation_cache.enable()
         with _ended_by_sigterm():  # After libtpu's handler, which prints its stack.
             status = command.main(args, *given)

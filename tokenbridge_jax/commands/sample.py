@@ -10,7 +10,7 @@ little memory. Image i depends on the seed, on i and on its class.
                  settings are refused. The processes of a job share this work and the folder.
   --format=webp  the same as WebP without loss
 
-`grid.png` shows the first 100 images.
+`grid.png` shows the first 100 images, and with --shard those of shard 0.
 
 --shard=I/N draws part I (from 0) of N, in a job that needs no other: N machines, each with its own
 I, divide the images. They share the folder `images`; or each writes `shards/samples-I-of-N.npz`,

@@ -1,8 +1,9 @@
 """Trains the model on token shards: WORKDIR/tokens -> WORKDIR/checkpoints.
 
 Also writes model.json, metrics.jsonl, tensorboard/ and, if WORKDIR/autoencoder exists to decode
-them, samples/step_*.png. Started again, it continues from the latest checkpoint, bit for bit as if
-it had never stopped. Status 75: it was told to stop (SIGTERM, Ctrl-C) and has saved its state.
+them, samples/step_*.png. Started again, it continues from the latest checkpoint as if it had never
+stopped: bit for bit, on GPUs if it finds its compiled programs on disk (docs/training.md). Status
+75: it was told to stop (SIGTERM, Ctrl-C) and has saved its state.
 """
 
 import dataclasses

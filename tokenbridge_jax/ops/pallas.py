@@ -146,6 +146,8 @@ def _try_gpu() -> None:
     device = jax.local_devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
     try:
+        if "rocm" in device.client.platform_version.lower():
+            raise NotImplementedError(f"{device.device_kind} is from AMD, they are for NVIDIA")
         if capability.partition(".")[0] in {"5", "6", "7"}:
             raise NotImplementedError(f"{device.device_kind} is {capability}, they need 8.0")
         # In another thread, because this one may be tracing a program on some mesh.

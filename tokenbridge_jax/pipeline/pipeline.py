@@ -118,6 +118,8 @@ class Pipeline:
             raise UserError(f"workdir {workdir} does not exist; check --workdir")
         mesh = mesh or meshes.make_mesh(devices=jax.local_devices())
         description = ModelDescription.load(workdir)
+        if not isinstance(drawing, Mapping | None):
+            raise UserError(f"drawing={drawing!r} must be a dict, such as {{'head_steps': 50}}")
         changes = dict(drawing or {})
         if wrong := changes.keys() - {*DRAWING_FIELDS}:
             raise UserError(f"drawing has {min(wrong)}, not one of {', '.join(DRAWING_FIELDS)}")
@@ -221,13 +223,13 @@ class Pipeline:
         """
         checks.preview(preview)
         checks.at_least("preview_every", preview_every, 1)
+        make_settings(settings)  # `stream` takes more than that.
         if preview is None:
             parts = self.stream(
                 class_ids, seed=seed, batch_size=batch_size, progress=progress, **settings
             )
             return np.concatenate(list(parts))
         checks.seed(seed)
-        make_settings(settings)
         size = batch_rows(len(self.labels(class_ids)), batch_size, self.mesh)
         self.codec.compile_decoder(size, self.grid, self.grid)  # While the other is compiled.
         indices = self.generate_indices(

@@ -57,7 +57,7 @@ def compile_for(pipeline: Drawing, calls: Sequence[Mapping[str, Any]] | Any) -> 
     """
     if not calls:
         return {}
-    if not all(isinstance(call, Mapping) and "class_ids" in call for call in calls):
+    if not _are_calls(calls):
         raise UserError(
             f"programs={calls!r} must be a list of dicts with class_ids, such as "
             '[{"class_ids": [3] * 64, "num_iter": 16}]'
@@ -87,6 +87,13 @@ def load(pipeline: Drawing, directory: epath.Path) -> None:
         say(f"{directory} has no compiled programs: they are compiled here when they are needed")
         return
     about, here = storage.read_json(folder / _FACTS), _machine(pipeline)
+    if not (
+        isinstance(about, Mapping)
+        and isinstance(about.get("for"), Mapping)
+        and _are_calls(about.get("calls"))
+    ):
+        say(f"{folder / _FACTS} is damaged: programs are compiled here when they are needed")
+        return
     if other := [f"{key} {value}" for key, value in about["for"].items() if value != here.get(key)]:
         say(f"{folder} is for {', '.join(other)}: programs are compiled here when they are needed")
         return
@@ -98,6 +105,14 @@ def load(pipeline: Drawing, directory: epath.Path) -> None:
                 pipeline.generate(**call)
     if missing := count["needed"] - count["read"]:
         say(f"{missing} of {count['needed']} programs of {folder} did not fit and were compiled")
+
+
+def _are_calls(value: Any) -> bool:
+    """Whether this is a list of keyword arguments of `generate`."""
+    return isinstance(value, Sequence) and all(
+        isinstance(call, Mapping) and "class_ids" in call and all(isinstance(x, str) for x in call)
+        for call in value
+    )
 
 
 def _machine(pipeline: Drawing) -> dict[str, Any]:

@@ -41,6 +41,8 @@ _TRACING = threading.Lock()  # See `compile_beside_others`.
 
 # JAX's own, which it creates in every bounded folder. It waits for the lock as long.
 _LOCK, _LOCK_SECONDS = ".lockfile", 10
+# Where XLA keeps which algorithms it chose on a GPU. JAX does not bound this folder.
+_CHOICES, _CHOICES_BYTES = "xla_gpu_per_fusion_autotune_cache_dir", 64 * 2**20
 
 
 def enable() -> None:
@@ -51,15 +53,15 @@ def enable() -> None:
     given = jax.config.values
     if not given["jax_enable_compilation_cache"] or given["jax_compilation_cache_dir"]:
         return
+    for name, value in SETTINGS.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
     try:
-        folder = _prepared_folder()
+        folder = _prepared_folder(bounded=jax.config.values["jax_compilation_cache_max_size"] != -1)
     except (OSError, UserError, KeyError) as error:
         # A KeyError is a user without a name, as in a container: JAX 0.10 needs one.
         say(f"compiled programs are not kept for the next start: {error}")
         return
-    for name, value in SETTINGS.items():
-        if name.upper() not in os.environ:
-            jax.config.update(name, value)
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
@@ -112,22 +114,43 @@ def only_in(folder: str) -> Iterator[collections.Counter[str]]:
         change(before)
 
 
-def _prepared_folder() -> Path:
+def _prepared_folder(*, bounded: bool) -> Path:
     """Creates the folder, does once what JAX will do there, and removes unfinished programs.
 
     A process that was killed, or a full disk, leaves half a program, which JAX would never replace.
-    JAX writes the time of the last use after the program, to another file.
+    In a bounded folder JAX writes the time of the last use after the program, to another file. It
+    needs this file of every program, so programs without a bound have a folder of their own.
     """
     cache = storage.user_cache()
     if cache is None:
         raise UserError("HOME is not set; JAX_COMPILATION_CACHE_DIR can name a folder for them")
-    folder = cache / "tokenbridge_jax" / "programs"
+    folder = cache / "tokenbridge_jax" / ("programs" if bounded else "programs_unbounded")
     storage.check_folder(folder)
     # Programs are code that will run: only this user may write them.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     epath.Path(folder).stat()
-    with filelock.FileLock(folder / _LOCK, timeout=_LOCK_SECONDS):
-        for program in folder.glob("*-cache"):
-            if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
-                program.unlink()
+    if bounded:
+        with filelock.FileLock(folder / _LOCK, timeout=_LOCK_SECONDS):
+            for program in folder.glob("*-cache"):
+                if not program.with_name(f"{program.name.removesuffix('-cache')}-atime").exists():
+                    program.unlink()
+        _remove_oldest(folder / _CHOICES, _CHOICES_BYTES)
     return folder
+
+
+def _remove_oldest(folder: Path, most_bytes: int) -> None:
+    """Removes the oldest files of a folder, to which others may write, down to half of a size."""
+    files = []
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            files.append((found.st_mtime, found.st_size, path))
+    total = sum(size for _, size, _ in files)
+    if total <= most_bytes:
+        return
+    for _, size, path in sorted(files):
+        if total <= most_bytes // 2:
+            break
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            path.unlink()
+        total -= size

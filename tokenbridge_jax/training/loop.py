@@ -16,6 +16,7 @@ samples are the same images except where rounding moves a draw across the border
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from clu import parameter_overview  # Only this: clu's writers and actions import TensorFlow.
@@ -161,13 +162,27 @@ def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
         report = _Report(run, writer, checkpoints)
         stack.callback(report.close)
 
+        def save(state: TrainState, step: int) -> None:
+            writer.flush()
+            checkpoints.save(state, step, dict(run.fields))
+
+        def stop_at(step: int) -> NoReturn:
+            checkpoints.wait()
+            say(f"{run.name}: stopped and saved at step {step}; the same command continues")
+            raise Interrupted
+
         for step in range(start + 1, total + 1):
             batch, draw = meshes.to_global((next(batches), run.draw(step - 1)), mesh)
             if step == start + 1:
                 say(f"{run.name}: the first update begins; its program is compiled if it is new")
                 program.compile_ahead(batch, map(run.draw, range(start, total)))
             if (compiling := program.compiling(draw)) is not None:
-                report.wait(compiling)
+                report.wait(compiling, functools.partial(is_told_to_stop, step))
+                if is_told_to_stop(step):
+                    checkpoints.wait()
+                    if checkpoints.latest != step - 1:
+                        save(state, step - 1)
+                    stop_at(step - 1)
             # An implicit copy between host and devices, which would delay them, is an error here.
             with jax.transfer_guard("disallow"):
                 state, metrics = program.run(state, batch, draw)
@@ -177,21 +192,18 @@ def fit(run: Run, mesh: Mesh, program: Program | None = None) -> TrainState:
 
             stop = is_told_to_stop(step) and step < total
             hooks = [hook for hook in run.hooks if hook.is_due(step, total)]
-            save = stop or step == total or step % recipe.checkpoint_every == 0
-            if hooks or save:
+            saves = stop or step == total or step % recipe.checkpoint_every == 0
+            if hooks or saves:
                 report.check()
                 with report.pause():
                     found: dict[str, float] = {}
                     for hook in hooks:
                         found |= hook.run(state, step, writer)
                     report.settle(found if hooks else None)
-                    if save:
-                        writer.flush()
-                        checkpoints.save(state, step, dict(run.fields))
+                    if saves:
+                        save(state, step)
             if stop:
-                checkpoints.wait()
-                say(f"{run.name}: stopped and saved at step {step}; the same command continues")
-                raise Interrupted
+                stop_at(step)
         checkpoints.wait()
         return state
 
@@ -252,14 +264,15 @@ class _Report:
             self._since = (self._step, self._seen)
         self._metrics, self._values = None, {}
 
-    def wait(self, compiling: futures.Future[Any]) -> None:
-        """Waits for the program of the next update, after a look at the last one."""
+    def wait(self, compiling: futures.Future[Any], stop: Callable[[], bool]) -> None:
+        """Waits for the program of the next update, or a stop, after a look at the last one."""
         self.settle()
         assert self._progress is not None  # An update is done.
         done = f"{self._run.name}: update {self._step} is done"
         self._progress.note(f"{done}; the next one waits until its program is compiled")
         with self.pause():
-            futures.wait([compiling])
+            while not (stop() or futures.wait([compiling], timeout=0.5).done):
+                pass
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
