@@ -6,8 +6,8 @@ it. First the speed of each head is measured. Then each is trained for as many u
 in `--minutes` minutes, with `--seeds` seeds. Guidance and temperature are chosen for each head by
 the Frechet distance of a few samples. If the script is stopped, the same command continues.
 
-  python launch/heads.py --run runs/cifar10 --workdir runs/heads --minutes 5 --seeds 2
-  python launch/heads.py --run runs/cifar10 --workdir runs/two --heads channel_ar,diffusion
+  python launch/heads.py --workdir runs/heads --minutes 5 --seeds 2
+  python launch/heads.py --workdir runs/two --heads channel_ar,diffusion --run runs/other
 
 It prints a table and writes WORKDIR/heads.md, heads.json and heads.png, of the rows of this start
 alone; docs/heads.md explains the columns. `--config.section.key=value` changes the settings of all
@@ -147,7 +147,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--run", type=storage.local_path, required=True, help="workdir of launch/cifar10.sh"
+        "--run",
+        type=storage.local_path,
+        default="runs/cifar10",
+        help="workdir of launch/cifar10.sh (%(default)s)",
     )
     parser.add_argument(
         "--workdir", type=storage.local_path, required=True, help="of the comparison"

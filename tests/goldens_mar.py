@@ -165,12 +165,13 @@ def _check_loss_and_gradients(
     absent = np.setdiff1d(np.arange(config.classes), golden["in/labels"])
     if golden["grad/class_emb.weight"][absent].any():
         # Classes that are not in the batch have no gradient: to all gradients of this file, those
-        # of another batch were added. `test_diffusion.py` compares gradients with PyTorch's.
+        # of another batch were added. The share of the squared error is so large that its factor
+        # shows; `test_diffusion.py` compares gradients, also the bound's, with PyTorch's.
         own, theirs = (
             np.concatenate([np.ravel(gradients[name]) for name in found])
             for gradients in (found, {name: golden[f"grad/{name}"] for name in found})
         )
-        assert own @ theirs / np.linalg.norm(own) / np.linalg.norm(theirs) > 0.9
+        assert np.linalg.norm(theirs - own) / np.linalg.norm(theirs) < 0.1
         return
     for name, gradient in found.items():
         kept = ~is_rounding_noise(name, gradient)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,11 @@ from tiny_model import TINY, head_method, loss_flops, random_params, tiny, tiny_
 
 from tokenbridge_jax.channels import KL16_CHANNEL_ORDER
 from tokenbridge_jax.config import ConfigDict, model_config
+from tokenbridge_jax.heads.channel_transformer import tempered_log_prob
+from tokenbridge_jax.heads.head import Activations, IndexHead, guided
+from tokenbridge_jax.layers import Dense
 from tokenbridge_jax.model import TokenBridge, abstract_params
+from tokenbridge_jax.model_config import HEADS as REGISTERED
 from tokenbridge_jax.model_config import SIZES, TokenBridgeConfig
 from tokenbridge_jax.quantizer import Quantizer
 from tokenbridge_jax.runtime import meshes
@@ -280,3 +285,61 @@ def test_channel_orders_that_the_head_may_choose():
     config.model.channel_order = "backwards"
     with pytest.raises(UserError, match="'backwards' is not one of tokens, reverse, identity"):
         make()
+
+
+class IndependentHead(IndexHead):
+    """A new head, with no more than `IndexHead` asks for: one layer, channels independent."""
+
+    float32_params: ClassVar = ("proj",)
+
+    @classmethod
+    def from_config(cls, config, channel_order, levels):
+        return cls(channel_order, levels)
+
+    @classmethod
+    def summary(cls, config):
+        return "one layer"
+
+    @classmethod
+    def position_flops(cls, config):
+        return 2 * config.decoder_width * config.groups * config.joint_classes
+
+    @classmethod
+    def activations(cls, config):
+        return Activations(hidden=0, outputs=config.groups * config.joint_classes)
+
+    def setup(self):
+        self.proj = Dense((len(self.channel_order), self.levels), ("embed", None, None))
+
+    def logits(self, feature, indices, as_sampled=False):
+        return self.proj(feature)
+
+    def sample(self, feature, keys, temperature, guidance=None):
+        logits = self.proj(guided(feature, guidance))
+        drawn = jax.vmap(jax.random.categorical)(keys, logits / temperature)
+        log_probs = jnp.sum(tempered_log_prob(logits, drawn, temperature), axis=1)
+        return drawn[:, np.argsort(self.channel_order)], log_probs
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_new_head_needs_no_more_than_its_interface_says(monkeypatch, group):
+    monkeypatch.setitem(REGISTERED, "independent", IndependentHead)
+    config = tiny(head="independent", channels_per_group=group)
+    assert loss_flops(config, 5)[0] == config.forward_flops(5)
+    assert config.head_activations.outputs == {1: 4 * 5, 2: 2 * 25}[group]
+    params = random_params(config, spread=0.2)
+    feature = jnp.repeat(FEATURE, len(INDICES), axis=0)
+    nll = np.asarray(head_method(config, "nll")(params, feature, INDICES), np.float64).sum(axis=1)
+    assert np.exp(-nll).sum() == pytest.approx(1, abs=1e-5)
+    keys = jax.random.split(jax.random.key(3), len(feature))
+    drawn, log_probs = head_method(config, "sample")(params, feature, keys, jnp.float32(1))
+    in_order = np.asarray(drawn)[:, TINY.channel_order]
+    numbers = np.ravel_multi_index(tuple(in_order.T), (5,) * 4)
+    np.testing.assert_allclose(log_probs, -nll[numbers], atol=1e-4)
+    # The first channel of the order is drawn as often as it should be.
+    expected = np.exp(-nll).reshape(5, -1).sum(axis=1)
+    found = np.bincount(in_order[:, 0], minlength=5)
+    assert stats.chisquare(found, expected / expected.sum() * found.sum()).pvalue > 1e-3
+    pipeline = tiny_pipeline(config, params)
+    drawn = pipeline.generate_indices([0, 1], num_iter=2, guidance=2.0)
+    assert drawn.shape == (2, config.positions, config.channels)

@@ -334,7 +334,10 @@ def test_mars_weights_become_a_workdir_that_samples(tmp_path, capsys):
     golden = GOLDENS / "mar_tiny.npz"
     steps = ["--config.model.head_steps=3"]
     assert run("import-torch", workdir, "--checkpoint", golden, *VAE, *FLAGS, *steps) == 0
-    assert "head diffusion\n" in capsys.readouterr().out
+    out_text, err = capsys.readouterr()
+    assert "head diffusion\n" in out_text
+    assert "--config mar256 has MAR's settings\n" in err
+    assert storage.read_json(workdir / "config.json")["tokenize"]["store"] == "latents"
     config = ModelDescription.load(workdir).config
     assert (config.head, config.head_steps, config.of_latents) == ("diffusion", 3, True)
     sample = ["--num_images=2", "--config.sampling.num_iter=2"]
@@ -350,7 +353,7 @@ def test_mars_weights_become_a_workdir_that_samples(tmp_path, capsys):
     expected = state_dicts.read(golden)["model"]
     assert_same(safetensors.numpy.load_file(out), expected)
     again = tmp_path / "again"
-    assert run("import-torch", again, "--checkpoint", out, *VAE, *FLAGS, *steps, *flags) == 0
+    assert run("import-torch", again, "--checkpoint", out, *VAE, *FLAGS, *flags) == 0
     assert ModelDescription.load(again).config == config
 
     Pipeline.load(workdir).save_pretrained(tmp_path / "saved")

@@ -233,7 +233,10 @@ def test_splits_and_subsets(pipeline, folder, tmp_path):
 
 def test_mistakes_are_reported(pipeline, folder, tmp_path, one_device):
     for settings, message in [
-        (dict(order="confidence"), "order='confidence' is not one of random, raster, halton"),
+        (
+            dict(order="confidence"),
+            r"sampling\.order='confidence' has no exact likelihood; set it to",
+        ),
         (dict(order="raster", num_orders=2), "num_orders=2 must be 1, or more for random"),
         (dict(seed=-1), "seed=-1 must be from 0"),
         (dict(max_images=0), "there must be images and batches of at least 1, not 0"),

@@ -118,6 +118,13 @@ def test_what_the_shards_lack_is_named(other, tmp_path_factory, refused):
     assert not (folder / "model.json").exists()
 
 
+def test_an_order_that_previews_cannot_have_is_refused_first(straight, refused):
+    flags = [f"--config.{name}={value}" for name, value in CHANGES.items()]
+    flags = [f"--workdir={straight}", *SMALL, *flags, "--config.sampling.order=confidence"]
+    refused("train", "sampling.order='confidence' needs probabilities, which model.head", flags)
+    assert runner.run("train", [*flags, "--config.training.sample_every=0"]) == 0
+
+
 def test_evaluate_likelihood_says_why_in_one_line(straight, refused):
     flags = [f"--workdir={straight}"]
     refused("evaluate", "'diffusion' draws latents: it has no", ["likelihood", *flags])

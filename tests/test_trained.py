@@ -15,7 +15,7 @@ SETTINGS = {"num_iter": 2, "guidance": 1.0, "temperature": 1.0, "order": "random
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "model"
-    save_tiny(folder, head="masked", reveal_steps=4)
+    save_tiny(folder, head="masked", reveal_steps=4, reveal_order="confidence")
     return folder
 
 
@@ -61,7 +61,7 @@ from tiny_model import tiny
 
 def get_config():
     config = experiment("digits")
-    model = tiny(head="masked", reveal_steps=4).to_json()
+    model = tiny(head="masked", reveal_steps=4, reveal_order="confidence").to_json()
     config.model.update({key: model[key] for key in config.model if key != "channel_order"})
     config.model.update(CHANGES)
     return config
@@ -96,6 +96,14 @@ def test_the_experiment_of_another_model_is_refused(model, tmp_path, capsys):
     err = capsys.readouterr().err
     assert f"--config names a model whose encoder_width is 32, and that of {model} has 16" in err
     assert err.count("\n") == 1
+
+
+def test_a_fixed_order_has_the_steps_of_training(tmp_path):
+    save_tiny(tmp_path / "model", head="masked", reveal_steps=4)
+    refused = r"reveal_steps=2: this model was trained for 4 steps in fixed order and can draw in"
+    with pytest.raises(UserError, match=refused):
+        Pipeline.load(tmp_path / "model", drawing={"reveal_steps": 2})
+    Pipeline.load(tmp_path / "model", drawing={"reveal_steps": 4})
 
 
 def test_other_settings_are_refused_in_python(model):

@@ -276,19 +276,8 @@ def make_head(config: TokenBridgeConfig) -> Head:
         head: Head = HEADS[config.head].from_config(config)
         return head
     is_grouped = config.channels_per_group > 1
-    make = functools.partial(
-        HEADS[config.head],
-        channel_order=tuple(range(config.groups)) if is_grouped else config.channel_order,
-        levels=config.joint_classes,
-        width=config.head_width,
-        layers=config.head_layers,
-        heads=config.head_heads,
-        dropout=config.dropout,
-        dtype=jnp.dtype(config.dtype),
-        scan_layers=config.scan_layers,
-        float8=config.float8,
-        **HEADS[config.head].own_fields(config),
-    )
+    order = tuple(range(config.groups)) if is_grouped else config.channel_order
+    make = functools.partial(HEADS[config.head].from_config, config, order, config.joint_classes)
     if not is_grouped:
         return make()
     return GroupedHead(config.channel_order, config.levels, config.channels_per_group, make)

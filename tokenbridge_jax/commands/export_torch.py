@@ -8,6 +8,7 @@ with its buffers, and `model_ema` has the averaged parameters. A .safetensors fi
 `model`. The autoencoder is written in the same way, with the names of LDM.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tokenbridge_jax.autoencoder import load_autoencoder
 from tokenbridge_jax.commands import runner
 from tokenbridge_jax.commands.arguments import define_path
 from tokenbridge_jax.model import abstract_params
-from tokenbridge_jax.model_config import HEADS, TokenBridgeConfig
+from tokenbridge_jax.model_config import DRAWING_FIELDS, HEADS, TokenBridgeConfig
 from tokenbridge_jax.pipeline.description import ModelDescription
 from tokenbridge_jax.pipeline.pretrained import load_weights
 from tokenbridge_jax.quantizer import Quantizer
@@ -85,13 +86,22 @@ def _export_model(workdir: epath.Path, out: str, ema: bool) -> None:
             "model.first_token_quirk is off: the release's code, which always adds the first "
             "timestep embedding to the head's first token, will sample a little differently"
         )
+    if config.of_latents and config.head_clip:
+        print(
+            f"model.head_clip is {config.head_clip:g}: the release's code, which does not clip "
+            "what its steps predict, will sample differently"
+        )
     print(f"import it with --checkpoint={out} {' '.join(import_flags(config))}")
 
 
 def import_flags(config: TokenBridgeConfig) -> list[str]:
     """Returns the flags that give `import-torch` what no array of the file shows."""
     sizes = ("encoder_width", "encoder_heads", "decoder_width", "decoder_heads")
-    flags = [f"--config.model.{name}={getattr(config, name)}" for name in sizes]
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    changed = [
+        name for name in ("dtype", *DRAWING_FIELDS) if getattr(config, name) != defaults[name]
+    ]
+    flags = [f"--config.model.{name}={getattr(config, name)}" for name in (*sizes, *changed)]
     if isinstance(config.quantizer, Quantizer):
         flags = [
             f"--config.quantizer.range={config.quantizer.maximum:g}",

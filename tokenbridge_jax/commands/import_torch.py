@@ -56,6 +56,7 @@ from tokenbridge_jax.pipeline.pretrained import WEIGHTS_FILE
 from tokenbridge_jax.quantizer import Quantizer, Unquantized
 from tokenbridge_jax.runtime import meshes, storage
 from tokenbridge_jax.runtime.errors import UserError
+from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.torch_bridge import state_dicts
 from tokenbridge_jax.torch_bridge.ldm import NETWORK as AUTOENCODER
 from tokenbridge_jax.torch_bridge.ldm import import_autoencoder, infer_config, is_diffusers
@@ -254,7 +255,15 @@ def adapt_config(
         for part in ("encoder", "decoder"):
             if width := sizes.get(f"{part}_width"):
                 config.model[f"{part}_heads"] = _heads(config, part, width)
+        before = config.model.head
         config.model.update({name: sizes[name] for name in sizes if name in config.model})
+        of_latents = HEADS[config.model.head].of_latents
+        if of_latents != HEADS[before].of_latents:
+            say(
+                f"the file has the head {config.model.head}, but how to train and sample it comes "
+                f"from an experiment for {before}; --config mar256 has MAR's settings"
+            )
+            config.tokenize.store = "latents" if of_latents else "indices"
         config.model.first_token_quirk = quirk and HEADS[config.model.head].has_quirk
         config.quantizer.levels = sizes.get("levels", config.quantizer.levels)
         config.data.num_classes = sizes.get("classes", config.data.num_classes)

@@ -55,6 +55,7 @@ from tokenbridge_jax.runtime.errors import UserError
 from tokenbridge_jax.runtime.hardware import Devices
 from tokenbridge_jax.runtime.progress import say
 from tokenbridge_jax.sampling.batches import generate_in_batches
+from tokenbridge_jax.sampling.sampler import check_order
 from tokenbridge_jax.training import auto
 from tokenbridge_jax.training.checkpoints import Checkpoints
 from tokenbridge_jax.training.loop import EXIT_INTERRUPTED, Hook, Interrupted, Run, fit
@@ -312,6 +313,8 @@ def _sampling_hooks(
     local_mesh = meshes.make_mesh(devices=jax.local_devices())
     codec = Codec(autoencoder, params, model.quantizer, local_mesh, model.dtype)
     settings, batch_size = sampling_settings(config.sampling), config.sampling.batch_size
+    if config.training.sample_every or config.evaluation.every:
+        check_order(model, settings)
 
     def sample(state: TrainState, labels: np.ndarray) -> np.ndarray:
         return generate_in_batches(

@@ -202,7 +202,9 @@ def likelihood(
     info = shards.read_info(folder)
     remark = _check_settings(pipeline.description, info)
     if order not in ("random", "raster", "halton"):
-        raise UserError(f"order='{order}' is not one of random, raster, halton")
+        raise UserError(
+            f"sampling.order='{order}' has no exact likelihood; set it to random, raster or halton"
+        )
     if num_orders < 1 or (num_orders > 1 and order != "random"):
         raise UserError(f"num_orders={num_orders} must be 1, or more for random orders")
     if not 0 <= seed <= 2**32 - num_orders:

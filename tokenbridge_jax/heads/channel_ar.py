@@ -30,9 +30,12 @@ class ChannelAR(ChannelTransformer):
     first_token_quirk: bool = False
 
     @classmethod
-    def own_fields(cls, config: Any) -> dict[str, Any]:
-        """See `IndexHead.own_fields`."""
-        return {"first_token_quirk": config.first_token_quirk}
+    def from_config(
+        cls, config: Any, channel_order: tuple[int, ...], levels: int, **others: Any
+    ) -> ChannelTransformer:
+        """See `ChannelTransformer.from_config`."""
+        others["first_token_quirk"] = config.first_token_quirk
+        return super().from_config(config, channel_order, levels, **others)
 
     def setup(self) -> None:
         # PyTorch's default for embedding tables, kept by the reference: N(0, 1).

@@ -42,6 +42,24 @@ class ChannelTransformer(IndexHead):
     float8: bool = False
 
     @classmethod
+    def from_config(
+        cls, config: Any, channel_order: tuple[int, ...], levels: int, **others: Any
+    ) -> "ChannelTransformer":
+        """See `IndexHead.from_config`; `others` are fields of a subclass."""
+        return cls(
+            channel_order=channel_order,
+            levels=levels,
+            width=config.head_width,
+            layers=config.head_layers,
+            heads=config.head_heads,
+            dropout=config.dropout,
+            dtype=jnp.dtype(config.dtype),
+            scan_layers=config.scan_layers,
+            float8=config.float8,
+            **others,
+        )
+
+    @classmethod
     def summary(cls, config: Any) -> str:
         """See `Head.summary`."""
         size = (

@@ -75,6 +75,13 @@ class Head(nn.Module):
         """Raises `UserError` if a `TokenBridgeConfig` has settings that this head cannot have."""
 
     @classmethod
+    def check_drawing(cls, trained: Any, drawing: Any) -> None:
+        """Raises `UserError` if a model of one `TokenBridgeConfig` cannot draw with another.
+
+        They differ in `model_config.DRAWING_FIELDS`.
+        """
+
+    @classmethod
     def summary(cls, config: Any) -> str:
         """The sizes of the head of a `TokenBridgeConfig`, for the card of a model."""
         raise NotImplementedError
@@ -168,8 +175,9 @@ class Head(nn.Module):
 class IndexHead(Head):
     """A distribution over one position's C indices.
 
-    A new one implements `summary`, `logits`, `sample` and `position_flops`. `logits` must work with
-    `scan_layers` on and off; `sample` is only called with `scan_layers` off.
+    A new one implements `from_config`, `summary`, `logits`, `sample`, `position_flops` and
+    `activations`. `logits` must work with `scan_layers` on and off; `sample` is only called with
+    `scan_layers` off.
 
     Guidance mixes features; see `guided`. Temperature divides the logits, and 0 takes the most
     likely index at every place. `sample` returns the log-probability at this temperature.
@@ -181,10 +189,15 @@ class IndexHead(Head):
     levels: int
 
     @classmethod
-    def own_fields(cls, config: Any) -> dict[str, Any]:
-        """The values of the fields that only this head has, from a `TokenBridgeConfig`."""
-        del config
-        return {}
+    def from_config(cls, config: Any, channel_order: tuple[int, ...], levels: int) -> "IndexHead":
+        """The head of a `TokenBridgeConfig`.
+
+        Args:
+          config: the config.
+          channel_order: of the head; that of the groups, if there are groups of channels.
+          levels: of each place; the joint classes, if there are groups of channels.
+        """
+        raise NotImplementedError
 
     def loss(
         self, feature: Float[Array, "N Z"], targets: Integer[Array, "N C"], keys: Key[Array, " N"]
@@ -230,8 +243,8 @@ class IndexHead(Head):
 class LatentHead(Head):
     """A distribution over one position's C continuous latents.
 
-    A new one implements `from_config`, `summary`, `loss`, `sample`, `position_flops` and
-    `drawing_flops`; and `nll`, if it has a density.
+    A new one implements `from_config`, `summary`, `loss`, `sample`, `position_flops`,
+    `drawing_flops` and `activations`; and `nll`, if it has a density.
     """
 
     of_latents: ClassVar[bool] = True

@@ -49,9 +49,12 @@ class MaskedHead(ChannelTransformer):
     reveal_order: str = "fixed"
 
     @classmethod
-    def own_fields(cls, config: Any) -> dict[str, Any]:
-        """See `IndexHead.own_fields`."""
-        return {"steps": config.reveal_steps, "reveal_order": config.reveal_order}
+    def from_config(
+        cls, config: Any, channel_order: tuple[int, ...], levels: int, **others: Any
+    ) -> ChannelTransformer:
+        """See `ChannelTransformer.from_config`."""
+        others |= {"steps": config.reveal_steps, "reveal_order": config.reveal_order}
+        return super().from_config(config, channel_order, levels, **others)
 
     @classmethod
     def check_config(cls, config: Any) -> None:
@@ -66,6 +69,16 @@ class MaskedHead(ChannelTransformer):
             raise UserError(
                 f"model.reveal_steps={config.reveal_steps} must be at most the number of channels, "
                 f"{config.channels}; set model.reveal_steps={config.channels}{other}"
+            )
+
+    @classmethod
+    def check_drawing(cls, trained: Any, drawing: Any) -> None:
+        """See `Head.check_drawing`. In fixed order only the places of its own steps are trained."""
+        if trained.reveal_order == "fixed" and drawing.reveal_steps != trained.reveal_steps:
+            raise UserError(
+                f"model.reveal_steps={drawing.reveal_steps}: this model was trained for "
+                f"{trained.reveal_steps} steps in fixed order and can draw in no other number; "
+                "leave it out, or train with --config.model.reveal_order=confidence"
             )
 
     @classmethod

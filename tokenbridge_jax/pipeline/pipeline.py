@@ -19,7 +19,7 @@ from tokenbridge_jax.autoencoder import load_autoencoder, read_description
 from tokenbridge_jax.codec import Codec, check_values, in_batches
 from tokenbridge_jax.loss import position_nll
 from tokenbridge_jax.model import abstract_params
-from tokenbridge_jax.model_config import DRAWING_FIELDS, TokenBridgeConfig
+from tokenbridge_jax.model_config import DRAWING_FIELDS, HEADS, TokenBridgeConfig
 from tokenbridge_jax.ops.precision import check_precision
 from tokenbridge_jax.pipeline.description import ClassId, ModelDescription
 from tokenbridge_jax.runtime import checks, meshes, storage
@@ -126,6 +126,7 @@ class Pipeline:
         changes |= {} if dtype is None else {"dtype": dtype}
         if changes:
             config = dataclasses.replace(description.config, **changes)
+            HEADS[config.head].check_drawing(description.config, config)
             description = dataclasses.replace(description, config=config)
         config, folder = description.config, workdir / "autoencoder"
         described = read_description(folder)

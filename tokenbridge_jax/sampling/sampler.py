@@ -3,8 +3,8 @@
 1. All L positions are hidden, or M of them where an image is edited. Every image has an order of
    its positions, with the hidden ones first.
 2. Step s leaves `hidden_counts(...)[s]` positions hidden: the backbone looks at what is visible,
-   guidance mixes its class and null features, and the head draws the indices of the positions
-   that this step reveals.
+   and the head, which also applies guidance, draws the values of the positions that this step
+   reveals.
 3. After the last step nothing is hidden.
 
 With `guidance_every` above 1, only some steps run the null branch. They compute the features of all
@@ -226,11 +226,7 @@ def _prepare(
         for value in (settings.temperature, settings.choice_temperature)
     )
     by_confidence = settings.order == "confidence"
-    if by_confidence and not config.has_probabilities:
-        raise UserError(
-            f"sampling.order='confidence' needs probabilities, which model.head='{config.head}' "
-            "does not give; choose another order"
-        )
+    check_order(config, settings)
     steps = Step(
         hidden[:-1],
         hidden[1:],
@@ -240,6 +236,15 @@ def _prepare(
         null_steps(config.positions, settings, num_hidden) if settings.guidance_every > 1 else None,
     )
     return request._replace(seed=np.uint32(request.seed)), plan, steps
+
+
+def check_order(config: TokenBridgeConfig, settings: SamplingSettings) -> None:
+    """Raises `UserError` if the head does not give the probabilities that the order needs."""
+    if settings.order == "confidence" and not config.has_probabilities:
+        raise UserError(
+            f"sampling.order='confidence' needs probabilities, which model.head='{config.head}' "
+            "does not give; choose another order"
+        )
 
 
 def _draw(

@@ -28,11 +28,11 @@ class SamplingSettings:
     Attributes:
       num_iter: number of reveal steps; the paper's figures use 256. Each reveals a position, so
         there are never more than L: higher numbers draw the same images.
-      guidance: scale of classifier-free guidance, on the backbone's features; 1 turns it off and
-        saves the null branch.
+      guidance: scale of classifier-free guidance; 1 turns it off and saves the null branch. The
+        head says what it mixes (`Head.sample`).
       guidance_schedule: "linear", from 1 with everything hidden to `guidance`, or "constant".
-      temperature: divides the head's logits; 0 takes the most likely level. The head `diffusion`
-        scales the noise of its steps by it.
+      temperature: divides the logits of heads of indices; 0 takes the most likely level. Heads of
+        latents scale noise by it, each in its own way.
       guidance_interval: guidance acts in steps before which at least the first and less than the
         second share of the positions is revealed. In other steps its scale is 1, which saves the
         null branch. The default is all steps; other values sample from another distribution.
