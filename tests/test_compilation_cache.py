@@ -199,12 +199,15 @@ def test_without_a_folder_a_line_says_so_and_the_command_runs(config, probe, run
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_jobs_of_several_processes_have_none(config, probe, run, monkeypatch, count):
+def test_only_jobs_of_several_processes_have_none(config, probe, run, monkeypatch, count):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
     monkeypatch.setattr(processes, "_tell_when_aborted", lambda: None)
     monkeypatch.setattr(jax, "process_count", lambda: count)
     assert run("--distributed")[0] == 0
     assert (config.jax_compilation_cache_dir is None) == (count > 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    assert run()[0] == 0
+    assert config.jax_compilation_cache_dir is not None
 
 
 def test_an_import_sets_nothing(config):

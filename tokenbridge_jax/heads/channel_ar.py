@@ -34,8 +34,8 @@ class ChannelAR(ChannelTransformer):
         cls, config: Any, channel_order: tuple[int, ...], levels: int, **others: Any
     ) -> ChannelTransformer:
         """See `ChannelTransformer.from_config`."""
-        others["first_token_quirk"] = config.first_token_quirk
-        return super().from_config(config, channel_order, levels, **others)
+        quirk = config.first_token_quirk
+        return super().from_config(config, channel_order, levels, first_token_quirk=quirk, **others)
 
     def setup(self) -> None:
         # PyTorch's default for embedding tables, kept by the reference: N(0, 1).

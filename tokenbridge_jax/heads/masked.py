@@ -53,8 +53,10 @@ class MaskedHead(ChannelTransformer):
         cls, config: Any, channel_order: tuple[int, ...], levels: int, **others: Any
     ) -> ChannelTransformer:
         """See `ChannelTransformer.from_config`."""
-        others |= {"steps": config.reveal_steps, "reveal_order": config.reveal_order}
-        return super().from_config(config, channel_order, levels, **others)
+        steps, order = config.reveal_steps, config.reveal_order
+        return super().from_config(
+            config, channel_order, levels, steps=steps, reveal_order=order, **others
+        )
 
     @classmethod
     def check_config(cls, config: Any) -> None:
